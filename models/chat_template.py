@@ -1,0 +1,57 @@
+"""The chat template of a model: a Jinja program that came with its weights, run in a sandbox.
+
+>>> ChatTemplate("{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}", {"bos_token": "<s>"}).render(
+...     [{"role": "user", "content": "Hi"}])
+'<s>Hi'
+
+The template sees what Hugging Face transformers shows to templates: `messages`, `add_generation_prompt`, the special
+tokens, `raise_exception`, `strftime_now`, the filter `tojson`. The sandbox keeps it from attributes of Python's own, and
+from changing what it is given; it does not bound the time that a template takes. Refused with a `CheckpointError`:
+templates of more than 100,000 characters, and whatever goes wrong while one runs.
+"""
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any, Mapping, NoReturn, Sequence
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from shardlib.models.checkpoint import CheckpointError
+
+MAX_TEMPLATE = 100_000      # characters; the longest in use are near 20,000
+
+
+class ChatTemplate:
+    """A template and the special tokens that it may name: "bos_token", "eos_token" and so on."""
+
+    def __init__(self, source: Any, tokens: Mapping[str, str]) -> None:
+        if not isinstance(source, str) or len(source) > MAX_TEMPLATE:
+            raise CheckpointError(f"the chat template is no text of at most {MAX_TEMPLATE} characters")
+        self.tokens = dict(tokens)
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = _to_json
+        environment.globals.update(raise_exception=_raise, strftime_now=lambda format: datetime.now().strftime(format))
+        try:
+            self.template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise CheckpointError(f"the chat template is not valid: {error}") from None
+
+    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of the messages, each with a "role" and a "content"; then, if asked for, the beginning of the answer."""
+        for message in messages:
+            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+                raise CheckpointError(f"a message of a chat has a text as role and a text as content; this one is {message!r:.200}")
+        try:
+            return self.template.render(messages=[dict(m) for m in messages], add_generation_prompt=add_generation_prompt, **self.tokens)
+        except Exception as error:      # a template is a program: it may raise anything
+            raise CheckpointError(f"the chat template failed: {error}") from None
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,139 @@
+"""Text to token ids and back, and chats as the model was trained to read them.
+
+>>> tokenizer = Tokenizer.load("smollm2")
+>>> tokenizer.encode("It is 2025.")
+[1589, 314, 216, 34, 32, 34, 37, 30]
+>>> tokenizer.decode([1589, 314, 216, 34, 32, 34, 37, 30])
+'It is 2025.'
+>>> print(tokenizer.chat([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]), end="")
+<|im_start|>system
+Be kind.<|im_end|>
+<|im_start|>user
+Hi<|im_end|>
+<|im_start|>assistant
+
+The names of special tokens in a text stand for those tokens: clean what users write where that matters. Refused with a
+`CheckpointError`: damaged vocabularies, and in GGUF files SentencePiece vocabularies and unknown pre-tokenizers.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Mapping, Sequence
+
+import tokenizers
+
+from shardlib.models.chat_template import MAX_TEMPLATE, ChatTemplate
+from shardlib.models.checkpoint import CheckpointError
+from shardlib.models.gguf_header import read_gguf_header
+from shardlib.models.gguf_vocabulary import build_bpe, special_token
+from shardlib.models.json_file import read_json
+from shardlib.models.model_files import find_model
+
+# As in llama.cpp: a GGUF file names one token that ends a text; these end one too, where the vocabulary has them.
+ENDS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokenizer:
+    """A vocabulary, the ids that end a text, and the chat template. Make one with `Tokenizer.load`."""
+
+    def __init__(self, core: tokenizers.Tokenizer, eos_ids: Iterable[int], template: ChatTemplate | None, bos: str | None = None) -> None:
+        self.core, self.template, self.bos = core, template, bos
+        self.eos_ids = set(eos_ids)
+
+    @classmethod
+    def load(cls, name: str | Path) -> Tokenizer:
+        """The tokenizer of a model: a known name, a .gguf file, or a Hugging Face folder."""
+        path = find_model(name)
+        return _from_folder(path) if path.is_dir() else _from_gguf(read_gguf_header(path).metadata, str(path))
+
+    @property
+    def vocab_size(self) -> int:
+        return self.core.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, the token that begins a text put in front once where the model wants it.
+
+        A byte for which the vocabulary has no token is dropped: SmolLM2 has none for six control characters.
+        """
+        begun = self.bos is not None and text.startswith(self.bos)
+        return self.core.encode(text, add_special_tokens=not begun).ids
+
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of `ids`; special tokens are left out unless `special`."""
+        return self.core.decode(list(ids), skip_special_tokens=not special)
+
+    def stream(self, ids: Iterable[int], special: bool = False) -> Iterator[str]:
+        """The text of `ids` as they come, in whole characters; bytes of an unfinished one at the end are left out.
+
+        >>> list(Tokenizer.load("smollm2").stream(Tokenizer.load("smollm2").encode("ok 🦜!")))
+        ['ok', ' 🦜', '!']
+        """
+        held: list[int] = []        # from `begin` on not yet given; before it, the context that the decoder may need
+        begin = 0
+        for id in ids:
+            held.append(id)
+            new = self._after(held, begin, special)
+            if new and not new.endswith("\ufffd"):
+                yield new
+                held, begin = held[begin:], len(held) - begin
+        if rest := self._after(held, begin, special).rstrip("\ufffd"):
+            yield rest
+
+    def _after(self, ids: list[int], begin: int, special: bool) -> str:
+        """What the ids from `begin` on add to the text of those before."""
+        return self.decode(ids, special)[len(self.decode(ids[:begin], special)):]
+
+    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat: messages of "role" and "content", then the beginning of the answer.
+
+        CheckpointError where the model has no chat template.
+        """
+        if self.template is None:
+            raise CheckpointError("the model has no chat template")
+        return self.template.render(messages, add_generation_prompt)
+
+
+def _from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+    core = build_bpe(metadata, where)
+    named = {kind: special_token(metadata, kind, where) for kind in ("bos", "eos", "eot", "eom", "unk", "pad")}
+    eos_ids = [core.token_to_id(token) for token in (*ENDS, named["eos"], named["eot"], named["eom"]) if token]
+    tokens = {name + "_token": token for name, token in named.items() if token}
+    source = metadata.get("tokenizer.chat_template")
+    return Tokenizer(core, (id for id in eos_ids if id is not None), None if source is None else ChatTemplate(source, tokens),
+                     named["bos"] if metadata.get("tokenizer.ggml.add_bos_token") else None)
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    read_json(path)         # bounded, and says in our words what is wrong
+    try:
+        core = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:      # the package raises nothing narrower
+        raise CheckpointError(f"{path}: the tokenizers package does not read it: {error}") from None
+    config = _optional(folder / "tokenizer_config.json")
+    tokens = {key: _text(config[key]) for key in SPECIAL if config.get(key) is not None}
+    ids = _optional(folder / "generation_config.json").get("eos_token_id", _optional(folder / "config.json").get("eos_token_id"))
+    eos_ids = [*(ids if isinstance(ids, list) else [ids]), core.token_to_id(tokens.get("eos_token", ""))]
+    template = _template(folder, config)
+    return Tokenizer(core, (id for id in eos_ids if type(id) is int), template and ChatTemplate(template, tokens), tokens.get("bos_token"))
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _text(token: Any) -> str:
+    """A token, or the content of one that is written with its flags."""
+    return str(token["content"] if isinstance(token, dict) and "content" in token else token)
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> Any:
+    """The source of the chat template: in a file of its own, or in tokenizer_config.json, there perhaps one of several."""
+    path, source = folder / "chat_template.jinja", config.get("chat_template")
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_TEMPLATE + 1)
+    if isinstance(source, list):
+        return next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
+    return source

@@ -1,0 +1,98 @@
+"""Grouped-query attention: `B T K G H, B S K H, B S K H [, B T S] -> B T K G H`, with S, the key time, its own letter.
+
+On one axis: B and K on all operands; T and G on q alone; S and H whole. Only v may owe a sum. Without a mask it is causal,
+query t seeing keys s <= t; with one, it sees where the mask is true.
+"""
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardlib.errors import SpecError
+from shardlib.program import Op, Step
+from shardlib.rules import Rule
+from shardlib.spec import parse_signature
+from shardlib.trace import apply
+
+
+def causal(q: Tensor, k: Tensor, offset: int) -> Tensor:
+    """(b, t, s), true where s <= offset + t."""
+    t = torch.arange(offset, offset + q.shape[1], device=q.device)
+    return (torch.arange(k.shape[1], device=q.device) <= t[:, None]).expand(q.shape[0], -1, -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k / sqrt(h)) v of local tensors; the queries of one kv head run as more rows of it."""
+    b, t, heads, g, h = q.shape
+    if q.numel() == 0 or k.shape[1] == 0:
+        return q.new_zeros((b, t, heads, g, v.shape[-1]))
+    rows = q.view(b, heads, g, h) if t == 1 else q.permute(0, 2, 3, 1, 4).reshape(b, heads, g * t, h)
+    seen = mask[:, None] if t == 1 or g == 1 else mask[:, None, None].expand(b, 1, g, t, -1).reshape(b, 1, g * t, -1)
+    out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen)
+    return out.view(b, 1, heads, g, -1) if t == 1 else out.view(b, heads, g, t, -1).permute(0, 3, 1, 2, 4)
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
+    return attend(q, k, v, causal(q, k, offset))
+
+
+def attend_vjp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The cotangents of q, k and v."""
+    scale = q.shape[-1] ** -0.5
+    score = torch.einsum("btkgh,bskh->bkgts", q, k) * scale
+    p = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
+    dv = torch.einsum("bkgts,btkgh->bskh", p, g)
+    dp = torch.einsum("btkgh,bskh->bkgts", g, v)
+    ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
+    return torch.einsum("bkgts,bskh->btkgh", ds, k), torch.einsum("bkgts,btkgh->bskh", ds, q), dv
+
+
+def attend_causal_vjp(q: Tensor, k: Tensor, v: Tensor, g: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    return attend_vjp(q, k, v, causal(q, k, offset), g)
+
+
+def _whole(step: Step) -> tuple[str, ...]:
+    q, k = step.ins[:2]
+    return (q.names[-1], *(n for n in k.names if n not in q.names))
+
+
+def _offset(e: Any, step: Step) -> int:
+    return e.extent(step.ins[0].labels[1], step.ins[0].dims[1].axes)[0]
+
+
+def _emit(e: Any, step: Step, args: list[str]) -> str:
+    if len(args) == 4:
+        return f"{e.use(attend)}({', '.join(args)})"
+    return f"{e.use(attend_causal)}({', '.join(args)}, {_offset(e, step)})"
+
+
+def _emit_vjp(e: Any, step: Step, args: list[str]) -> str:
+    if len(args) == 5:
+        return f"{e.use(attend_vjp)}({', '.join(args)})"
+    return f"{e.use(attend_causal_vjp)}({', '.join(args)}, {_offset(e, step)})"
+
+
+def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+    made = b.call(ATTENTION_VJP, [*step.inputs, ct[0]], outs=tuple(s.owing() for s in step.ins[:3]))
+    return [*made, *[None] * (len(step.inputs) - 3)]
+
+
+ATTENTION = Op("attention", rule=lambda s: Rule(linear=((2,),), whole=_whole(s)), emit=_emit, vjp=_vjp, index=(3,))
+ATTENTION_VJP = Op("attention_vjp", emit=_emit_vjp, index=(), dtype=lambda d, o: d[:3],
+                   rule=lambda s: Rule(linear=((len(s.ins) - 1,),), whole=_whole(s), sums=tuple(s.ins[0].names[i] for i in (1, 3))))
+
+
+def attention(text: str, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+    """Attention of queries q over keys k and values v; see the module for the spec."""
+    ins, outs = parse_signature(text)
+    ranks = [len(s.dims) if s else 0 for s in (*ins, *outs)]
+    if ranks not in ([5, 4, 4, 5], [5, 4, 4, 3, 5]) or (len(ins) == 4) != (mask is not None):
+        raise SpecError(f'attention "{text}": the specs are those of "B T K G H, B S K H, B S K H, B T S -> B T K G H", '
+                        f'the fourth with a mask only')
+    return apply(ATTENTION, (q, k, v) if mask is None else (q, k, v, mask), text)
+
+
+TABLE = {op.name: op for op in (ATTENTION, ATTENTION_VJP)}

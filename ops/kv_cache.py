@@ -1,0 +1,68 @@
+"""The cache of keys and values: a value that is returned. The compiler updates it in place where the caller gave it up.
+
+`update_cache("B S K H, B T K H, B -> B S K H", cache, k, start)` writes row t of k to slot start[b] + t.
+`causal_mask("B -> B T/1 S/1", start)` is true where slot s <= start[b] + t.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardlib.errors import SpecError
+from shardlib.program import Op, Step
+from shardlib.rules import Rule
+from shardlib.spec import parse_signature
+from shardlib.trace import apply
+
+
+def write_rows(cache: Tensor, rows: Tensor, start: Tensor, in_place: bool) -> Tensor:
+    """`cache` with cache[b, start[b] + t] = rows[b, t]."""
+    out = cache if in_place else cache.clone()
+    b, t = rows.shape[:2]
+    if rows.numel():
+        slot = start[:, None] if t == 1 else start[:, None] + torch.arange(t, device=start.device)
+        out[torch.arange(b, device=start.device)[:, None], slot] = rows
+    return out
+
+
+def slots_seen(start: Tensor, offset: int, t: int, first: int, s: int) -> Tensor:
+    """(b, t, s): whether slot first + s is at most start[b] + offset + t."""
+    now = start[:, None] + torch.arange(offset, offset + t, device=start.device)
+    return torch.arange(first, first + s, device=start.device) <= now[..., None]
+
+
+def _write(e: Any, step: Step, args: list[str]) -> str:
+    return f"{e.use(write_rows)}({', '.join(args)}, {step.inputs[0] in e.in_place})"
+
+
+def _mask(e: Any, step: Step, args: list[str]) -> str:
+    (out,) = step.outs
+    (offset, t), (first, s) = (e.extent(out.labels[i], out.dims[i].axes) for i in (1, 2))
+    return f"{e.use(slots_seen)}({args[0]}, {offset}, {t}, {first}, {s})"
+
+
+UPDATE_CACHE = Op("update_cache", rule=lambda s: Rule(linear=((0, 1),), whole=(s.ins[0].names[1], s.ins[1].names[1])), emit=_write,
+                  index=(2,), updates=0)
+CAUSAL_MASK = Op("causal_mask", rule=lambda s: Rule(), emit=_mask, index=(0,), dtype=lambda d, o: ["bool"])
+
+
+def update_cache(text: str, cache: Any, rows: Any, start: Any) -> Any:
+    """`cache` with new rows written from slot start[b] on. S and T are whole."""
+    ins, outs = parse_signature(text)
+    if len(ins) != 3 or len(outs) != 1 or None in (*ins, *outs) or ins[0].labels != outs[0].labels or len(ins[1].dims) != len(ins[0].dims) \
+            or len(ins[2].dims) != 1:
+        raise SpecError(f'update_cache "{text}": the specs are those of "B S K H, B T K H, B -> B S K H"')
+    return apply(UPDATE_CACHE, (cache, rows, start), text)
+
+
+def causal_mask(text: str, start: Any) -> Any:
+    """Which slots each query sees: causal_mask("B -> B T/1 S/1", start)."""
+    ins, outs = parse_signature(text)
+    if len(ins) != 1 or len(outs) != 1 or None in (*ins, *outs) or len(ins[0].dims) != 1 or len(outs[0].dims) != 3:
+        raise SpecError(f'causal_mask "{text}": the specs are those of "B -> B T/1 S/1"')
+    return apply(CAUSAL_MASK, (start,), text)
+
+
+TABLE = {op.name: op for op in (UPDATE_CACHE, CAUSAL_MASK)}

@@ -1,0 +1,55 @@
+"""rms_norm: x / sqrt(mean(x^2) + eps) * w, over the last dim (Zhang and Sennrich 2019).
+
+On one axis: the last dim is whole; `x` owes nothing; other dims may be split; an owed `w` gives an owed result.
+"""
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor
+
+from shardlib.errors import SpecError
+from shardlib.program import Op, Step
+from shardlib.rules import Rule
+from shardlib.spec import Spec
+from shardlib.trace import apply
+
+
+def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
+    if len(ins[1].labels) != 1 or ins[0].labels[-1:] != ins[1].labels:
+        raise SpecError(f"rms_norm: the weight has dims {ins[1]}, x ends with {' '.join(ins[0].labels[-1:]) or 'nothing'}; they must be the same dim")
+    return (ins[0],)
+
+
+def _emit(e: Any, step: Step, args: list[str]) -> str:
+    return f"F.rms_norm({args[0]}, ({e.shape(step.ins[1])[0]},), {args[1]}, {step.options['eps']!r})"
+
+
+def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+    return list(b.call(RMS_NORM_VJP, [*step.inputs, ct[0]], eps=step.options["eps"]))
+
+
+def rms_norm_vjp(x: Tensor, w: Tensor, g: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The cotangents of x and w; sums in at least float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    xw, gw = x.to(wide), g.to(wide)
+    scale = torch.rsqrt(xw.pow(2).mean(-1, keepdim=True) + eps)
+    normed, gx = xw * scale, gw * w.to(wide)
+    dx = scale * (gx - normed * (gx * normed).mean(-1, keepdim=True))
+    return dx.to(x.dtype), (gw * normed).flatten(0, -2).sum(0).to(w.dtype)
+
+
+RMS_NORM = Op("rms_norm", rule=lambda s: Rule(linear=((1,),), whole=s.ins[1].names), infer=_infer, emit=_emit, vjp=_vjp)
+RMS_NORM_VJP = Op("rms_norm_vjp", infer=lambda ins, attrs: (ins[0], ins[1]),
+                  rule=lambda s: Rule(linear=((2,),), whole=s.ins[1].names, sums=s.ins[0].names[:-1]),
+                  emit=lambda e, s, a: f"{e.use(rms_norm_vjp)}({', '.join(a)}, {s.options['eps']!r})",
+                  dtype=lambda d, o: [d[0], d[1]])
+
+
+def rms_norm(x: Any, w: Any, eps: float = 1e-6) -> Any:
+    """`x` normalised to mean square 1 along its last dim, times `w`."""
+    return apply(RMS_NORM, (x, w), eps=float(eps))
+
+
+TABLE = {op.name: op for op in (RMS_NORM, RMS_NORM_VJP)}

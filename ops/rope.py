@@ -1,0 +1,96 @@
+"""Rotary position embedding (Su et al. 2021), in the half-rotated order of Hugging Face, with Llama 3's scaling.
+
+`rope_table("B -> B T/1 H", start, ...)` makes cosines (first half of H) and sines (second half) of the positions
+start[b] + t. `rope("B T K G H, B T H -> B T K G H", q, table)` turns each pair (i, i + H/2) by its angle. rope is linear in
+its first operand; H is whole.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor
+
+from shardlib.errors import SpecError
+from shardlib.program import Op, Step
+from shardlib.rules import Rule
+from shardlib.trace import apply
+
+
+def frequencies(head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None) -> Tensor:
+    """Radians per position of each pair, float32. `scaling`: (factor, low_freq_factor, high_freq_factor, original_context)."""
+    inv = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    if scaling is None:
+        return inv
+    factor, low, high, context = scaling
+    wavelength = 2 * math.pi / inv
+    smooth = (context / wavelength - low) / (high - low)
+    blended = (1 - smooth) * inv / factor + smooth * inv
+    slow = torch.where(wavelength > context / low, inv / factor, inv)
+    middle = ~(wavelength < context / high) & ~(wavelength > context / low)
+    return torch.where(middle, blended, slow)
+
+
+def rope_angles(start: Tensor, offset: int, length: int, inv: Tensor, dtype: torch.dtype) -> Tensor:
+    """(b, t, h): cosines, then sines, of (start[b] + offset + t) * inv."""
+    t = torch.arange(offset, offset + length, device=start.device)
+    angle = (start[:, None] + t)[..., None].float() * inv.to(start.device)
+    return torch.cat((angle.cos(), angle.sin()), -1).to(dtype)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Each pair (i, i + h/2) of the last dim, turned by its angle; `table` has the dims of x, with 1 where it has none."""
+    a, b = x.chunk(2, -1)
+    cos, sin = table.chunk(2, -1)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -1)
+
+
+def unrotate(g: Tensor, table: Tensor) -> Tensor:
+    """The transpose of `rotate`: by the negative angle."""
+    cos, sin = table.chunk(2, -1)
+    return rotate(g, torch.cat((cos, -sin), -1))
+
+
+def _table(e: Any, step: Step, args: list[str]) -> str:
+    (out,) = step.outs
+    name = f"inv{len(e.constants)}"
+    e.constants[name] = frequencies(e.sizes[out.labels[2]], step.options["theta"], step.options["scaling"])
+    offset, length = e.extent(out.labels[1], out.dims[1].axes)
+    return f"{e.use(rope_angles)}({args[0]}, {offset}, {length}, {name}, torch.{e.dtype})"
+
+
+def _rope(helper: Any) -> Any:
+    def emit(e: Any, step: Step, args: list[str]) -> str:
+        x, table = step.ins
+        index = ", ".join(":" if n in table.labels else "None" for n in x.labels)
+        return f"{e.use(helper)}({args[0]}, {args[1]}[{index}])"
+    return emit
+
+
+def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+    return [b.call(ROPE_VJP, [ct[0], step.inputs[1]], outs=(step.ins[0].owing(),)), None]
+
+
+def _rule(step: Step) -> Rule:
+    return Rule(linear=((0,),), whole=step.ins[0].names[-1:])
+
+
+ROPE_TABLE = Op("rope_table", rule=lambda s: Rule(whole=s.outs[0].names[2:]), emit=_table, index=(0,), dtype=lambda d, o: ["float"])
+ROPE = Op("rope", rule=_rule, emit=_rope(rotate), vjp=_vjp, index=(1,))
+ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(unrotate), index=(1,))
+
+
+def rope_table(text: str, start: Any, *, theta: float, scaling: tuple[float, float, float, int] | None = None) -> Any:
+    """Cosines and sines for positions start[b] + t: rope_table("B -> B T/1 H", start, theta=1e4)."""
+    return apply(ROPE_TABLE, (start,), text, theta=float(theta), scaling=scaling)
+
+
+def rope(text: str, x: Any, table: Any) -> Any:
+    """`x` with its last dim turned by its position's angles."""
+    if not isinstance(text, str) or text.count(",") != 1:
+        raise SpecError(f'rope "{text}": specs of x, the table, and the result, as in "B T K H, B T H -> B T K H"')
+    return apply(ROPE, (x, table), text)
+
+
+TABLE = {op.name: op for op in (ROPE_TABLE, ROPE, ROPE_VJP)}

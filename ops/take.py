@@ -1,0 +1,142 @@
+"""Lookups: `embedding` picks rows of a table, `take` one entry along a dim.
+
+On one axis: both are linear in what they pick from; a split table dim (`V/tp`) is legal, rows outside of the own range
+are zero and the result owes. An index outside of the whole table raises IndexError, as dense lookup does.
+"""
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardlib.errors import SpecError
+from shardlib.program import Op, Step
+from shardlib.reductions import logsumexp
+from shardlib.rules import Rule
+from shardlib.spec import parse_signature
+from shardlib.trace import apply
+
+
+def _local(index: Tensor, start: int, size: int, total: int) -> tuple[Tensor, Tensor]:
+    """Positions in the own range, clamped, and which of them are inside. IndexError for an index outside of 0 to total - 1."""
+    if index.device.type == "cpu" and index.numel() and (int(index.min()) < 0 or int(index.max()) >= total):
+        raise IndexError(f"index {int(index.min())} to {int(index.max())} is out of range for a dim of {total}")
+    here = index - start
+    inside = (here >= 0) & (here < size)
+    return here.clamp(0, max(size - 1, 0)), inside
+
+
+def rows_of(ids: Tensor, table: Tensor, start: int, total: int) -> Tensor:
+    """Rows ids - start of the own part of a table; zero where they are another rank's."""
+    here, inside = _local(ids, start, table.shape[0], total)
+    if table.shape[0] == 0:
+        return table.new_zeros((*ids.shape, table.shape[1]))
+    return F.embedding(here, table) * inside[..., None].to(table.dtype)
+
+
+def rows_vjp(ids: Tensor, g: Tensor, start: int, size: int, total: int) -> Tensor:
+    """The cotangent of the table's own rows."""
+    here, inside = _local(ids, start, size, total)
+    out = g.new_zeros((size, g.shape[-1]))
+    return out.index_add_(0, here[inside], g[inside])
+
+
+def pick(x: Tensor, index: Tensor, dim: int, start: int, total: int) -> Tensor:
+    """x at `index` along `dim`; `index` has the dims of x, with 1 at `dim` and where it has none."""
+    here, inside = _local(index, start, x.shape[dim], total)
+    shape = [1 if i == dim else n for i, n in enumerate(x.shape)]
+    if x.shape[dim] == 0:
+        return x.new_zeros([n for i, n in enumerate(shape) if i != dim])
+    return torch.where(inside, x.gather(dim, here.expand(shape)), torch.zeros((), dtype=x.dtype, device=x.device)).squeeze(dim)
+
+
+def pick_vjp(index: Tensor, g: Tensor, dim: int, start: int, size: int, total: int) -> Tensor:
+    """The cotangent of x: g at `index` along `dim`, zero elsewhere."""
+    here, inside = _local(index, start, size, total)
+    g = g.unsqueeze(dim)
+    out = g.new_zeros([size if i == dim else n for i, n in enumerate(g.shape)])
+    return out.scatter_add_(dim, here.expand(g.shape), g * inside) if size else out
+
+
+def _embed(e: Any, step: Step, args: list[str]) -> str:
+    table = step.ins[1]
+    if e.mesh.size(table.dims[0].axes) == 1:
+        return f"F.embedding({args[0]}, {args[1]})"
+    return f"{e.use(rows_of)}({args[0]}, {args[1]}, {e.extent(table.labels[0], table.dims[0].axes)[0]}, {e.sizes[table.labels[0]]})"
+
+
+def _embed_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+    return [None, b.call(EMBEDDING_VJP, [step.inputs[0], ct[0]], outs=(step.ins[1].owing(),))]
+
+
+def _embed_back(e: Any, step: Step, args: list[str]) -> str:
+    (out,) = step.outs
+    start, size = e.extent(out.labels[0], out.dims[0].axes)
+    return f"{e.use(rows_vjp)}({args[0]}, {args[1]}, {start}, {size}, {e.sizes[out.labels[0]]})"
+
+
+def _gone(x: Any, out: Any) -> str:
+    return next(n for n in x.labels if n not in out.labels)
+
+
+def _index(arg: str, index: Any, x: Any) -> str:
+    return f"{arg}[{', '.join(':' if n in index.labels else 'None' for n in x.labels)}]"
+
+
+def _take(e: Any, step: Step, args: list[str]) -> str:
+    x, index = step.ins
+    name = _gone(x, step.outs[0])
+    return (f"{e.use(pick)}({args[0]}, {_index(args[1], index, x)}, {x.labels.index(name)}, "
+            f"{e.extent(name, x.axes(name))[0]}, {e.sizes[name]})")
+
+
+def _take_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+    return [b.call(TAKE_VJP, [step.inputs[1], ct[0]], outs=(step.ins[0].owing(),)), None]
+
+
+def _take_back(e: Any, step: Step, args: list[str]) -> str:
+    (x,), (index, g) = step.outs, step.ins
+    name = _gone(x, g)
+    start, size = e.extent(name, x.axes(name))
+    return f"{e.use(pick_vjp)}({_index(args[0], index, x)}, {args[1]}, {x.labels.index(name)}, {start}, {size}, {e.sizes[name]})"
+
+
+EMBEDDING = Op("embedding", rule=lambda s: Rule(linear=((1,),), sums=s.ins[1].names[:1]), emit=_embed, vjp=_embed_vjp, index=(0,),
+               dtype=lambda d, o: [d[1]])
+EMBEDDING_VJP = Op("embedding_vjp", rule=lambda s: Rule(linear=((1,),), sums=s.ins[0].names), emit=_embed_back, index=(0,),
+                   dtype=lambda d, o: [d[1]])
+TAKE = Op("take", rule=lambda s: Rule(linear=((0,),), sums=(_gone(*_pair(s)),)), emit=_take, vjp=_take_vjp, index=(1,))
+TAKE_VJP = Op("take_vjp", rule=lambda s: Rule(linear=((1,),)), emit=_take_back, index=(0,), dtype=lambda d, o: [d[1]])
+
+
+def _pair(step: Step) -> tuple[Any, Any]:
+    return step.ins[0], step.outs[0]
+
+
+def embedding(text: str, ids: Any, table: Any) -> Any:
+    """Rows of a table: embedding("B T, V D -> B T D", ids, table)."""
+    ins, outs = parse_signature(text)
+    if len(ins) != 2 or len(outs) != 1 or None in (*ins, *outs) or len(ins[1].dims) != 2 or outs[0].labels != (*ins[0].labels, ins[1].labels[1]):
+        raise SpecError(f'embedding "{text}": the specs are those of "B T, V D -> B T D"')
+    return apply(EMBEDDING, (ids, table), text)
+
+
+def take(text: str, x: Any, index: Any) -> Any:
+    """x at `index` along the one dim that the result lacks: take("B T D, B -> B D", x, last)."""
+    ins, outs = parse_signature(text)
+    if len(ins) != 2 or len(outs) != 1 or None in (*ins, *outs) or len(ins[0].labels) != len(outs[0].labels) + 1 \
+            or [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels) or any(n not in outs[0].labels for n in ins[1].labels):
+        raise SpecError(f'take "{text}": the specs are those of "B T D, B -> B D": the result lacks one dim of the first operand, '
+                        f'and has those of the index')
+    return apply(TAKE, (x, index), text)
+
+
+def cross_entropy(text: str, logits: Any, labels: Any) -> Any:
+    """-log softmax(logits)[label], per token: cross_entropy("B T V, B T -> B T", logits, labels). V may be split."""
+    left, right = text.split("->")
+    return logsumexp(f"{left.split(',')[0]} -> {right}", logits) - take(text, logits, labels)
+
+
+TABLE = {op.name: op for op in (EMBEDDING, EMBEDDING_VJP, TAKE, TAKE_VJP)}

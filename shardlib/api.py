@@ -1,0 +1,130 @@
+"""The functions one calls on a sharded function: lower, compile, and calling it."""
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shardlib import passes
+from shardlib.complete import complete
+from shardlib.distributed.runtime import Runtime, connect
+from shardlib.emit import Emitter, bind_sizes, load
+from shardlib.errors import SpecError
+from shardlib.layout import Layout
+from shardlib.mesh import Mesh, current_mesh
+from shardlib.params import Params, fill, leaf_values
+from shardlib.program import Program, Struct, leaves
+from shardlib.spec import Spec
+from shardlib.trace import Function, trace_results
+
+
+class Sharded(Function):
+    """What `@sharded` makes. Called on tensors it compiles itself for the mesh in force, and runs."""
+
+    def outside(self, args: Sequence[Any], static: dict[str, Any]) -> Any:
+        cache = self.__dict__.setdefault("_compiled", {})
+        key = (current_mesh(), tuple(sorted(static.items(), key=lambda kv: kv[0])))
+        if key not in cache:
+            cache[key] = compile(self, mesh=current_mesh(), **static)
+        return cache[key](*args)
+
+
+def sharded(signature: str, *, layout: Layout | None = None) -> Callable[[Callable], Sharded]:
+    """Decorator: the function takes and returns tensors with the specs of `signature`. A `layout` here wins over the caller's."""
+    return lambda fn: Sharded(fn, signature, layout)
+
+
+def lower(f: Function, layout: Layout | None = None, *args: Any, mesh: Mesh | None = None, sizes: Mapping[str, int] | None = None,
+          **static: Any) -> Program:
+    """The explicit program of `f` under `layout`: what every rank will do. `print` it to read it.
+
+    `args`: instances of the pytrees that `f` takes, where an annotation does not say enough (an optional field that is absent).
+    """
+    return _lower(f, layout, current_mesh(mesh), sizes, args, static)[0]
+
+
+def _lower(f: Function, layout: Layout | None, mesh: Mesh, sizes: Mapping[str, int] | None, args: Sequence[Any],
+           static: Mapping[str, Any]) -> tuple[Program, tuple[Any, ...]]:
+    traced, results = trace_results(f, args, dict(static))
+    program = complete(traced, f.layout if f.layout is not None else layout or Layout(), mesh, sizes)
+    for rewrite in passes.DEFAULT:
+        program = rewrite(program)
+    return program, results
+
+
+class Compiled:
+    """A program as each rank runs it: called with this rank's shards, it returns this rank's shards.
+
+    One plain Python function is made for every set of argument shapes, and kept.
+    """
+
+    def __init__(self, f: Function, layout: Layout | None, runtime: Runtime, sizes: Mapping[str, int], donate: Sequence[str],
+                 static: Mapping[str, Any]) -> None:
+        self.f, self.layout, self.runtime, self.sizes = f, layout, runtime, dict(sizes)
+        self.donate, self.static = tuple(donate), dict(static)
+        self.program: Program | None = None
+        self.sources: dict[tuple, str] = {}
+        self._variants: dict[tuple, Callable] = {}
+        self._results: tuple[Any, ...] = ()
+
+    def lower(self, *args: Any) -> Program:
+        """The explicit program; `args` say which pytrees it takes, as for `lower`."""
+        if self.program is None:
+            self.program, self._results = _lower(self.f, self.layout, self.runtime.mesh, self.sizes, args, self.static)
+        return self.program
+
+    def __call__(self, *args: Any) -> Any:
+        flat = [v for a in args for v in (_flat(a))]
+        key = tuple(v.shape for v in flat)
+        run = self._variants.get(key)
+        if run is None:
+            run = self._variants[key] = self._build(args, flat, key)
+        out = run(*flat)
+        if len(out) == len(self._results):
+            return out if len(out) > 1 else out[0]
+        it = iter(out)
+        made = tuple(fill(r, "", lambda _: next(it)) if isinstance(r, Params) else next(it) for r in self._results)
+        return made if len(made) > 1 else made[0]
+
+    def _build(self, args: Sequence[Any], flat: Sequence[Tensor], key: tuple) -> Callable:
+        program = self.lower(*args)
+        paths = [path for path, _ in program.arg_leaves()]
+        if len(paths) != len(flat):
+            raise SpecError(f"{program.name} takes {len(paths)} tensors ({', '.join(paths[:4])}, ...), {len(flat)} were given")
+        mesh, rank = self.runtime.mesh, self.runtime.rank
+        sizes = bind_sizes(program, dict(zip(paths, key)), self.sizes, mesh, mesh.coordinate(rank))
+        floats = [v.dtype for v in flat if v.is_floating_point()]
+        e = Emitter(mesh, rank, sizes, donate=self.donate, dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."))
+        source = self.sources[key] = e.program(program)
+        groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
+        return load(source, {**e.helpers, **e.constants}, groups, program.name)
+
+
+def _flat(arg: Any) -> list[Any]:
+    return [v for _, v in leaf_values(arg, "")] if isinstance(arg, Params) else [arg]
+
+
+def compile(f: Function, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,    # noqa: A001
+            sizes: Mapping[str, int] | None = None, donate: Sequence[str] = (), **static: Any) -> Compiled:
+    """`f` for the ranks of a mesh. `sizes`: global sizes of dims that no argument holds whole. `donate`: arguments whose
+    buffers the results may reuse (a KV cache); the caller does not use them again."""
+    runtime = runtime or connect(current_mesh(mesh))
+    return Compiled(f, layout, runtime, sizes or {}, donate, static)
+
+
+def arg_types(program: Program, name: str) -> dict[str, Spec]:
+    """path -> type of the leaves of the argument `name`."""
+    return dict(leaves(name, dict(program.args)[name]))
+
+
+def shard_of(x: Tensor, kind: Spec, mesh: Mesh, coordinate: Mapping[str, int]) -> Tensor:
+    """The piece of the global tensor `x` that `coordinate` holds as type `kind` (nothing owed)."""
+    for i, dim in enumerate(kind.dims):
+        if dim.axes:
+            inner = x.shape[i] // max(1, x.shape[i]) if len(dim.factors) == 1 else None
+            if inner is None:
+                raise SpecError(f"shard_of: {dim} is a group; take it apart first")
+            start, size = mesh.extent(x.shape[i], dim.axes, coordinate)
+            x = x.narrow(i, start, size)
+    return x

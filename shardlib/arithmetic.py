@@ -1,0 +1,105 @@
+"""The ops behind `+ - * /`: dims are matched by name, and a Python number is a literal.
+
+On one axis: `+` and `-` take two sums that are both owed, or two values that owe nothing; `*` is multilinear; `/` is
+linear in its numerator. A number added counts as whole, except 0.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Sequence
+
+from shardlib.errors import SpecError
+from shardlib.program import Op, Step
+from shardlib.rules import Rule
+from shardlib.spec import Spec
+
+if TYPE_CHECKING:
+    from shardlib.emit import Emitter
+
+_SIGN = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+
+
+def broadcast(op: str, ins: Sequence[Spec]) -> Spec:
+    """The dims of the result: those of the operand that has all the names. SpecError where none has."""
+    widest = max(ins, key=lambda s: len(s.dims))
+    for spec in ins:
+        order = [widest.labels.index(n) for n in spec.labels if n in widest.labels]
+        if len(order) < len(spec.dims):
+            raise SpecError(f"{op}: {spec} has dims that {widest} lacks; einsum or rearrange says what is meant")
+        if order != sorted(order):
+            raise SpecError(f"{op}: {spec} has the dims of {widest} in another order; rearrange one of them")
+    return widest
+
+
+def align(arg: str, spec: Spec, out: Spec) -> str:
+    """`arg`, of dims `spec`, indexed so that it broadcasts to dims `out`."""
+    if out.labels[len(out.labels) - len(spec.labels):] == spec.labels:
+        return arg
+    return f"{arg}[{', '.join(':' if n in spec.labels else 'None' for n in out.labels)}]"
+
+
+def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
+    return (broadcast("arithmetic", ins),)
+
+
+def _emit(e: Emitter, step: Step, args: list[str]) -> str:
+    a, b = (align(x, s, step.outs[0]) for x, s in zip(args, step.ins))
+    return f"{a} {_SIGN[step.op.name]} {b}"
+
+
+def _add_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+    right = ct[0] if step.op is ADD else b.scale(ct[0], -1.0)
+    return [b.einsum_to(step.ins[0], [ct[0]]), b.einsum_to(step.ins[1], [right])]
+
+
+def _mul_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+    x, y = step.inputs
+    return [b.einsum_to(step.ins[0], [ct[0], y]), b.einsum_to(step.ins[1], [ct[0], x])]
+
+
+def _div_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+    x, y = step.inputs
+    by = b.call(DIV, [ct[0], y])
+    down = b.call(DIV, [b.call(MUL, [by, x]), y])
+    return [b.einsum_to(step.ins[0], [by]), b.einsum_to(step.ins[1], [b.scale(down, -1.0)])]
+
+
+_BOTH = Rule(linear=((0, 1),))
+ADD = Op("add", rule=lambda s: _BOTH, emit=_emit, infer=_infer, vjp=_add_vjp)
+SUB = Op("sub", rule=lambda s: _BOTH, emit=_emit, infer=_infer, vjp=_add_vjp)
+MUL = Op("mul", rule=lambda s: Rule(linear=((0,), (1,))), emit=_emit, infer=_infer, vjp=_mul_vjp)
+DIV = Op("div", rule=lambda s: Rule(linear=((0,),)), emit=_emit, infer=_infer, vjp=_div_vjp)
+
+
+def _same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
+    return (ins[0],)
+
+
+SCALE = Op("scale", rule=lambda s: Rule(linear=((0,),)), infer=_same,
+           emit=lambda e, s, a: f"{a[0]} * {s.options['by']!r}",
+           vjp=lambda b, s, ct: [b.scale(ct[0], s.options["by"])])
+SHIFT = Op("shift", rule=lambda s: Rule(linear=((0,),) if s.options["by"] == 0 else ()), infer=_same,
+           emit=lambda e, s, a: f"{a[0]} + {s.options['by']!r}",
+           vjp=lambda b, s, ct: [ct[0]])
+RECIPROCAL = Op("reciprocal", rule=lambda s: Rule(), infer=_same,
+                emit=lambda e, s, a: f"torch.reciprocal({a[0]})",
+                vjp=lambda b, s, ct: [b.scale(b.call(MUL, [ct[0], b.call(MUL, [s.outputs[0], s.outputs[0]])]), -1.0)])
+
+
+def with_number(name: str, number: float, left: bool) -> list[tuple[Op, dict[str, Any]]]:
+    """The unary steps that `value <name> number` is made of; `left`: the number stands on the left."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise SpecError(f"{name}: a traced value and a {type(number).__name__}; pass tensors in as arguments of the @sharded function")
+    if name == "add":
+        return [(SHIFT, {"by": number})]
+    if name == "sub":
+        return [(SCALE, {"by": -1.0}), (SHIFT, {"by": number})] if left else [(SHIFT, {"by": -number})]
+    if name == "mul":
+        return [(SCALE, {"by": number})]
+    if left:
+        return [(RECIPROCAL, {}), (SCALE, {"by": number})]
+    if number == 0:
+        raise SpecError("div: by the number 0")
+    return [(SCALE, {"by": 1.0 / number})]
+
+
+BINARY = {"add": ADD, "sub": SUB, "mul": MUL, "div": DIV}

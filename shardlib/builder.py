@@ -1,0 +1,100 @@
+"""The builder: adds typed steps to a program that is being made, converting values where they are needed otherwise.
+
+Completion and the backward transform both write programs with it. Everything it adds is explicit: results have the type
+that the op's rule gives.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Sequence
+
+from shardlib.arithmetic import DIV, SCALE
+from shardlib.convert import plan
+from shardlib.einsum import EINSUM
+from shardlib.mesh import Mesh
+from shardlib.program import Op, Program, Step, Where
+from shardlib.reductions import SPREAD
+from shardlib.rules import natural
+from shardlib.spec import Spec
+from shardlib.trace import fresh
+
+
+class Builder:
+    """Steps under construction, and the type of every value so far."""
+
+    def __init__(self, mesh: Mesh, taken: set[str] | None = None) -> None:
+        self.mesh = mesh
+        self.taken = taken if taken is not None else set()
+        self.types: dict[str, Spec] = {}
+        self.steps: list[Step] = []
+        self.source: dict[str, str] = {}            # converted value -> the value it was converted from, at the root
+        self._converted: dict[tuple[str, Spec], str] = {}
+        self.where: Where | None = None
+
+    def declare(self, name: str, kind: Spec) -> str:
+        """An argument."""
+        self.types[name] = kind
+        self.taken.add(name)
+        return name
+
+    def add(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec], names: Sequence[str] | None = None, *, attrs: tuple = (),
+            body: Program | None = None, why: str = "", base: str = "") -> tuple[str, ...]:
+        """A step whose result types are known."""
+        outputs = tuple(names or (fresh(base, self.taken) for _ in outs))
+        self.steps.append(Step(op, tuple(self.types[i] for i in inputs), tuple(outs), tuple(inputs), outputs, attrs, body, self.where, why))
+        self.types.update(zip(outputs, outs))
+        return outputs
+
+    def call(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec] | None = None, base: str = "", **attrs: Any) -> Any:
+        """A step typed by its rule; `outs` are the results' dims, for an op with a spec string. One name, or several."""
+        ins = tuple(self.types[i] for i in inputs)
+        dims = tuple(outs) if outs is not None else op.infer(ins, attrs)
+        step = Step(op, ins, dims, tuple(inputs), (), tuple(sorted(attrs.items())))
+        kinds = natural(op.name, op.rule(step), ins, dims, inputs)
+        made = self.add(op, inputs, kinds, attrs=step.attrs, base=base)
+        return made if len(made) > 1 else made[0]
+
+    def move(self, name: str, want: Spec, why: str = "") -> str:
+        """`name` converted to type `want`; the same conversion is made once."""
+        root = self.source.get(name, name)
+        if self.types[name] == want:
+            return name
+        if self.types[root] == want:
+            return root
+        if (root, want) in self._converted:
+            return self._converted[root, want]
+        here = name
+        for move in plan(self.types[name], want, self.mesh):
+            done = self._converted.get((root, move.want))
+            if done is None:
+                (done,) = self.add(move.op, [here], [move.want], why=why, base=name.rstrip("0123456789").replace(".", "_"))
+                self.source[done] = root
+                self._converted[root, move.want] = done
+            here = done
+        return here
+
+    def settle(self, name: str) -> str:
+        """`name` with what it owes paid, on every rank."""
+        kind = self.types[name]
+        return self.move(name, kind.owing(*(o for o in kind.owed if o.kind == "@")))
+
+    # -- what derivatives are written with -------------------------------------------------------------------------
+
+    def einsum_to(self, spec: Spec, names: Sequence[str]) -> str:
+        """The product of `names`, summed or repeated to the dims of `spec`."""
+        known = [d for d in spec.dims if any(d.label in self.types[n].labels for n in names)]
+        if len(names) == 1 and self.types[names[0]].labels == tuple(d.label for d in known):
+            made = names[0]
+        else:
+            made = self.call(EINSUM, names, outs=(Spec(tuple(known)),))
+        return made if len(known) == len(spec.dims) else self.spread(made, spec)
+
+    def spread(self, name: str, like: Spec, mean: bool = False) -> str:
+        """`name` repeated along the dims of `like` that it lacks; with `mean`, over their sizes."""
+        return self.call(SPREAD, [name], outs=(replace(like, owed=()),), **({"mean": True} if mean else {}))
+
+    def scale(self, name: str, by: float) -> str:
+        return self.call(SCALE, [name], by=by)
+
+    def quotient(self, a: str, b: str) -> str:
+        return self.call(DIV, [a, b])

@@ -1,0 +1,214 @@
+"""Completion: from a program as written, and a layout, to the explicit program.
+
+Four rules. A value that stands alone (argument, result, the result spec of an op) is completed over its own dims. The
+operands of one op are completed together, over the union of their names, and converted to that. A conversion is made
+once in a straight-line body. An op without a spec string follows its first operand; parameters are converted to match,
+activations never. Under `EXPLICIT` nothing is completed or converted: what does not match is an error.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Mapping, Sequence
+
+from shardlib.builder import Builder
+from shardlib.errors import SpecError
+from shardlib.layout import EXPLICIT, Layout, pins
+from shardlib.mesh import Mesh
+from shardlib.messages import refusal, unlike, wrong_move
+from shardlib.moves import check_move
+from shardlib.program import Program, Result, Step, Struct, leaves
+from shardlib.rearrange import RENAME
+from shardlib.rules import RuleError, natural
+from shardlib.scan import SCAN
+from shardlib.spec import Spec
+from shardlib.trace import RESHARD
+
+
+def complete(program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, int] | None = None) -> Program:
+    """The explicit program. `sizes` let messages say bytes. SpecError, at the user's line, for what does not type."""
+    return Completer(program, layout.on(mesh), mesh, sizes).run()
+
+
+class Completer(Builder):
+    """Completes one body. `arg_types`: where a scan has already decided them."""
+
+    def __init__(self, program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, int] | None = None,
+                 arg_types: Mapping[str, Spec] | None = None) -> None:
+        super().__init__(mesh, {n for s in program.steps for n in s.outputs})
+        self.program, self.layout, self.sizes, self.arg_types = program, layout, sizes or {}, arg_types or {}
+        self.now: dict[str, str] = {}               # a value of the program as written -> the value here
+        self.notes: dict[tuple[str, str], str] = {}  # (value, owed axis) -> since when
+        self.params: set[str] = set()
+
+    def run(self) -> Program:
+        args = tuple((name, self._argument(name, tree)) for name, tree in self.program.args)
+        for step in self.program.steps:
+            self.where = step.where
+            self._step(step, (step.layout or self.layout).on(self.mesh))
+        self.where = self.program.where
+        results = tuple(self._result(r) for r in self.program.results)
+        return Program(self.program.name, args, tuple(self.steps), results, explicit=True, where=self.program.where)
+
+    def _argument(self, name: str, tree: Any) -> Any:
+        kinds = {}
+        for path, spec in leaves(name, tree):
+            kinds[path] = self.arg_types.get(path) or self.layout.complete_alone(self.mesh.resolve(spec, True)).resolve(self.mesh)
+            self.now[path] = self.declare(path, kinds[path])
+            if isinstance(tree, Struct):
+                self.params.add(path)
+        flat = iter(kinds.values())
+        return tree.map(lambda _: next(flat)) if isinstance(tree, Struct) else kinds[name]
+
+    def _result(self, result: Result) -> Result:
+        out, kinds = [], []
+        for name, spec in result.leaves():
+            want = self._alone(spec, self.layout)
+            have = self.types[self.now[name]]
+            if self.layout == EXPLICIT and have != want:
+                raise unlike(f"{self.program.name}, result", name, have, want, self)
+            out.append(self.move(self.now[name], want, "the result of " + self.program.name))
+            kinds.append(want)
+        flat = iter(kinds)
+        return Result(result.tree.map(lambda _: next(flat)) if isinstance(result.tree, Struct) else kinds[0], tuple(out))
+
+    def _alone(self, spec: Spec, layout: Layout) -> Spec:
+        return layout.complete_alone(self.mesh.resolve(spec, True)).resolve(self.mesh)
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _step(self, step: Step, layout: Layout) -> None:
+        inputs = [self.now[i] for i in step.inputs]
+        if step.op is SCAN:
+            return self._scan(step, inputs, layout)
+        if step.op.moves:
+            return self._move(step, inputs[0], layout)
+        if step.op is RENAME:
+            return self._rename(step, inputs[0], layout)
+        explicit = layout == EXPLICIT
+        wanted = self._wanted(step, inputs, layout)
+        placed = []
+        for i, (name, want) in enumerate(zip(inputs, wanted)):
+            if self.types[name] != want and (explicit or not step.op.takes_text and not self._may_follow(name, want)):
+                if explicit and step.op.takes_text:
+                    raise unlike(step.op.name, step.inputs[i], self.types[name], want, self)
+                want = self.types[name]
+            placed.append(self.move(name, want, f"{step.op.name} takes {want}"))
+        made = self._natural(step, placed, layout)
+        for written, name, spec in zip(step.outputs, made, step.outs):
+            want = self._alone(spec, layout) if step.op.takes_text else self.types[name]
+            if explicit and self.types[name] != want:
+                raise unlike(f"{step.op.name}, result", written, self.types[name], want, self, natural_result=True)
+            self.now[written] = self.move(name, want, f"the layout keeps {spec.whole()} as {want}")
+
+    def _may_follow(self, name: str, want: Spec) -> bool:
+        return self.source.get(name, name) in self.params
+
+    def _wanted(self, step: Step, inputs: Sequence[str], layout: Layout) -> list[Spec]:
+        """The types that the operands are converted to."""
+        if not step.op.takes_text:
+            first = self.types[inputs[0]]
+            axes = {n: self._axes(first, n) for n in first.names}
+            return [first if i == 0 else self._follow(self.types[n], axes) for i, n in enumerate(inputs)]
+        ins = [self.mesh.resolve(s, True) for s in step.ins]
+        if layout == EXPLICIT:
+            return [s.resolve(self.mesh) for s in ins]
+        pinned: dict[str, tuple[str, ...]] = {}
+        for spec in ins:
+            pinned.update({n: a for n, a in pins(spec).items() if a or n not in pinned})
+        if not step.op.distribute:
+            pinned.update({n: () for n in step.op.rule(step).whole if n not in pinned})
+        names = dict.fromkeys(n for s in ins for n in s.names)
+        axes = layout.complete(names, pinned, (o.axis for s in ins for o in s.owed))
+        return [s.split({d.label: axes[d.factors[0].name] for d in s.dims if d.factors}).owing(
+            *s.owed, *(o for o in self.types[n].owed if o.kind == "@")).resolve(self.mesh) for s, n in zip(ins, inputs)]
+
+    @staticmethod
+    def _axes(spec: Spec, name: str) -> tuple[str, ...]:
+        return next(f.axes for d in spec.dims for f in d.factors if f.name == name)
+
+    def _follow(self, kind: Spec, axes: Mapping[str, tuple[str, ...]]) -> Spec:
+        return kind.split({d.label: axes.get(d.factors[0].name, d.axes) for d in kind.dims if d.factors})
+
+    def _natural(self, step: Step, placed: list[str], layout: Layout) -> tuple[str, ...]:
+        ins = tuple(self.types[p] for p in placed)
+        outs = tuple(self._dims_of(s, ins, layout) for s in step.outs)
+        here = replace(step, ins=ins, outs=outs)
+        rule = step.op.rule(here)
+        if step.op.distribute and any(self._axes(ins[0], n) for n in rule.whole):
+            return (step.op.distribute(self, here, placed[0]),)
+        try:
+            kinds = natural(step.op.name, rule, ins, outs, step.inputs)
+        except RuleError as error:
+            raise refusal(error, step, placed, self) from None
+        made = self.add(step.op, placed, kinds, step.outputs if not set(step.outputs) & set(self.types) else None, attrs=step.attrs)
+        self._note(step, placed, made)
+        return made
+
+    def _dims_of(self, spec: Spec, ins: Sequence[Spec], layout: Layout) -> Spec:
+        """A result's dims; those that the op makes are split as they are when they stand alone."""
+        known = {n for s in ins for n in s.names}
+        alone = self._alone(spec, layout)
+        return alone.split({d.label: d.axes for d in alone.dims if d.factors and d.factors[0].name not in known}).owing()
+
+    def _note(self, step: Step, placed: Sequence[str], made: Sequence[str]) -> None:
+        for name in made:
+            for owed in self.types[name].owed:
+                older = next((self.notes[p, owed.axis] for p in placed if (p, owed.axis) in self.notes), None)
+                label = next((f for p in placed for d in self.types[p].dims for f in d.factors if owed.axis in f.axes), None)
+                self.notes[name, owed.axis] = older or (
+                    f"owed since {step.op.name}{f' at {step.where}' if step.where else ''}" + (f", which contracts {label}" if label else ""))
+
+    # -- the steps that are not of the common kind -----------------------------------------------------------------
+
+    def _move(self, step: Step, name: str, layout: Layout) -> None:
+        want = self._alone(step.outs[0], layout)
+        if step.op is RESHARD:
+            have = self._alone(step.ins[0], layout)
+            if layout == EXPLICIT and self.types[name] != have:
+                raise unlike("reshard", step.inputs[0], self.types[name], have, self)
+            self.now[step.outputs[0]] = self.move(name, want, "reshard")
+            return
+        have = self._alone(step.ins[0], layout)
+        if self.types[name] != have:
+            if layout == EXPLICIT or set(map(str, have.owed)) != set(map(str, self.types[name].owed)):
+                raise wrong_move(step, self.types[name], self)
+            name = self.move(name, have, step.op.name)
+        if problem := check_move(step.op, have, want):
+            raise wrong_move(step, have, self, problem)
+        (self.now[step.outputs[0]],) = self.add(step.op, [name], [want], step.outputs if step.outputs[0] not in self.types else None, why="written")
+
+    def _rename(self, step: Step, name: str, layout: Layout) -> None:
+        want = self._alone(step.outs[0], layout)
+        if layout == EXPLICIT:
+            want = step.outs[0].resolve(self.mesh)
+        source = Spec(tuple(d.split(w.axes) for d, w in zip(self.types[name].dims, want.dims)), want.owed)
+        if layout == EXPLICIT and source != self.types[name]:
+            raise unlike("rename", step.inputs[0], self.types[name], source, self)
+        placed = self.move(name, source, f"rename to {want}")
+        (self.now[step.outputs[0]],) = self.add(RENAME, [placed], [want], step.outputs)
+
+    def _scan(self, step: Step, inputs: list[str], layout: Layout) -> None:
+        count = step.options["stacked"]
+        paths = [path for path, _ in step.body.arg_leaves()]
+        declared = dict(step.body.arg_leaves())
+        kinds: dict[str, Spec] = {}
+        for i, (path, name) in enumerate(zip(paths, inputs)):
+            have = self.types[name]
+            if 1 <= i <= count:
+                if have.dims[0].axes:
+                    raise SpecError(f"scan: {step.inputs[i]} has {have.dims[0]}; a scan over a split dim is a pipeline, which is not built yet")
+                kinds[path] = replace(have, dims=have.dims[1:])
+            else:
+                kinds[path] = self._alone(declared[path], layout)
+                if layout == EXPLICIT and have != kinds[path]:
+                    raise unlike("scan", step.inputs[i], have, kinds[path], self)
+                inputs[i] = self.move(name, kinds[path], f"an argument of {step.body.name}")
+        inner = Completer(step.body, layout, self.mesh, self.sizes, kinds)
+        inner.params |= {p for p, n in zip(paths, inputs) if n in self.params}
+        body = inner.run()
+        outs = [spec if i == 0 else Spec((step.outs[i].dims[0].split(()), *spec.dims), spec.owed)
+                for i, (_, spec) in enumerate(body.result_leaves())]
+        if outs[0] != kinds[paths[0]]:
+            raise SpecError(f"scan: the carry of {step.body.name} comes in as {kinds[paths[0]]} and goes out as {outs[0]}")
+        made = self.add(SCAN, inputs, outs, step.outputs, attrs=step.attrs, body=body)
+        self.now.update(zip(step.outputs, made))

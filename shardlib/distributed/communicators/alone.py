@@ -1,0 +1,53 @@
+"""The communicator of a group of one: every collective is a copy.
+
+>>> x = torch.ones(2)
+>>> y = Alone().all_reduce(x, "sum")
+>>> torch.equal(x, y), x.data_ptr() == y.data_ptr()
+(True, False)
+"""
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from shardlib.distributed.communicators.protocol import Call
+from shardlib.errors import SpecError
+
+
+class Alone:
+    """Takes every call on every device; refuses to send to itself."""
+
+    name = "alone"
+    deterministic = True
+
+    def supports(self, call: Call) -> str | None:
+        return None
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        return x.clone()
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        return x.clone()
+
+    def reduce_scatter(self, x: Tensor, counts: Sequence[int], op: str) -> Tensor:
+        return x.clone()
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
+        return x.clone()
+
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        return x.clone()
+
+    def gather(self, x: Tensor, root: int, counts: Sequence[int]) -> Tensor | None:
+        return x.clone()
+
+    def send(self, x: Tensor, to: int) -> None:
+        raise SpecError("send: a group of one has nobody to send to")
+
+    def recv(self, count: int, dtype: torch.dtype, device: torch.device, source: int) -> Tensor:
+        raise SpecError("recv: a group of one has nobody to receive from")
+
+    def barrier(self) -> None:
+        pass

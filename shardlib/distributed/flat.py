@@ -1,0 +1,77 @@
+"""Tensors of any dims and strides as flat buffers, piece after piece, and back. Communicators move only such buffers.
+
+>>> x = torch.arange(6).view(2, 3)
+>>> cut = Cut.of((2, 3), 1, (1, 2))         # the pieces x[:, :1] and x[:, 1:]
+>>> cut.counts, cut.whole, cut.shapes
+((2, 4), (2, 3), ((2, 1), (2, 2)))
+>>> cut.split(x)
+tensor([0, 3, 1, 2, 4, 5])
+>>> torch.equal(cut.join(cut.split(x)), x)
+True
+
+A Cut is worked out once for each shape, and remembered.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+
+def plain(x: Tensor) -> Tensor:
+    """`x` itself where it is contiguous, else a contiguous copy; no gradient, no lazy conjugate or negation.
+
+    One element, or none, counts as contiguous whatever its strides, which then forbid a view as bytes: copied.
+    """
+    if x.requires_grad:
+        x = x.detach()
+    if x.is_conj() or x.is_neg():
+        x = x.resolve_conj().resolve_neg()
+    return x.contiguous() if x.numel() > 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def pack(pieces: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """One flat buffer that holds `pieces`, of `counts` elements each, one after another."""
+    buffer = torch.empty(sum(counts), dtype=pieces[0].dtype, device=pieces[0].device)
+    for slot, piece in zip(buffer.split_with_sizes(counts), pieces):
+        slot.view(piece.shape).copy_(piece.detach())
+    return buffer
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a tensor of shape `whole` is cut along `dim`: the shapes of the pieces and their counts of elements."""
+    dim: int
+    whole: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    counts: tuple[int, ...]
+    in_memory_order: bool
+    """Whether the pieces, packed, are the whole as it lies in memory."""
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def of(shape: tuple[int, ...], dim: int, sizes: tuple[int, ...]) -> Cut:
+        """The cut of `shape`, whatever it has along `dim`, into `sizes` along `dim`. IndexError for a dim it lacks."""
+        if not -len(shape) <= dim < len(shape):
+            raise IndexError(dim)
+        dim %= len(shape)
+        head, tail = tuple(shape[:dim]), tuple(shape[dim + 1:])
+        shapes = tuple((*head, size, *tail) for size in sizes)
+        return Cut(dim, (*head, sum(sizes), *tail), shapes, tuple(map(prod, shapes)), prod(head) <= 1)
+
+    def split(self, x: Tensor) -> Tensor:
+        """The pieces of `x`, packed; `x` itself, flat, where its memory is in that order already."""
+        if self.in_memory_order:
+            return plain(x).flatten()
+        return pack(x.split_with_sizes([shape[self.dim] for shape in self.shapes], self.dim), self.counts)
+
+    def join(self, flat: Tensor) -> Tensor:
+        """The tensor whose pieces are packed in `flat`: a view of it where its memory is in that order already."""
+        if self.in_memory_order:
+            return flat.view(self.whole) if len(self.whole) != 1 else flat
+        pieces = flat.split_with_sizes(self.counts)
+        return torch.cat([piece.view(shape) for piece, shape in zip(pieces, self.shapes)], self.dim)

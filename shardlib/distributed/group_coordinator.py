@@ -1,0 +1,206 @@
+"""GroupCoordinator: the collectives of one group of ranks, routed to the communicator that takes each call.
+
+>>> from shardlib.distributed import connect
+>>> from shardlib.mesh import Mesh
+>>> with connect(Mesh(tp=1), device="cpu") as runtime:
+...     tp = runtime.group(("tp",))
+...     tp.ranks, tp.all_gather(torch.ones(2, 3), dim=1, sizes=(3,)).shape
+((0,), torch.Size([2, 3]))
+
+Every collective is out of place and aliases nothing: the result is new memory at world size 1 too, and the argument may
+be reused at once. Any dim, any strides, uneven and empty pieces, every dtype. Members, `root`, `to` and `source` are
+counted in the group (`rank_in_group`); `first_rank` and its like are ranks of the mesh. All members call the same
+collectives in the same order. No gradient flows through: a backward pass issues its own collectives.
+
+Refused with a `SpecError`, before anything is sent: a reduction its dtype does not have (`reduction`), sizes that do not
+fit, a device that no communicator takes, any call after `destroy`.
+"""
+from __future__ import annotations
+
+from math import prod
+from typing import Any, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardlib.distributed import messages
+from shardlib.distributed.communicators.protocol import Call, Communicator
+from shardlib.distributed.flat import Cut, pack, plain
+from shardlib.distributed.reduction import check_reducible
+from shardlib.errors import SpecError
+
+
+class GroupCoordinator:
+    """The group `name` of `ranks`, in that order, seen from `rank`. `control` carries messages and barriers, on the CPU."""
+
+    def __init__(self, name: str, ranks: Sequence[int], rank: int, local_rank: int, device: torch.device,
+                 communicators: Sequence[Communicator], control: Communicator,
+                 device_group: dist.ProcessGroup | None = None, cpu_group: dist.ProcessGroup | None = None) -> None:
+        self.name, self.ranks, self.rank, self.local_rank = name, tuple(ranks), rank, local_rank
+        self.world_size, self.rank_in_group = len(self.ranks), self.ranks.index(rank)
+        self.device, self.device_group, self.cpu_group = device, device_group, cpu_group
+        self.communicators, self._control = tuple(communicators), control
+
+    def __repr__(self) -> str:
+        return f"GroupCoordinator({self.name}, ranks {self.ranks}, rank {self.rank})"
+
+    # -- who stands where ------------------------------------------------------------------------------------------
+
+    @property
+    def first_rank(self) -> int:
+        return self.ranks[0]
+
+    @property
+    def last_rank(self) -> int:
+        return self.ranks[-1]
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.rank == self.first_rank
+
+    @property
+    def is_last_rank(self) -> bool:
+        return self.rank == self.last_rank
+
+    @property
+    def next_rank(self) -> int:
+        """The rank after this one; after the last comes the first."""
+        return self.ranks[(self.rank_in_group + 1) % self.world_size]
+
+    @property
+    def prev_rank(self) -> int:
+        """The rank before this one; before the first comes the last."""
+        return self.ranks[self.rank_in_group - 1]
+
+    # -- collectives -----------------------------------------------------------------------------------------------
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        """The `op` ("sum" or "max") of every member's x, on every member. All x have one shape."""
+        check_reducible(op, x.dtype)
+        x = plain(x)
+        return self.route("all_reduce", x, op).all_reduce(x, op)
+
+    def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+        """Every member's x, concatenated along `dim` in the order of the group; sizes[i] is member i's size there."""
+        cut = self._cut_of_pieces("all_gather", x, dim, sizes)
+        return cut.join(self.route("all_gather", x).all_gather(plain(x).flatten(), cut.counts))
+
+    def reduce_scatter(self, x: Tensor, dim: int, sizes: Sequence[int], op: str = "sum") -> Tensor:
+        """The piece of the `op` of every member's x that is this member's, when it is cut along `dim` into `sizes`."""
+        check_reducible(op, x.dtype)
+        cut = self._cut("reduce_scatter", x, dim, sizes)
+        if x.shape != cut.whole:
+            raise SpecError(f"reduce_scatter over {self.name}: sizes {tuple(sizes)} add up to {sum(sizes)}; "
+                            f"dim {dim} has {x.shape[dim]}")
+        flat = self.route("reduce_scatter", x, op).reduce_scatter(cut.split(x), cut.counts, op)
+        return flat.view(cut.shapes[self.rank_in_group])
+
+    def all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+        """pieces[i] goes to member i; shapes[i] is the shape of what member i sends here.
+
+        All pieces of all members have one dtype. The results lie one after another in one new buffer.
+        """
+        self._check_count("all_to_all", "pieces", pieces)
+        self._check_count("all_to_all", "shapes", shapes)
+        if len({p.dtype for p in pieces}) > 1:
+            raise SpecError(f"all_to_all over {self.name}: pieces of several dtypes; convert them to one")
+        send, recv = [p.numel() for p in pieces], [prod(shape) for shape in shapes]
+        got = self.route("all_to_all", pieces[0]).all_to_all(pack(pieces, send), send, recv)
+        return tuple([p.view(tuple(shape)) for p, shape in zip(got.split_with_sizes(recv), shapes)])
+
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        """Member root's x, on every member; the others pass any tensor of its shape and dtype."""
+        self._check_member("broadcast", root)
+        x = plain(x)
+        return self.route("broadcast", x).broadcast(x, root)
+
+    def gather(self, x: Tensor, root: int, dim: int, sizes: Sequence[int]) -> Tensor | None:
+        """As all_gather, on member root alone; None elsewhere."""
+        self._check_member("gather", root)
+        cut = self._cut_of_pieces("gather", x, dim, sizes)
+        flat = self.route("gather", x).gather(plain(x).flatten(), root, cut.counts)
+        return None if flat is None else cut.join(flat)
+
+    def send(self, x: Tensor, to: int) -> None:
+        """Hands x to member `to`, which calls `recv`."""
+        self._check_member("send", to)
+        x = plain(x)
+        self.route("send", x).send(x, to)
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> Tensor:
+        """What member `source` sends here: a tensor of this shape and dtype, on this rank's device."""
+        self._check_member("recv", source)
+        count = prod(shape)
+        call = Call("recv", None, dtype, self.device.type, count * dtype.itemsize)
+        return self._route(call).recv(count, dtype, self.device, source).view(tuple(shape))
+
+    # -- control ---------------------------------------------------------------------------------------------------
+
+    def broadcast_message(self, message: Any, root: int, as_type: Any = Any) -> Any:
+        """Member root's message, on every member, decoded as `as_type`: numbers, strings, bytes, lists, dicts, dataclasses.
+
+        It travels as msgpack over the CPU group; a tuple arrives as a list unless `as_type` says otherwise, root's own too.
+        """
+        self._check_member("broadcast_message", root)
+        mine = self.rank_in_group == root
+        block, rest = messages.encode(message) if mine else (bytearray(messages.BLOCK), bytearray())
+        block = self._broadcast_bytes(block, root)
+        size = messages.rest_size(block)
+        rest = self._broadcast_bytes(rest if mine else bytearray(size), root) if size else rest
+        return messages.decode(block, rest, as_type)
+
+    def _broadcast_bytes(self, data: bytearray, root: int) -> bytearray:
+        view = torch.frombuffer(data, dtype=torch.uint8)
+        view.copy_(self._live_control().broadcast(view, root))
+        return data
+
+    def barrier(self) -> None:
+        """Returns when every member has called it; the device may still be at work."""
+        self._live_control().barrier()
+
+    def destroy(self) -> None:
+        """Ends the use of this group: further calls are refused. The runtime ends the process groups, which others may share."""
+        self.communicators, self._control = (), None
+        self.device_group = self.cpu_group = None
+
+    # -- routing and checks ----------------------------------------------------------------------------------------
+
+    def route(self, name: str, x: Tensor, op: str | None = None) -> Communicator:
+        """The communicator that takes the collective `name` of x; the first that does."""
+        return self._route(Call(name, op, x.dtype, x.device.type, x.nbytes))
+
+    def _route(self, call: Call) -> Communicator:
+        for communicator in self.communicators:
+            if communicator.supports(call) is None:
+                return communicator
+        reasons = "; ".join(str(c.supports(call)) for c in self.communicators) or "the group was destroyed"
+        raise SpecError(f"{call.name} over {self.name}: {reasons}")
+
+    def _live_control(self) -> Communicator:
+        if self._control is None:
+            raise SpecError(f"control message over {self.name}: the group was destroyed")
+        return self._control
+
+    def _cut(self, name: str, x: Tensor, dim: int, sizes: Sequence[int]) -> Cut:
+        self._check_count(name, "sizes", sizes)
+        try:
+            return Cut.of(x.shape, dim, tuple(sizes))
+        except IndexError:
+            raise SpecError(f"{name} over {self.name}: no dim {dim} in a tensor of {x.ndim} dims") from None
+
+    def _cut_of_pieces(self, name: str, x: Tensor, dim: int, sizes: Sequence[int]) -> Cut:
+        """The cut of which x is this member's piece."""
+        cut, me = self._cut(name, x, dim, sizes), self.rank_in_group
+        if x.shape != cut.shapes[me]:
+            raise SpecError(f"{name} over {self.name}: dim {dim} of member {me} has {x.shape[dim]}; "
+                            f"sizes {tuple(sizes)} say {sizes[me]}")
+        return cut
+
+    def _check_count(self, name: str, what: str, given: Sequence[object]) -> None:
+        if len(given) != self.world_size:
+            raise SpecError(f"{name} over {self.name}: {len(given)} {what} for {self.world_size} members")
+
+    def _check_member(self, name: str, member: int) -> None:
+        if not 0 <= member < self.world_size:
+            raise SpecError(f"{name} over {self.name}: no member {member} in a group of {self.world_size}")

@@ -1,0 +1,130 @@
+"""The runtime: this process as one rank of a mesh, and the groups it is in.
+
+>>> from shardlib.mesh import Mesh
+>>> with connect(Mesh(dp=1, tp=1), device="cpu") as runtime:
+...     runtime.rank, runtime.coordinate, runtime.group(("tp",)).world_size
+(0, {'dp': 0, 'tp': 0}, 1)
+
+Without a launcher the mesh has one rank, and nothing of torch.distributed is started. Under torchrun `connect` joins the
+other processes. Groups are made before they are used, by every rank, with the same list:
+
+    with connect(Mesh(dp=2, tp=2)) as runtime:                  # torchrun --nproc-per-node 4
+        runtime.create_groups([("tp",), ("dp", "tp")])
+        y = runtime.group(("tp",)).all_reduce(x)
+
+Refused with a `SpecError`, on every rank alike and before any group is made: a mesh of another size than the job, more
+processes on a host than it has GPUs, axes that the mesh lacks.
+"""
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from shardlib.distributed.communicators.alone import Alone
+from shardlib.distributed.communicators.torch_distributed import TorchDistributed
+from shardlib.distributed.group_coordinator import GroupCoordinator
+from shardlib.distributed.launch import Launch
+from shardlib.distributed.process_groups import ProcessGroups
+from shardlib.errors import SpecError
+from shardlib.mesh import Mesh
+
+TIMEOUT_S = 60.0
+"""Seconds that a collective waits for a peer before it raises."""
+
+
+def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: float = TIMEOUT_S) -> Runtime:
+    """This process's place on `mesh`, on "cpu" or "cuda" (GPU number LOCAL_RANK); by default on cuda where it can be."""
+    launch = Launch.current()
+    launch.check(mesh)
+    chosen = _device(device, launch)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    timeout = timedelta(seconds=timeout_s)
+    joins = launch.launched and not dist.is_initialized()
+    if joins:
+        dist.init_process_group("gloo", init_method="env://", timeout=timeout)
+    return Runtime(mesh, launch, chosen, timeout, owns_torch=joins)
+
+
+class Runtime:
+    """One rank of `mesh` on `device`. Made by `connect`; a context manager that closes itself."""
+
+    def __init__(self, mesh: Mesh, launch: Launch, device: torch.device, timeout: timedelta, owns_torch: bool) -> None:
+        self.mesh, self.device, self.rank, self.local_rank = mesh, device, launch.rank, launch.local_rank
+        self.coordinate = mesh.coordinate(self.rank)
+        self._owns_torch, self._closed = owns_torch, False
+        self._process_groups = ProcessGroups(device, timeout)
+        self._coordinators: dict[tuple[str, ...], GroupCoordinator] = {}
+
+    def create_groups(self, products: Iterable[Sequence[str]]) -> None:
+        """Makes the group over each product of axes, for all ranks of the mesh. Every rank passes the same products."""
+        wanted = [self._expand(axes) for axes in products]
+        self._process_groups.create(self.mesh.group(axes, rank) for axes in wanted for rank in range(self.mesh.world_size))
+        for axes in wanted:
+            self.group(axes)
+
+    def group(self, axes: Sequence[str]) -> GroupCoordinator:
+        """The group of ranks that differ from this one only along `axes`, the last running fastest."""
+        axes = tuple(axes)
+        return self._coordinators.get(axes) or self._coordinator(axes)
+
+    def _coordinator(self, axes: tuple[str, ...]) -> GroupCoordinator:
+        expanded = self._expand(axes)
+        if expanded not in self._coordinators:
+            self._coordinators[expanded] = self._new_coordinator(expanded)
+        self._coordinators[axes] = self._coordinators[expanded]
+        return self._coordinators[axes]
+
+    def _new_coordinator(self, axes: tuple[str, ...]) -> GroupCoordinator:
+        name, ranks = "/".join(axes) or "()", self.mesh.group(axes, self.rank)
+        place = (name, ranks, self.rank, self.local_rank, self.device)
+        if len(ranks) == 1:
+            return GroupCoordinator(*place, (Alone(),), Alone())
+        pair = self._process_groups.pair(ranks)
+        if pair is None:
+            raise SpecError(f"group {name} does not exist yet; call create_groups([{axes!r}]) on every rank first")
+        data, control = (TorchDistributed(group, ranks, self.rank) for group in (pair.device, pair.cpu))
+        return GroupCoordinator(*place, (data, control), control, pair.device, pair.cpu)
+
+    def _expand(self, axes: Sequence[str]) -> tuple[str, ...]:
+        if self._closed:
+            raise SpecError("the runtime is closed; connect again")
+        expanded = self.mesh.expand(axes, "group")
+        if len(set(expanded)) != len(expanded):
+            raise SpecError(f"group {'/'.join(expanded)}: an axis is named twice")
+        return expanded
+
+    def close(self) -> None:
+        """Destroys the groups, and torch.distributed where `connect` started it. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        for coordinator in self._coordinators.values():
+            coordinator.destroy()
+        self._process_groups.close()
+        if self._owns_torch:
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _device(device: str | torch.device | None, launch: Launch) -> torch.device:
+    gpus, needed = torch.cuda.device_count(), launch.local_world_size
+    if device is None:
+        device = "cuda" if gpus >= needed else "cpu"
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise SpecError(f'device {device}: a runtime runs on "cpu" or "cuda"')
+    if device.type == "cpu" or device.index is not None:
+        return device
+    if gpus < needed:
+        raise SpecError(f'device cuda: this host has {gpus} GPUs for {needed} processes; '
+                        f'start fewer with torchrun --nproc-per-node, or pass device="cpu"')
+    return torch.device("cuda", launch.local_rank)

@@ -1,0 +1,216 @@
+"""Lowering: from an explicit program to the plain Python that one rank runs.
+
+The text holds only identifiers made here, literals, and names of torch; sizes and offsets of the rank are in it as numbers.
+Collectives are calls on the group's coordinator, or, for the simulator, `yield`s of the same request. Axes of size 1
+are gone. Sources are in `linecache`, so that tracebacks show the generated lines.
+"""
+from __future__ import annotations
+
+import linecache
+from math import prod
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from shardlib.errors import SpecError
+from shardlib.mesh import Mesh
+from shardlib.program import Program, Step
+from shardlib.rearrange import RENAME
+from shardlib.scan import SCAN
+from shardlib.spec import Spec
+
+
+class Emitter:
+    """Writes one rank's code.
+
+    sizes: the global size of every dim.  yields: collectives become requests (the simulator).
+    donate: arguments whose buffers the results may reuse.  dtype: of the floats that ops make.
+    """
+
+    def __init__(self, mesh: Mesh, rank: int, sizes: Mapping[str, int], yields: bool = False, donate: Sequence[str] = (),
+                 dtype: str = "float32") -> None:
+        self.mesh, self.rank, self.sizes, self.yields, self.donate = mesh, rank, sizes, yields, frozenset(donate)
+        self.coordinate = mesh.coordinate(rank)
+        self.groups: dict[tuple[str, ...], str] = {}
+        self.helpers: dict[str, Callable] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self.dtype = dtype
+        self.lines: list[str] = []
+        self.functions = 0
+        self.in_place: set[str] = set()
+
+    # -- what ops ask for ------------------------------------------------------------------------------------------
+
+    def shape(self, spec: Spec) -> tuple[int, ...]:
+        """The local shape of a value of type `spec`."""
+        return self.mesh.local_shape(spec, self.sizes, self.coordinate)
+
+    def opened_shape(self, spec: Spec) -> tuple[int, ...]:
+        """The local shape with groups taken apart."""
+        return tuple(self.extent(f.name, f.axes)[1] for d in spec.dims for f in d.factors)
+
+    def extent(self, name: str, axes: Sequence[str]) -> tuple[int, int]:
+        """(start, size) of this rank's piece of the dim `name` split over `axes`."""
+        return self.mesh.extent(self.sizes[name], axes, self.coordinate)
+
+    def mesh_order(self, axes: Sequence[str]) -> tuple[str, ...]:
+        return tuple(a for a in self.mesh.axes if a in axes)
+
+    def use(self, helper: Callable) -> str:
+        """The name under which generated code calls `helper`."""
+        self.helpers[helper.__name__] = helper
+        return helper.__name__
+
+    def collective(self, axes: Sequence[str], method: str, args: Sequence[str], extra: str, many: bool = False) -> str:
+        """A call of the coordinator of the group over `axes`; over one rank, nothing is left of it."""
+        if self.mesh.size(axes) == 1:
+            return f"({args[0]},)" if many else args[0]
+        group = self.groups.setdefault(tuple(axes), f"g{len(self.groups)}")
+        operand = f"({', '.join(args)},)" if many else args[0]
+        if self.yields:
+            return f"(yield ({group}, {method!r}, {operand}, {extra}))"
+        return f"{group}.{method}({operand}, {extra})"
+
+    # -- programs --------------------------------------------------------------------------------------------------
+
+    def program(self, program: Program) -> str:
+        """The source of a module whose function `main` takes the program's argument leaves and returns its result leaves."""
+        donated = {path for path, _ in program.arg_leaves() if path.split(".")[0] in self.donate}
+        self._function("main", program, donated, clone=True)
+        return "\n".join(self.lines) + "\n"
+
+    def _function(self, name: str, program: Program, donated: set[str], clone: bool) -> None:
+        names: dict[str, str] = {path: f"a{i}" for i, (path, _) in enumerate(program.arg_leaves())}
+        body: list[str] = []
+        for path in sorted(_updated(program) - donated if clone else ()):
+            if path in names:
+                body.append(f"    {names[path]} = {names[path]}.clone()")
+        owned = (donated | _updated(program)) if clone else set(donated)
+        for step in program.steps:
+            if step.op is SCAN:
+                body += self._scan(step, names, owned)
+                continue
+            self.in_place = {o for o in owned if o in step.inputs}
+            text = step.op.emit(self, step, [names[i] for i in step.inputs])
+            for out in step.outputs:
+                names[out] = f"v{len(names)}"
+            if step.op.updates is not None and step.inputs[step.op.updates] in owned:
+                owned.add(step.outputs[0])
+            body.append(f"    {', '.join(names[o] for o in step.outputs)} = {text}")
+        results = [names[n] for n, _ in program.result_leaves()]
+        body.append(f"    return {', '.join(results)}{',' if len(results) == 1 else ''}" if results else "    return ()")
+        args = ", ".join(names[p] for p, _ in program.arg_leaves())
+        if self.yields:
+            body.insert(0, "    if False: yield")
+        self.lines += [f"def {name}({args}):", *body, ""]
+
+    def _scan(self, step: Step, names: dict[str, str], owned: set[str]) -> list[str]:
+        """A loop over the layers. A stacked cache that the body updates and returns in its place is updated in place."""
+        body, count = step.body, step.options["stacked"]
+        leaves = [path for path, _ in body.arg_leaves()]
+        inputs = dict(zip(leaves, step.inputs))
+        stacked = leaves[1:1 + count]
+        kept = {out: path for (out, _), outer in zip(body.result_leaves()[1:], step.outputs[1:])
+                if (path := _updates(body, out)) in stacked and inputs[path] in owned}
+        self.functions += 1
+        name = f"f{self.functions}"
+        self._function(name, body, set(kept.values()), clone=False)
+        n = len(names)
+        carry, slices = f"v{n}", {p: f"x{n}_{i}" for i, p in enumerate(stacked)}
+        names[step.outputs[0]] = carry
+        call = f"{name}({', '.join([carry, *(slices[p] for p in stacked), *(names[inputs[p]] for p in leaves[1 + count:])])})"
+        ys = [f"y{n}_{i}" for i in range(len(step.outputs) - 1)]
+        lines = [f"    {carry} = {names[step.inputs[0]]}"]
+        lines += [f"    {y}s = []" for y, (out, _) in zip(ys, body.result_leaves()[1:]) if out not in kept]
+        rows = [f"{names[inputs[p]]}.unbind(0)" + ("[::-1]" if step.options.get("reverse") else "") for p in stacked]
+        lines.append(f"    for {', '.join(slices.values())}, in zip({', '.join(rows)}):")
+        lines.append(f"        {', '.join([carry, *ys])}{'' if ys else ','} = {'yield from ' if self.yields else ''}{call}")
+        for y, (out, kind), made in zip(ys, body.result_leaves()[1:], step.outputs[1:]):
+            if out in kept:
+                names[made] = names[inputs[kept[out]]]
+                owned.add(made)
+                continue
+            lines.append(f"        {y}s.append({y})")
+            names[made] = f"v{len(names)}"
+        for y, (out, kind), made in zip(ys, body.result_leaves()[1:], step.outputs[1:]):
+            if out not in kept:
+                rest = f"torch.stack({y}s{'[::-1]' if step.options.get('reverse') else ''})"
+                lines.append(f"    {names[made]} = {rest} if {y}s else {names[step.inputs[0]]}.new_zeros({(0, *self.shape(kind))})")
+        return lines
+
+
+def _updates(program: Program, name: str) -> str | None:
+    """The argument whose buffer `name` is an update of, if it is one and the argument is used no further."""
+    made = {out: s for s in program.steps for out in s.outputs}
+    while name in made:
+        step = made[name]
+        if step.op.updates is None:
+            return None
+        name = step.inputs[step.op.updates]
+    uses = sum(s.inputs.count(name) for s in program.steps) + [n for n, _ in program.result_leaves()].count(name)
+    return name if uses == 1 else None
+
+
+def _updated(program: Program) -> set[str]:
+    """The arguments that the program may update in place once they are its own."""
+    out: set[str] = set()
+    for step in program.steps:
+        if step.op.updates is not None:
+            out.add(step.inputs[step.op.updates])
+        if step.op is SCAN:
+            paths = [p for p, _ in step.body.arg_leaves()]
+            out |= {step.inputs[paths.index(p)] for n, _ in step.body.result_leaves()[1:] if (p := _updates(step.body, n)) in paths}
+    return {p for p, _ in program.arg_leaves()} & out
+
+
+def load(source: str, helpers: Mapping[str, Callable], groups: Mapping[str, Any], title: str) -> Callable:
+    """The function `main` of generated source; its lines are known to tracebacks."""
+    file = f"<shardlib {title} {abs(hash(source)):x}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    space: dict[str, Any] = {"torch": torch, "F": F, **helpers, **groups}
+    exec(compile(source, file, "exec"), space)
+    return space["main"]
+
+
+def bind_sizes(program: Program, shapes: Mapping[str, Sequence[int]], known: Mapping[str, int], mesh: Mesh,
+               coordinate: Mapping[str, int] | None) -> dict[str, int]:
+    """The global size of every dim, from the arguments' shapes and `known`. SpecError for a conflict, naming both binders.
+
+    With a `coordinate`, shapes are those of its shards: a split dim then takes its size from `known` or from another argument.
+    """
+    sizes, binder = dict(known), {n: "sizes" for n in known}
+    later: list[tuple[str, Spec, int, int]] = []
+    for path, spec in program.arg_leaves():
+        shape = tuple(shapes[path])
+        if len(shape) != len(spec.dims):
+            raise SpecError(f"{program.name}: {path} has {len(shape)} dims, its spec {spec} has {len(spec.dims)}")
+        for i, (dim, n) in enumerate(zip(spec.dims, shape)):
+            if coordinate is None and len(dim.factors) == 1 or not dim.axes and len(dim.factors) == 1:
+                name = dim.label
+                if sizes.setdefault(name, n) != n:
+                    raise SpecError(f"{program.name}: {name} is {sizes[name]} by {binder[name]}, and {n} by {path}")
+                binder.setdefault(name, path)
+            else:
+                later.append((path, spec, i, n))
+    _bind_renamed(program, sizes)
+    for path, spec, i, n in later:
+        dim = spec.dims[i]
+        if missing := [f.name for f in dim.factors if f.name not in sizes]:
+            raise SpecError(f"{program.name}: {path} holds only a piece of {missing[0]}; say its global size: sizes=dict({missing[0]}=...)")
+        here = dim.size if not dim.factors else prod(sizes[f.name] for f in dim.factors) if coordinate is None else \
+            mesh.extent(sizes[dim.factors[0].name], dim.axes, coordinate)[1] * prod(sizes[f.name] for f in dim.factors[1:])
+        if here != n:
+            raise SpecError(f"{program.name}: {path} has {n} rows of {dim}; with {', '.join(f'{f.name}={sizes[f.name]}' for f in dim.factors)} "
+                            f"this rank holds {here}")
+    return sizes
+
+
+def _bind_renamed(program: Program, sizes: dict[str, int]) -> None:
+    for step in program.steps:
+        if step.op is RENAME:
+            for old, new in zip(step.ins[0].names, step.outs[0].names):
+                if old in sizes:
+                    sizes.setdefault(new, sizes[old])
+        if step.body is not None:
+            _bind_renamed(step.body, sizes)

@@ -1,0 +1,68 @@
+"""The one error of the language, and how it is laid out.
+
+Every mistake in specs, layouts, meshes and programs is a `SpecError`: raised before any communication, with the same
+text on every rank. First line: the op and the rule broken, in words. Then the specs aligned by dim name, a caret,
+and code to paste with its cost.
+
+>>> from shardlib.spec import parse
+>>> print(aligned([("x", parse("B/dp T D"), ""), ("y", parse("B/dp T D +tp"), "owed since line 3")], caret="+tp"))
+  x   B/dp  T  D
+  y   B/dp  T  D  +tp   owed since line 3
+                  ^^^
+"""
+from __future__ import annotations
+
+from typing import Iterable, Sequence
+
+
+class SpecError(ValueError):
+    """A program, spec, layout or mesh that means nothing, or not what its author hopes."""
+
+
+def aligned(rows: Sequence[tuple[str, object, str]], caret: str | None = None) -> str:
+    """Rows of (name, spec, note), one column a dim name or owed axis, and a caret line under the column `caret`."""
+    columns = _merge([[_key(item) for item in str(spec).replace("()", "").split()] if "(" not in str(spec)
+                      else [_key(item) for item in spec.items()] for _, spec, _ in rows])
+    cells = [{_key(item): item for item in spec.items()} for _, spec, _ in rows]
+    width = {c: max(len(cell.get(c, "")) for cell in cells) for c in columns}
+    left = max(len(name) for name, _, _ in rows)
+    lines = []
+    for (name, spec, note), cell in zip(rows, cells):
+        body = "  ".join(cell.get(c, "").ljust(width[c]) for c in columns) or "()"
+        lines.append(f"  {name.ljust(left)}   {body}   {note}".rstrip())
+    if caret in columns:
+        at = 2 + left + 3 + sum(width[c] + 2 for c in columns[:columns.index(caret)])
+        lines.append(" " * at + "^" * width[caret])
+    return "\n".join(lines)
+
+
+def _key(item: str) -> str:
+    """What an item is aligned by: a dim's name (of a group: its names), an owed item itself."""
+    if item.startswith("("):
+        return " ".join(name.split("/")[0] for name in item[1:-1].split())
+    return item if item[0] in "+@" or item.startswith("max:") else item.split("/")[0]
+
+
+def _merge(orders: Iterable[Sequence[str]]) -> list[str]:
+    """One order of columns that keeps each row's own order wherever the rows agree."""
+    merged: list[str] = []
+    for order in orders:
+        at = 0
+        for key in order:
+            if key in merged:
+                at = merged.index(key) + 1
+            else:
+                owed = key[0] in "+@" or key.startswith("max:")
+                spot = len(merged) if owed else at
+                merged.insert(spot, key)
+                at = spot + 1
+    return merged
+
+
+def bytes_text(n: float) -> str:
+    """A count of bytes for a person: 16.8 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError("unreachable")

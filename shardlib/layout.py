@@ -1,0 +1,103 @@
+"""Layouts: one ordered line that says on which mesh axes each dim lives, and how specs are completed by it.
+
+>>> layout = Layout(B="dp", K="tp", F="tp", T="tp")
+>>> layout.complete(("B", "T", "D"), {}), layout.complete(("B", "T", "F"), {})
+({'B': ('dp',), 'T': ('tp',), 'D': ()}, {'B': ('dp',), 'T': (), 'F': ('tp',)})
+
+Order is meaning: the entries are visited in order and each dim takes the longest prefix of its axes that is still
+free. Usually B, E, K, G, F, V, T, S, D. A wrong order is slow, never wrong.
+"""
+from __future__ import annotations
+
+import re
+from typing import Iterable, Mapping, Sequence
+
+from shardlib.errors import SpecError
+from shardlib.mesh import Mesh
+from shardlib.spec import NAME, Spec
+
+
+class Layout:
+    """An ordered mapping dim -> mesh axes. `Layout()` is declarative with nothing split; `EXPLICIT` completes nothing."""
+
+    def __init__(self, entries: Mapping[str, str | Sequence[str]] | None = None, **named: str | Sequence[str]) -> None:
+        self.entries: dict[str, tuple[str, ...]] = {}
+        for dim, axes in {**(entries or {}), **named}.items():
+            axes = (axes,) if isinstance(axes, str) else tuple(axes)
+            for name in (dim, *axes):
+                if not isinstance(name, str) or not re.fullmatch(NAME, name):
+                    raise SpecError(f"layout: {name!r} is no name; use letters, digits and _")
+            if len(set(axes)) != len(axes):
+                raise SpecError(f"layout: {dim} is split over {'/'.join(axes)}; an axis splits a dim once")
+            self.entries[dim] = axes
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Layout from "B=dp,K=tp,F=tk/tg"."""
+        entries: dict[str, tuple[str, ...]] = {}
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            match = re.fullmatch(rf"({NAME})=({NAME}(?:/{NAME})*)", part)
+            if not match:
+                raise SpecError(f"layout {text!r}: {part!r} is not DIM=AXIS or DIM=AXIS/AXIS")
+            if match[1] in entries:
+                raise SpecError(f"layout {text!r}: dim {match[1]} is given twice")
+            entries[match[1]] = tuple(match[2].split("/"))
+        return cls(entries)
+
+    def __str__(self) -> str:
+        return ",".join(f"{d}={'/'.join(a)}" for d, a in self.entries.items())
+
+    def __repr__(self) -> str:
+        return f"Layout.parse({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, str(self)))
+
+    def on(self, mesh: Mesh) -> Layout:
+        """The same layout with aliases expanded. SpecError for an axis the mesh lacks."""
+        return type(self)({d: mesh.expand(a, f"layout, dim {d}") for d, a in self.entries.items()})
+
+    def complete(self, names: Iterable[str], pinned: Mapping[str, tuple[str, ...]], taken: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
+        """The axes of each of `names`: those in `pinned` keep theirs; `taken` axes are given to none."""
+        out, used = dict(pinned), {*taken, *(a for axes in pinned.values() for a in axes)}
+        names = tuple(names)
+        for dim, axes in self.entries.items():
+            if dim in names and dim not in out:
+                out[dim] = prefix = _free_prefix(axes, used)
+                used.update(prefix)
+        return {n: out.get(n, ()) for n in names}
+
+    def complete_alone(self, spec: Spec) -> Spec:
+        """The type of a value that stands alone: its own dims completed, what it owes kept."""
+        axes = self.complete(spec.names, pins(spec), (o.axis for o in spec.owed))
+        return spec.split({d.label: axes[d.factors[0].name] for d in spec.dims if d.factors})
+
+
+class _Explicit(Layout):
+    """Nothing is completed and nothing converted: specs mean just what they say."""
+
+    def on(self, mesh: Mesh) -> Layout:
+        return self
+
+    def __repr__(self) -> str:
+        return "EXPLICIT"
+
+
+EXPLICIT = _Explicit()
+
+
+def pins(spec: Spec) -> dict[str, tuple[str, ...]]:
+    """The dims that say where they live: split ones, and those whole on purpose; a group's later factors are whole."""
+    first = {d.factors[0].name: d.factors[0] for d in spec.dims if d.factors}
+    inner = {f.name: () for d in spec.dims for f in d.factors[1:]}
+    return {**{n: f.axes for n, f in first.items() if f.axes or f.whole}, **inner}
+
+
+def _free_prefix(axes: tuple[str, ...], used: set[str]) -> tuple[str, ...]:
+    for i, axis in enumerate(axes):
+        if axis in used:
+            return axes[:i]
+    return axes

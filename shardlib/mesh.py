@@ -1,0 +1,162 @@
+"""The mesh: ordered named axes of ranks, and where each piece of a split dim begins.
+
+>>> mesh = Mesh(dp=2, tp=3)
+>>> mesh.world_size, mesh.coordinate(4), mesh.group(("tp",), 4)
+(6, {'dp': 1, 'tp': 1}, (3, 4, 5))
+>>> [mesh.extent(7, ("tp",), c) for c in mesh.coordinates()][:3]
+[(0, 3), (3, 2), (5, 2)]
+
+The last axis runs fastest. An alias names axes in order: `Mesh(dp=2, tp=3, ep=("dp", "tp"))`. Splits may be uneven:
+of n rows over k coordinates the first n mod k hold one more; several axes nest, outermost first.
+"""
+from __future__ import annotations
+
+import itertools
+import re
+from contextvars import ContextVar, Token
+from dataclasses import replace
+from math import prod
+from typing import Mapping, Sequence
+
+from shardlib.errors import SpecError
+from shardlib.spec import NAME, Dim, Factor, Spec
+
+_AMBIENT: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+MAX_RANKS = 1 << 20
+
+
+class Mesh:
+    """Ordered named axes with sizes; an axis given a tuple of names instead of a size is an alias for their product."""
+
+    def __init__(self, axes: Mapping[str, int | Sequence[str]] | None = None, **named: int | Sequence[str]) -> None:
+        given = {**(axes or {}), **named}
+        self.axes: dict[str, int] = {}
+        self.aliases: dict[str, tuple[str, ...]] = {}
+        for name, value in given.items():
+            if not isinstance(name, str) or not re.fullmatch(NAME, name):
+                raise SpecError(f"mesh: {name!r} is no axis name; use letters, digits and _")
+            if isinstance(value, (tuple, list)):
+                self.aliases[name] = tuple(value)
+            elif isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+                self.axes[name] = value
+            else:
+                raise SpecError(f"mesh: axis {name} has size {value!r}; a size is an integer of at least 1")
+        for name, value in self.aliases.items():
+            if not value or len(set(value)) != len(value) or any(a not in self.axes for a in value):
+                raise SpecError(f"mesh: alias {name} names {', '.join(map(str, value)) or 'nothing'}; it may name each of the axes "
+                                f"{', '.join(self.axes) or '(none)'} once")
+        if self.world_size > MAX_RANKS:
+            raise SpecError(f"mesh: {self.world_size} ranks; the most allowed is {MAX_RANKS}")
+        self._tokens: list[Token] = []
+
+    @classmethod
+    def parse(cls, text: str) -> Mesh:
+        """Mesh from "dp=2,tp=4" (an alias is written ep=dp/tp); "" is the mesh of one rank."""
+        axes: dict[str, int | tuple[str, ...]] = {}
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            match = re.fullmatch(rf"({NAME})=(?:([0-9]{{1,9}})|({NAME}(?:/{NAME})*))", part)
+            if not match:
+                raise SpecError(f"mesh {text!r}: {part!r} is not NAME=SIZE")
+            name, size, alias = match.groups()
+            if name in axes:
+                raise SpecError(f"mesh {text!r}: axis {name} is given twice")
+            axes[name] = int(size) if size else tuple(alias.split("/"))
+        return cls(axes)
+
+    @property
+    def world_size(self) -> int:
+        return prod(self.axes.values())
+
+    def __str__(self) -> str:
+        return ",".join([*(f"{a}={n}" for a, n in self.axes.items()),
+                         *(f"{a}={'/'.join(v)}" for a, v in self.aliases.items())])
+
+    def __repr__(self) -> str:
+        return f"Mesh.parse({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mesh) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __enter__(self) -> Mesh:
+        self._tokens.append(_AMBIENT.set(self))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _AMBIENT.reset(self._tokens.pop())
+
+    # -- ranks and coordinates -------------------------------------------------------------------------------------
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Where `rank` stands: axis -> index."""
+        out = {}
+        for axis, size in reversed(self.axes.items()):
+            rank, out[axis] = divmod(rank, size)
+        return {a: out[a] for a in self.axes}
+
+    def coordinates(self) -> list[dict[str, int]]:
+        """Every rank's coordinate, in order of rank."""
+        return [dict(zip(self.axes, c)) for c in itertools.product(*map(range, self.axes.values()))]
+
+    def rank(self, coordinate: Mapping[str, int]) -> int:
+        r = 0
+        for axis, size in self.axes.items():
+            r = r * size + coordinate[axis]
+        return r
+
+    def size(self, axes: Sequence[str]) -> int:
+        """Ranks in a group over the product of `axes`."""
+        return prod(self.axes[a] for a in axes)
+
+    def group(self, axes: Sequence[str], rank: int) -> tuple[int, ...]:
+        """The ranks that differ from `rank` only along `axes`; the last of `axes` runs fastest: ("x", "y") is not ("y", "x")."""
+        here = self.coordinate(rank)
+        return tuple(self.rank({**here, **dict(zip(axes, c))})
+                     for c in itertools.product(*(range(self.axes[a]) for a in axes)))
+
+    def extent(self, n: int, axes: Sequence[str], coordinate: Mapping[str, int]) -> tuple[int, int]:
+        """(start, size) of the piece of n rows that `coordinate` holds when they are split over `axes`."""
+        start = 0
+        for axis in axes:
+            (each, more), i = divmod(n, self.axes[axis]), coordinate[axis]
+            start, n = start + each * i + min(i, more), each + (i < more)
+        return start, n
+
+    # -- specs -----------------------------------------------------------------------------------------------------
+
+    def expand(self, axes: Sequence[str], where: str) -> tuple[str, ...]:
+        """`axes` with aliases expanded. SpecError, saying `where`, for one the mesh lacks."""
+        out: list[str] = []
+        for axis in axes:
+            if axis in self.axes:
+                out.append(axis)
+            elif axis in self.aliases:
+                out += self.aliases[axis]
+            else:
+                raise SpecError(f"{where}: unknown axis {axis}; the mesh has {', '.join([*self.axes, *self.aliases]) or 'none'}")
+        return tuple(out)
+
+    def resolve(self, spec: Spec, keep_whole: bool = False) -> Spec:
+        """The type of `spec` on this mesh; with `keep_whole` it still says which dims are whole on purpose."""
+        where = f'spec "{spec}"'
+        dims = tuple(Dim(tuple(Factor(f.name, self.expand(f.axes, where), keep_whole and f.whole) for f in d.factors), d.size, d.ragged)
+                     for d in spec.dims)
+        owed = tuple(replace(o, axis=a, at=self.axes[a] - 1 if o.at == "last" else o.at)
+                     for o in spec.owed for a in self.expand((o.axis,), where))
+        for o in owed:
+            if o.kind == "@" and not 0 <= o.at < self.axes[o.axis]:
+                raise SpecError(f"{where}: axis {o.axis} has coordinates 0 to {self.axes[o.axis] - 1}, not {o.at}")
+        return Spec(dims, owed, spec.ellipsis)
+
+    def local_shape(self, spec: Spec, sizes: Mapping[str, int], coordinate: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of what `coordinate` holds of a tensor of type `spec` whose dims have global `sizes`."""
+        return tuple(d.size if not d.factors else
+                     self.extent(sizes[d.factors[0].name], d.axes, coordinate)[1] * prod(sizes[f.name] for f in d.factors[1:])
+                     for d in spec.dims)
+
+
+def current_mesh(mesh: Mesh | None = None) -> Mesh:
+    """`mesh`, else the one of the enclosing `with mesh:`, else the mesh of one rank."""
+    return mesh or _AMBIENT.get() or Mesh()

@@ -1,0 +1,207 @@
+"""The moves between specs of one value: what each is called, and what one rank does for it.
+
+| verb | from -> to | communication |
+|---|---|---|
+| shard | `T D -> T/tp D` | none: keep the own piece |
+| owe | `D -> D +tp`, `T/tp D -> T D +tp` | none: keep at coordinate 0, or pad with zeros |
+| all_reduce | `T D +tp -> T D` | the sum, on every rank |
+| reduce_scatter | `T D +tp -> T/tp D` | the own piece of the sum |
+| all_gather | `T/tp D -> T D` | all pieces |
+| all_to_all | `T/tp D -> T D/tp` | a split moves from one dim to another |
+| permute | `T/x/y D -> T/y/x D` | the order of a dim's axes changes |
+
+Every move is the identity on what its operand denotes, so its transpose is the move between the duals.
+"""
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Sequence
+
+from shardlib.program import Op, Step
+from shardlib.rules import Rule
+from shardlib.spec import Spec
+from shardlib.trace import RESHARD, apply
+
+if TYPE_CHECKING:
+    from shardlib.emit import Emitter
+
+
+def changed_dims(have: Spec, want: Spec) -> list[int]:
+    """The dims whose axes differ."""
+    return [i for i, (a, b) in enumerate(zip(have.dims, want.dims)) if a.axes != b.axes]
+
+
+def removed(have: Spec, want: Spec) -> tuple[str, ...]:
+    """The axes over which `have` owes and `want` does not."""
+    return tuple(o.axis for o in have.owed if o not in want.owed)
+
+
+def _inner(e: Emitter, spec: Spec, i: int) -> int:
+    return math.prod(e.sizes[f.name] for f in spec.dims[i].factors[1:])
+
+
+def _extent(e: Emitter, spec: Spec, i: int, coordinate: dict[str, int]) -> tuple[int, int]:
+    """(start, size) in rows along dim i."""
+    inner = _inner(e, spec, i)
+    start, size = e.mesh.extent(e.sizes[spec.dims[i].factors[0].name], spec.dims[i].axes, coordinate)
+    return start * inner, size * inner
+
+
+def _members(e: Emitter, axes: Sequence[str]) -> list[dict[str, int]]:
+    """Coordinates of the group over `axes` that this rank is in, in order."""
+    return [e.mesh.coordinate(r) for r in e.mesh.group(axes, e.rank)]
+
+
+def _shard(e: Emitter, step: Step, args: list[str]) -> str:
+    (have,), (want,), text = step.ins, step.outs, args[0]
+    for i in changed_dims(have, want):
+        (at, _), (start, size) = _extent(e, have, i, e.coordinate), _extent(e, want, i, e.coordinate)
+        text = f"{text}.narrow({i}, {start - at}, {size})"
+    return text
+
+
+def _owe(e: Emitter, step: Step, args: list[str]) -> str:
+    (have,), (want,), text = step.ins, step.outs, args[0]
+    pads = [0, 0] * len(have.dims)
+    for i in changed_dims(have, want):
+        (at, n), (start, size) = _extent(e, have, i, e.coordinate), _extent(e, want, i, e.coordinate)
+        pads[2 * (len(have.dims) - 1 - i):][:2] = [0, 0]
+        pads[2 * (len(have.dims) - 1 - i)] = at - start
+        pads[2 * (len(have.dims) - 1 - i) + 1] = start + size - at - n
+    fresh = [o.axis for o in want.owed if o not in have.owed and o.axis not in have.split_axes]
+    if any(e.coordinate[a] for a in fresh):
+        return f"torch.zeros({tuple(e.shape(want))}, dtype={text}.dtype, device={text}.device)"
+    return f"F.pad({text}, {tuple(pads)})" if any(pads) else text
+
+
+def _all_reduce(e: Emitter, step: Step, args: list[str]) -> str:
+    gone = removed(step.ins[0], step.outs[0])
+    kind = next(o.kind for o in step.ins[0].owed if o.axis in gone)
+    return e.collective(e.mesh_order(gone), "all_reduce", [args[0]], repr("sum" if kind == "+" else "max"))
+
+
+def _reduce_scatter(e: Emitter, step: Step, args: list[str]) -> str:
+    (have,), (want,) = step.ins, step.outs
+    (i,) = changed_dims(have, want)
+    axes = want.dims[i].axes[len(have.dims[i].axes):]
+    sizes = tuple(_extent(e, want, i, c)[1] for c in _members(e, axes))
+    kind = next(o.kind for o in have.owed if o.axis in axes)
+    return e.collective(axes, "reduce_scatter", [args[0]], f"{i}, {sizes}, {('sum' if kind == '+' else 'max')!r}")
+
+
+def _all_gather(e: Emitter, step: Step, args: list[str]) -> str:
+    (have,), (want,) = step.ins, step.outs
+    (i,) = changed_dims(have, want)
+    axes = have.dims[i].axes[len(want.dims[i].axes):]
+    return e.collective(axes, "all_gather", [args[0]], f"{i}, {tuple(_extent(e, have, i, c)[1] for c in _members(e, axes))}")
+
+
+def _exchange(e: Emitter, step: Step, args: list[str]) -> str:
+    """Each rank cuts what it has by what the others want, and joins what it gets: both along one dim or along two."""
+    (have,), (want,) = step.ins, step.outs
+    changed = changed_dims(have, want)
+    axes = tuple(a for i in changed for a in have.dims[i].axes if a not in want.dims[i].axes) or tuple(
+        a for i in changed for a in have.dims[i].axes)
+    members = _members(e, e.mesh_order(axes))
+    pieces = [_overlap(e, have, want, changed, e.coordinate, c) for c in members]
+    arrive = [_overlap(e, have, want, changed, c, e.coordinate) for c in members]
+    mine = {i: _extent(e, have, i, e.coordinate)[0] for i in changed}
+    cut = [args[0] + "".join(f".narrow({i}, {start - mine[i]}, {size})" for i, (start, size) in piece.items()) for piece in pieces]
+    shape = list(e.shape(have))
+    shapes = tuple(tuple(piece[i][1] if i in piece else n for i, n in enumerate(shape)) for piece in arrive)
+    dim = next(i for i in changed if len({p[i][0] for p in arrive}) > 1 or len(changed) == 1) if len(members) > 1 else changed[0]
+    order = sorted(range(len(members)), key=lambda j: (arrive[j][dim][0], j))
+    got = e.collective(e.mesh_order(axes), "all_to_all", cut, repr(shapes), many=True)
+    if order == list(range(len(members))):
+        return f"torch.cat({got}, {dim})"
+    return f"torch.cat([p[j] for p in [{got}] for j in {order}], {dim})"
+
+
+def _overlap(e: Emitter, have: Spec, want: Spec, dims: list[int], source: dict[str, int], target: dict[str, int]) -> dict[int, tuple[int, int]]:
+    """Per dim: (global start, size) of what `source` has and `target` wants."""
+    out = {}
+    for i in dims:
+        (a, n), (b, m) = _extent(e, have, i, source), _extent(e, want, i, target)
+        start, stop = max(a, b), min(a + n, b + m)
+        out[i] = (start, stop - start) if stop > start else (a, 0)
+    return out
+
+
+def check_move(op: Op, have: Spec, want: Spec) -> str | None:
+    """Why `op` does not lead from `have` to `want`; None where it does."""
+    if have.labels != want.labels:
+        return "the two sides have different dims"
+    lost, new = [o for o in have.owed if o not in want.owed], [o for o in want.owed if o not in have.owed]
+    grown, shrunk = {}, {}
+    for i in changed_dims(have, want):
+        a, b = have.dims[i].axes, want.dims[i].axes
+        if b[:len(a)] == a:
+            grown[i] = b[len(a):]
+        elif a[:len(b)] == b:
+            shrunk[i] = a[len(b):]
+        elif op is not PERMUTE or sorted(a) != sorted(b):
+            return f"{have.dims[i]} does not become {want.dims[i]} by adding or dropping its last axes"
+    gained, gone = tuple(a for x in grown.values() for a in x), tuple(a for x in shrunk.values() for a in x)
+    if op in (ALL_REDUCE, REDUCE_SCATTER) and not lost:
+        return f"{have} owes nothing that {want} does not; there is nothing to reduce, and every rank would count again"
+    ok = {"shard": not shrunk and not lost and not new and gained and not set(gained) & {o.axis for o in have.owed},
+          "owe": not grown and not lost and new and set(gone) <= {o.axis for o in new} and all(o.kind == "+" for o in new),
+          "all_reduce": not grown and not shrunk and not new,
+          "reduce_scatter": len(grown) == 1 and not shrunk and not new and sorted(gained) == sorted(o.axis for o in lost),
+          "all_gather": len(shrunk) == 1 and not grown and not lost and not new,
+          "all_to_all": len(shrunk) == 1 and len(grown) == 1 and gained == gone and not lost and not new,
+          "permute": not grown and not shrunk and not lost and not new}[op.name]
+    return None if ok else f"{op.name} does not lead from {have} to {want}"
+
+
+def _move(name: str, emit: Any) -> Op:
+    return Op(name, rule=lambda step: Rule(), emit=emit, moves=True)
+
+
+SHARD, OWE = _move("shard", _shard), _move("owe", _owe)
+ALL_REDUCE, REDUCE_SCATTER = _move("all_reduce", _all_reduce), _move("reduce_scatter", _reduce_scatter)
+ALL_GATHER, ALL_TO_ALL, PERMUTE = _move("all_gather", _all_gather), _move("all_to_all", _exchange), _move("permute", _exchange)
+COLLECTIVES = (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, ALL_TO_ALL, PERMUTE)
+
+
+def shard(text: str, x: Any) -> Any:
+    """Keep the own piece of a whole value: shard("T D -> T/tp D", x). Free."""
+    return apply(SHARD, (x,), text)
+
+
+def owe(text: str, x: Any) -> Any:
+    """Make a whole or split value an owed sum: owe("D -> D +tp", x) keeps it at coordinate 0, owe("T/tp D -> T D +tp", x) pads. Free."""
+    return apply(OWE, (x,), text)
+
+
+def all_reduce(text: str, x: Any) -> Any:
+    """Pay an owed sum (or max) on every rank: all_reduce("T D +tp -> T D", x)."""
+    return apply(ALL_REDUCE, (x,), text)
+
+
+def reduce_scatter(text: str, x: Any) -> Any:
+    """Pay an owed sum, each rank its own piece: reduce_scatter("T D +tp -> T/tp D", x)."""
+    return apply(REDUCE_SCATTER, (x,), text)
+
+
+def all_gather(text: str, x: Any) -> Any:
+    """Collect the pieces of a split dim: all_gather("T/tp D -> T D", x)."""
+    return apply(ALL_GATHER, (x,), text)
+
+
+def all_to_all(text: str, x: Any) -> Any:
+    """Move a split from one dim to another: all_to_all("T/tp K -> T K/tp", x)."""
+    return apply(ALL_TO_ALL, (x,), text)
+
+
+def reshard(text: str, x: Any) -> Any:
+    """Whatever moves lead from one spec to the other, cheapest first: reshard("T/tp D +dp -> T D/dp", x)."""
+    return apply(RESHARD, (x,), text)
+
+
+def permute(text: str, x: Any) -> Any:
+    """Change the order of the axes that split a dim: permute("T/x/y -> T/y/x", x)."""
+    return apply(PERMUTE, (x,), text)
+
+
+TABLE = {op.name: op for op in (SHARD, OWE, *COLLECTIVES, RESHARD)}

@@ -1,0 +1,169 @@
+"""Parameters: frozen dataclasses whose fields say their specs.
+
+>>> class Mlp(Params):
+...     up: Tensor = param("D F")
+...     down: Tensor = param("F D")
+>>> class Net(Params):
+...     layers: Mlp = stacked("L", Mlp)
+...     norm: Tensor = param("D", init="ones")
+>>> [(path, str(spec)) for path, spec in struct(Net).leaves("w")]
+[('w.layers.up', 'L D F'), ('w.layers.down', 'L F D'), ('w.norm', 'D')]
+
+A field holds whatever a use needs: tensors, one rank's shards, specs. Unset fields are None, and absent. `init` draws each
+element from (seed, path, global index) alone, so that a shard is a slice of the whole on every mesh.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterator, Mapping, Sequence, dataclass_transform
+
+import torch
+from torch import Tensor
+
+from shardlib.errors import SpecError
+from shardlib.mesh import Mesh
+from shardlib.program import Struct
+from shardlib.spec import Dim, Factor, Spec, parse
+
+INITS = ("normal", "ones", "zeros")
+
+
+def param(spec: str, *, init: str = "normal", scale: float | None = None) -> Any:
+    """A field holding a tensor with dims `spec`; drawn by `init` ("normal", "ones", "zeros").
+
+    `scale`: standard deviation of "normal"; by default 1/sqrt(first dim's size).
+    """
+    if init not in INITS:
+        raise SpecError(f"param({spec!r}): init is {init!r}; it is one of {', '.join(INITS)}")
+    return field(default=None, metadata={"spec": parse(spec), "init": init, "scale": scale})
+
+
+def stacked(dim: str, of: type[Params]) -> Any:
+    """A field holding many `of`, stacked along a leading `dim`: what `scan` runs over."""
+    return field(default=None, metadata={"stack": parse(dim).dims[0], "of": of})
+
+
+@dataclass_transform(field_specifiers=(param, stacked), frozen_default=True)
+class Params:
+    """Base of parameter pytrees: a subclass becomes a frozen dataclass of `param` and `stacked` fields."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, eq=False)(cls)
+        for f in dataclasses.fields(cls):
+            if "spec" not in f.metadata and "of" not in f.metadata:
+                raise SpecError(f"{cls.__name__}.{f.name}: a field of Params is a param(...) or stacked(...)")
+
+
+def struct(cls: type[Params] | Params, prefix: tuple[Dim, ...] = (), stacked: str = "") -> Struct:
+    """The specs of a Params class; of an instance: those of the fields that are set, and that hold a Spec as they say."""
+    kind = cls if isinstance(cls, type) else type(cls)
+    out: list[tuple[str, Any]] = []
+    for f in dataclasses.fields(kind):
+        value = None if isinstance(cls, type) else getattr(cls, f.name)
+        if not isinstance(cls, type) and value is None:
+            continue
+        if "of" in f.metadata:
+            inner = f.metadata["of"] if value is None else value
+            stack = f.metadata["stack"]
+            out.append((f.name, struct(inner, (*prefix, stack), stack.label)))
+        elif isinstance(value, Spec):
+            out.append((f.name, value))
+        else:
+            spec = f.metadata["spec"]
+            out.append((f.name, Spec((*prefix, *spec.dims), spec.owed)))
+    return Struct(kind.__name__, tuple(out), stacked)
+
+
+def fill(like: type[Params] | Params, path: str, leaf: Callable[[str], Any]) -> Any:
+    """An instance with the structure of `like`, each leaf `leaf(path)`."""
+    kind = like if isinstance(like, type) else type(like)
+    values = {}
+    for f in dataclasses.fields(kind):
+        value = None if isinstance(like, type) else getattr(like, f.name)
+        if not isinstance(like, type) and value is None:
+            continue
+        inner = f.metadata.get("of") if value is None else value
+        values[f.name] = fill(inner, f"{path}.{f.name}", leaf) if "of" in f.metadata else leaf(f"{path}.{f.name}")
+    return kind(**values)
+
+
+def leaf_values(tree: Params, path: str) -> Iterator[tuple[str, Any]]:
+    """(path, value) of every leaf that is set, in the order of `struct(...).leaves`."""
+    for f in dataclasses.fields(tree):
+        value = getattr(tree, f.name)
+        if isinstance(value, Params):
+            yield from leaf_values(value, f"{path}.{f.name}")
+        elif value is not None:
+            yield f"{path}.{f.name}", value
+
+
+def init(like: type[Params] | Params, sizes: Mapping[str, int], types: Mapping[str, Spec] | None = None, *, mesh: Mesh | None = None,
+         coordinate: Mapping[str, int] | None = None, seed: int = 0, dtype: torch.dtype = torch.float32, path: str = "w") -> Any:
+    """Parameters drawn at random: the shards that `coordinate` holds of leaves with `types` (by default: all of each leaf)."""
+    mesh, coordinate = mesh or Mesh(), coordinate or {}
+    rows = {**_metadata(like, path)}
+
+    def leaf(name: str) -> Tensor:
+        spec, meta = rows[name]
+        kind = (types or {}).get(name, spec.whole())
+        shape = mesh.local_shape(kind, sizes, coordinate)
+        if meta["init"] != "normal":
+            return torch.full(shape, float(meta["init"] == "ones"), dtype=dtype)
+        drawn = normal(kind, sizes, mesh, coordinate, zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1))
+        inner = meta["spec"].dims[0]
+        fan = sizes.get(inner.label, inner.size or 1)
+        return (drawn * (meta["scale"] if meta["scale"] is not None else 1 / math.sqrt(max(fan, 1)))).to(dtype)
+    return fill(like, path, leaf)
+
+
+def _metadata(like: type[Params] | Params, path: str) -> dict[str, tuple[Spec, Mapping]]:
+    kind = like if isinstance(like, type) else type(like)
+    specs = dict(struct(like).leaves(path))
+    out = {}
+    for f in dataclasses.fields(kind):
+        here = f"{path}.{f.name}"
+        if "of" in f.metadata:
+            value = None if isinstance(like, type) else getattr(like, f.name)
+            inner = _metadata(f.metadata["of"] if value is None else value, here)
+            out.update({n: (specs.get(n, s), m) for n, (s, m) in inner.items()})
+        elif here in specs:
+            out[here] = (specs[here], f.metadata)
+    return out
+
+
+def normal(spec: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: Mapping[str, int], seed: int) -> Tensor:
+    """Standard normal numbers, float32, each a function of (seed, global index): a shard is a slice of the whole."""
+    index = global_index(spec, sizes, mesh, coordinate)
+    u1, u2 = uniform(index, 2 * seed), uniform(index, 2 * seed + 1)
+    return (torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * math.pi * u2)).float()
+
+
+def global_index(spec: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: Mapping[str, int]) -> Tensor:
+    """The row-major global index (int64) of every element that `coordinate` holds."""
+    index = torch.zeros((), dtype=torch.int64)
+    for dim in spec.dims:
+        inner = math.prod(sizes[f.name] for f in dim.factors[1:])
+        first = sizes[dim.factors[0].name] if dim.factors else dim.size
+        start, size = mesh.extent(first, dim.axes, coordinate)
+        index = index[..., None] * (first * inner) + torch.arange(start * inner, (start + size) * inner)
+    return index
+
+
+def uniform(index: Tensor, seed: int) -> Tensor:
+    """Uniform float64 numbers in (0, 1), by the SplitMix64 finalizer (Steele, Lea, Flood 2014) of (seed, index)."""
+    z = (index + 1) * _wrap(0x9E3779B97F4A7C15) + _wrap(seed * 0xD1B54A32D192ED03)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ _shift(z, shift)) * _wrap(factor)
+    return (_shift(z ^ _shift(z, 31), 11).double() + 0.5) / (1 << 53)
+
+
+def _wrap(n: int) -> int:
+    n &= (1 << 64) - 1
+    return n - (1 << 64) if n >> 63 else n
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

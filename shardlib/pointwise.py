@@ -1,0 +1,111 @@
+"""Pointwise functions of one tensor, and `where`.
+
+Each row of `UNARY` is an op: the plain-torch expression of its value, and of its derivative in terms of the cotangent
+`g`, the operand `x` and the result `y`. All are nonlinear: of a sum that is still owed they are refused. Their
+derivatives are linear in `g`, so a cotangent may be owed.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, Sequence
+
+from shardlib.arithmetic import align, broadcast
+from shardlib.errors import SpecError
+from shardlib.program import Op, Step
+from shardlib.rules import Rule
+from shardlib.spec import Spec
+from shardlib.trace import apply
+
+UNARY: dict[str, tuple[str, str]] = {
+    "silu": ("F.silu({x})", "torch.ops.aten.silu_backward({g}, {x})"),
+    "gelu": ("F.gelu({x})", "torch.ops.aten.gelu_backward({g}, {x})"),
+    "relu": ("F.relu({x})", "torch.ops.aten.threshold_backward({g}, {x}, 0)"),
+    "tanh": ("torch.tanh({x})", "torch.ops.aten.tanh_backward({g}, {y})"),
+    "sigmoid": ("torch.sigmoid({x})", "torch.ops.aten.sigmoid_backward({g}, {y})"),
+    "exp": ("torch.exp({x})", "{g} * {y}"),
+    "log": ("torch.log({x})", "{g} / {x}"),
+    "rsqrt": ("torch.rsqrt({x})", "-0.5 * {g} * {y} ** 3"),
+    "square": ("torch.square({x})", "2 * {g} * {x}"),
+}
+
+
+def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
+    return (ins[0],)
+
+
+def _unary(name: str, value: str, slope: str) -> tuple[Op, Op]:
+    from_result = "{y}" in slope
+    backward = Op(f"{name}_vjp", rule=lambda s: Rule(linear=((1,),)), infer=_infer,
+                  emit=lambda e, s, a: "(" + slope.format(x=a[0], y=a[0], g=a[1]) + ")")
+
+    def vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+        return [b.call(backward, [step.outputs[0] if from_result else step.inputs[0], ct[0]])]
+    forward = Op(name, rule=lambda s: Rule(), infer=_infer, vjp=vjp, emit=lambda e, s, a: value.format(x=a[0]))
+    return forward, backward
+
+
+OPS: dict[str, Op] = {op.name: op for name, row in UNARY.items() for op in _unary(name, *row)}
+
+
+def _function(name: str) -> Callable[[Any], Any]:
+    def function(x: Any) -> Any:
+        return apply(OPS[name], (x,))
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = f"{name} of every element; refused of a sum that is still owed."
+    return function
+
+
+silu, gelu, relu, tanh, sigmoid, exp, log, rsqrt, square = (_function(n) for n in UNARY)
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def _cast_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+    return [b.call(CAST_LIKE, [ct[0], step.inputs[0]])]
+
+
+CAST = Op("cast", rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast_vjp,
+          emit=lambda e, s, a: f"{a[0]}.to(torch.{s.options['dtype']})", dtype=lambda d, o: [o["dtype"]])
+CAST_LIKE = Op("cast_like", rule=lambda s: Rule(linear=((0,),)), infer=_infer, index=(1,),
+               emit=lambda e, s, a: f"{a[0]}.to({a[1]}.dtype)", dtype=lambda d, o: [d[1]])
+
+
+def cast(x: Any, dtype: str) -> Any:
+    """`x` in another floating-point dtype: "float32", "bfloat16", "float16" or "float64". A sum may be owed."""
+    if dtype not in DTYPES:
+        raise SpecError(f"cast: {dtype!r} is not one of {', '.join(DTYPES)}")
+    return apply(CAST, (x,), dtype=dtype)
+
+
+def _where_infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
+    return (broadcast("where", ins),)
+
+
+def _where_emit(e: Any, step: Step, args: list[str]) -> str:
+    return f"torch.where({', '.join(align(a, s, step.outs[0]) for a, s in zip(args, step.ins))})"
+
+
+def _where_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+    mask = step.inputs[0]
+    zero = b.scale(ct[0], 0.0)
+    return [None, b.einsum_to(step.ins[1], [b.call(WHERE, [mask, ct[0], zero])]),
+            b.einsum_to(step.ins[2], [b.call(WHERE, [mask, zero, ct[0]])])]
+
+
+WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=_where_infer, emit=_where_emit, vjp=_where_vjp, index=(0,),
+           dtype=lambda d, o: [d[1]])
+
+
+def where(mask: Any, a: Any, b: Any) -> Any:
+    """`a` where `mask`, else `b`. Both owe a sum, or neither does."""
+    return apply(WHERE, (mask, a, b))
+
+
+STOP_GRADIENT = Op("stop_gradient", rule=lambda s: Rule(linear=((0,),)), infer=_infer, emit=lambda e, s, a: a[0])
+
+
+def stop_gradient(x: Any) -> Any:
+    """`x`, as a constant to `value_and_grad`."""
+    return apply(STOP_GRADIENT, (x,))
+
+
+TABLE = {**OPS, "cast": CAST, "cast_like": CAST_LIKE, "where": WHERE, "stop_gradient": STOP_GRADIENT}

@@ -1,0 +1,94 @@
+"""The simulator: all ranks of a mesh in one process, on the code that each rank would run.
+
+Every rank's generated function is a generator that yields its collectives. A round runs each rank to its next one; a
+collective happens when all ranks of its group ask for the same. Ranks that part ways are an error that says how.
+"""
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shardlib.emit import Emitter, load
+from shardlib.errors import SpecError
+from shardlib.mesh import Mesh
+from shardlib.program import Program
+
+
+def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]], sizes: Mapping[str, int], log: list | None = None) -> list[dict[str, Tensor]]:
+    """Run an explicit program on every rank. `args`: each rank's shards by path. Each rank's result leaves, by position name.
+
+    `log` receives (rank, group ranks, method, numel) of every collective.
+    """
+    ranks = []
+    for rank in range(mesh.world_size):
+        e = Emitter(mesh, rank, sizes, yields=True)
+        source = e.program(program)
+        groups = {name: mesh.group(axes, rank) for axes, name in e.groups.items()}
+        main = load(source, {**e.helpers, **e.constants}, groups, f"{program.name} rank {rank}")
+        ranks.append(main(*(args[rank][path] for path, _ in program.arg_leaves())))
+    outs = run_ranks(ranks, log)
+    return [{f"{i}": v for i, v in enumerate(out)} for out in outs]
+
+
+def run_ranks(ranks: Sequence[Any], log: list | None = None) -> list[tuple]:
+    """Drive the ranks' generators to their ends, performing the collectives they ask for."""
+    waiting: dict[int, tuple] = {}
+    done: dict[int, tuple] = {}
+
+    def advance(rank: int, value: Any) -> None:
+        try:
+            waiting[rank] = ranks[rank].send(value)
+        except StopIteration as stop:
+            done[rank] = stop.value
+    for rank in range(len(ranks)):
+        advance(rank, None)
+    while waiting:
+        ready = next((g for g in dict.fromkeys(r[0] for r in waiting.values())
+                      if all(m in waiting and waiting[m][0] == g for m in g)), None)
+        if ready is None:
+            raise SpecError("the ranks part ways: " + "; ".join(
+                f"rank {r} waits in {waiting[r][1]} of ranks {list(waiting[r][0])}" if r in waiting else f"rank {r} has ended"
+                for r in range(len(ranks))))
+        requests = [waiting.pop(m) for m in ready]
+        if log is not None:
+            log.append((ready, requests[0][1], max(_numel(r[2]) for r in requests)))
+        for member, value in zip(ready, perform(requests)):
+            advance(member, value)
+    return [done[r] for r in range(len(ranks))]
+
+
+def _numel(x: Any) -> int:
+    return sum(t.numel() for t in x) if isinstance(x, tuple) else x.numel()
+
+
+def perform(requests: Sequence[tuple]) -> list[Any]:
+    """One collective: the members' requests (group, method, operand, *extra), and what each gets."""
+    method, n = requests[0][1], len(requests)
+    if any(r[1] != method for r in requests):
+        raise SpecError(f"the ranks part ways: {', '.join(sorted({r[1] for r in requests}))} in one group at once")
+    xs = [r[2] for r in requests]
+    if method == "all_to_all":
+        return [tuple(xs[j][i].clone() for j in range(n)) for i in range(n)]
+    if method == "all_gather":
+        dim, sizes = requests[0][3:5]
+        if [x.shape[dim] for x in xs] != list(sizes):
+            raise SpecError(f"all_gather: the ranks hold {[x.shape[dim] for x in xs]} rows, the program says {list(sizes)}")
+        return [torch.cat(xs, dim) for _ in range(n)]
+    if len({x.shape for x in xs}) > 1:
+        raise SpecError(f"{method}: the ranks bring shapes {[tuple(x.shape) for x in xs]}")
+    total = _reduce(xs, requests[0][-1])
+    if method == "all_reduce":
+        return [total.clone() for _ in range(n)]
+    dim, sizes = requests[0][3:5]
+    return [piece.clone() for piece in total.split(list(sizes), dim)]
+
+
+def _reduce(xs: Sequence[Tensor], kind: str) -> Tensor:
+    if kind == "sum":
+        out = xs[0].clone()
+        for x in xs[1:]:
+            out = out + x
+        return out
+    return torch.stack(list(xs)).amax(0)

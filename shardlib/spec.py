@@ -1,0 +1,237 @@
+"""Spec strings: one grammar, one parser, one printer.
+
+A spec names the dims of a tensor, says over which mesh axes each is split, and which sums are still owed.
+
+>>> s = parse("B/dp T D +tp")
+>>> s.names, s.axes("B"), s.owed_axes
+(('B', 'T', 'D'), ('dp',), ('tp',))
+>>> str(parse("M/x/y (K/tp G H) 1 D/1 +b +a"))
+'M/x/y (K/tp G H) 1 D/1 +a +b'
+
+    spec  := "()" | item { " " item }              "()" is the scalar
+    item  := "..." (first only) | dim | owed       dims before owed
+    dim   := NAME ["~"] [split] | INT | "(" NAME [split] { " " NAME } ")"
+    split := "/" AXIS { "/" AXIS } | "/1"          "/1": whole on purpose
+    owed  := "+" AXIS | "max:" AXIS | "@" AXIS ":" (INT | "last")
+
+Text and type are two things: `parse` gives text, which keeps aliases and `/1` and round-trips; `Spec.resolve(mesh)`
+gives the type, with aliases expanded and no `/1`. A type is its own text. Refused with a `SpecError`: anything else
+than the grammar, a name twice, an axis twice, an owed max beside an owed sum.
+"""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Mapping
+
+from shardlib.errors import SpecError
+
+if TYPE_CHECKING:
+    from shardlib.mesh import Mesh
+
+NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+_DIM = re.compile(rf"({NAME})(~?)((?:/{NAME})+|/1)?")
+_OWED = re.compile(rf"\+({NAME})|max:({NAME})|@({NAME}):([0-9]+|last)")
+_ITEM = re.compile(r"\([^()]*\)|[^\s()]+")
+MAX_TEXT = 2000
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A name and the mesh axes that split it, outermost first. `whole` records a written `/1`."""
+    name: str
+    axes: tuple[str, ...] = ()
+    whole: bool = False
+
+    def __str__(self) -> str:
+        return "/".join((self.name, *self.axes)) + ("/1" if self.whole else "")
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dim of a tensor: a name, a group of names, or a constant size (no factors)."""
+    factors: tuple[Factor, ...]
+    size: int | None = None
+    ragged: bool = False
+
+    @property
+    def label(self) -> str:
+        """What the dim is known by: its name, or all names of its group in parentheses; a constant has its digits."""
+        if len(self.factors) == 1:
+            return self.factors[0].name
+        return f"({' '.join(f.name for f in self.factors)})" if self.factors else str(self.size)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return self.factors[0].axes if self.factors else ()
+
+    def split(self, axes: tuple[str, ...]) -> Dim:
+        """The same dim split over `axes` and nothing else."""
+        if not self.factors:
+            return self
+        return replace(self, factors=(Factor(self.factors[0].name, tuple(axes)), *self.factors[1:]))
+
+    def __str__(self) -> str:
+        if not self.factors:
+            return str(self.size)
+        if len(self.factors) > 1:
+            return f"({' '.join(map(str, self.factors))})"
+        head = str(self.factors[0])
+        return head.replace(self.label, self.label + "~", 1) if self.ragged else head
+
+
+@dataclass(frozen=True)
+class Owed:
+    """What is still owed on an axis: a sum ("+"), a max ("max"), or the value is held at one coordinate ("@")."""
+    kind: str
+    axis: str
+    at: int | str | None = None
+
+    def __str__(self) -> str:
+        return {"+": f"+{self.axis}", "max": f"max:{self.axis}", "@": f"@{self.axis}:{self.at}"}[self.kind]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The parsed form of a spec. Build it with `parse`; print it with `str`."""
+    dims: tuple[Dim, ...] = ()
+    owed: tuple[Owed, ...] = ()
+    ellipsis: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "owed", tuple(sorted(self.owed, key=lambda o: o.axis)))
+        _check(self)
+
+    @cached_property
+    def text(self) -> str:
+        return " ".join(self.items()) or "()"
+
+    def items(self) -> list[str]:
+        return ["..."] * self.ellipsis + [str(d) for d in self.dims] + [str(o) for o in self.owed]
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spec) and self.text == other.text
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Every name, groups opened, in order."""
+        return tuple(f.name for d in self.dims for f in d.factors)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """One label a dim."""
+        return tuple(d.label for d in self.dims)
+
+    @cached_property
+    def split_axes(self) -> tuple[str, ...]:
+        """The axes that split a dim, in order of appearance."""
+        return tuple(a for d in self.dims for f in d.factors for a in f.axes)
+
+    @property
+    def owed_axes(self) -> tuple[str, ...]:
+        """The axes over which a sum is owed."""
+        return tuple(o.axis for o in self.owed if o.kind == "+")
+
+    def dim(self, label: str) -> Dim:
+        return self.dims[self.labels.index(label)]
+
+    def axes(self, label: str) -> tuple[str, ...]:
+        """The axes that split the dim known as `label`."""
+        return self.dim(label).axes
+
+    def split(self, axes: Mapping[str, tuple[str, ...]]) -> Spec:
+        """The same dims, each label split over `axes[label]` (nothing, where missing), owing the same."""
+        return replace(self, dims=tuple(d.split(axes.get(d.label, ())) for d in self.dims))
+
+    def owing(self, *owed: Owed | str) -> Spec:
+        """The same dims, owing exactly `owed`; a plain axis name stands for a sum."""
+        return replace(self, owed=tuple(o if isinstance(o, Owed) else Owed("+", o) for o in owed))
+
+    def whole(self) -> Spec:
+        """The same dims with nothing split and nothing owed."""
+        return Spec(tuple(d.split(()) for d in self.dims))
+
+    def resolve(self, mesh: Mesh) -> Spec:
+        """The type on `mesh`: aliases expanded, no `/1`. SpecError for an axis the mesh lacks."""
+        return mesh.resolve(self)
+
+
+def _check(spec: Spec) -> None:
+    names, axes = spec.names, [*spec.split_axes, *(o.axis for o in spec.owed)]
+    for name in names:
+        if names.count(name) > 1:
+            raise SpecError(f'spec "{spec.text}": dim {name} appears twice; give the second one its own letter')
+    for axis in axes:
+        if axes.count(axis) > 1:
+            raise SpecError(f'spec "{spec.text}": axis {axis} is used twice; an axis splits one dim, or is owed, once')
+    if any(o.kind == "max" for o in spec.owed) and any(o.kind == "+" for o in spec.owed):
+        raise SpecError(f'spec "{spec.text}": an owed max beside an owed sum has no meaning; reduce one of them first')
+
+
+@lru_cache(maxsize=16384)
+def parse(text: str) -> Spec:
+    """The Spec that `text` writes. SpecError when it is not in the grammar."""
+    if not isinstance(text, str):
+        raise SpecError(f"a spec is a string, not {type(text).__name__}")
+    if len(text) > MAX_TEXT:
+        raise SpecError(f"spec of {len(text)} characters; the longest allowed has {MAX_TEXT}")
+    if not text.strip(" "):
+        raise SpecError('an empty string is no spec; the scalar is written "()"')
+    if text.strip(" ") == "()":
+        return Spec()
+    items = _ITEM.findall(text)
+    if " ".join(items).replace(" ", "") != re.sub(" ", "", text):
+        raise SpecError(f"spec {text!r}: unmatched parenthesis or white space other than blanks")
+    ellipsis = items[0] == "..."
+    dims: list[Dim] = []
+    owed: list[Owed] = []
+    for item in items[ellipsis:]:
+        if match := _OWED.fullmatch(item):
+            plus, biggest, held, at = match.groups()
+            owed.append(Owed("+", plus) if plus else Owed("max", biggest) if biggest
+                        else Owed("@", held, at if at == "last" else int(at)))
+        elif owed:
+            raise SpecError(f"spec {text!r}: {item} stands after {owed[-1]}; dims come before what is owed")
+        else:
+            dims.append(_dim(item, text))
+    return Spec(tuple(dims), tuple(owed), ellipsis)
+
+
+def _dim(item: str, text: str) -> Dim:
+    if item.isascii() and item.isdigit() and len(item) < 19:
+        return Dim((), size=int(item))
+    if item.startswith("("):
+        factors = tuple(_dim(name, text) for name in item[1:-1].split())
+        if not factors or any(len(d.factors) != 1 or d.ragged for d in factors):
+            raise SpecError(f"spec {text!r}: {item} is no group; a group holds names, as in (K/tp G H)")
+        if any(d.factors[0].axes or d.factors[0].whole for d in factors[1:]):
+            raise SpecError(f"spec {text!r}: in the group {item} only the first factor may be split")
+        return Dim(tuple(d.factors[0] for d in factors)) if len(factors) > 1 else factors[0]
+    match = _DIM.fullmatch(item)
+    if not match:
+        raise SpecError(f"spec {text!r}: {item!r} is neither a dim (D, D/tp, D/1, R~/ep, 4, (K G H)) "
+                        f"nor owed (+tp, max:tp, @pp:0)")
+    name, ragged, split = match.groups()
+    axes = () if split in (None, "/1") else tuple(split[1:].split("/"))
+    return Dim((Factor(name, axes, split == "/1"),), ragged=bool(ragged))
+
+
+@lru_cache(maxsize=4096)
+def parse_signature(text: str) -> tuple[tuple[Spec | None, ...], tuple[Spec | None, ...]]:
+    """Arguments and results of "B T D, * -> B T D"; `None` stands for `*`, a pytree that carries its own specs."""
+    if not isinstance(text, str):
+        raise SpecError(f"a signature is a string, not {type(text).__name__}")
+    if text.count("->") != 1:
+        raise SpecError(f'"{text}": a signature has exactly one "->" between its operands and its result')
+    left, right = text.split("->")
+
+    def side(part: str) -> tuple[Spec | None, ...]:
+        return tuple(None if s.strip(" ") == "*" else parse(s.strip(" ")) for s in part.split(",")) if part.strip(" ") else ()
+    return side(left), side(right)

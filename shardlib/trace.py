@@ -1,0 +1,325 @@
+"""Tracing: run a sharded function once on names instead of tensors, and keep what it did as a Program.
+
+>>> f = Function(lambda x, y: (x + y) * 2, "B T D, D -> B T D")
+>>> [(step.op.name, step.text) for step in trace(f).steps]
+[('add', 'B T D, D -> B T D'), ('scale', 'B T D -> B T D')]
+
+Every tensor argument and result has a spec in the signature; `*` is a pytree of `Params` (its annotation, or an
+instance given to `trace`, says which). Keyword-only arguments are static: plain Python values, part of the program.
+A `@sharded` function called inside another becomes part of its program. Refused: dims that are not those of the value,
+the wrong number of operands, values of another trace.
+"""
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import keyword
+import re
+import sys
+import typing
+from contextvars import ContextVar
+from dataclasses import replace
+from itertools import count
+from typing import Any, Callable, Sequence
+
+from shardlib.arithmetic import BINARY, with_number
+from shardlib.errors import SpecError
+from shardlib.layout import Layout
+from shardlib.params import Params, fill, leaf_values, struct
+from shardlib.program import Op, Program, Result, Step, Struct, Where
+from shardlib.rules import Rule
+from shardlib.spec import NAME, Dim, Spec, parse_signature
+
+_ACTIVE: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
+RESHARD = Op("reshard", rule=lambda step: Rule(), moves=True)
+
+
+class Value:
+    """A tensor in a traced function: dims by name, no data. Arithmetic on it records steps."""
+    __slots__ = ("tracer", "id", "spec", "local")
+    
+    def __init__(self, tracer: Tracer, ident: int, spec: Spec) -> None:
+        self.tracer, self.id, self.spec, self.local = tracer, ident, spec, None
+
+    def __repr__(self) -> str:
+        return f"Value({self.spec})"
+
+    def __add__(self, other): return _arithmetic("add", self, other)
+    def __radd__(self, other): return _arithmetic("add", other, self)
+    def __sub__(self, other): return _arithmetic("sub", self, other)
+    def __rsub__(self, other): return _arithmetic("sub", other, self)
+    def __mul__(self, other): return _arithmetic("mul", self, other)
+    def __rmul__(self, other): return _arithmetic("mul", other, self)
+    def __truediv__(self, other): return _arithmetic("div", self, other)
+    def __rtruediv__(self, other): return _arithmetic("div", other, self)
+    def __neg__(self): return _arithmetic("mul", self, -1.0)
+
+    def __bool__(self) -> bool:
+        raise SpecError("a traced value has no truth: a branch on data would let ranks part ways; use where(...)")
+
+
+def _arithmetic(name: str, a: Any, b: Any) -> Value:
+    if isinstance(a, Value) and isinstance(b, Value):
+        return apply(BINARY[name], (a, b))
+    value, number = (a, b) if isinstance(a, Value) else (b, a)
+    for op, attrs in with_number(name, number, left=value is b):
+        value = apply(op, (value,), **attrs)
+    return value
+
+
+class Function:
+    """A function with a signature of specs. Inside of a trace, calling it makes it part of the traced program."""
+
+    def __init__(self, fn: Callable, signature: str, layout: Layout | None = None) -> None:
+        self.fn, self.signature, self.layout = fn, signature, layout
+        self.ins, self.outs = parse_signature(signature)
+        self.__name__, self.__doc__, self.__wrapped__ = fn.__name__, fn.__doc__, fn
+        parameters = inspect.signature(fn).parameters.values()
+        self.arg_names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        if len(self.arg_names) != len(self.ins):
+            raise SpecError(f'{fn.__name__}: the signature "{signature}" names {len(self.ins)} arguments, the function takes '
+                            f'{len(self.arg_names)} ({", ".join(self.arg_names)}); static ones come after a "*,"')
+
+    def __call__(self, *args: Any, **static: Any) -> Any:
+        tracer = _ACTIVE.get()
+        return self.outside(args, static) if tracer is None else _inline(tracer, self, args, static)
+
+    def outside(self, args: Sequence[Any], static: dict[str, Any]) -> Any:
+        """What a call on tensors does; the executors say."""
+        raise SpecError(f"{self.__name__} was called outside of a @sharded function")
+
+    def hints(self) -> dict[str, Any]:
+        try:
+            return typing.get_type_hints(self.fn)
+        except NameError:
+            return {n: self.fn.__globals__.get(t) if isinstance(t, str) else t for n, t in self.fn.__annotations__.items()}
+
+
+class Tracer:
+    """Records steps. Values are numbered; names are given at the end, from the user's variables where it has them."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.specs: list[Spec] = []
+        self.names: dict[int, tuple[str, str, Any]] = {}        # value -> variable, path in it, the object it holds
+        self.num_args = 0
+        self.layout: Layout | None = None
+
+    def new(self, spec: Spec, name: str | None = None) -> Value:
+        self.specs.append(spec)
+        if name:
+            self.names[len(self.specs) - 1] = (name, "", name)
+        return Value(self, len(self.specs) - 1, spec)
+
+    def record(self, op: Op, values: Sequence[Value], ins: Sequence[Spec], outs: Sequence[Spec], attrs: dict[str, Any],
+               body: Program | None, where: Where | None) -> tuple[Value, ...]:
+        made = tuple(self.new(s) for s in outs)
+        self.steps.append(Step(op, tuple(ins), tuple(outs), tuple(str(v.id) for v in values), tuple(str(v.id) for v in made),
+                               tuple(sorted(attrs.items())), body, where, layout=self.layout))
+        return made
+
+    def notice(self, frame: Any) -> None:
+        """Name the values that the user's variables in `frame` hold."""
+        for name, value in frame.f_locals.items():
+            for suffix, v in _values(value):
+                if v.tracer is self and v.id >= self.num_args and not self.names.get(v.id, ("",))[0] and _nameable(name):
+                    self.names[v.id] = (name, suffix, value)
+
+    def group(self, tree: Params) -> None:
+        """The leaves of `tree` are known as its fields, whatever its own name becomes."""
+        for path, v in _values(tree):
+            self.names[v.id] = ("", path, tree)
+
+    def finish(self, name: str, args: Sequence[tuple[str, Any]], results: Sequence[tuple[str, Any]], where: Where | None) -> Program:
+        """The program, with every value under a unique, readable name."""
+        taken = {n for n, _ in args}
+        roots: dict[int, str] = {}
+        final: dict[str, str] = {}
+        for ident in range(len(self.specs)):
+            root, suffix, held = self.names.get(ident, ("", "", None))
+            if ident < self.num_args:
+                final[str(ident)] = root + suffix
+                continue
+            key = id(held) if held is not None else -1 - ident
+            if key not in roots:
+                roots[key] = fresh(root, taken)
+            final[str(ident)] = roots[key] + suffix
+        steps = tuple(replace(s, inputs=tuple(final[i] for i in s.inputs), outputs=tuple(final[i] for i in s.outputs))
+                      for s in self.steps)
+        return Program(name, tuple(args), steps, tuple(_result(tree, value, final) for tree, value in results), where=where)
+
+
+def fresh(base: str, taken: set[str]) -> str:
+    """A name that is not yet in `taken`, like `base`; it is added."""
+    name = base if base and base not in taken else next(n for i in count(2 if base else 1) if (n := f"{base or 'v'}{i}") not in taken)
+    taken.add(name)
+    return name
+
+
+def _nameable(name: str) -> bool:
+    return bool(re.fullmatch(NAME, name)) and not keyword.iskeyword(name) and name not in ("True", "False", "None")
+
+
+def _values(value: Any) -> list[tuple[str, Value]]:
+    if isinstance(value, Value):
+        return [("", value)]
+    if isinstance(value, Params):
+        return [(path, v) for path, v in leaf_values(value, "") if isinstance(v, Value)]
+    return []
+
+
+def _result(tree: Any, value: Any, final: dict[str, str]) -> Result:
+    return Result(tree, tuple(final[str(v.id)] for _, v in _values(value)))
+
+
+def trace(f: Function, args: Sequence[Any] = (), static: dict[str, Any] | None = None) -> Program:
+    """The Program of `f`, as written: nothing completed. `args`: instances that say which pytrees it takes, where annotations do not."""
+    return trace_results(f, args, static)[0]
+
+
+def trace_results(f: Function, args: Sequence[Any] = (), static: dict[str, Any] | None = None) -> tuple[Program, tuple[Any, ...]]:
+    """The Program of `f`, and what it returned: Values, and pytrees of them."""
+    tracer = Tracer()
+    hints = f.hints()
+    trees = []
+    for i, (name, spec) in enumerate(zip(f.arg_names, f.ins)):
+        given = args[i] if i < len(args) else None
+        trees.append((name, spec if spec is not None else _struct(f, name, given if isinstance(given, (Params, Struct)) else hints.get(name))))
+    values = [_argument(tracer, name, tree, hints.get(name), args[i] if i < len(args) else None) for i, (name, tree) in enumerate(trees)]
+    tracer.num_args = len(tracer.specs)
+    token = _ACTIVE.set(tracer)
+    try:
+        results = f.fn(*values, **(static or {}))
+    finally:
+        _ACTIVE.reset(token)
+    given = _results(f, results)
+    return tracer.finish(f.__name__, trees, given, _definition(f)), tuple(value for _, value in given)
+
+
+def _struct(f: Function, name: str, given: Any) -> Struct:
+    if isinstance(given, Struct):
+        return given
+    if isinstance(given, Params) or (isinstance(given, type) and issubclass(given, Params)):
+        return struct(given)
+    raise SpecError(f'{f.__name__}: {name} is "*" in "{f.signature}", a pytree; annotate it with its Params class, '
+                    f'or pass an instance')
+
+
+def _argument(tracer: Tracer, name: str, tree: Any, hint: Any, given: Any) -> Any:
+    if isinstance(tree, Spec):
+        return tracer.new(tree, name)
+    specs = dict(tree.leaves(name))
+    like = given if isinstance(given, Params) else hint
+    if isinstance(given, Struct):
+        return _fill_struct(tracer, hint, tree, name)
+    return fill(like, name, lambda path: tracer.new(specs[path], path))
+
+
+def _fill_struct(tracer: Tracer, cls: type[Params], tree: Struct, path: str) -> Any:
+    kinds = {f.name: f.metadata.get("of") for f in dataclasses.fields(cls)}
+    return cls(**{n: _fill_struct(tracer, kinds[n], sub, f"{path}.{n}") if isinstance(sub, Struct)
+                  else tracer.new(sub, f"{path}.{n}") for n, sub in tree.fields})
+
+
+def _results(f: Function, results: Any) -> list[tuple[Any, Any]]:
+    given = results if isinstance(results, tuple) else (results,)
+    if len(given) != len(f.outs):
+        raise SpecError(f'{f.__name__}: returns {len(given)} results, its signature "{f.signature}" names {len(f.outs)}')
+    out = []
+    for spec, value in zip(f.outs, given):
+        if spec is None:
+            if not isinstance(value, Params):
+                raise SpecError(f'{f.__name__}: result "*" is a Params pytree, not {type(value).__name__}')
+            tree = struct(fill(value, "", lambda p, v=dict(leaf_values(value, "")): v[p].spec))
+            out.append((tree, value))
+        else:
+            check_dims(f"{f.__name__}, result", spec, value)
+            out.append((spec, value))
+    return out
+
+
+def _definition(f: Function) -> Where:
+    code = f.fn.__code__
+    return Where(code.co_filename, code.co_firstlineno)
+
+
+def _inline(tracer: Tracer, f: Function, args: Sequence[Any], static: dict[str, Any]) -> Any:
+    if len(args) != len(f.ins):
+        raise SpecError(f"{f.__name__} takes {len(f.ins)} arguments, {len(args)} were given")
+    before, tracer.layout = tracer.layout, f.layout if f.layout is not None else tracer.layout
+    try:
+        passed = [a if spec is None else apply(RESHARD, (a,), ins=(spec,), outs=(spec,)) for spec, a in zip(f.ins, args)]
+        results = f.fn(*passed, **static)
+        given = _results(f, results)
+        out = tuple(v if isinstance(v, Params) else apply(RESHARD, (v,), ins=(v.spec,), outs=(s,)) for s, v in given)
+    finally:
+        tracer.layout = before
+    return out if isinstance(results, tuple) else out[0]
+
+
+def apply(op: Op, operands: Sequence[Any], text: str | None = None, *, ins: Sequence[Spec] | None = None,
+          outs: Sequence[Spec] | None = None, body: Program | None = None, **attrs: Any) -> Any:
+    """Record one call of `op`: by its spec string `text`, or with specs inferred from its operands. Its results."""
+    tracer = _ACTIVE.get()
+    if tracer is None:
+        raise SpecError(f"{op.name} was called outside of a @sharded function; put the computation into one, and call that")
+    for i, x in enumerate(operands):
+        if not isinstance(x, Value):
+            raise SpecError(f"{op.name}: operand {i + 1} is a {type(x).__name__}; pass tensors in as arguments of the @sharded function")
+        if x.tracer is not tracer:
+            raise SpecError(f"{op.name}: operand {i + 1} belongs to another trace; a function passed to scan takes all it uses as arguments")
+    frame = _user_frame()
+    tracer.notice(frame)
+    where = Where(frame.f_code.co_filename, frame.f_lineno)
+    if text is not None:
+        ins, outs = bind(op.name, text, operands)
+    elif ins is None:
+        ins = tuple(v.spec.whole() for v in operands)
+        outs = op.infer(ins, attrs)
+    made = tracer.record(op, operands, ins, outs, attrs, body, where)
+    return made if len(made) != 1 else made[0]
+
+
+def bind(op: str, text: str, operands: Sequence[Value]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
+    """Operand and result specs of `text`, its dims checked against the operands', "..." replaced by the dims it stands for."""
+    ins, outs = parse_signature(text)
+    if None in ins or None in outs:
+        raise SpecError(f'{op} "{text}": "*" belongs in the signature of a @sharded function')
+    if len(ins) != len(operands):
+        raise SpecError(f'{op} "{text}": {len(ins)} operand specs, {len(operands)} operands')
+    dots: tuple[Dim, ...] | None = None
+    for spec, value in zip(ins, operands):
+        if spec.ellipsis:
+            here = value.spec.whole().dims[:len(value.spec.dims) - len(spec.dims)]
+            if dots is not None and here != dots:
+                raise SpecError(f'{op} "{text}": "..." stands for {Spec(dots)} in one operand, for {Spec(here)} in another')
+            dots = here
+    if dots is None and any(s.ellipsis for s in outs):
+        raise SpecError(f'{op} "{text}": "..." in the result stands for dims of an operand, and no operand has it')
+
+    def open_(spec: Spec) -> Spec:
+        return Spec((*dots, *spec.dims), spec.owed) if spec.ellipsis else spec
+    ins, outs = tuple(map(open_, ins)), tuple(map(open_, outs))
+    for i, (spec, value) in enumerate(zip(ins, operands)):
+        check_dims(f'{op} "{text}": operand {i + 1}', spec, value)
+    return ins, outs
+
+
+def check_dims(who: str, spec: Spec, value: Any) -> None:
+    """SpecError unless `value` has the dims of `spec`, in order."""
+    if not isinstance(value, Value):
+        raise SpecError(f"{who} is a {type(value).__name__}, not a tensor of the traced function")
+    if spec.labels != value.spec.labels:
+        raise SpecError(f"{who} has dims {' '.join(value.spec.labels) or '()'}, not {' '.join(spec.labels) or '()'}")
+
+
+def _user_frame() -> Any:
+    """The innermost frame outside of the library's own language and ops."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _ours(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+    return frame
+
+
+def _ours(module: str) -> bool:
+    return module.startswith("shardlib.") and not module.startswith("shardlib.models")

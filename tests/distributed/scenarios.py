@@ -1,0 +1,92 @@
+"""What the tests ask of real ranks beside conformance cases. Each runs on every rank and returns plain data.
+
+A test names one: `world.run("places", ["tp"])` is a list of what each rank returned.
+"""
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardlib.distributed import Runtime
+from shardlib.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Plan:
+    step: int
+    axes: tuple[str, ...]
+
+
+def places(runtime: Runtime, axes: list[str]) -> dict[str, Any]:
+    """Everything a coordinator says of where it stands."""
+    group = runtime.group(axes)
+    names = ("name", "rank", "ranks", "world_size", "local_rank", "rank_in_group", "first_rank", "last_rank",
+             "is_first_rank", "is_last_rank", "next_rank", "prev_rank")
+    return {name: getattr(group, name) for name in names}
+
+
+def shared_groups(runtime: Runtime) -> list[bool]:
+    """Whether (dp, tp) and (tp, dp) share process groups, and data and control do not."""
+    one, other = runtime.group(("dp", "tp")), runtime.group(("tp", "dp"))
+    return [one.device_group is other.device_group, one.cpu_group is other.cpu_group, one.device_group is one.cpu_group]
+
+
+def messages(runtime: Runtime, axes: list[str]) -> list[Any]:
+    """Small, large, typed and empty messages, from the last member."""
+    group = runtime.group(axes)
+    root = group.world_size - 1
+
+    def tell(message: Any, **how: Any) -> Any:
+        return group.broadcast_message(message if group.rank_in_group == root else None, root, **how)
+    got = tell(Plan(3, ("dp", "tp")), as_type=Plan)
+    return [tell({"step": 3, "names": ["a", "b"], "x": [1.5, None, True]}), len(tell("x" * 100_000)), tell(b"y" * 1015) == b"y" * 1015,
+            isinstance(got, Plan) and got.axes, tell(None), refusal(lambda: tell({"f": int})), tell((1, 2))]
+
+
+def barrier(runtime: Runtime, axes: list[str]) -> bool:
+    """Whether nobody leaves a barrier before the last, who is late, has come."""
+    group = runtime.group(axes)
+    if group.is_last_rank:
+        time.sleep(0.2)
+    arrived = time.monotonic()
+    group.barrier()
+    left = time.monotonic()
+    latest = group.all_reduce(torch.tensor(arrived, dtype=torch.float64), "max").item()
+    return left >= latest
+
+
+def misuse(runtime: Runtime, axes: list[str]) -> list[str]:
+    """The texts with which calls that mean nothing are refused, before anything is sent."""
+    group, x = runtime.group(axes), torch.ones(3, 2)
+    return [refusal(call) for call in (
+        lambda: group.all_reduce(x, "mean"),
+        lambda: group.all_reduce(x.bool()),
+        lambda: group.all_gather(x, 0, (3,)),
+        lambda: group.all_gather(x, 0, (4, 4)),
+        lambda: group.all_gather(x, 2, (3, 3)),
+        lambda: group.reduce_scatter(x, 0, (1, 1)),
+        lambda: group.all_to_all((x,), ((3, 2), (3, 2))),
+        lambda: group.all_to_all((x, x.int()), ((3, 2), (3, 2))),
+        lambda: group.broadcast(x, 2),
+        lambda: group.all_reduce(x.to("meta")))]
+
+
+def life(runtime: Runtime) -> list[str]:
+    """Refusals in the life of a runtime: a group not made, an unknown axis, a group destroyed."""
+    runtime.create_groups([("dp",)])
+    group = runtime.group(("dp",))
+    texts = [refusal(lambda: runtime.group(("dp", "tp"))), refusal(lambda: runtime.group(("xp",))),
+             refusal(lambda: runtime.group(("dp", "dp")))]
+    group.destroy()
+    return [*texts, refusal(lambda: group.all_reduce(torch.ones(1))), refusal(group.barrier)]
+
+
+def refusal(call: Any) -> str:
+    try:
+        call()
+    except SpecError as error:
+        return str(error)
+    return "not refused"

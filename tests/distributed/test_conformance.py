@@ -1,0 +1,106 @@
+"""torch.distributed over gloo does what `conformance` says, on groups of 1 to 4, in both orders of a product."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conformance import COLLECTIVES, DTYPES, LAYOUTS, Case, check, draw, fixed_cases
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pool import Pool, World
+
+from shardlib.distributed import connect
+from shardlib.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A mesh, and the products of axes whose groups are tried on it."""
+    mesh: str
+    products: tuple[tuple[str, ...], ...]
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        return Mesh.parse(self.mesh).size(axes)
+
+
+SETTINGS = (Setting("tp=1", (("tp",),)), Setting("tp=2", (("tp",),)), Setting("tp=3", (("tp",),)),
+            Setting("dp=2,tp=2", (("tp",), ("dp",), ("dp", "tp"), ("tp", "dp"))))
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=lambda s: s.mesh)
+def setting(request: pytest.FixtureRequest) -> Setting:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def world(setting: Setting, pool: Pool) -> World:
+    return pool.connect(setting.mesh, setting.products, Mesh.parse(setting.mesh).world_size)
+
+
+def test_fixed_cases(world: World, setting: Setting) -> None:
+    for axes in setting.products:
+        assert world.check(*fixed_cases(axes, setting.size(axes))) == []
+
+
+SIZES = st.sampled_from((0, 1, 2, 3, 5, 7, 13))
+
+
+@st.composite
+def cases(draw: st.DrawFn, setting: Setting) -> Case:
+    """Any call that has a meaning on one of the setting's groups."""
+    axes = draw(st.sampled_from(setting.products))
+    n = setting.size(axes)
+    collective = draw(st.sampled_from(COLLECTIVES))
+    shape = draw(st.lists(SIZES, min_size=collective not in ("all_reduce", "broadcast", "send"), max_size=4).map(tuple))
+    members = st.lists(SIZES, min_size=n, max_size=n).map(tuple)
+    return Case(collective, axes, draw(st.sampled_from(DTYPES)), shape,
+                dim=draw(st.integers(-len(shape), len(shape) - 1)) if shape else 0,
+                sizes=draw(members), rows=tuple(draw(members) for _ in range(n)), op=draw(st.sampled_from(("sum", "max"))),
+                layout=draw(st.sampled_from(LAYOUTS)), special=draw(st.booleans()),
+                root=draw(st.integers(0, n - 1)), seed=draw(st.integers(0, 1000)))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(data=st.data())
+def test_drawn_cases(world: World, setting: Setting, data: st.DataObject) -> None:
+    assert world.check(data.draw(cases(setting))) == []
+
+
+# -- the kit itself: it must see what is wrong -------------------------------------------------------------------------
+
+class Wrong:
+    """A group of one whose results are spoiled."""
+
+    def __init__(self, spoil: str) -> None:
+        self.runtime = connect(Mesh(tp=1), device="cpu")
+        self.group, self.spoil = self.runtime.group(("tp",)), spoil
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.group, name)
+
+    def all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor:
+        if self.spoil == "argument":
+            x.add_(1)
+        good = self.group.all_reduce(x, op)
+        return {"alias": x, "value": good + 1, "dtype": good.double(), "shape": good[:1], "stride": good.t().contiguous().t(),
+                "argument": self.group.all_reduce(x, op)}[self.spoil]
+
+
+@pytest.mark.parametrize("spoil", ("alias", "value", "dtype", "shape", "stride", "argument"))
+def test_the_kit_sees_what_is_wrong(spoil: str) -> None:
+    assert check(Case("all_reduce", ("tp",), "float32", (3, 2)), Wrong(spoil))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_what_they_say(layout: str) -> None:
+    x = draw((4, 3), Case("all_reduce", ("tp",), "float32", (4, 3), layout=layout), 0)
+    assert x.shape == (4, 3) and x.is_contiguous() == (layout in ("contiguous", "offset", "grad"))
+    assert (x.storage_offset() > 0) == (layout == "offset") and x.requires_grad == (layout == "grad")
+    assert (x.stride(0) == 0) == (layout == "expanded")
+
+
+def test_cases_differ_between_members_and_groups() -> None:
+    case = Case("all_reduce", ("tp",), "float32", (3,))
+    drawn = {tuple(draw(case.shape, replace(case, seed=seed), key).tolist()) for seed in range(3) for key in range(3)}
+    assert len(drawn) == 9

@@ -1,0 +1,101 @@
+"""What a GroupCoordinator says of itself, its messages and its refusals, on real ranks."""
+from __future__ import annotations
+
+import pytest
+import torch
+from pool import Pool, World
+
+from shardlib.distributed import GroupCoordinator, connect
+from shardlib.distributed.communicators.alone import Alone
+from shardlib.distributed.communicators.protocol import Call
+from shardlib.errors import SpecError
+from shardlib.mesh import Mesh
+
+
+@pytest.fixture(scope="module")
+def pair(pool: Pool) -> World:
+    return pool.connect("tp=2", [("tp",)], 2)
+
+
+@pytest.fixture(scope="module")
+def square(pool: Pool) -> World:
+    return pool.connect("dp=2,tp=2,ep=dp/tp", [("tp",), ("dp", "tp"), ("tp", "dp"), ("ep",)], 4)
+
+
+def test_places_on_a_permuted_product(square: World) -> None:
+    places = square.run("places", ["tp", "dp"])
+    assert places[1] == {"name": "tp/dp", "rank": 1, "ranks": [0, 2, 1, 3], "world_size": 4, "local_rank": 1,
+                         "rank_in_group": 2, "first_rank": 0, "last_rank": 3, "is_first_rank": False,
+                         "is_last_rank": False, "next_rank": 3, "prev_rank": 2}
+    assert [p["rank_in_group"] for p in places] == [0, 2, 1, 3]
+    assert [(p["prev_rank"], p["next_rank"]) for p in places] == [(3, 2), (2, 3), (0, 1), (1, 0)]
+    assert [(p["is_first_rank"], p["is_last_rank"]) for p in places] == [(True, False), (False, False), (False, False), (False, True)]
+
+
+def test_an_alias_is_its_axes(square: World) -> None:
+    assert square.run("places", ["ep"]) == square.run("places", ["dp", "tp"])
+
+
+def test_orders_share_process_groups_and_control_has_its_own(square: World) -> None:
+    assert square.run("shared_groups") == [[True, True, False]] * 4
+
+
+def test_messages(square: World) -> None:
+    for axes in (["tp"], ["tp", "dp"]):
+        assert square.run("messages", axes) == [[
+            {"step": 3, "names": ["a", "b"], "x": [1.5, None, True]}, 100_000, True, ["dp", "tp"], None,
+            "a message holds plain data only: Encoding objects of type type is unsupported", [1, 2]]] * 4
+
+
+def test_nobody_leaves_a_barrier_early(pair: World) -> None:
+    assert pair.run("barrier", ["tp"]) == [True, True]
+
+
+MISUSE = [
+    "a reduction is \"sum\" or \"max\", not 'mean'",
+    "sum of bool over ranks: not defined; convert it to another dtype first",
+    "all_gather over tp: 1 sizes for 2 members",
+    "all_gather over tp: dim 0 of member {me} has 3; sizes (4, 4) say 4",
+    "all_gather over tp: no dim 2 in a tensor of 2 dims",
+    "reduce_scatter over tp: sizes (1, 1) add up to 2; dim 0 has 3",
+    "all_to_all over tp: 1 pieces for 2 members",
+    "all_to_all over tp: pieces of several dtypes; convert them to one",
+    "broadcast over tp: no member 2 in a group of 2",
+    "all_reduce over tp: torch.distributed (gloo) takes tensors on cpu, not on meta; "
+    "torch.distributed (gloo) takes tensors on cpu, not on meta",
+]
+
+
+def test_misuse_is_refused_before_anything_is_sent(pair: World) -> None:
+    assert pair.run("misuse", ["tp"]) == [[text.format(me=me) for text in MISUSE] for me in range(2)]
+    assert pair.run("barrier", ["tp"]) == [True, True]
+
+
+class Picky(Alone):
+    """Takes small calls only."""
+
+    name = "picky"
+
+    def supports(self, call: Call) -> str | None:
+        return None if call.nbytes <= 8 else f"picky takes at most 8 bytes, not {call.nbytes}"
+
+
+def test_the_first_communicator_that_takes_a_call_gets_it() -> None:
+    group = GroupCoordinator("tp", (0,), 0, 0, torch.device("cpu"), (Picky(), Alone()), Alone())
+    assert [group.route("all_reduce", torch.ones(n), "sum").name for n in (2, 3)] == ["picky", "alone"]
+
+
+def test_a_refusal_lists_every_reason() -> None:
+    group = GroupCoordinator("tp", (0,), 0, 0, torch.device("cpu"), (Picky(), Picky()), Alone())
+    with pytest.raises(SpecError) as refused:
+        group.all_reduce(torch.ones(3))
+    assert str(refused.value) == "all_reduce over tp: picky takes at most 8 bytes, not 12; picky takes at most 8 bytes, not 12"
+
+
+def test_nobody_sends_to_itself() -> None:
+    with connect(Mesh(), device="cpu") as runtime:
+        group = runtime.group(())
+        with pytest.raises(SpecError, match="^send: a group of one has nobody to send to$"):
+            group.send(torch.ones(1), 0)
+        with pytest.raises(SpecError, match="^recv: a group of one has nobody to receive from$"):
+            group.recv((1,), torch.float32, 0)

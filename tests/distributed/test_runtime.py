@@ -1,0 +1,115 @@
+"""Connecting: the place of a process on a mesh, the making and unmaking of groups, and what is refused."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pool
+
+from shardlib.distributed import connect
+from shardlib.distributed.launch import Launch
+from shardlib.errors import SpecError
+from shardlib.mesh import Mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refusal(mesh: Mesh, **how: object) -> str:
+    with pytest.raises(SpecError) as refused:
+        connect(mesh, **how)
+    return str(refused.value)
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_one_process_needs_no_process_group() -> None:
+    with connect(Mesh(dp=1, tp=1), device="cpu") as runtime:
+        runtime.create_groups([("tp",), ("dp", "tp"), ()])
+        assert not dist.is_initialized()
+        assert (runtime.rank, runtime.coordinate, runtime.device) == (0, {"dp": 0, "tp": 0}, torch.device("cpu"))
+        assert runtime.group(("dp", "tp")).ranks == (0,) and runtime.group(("tp",)).cpu_group is None
+        assert runtime.group(["tp"]) is runtime.group(("tp",))
+
+
+def test_without_a_launcher_the_mesh_has_one_rank() -> None:
+    assert refusal(Mesh(tp=3)) == ("mesh tp=3 has 3 ranks, but this process was started without torchrun; "
+                                   "start torchrun --nproc-per-node 3, or change the mesh")
+
+
+def test_wrong_rank_count_is_one_line_the_same_on_all_ranks(pool: Pool) -> None:
+    assert pool.attempt("tp=3", [("tp",)], 2) == [
+        "mesh tp=3 has 3 ranks, but torchrun started 2 processes; start torchrun --nproc-per-node 3, or change the mesh"] * 2
+    assert pool.attempt("", [], 2) == [
+        "mesh () has 1 rank, but torchrun started 2 processes; start torchrun --nproc-per-node 1, or change the mesh"] * 2
+
+
+def test_wrong_rank_count_under_torchrun() -> None:
+    program = "from shardlib.distributed import connect; from shardlib.mesh import Mesh; connect(Mesh(dp=2, tp=2), device='cpu')"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--no-python",
+               sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode != 0
+    assert ("SpecError: mesh dp=2,tp=2 has 4 ranks, but torchrun started 1 process; "
+            "start torchrun --nproc-per-node 4, or change the mesh\n") in done.stderr
+
+
+@pytest.mark.parametrize("environment, text", [
+    ({"RANK": "0"}, "RANK is set, but WORLD_SIZE is ''; start with torchrun, or unset RANK"),
+    ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is set, but RANK is 'x'; start with torchrun, or unset RANK")])
+def test_half_a_launcher(environment: dict[str, str], text: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        Launch.from_environment(environment)
+    assert str(refused.value) == text
+
+
+def test_devices() -> None:
+    assert refusal(Mesh(), device="meta") == 'device meta: a runtime runs on "cpu" or "cuda"'
+    if not torch.cuda.is_available():
+        assert refusal(Mesh(), device="cuda") == ("device cuda: this host has 0 GPUs for 1 processes; "
+                                                  'start fewer with torchrun --nproc-per-node, or pass device="cpu"')
+        assert connect(Mesh()).device == torch.device("cpu")
+
+
+def test_life_of_groups(pool: Pool) -> None:
+    world = pool.connect("dp=2,tp=1,pp=2", [], 4)
+    texts = ["group dp/pp does not exist yet; call create_groups([('dp', 'pp')]) on every rank first",
+             "group: unknown axis xp; the mesh has dp, tp, pp",
+             "group dp/dp: an axis is named twice",
+             "all_reduce over dp: the group was destroyed",
+             "control message over dp: the group was destroyed"]
+    assert world.run("life") == [texts] * 4
+
+
+def test_worlds_come_and_go_in_the_same_processes(pool: Pool) -> None:
+    for mesh, n in (("tp=2", 2), ("tp=4", 4), ("tp=2", 2)):
+        assert pool.connect(mesh, [("tp",)], n).run("barrier", ["tp"]) == [True] * n
+
+
+def test_a_closed_runtime_makes_no_groups() -> None:
+    runtime = connect(Mesh(), device="cpu")
+    runtime.close()
+    runtime.close()
+    with pytest.raises(SpecError, match="^the runtime is closed; connect again$"):
+        runtime.group(())
+
+
+def test_joins_a_torch_distributed_that_is_there_and_leaves_it_there() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert refusal(Mesh(tp=2)) == ("mesh tp=2 has 2 ranks, but torchrun started 1 process; "
+                                       "start torchrun --nproc-per-node 2, or change the mesh")
+        with connect(Mesh(tp=1), device="cpu") as runtime:
+            assert runtime.rank == 0
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()

