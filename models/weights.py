@@ -149,7 +149,7 @@ def _read(entry: TensorEntry, box: Box, row_names: int, out: Tensor, files: _Fil
     if size == 0:
         return
     if apart is None and size <= PART:
-        out.copy_(_values(entry, box, files))
+        _copy(_values(entry, box, files), out)
         return
     i = apart if apart is not None else next(i for i, n in enumerate(box.shape) if n > 1)
     half = box.shape[i] // 2
@@ -165,6 +165,16 @@ def _values(entry: TensorEntry, box: Box, files: _Files) -> Tensor:
     files.read(entry.file, [r.offset for r in ranges], raw.numpy())
     before = runs[0].start % entry.block
     return _numbers(entry, raw)[:, before:before + runs[0].size].reshape(box.shape)
+
+
+def _copy(values: Tensor, out: Tensor) -> None:
+    """As out.copy_(values). A matrix that is only turned over goes through the one case that torch copies in tiles: twice as fast."""
+    order = sorted(range(out.dim()), key=lambda i: -out.stride(i))
+    first, shape = order[0], values.shape
+    if first and order == [*range(first, out.dim()), *range(first)]:
+        turned = values.reshape(prod(shape[:first]), -1).T.contiguous()
+        values = turned.view(*shape[first:], *shape[:first]).permute([order.index(i) for i in range(out.dim())])
+    out.copy_(values)
 
 
 def _numbers(entry: TensorEntry, raw: Tensor) -> Tensor:

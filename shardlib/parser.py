@@ -6,10 +6,10 @@ The text goes through `ast`, and only the forms that printing makes are understo
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Mapping
 
-from shardlib import moves, pointwise, reductions
+from shardlib import grad, moves, pointwise, reductions
 from shardlib.arithmetic import BINARY, RECIPROCAL, SCALE, SHIFT
 from shardlib.complete import complete
 from shardlib.einsum import EINSUM
@@ -22,7 +22,7 @@ from shardlib.rules import natural
 from shardlib.scan import SCAN
 from shardlib.spec import Spec, parse, parse_signature
 
-CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE, **pointwise.TABLE, **reductions.TABLE,
+CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE, **pointwise.TABLE, **reductions.TABLE, **grad.TABLE,
                        "rearrange": REARRANGE, "rename": RENAME}
 
 
@@ -143,6 +143,8 @@ class _Function:
             struct = self.reader.classes[_name(node.func)]
             parts = {k.arg: self._value(k.value) for k in node.keywords}
             fields = tuple((n, parts[n].tree) for n, _ in struct.fields if n in parts)
+            fields = tuple((n, replace(sub, stacked=declared.stacked) if isinstance(declared := dict(struct.fields)[n], Struct) else sub)
+                           for n, sub in fields)
             return _Tree(Struct(struct.name, fields), tuple(x for p in parts.values() for x in p.names))
         raise _not(node)
 

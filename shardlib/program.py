@@ -40,6 +40,7 @@ class Op:
     index:       operands that hold integers or masks, outside linearity and without cotangent.
     updates:     the operand whose buffer the result may reuse, if any.
     distribute(b, step, x): the same over pieces, for an operand split along the dim the op runs over.
+    constant:    its results have no gradient, and none is missed.
     dtype(dtypes, attrs): the results' dtypes; by default all results have the first operand's.
     """
     name: str
@@ -52,6 +53,7 @@ class Op:
     updates: int | None = None
     dtype: Callable | None = None
     distribute: Callable | None = None
+    constant: bool = False
 
     @property
     def takes_text(self) -> bool:

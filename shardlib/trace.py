@@ -151,7 +151,7 @@ class Tracer:
 
 def fresh(base: str, taken: set[str]) -> str:
     """A name that is not yet in `taken`, like `base`; it is added."""
-    name = base if base and base not in taken else next(n for i in count(2 if base else 1) if (n := f"{base or 'v'}{i}") not in taken)
+    name = base if _nameable(base) and base not in taken else next(n for i in count(2 if base else 1) if (n := f"{base or 'v'}{i}") not in taken)
     taken.add(name)
     return name
 

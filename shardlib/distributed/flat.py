@@ -34,12 +34,10 @@ def plain(x: Tensor) -> Tensor:
     return x.contiguous() if x.numel() > 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def pack(pieces: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """One flat buffer that holds `pieces`, of `counts` elements each, one after another."""
-    buffer = torch.empty(sum(counts), dtype=pieces[0].dtype, device=pieces[0].device)
-    for slot, piece in zip(buffer.split_with_sizes(counts), pieces):
-        slot.view(piece.shape).copy_(piece.detach())
-    return buffer
+def pack(pieces: Sequence[Tensor]) -> Tensor:
+    """One flat buffer that holds `pieces` one after another; a single piece as `plain` has it."""
+    flat = [plain(piece).flatten() for piece in pieces]
+    return torch.cat(flat) if len(flat) > 1 else flat[0]
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ class Cut:
     counts: tuple[int, ...]
     in_memory_order: bool
     """Whether the pieces, packed, are the whole as it lies in memory."""
+    even: bool
 
     @staticmethod
     @lru_cache(maxsize=4096)
@@ -61,13 +60,16 @@ class Cut:
         dim %= len(shape)
         head, tail = tuple(shape[:dim]), tuple(shape[dim + 1:])
         shapes = tuple((*head, size, *tail) for size in sizes)
-        return Cut(dim, (*head, sum(sizes), *tail), shapes, tuple(map(prod, shapes)), prod(head) <= 1)
+        even = len(set(sizes)) == 1
+        return Cut(dim, (*head, sum(sizes), *tail), shapes, tuple(map(prod, shapes)), prod(head) <= 1, even)
 
     def split(self, x: Tensor) -> Tensor:
         """The pieces of `x`, packed; `x` itself, flat, where its memory is in that order already."""
         if self.in_memory_order:
             return plain(x).flatten()
-        return pack(x.split_with_sizes([shape[self.dim] for shape in self.shapes], self.dim), self.counts)
+        if self.even:
+            return pack([x.unflatten(self.dim, (len(self.shapes), -1)).movedim(self.dim, 0)])
+        return pack(x.split_with_sizes([shape[self.dim] for shape in self.shapes], self.dim))
 
     def join(self, flat: Tensor) -> Tensor:
         """The tensor whose pieces are packed in `flat`: a view of it where its memory is in that order already."""

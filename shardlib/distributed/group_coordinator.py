@@ -94,7 +94,7 @@ class GroupCoordinator:
             raise SpecError(f"reduce_scatter over {self.name}: sizes {tuple(sizes)} add up to {sum(sizes)}; "
                             f"dim {dim} has {x.shape[dim]}")
         flat = self.route("reduce_scatter", x, op).reduce_scatter(cut.split(x), cut.counts, op)
-        return flat.view(cut.shapes[self.rank_in_group])
+        return flat.view(cut.shapes[self.rank_in_group]) if x.ndim != 1 else flat
 
     def all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
         """pieces[i] goes to member i; shapes[i] is the shape of what member i sends here.
@@ -106,7 +106,7 @@ class GroupCoordinator:
         if len({p.dtype for p in pieces}) > 1:
             raise SpecError(f"all_to_all over {self.name}: pieces of several dtypes; convert them to one")
         send, recv = [p.numel() for p in pieces], [prod(shape) for shape in shapes]
-        got = self.route("all_to_all", pieces[0]).all_to_all(pack(pieces, send), send, recv)
+        got = self.route("all_to_all", pieces[0]).all_to_all(pack(pieces), send, recv)
         return tuple([p.view(tuple(shape)) for p, shape in zip(got.split_with_sizes(recv), shapes)])
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
@@ -199,7 +199,7 @@ class GroupCoordinator:
 
     def _check_count(self, name: str, what: str, given: Sequence[object]) -> None:
         if len(given) != self.world_size:
-            raise SpecError(f"{name} over {self.name}: {len(given)} {what} for {self.world_size} members")
+            raise SpecError(f"{name} over {self.name}: {what} has length {len(given)}; the group has {self.world_size} members")
 
     def _check_member(self, name: str, member: int) -> None:
         if not 0 <= member < self.world_size:

@@ -125,6 +125,6 @@ def _device(device: str | torch.device | None, launch: Launch) -> torch.device:
     if device.type == "cpu" or device.index is not None:
         return device
     if gpus < needed:
-        raise SpecError(f'device cuda: this host has {gpus} GPUs for {needed} processes; '
+        raise SpecError(f'device cuda takes one GPU per process; GPUs on this host: {gpus}, processes: {needed}; '
                         f'start fewer with torchrun --nproc-per-node, or pass device="cpu"')
     return torch.device("cuda", launch.local_rank)

@@ -33,7 +33,7 @@ class Pool:
     """At most `size` worker processes, started when first needed."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size, self.deadline_s = size, DEADLINE_S
         self._processes: list[subprocess.Popen[str]] = []
         self._errors: list[Any] = []
         self._store: dist.TCPStore | None = None
@@ -70,7 +70,7 @@ class Pool:
 
     def _read(self, asked: Sequence[subprocess.Popen[str]]) -> list[str]:
         """A line from each, "" where the deadline passed or the process ended."""
-        lines, end = [""] * len(asked), time.monotonic() + DEADLINE_S
+        lines, end = [""] * len(asked), time.monotonic() + self.deadline_s
         with selectors.DefaultSelector() as selector:
             for i, process in enumerate(asked):
                 selector.register(process.stdout, selectors.EVENT_READ, i)

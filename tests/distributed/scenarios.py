@@ -78,10 +78,15 @@ def life(runtime: Runtime) -> list[str]:
     """Refusals in the life of a runtime: a group not made, an unknown axis, a group destroyed."""
     runtime.create_groups([("dp",)])
     group = runtime.group(("dp",))
-    texts = [refusal(lambda: runtime.group(("dp", "tp"))), refusal(lambda: runtime.group(("xp",))),
+    texts = [refusal(lambda: runtime.group(("dp", "pp"))), refusal(lambda: runtime.group(("xp",))),
              refusal(lambda: runtime.group(("dp", "dp")))]
     group.destroy()
     return [*texts, refusal(lambda: group.all_reduce(torch.ones(1))), refusal(group.barrier)]
+
+
+def hang(runtime: Runtime) -> None:
+    """Never answers in time."""
+    time.sleep(3600)
 
 
 def refusal(call: Any) -> str:

@@ -8,7 +8,7 @@ import torch
 from conformance import COLLECTIVES, DTYPES, LAYOUTS, Case, check, draw, fixed_cases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pool import Pool, World
+from pool import DEADLINE_S, Pool, World
 
 from shardlib.distributed import connect
 from shardlib.mesh import Mesh
@@ -104,3 +104,14 @@ def test_cases_differ_between_members_and_groups() -> None:
     case = Case("all_reduce", ("tp",), "float32", (3,))
     drawn = {tuple(draw(case.shape, replace(case, seed=seed), key).tolist()) for seed in range(3) for key in range(3)}
     assert len(drawn) == 9
+
+
+def test_a_rank_that_hangs_ends_the_test_and_not_the_suite(pool: Pool) -> None:
+    world = pool.connect("tp=1", [], 1)
+    pool.deadline_s = 0.5
+    try:
+        with pytest.raises(AssertionError, match="^rank 0: no answer"):
+            world.run("hang")
+    finally:
+        pool.deadline_s = DEADLINE_S
+    assert world.run("barrier", ["tp"]) == [True]

@@ -54,11 +54,11 @@ def test_nobody_leaves_a_barrier_early(pair: World) -> None:
 MISUSE = [
     "a reduction is \"sum\" or \"max\", not 'mean'",
     "sum of bool over ranks: not defined; convert it to another dtype first",
-    "all_gather over tp: 1 sizes for 2 members",
+    "all_gather over tp: sizes has length 1; the group has 2 members",
     "all_gather over tp: dim 0 of member {me} has 3; sizes (4, 4) say 4",
     "all_gather over tp: no dim 2 in a tensor of 2 dims",
     "reduce_scatter over tp: sizes (1, 1) add up to 2; dim 0 has 3",
-    "all_to_all over tp: 1 pieces for 2 members",
+    "all_to_all over tp: pieces has length 1; the group has 2 members",
     "all_to_all over tp: pieces of several dtypes; convert them to one",
     "broadcast over tp: no member 2 in a group of 2",
     "all_reduce over tp: torch.distributed (gloo) takes tensors on cpu, not on meta; "

@@ -75,7 +75,7 @@ def test_half_a_launcher(environment: dict[str, str], text: str) -> None:
 def test_devices() -> None:
     assert refusal(Mesh(), device="meta") == 'device meta: a runtime runs on "cpu" or "cuda"'
     if not torch.cuda.is_available():
-        assert refusal(Mesh(), device="cuda") == ("device cuda: this host has 0 GPUs for 1 processes; "
+        assert refusal(Mesh(), device="cuda") == ("device cuda takes one GPU per process; GPUs on this host: 0, processes: 1; "
                                                   'start fewer with torchrun --nproc-per-node, or pass device="cpu"')
         assert connect(Mesh()).device == torch.device("cpu")
 

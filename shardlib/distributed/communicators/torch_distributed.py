@@ -14,7 +14,7 @@ where in it each member stands, and pieces are permuted.
 """
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,10 @@ from torch import Tensor
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.reduction import reduce_pieces
 
-GATHER_BYTES = 1 << 20
-"""Received bytes up to which an all_reduce gathers everything: one collective instead of two."""
+GATHER_BYTES = {"gloo": 1 << 20, "nccl": 32 << 20}
+"""Received bytes up to which an all_reduce that moves and reduces gathers everything: one collective instead of two.
+
+Measured on 2 and 4 processes of a 2-core CPU, and on 4 H200 (8 MB of float32 a rank: 135 µs against 213 µs)."""
 
 _MOVED = frozenset((torch.uint8, torch.int8, torch.int32, torch.int64,
                     torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -60,7 +62,7 @@ class TorchDistributed:
             dist.all_reduce(out := x.clone(), _OPS[op], self.group)
             return out
         n = x.numel()
-        if x.nbytes * self.size <= GATHER_BYTES:
+        if x.nbytes * self.size <= GATHER_BYTES[self.backend]:
             return reduce_pieces(self.all_gather(x.view(-1), (n,) * self.size).split(n), op).view(x.shape) if n else x.clone()
         counts = [n // self.size + (i < n % self.size) for i in range(self.size)]
         return self.all_gather(self.reduce_scatter(x.view(-1), counts, op), counts).view(x.shape)
@@ -130,12 +132,17 @@ class TorchDistributed:
         return out
 
     def send(self, x: Tensor, to: int) -> None:
-        dist.send(_movable(x), group_dst=self.places[to], group=self.group)
+        self._pass(dist.isend, x, to)
 
     def recv(self, count: int, dtype: torch.dtype, device: torch.device, source: int) -> Tensor:
-        out = torch.empty(count, dtype=dtype, device=device)
-        dist.recv(_movable(out), group_src=self.places[source], group=self.group)
+        self._pass(dist.irecv, out := torch.empty(count, dtype=dtype, device=device), source)
         return out
+
+    def _pass(self, way: Callable[..., object], x: Tensor, member: int) -> None:
+        """As a batch of one: NCCL serialises a lone send with all collectives of its group, and warns of it."""
+        works = dist.batch_isend_irecv([dist.P2POp(way, _movable(x), group=self.group, group_peer=self.places[member])])
+        for work in works:
+            work.wait()
 
     def barrier(self) -> None:
         dist.barrier(self.group)

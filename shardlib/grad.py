@@ -1,0 +1,194 @@
+"""Backward as a program, transposed from the explicit forward one and typed by the same rules.
+
+A move is the identity on what its value denotes, so it needs no derivative: the cotangents of a value and of all it was
+converted to are added up at the value itself, and the sum is converted to the type that is wanted there, split like the
+value and owing nothing. That one law makes all_gather and reduce_scatter each other's backward, leaves a cotangent that is
+already settled alone, and brings every gradient home in its parameter's own spec. A value that was gathered is gathered
+again (`regather`), so that backward keeps no whole copy of what is split.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Sequence
+
+from shardlib.arithmetic import ADD
+from shardlib.builder import Builder
+from shardlib.errors import SpecError
+from shardlib.mesh import Mesh
+from shardlib.program import Op, Program, Result, Step, Struct, leaves
+from shardlib.rearrange import REARRANGE, RENAME
+from shardlib.reductions import SUM
+from shardlib.rules import Rule
+from shardlib.scan import SCAN
+from shardlib.spec import Spec
+from shardlib.trace import fresh
+
+ONES_LIKE = Op("ones_like", rule=lambda s: Rule(), infer=lambda ins, attrs: (ins[0],), index=(0,),
+               emit=lambda e, s, a: f"torch.ones_like({a[0]})")
+ZEROS_LIKE = Op("zeros_like", rule=lambda s: Rule(linear=((0,),)), infer=lambda ins, attrs: (ins[0].owing(),), index=(0,),
+                emit=lambda e, s, a: f"torch.zeros_like({a[0]})")
+TABLE = {"ones_like": ONES_LIKE, "zeros_like": ZEROS_LIKE}
+REGATHER = ("all", "weights", "nothing")
+
+
+def value_and_grad_program(program: Program, wrt: Sequence[str], mesh: Mesh, regather: str = "all") -> Program:
+    """The explicit program that returns the scalar of `program`, then its gradients by the arguments `wrt`, each in its spec.
+
+    regather: what backward gathers again rather than keep: "all", "weights" (activations are kept gathered), "nothing".
+    """
+    if regather not in REGATHER:
+        raise SpecError(f"value_and_grad: regather is {regather!r}; it is one of {', '.join(REGATHER)}")
+    if [spec.text for _, spec in program.result_leaves()] != ["()"]:
+        raise SpecError(f"value_and_grad: {program.name} returns {', '.join(str(s) for _, s in program.result_leaves())}; "
+                        f"it must return one scalar, ()")
+    names = [n for n, _ in program.args]
+    for name in wrt:
+        if name not in names:
+            raise SpecError(f"value_and_grad: {program.name} has no argument {name}; it has {', '.join(names)}")
+    active = {path for n, tree in program.args if n in wrt for path, _ in leaves(n, tree)}
+    (loss,) = program.results[0].values
+    params = {path for n, tree in program.args if isinstance(tree, Struct) for path, _ in leaves(n, tree)}
+    back = _Backward(program, active, mesh, regather, params)
+    back.contribute(loss, back.call(ONES_LIKE, [loss]))
+    back.run()
+    results = [Result(Spec(), (loss,))]
+    for name, tree in program.args:
+        if name in wrt:
+            results.append(Result(tree, tuple(back.total(path) for path, _ in leaves(name, tree))))
+    return Program(f"{program.name}_and_grad", program.args, (*back.forward, *back.steps), tuple(results), True, program.where)
+
+
+class _Backward(Builder):
+    """The backward steps of one body. `forward` is its forward steps, scans made to keep what backward needs."""
+
+    def __init__(self, program: Program, active: set[str], mesh: Mesh, regather: str, params: set[str]) -> None:
+        super().__init__(mesh, {*program.types()})
+        self.program, self.regather, self.params = program, regather, params
+        self.types.update(program.types())
+        self.forward = list(program.steps)
+        self.root: dict[str, str] = {}
+        self.given: dict[str, list[str]] = {}
+        self.active = set(active)
+        for step in program.steps:
+            if step.op.moves:
+                self.root[step.outputs[0]] = self.root.get(step.inputs[0], step.inputs[0])
+            if any(i in self.active for j, i in enumerate(step.inputs) if j not in step.op.index):
+                self.active.update(step.outputs)
+
+    def contribute(self, name: str, cotangent: str) -> None:
+        """Add a cotangent of `name`, whatever its type: it denotes the same for all that `name` was converted from."""
+        self.given.setdefault(self.root.get(name, name), []).append(cotangent)
+
+    def total(self, name: str, settle: bool = True) -> str:
+        """The whole cotangent of a root value, split as the value is and owing nothing; without `settle` it may owe."""
+        want = _settled(self.types[name])
+        by_type: dict[Spec, list[str]] = {}
+        for given in self.given.pop(name, ()):
+            by_type.setdefault(self.types[given], []).append(given)
+        sums = []
+        for group in by_type.values():
+            total = group[0]
+            for other in group[1:]:
+                total = self.call(ADD, [total, other])
+            if settle or len(by_type) > 1:
+                total = self.move(total, want, f"the gradient of {name}")
+            sums.append(total)
+        if not sums:
+            return self.call(ZEROS_LIKE, [name])
+        total = sums[0]
+        for other in sums[1:]:
+            total = self.call(ADD, [total, other])
+        return total
+
+    def run(self) -> None:
+        for at in range(len(self.program.steps) - 1, -1, -1):
+            step = self.program.steps[at]
+            self.where = step.where
+            if step.op.moves or not any(o in self.given for o in step.outputs):
+                continue
+            if step.op is SCAN:
+                self.forward[at] = self._scan(step)
+                continue
+            if not any(i in self.active for j, i in enumerate(step.inputs) if j not in step.op.index):
+                continue
+            if step.op.vjp is None:
+                if step.op.constant:
+                    continue
+                raise SpecError(f"value_and_grad: {step.op.name} has no derivative{f' ({step.where})' if step.where else ''}; "
+                                f"stop_gradient makes its operand a constant")
+            cotangents = [self.total(o, settle=step.op not in (RENAME, REARRANGE)) for o in step.outputs]
+            here = replace(step, inputs=tuple(self.available(i) for i in step.inputs), outputs=tuple(self.available(o) for o in step.outputs))
+            for name, ct in zip(step.inputs, step.op.vjp(self, here, cotangents)):
+                if ct is not None and name in self.active:
+                    self.contribute(name, ct)
+
+    def available(self, name: str) -> str:
+        """`name` as backward has it: kept, or converted again from what it was converted from."""
+        root = self.root.get(name, name)
+        again = self.regather == "all" or self.regather == "weights" and root in self.params
+        return self.move(root, self.types[name], "gathered again for backward") if root != name and again and not self.types[root].owed else name
+
+    # -- scan ------------------------------------------------------------------------------------------------------
+
+    def _scan(self, step: Step) -> Step:
+        """Backward through a scan: a scan in reverse over the same slices and what the forward one kept. Returns the latter."""
+        body, count = step.body, step.options["stacked"]
+        paths = [p for p, _ in body.arg_leaves()]
+        outer = dict(zip(paths, step.inputs))
+        active = {p for p, n in outer.items() if n in self.active} | {paths[0]}
+        params = {p for p, n in outer.items() if self.root.get(n, n) in self.params}
+        if any(o in self.given for o in step.outputs[1:]):
+            raise SpecError("value_and_grad: the loss depends on what scan stacks; only its carry has a gradient yet")
+        inner = _Backward(body, active, self.mesh, self.regather, params)
+        seed = inner.declare("g", _settled(inner.types[body.results[0].values[0]]))
+        inner.contribute(body.results[0].values[0], seed)
+        inner.run()
+        stacked, constants = paths[1:1 + count], paths[1 + count:]
+        carry = inner.move(inner.total(paths[0]), _settled(inner.types[paths[0]]))
+        grads = {p: inner.total(p) for p in (*stacked, *constants) if p in active}
+        kept = _kept(inner, paths)
+        forward = replace(step, body=replace(body, steps=tuple(inner.forward), results=(*body.results, *(Result(inner.types[k], (k,)) for k in kept))))
+        dim = self.types[step.inputs[1]].dims[0]
+
+        def stack(kinds: Sequence[Spec]) -> list[Spec]:
+            return [Spec((dim, *k.dims), k.owed) for k in kinds]
+        made = tuple(self._fresh(f"{k}_kept") for k in kept)
+        forward = replace(forward, outputs=(*step.outputs, *made), outs=(*step.outs, *stack([inner.types[k] for k in kept])))
+        self.types.update(zip(made, stack([inner.types[k] for k in kept])))
+        trees = dict(body.args)
+        backward = Program(
+            f"{body.name}_vjp", (("g", _settled(inner.types[paths[0]])), *(a for a in body.args[1:] if _inside(a, stacked)),
+                                 *((k, inner.types[k]) for k in kept), *(a for a in body.args[1:] if _inside(a, constants))),
+            tuple(inner.steps), (Result(_settled(trees[body.args[0][0]]), (carry,)), *(Result(inner.types[n], (n,)) for n in grads.values())), True)
+        ct = self.total(step.outputs[0])
+        inputs = [ct, *(outer[p] for p in stacked), *made, *(outer[p] for p in constants)]
+        outs = [backward.results[0].tree, *stack([inner.types[grads[p]] for p in grads])]
+        attrs = tuple(sorted({"dim": dim.label, "stacked": len(stacked) + len(made), "reverse": True}.items()))
+        names = self.add(SCAN, inputs, outs, [self._fresh(outputs) for outputs in ("g", *(f"d_{p.replace('.', '_')}" for p in grads))],
+                         attrs=attrs, body=backward)
+        if outer[paths[0]] in self.active:
+            self.contribute(outer[paths[0]], names[0])
+        for path, name in zip(grads, names[1:]):
+            if path in constants:
+                name = self.call(SUM, [name], outs=(Spec(self.types[name].dims[1:]),))
+            if outer[path] in self.active:
+                self.contribute(outer[path], name)
+        return forward
+
+    def _fresh(self, base: str) -> str:
+        return fresh(base.replace(".", "_"), self.taken)
+
+
+def _settled(kind: Spec) -> Spec:
+    return kind.owing(*(o for o in kind.owed if o.kind == "@"))
+
+
+def _inside(arg: tuple, paths: Sequence[str]) -> bool:
+    return leaves(*arg)[0][0] in paths
+
+
+def _kept(inner: _Backward, paths: Sequence[str]) -> list[str]:
+    """The values of the forward body that its backward uses and would not have: all but the stacked and the constants."""
+    made = {o for s in inner.steps for o in s.outputs} | {"g"}
+    used = dict.fromkeys(i for s in inner.steps for i in s.inputs if i not in made)
+    return [u for u in used if u not in paths[1:]]
