@@ -16,6 +16,7 @@ from datetime import datetime
 from typing import Any, Mapping, NoReturn, Sequence
 
 import jinja2
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shardlib.models.checkpoint import CheckpointError
@@ -30,7 +31,7 @@ class ChatTemplate:
         if not isinstance(source, str) or len(source) > MAX_TEMPLATE:
             raise CheckpointError(f"the chat template is no text of at most {MAX_TEMPLATE} characters")
         self.tokens = dict(tokens)
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_raise, strftime_now=lambda format: datetime.now().strftime(format))
         try:
@@ -44,7 +45,8 @@ class ChatTemplate:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise CheckpointError(f"a message of a chat has a text as role and a text as content; this one is {message!r:.200}")
         try:
-            return self.template.render(messages=[dict(m) for m in messages], add_generation_prompt=add_generation_prompt, **self.tokens)
+            return self.template.render({**self.tokens, "messages": [dict(m) for m in messages],
+                                         "add_generation_prompt": add_generation_prompt})
         except Exception as error:      # a template is a program: it may raise anything
             raise CheckpointError(f"the chat template failed: {error}") from None
 

@@ -75,7 +75,8 @@ def check_places(entries: Iterable[TensorEntry], start: int, stop: int) -> None:
     for entry in sorted(entries, key=lambda e: (e.offset, e.num_bytes)):
         where = f"{entry.file}: tensor {entry.name} lies in bytes {entry.offset} to {entry.offset + entry.num_bytes}"
         if entry.offset < start or entry.offset + entry.num_bytes > stop:
-            raise CheckpointError(f"{where}, outside of the file's data, which is {start} to {stop}; the file is damaged or cut short")
+            raise CheckpointError(f"{where}, outside of the file's data, which is {start} to {stop}; "
+                                  f"the file is damaged or cut short")
         if entry.offset < end:
             raise CheckpointError(f"{where}, which overlaps tensor {before}; the file is damaged")
         end, before = entry.offset + entry.num_bytes, entry.name

@@ -49,8 +49,8 @@ def build_bpe(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     """The tokenizer of a GGUF file's metadata; `where` names the file in errors."""
     model, rule = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
     if model != "gpt2" or rule not in RULES:
-        raise CheckpointError(f"{where}: the tokenizer is {_short(model)} with pre-tokenizer {_short(rule)}, which is not implemented; known are "
-                              f"'gpt2' with {', '.join(RULES)}")
+        raise CheckpointError(f"{where}: the tokenizer is {_short(model)} with pre-tokenizer {_short(rule)}, which is not "
+                              f"implemented; known are 'gpt2' with {', '.join(RULES)}")
     tokens, kinds = _lists(metadata, where)
     vocabulary = {token: id for id, token in enumerate(tokens)}
     core = Tokenizer(_bpe(vocabulary, metadata.get("tokenizer.ggml.merges"), rule in WHOLE_WORDS, where))

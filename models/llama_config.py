@@ -61,7 +61,8 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
         queries_per_kv=said.whole(heads, kv_heads, "query heads for each kv head"),
         head_dim=said.even(said.size("head_dim", default=None) or said.whole(d_model, heads, "elements a head")),
         d_ff=said.size("intermediate_size"), norm_eps=said.number("rms_norm_eps", default=1e-6), rope_theta=theta,
-        rope_scaling=scaling, tied=said.flag("tie_word_embeddings", default=False), max_context=said.size("max_position_embeddings"))
+        rope_scaling=scaling, tied=said.flag("tie_word_embeddings", default=False),
+        max_context=said.size("max_position_embeddings"))
 
 
 def _hf_rope(said: _Said) -> tuple[float, RopeScaling | None]:
@@ -69,7 +70,8 @@ def _hf_rope(said: _Said) -> tuple[float, RopeScaling | None]:
     found = said.fields.get("rope_parameters") or said.fields.get("rope_scaling") or {}
     if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
         raise said.error("its rotary embedding is not one set of numbers for all layers, which is not implemented")
-    rope = _Said({"rope_theta": said.fields.get("rope_theta", 10000.0), "rope_type": found.get("type", "default"), **found}, said.where)
+    before = {"rope_theta": said.fields.get("rope_theta", 10000.0), "rope_type": found.get("type", "default")}
+    rope = _Said({**before, **found}, said.where)
     rope.only("rope_type", "default", "llama3")
     rope.only("partial_rotary_factor", 1, default=1)
     theta = rope.number("rope_theta")
@@ -102,9 +104,9 @@ def config_from_gguf(metadata: Mapping[str, Any], tied: bool) -> LlamaConfig:
 
 def _with_rope_scaling(config: LlamaConfig, checkpoint: Checkpoint) -> LlamaConfig:
     """The Llama 3 scaling whose frequency divisors the tensor rope_freqs holds; GGUF stores nothing else of it."""
-    freqs = Weight("rope_freqs", "P", "rope_freqs.weight", "P")
-    pairs = config.head_dim // 2
-    held = load_weights(checkpoint, [freqs], {"P": pairs}, {"rope_freqs": parse("P")}, Mesh(), {}, torch.float32)["rope_freqs"].tolist()
+    table, pairs = [Weight("rope_freqs", "P", "rope_freqs.weight", "P")], config.head_dim // 2
+    loaded = load_weights(checkpoint, table, {"P": pairs}, {"rope_freqs": parse("P")}, Mesh(), {}, torch.float32)
+    held = loaded["rope_freqs"].tolist()
     scaling = RopeScaling(factor=min(1e6, max(1.0, *held)), **LLAMA3)
     made = [_divisor(scaling, config.rope_theta ** (-pair / pairs)) for pair in range(pairs)]
     if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(held, made)):

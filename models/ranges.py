@@ -8,9 +8,9 @@
 [ByteRange(file='m', offset=1000, length=48)]
 [ByteRange(file='m', offset=1048, length=48)]
 
-A group such as (K G H) is cut by its factors. Where a file interleaves the halves of H, as GGUF does for rotary dims, the stored spec
-says (K G H_pair H_half): element (pair, half) there is number half * H/2 + pair of our H. Quantised rows are read in
-whole blocks: at most one block more a run than its elements would fill.
+A group such as (K G H) is cut by its factors. Where a file interleaves the halves of H, as GGUF does for rotary dims,
+the stored spec says (K G H_pair H_half): element (pair, half) there is number half * H/2 + pair of our H. Quantised
+rows are read in whole blocks: of a run of neighbours, at most one block more than its elements would fill.
 """
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _halves(name: str, span: Span, size: int) -> list[dict[str, Span]]:
         low = max(span.start, half * size // 2)
         high = min(span.start + span.size, (half + 1) * size // 2)
         found.append({name + HALF: Span(half, 1), name + PAIR: Span(low - half * size // 2, max(0, high - low))})
-    return [f for f in found if f[name + PAIR].size] or found[:1]
+    return [f for f in found if f[name + PAIR].size]
 
 
 def byte_range(entry: TensorEntry, run: Span) -> ByteRange:

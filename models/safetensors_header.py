@@ -45,7 +45,8 @@ def _entry(name: str, found: Any, file: str, start: int) -> TensorEntry:
         raise CheckpointError(f"{where} has no dtype, shape and data_offsets; the header is damaged")
     dtype, shape, offsets = found["dtype"], _counts(found["shape"]), _counts(found["data_offsets"])
     if not isinstance(dtype, str) or dtype not in ELEMENT_BYTES:
-        raise CheckpointError(f"{where} has dtype {str(dtype)[:40]}, which is not implemented; known are {', '.join(ELEMENT_BYTES)}")
+        raise CheckpointError(f"{where} has dtype {str(dtype)[:40]}, which is not implemented; "
+                              f"known are {', '.join(ELEMENT_BYTES)}")
     if shape is None or offsets is None or len(shape) > MAX_DIMS or len(offsets) != 2:
         raise CheckpointError(f"{where} has a damaged shape or damaged data_offsets")
     needed, given = prod(shape) * ELEMENT_BYTES[dtype], offsets[1] - offsets[0]

@@ -37,7 +37,8 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 class Tokenizer:
     """A vocabulary, the ids that end a text, and the chat template. Make one with `Tokenizer.load`."""
 
-    def __init__(self, core: tokenizers.Tokenizer, eos_ids: Iterable[int], template: ChatTemplate | None, bos: str | None = None) -> None:
+    def __init__(self, core: tokenizers.Tokenizer, eos_ids: Iterable[int], template: ChatTemplate | None,
+                 bos: str | None = None) -> None:
         self.core, self.template, self.bos = core, template, bos
         self.eos_ids = set(eos_ids)
 
@@ -100,8 +101,9 @@ def _from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     eos_ids = [core.token_to_id(token) for token in (*ENDS, named["eos"], named["eot"], named["eom"]) if token]
     tokens = {name + "_token": token for name, token in named.items() if token}
     source = metadata.get("tokenizer.chat_template")
-    return Tokenizer(core, (id for id in eos_ids if id is not None), None if source is None else ChatTemplate(source, tokens),
-                     named["bos"] if metadata.get("tokenizer.ggml.add_bos_token") else None)
+    template = None if source is None else ChatTemplate(source, tokens)
+    bos = named["bos"] if metadata.get("tokenizer.ggml.add_bos_token") else None
+    return Tokenizer(core, (id for id in eos_ids if id is not None), template, bos)
 
 
 def _from_folder(folder: Path) -> Tokenizer:
@@ -113,10 +115,12 @@ def _from_folder(folder: Path) -> Tokenizer:
         raise CheckpointError(f"{path}: the tokenizers package does not read it: {error}") from None
     config = _optional(folder / "tokenizer_config.json")
     tokens = {key: _text(config[key]) for key in SPECIAL if config.get(key) is not None}
-    ids = _optional(folder / "generation_config.json").get("eos_token_id", _optional(folder / "config.json").get("eos_token_id"))
+    ids = next((found["eos_token_id"] for name in ("generation_config.json", "config.json")
+                if (found := _optional(folder / name)).get("eos_token_id") is not None), None)
     eos_ids = [*(ids if isinstance(ids, list) else [ids]), core.token_to_id(tokens.get("eos_token", ""))]
-    template = _template(folder, config)
-    return Tokenizer(core, (id for id in eos_ids if type(id) is int), template and ChatTemplate(template, tokens), tokens.get("bos_token"))
+    source = _template(folder, config)
+    template = None if source is None else ChatTemplate(source, tokens)
+    return Tokenizer(core, (id for id in eos_ids if type(id) is int), template, tokens.get("bos_token"))
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -124,6 +124,7 @@ class Compiled:
         floats = [v.dtype for v in flat if v.is_floating_point()]
         e = Emitter(mesh, rank, sizes, donate=self.donate, dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."))
         source = self.sources[key] = e.program(program)
+        self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
         return load(source, {**e.helpers, **e.constants}, groups, program.name)
 
@@ -149,8 +150,7 @@ def shard_of(x: Tensor, kind: Spec, mesh: Mesh, coordinate: Mapping[str, int]) -
     """The piece of the global tensor `x` that `coordinate` holds as type `kind` (nothing owed)."""
     for i, dim in enumerate(kind.dims):
         if dim.axes:
-            inner = x.shape[i] // max(1, x.shape[i]) if len(dim.factors) == 1 else None
-            if inner is None:
+            if len(dim.factors) > 1:
                 raise SpecError(f"shard_of: {dim} is a group; take it apart first")
             start, size = mesh.extent(x.shape[i], dim.axes, coordinate)
             x = x.narrow(i, start, size)

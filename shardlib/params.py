@@ -101,7 +101,8 @@ def leaf_values(tree: Params, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def init(like: type[Params] | Params, sizes: Mapping[str, int], types: Mapping[str, Spec] | None = None, *, mesh: Mesh | None = None,
-         coordinate: Mapping[str, int] | None = None, seed: int = 0, dtype: torch.dtype = torch.float32, path: str = "w") -> Any:
+         coordinate: Mapping[str, int] | None = None, seed: int = 0, dtype: torch.dtype = torch.float32, path: str = "w",
+         device: torch.device | str = "cpu") -> Any:
     """Parameters drawn at random: the shards that `coordinate` holds of leaves with `types` (by default: all of each leaf)."""
     mesh, coordinate = mesh or Mesh(), coordinate or {}
     rows = {**_metadata(like, path)}
@@ -111,11 +112,11 @@ def init(like: type[Params] | Params, sizes: Mapping[str, int], types: Mapping[s
         kind = (types or {}).get(name, spec.whole())
         shape = mesh.local_shape(kind, sizes, coordinate)
         if meta["init"] != "normal":
-            return torch.full(shape, float(meta["init"] == "ones"), dtype=dtype)
+            return torch.full(shape, float(meta["init"] == "ones"), dtype=dtype, device=device)
         drawn = normal(kind, sizes, mesh, coordinate, zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1))
         inner = meta["spec"].dims[0]
         fan = sizes.get(inner.label, inner.size or 1)
-        return (drawn * (meta["scale"] if meta["scale"] is not None else 1 / math.sqrt(max(fan, 1)))).to(dtype)
+        return (drawn * (meta["scale"] if meta["scale"] is not None else 1 / math.sqrt(max(fan, 1)))).to(device, dtype)
     return fill(like, path, leaf)
 
 

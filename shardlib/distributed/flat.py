@@ -68,7 +68,7 @@ class Cut:
         if self.in_memory_order:
             return plain(x).flatten()
         if self.even:
-            return pack([x.unflatten(self.dim, (len(self.shapes), -1)).movedim(self.dim, 0)])
+            return pack([x.unflatten(self.dim, (len(self.shapes), self.shapes[0][self.dim])).movedim(self.dim, 0)])
         return pack(x.split_with_sizes([shape[self.dim] for shape in self.shapes], self.dim))
 
     def join(self, flat: Tensor) -> Tensor:

@@ -200,10 +200,10 @@ def check(case: Case, group: GroupCoordinator) -> list[str]:
         text = f"{case.op} of {case.dtype} over ranks: not defined; convert it to another dtype first"
         return list(_refusal_failures(lambda: call(case, group, given), text))
     got = call(case, group, given)
-    return [*_outcome_failures(case, group, [x.cpu() for x in got]), *_aliasing_failures(given, before, got)]
+    return [*_outcome_failures(case, group, given[0], [x.cpu() for x in got]), *_aliasing_failures(given, before, got)]
 
 
-def _outcome_failures(case: Case, group: GroupCoordinator, got: Sequence[Tensor]) -> Iterator[str]:
+def _outcome_failures(case: Case, group: GroupCoordinator, x: Tensor, got: Sequence[Tensor]) -> Iterator[str]:
     if case.collective in ("all_reduce", "reduce_scatter"):
         pieces = [inputs(case, member, group.ranks)[0] for member in range(group.world_size)]
         if case.collective == "reduce_scatter":
@@ -211,8 +211,7 @@ def _outcome_failures(case: Case, group: GroupCoordinator, got: Sequence[Tensor]
         if got[0].shape != pieces[0].shape or got[0].dtype != pieces[0].dtype:
             yield f"{got[0].dtype} of shape {tuple(got[0].shape)}, expected {tuple(pieces[0].shape)}"
             return
-        communicator = group.route(case.collective, torch.empty(0, device=group.device))
-        yield from reduction_failures(case, got[0], pieces, communicator.deterministic)
+        yield from reduction_failures(case, got[0], pieces, group.route(case.collective, x, case.op).deterministic)
         return
     want = wanted(case, group)
     if len(got) != len(want):

@@ -62,7 +62,8 @@ class Pool:
             process.stdin.write(msgspec.json.encode(request).decode() + "\n")
             process.stdin.flush()
         lines = self._read(asked)
-        answers = [msgspec.json.decode(line) if line else {"error": f"no answer\n{self._tail(i)}"} for i, line in enumerate(lines)]
+        answers = [msgspec.json.decode(line) if line else {"error": f"no answer\n{self._tail(i)}"}
+                   for i, line in enumerate(lines)]
         if errors := [f"rank {i}: {a['error']}" for i, a in enumerate(answers) if "error" in a]:
             self.stop()
             raise AssertionError("\n".join(errors))

@@ -42,7 +42,8 @@ def messages(runtime: Runtime, axes: list[str]) -> list[Any]:
     def tell(message: Any, **how: Any) -> Any:
         return group.broadcast_message(message if group.rank_in_group == root else None, root, **how)
     got = tell(Plan(3, ("dp", "tp")), as_type=Plan)
-    return [tell({"step": 3, "names": ["a", "b"], "x": [1.5, None, True]}), len(tell("x" * 100_000)), tell(b"y" * 1015) == b"y" * 1015,
+    return [tell({"step": 3, "names": ["a", "b"], "x": [1.5, None, True]}), len(tell("x" * 100_000)),
+            tell("y" * 1013) + tell("z" * 1012) == "y" * 1013 + "z" * 1012,      # 1 byte beyond the first block, and just in it
             isinstance(got, Plan) and got.axes, tell(None), refusal(lambda: tell({"f": int})), tell((1, 2))]
 
 

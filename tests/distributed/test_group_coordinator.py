@@ -29,7 +29,8 @@ def test_places_on_a_permuted_product(square: World) -> None:
                          "is_last_rank": False, "next_rank": 3, "prev_rank": 2}
     assert [p["rank_in_group"] for p in places] == [0, 2, 1, 3]
     assert [(p["prev_rank"], p["next_rank"]) for p in places] == [(3, 2), (2, 3), (0, 1), (1, 0)]
-    assert [(p["is_first_rank"], p["is_last_rank"]) for p in places] == [(True, False), (False, False), (False, False), (False, True)]
+    assert [p["is_first_rank"] for p in places] == [True, False, False, False]
+    assert [p["is_last_rank"] for p in places] == [False, False, False, True]
 
 
 def test_an_alias_is_its_axes(square: World) -> None:

@@ -283,6 +283,14 @@ def test_where_a_folder_keeps_its_chat_template(tmp_path):
     assert Tokenizer.load(path).chat([]) == "own file"
 
 
+def test_a_stream_keeps_the_blanks_of_sentencepiece(tmp_path):
+    """Its decoder takes the blank from the first word it sees, and must not do so in the middle of a text."""
+    core = tokenizers.Tokenizer(BPE({"▁a": 0, "▁b": 1, "c": 2}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    core.save(str(tmp_path / "tokenizer.json"))
+    assert list(Tokenizer.load(tmp_path).stream([0, 1, 2, 1])) == ["a", " b", "c", " b"]
+
+
 def test_damaged_folders(tmp_path):
     path = folder(tmp_path / "m") / "tokenizer.json"
     for content, message in (("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),

@@ -1,0 +1,181 @@
+"""Generate text: `python -m shardlib.models.generate --prompt "..."`, alone or under torchrun with a mesh.
+
+    torchrun --nproc-per-node 3 -m shardlib.models.generate --model smollm2 --mesh tp=3 --prompt "The capital of France is"
+
+Rank 0 reads the headers and the tokenizer, and tells the others; each rank reads the bytes of its own shards. Progress and
+the plan go to stderr, text to stdout; `--json` prints one object for machines. Bad input ends every rank with a
+non-zero exit code and one line.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterable, Sequence
+
+import torch
+
+from shardlib import Mesh, SpecError
+from shardlib.distributed.runtime import Runtime, connect
+from shardlib.errors import bytes_text
+from shardlib.explain import explain
+from shardlib.models.checkpoint import Checkpoint, CheckpointError
+from shardlib.models.decoding import Generated, Model, Sampling, check_prompts
+from shardlib.models.layouts import named_layout
+from shardlib.models.llama_config import config_of
+from shardlib.models.model_files import open_checkpoint
+from shardlib.models.tokenizer import Tokenizer
+from shardlib.params import leaf_values
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shardlib.models.generate", description="Generate text with a Llama.")
+    parser.add_argument("--model", default="smollm2", help="smollm2, a Hugging Face Llama folder, or a .gguf file")
+    parser.add_argument("--mesh", default="", help='axes and sizes, as in "dp=2,tp=2"; by default one rank')
+    parser.add_argument("--layout", default="tp", help="tp, sp, fsdp, cp, joined by +; or a layout, as in B=dp,K=tp,F=tp")
+    parser.add_argument("--prompt", action="append", default=[], help="may be repeated: one batch")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as it is; otherwise it is a chat turn")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is one for each process")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout: tokens, text, tokens_per_second")
+    parser.add_argument("--plan", action="store_true", help="print every collective of one step, with its cost, and end")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no plan")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments().parse_args(argv)
+    try:
+        run(options)
+        return 0
+    except (SpecError, CheckpointError) as error:
+        _report(error, everywhere=False)
+    except (OSError, RuntimeError, MemoryError, IndexError) as error:
+        _report(error, everywhere=True)
+    except KeyboardInterrupt:
+        return 130
+    return 1
+
+
+def _report(error: Exception, everywhere: bool) -> None:
+    """One line, from rank 0 where all ranks say the same; and into the file that SHARDLIB_ERROR_FILE names."""
+    rank = os.environ.get("RANK", "0")
+    line = f"error: {str(error).strip() or type(error).__name__}"
+    if everywhere and not isinstance(error, OSError):
+        line = f"error on rank {rank}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    if rank == "0" or everywhere:
+        print(line, file=sys.stderr, flush=True)
+        if path := os.environ.get("SHARDLIB_ERROR_FILE"):
+            Path(path).write_text(line + "\n")
+
+
+def run(options: argparse.Namespace) -> None:
+    say = _speaker(options)
+    mesh = Mesh.parse(options.mesh)
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise SpecError(f"--temperature {options.temperature} --top-p {options.top_p}: temperature is at least 0, top-p above 0 and at most 1")
+    layout = named_layout(options.layout, mesh)
+    layout.on(mesh)
+    with connect(mesh, options.device) as runtime:
+        world = tuple(mesh.axes)
+        runtime.create_groups([world] if world else [])
+        say(f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {runtime.device.type}, mesh {str(mesh) or '()'}, layout {str(layout) or '()'}; reading {options.model}")
+        tokenizer, job = None, None
+        if runtime.rank == 0:
+            tokenizer, job = _prepare(options)
+        job = runtime.group(world).broadcast_message(job, 0) if world else job
+        if "error" in job:
+            raise SpecError(job["error"])
+        checkpoint = Checkpoint.from_plain(job["checkpoint"])
+        began = time.perf_counter()
+        model = Model.load(checkpoint, layout, runtime, DTYPES[options.dtype])
+        held = sum(t.numel() * t.element_size() for t in _tensors(model.weights))
+        say(f"loaded {bytes_text(held)} of weights on this rank in {time.perf_counter() - began:.1f} s")
+        _show_plan(model, job["prompts"], options, say, full=options.plan)
+        if options.plan:
+            return
+        stream = _Stream(tokenizer) if tokenizer and not options.json and len(job["prompts"]) == 1 else None
+        made = model.generate(job["prompts"], options.max_new_tokens, set(job["eos"]), sampling, stream or (lambda new: None))
+        if stream:
+            stream.end()
+        if tokenizer:
+            _finish(made, job["prompts"], tokenizer, options, say)
+
+
+def _prepare(options: argparse.Namespace) -> tuple[Tokenizer | None, dict[str, Any]]:
+    """Rank 0: what all ranks must know, or the error that all of them end with."""
+    try:
+        if any(not text.strip() for text in options.prompt) or not options.prompt:
+            raise SpecError("the prompt is empty; give one with --prompt")
+        checkpoint = open_checkpoint(options.model)
+        tokenizer = Tokenizer.load(options.model)
+        texts = options.prompt if options.raw else [tokenizer.chat([{"role": "user", "content": text}]) for text in options.prompt]
+        prompts = [tokenizer.encode(text) for text in texts]
+        check_prompts(prompts, options.max_new_tokens, config_of(checkpoint))
+        return tokenizer, {"checkpoint": checkpoint.to_plain(), "prompts": prompts, "eos": sorted(tokenizer.eos_ids)}
+    except (SpecError, CheckpointError, OSError) as error:
+        return None, {"error": str(error)}
+
+
+def _speaker(options: argparse.Namespace) -> Callable[[str], None]:
+    quiet = options.quiet or options.json or os.environ.get("RANK", "0") != "0"
+    return lambda text: None if quiet else print(text, file=sys.stderr, flush=True)
+
+
+def _tensors(tree: Any) -> Iterable[torch.Tensor]:
+    return (t for _, t in leaf_values(tree, ""))
+
+
+def _show_plan(model: Model, prompts: Sequence[Sequence[int]], options: argparse.Namespace, say: Callable[[str], None], full: bool) -> None:
+    """The collectives of one token, by the line that asked for them."""
+    sizes = dict(model.config.sizes, B=len(prompts), T=1, S=max(map(len, prompts)) + options.max_new_tokens)
+    found = explain(model.lower(), model.runtime.mesh, sizes, default=options.dtype)
+    if full:
+        return say(str(found))
+    say(f"plan of one token: {found.collectives} collectives, {bytes_text(found.bytes)} received per rank")
+    for t in found.traffic:
+        say(f"  {t.where:16} {t.times:3} x {t.op:14} {'/'.join(t.axes)}={t.group_size}  {bytes_text(t.bytes):>8}  {t.before} -> {t.after}")
+
+
+class _Stream:
+    """Prints the answer of a single prompt as it comes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
+
+    def __call__(self, new: list[int | None]) -> None:
+        self.ids += [t for t in new if t is not None]
+        text = "".join(self.tokenizer.stream(self.ids))
+        if text.startswith(self.shown) and not text.endswith("\ufffd"):
+            print(text[len(self.shown):], end="", flush=True)
+            self.shown = text
+
+    def end(self) -> None:
+        print(flush=True)
+
+
+def _finish(made: Generated, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, options: argparse.Namespace, say: Callable[[str], None]) -> None:
+    rate = made.new_tokens / made.seconds
+    answers = [tokenizer.decode(tokens[len(p):]) for tokens, p in zip(made.tokens, prompts)]
+    if options.json:
+        one = [{"tokens": tokens, "text": text} for tokens, text in zip(made.tokens, answers)]
+        print(json.dumps({**(one[0] if len(one) == 1 else {"completions": one}), "tokens_per_second": rate}), flush=True)
+        return
+    if len(answers) > 1:
+        for i, text in enumerate(answers):
+            print(f"[{i}] {text}", flush=True)
+    say(f"{made.new_tokens} tokens in {made.seconds:.1f} s: {rate:.1f} tokens/s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""sample: draw an index from softmax(logits / temperature), among the likeliest that make up top_p.
+
+`sample("B V -> B", logits, position, temperature=0.8, top_p=0.95, seed=0)`: V is whole. The draw for row b is a function of
+(seed, position[b], b) alone, b counted over all ranks: the same on every mesh.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardlib.errors import SpecError
+from shardlib.params import uniform
+from shardlib.program import Op, Step
+from shardlib.rules import Rule
+from shardlib.spec import parse_signature
+from shardlib.trace import apply
+
+
+def draw(logits: Tensor, position: Tensor, first_row: int, temperature: float, top_p: float, seed: int) -> Tensor:
+    """One index a row, int64."""
+    p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    before = p.cumsum(-1) - p
+    p = p * (before < top_p)
+    row = torch.arange(first_row, first_row + logits.shape[0], device=logits.device)
+    u = uniform(position * 0x100000 + row, seed)[:, None] * p.sum(-1, keepdim=True).double()
+    chosen = (p.double().cumsum(-1) <= u).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return order.gather(-1, chosen)[:, 0]
+
+
+def _emit(e: Any, step: Step, args: list[str]) -> str:
+    o, (rows, _) = step.options, step.ins[0].labels
+    return f"{e.use(draw)}({', '.join(args)}, {e.extent(rows, step.ins[0].axes(rows))[0]}, {o['temperature']!r}, {o['top_p']!r}, {o['seed']!r})"
+
+
+SAMPLE = Op("sample", rule=lambda s: Rule(whole=s.ins[0].names[1:]), emit=_emit, index=(1,), dtype=lambda d, o: ["int64"], constant=True)
+
+
+def sample(text: str, logits: Any, position: Any, *, temperature: float, top_p: float = 1.0, seed: int = 0) -> Any:
+    """One index a row, drawn by (seed, position, row): sample("B V, B -> B", logits, position, temperature=0.8)."""
+    ins, outs = parse_signature(text)
+    if [len(s.dims) if s else 0 for s in (*ins, *outs)] != [2, 1, 1]:
+        raise SpecError(f'sample "{text}": the specs are those of "B V, B -> B"')
+    if not temperature > 0 or not 0 < top_p <= 1:
+        raise SpecError(f"sample: temperature is {temperature}, top_p {top_p}; temperature is above 0, top_p above 0 and at most 1")
+    return apply(SAMPLE, (logits, position), text, temperature=float(temperature), top_p=float(top_p), seed=int(seed))
+
+
+TABLE = {"sample": SAMPLE}
