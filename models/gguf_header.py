@@ -9,8 +9,8 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 GGUF lists dims innermost first; a `TensorEntry` lists them outermost first, as everybody else. The reader of the gguf
 package is not used: it believes the counts in the file, and a damaged one takes all memory. Here every count is held
-against the bytes that are left. Refused with a `CheckpointError`: a file cut short, big-endian files, version 1, a model in several
-files.
+against the bytes that are left. Refused with a `CheckpointError`: a file cut short, big-endian files, version 1, a model
+in several files.
 """
 from __future__ import annotations
 

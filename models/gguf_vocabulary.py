@@ -48,7 +48,7 @@ WHOLE_WORDS = ("llama-bpe",)        # a word that is a token is not built up by 
 def build_bpe(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     """The tokenizer of a GGUF file's metadata; `where` names the file in errors."""
     model, rule = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if model != "gpt2" or rule not in RULES:
+    if model != "gpt2" or rule not in tuple(RULES):
         raise CheckpointError(f"{where}: the tokenizer is {_short(model)} with pre-tokenizer {_short(rule)}, which is not "
                               f"implemented; known are 'gpt2' with {', '.join(RULES)}")
     tokens, kinds = _lists(metadata, where)

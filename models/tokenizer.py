@@ -46,7 +46,7 @@ class Tokenizer:
     def load(cls, name: str | Path) -> Tokenizer:
         """The tokenizer of a model: a known name, a .gguf file, or a Hugging Face folder."""
         path = find_model(name)
-        return _from_folder(path) if path.is_dir() else _from_gguf(read_gguf_header(path).metadata, str(path))
+        return _from_folder(path) if path.is_dir() else from_metadata(read_gguf_header(path).metadata, str(path))
 
     @property
     def vocab_size(self) -> int:
@@ -95,7 +95,8 @@ class Tokenizer:
         return self.template.render(messages, add_generation_prompt)
 
 
-def _from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+def from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+    """The tokenizer of a GGUF file's metadata; `where` names the file in errors."""
     core = build_bpe(metadata, where)
     named = {kind: special_token(metadata, kind, where) for kind in ("bos", "eos", "eot", "eom", "unk", "pad")}
     eos_ids = [core.token_to_id(token) for token in (*ENDS, named["eos"], named["eot"], named["eom"]) if token]

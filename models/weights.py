@@ -6,9 +6,9 @@ A table says of each leaf of a model's parameters what the checkpoint calls it, 
 'model.layers.7.mlp.up_proj.weight'
 
 `load_weights` holds the whole table against the checkpoint before it reads or allocates anything. Tensors are read in
-parts of 4 MB at most (of fp32), so that the peak of memory is the shards and little else. Refused with a `CheckpointError`: a
-weight that is missing, of another shape, or stored in a type that is not implemented; with a `SpecError`: a type that is
-not one of that leaf.
+parts of 4 MB at most (of fp32), so that the peak of memory is the shards and little else. Refused with a
+`CheckpointError`: a weight that is missing, of another shape, or stored in a type that is not implemented; with a
+`SpecError`: a type that is not one of that leaf.
 """
 from __future__ import annotations
 
@@ -100,23 +100,21 @@ class _Leaf:
 
     def check(self, checkpoint: Checkpoint) -> None:
         """CheckpointError unless every tensor is there, in the right shape and a known type."""
-        sizes, shape = dict(zip(self.stored.names, stored_sizes(self.stored, self.sizes))), []
-        for dim in self.stored.dims:
-            shape.append(prod(sizes[f.name] for f in dim.factors))
-        for position in self.positions():
-            name = self.weight.tensor_name(position)
-            entry = checkpoint.tensors.get(name)
+        sizes = dict(zip(self.stored.names, stored_sizes(self.stored, self.sizes)))
+        shape = tuple(prod(sizes[f.name] for f in dim.factors) for dim in self.stored.dims)
+        for name in map(self.weight.tensor_name, self.positions()):
+            entry, where = checkpoint.tensors.get(name), f"weight {self.weight.path}"
             if entry is None:
-                raise CheckpointError(f"weight {self.weight.path}: the checkpoint has no tensor {name}")
-            if entry.shape != tuple(shape):
-                letters = " ".join(f"{n}={sizes[n]}" for n in self.stored.names)
-                raise CheckpointError(f'weight {self.weight.path}: tensor {name} should be "{self.stored}" with {letters}, '
-                                      f"so {tuple(shape)}; it is {entry.shape}")
+                raise CheckpointError(f"{where}: the checkpoint has no tensor {name}")
+            if entry.shape != shape:
+                letters = " ".join(f"{n}={size}" for n, size in sizes.items())
+                raise CheckpointError(f'{where}: tensor {name} should be "{self.stored}" with {letters}, so {shape}; it is {entry.shape}')
             if entry.dtype not in PLAIN and entry.dtype not in QUANTISED:
-                raise CheckpointError(f"weight {self.weight.path}: tensor {name} is stored as {entry.dtype}, which is not "
-                                      f"implemented; known are {', '.join((*PLAIN, *QUANTISED))}")
+                raise CheckpointError(f"{where}: tensor {name} is stored as {entry.dtype}, which is not implemented; "
+                                      f"known are {', '.join((*PLAIN, *QUANTISED))}")
 
     def load(self, checkpoint: Checkpoint, files: _Files, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """The shard, read from `files`."""
         spans = self.spans
         out = torch.empty(self.mesh.local_shape(self.type, self.sizes, self.coordinate), dtype=dtype, device=device)
         named = out.view([spans[n].size for n in self.type.names])

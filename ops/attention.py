@@ -75,14 +75,21 @@ def _emit_vjp(e: Any, step: Step, args: list[str]) -> str:
     return f"{e.use(attend_causal_vjp)}({', '.join(args)}, {_offset(e, step)})"
 
 
+def _rule_vjp(step: Step) -> Rule:
+    """The cotangents of q and k are linear in v, that of v does not depend on it."""
+    q, _, v = step.ins[:3]
+    operands = tuple(range(len(step.ins)))
+    return Rule(linear=((2,), operands[-1:]), whole=_whole(step), sums=(q.names[1], q.names[3], v.names[-1]),
+                uses=(operands, operands, (0, 1, *operands[3:])))
+
+
 def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
     made = b.call(ATTENTION_VJP, [*step.inputs, ct[0]], outs=tuple(s.owing() for s in step.ins[:3]))
     return [*made, *[None] * (len(step.inputs) - 3)]
 
 
 ATTENTION = Op("attention", rule=lambda s: Rule(linear=((2,),), whole=_whole(s)), emit=_emit, vjp=_vjp, index=(3,))
-ATTENTION_VJP = Op("attention_vjp", emit=_emit_vjp, index=(), dtype=lambda d, o: d[:3],
-                   rule=lambda s: Rule(linear=((len(s.ins) - 1,),), whole=_whole(s), sums=tuple(s.ins[0].names[i] for i in (1, 3))))
+ATTENTION_VJP = Op("attention_vjp", rule=_rule_vjp, emit=_emit_vjp, dtype=lambda d, o: d[:3])
 
 
 def attention(text: str, q: Any, k: Any, v: Any, mask: Any = None) -> Any:

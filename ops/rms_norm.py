@@ -37,12 +37,12 @@ def rms_norm_vjp(x: Tensor, w: Tensor, g: Tensor, eps: float) -> tuple[Tensor, T
     scale = torch.rsqrt(xw.pow(2).mean(-1, keepdim=True) + eps)
     normed, gx = xw * scale, gw * w.to(wide)
     dx = scale * (gx - normed * (gx * normed).mean(-1, keepdim=True))
-    return dx.to(x.dtype), (gw * normed).flatten(0, -2).sum(0).to(w.dtype)
+    return dx.to(x.dtype), (gw * normed)[None].flatten(0, -2).sum(0).to(w.dtype)
 
 
 RMS_NORM = Op("rms_norm", rule=lambda s: Rule(linear=((1,),), whole=s.ins[1].names), infer=_infer, emit=_emit, vjp=_vjp)
 RMS_NORM_VJP = Op("rms_norm_vjp", infer=lambda ins, attrs: (ins[0], ins[1]),
-                  rule=lambda s: Rule(linear=((2,),), whole=s.ins[1].names, sums=s.ins[0].names[:-1]),
+                  rule=lambda s: Rule(linear=((1,), (2,)), whole=s.ins[1].names, sums=s.ins[0].names[:-1], uses=((0, 1, 2), (0, 2))),
                   emit=lambda e, s, a: f"{e.use(rms_norm_vjp)}({', '.join(a)}, {s.options['eps']!r})",
                   dtype=lambda d, o: [d[0], d[1]])
 

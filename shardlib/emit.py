@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import linecache
 from math import prod
+from types import MappingProxyType
 from typing import Any, Callable, Mapping, Sequence
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
+from shardlib.pack import Packing, emit_packed, packings
 from shardlib.program import Program, Step
 from shardlib.rearrange import RENAME
 from shardlib.scan import SCAN
@@ -26,10 +28,11 @@ class Emitter:
 
     sizes: the global size of every dim.  yields: collectives become requests (the simulator).
     donate: arguments whose buffers the results may reuse.  dtype: of the floats that ops make.
+    prepared: arguments that come as `Compiled.prepare` made them: weights packed, stacked ones as a sequence of layers.
     """
 
     def __init__(self, mesh: Mesh, rank: int, sizes: Mapping[str, int], yields: bool = False, donate: Sequence[str] = (),
-                 dtype: str = "float32") -> None:
+                 dtype: str = "float32", prepared: Sequence[str] = ()) -> None:
         self.mesh, self.rank, self.sizes, self.yields, self.donate = mesh, rank, sizes, yields, frozenset(donate)
         self.coordinate = mesh.coordinate(rank)
         self.groups: dict[tuple[str, ...], str] = {}
@@ -39,6 +42,8 @@ class Emitter:
         self.lines: list[str] = []
         self.functions = 0
         self.in_place: set[str] = set()
+        self.prepared = frozenset(prepared)
+        self.packs: list[Packing] = []
 
     # -- what ops ask for ------------------------------------------------------------------------------------------
 
@@ -76,12 +81,22 @@ class Emitter:
 
     def program(self, program: Program) -> str:
         """The source of a module whose function `main` takes the program's argument leaves and returns its result leaves."""
+        self.packs = packings(program, set(self.prepared))
         donated = {path for path, _ in program.arg_leaves() if path.split(".")[0] in self.donate}
         self._function("main", program, donated, clone=True)
         return "\n".join(self.lines) + "\n"
 
-    def _function(self, name: str, program: Program, donated: set[str], clone: bool) -> None:
-        names: dict[str, str] = {path: f"a{i}" for i, (path, _) in enumerate(program.arg_leaves())}
+    def arguments(self, program: Program) -> list[str]:
+        """What `main` takes, in order: leaves by path, packed weights by their packing's name."""
+        packed = {path: group for group in self.packs for path in group.outer_paths}
+        return list(dict.fromkeys(packed[p].name if p in packed else p for p, _ in program.arg_leaves()))
+
+    def _function(self, name: str, program: Program, donated: set[str], clone: bool, packs: Mapping[str, Packing] = MappingProxyType({})) -> None:
+        """`packs`: of a body, by the argument that carries the packed weight."""
+        absorbed = {p for group in packs.values() for p in group.inner_paths}
+        args = self.arguments(program) if clone else [*packs, *(p for p, _ in program.arg_leaves() if p not in absorbed)]
+        names: dict[str, str] = {path: f"a{i}" for i, path in enumerate(args)}
+        group_of = {s.outputs[0]: (arg, group) for arg, group in packs.items() for s in group.steps}
         body: list[str] = []
         for path in sorted(_updated(program) - donated if clone else ()):
             if path in names:
@@ -90,6 +105,13 @@ class Emitter:
         for step in program.steps:
             if step.op is SCAN:
                 body += self._scan(step, names, owned)
+                continue
+            if step.outputs[0] in group_of:
+                if step.outputs[0] not in names:
+                    arg, group = group_of[step.outputs[0]]
+                    for target, text in emit_packed(self, group, names[step.inputs[0]], names[arg], f"v{len(names)}"):
+                        names[target] = f"v{len(names)}"
+                        body.append(f"    {names[target]} = {text}")
                 continue
             self.in_place = {o for o in owned if o in step.inputs}
             text = step.op.emit(self, step, [names[i] for i in step.inputs])
@@ -100,10 +122,9 @@ class Emitter:
             body.append(f"    {', '.join(names[o] for o in step.outputs)} = {text}")
         results = [names[n] for n, _ in program.result_leaves()]
         body.append(f"    return {', '.join(results)}{',' if len(results) == 1 else ''}" if results else "    return ()")
-        args = ", ".join(names[p] for p, _ in program.arg_leaves())
         if self.yields:
             body.insert(0, "    if False: yield")
-        self.lines += [f"def {name}({args}):", *body, ""]
+        self.lines += [f"def {name}({', '.join(names[a] for a in args)}):", *body, ""]
 
     def _scan(self, step: Step, names: dict[str, str], owned: set[str]) -> list[str]:
         """A loop over the layers. A stacked cache that the body updates and returns in its place is updated in place."""
@@ -115,15 +136,21 @@ class Emitter:
                 if (path := _updates(body, out)) in stacked and inputs[path] in owned}
         self.functions += 1
         name = f"f{self.functions}"
-        self._function(name, body, set(kept.values()), clone=False)
+        packs = {group.name: group for group in self.packs if group.scan == step.outputs[0]}
+        absorbed = {p for group in packs.values() for p in group.inner_paths}
+        self._function(name, body, set(kept.values()), clone=False, packs=packs)
+        inputs |= {arg: arg for arg in packs}
+        stacked = [*packs, *(p for p in stacked if p not in absorbed)]
         n = len(names)
         carry, slices = f"v{n}", {p: f"x{n}_{i}" for i, p in enumerate(stacked)}
         names[step.outputs[0]] = carry
-        call = f"{name}({', '.join([carry, *(slices[p] for p in stacked), *(names[inputs[p]] for p in leaves[1 + count:])])})"
+        order = [*packs, *(p for p in leaves if p not in absorbed)]
+        passed = {leaves[0]: carry, **slices}
+        call = f"{name}({', '.join(passed.get(p) or names[inputs[p]] for p in order)})"
         ys = [f"y{n}_{i}" for i in range(len(step.outputs) - 1)]
         lines = [f"    {carry} = {names[step.inputs[0]]}"]
         lines += [f"    {y}s = []" for y, (out, _) in zip(ys, body.result_leaves()[1:]) if out not in kept]
-        rows = [f"{names[inputs[p]]}.unbind(0)" + ("[::-1]" if step.options.get("reverse") else "") for p in stacked]
+        rows = [names[inputs[p]] + ("" if inputs[p].split(".")[0] in self.prepared else ".unbind(0)") + ("[::-1]" if step.options.get("reverse") else "") for p in stacked]
         lines.append(f"    for {', '.join(slices.values())}, in zip({', '.join(rows)}):")
         lines.append(f"        {', '.join([carry, *ys])}{'' if ys else ','} = {'yield from ' if self.yields else ''}{call}")
         for y, (out, kind), made in zip(ys, body.result_leaves()[1:], step.outputs[1:]):

@@ -26,6 +26,7 @@ UNARY: dict[str, tuple[str, str]] = {
     "rsqrt": ("torch.rsqrt({x})", "-0.5 * {g} * {y} ** 3"),
     "square": ("torch.square({x})", "2 * {g} * {x}"),
 }
+PRODUCTS = ("exp", "square")        # their derivative is linear in its first operand, too
 
 
 def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
@@ -34,7 +35,8 @@ def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
 
 def _unary(name: str, value: str, slope: str) -> tuple[Op, Op]:
     from_result = "{y}" in slope
-    backward = Op(f"{name}_vjp", rule=lambda s: Rule(linear=((1,),)), infer=_infer,
+    linear = ((0,), (1,)) if name in PRODUCTS else ((1,),)
+    backward = Op(f"{name}_vjp", rule=lambda s: Rule(linear=linear), infer=_infer,
                   emit=lambda e, s, a: "(" + slope.format(x=a[0], y=a[0], g=a[1]) + ")")
 
     def vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
@@ -65,7 +67,7 @@ def _cast_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
 
 CAST = Op("cast", rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast_vjp,
           emit=lambda e, s, a: f"{a[0]}.to(torch.{s.options['dtype']})", dtype=lambda d, o: [o["dtype"]])
-CAST_LIKE = Op("cast_like", rule=lambda s: Rule(linear=((0,),)), infer=_infer, index=(1,),
+CAST_LIKE = Op("cast_like", rule=lambda s: Rule(linear=((0,),), uses=((0,),)), infer=_infer, index=(1,),
                emit=lambda e, s, a: f"{a[0]}.to({a[1]}.dtype)", dtype=lambda d, o: [d[1]])
 
 

@@ -30,12 +30,14 @@ class Rule:
     whole:  dims that no axis may split.
     sums:   dims that are summed away where a result lacks them: split, that result owes the sum.
     maxes:  the same for a maximum.
+    uses:   for each result, the operands whose values it depends on; all of them where nothing is said.
     Any other dim that a result lacks must be whole, too. A dim that only results have is made there, as its spec says.
     """
     linear: tuple[tuple[int, ...], ...] = ()
     whole: tuple[str, ...] = ()
     sums: tuple[str, ...] = ()
     maxes: tuple[str, ...] = ()
+    uses: tuple[tuple[int, ...], ...] = ()
 
 
 class RuleError(SpecError):
@@ -52,10 +54,11 @@ def natural(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], name
     `names` are what a message calls the operands. RuleError where the rule refuses.
     """
     names = names or [f"operand {i + 1}" for i in range(len(ins))]
-    axes = _label_axes(op, rule, ins, outs, names)
-    passed = _owed(op, rule, ins, axes, names)
+    uses = rule.uses or (tuple(range(len(ins))),) * len(outs)
+    axes = _label_axes(op, rule, ins, outs, names, sorted({i for used in uses for i in used}))
     types = []
-    for out in outs:
+    for out, used in zip(outs, uses):
+        passed = _owed(op, rule, ins, axes, names, used)
         gone = {n: a for n, a in axes.items() if a and n not in out.names}
         for name, split in gone.items():
             if name not in rule.sums and name not in rule.maxes:
@@ -66,12 +69,13 @@ def natural(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], name
     return tuple(types)
 
 
-def _label_axes(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def _label_axes(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], names: Sequence[str],
+                used: Sequence[int]) -> dict[str, tuple[str, ...]]:
     """The one ordered axis tuple of every name: the same in all operands, no axis on two names."""
     axes: dict[str, tuple[str, ...]] = {}
     first: dict[str, int] = {}
-    for i, spec in enumerate(ins):
-        for factor in (f for d in spec.dims for f in d.factors):
+    for i in used:
+        for factor in (f for d in ins[i].dims for f in d.factors):
             if factor.name not in axes:
                 axes[factor.name], first[factor.name] = factor.axes, i
             elif axes[factor.name] != factor.axes:
@@ -92,12 +96,12 @@ def _label_axes(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], 
     return axes
 
 
-def _owed(op: str, rule: Rule, ins: Sequence[Spec], axes: dict[str, tuple[str, ...]], names: Sequence[str]) -> list[Owed]:
-    """What the operands owe and the results then owe too."""
+def _owed(op: str, rule: Rule, ins: Sequence[Spec], axes: dict[str, tuple[str, ...]], names: Sequence[str], used: Sequence[int]) -> list[Owed]:
+    """What the operands `used` owe and their result then owes too."""
     split = {a: n for n, dims in axes.items() for a in dims}
     passed: dict[str, Owed] = {}
-    for i, spec in enumerate(ins):
-        for owed in spec.owed:
+    for i in used:
+        for owed in ins[i].owed:
             if owed.kind == "max":
                 raise RuleError(f"{op}: {names[i]} owes a max over {owed.axis}; only all_reduce and reduce_scatter take one",
                                 i, str(owed), owed.axis)
@@ -105,16 +109,14 @@ def _owed(op: str, rule: Rule, ins: Sequence[Spec], axes: dict[str, tuple[str, .
                 raise RuleError(f"{op}: {names[i]} {_owes(owed)}, while {split[owed.axis]} is split over {owed.axis}; "
                                 f"their pieces do not match", i, str(owed), owed.axis)
             if owed.kind == "+":
-                _check_linear(op, rule, i, owed, ins, names)
-            elif passed.setdefault(owed.axis, owed) != owed:
-                raise RuleError(f"{op}: {names[i]} is held at {owed.axis}:{owed.at}, another operand at "
-                                f"{owed.axis}:{passed[owed.axis].at}", i, str(owed), owed.axis)
-            passed[owed.axis] = owed
+                _check_linear(op, rule, i, owed, ins, names, used)
+            if (before := passed.setdefault(owed.axis, owed)) != owed:
+                raise RuleError(f"{op}: {names[i]} {_owes(owed)}, another operand {_owes(before)}", i, str(owed), owed.axis)
     return list(passed.values())
 
 
-def _check_linear(op: str, rule: Rule, i: int, owed: Owed, ins: Sequence[Spec], names: Sequence[str]) -> None:
-    owing = {j for j, s in enumerate(ins) if owed in s.owed}
+def _check_linear(op: str, rule: Rule, i: int, owed: Owed, ins: Sequence[Spec], names: Sequence[str], used: Sequence[int]) -> None:
+    owing = {j for j in used if owed in ins[j].owed}
     group = next((g for g in rule.linear if i in g), None)
     if group is None:
         raise RuleError(f"{op}: {names[i]} owes a sum over {owed.axis}, and {op} of a sum is not the sum of {op}",

@@ -7,7 +7,8 @@
 >>> [tuple(p.shape) for p in pieces], bool((join(pieces, parse("T/tp D"), dict(T=3, D=2), mesh) == x).all())
 ([(2, 2), (1, 2)], True)
 
-Pieces of an owed sum are always drawn at random: with (x, 0, 0, ...) many nonlinear functions pass for linear ones.
+Pieces of an owed sum are always drawn at random, as large as the value: with (x, 0, 0, ...) many nonlinear functions pass
+for linear ones. What ranks elsewhere hold of a value that is held at one coordinate is NaN.
 """
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shardlib.mesh import Mesh
-from shardlib.spec import Spec
+from shardlib.spec import Owed, Spec
 
 
 def region(kind: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: Mapping[str, int]) -> tuple[slice, ...]:
@@ -35,16 +36,22 @@ def region(kind: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: Mapping
 
 def place(x: Tensor, kind: Spec, sizes: Mapping[str, int], mesh: Mesh, generator: torch.Generator | None = None) -> list[Tensor]:
     """What each rank holds of `x` as type `kind`. Where a sum is owed, random pieces that sum to x; an owed max, likewise."""
-    owed = [o for o in kind.owed if o.kind in ("+", "max")]
+    owed, held = [o for o in kind.owed if o.kind != "@"], [o for o in kind.owed if o.kind == "@"]
     combos = list(itertools.product(*(range(mesh.axes[o.axis]) for o in owed)))
     pieces = {c: x for c in combos}
     if len(combos) > 1 and owed[0].kind == "+":
-        drawn = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for _ in combos[1:]]
+        scale = max(1.0, float(x.abs().nan_to_num(0, 0, 0).max()) if x.numel() else 1.0)
+        drawn = [(scale * torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(x.dtype) for _ in combos[1:]]
         pieces = dict(zip(combos, [x - torch.stack(drawn).sum(0), *drawn]))
     elif len(combos) > 1:
         winner = torch.randint(len(combos), x.shape, generator=generator)
         pieces = {c: torch.where(winner == i, x, x - torch.rand(x.shape, generator=generator)) for i, c in enumerate(combos)}
-    return [pieces[tuple(c[o.axis] for o in owed)][region(kind, sizes, mesh, c)].clone() for c in mesh.coordinates()]
+    parts = [pieces[tuple(c[o.axis] for o in owed)][region(kind, sizes, mesh, c)].clone() for c in mesh.coordinates()]
+    return [p if _here(c, held) else p.fill_(torch.nan if p.is_floating_point() else 0) for p, c in zip(parts, mesh.coordinates())]
+
+
+def _here(coordinate: Mapping[str, int], held: Sequence[Owed]) -> bool:
+    return all(coordinate[o.axis] == o.at for o in held)
 
 
 class NotReplicated(AssertionError):
@@ -56,22 +63,22 @@ def join(pieces: Sequence[Tensor], kind: Spec, sizes: Mapping[str, int], mesh: M
     shape = mesh.local_shape(kind.whole(), sizes, {})
     busy = {*kind.split_axes, *(o.axis for o in kind.owed)}
     free = [a for a in mesh.axes if a not in busy]
-    kinds = {o.kind for o in kind.owed}
+    kinds, held = {o.kind for o in kind.owed}, [o for o in kind.owed if o.kind == "@"]
     copies = []
     for where in itertools.product(*(range(mesh.axes[a]) for a in free)):
         parts: dict[tuple, list[Tensor]] = {}
         out = torch.zeros(shape, dtype=pieces[0].dtype)
         for c, piece in zip(mesh.coordinates(), pieces):
-            if all(c[a] == i for a, i in zip(free, where)):
+            if _here(c, held) and all(c[a] == i for a, i in zip(free, where)):
                 spot = region(kind, sizes, mesh, c)
                 parts.setdefault(tuple((s.start, s.stop) for s in spot), []).append(piece)
         for spot, found in parts.items():
             stack = torch.stack(found)
             out[tuple(slice(a, b) for a, b in spot)] = stack.amax(0) if "max" in kinds else stack.sum(0) if len(found) > 1 else found[0]
         copies.append(out)
-    scale = max(1.0, float(copies[0].abs().double().nan_to_num().max()) if copies[0].numel() else 1.0)
+    scale = max(1.0, float(copies[0].double().abs().nan_to_num().max()) if copies[0].numel() else 1.0)
     for other in copies[1:]:
         same = (other == copies[0]) | (other.isnan() & copies[0].isnan()) if other.is_floating_point() else other == copies[0]
-        if not bool(same.all()) and float((other - copies[0]).abs().double().nan_to_num(1e30).max()) > tolerance * scale:
+        if not bool(same.all()) and float((other.double() - copies[0].double()).abs().nan_to_num(1e30).max()) > tolerance * scale:
             raise NotReplicated(f"{kind}: the copies on different ranks differ")
     return copies[0]

@@ -5,12 +5,14 @@ A test names one: `world.run("places", ["tp"])` is a list of what each rank retu
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from shardlib.distributed import Runtime
+from conformance import check, fixed_cases
+from shardlib.distributed import GroupCoordinator, Runtime
+from shardlib.distributed.communicators.torch_distributed import TorchDistributed
 from shardlib.errors import SpecError
 
 
@@ -32,6 +34,15 @@ def shared_groups(runtime: Runtime) -> list[bool]:
     """Whether (dp, tp) and (tp, dp) share process groups, and data and control do not."""
     one, other = runtime.group(("dp", "tp")), runtime.group(("tp", "dp"))
     return [one.device_group is other.device_group, one.cpu_group is other.cpu_group, one.device_group is one.cpu_group]
+
+
+def any_order(runtime: Runtime, order: list[int]) -> list[str]:
+    """Failures of the fixed cases on a group in this order of ranks, which need not be that of any mesh."""
+    whole = runtime.group(tuple(runtime.mesh.axes))
+    data = TorchDistributed(whole.device_group, order, runtime.rank)
+    group = GroupCoordinator("any", order, runtime.rank, runtime.local_rank, runtime.device, (data,), data)
+    return [f"{case}: {text}" for root in range(len(order)) for case in fixed_cases(("any",), len(order))
+            for text in check(replace(case, root=root), group)]
 
 
 def messages(runtime: Runtime, axes: list[str]) -> list[Any]:

@@ -43,6 +43,11 @@ def test_fixed_cases(world: World, setting: Setting) -> None:
         assert world.check(*fixed_cases(axes, setting.size(axes))) == []
 
 
+def test_an_order_that_is_not_its_own_inverse(pool: Pool) -> None:
+    world = pool.connect("tp=3", [("tp",)], 3)
+    assert world.run("any_order", [1, 2, 0]) == [[]] * 3
+
+
 SIZES = st.sampled_from((0, 1, 2, 3, 5, 7, 13))
 
 

@@ -1,5 +1,6 @@
 """Tokenizers against a byte-level BPE of thirty lines, written from the description and not from the package."""
 import json
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from shardlib.models.checkpoint import CheckpointError
 from shardlib.models.gguf_header import read_gguf_header
 from shardlib.models.gguf_vocabulary import LLAMA3, build_bpe
 from shardlib.models.model_files import find_model
-from shardlib.models.tokenizer import Tokenizer
+from shardlib.models.tokenizer import Tokenizer, from_metadata
 
 try:
     PATH = find_model("smollm2")
@@ -228,6 +229,29 @@ def test_damaged_vocabularies(change, message, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         Tokenizer.load(path)
     assert str(caught.value) == f"{path}: {message}"
+
+
+JUNK = [None, True, 0, -1, 1 << 40, 0.5, math.nan, "", "x", [], [1], ["", ""], [[]], {}, {"content": 3}]
+
+
+@pytest.mark.parametrize("key", [*small(), "tokenizer.chat_template", "tokenizer.ggml.add_bos_token"])
+def test_values_of_any_kind_in_a_gguf_file(key):
+    """They mean something, or there is an error of ours."""
+    for junk in JUNK:
+        try:
+            from_metadata({**small(), "tokenizer.ggml.add_bos_token": True, key: junk}, "m").encode("ab <s>")
+        except CheckpointError:
+            pass
+
+
+@pytest.mark.parametrize("file, key", [("tokenizer_config", "eos_token"), ("tokenizer_config", "chat_template"), ("config", "eos_token_id"),
+                                       ("generation_config", "eos_token_id"), ("tokenizer_config", "bos_token")])
+def test_values_of_any_kind_in_a_folder(file, key, tmp_path):
+    for i, junk in enumerate(JUNK):
+        try:
+            Tokenizer.load(folder(tmp_path / str(i), **{file: {key: junk}})).encode("ab <s>")
+        except CheckpointError:
+            pass
 
 
 # -- Hugging Face folders ----------------------------------------------------------------------------------------------

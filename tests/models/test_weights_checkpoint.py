@@ -84,9 +84,8 @@ def damaged_copies(data: bytes, header: int):
     """The file cut at each byte of the header and at its end; each byte of the header changed; big numbers in each place."""
     yield from (data[:n] for n in (*range(0, header + 2), len(data) - 1))
     for at in range(header):
-        for flip in (0x01, 0x80):
-            yield data[:at] + bytes([data[at] ^ flip]) + data[at + 1:]
-    for at in range(0, header - 8, 4):
+        yield data[:at] + bytes([data[at] ^ (0x01, 0x80, 0xff)[at % 3]]) + data[at + 1:]
+    for at in range(0, header - 8, 5):
         for big in (b"\xff" * 8, b"\x00\x00\x00\x40\x00\x00\x00\x00", b"\xff\xff\xff\xff\xff\xff\xff\x7f"):
             yield data[:at] + big + data[at + 8:]
 
@@ -113,7 +112,7 @@ def test_damage_anywhere_in_a_header(kind, request, tmp_path):
             assert str(error).startswith(f"{small}: ") and len(str(error)) < 1000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert copies > 4000 and seen > copies / 3 and peak < 5e6
+    assert copies > 3000 and seen > copies / 3 and peak < 5e6
 
 
 # -- GGUF --------------------------------------------------------------------------------------------------------------

@@ -87,6 +87,18 @@ def test_metadata_of_gguf_that_is_refused(change, message):
     assert str(caught.value) == "GGUF metadata: " + message
 
 
+@pytest.mark.parametrize("junk", [None, True, 0, -1, 1 << 40, 1 << 2000, 0.5, math.nan, math.inf, "", "x", [], [1], [[]], {}, {"a": {}}, {"rope_type": []}], ids=repr)
+def test_values_of_any_kind(junk):
+    """They mean something, or there is an error of ours."""
+    for read, fields in ((config_from_hf, {**HF, "rope_scaling": LLAMA3}), (config_from_hf, {**HF, "rope_parameters": {}}),
+                         (lambda fields: config_from_gguf(fields, tied=True), GGUF)):
+        for key in fields:
+            try:
+                read({**fields, key: junk})
+            except CheckpointError:
+                pass
+
+
 def test_biases_are_refused(tiny_folder):
     checkpoint = open_checkpoint(tiny_folder)
     checkpoint.tensors["model.layers.0.self_attn.q_proj.bias"] = checkpoint.tensors["model.norm.weight"]

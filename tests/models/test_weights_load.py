@@ -1,6 +1,7 @@
 """Loading against files that others write: every coordinate's shard equals the slice of the whole tensor."""
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,8 +18,7 @@ from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
@@ -289,8 +289,8 @@ def test_a_file_that_changed_since_its_header_was_read(tiny_llama, tmp_path):
 
 @smollm2
 @pytest.mark.parametrize("tp", [2, 3])
-def test_smollm2_as_transformers_reads_it(tp, smollm2_state):
-    """Every shard of every leaf, against the GGUF reader of transformers, which dequantises whole tensors."""
+def test_smollm2_as_others_read_it(tp, smollm2_state):
+    """Every shard of every leaf, against whole tensors read by others."""
     checkpoint, mesh = open_checkpoint("smollm2"), Mesh(tp=tp)
     sizes = config_of(checkpoint).sizes
     expected = rearranged(smollm2_state, sizes)
@@ -302,11 +302,23 @@ def test_smollm2_as_transformers_reads_it(tp, smollm2_state):
 
 @pytest.fixture(scope="module")
 def smollm2_state() -> dict[str, torch.Tensor]:
-    path = find_model("smollm2")
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3))
-    found = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    return {**found, "lm_head.weight": found["model.embed_tokens.weight"]}
+    """By the reader of the gguf package, and with heads turned back by transformers."""
+    turn = LlamaTensorProcessor(config={})._reverse_permute_weights
+    state = {}
+    for tensor in gguf.GGUFReader(find_model("smollm2")).tensors:
+        weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+        weight = turn(weight, 9, 9) if "attn_q" in tensor.name else turn(weight, 9, 3) if "attn_k" in tensor.name else weight
+        state[theirs(tensor.name)] = torch.from_numpy(np.array(weight))
+    return {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
+
+
+def theirs(name: str) -> str:
+    """What transformers calls a tensor of a GGUF file."""
+    name = re.sub(r"^blk", "model.layers", name)
+    for part, whole in (("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("attn_norm", "input_layernorm"),
+                        ("ffn_norm", "post_attention_layernorm"), ("attn_output", "self_attn.o_proj"), ("ffn_", "mlp."), ("attn_", "self_attn.")):
+        name = name.replace(part, whole)
+    return re.sub(r"(self_attn\.[qkv]|mlp\.\w+)\.weight", r"\1_proj.weight", name)
 
 
 MEMORY = """

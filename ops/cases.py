@@ -1,0 +1,101 @@
+"""Calls of every op, for the tests of the typing rules and the table of them in the docs."""
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+import torch
+from torch import Tensor
+
+from shardlib.arithmetic import BINARY, SCALE, SHIFT
+from shardlib.ops import TABLE
+from shardlib.oracle import Case, Draw, normal
+from shardlib.parser import CORE
+from shardlib.pointwise import UNARY
+from shardlib.program import Op
+from shardlib.scan import SCAN
+
+OPS: dict[str, Op] = {**CORE, **BINARY, "scale": SCALE, "shift": SHIFT, "scan": SCAN, **TABLE}
+POSITIVE = ("log", "rsqrt")
+
+
+def positive(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+    return torch.rand(shape, generator=g, dtype=torch.float64) + 0.5
+
+
+def huge(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+    """Beyond the range of float32."""
+    return normal(shape, sizes, g, before) * 6e38
+
+
+def single(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+    return normal(shape, sizes, g, before).float()
+
+
+def mask(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+    """Random, the first of each row true."""
+    out = torch.rand(shape, generator=g) < 0.5
+    out[..., :1] = True
+    return out
+
+
+def index(below: str, room: str = "") -> Draw:
+    """Integers below the size of a dim, less that of `room`, plus 1."""
+    def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+        return torch.randint(sizes[below] - sizes[room] + 1 if room else sizes[below], shape, generator=g)
+    return draw
+
+
+def largest(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+    """The maximum of the first operand along its last dim."""
+    return before[0].amax(-1)
+
+
+def _case(name: str, text: str, *draws: Draw, indices: tuple[int, ...] = (), constants: tuple[int, ...] = (), complete: bool = True,
+          tolerance: float = 1e-9, **attrs: Any) -> Case:
+    return Case(OPS[name], text, tuple(sorted(attrs.items())), draws, indices, constants, complete, tolerance)
+
+
+def _unary(name: str) -> list[Case]:
+    draw = positive if name in POSITIVE else normal
+    return [_case(name, "B D -> B D", draw), _case(f"{name}_vjp", "B D, B D -> B D", draw)]
+
+
+_Q, _K, _V, _MASK, _OUT = "B T K G H", "B S K H", "B S K V", "B T S", "B T K G V"
+_MASKED = (normal, normal, normal, mask)
+
+CASES: tuple[Case, ...] = (
+    *(_case("einsum", text) for text in (
+        "B T D, D F -> B T F", "B T D, B T D -> B T", "B D -> D", "B T D, T -> B D", "B D, T -> B T", "B D -> D B", "B T -> ()",
+        "B T, T D, D F -> B F", "B (K H), (K H) D -> B D", "B (K H), (K H) -> B (K H)")),
+    *(_case(name, text, normal, positive) for name in BINARY for text in ("B T, B T -> B T", "B T D, D -> B T D", "T, B T -> B T", "B T, B -> B T")),
+    _case("scale", "B D -> B D", by=-2.5), _case("shift", "B D -> B D", by=1.5), _case("shift", "B D -> B D", by=0),
+    _case("reciprocal", "B D -> B D", positive),
+    *(case for name in UNARY for case in _unary(name)),
+    _case("cast", "B D -> B D", single, dtype="float64", tolerance=1e-5), _case("cast_like", "B D, B D -> B D", single, tolerance=1e-5),
+    _case("where", "B T, B T, B T -> B T", mask), _case("where", "T, B T, T -> B T", mask),
+    _case("stop_gradient", "B D -> B D"), _case("ones_like", "B D -> B D"), _case("zeros_like", "B D -> B D"),
+    _case("sum", "B T D -> B"), _case("sum", "B (K H) -> B"), _case("sum", "B D -> B D"),
+    _case("mean", "B T D -> B"), _case("mean", "B (K H) -> B"), _case("mean", "B D -> ()"),
+    _case("max", "B T D -> B"), _case("max", "B D -> ()"),
+    _case("spread", "B -> B T D"), _case("spread", "T -> B T", mean=True), _case("spread", "B -> B (K H)"),
+    _case("softmax", "B T D -> B T D", along="T"), _case("softmax_vjp", "B T D, B T D -> B T D", along="T"),
+    _case("logsumexp", "B V T -> B T"), _case("exp_minus", "B V, B, B -> B V"), _case("finite", "B -> B", huge),
+    _case("sum_exp", "B V, B -> B", constants=(1,)), _case("log_plus", "B T, B T -> B T", positive, constants=(1,)),
+    _case("argmax", "B T V -> B T"), _case("rank_of", "B V, B -> B", normal, largest), _case("from_rank", "B -> B", index("V"), of="V"),
+    _case("rearrange", "B T D -> D B T"), _case("rearrange", "B K H -> B (K H)"), _case("rearrange", "T (K H) -> K T H"),
+    _case("rearrange", "B T (K H) -> (B T) K H"), _case("rename", "B T -> B S"),
+    _case("attention", f"{_Q}, {_K}, {_V} -> {_OUT}"), _case("attention", f"{_Q}, {_K}, {_V}, {_MASK} -> {_OUT}", *_MASKED),
+    _case("attention", f"{_Q}, {_K}, {_K} -> {_Q}", complete=False),
+    _case("attention_vjp", f"{_Q}, {_K}, {_V}, {_OUT} -> {_Q}, {_K}, {_V}"),
+    _case("attention_vjp", f"{_Q}, {_K}, {_V}, {_MASK}, {_OUT} -> {_Q}, {_K}, {_V}", *_MASKED, indices=(3,)),
+    _case("attention_vjp", f"{_Q}, {_K}, {_K}, {_Q} -> {_Q}, {_K}, {_K}", complete=False),
+    _case("update_cache", "B S K H, B T K H, B -> B S K H", normal, normal, index("S", "T")), _case("causal_mask", "B -> B T S", index("S")),
+    _case("rms_norm", "B T D, D -> B T D", eps=1e-6), _case("rms_norm", "D, D -> D", eps=1e-6),
+    _case("rms_norm_vjp", "B T D, D, B T D -> B T D, D", eps=1e-6), _case("rms_norm_vjp", "D, D, D -> D, D", eps=1e-6),
+    _case("rope_table", "B -> B T H", index("S"), theta=10.0, scaling=None), _case("rope", "B T K H, B T H -> B T K H"),
+    _case("rope_vjp", "B T K H, B T H -> B T K H"),
+    _case("sample", "B V, B -> B", normal, index("S"), temperature=0.7, top_p=0.9, seed=3),
+    _case("embedding", "B T, V D -> B T D", index("V")), _case("embedding_vjp", "B T, B T D -> V D", index("V")),
+    _case("take", "B T D, B -> B D", normal, index("T")), _case("take", "B V, B -> B", normal, index("V")),
+    _case("take_vjp", "B, B D -> B T D", index("T")), _case("take_vjp", "B, B -> B V", index("V")),
+)

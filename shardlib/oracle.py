@@ -1,0 +1,295 @@
+"""The oracle of the typing rules: what is true of an op on split operands, found by running it on every rank.
+
+A `Case` is one call of an op, its specs whole. `judge` places random operands on all ranks of a mesh as given types, runs
+the op's own generated code on each, and says which types the results may be given: those as which the pieces put
+together are the op on the whole, and as which the local derivative, of random cotangents of the dual types, is the
+derivative. A rule is sound and complete when it accepts exactly what `judge` finds a type for.
+
+>>> from shardlib.parser import CORE
+>>> from shardlib.spec import parse
+>>> case = Case(CORE["sum"], "B D -> B")
+>>> Trial(case, Mesh(x=2), dict(B=3, D=5)).judge((parse("B D/x"),))
+[[Spec("B +x")]]
+
+| operand on an axis | its cotangent |
+|---|---|
+| split | split |
+| whole | owed |
+| owed | whole |
+| held at k | held at k, and so is that of every operand of the op |
+"""
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shardlib.emit import Emitter, load
+from shardlib.mesh import Mesh
+from shardlib.program import Op, Program, Result, Step
+from shardlib.rearrange import RENAME
+from shardlib.rules import RuleError, natural
+from shardlib.spec import Owed, Spec, parse_signature
+from shardlib.testing import NotReplicated, join, place
+
+Draw = Callable[[tuple[int, ...], Mapping[str, int], torch.Generator, list[Tensor]], Tensor]
+
+
+class NoSuchCall(Exception):
+    """The op on whole operands fails at these sizes, as it may: an index into an empty dim, half of one element."""
+
+
+def normal(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+    return torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op. `text`: its specs, whole. `draws`: what each operand holds, normal numbers by default.
+
+    indices, constants: operands beside those in `op.index` that hold integers or masks; that have no cotangent.
+    complete: whether every typing can be said in these names; not where one name stands for two dims.
+    tolerance: relative to the largest element.
+    """
+    op: Op
+    text: str
+    attrs: tuple[tuple[str, Any], ...] = ()
+    draws: tuple[Draw, ...] = ()
+    indices: tuple[int, ...] = ()
+    constants: tuple[int, ...] = ()
+    complete: bool = True
+    tolerance: float = 1e-9
+
+    def __str__(self) -> str:
+        return f'{self.op.name}("{self.text}"{"".join(f", {k}={v!r}" for k, v in self.attrs)})'
+
+    @cached_property
+    def ins(self) -> tuple[Spec, ...]:
+        return parse_signature(self.text)[0]
+
+    @cached_property
+    def outs(self) -> tuple[Spec, ...]:
+        return parse_signature(self.text)[1]
+
+    @cached_property
+    def made(self) -> tuple[str, ...]:
+        """The dims that only results have: a call says how they are split."""
+        known = {n for s in self.ins for n in s.names}
+        return () if self.op is RENAME else tuple(dict.fromkeys(n for s in self.outs for n in s.names if n not in known))
+
+    @cached_property
+    def differentiable(self) -> tuple[int, ...]:
+        """The operands that have cotangents."""
+        fixed = (*self.op.index, *self.indices, *self.constants)
+        return tuple(i for i in range(len(self.ins)) if i not in fixed) if self.op.vjp else ()
+
+    def step(self, ins: Sequence[Spec], outs: Sequence[Spec]) -> Step:
+        return Step(self.op, tuple(ins), tuple(outs), tuple(f"x{i}" for i in range(len(ins))), tuple(f"y{i}" for i in range(len(outs))), self.attrs)
+
+    def rule(self, ins: Sequence[Spec], made: Mapping[str, tuple[str, ...]] | None = None) -> tuple[Spec, ...]:
+        """What the rule says the results are, dims in `made` split so. RuleError where it refuses."""
+        if self.op is RENAME:
+            (x,), (out,) = ins, self.outs
+            return (Spec(tuple(d.split(f.axes) for d, f in zip(out.dims, x.dims)), x.owed),)
+        outs = tuple(s.split(made or {}) for s in self.outs) if self.op.takes_text else self.op.infer(ins, dict(self.attrs))
+        return natural(self.op.name, self.op.rule(self.step(ins, outs)), ins, outs)
+
+    def accepts(self, ins: Sequence[Spec], made: Mapping[str, tuple[str, ...]] | None = None) -> tuple[Spec, ...] | None:
+        try:
+            return self.rule(ins, made)
+        except RuleError:
+            return None
+
+    def operand_types(self, i: int, axes: Sequence[str], kinds: Sequence[str] = ("+",)) -> list[Spec]:
+        """All types of operand i; an index or a mask owes nothing."""
+        return types(self.ins[i], axes, () if i in (*self.op.index, *self.indices) else kinds)
+
+    def combinations(self, axes: Sequence[str], kinds: Sequence[str] = ("+",)) -> Iterator[tuple[tuple[Spec, ...], dict[str, tuple[str, ...]]]]:
+        """All types of the operands together, and all splits of the dims that the results make."""
+        dims = tuple(d for s in self.outs for d in s.dims if d.label in self.made)
+        splits = types(Spec(tuple(dict.fromkeys(dims))), axes, ())
+        for ins in itertools.product(*(self.operand_types(i, axes, kinds) for i in range(len(self.ins)))):
+            for made in splits:
+                yield ins, {d.label: d.axes for d in made.dims}
+
+
+@lru_cache(maxsize=4096)
+def _types(spec: Spec, axes: tuple[str, ...], kinds: tuple[str, ...]) -> tuple[Spec, ...]:
+    places: list[Any] = [None, *(d.label for d in spec.dims if d.factors), *kinds]
+    found: dict[Spec, None] = {}
+    for where in itertools.product(places, repeat=len(axes)):
+        for order in itertools.permutations(zip(axes, where)):
+            split: dict[str, tuple[str, ...]] = {}
+            owed = []
+            for axis, at in order:
+                if at in kinds:
+                    owed.append(_owed(at, axis))
+                elif at is not None:
+                    split[at] = (*split.get(at, ()), axis)
+            if len({o.kind for o in owed} & {"+", "max"}) < 2:
+                found[spec.split(split).owing(*owed)] = None
+    return tuple(found)
+
+
+def types(spec: Spec, axes: Sequence[str], kinds: Sequence[str] = ("+",)) -> list[Spec]:
+    """Every type of a value with the dims of `spec`: each axis splits a dim, in any order, is owed in a way of `kinds`
+    ("+", "max", "@0"), or neither."""
+    return list(_types(spec.whole(), tuple(axes), tuple(kinds)))
+
+
+def _owed(kind: str, axis: str) -> Owed:
+    return Owed("@", axis, int(kind[1:])) if kind[0] == "@" else Owed(kind, axis)
+
+
+def dual(kind: Spec, mesh: Mesh, held: Sequence[Owed] = ()) -> Spec:
+    """The type of a cotangent of a value of type `kind`; `held`: what the op that has the value as operand or result is held at."""
+    busy = {*kind.split_axes, *(o.axis for o in kind.owed), *(o.axis for o in held)}
+    return kind.owing(*held, *(Owed("+", a) for a in mesh.axes if a not in busy))
+
+
+class Trial:
+    """One case on one mesh at given sizes, with data drawn by `seed`, and its truth: the op on whole operands."""
+
+    def __init__(self, case: Case, mesh: Mesh, sizes: Mapping[str, int], seed: int = 0) -> None:
+        self.case, self.mesh, self.sizes = case, mesh, dict(sizes)
+        if case.op is RENAME:
+            self.sizes |= {new: sizes[old] for old, new in zip(case.ins[0].names, case.outs[0].names)}
+        self.emitters = [Emitter(mesh, rank, self.sizes, dtype="float64") for rank in range(mesh.world_size)]
+        self._codes: dict[tuple[bool, str], Callable] = {}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.whole: list[Tensor] = []
+        try:
+            for i, spec in enumerate(case.ins):
+                draw = case.draws[i] if i < len(case.draws) else normal
+                self.whole.append(draw(self.shape(spec), self.sizes, self.generator, self.whole))
+            self._truth()
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise NoSuchCall(str(error)) from error
+        self._placed: dict[tuple[int, Spec], list[Tensor]] = {}
+        self._ran: dict[tuple, list | None] = {}
+        self._duals: dict[tuple[int, Spec], list[Tensor]] = {}
+
+    def shape(self, spec: Spec) -> tuple[int, ...]:
+        return self.mesh.local_shape(spec.whole(), self.sizes, {})
+
+    def _truth(self) -> None:
+        case, one = self.case, Mesh()
+        outs = case.rule(case.ins)
+        main = self.code(Emitter(one, 0, self.sizes, dtype="float64"), case.ins, outs)
+        given = [x.clone().requires_grad_(i in case.differentiable) for i, x in enumerate(self.whole)]
+        made = main(*given)
+        self.results = [y.detach() for y in made]
+        self.cotangents = [normal(tuple(y.shape), self.sizes, self.generator, []).to(y.dtype) for y in made] if case.differentiable else []
+        self.gradients = [_gradients(made[:j + 1][j:], given, self.cotangents[j:j + 1], case) for j in range(len(made))] if self.cotangents else []
+
+    def operand(self, i: int, kind: Spec) -> list[Tensor]:
+        if (i, kind) not in self._placed:
+            self._placed[i, kind] = place(self.whole[i], kind, self.sizes, self.mesh, self.generator)
+        return self._placed[i, kind]
+
+    def cotangent(self, j: int, kind: Spec) -> list[Tensor]:
+        if (j, kind) not in self._duals:
+            self._duals[j, kind] = place(self.cotangents[j], kind, self.sizes, self.mesh, self.generator)
+        return self._duals[j, kind]
+
+    def code(self, e: Emitter, ins: Sequence[Spec], outs: Sequence[Spec]) -> Callable:
+        """The generated function of a rank, which says on what it depends: the op's own text."""
+        step = self.case.step(ins, outs)
+        e.constants.clear()
+        text = self.case.op.emit(e, step, [f"a{i}" for i in range(len(ins))])
+        key = (e.mesh is self.mesh, text)
+        if key not in self._codes:
+            args = tuple(zip(step.inputs, ins))
+            program = Program("case", args, (step,), tuple(Result(s, (n,)) for s, n in zip(outs, step.outputs)), True)
+            writer = Emitter(e.mesh, e.rank, self.sizes, dtype="float64")
+            source = writer.program(program)
+            self._codes[key] = load(source, {**writer.helpers, **writer.constants}, {}, str(self.case))
+        return self._codes[key]
+
+    def run(self, ins: Sequence[Spec], outs: Sequence[Spec]) -> list[tuple[list[Tensor], tuple[Tensor, ...]]] | None:
+        """Each rank's operands and results; None where the code fails on one of them."""
+        try:        # writing code, or running it, may make anything of shapes that do not fit
+            codes = tuple(self.code(e, ins, outs) for e in self.emitters)
+            if (tuple(ins), codes) not in self._ran:
+                self._ran = {(tuple(ins), codes): None}
+                given = [[self.operand(i, s)[rank].detach().requires_grad_(i in self.case.differentiable) for i, s in enumerate(ins)]
+                         for rank in range(self.mesh.world_size)]
+                self._ran = {(tuple(ins), codes): [(xs, code(*xs)) for xs, code in zip(given, codes)]}
+            return self._ran[tuple(ins), codes]
+        except Exception:
+            return None
+
+    def wrong(self, ran: list | None, ins: Sequence[Spec], outs: Sequence[Spec], j: int) -> str | None:
+        """What is wrong with giving result j the type outs[j]; None where nothing is."""
+        if ran is None:
+            return "the local code fails"
+        made = [results[j] for _, results in ran]
+        try:
+            got = self._joined([y.detach() for y in made], outs[j])
+        except NotReplicated:
+            return f"result {j} is not the same on ranks that should agree"
+        if got is None or not same(got, self.results[j], self.case.tolerance):
+            return f"result {j} is wrong"
+        return self._wrong_derivative(ran, made, ins, outs[j], j) if self.case.differentiable else None
+
+    def _wrong_derivative(self, ran: list, made: list[Tensor], ins: Sequence[Spec], out: Spec, j: int) -> str | None:
+        held = tuple(o for o in out.owed if o.kind == "@")
+        seeds = self.cotangent(j, dual(out, self.mesh, held))
+        found = [_gradients([y], given, [seed], self.case) for (given, _), y, seed in zip(ran, made, seeds)]
+        for at, i in enumerate(self.case.differentiable):
+            try:
+                got = self._joined([g[at] for g in found], dual(ins[i], self.mesh, held))
+            except NotReplicated:
+                return f"the cotangent of operand {i} is not the same on ranks that should agree"
+            if got is None or not same(got, self.gradients[j][at], self.case.tolerance):
+                return f"the cotangent of operand {i} is wrong"
+        return None
+
+    def _joined(self, pieces: list[Tensor], kind: Spec) -> Tensor | None:
+        for piece, c in zip(pieces, self.mesh.coordinates()):
+            if tuple(piece.shape) != self.mesh.local_shape(kind, self.sizes, c):
+                return None
+        return join(pieces, kind, self.sizes, self.mesh, self.case.tolerance)
+
+    def judge(self, ins: Sequence[Spec], made: Mapping[str, tuple[str, ...]] | None = None) -> list[list[Spec]]:
+        """For every result, the types that it may be given; nothing at all where one of them has none."""
+        axes, right = tuple(self.mesh.axes), []
+        held = tuple({f"@{o.at}": None for s in ins for o in s.owed if o.kind == "@"})
+        for j, whole in enumerate(self.case.outs):
+            right.append([])
+            for out in types(whole, axes, ("+", *held)):
+                if any(out.axes(n) != tuple((made or {}).get(n, ())) for n in self.case.made if n in out.labels):
+                    continue
+                outs = [s.split(made or {}) for s in self.case.outs]
+                outs[j] = out
+                if self.wrong(self.run(ins, outs), ins, outs, j) is None:
+                    right[j].append(out)
+            if not right[j]:
+                return []
+        return right
+
+
+def _gradients(made: Sequence[Tensor], given: Sequence[Tensor], seeds: Sequence[Tensor], case: Case) -> list[Tensor]:
+    leaves = [given[i] for i in case.differentiable]
+    if not made[0].requires_grad:
+        return [torch.zeros_like(x) for x in leaves]
+    found = torch.autograd.grad(made, leaves, seeds, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
+
+
+def same(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Equal up to `tolerance` times the largest finite element; NaN and infinities in the same places."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return bool((a == b).all())
+    if bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all()):
+        return not a.numel() or float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
+    odd = ~torch.isfinite(b)
+    if not bool((odd == ~torch.isfinite(a)).all()) or not bool(((a[odd] == b[odd]) | (a[odd].isnan() & b[odd].isnan())).all()):
+        return False
+    return same(torch.where(odd, 0, a), torch.where(odd, 0, b), tolerance)
