@@ -59,7 +59,7 @@ class Model:
         config = config_of(checkpoint)
         types = weight_types(config, layout, runtime.mesh)
         shards = load(checkpoint, types, runtime.mesh, runtime.coordinate, dtype, runtime.device)
-        return cls(config, fill(_shape(config), "", lambda path: shards[path[1:]]), layout, runtime, dtype)
+        return cls(config, fill(llama_of(config), "", lambda path: shards[path[1:]]), layout, runtime, dtype)
 
     def lower(self, sampling: Sampling = Sampling()) -> Program:
         """The program of one step."""
@@ -126,7 +126,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config:
         raise SpecError(f"the prompt has {longest} tokens and {max_new_tokens} are to follow; the model's context is {config.max_context}")
 
 
-def _shape(config: LlamaConfig) -> Llama:
+def llama_of(config: LlamaConfig) -> Llama:
     """The Llama pytree of `config`: without a head where it is tied."""
     full = fill(Llama, "", lambda path: path)
     return Llama(embed=full.embed, layers=full.layers, norm=full.norm, head=None if config.tied else full.head)
@@ -134,5 +134,5 @@ def _shape(config: LlamaConfig) -> Llama:
 
 def weight_types(config: LlamaConfig, layout: Layout, mesh: Mesh) -> dict[str, object]:
     """path -> type of every weight at rest."""
-    kinds = struct(_shape(config)).map(lambda spec: layout.on(mesh).complete_alone(spec).resolve(mesh))
+    kinds = struct(llama_of(config)).map(lambda spec: layout.on(mesh).complete_alone(spec).resolve(mesh))
     return {path[1:]: kind for path, kind in kinds.leaves("")}

@@ -24,24 +24,32 @@ def causal(q: Tensor, k: Tensor, offset: int) -> Tensor:
     return (torch.arange(k.shape[1], device=q.device) <= t[:, None]).expand(q.shape[0], -1, -1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k / sqrt(h)) v of local tensors; the queries of one kv head run as more rows of it."""
+def bias(mask: Tensor, g: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: 0 where the mask is true, -inf elsewhere; (b, 1, g t, s)."""
+    b, t, s = mask.shape
+    out = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+    return out[:, None] if t == 1 or g == 1 else out[:, None, None].expand(b, 1, g, t, s).reshape(b, 1, g * t, s)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k / sqrt(h) + bias) v of local tensors; the queries of one kv head run as more rows of it."""
     b, t, heads, g, h = q.shape
     if q.numel() == 0 or k.shape[1] == 0:
         return q.new_zeros((b, t, heads, g, v.shape[-1]))
-    rows = q.view(b, heads, g, h) if t == 1 else q.permute(0, 2, 3, 1, 4).reshape(b, heads, g * t, h)
-    seen = mask[:, None] if t == 1 or g == 1 else mask[:, None, None].expand(b, 1, g, t, -1).reshape(b, 1, g * t, -1)
-    out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen)
-    return out.view(b, 1, heads, g, -1) if t == 1 else out.view(b, heads, g, t, -1).permute(0, 3, 1, 2, 4)
+    if t == 1:
+        return F.scaled_dot_product_attention(q.view(b, heads, g, h), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias).view(b, 1, heads, g, -1)
+    rows = q.permute(0, 2, 3, 1, 4).reshape(b, heads, g * t, h)
+    out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
+    return out.view(b, heads, g, t, -1).permute(0, 3, 1, 2, 4)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
-    return attend(q, k, v, causal(q, k, offset))
+    return attend(q, k, v, bias(causal(q, k, offset), q.shape[3], q.dtype))
 
 
 def attend_vjp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The cotangents of q, k and v."""
-    scale = q.shape[-1] ** -0.5
+    scale = max(1, q.shape[-1]) ** -0.5
     score = torch.einsum("btkgh,bskh->bkgts", q, k) * scale
     p = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
     dv = torch.einsum("bkgts,btkgh->bskh", p, g)
@@ -65,7 +73,8 @@ def _offset(e: Any, step: Step) -> int:
 
 def _emit(e: Any, step: Step, args: list[str]) -> str:
     if len(args) == 4:
-        return f"{e.use(attend)}({', '.join(args)})"
+        g = e.shape(step.ins[0])[3]
+        return f"{e.use(attend)}({', '.join(args[:3])}, {e.hoist(args[3], f'{e.use(bias)}({{x}}, {g}, torch.{e.dtype})')})"
     return f"{e.use(attend_causal)}({', '.join(args)}, {_offset(e, step)})"
 
 

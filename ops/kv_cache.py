@@ -17,14 +17,15 @@ from shardlib.spec import parse_signature
 from shardlib.trace import apply
 
 
-def write_rows(cache: Tensor, rows: Tensor, start: Tensor, in_place: bool) -> Tensor:
-    """`cache` with cache[b, start[b] + t] = rows[b, t]."""
-    out = cache if in_place else cache.clone()
-    b, t = rows.shape[:2]
-    if rows.numel():
-        slot = start[:, None] if t == 1 else start[:, None] + torch.arange(t, device=start.device)
-        out[torch.arange(b, device=start.device)[:, None], slot] = rows
-    return out
+def slots(start: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """start[b] + t, of `shape`."""
+    now = start[:, None] if shape[1] == 1 else start[:, None] + torch.arange(shape[1], device=start.device)
+    return now.view(now.shape + (1,) * (len(shape) - 2)).expand(shape)
+
+
+def write_rows(cache: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """`cache`, changed: cache[b, slots[b, t]] = rows[b, t]."""
+    return cache.scatter_(1, slots, rows)
 
 
 def slots_seen(start: Tensor, offset: int, t: int, first: int, s: int) -> Tensor:
@@ -34,7 +35,9 @@ def slots_seen(start: Tensor, offset: int, t: int, first: int, s: int) -> Tensor
 
 
 def _write(e: Any, step: Step, args: list[str]) -> str:
-    return f"{e.use(write_rows)}({', '.join(args)}, {step.inputs[0] in e.in_place})"
+    cache = args[0] if step.inputs[0] in e.in_place else f"{args[0]}.clone()"
+    where = e.hoist(args[2], f"{e.use(slots)}({{x}}, {e.shape(step.ins[1])})")
+    return f"{e.use(write_rows)}({cache}, {args[1]}, {where})"
 
 
 def _mask(e: Any, step: Step, args: list[str]) -> str:

@@ -39,32 +39,38 @@ def rope_angles(start: Tensor, offset: int, length: int, inv: Tensor, dtype: tor
     return torch.cat((angle.cos(), angle.sin()), -1).to(dtype)
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Each pair (i, i + h/2) of the last dim, turned by its angle; `table` has the dims of x, with 1 where it has none."""
-    a, b = x.chunk(2, -1)
+def turns(table: Tensor) -> tuple[Tensor, Tensor]:
+    """From cosines | sines to what `rotate` multiplies with: cosines twice, and sines, the first half negative."""
     cos, sin = table.chunk(2, -1)
-    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -1)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def unrotate(g: Tensor, table: Tensor) -> Tensor:
-    """The transpose of `rotate`: by the negative angle."""
-    cos, sin = table.chunk(2, -1)
-    return rotate(g, torch.cat((cos, -sin), -1))
+def back_turns(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for the negative angle: the transpose."""
+    cos, sin = turns(table)
+    return cos, -sin
+
+
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Each pair (i, i + h/2) of the last dim, turned by its angle."""
+    return torch.addcmul(x * turn[0], x.roll(x.shape[-1] // 2, -1), turn[1])
 
 
 def _table(e: Any, step: Step, args: list[str]) -> str:
     (out,) = step.outs
+    if e.sizes[out.labels[2]] % 2:
+        raise SpecError(f"rope_table: {out.labels[2]} is {e.sizes[out.labels[2]]}; its halves are turned in pairs, so it is even")
     name = f"inv{len(e.constants)}"
     e.constants[name] = frequencies(e.sizes[out.labels[2]], step.options["theta"], step.options["scaling"])
     offset, length = e.extent(out.labels[1], out.dims[1].axes)
     return f"{e.use(rope_angles)}({args[0]}, {offset}, {length}, {name}, torch.{e.dtype})"
 
 
-def _rope(helper: Any) -> Any:
+def _rope(prepare: Any) -> Any:
     def emit(e: Any, step: Step, args: list[str]) -> str:
         x, table = step.ins
         index = ", ".join(":" if n in table.labels else "None" for n in x.labels)
-        return f"{e.use(helper)}({args[0]}, {args[1]}[{index}])"
+        return f"{e.use(rotate)}({args[0]}, {e.hoist(args[1], f'{e.use(prepare)}({{x}}[{index}])')})"
     return emit
 
 
@@ -77,8 +83,8 @@ def _rule(step: Step) -> Rule:
 
 
 ROPE_TABLE = Op("rope_table", rule=lambda s: Rule(whole=s.outs[0].names[2:]), emit=_table, index=(0,), dtype=lambda d, o: ["float"])
-ROPE = Op("rope", rule=_rule, emit=_rope(rotate), vjp=_vjp, index=(1,))
-ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(unrotate), index=(1,))
+ROPE = Op("rope", rule=_rule, emit=_rope(turns), vjp=_vjp, index=(1,), joins=True)
+ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(back_turns), index=(1,))
 
 
 def rope_table(text: str, start: Any, *, theta: float, scaling: tuple[float, float, float, int] | None = None) -> Any:

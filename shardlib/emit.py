@@ -44,6 +44,8 @@ class Emitter:
         self.in_place: set[str] = set()
         self.prepared = frozenset(prepared)
         self.packs: list[Packing] = []
+        self.invariant: frozenset[str] = frozenset()        # variables of the current body that are the same in every layer
+        self.hoisted: dict[tuple[str, str], str] = {}       # (variable, template) -> the argument that brings it
 
     # -- what ops ask for ------------------------------------------------------------------------------------------
 
@@ -66,6 +68,12 @@ class Emitter:
         """The name under which generated code calls `helper`."""
         self.helpers[helper.__name__] = helper
         return helper.__name__
+
+    def hoist(self, variable: str, template: str) -> str:
+        """`template` applied to `variable`: once before the loop, where the variable is the same in every layer."""
+        if variable not in self.invariant:
+            return template.format(x=variable)
+        return self.hoisted.setdefault((variable, template), f"h{len(self.hoisted)}")
 
     def collective(self, axes: Sequence[str], method: str, args: Sequence[str], extra: str, many: bool = False) -> str:
         """A call of the coordinator of the group over `axes`; over one rank, nothing is left of it."""
@@ -91,12 +99,16 @@ class Emitter:
         packed = {path: group for group in self.packs for path in group.outer_paths}
         return list(dict.fromkeys(packed[p].name if p in packed else p for p, _ in program.arg_leaves()))
 
-    def _function(self, name: str, program: Program, donated: set[str], clone: bool, packs: Mapping[str, Packing] = MappingProxyType({})) -> None:
-        """`packs`: of a body, by the argument that carries the packed weight."""
+    def _function(self, name: str, program: Program, donated: set[str], clone: bool, packs: Mapping[str, Packing] = MappingProxyType({}),
+                  constants: Sequence[str] = ()) -> dict[tuple[str, str], str]:
+        """Write one function. `packs`: of a body, by the argument that carries the packed weight; `constants`: its arguments that
+        are the same in every layer. Returns what is hoisted out of the loop: (constant, template) -> argument."""
         absorbed = {p for group in packs.values() for p in group.inner_paths}
         args = self.arguments(program) if clone else [*packs, *(p for p, _ in program.arg_leaves() if p not in absorbed)]
         names: dict[str, str] = {path: f"a{i}" for i, path in enumerate(args)}
         group_of = {s.outputs[0]: (arg, group) for arg, group in packs.items() for s in group.steps}
+        outer = self.invariant, self.hoisted
+        self.invariant, self.hoisted = frozenset(names[c] for c in constants), {}
         body: list[str] = []
         for path in sorted(_updated(program) - donated if clone else ()):
             if path in names:
@@ -106,12 +118,11 @@ class Emitter:
             if step.op is SCAN:
                 body += self._scan(step, names, owned)
                 continue
+            if step.outputs[0] in names:
+                continue
             if step.outputs[0] in group_of:
-                if step.outputs[0] not in names:
-                    arg, group = group_of[step.outputs[0]]
-                    for target, text in emit_packed(self, group, names[step.inputs[0]], names[arg], f"v{len(names)}"):
-                        names[target] = f"v{len(names)}"
-                        body.append(f"    {names[target]} = {text}")
+                arg, group = group_of[step.outputs[0]]
+                body += ["    " + line for line in emit_packed(self, group, program, names, names[arg])]
                 continue
             self.in_place = {o for o in owned if o in step.inputs}
             text = step.op.emit(self, step, [names[i] for i in step.inputs])
@@ -124,7 +135,10 @@ class Emitter:
         body.append(f"    return {', '.join(results)}{',' if len(results) == 1 else ''}" if results else "    return ()")
         if self.yields:
             body.insert(0, "    if False: yield")
-        self.lines += [f"def {name}({', '.join(names[a] for a in args)}):", *body, ""]
+        hoisted = {(next(c for c in constants if names[c] == variable), template): arg for (variable, template), arg in self.hoisted.items()}
+        self.lines += [f"def {name}({', '.join([*(names[a] for a in args), *hoisted.values()])}):", *body, ""]
+        self.invariant, self.hoisted = outer
+        return hoisted
 
     def _scan(self, step: Step, names: dict[str, str], owned: set[str]) -> list[str]:
         """A loop over the layers. A stacked cache that the body updates and returns in its place is updated in place."""
@@ -138,7 +152,7 @@ class Emitter:
         name = f"f{self.functions}"
         packs = {group.name: group for group in self.packs if group.scan == step.outputs[0]}
         absorbed = {p for group in packs.values() for p in group.inner_paths}
-        self._function(name, body, set(kept.values()), clone=False, packs=packs)
+        hoisted = self._function(name, body, set(kept.values()), clone=False, packs=packs, constants=leaves[1 + count:])
         inputs |= {arg: arg for arg in packs}
         stacked = [*packs, *(p for p in stacked if p not in absorbed)]
         n = len(names)
@@ -146,9 +160,11 @@ class Emitter:
         names[step.outputs[0]] = carry
         order = [*packs, *(p for p in leaves if p not in absorbed)]
         passed = {leaves[0]: carry, **slices}
-        call = f"{name}({', '.join(passed.get(p) or names[inputs[p]] for p in order)})"
+        lifted = {arg: f"h{n}_{i}" for i, arg in enumerate(hoisted.values())}
+        call = f"{name}({', '.join([*(passed.get(p) or names[inputs[p]] for p in order), *lifted.values()])})"
         ys = [f"y{n}_{i}" for i in range(len(step.outputs) - 1)]
-        lines = [f"    {carry} = {names[step.inputs[0]]}"]
+        lines = [f"    {lifted[arg]} = {self.hoist(names[inputs[path]], template)}" for (path, template), arg in hoisted.items()]
+        lines.append(f"    {carry} = {names[step.inputs[0]]}")
         lines += [f"    {y}s = []" for y, (out, _) in zip(ys, body.result_leaves()[1:]) if out not in kept]
         rows = [names[inputs[p]] + ("" if inputs[p].split(".")[0] in self.prepared else ".unbind(0)") + ("[::-1]" if step.options.get("reverse") else "") for p in stacked]
         lines.append(f"    for {', '.join(slices.values())}, in zip({', '.join(rows)}):")

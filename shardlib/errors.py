@@ -17,12 +17,24 @@ from typing import Iterable, Sequence
 
 class SpecError(ValueError):
     """A program, spec, layout or mesh that means nothing, or not what its author hopes."""
+    located = False
+
+    def at(self, where: object) -> SpecError:
+        """The same error with the user's line at the end of its first line; itself where it has one, or none is known."""
+        if self.located or not where:
+            return self
+        first, *rest = str(self).split("\n")
+        made = SpecError("\n".join([f"{first}          {where}", *rest]))
+        made.located = True
+        return made
 
 
 def aligned(rows: Sequence[tuple[str, object, str]], caret: str | None = None) -> str:
-    """Rows of (name, spec, note), one column a dim name or owed axis, and a caret line under the column `caret`."""
-    columns = _merge([[_key(item) for item in str(spec).replace("()", "").split()] if "(" not in str(spec)
-                      else [_key(item) for item in spec.items()] for _, spec, _ in rows])
+    """Rows of (name, spec, note), one column a dim name or owed axis, and a caret line under the column `caret`.
+
+    `caret` is a dim's name, or an owed item; the name of a group's factor points at the group.
+    """
+    columns = _merge([[_key(item) for item in spec.items()] for _, spec, _ in rows])
     cells = [{_key(item): item for item in spec.items()} for _, spec, _ in rows]
     width = {c: max(len(cell.get(c, "")) for cell in cells) for c in columns}
     left = max(len(name) for name, _, _ in rows)
@@ -30,9 +42,8 @@ def aligned(rows: Sequence[tuple[str, object, str]], caret: str | None = None) -
     for (name, spec, note), cell in zip(rows, cells):
         body = "  ".join(cell.get(c, "").ljust(width[c]) for c in columns) or "()"
         lines.append(f"  {name.ljust(left)}   {body}   {note}".rstrip())
-    if caret in columns:
-        at = 2 + left + 3 + sum(width[c] + 2 for c in columns[:columns.index(caret)])
-        lines.append(" " * at + "^" * width[caret])
+    if caret and (at := next((i for i, c in enumerate(columns) if caret in (c, *c.split())), None)) is not None:
+        lines.append(" " * (2 + left + 3 + sum(width[c] + 2 for c in columns[:at])) + "^" * width[columns[at]])
     return "\n".join(lines)
 
 

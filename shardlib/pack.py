@@ -6,7 +6,7 @@ a leaf of the stacked arguments, used there only, with the contracted dims in fr
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Mapping
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from shardlib.einsum import EINSUM
 from shardlib.program import Program, Step
 from shardlib.scan import SCAN
+from shardlib.spec import Dim, Factor, Spec
 
 if TYPE_CHECKING:
     from shardlib.emit import Emitter
@@ -76,18 +77,70 @@ def pack(group: Packing, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     return tuple(whole.unbind(0))
 
 
-def emit_packed(e: Emitter, group: Packing, x: str, weight: str, temporary: str) -> list[tuple[str, str]]:
-    """(target, expression) lines: the matmul, then each step's result; a target that is a step's output stands by its name."""
-    step = group.steps[0]
-    shape = e.shape(step.ins[0])
-    inner = sum(n in step.ins[1].labels for n in step.ins[0].labels)
-    operand = x if inner == 1 else f"{x}.reshape({(*shape[:len(shape) - inner], prod(shape[len(shape) - inner:]))})"
-    widths = [prod(e.shape(s.outs[0])[len(shape) - inner:]) for s in group.steps]
+def emit_packed(e: Emitter, group: Packing, body: Program, names: dict[str, str], weight: str) -> list[str]:
+    """The lines of one matmul and of what it computes; `names` gets the variables of the steps that are done by them.
+
+    Neighbours that the body puts through the same op along their last dim (q and k through rope) go through it joined.
+    """
+    first = group.steps[0]
+    shape = e.shape(first.ins[0])
+    inner = sum(n in first.ins[1].labels for n in first.ins[0].labels)
+    left = len(shape) - inner
+    x = names[first.inputs[0]]
+    operand = x if inner == 1 else f"{x}.reshape({(*shape[:left], prod(shape[left:]))})"
     product = f"torch.matmul({operand}, {weight})"
     if len(group.steps) == 1:
-        return [(step.outputs[0], _view(e, step, product, len(shape) - inner))]
-    lines = [(temporary, f"{product}.split({tuple(widths)}, -1)")]
-    return lines + [(s.outputs[0], _view(e, s, f"{temporary}[{i}]", len(shape) - inner)) for i, s in enumerate(group.steps)]
+        names[first.outputs[0]] = f"v{len(names)}"
+        return [f"{names[first.outputs[0]]} = {_view(e, first, product, left)}"]
+    runs = _runs(group, body)
+    width = {s.outputs[0]: prod(e.shape(s.outs[0])[left:]) for s in group.steps}
+    parts = [f"p{len(names)}_{i}" for i in range(len(runs))]
+    lines = [f"{', '.join(parts)} = {product}.split({tuple(sum(width[s.outputs[0]] for s, _ in run) for run in runs)}, -1)"]
+    for part, run in zip(parts, runs):
+        if len(run) == 1:
+            step = run[0][0]
+            names[step.outputs[0]] = f"v{len(names)}"
+            lines.append(f"{names[step.outputs[0]]} = {_view(e, step, part, left)}")
+        else:
+            lines += _joined(e, run, part, left, names)
+    return lines
+
+
+def _runs(group: Packing, body: Program) -> list[list[tuple[Step, Step | None]]]:
+    """The steps of the group with the op that follows each, neighbours together that an op joins."""
+    follows: dict[str, list[Step]] = {}
+    for step in body.steps:
+        for name in step.inputs:
+            follows.setdefault(name, []).append(step)
+    results = {n for n, _ in body.result_leaves()}
+    runs: list[list[tuple[Step, Step | None]]] = []
+    for step in group.steps:
+        (out,) = step.outputs
+        after = follows.get(out, [])
+        joins = after[0] if len(after) == 1 and after[0].op.joins and after[0].inputs[0] == out and out not in results else None
+        last = runs[-1][-1] if runs else (None, None)
+        if joins and last[1] and (joins.op, joins.inputs[1:], joins.attrs, step.outs[0].dims[-1]) == (
+                last[1].op, last[1].inputs[1:], last[1].attrs, last[0].outs[0].dims[-1]):
+            runs[-1].append((step, joins))
+        else:
+            runs.append([(step, joins)])
+    return runs
+
+
+def _joined(e: Emitter, run: list[tuple[Step, Step]], part: str, left: int, names: dict[str, str]) -> list[str]:
+    (step, op), last = run[0], run[0][0].outs[0].dims[-1]
+    lead = e.shape(step.outs[0])[:left]
+    wide = Spec((*step.outs[0].dims[:left], Dim((Factor("joined"),)), last))
+    size = e.shape(Spec((last,)))[0]
+    whole = f"{part}.view({(*lead, -1, size)})"
+    text = op.op.emit(e, replace(op, ins=(wide, *op.ins[1:]), outs=(wide,)), [whole, *(names[i] for i in op.inputs[1:])])
+    heads = [prod(e.shape(s.outs[0])[left:-1]) for s, _ in run]
+    pieces = [f"{part}_{i}" for i in range(len(run))]
+    lines = [f"{', '.join(pieces)} = {text}.split({tuple(heads)}, {left})"]
+    for piece, (s, after) in zip(pieces, run):
+        names[s.outputs[0]] = names[after.outputs[0]] = f"v{len(names)}"
+        lines.append(f"{names[after.outputs[0]]} = {piece if len(s.outs[0].dims) == left + 2 else f'{piece}.view({e.shape(s.outs[0])})'}")
+    return lines
 
 
 def _view(e: Emitter, step: Step, text: str, left: int) -> str:

@@ -41,6 +41,7 @@ class Op:
     updates:     the operand whose buffer the result may reuse, if any.
     distribute(b, step, x): the same over pieces, for an operand split along the dim the op runs over.
     constant:    its results have no gradient, and none is missed.
+    joins:       it acts on the last dim of its first operand, alike for all others: operands joined along those may share a call.
     dtype(dtypes, attrs): the results' dtypes; by default all results have the first operand's.
     """
     name: str
@@ -54,6 +55,7 @@ class Op:
     dtype: Callable | None = None
     distribute: Callable | None = None
     constant: bool = False
+    joins: bool = False
 
     @property
     def takes_text(self) -> bool:
@@ -77,6 +79,8 @@ class Step:
     where: Where | None = field(default=None, compare=False)
     why: str = field(default="", compare=False)
     layout: Layout | None = field(default=None, compare=False)
+    said: tuple[str, ...] = field(default=(), compare=False)    # the user's variable for each operand, "" for an expression
+    called: str = field(default="", compare=False)              # the @sharded function whose call this step is part of
 
     @property
     def options(self) -> dict[str, Any]:

@@ -55,7 +55,28 @@ class Value:
     def __neg__(self): return _arithmetic("mul", self, -1.0)
 
     def __bool__(self) -> bool:
-        raise SpecError("a traced value has no truth: a branch on data would let ranks part ways; use where(...)")
+        raise SpecError("a traced value has no truth: a branch on data would let ranks part ways; use where(mask, a, b)")
+
+    def _compare(self, other: Any) -> bool:
+        raise SpecError("a traced value compares with nothing: there are no numbers yet; pass masks in as arguments")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _compare
+    __hash__ = object.__hash__
+
+    def __matmul__(self, other: Any) -> Value:
+        raise SpecError('"@" does not say which dims it contracts; einsum does: einsum("B T D, D F -> B T F", x, w)')
+
+    __rmatmul__ = __matmul__
+
+    def _no_number(self, *_: Any) -> Any:
+        raise SpecError("a traced value has dims by name and no numbers: it is not indexed, iterated over, or read")
+
+    __getitem__ = __iter__ = __len__ = __float__ = __int__ = __index__ = __array__ = _no_number
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+        raise SpecError(f"torch.{getattr(function, '__name__', function)} of a traced value: write it with the ops of shardlib, which know "
+                        f"what a split and an owed sum are")
 
 
 def _arithmetic(name: str, a: Any, b: Any) -> Value:
@@ -72,13 +93,16 @@ class Function:
 
     def __init__(self, fn: Callable, signature: str, layout: Layout | None = None) -> None:
         self.fn, self.signature, self.layout = fn, signature, layout
-        self.ins, self.outs = parse_signature(signature)
+        try:
+            self.ins, self.outs = parse_signature(signature)
+        except SpecError as error:
+            raise error.at(_definition(self)) from None
         self.__name__, self.__doc__, self.__wrapped__ = fn.__name__, fn.__doc__, fn
         parameters = inspect.signature(fn).parameters.values()
         self.arg_names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
         if len(self.arg_names) != len(self.ins):
             raise SpecError(f'{fn.__name__}: the signature "{signature}" names {len(self.ins)} arguments, the function takes '
-                            f'{len(self.arg_names)} ({", ".join(self.arg_names)}); static ones come after a "*,"')
+                            f'{len(self.arg_names)} ({", ".join(self.arg_names)}); static ones come after a "*,"').at(_definition(self))
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         tracer = _ACTIVE.get()
@@ -112,18 +136,22 @@ class Tracer:
         return Value(self, len(self.specs) - 1, spec)
 
     def record(self, op: Op, values: Sequence[Value], ins: Sequence[Spec], outs: Sequence[Spec], attrs: dict[str, Any],
-               body: Program | None, where: Where | None) -> tuple[Value, ...]:
+               body: Program | None, where: Where | None, said: tuple[str, ...] = (), called: str = "") -> tuple[Value, ...]:
         made = tuple(self.new(s) for s in outs)
         self.steps.append(Step(op, tuple(ins), tuple(outs), tuple(str(v.id) for v in values), tuple(str(v.id) for v in made),
-                               tuple(sorted(attrs.items())), body, where, layout=self.layout))
+                               tuple(sorted(attrs.items())), body, where, layout=self.layout, said=said, called=called))
         return made
 
-    def notice(self, frame: Any) -> None:
-        """Name the values that the user's variables in `frame` hold."""
+    def notice(self, frame: Any) -> dict[int, str]:
+        """Name the values that the user's variables in `frame` hold. What they are called there, by value."""
+        said: dict[int, str] = {}
         for name, value in frame.f_locals.items():
-            for suffix, v in _values(value):
-                if v.tracer is self and v.id >= self.num_args and not self.names.get(v.id, ("",))[0] and _nameable(name):
-                    self.names[v.id] = (name, suffix, value)
+            for suffix, v in _values(value) if _nameable(name) else ():
+                if v.tracer is self:
+                    said.setdefault(v.id, name + suffix)
+                    if v.id >= self.num_args and not self.names.get(v.id, ("",))[0]:
+                        self.names[v.id] = (name, suffix, value)
+        return said
 
     def group(self, tree: Params) -> None:
         """The leaves of `tree` are known as its fields, whatever its own name becomes."""
@@ -190,6 +218,8 @@ def trace_results(f: Function, args: Sequence[Any] = (), static: dict[str, Any] 
     token = _ACTIVE.set(tracer)
     try:
         results = f.fn(*values, **(static or {}))
+    except SpecError as error:
+        raise error.at(_user_line(error)) from None
     finally:
         _ACTIVE.reset(token)
     given = _results(f, results)
@@ -222,9 +252,16 @@ def _fill_struct(tracer: Tracer, cls: type[Params], tree: Struct, path: str) -> 
 
 
 def _results(f: Function, results: Any) -> list[tuple[Any, Any]]:
+    try:
+        return _checked_results(f, results)
+    except SpecError as error:
+        raise error.at(_definition(f)) from None
+
+
+def _checked_results(f: Function, results: Any) -> list[tuple[Any, Any]]:
     given = results if isinstance(results, tuple) else (results,)
     if len(given) != len(f.outs):
-        raise SpecError(f'{f.__name__}: returns {len(given)} results, its signature "{f.signature}" names {len(f.outs)}')
+        raise SpecError(f'{f.__name__}: it returns {len(given)}, its signature "{f.signature}" names {len(f.outs)} results')
     out = []
     for spec, value in zip(f.outs, given):
         if spec is None:
@@ -233,7 +270,7 @@ def _results(f: Function, results: Any) -> list[tuple[Any, Any]]:
             tree = struct(fill(value, "", lambda p, v=dict(leaf_values(value, "")): v[p].spec))
             out.append((tree, value))
         else:
-            check_dims(f"{f.__name__}, result", spec, value)
+            check_dims(f"{f.__name__}: the result", spec, value)
             out.append((spec, value))
     return out
 
@@ -248,45 +285,51 @@ def _inline(tracer: Tracer, f: Function, args: Sequence[Any], static: dict[str, 
         raise SpecError(f"{f.__name__} takes {len(f.ins)} arguments, {len(args)} were given")
     before, tracer.layout = tracer.layout, f.layout if f.layout is not None else tracer.layout
     try:
-        passed = [a if spec is None else apply(RESHARD, (a,), ins=(spec,), outs=(spec,)) for spec, a in zip(f.ins, args)]
+        passed = [a if spec is None else _pass(f"{f.__name__}: the argument {n}", spec, a, f.__name__) for n, spec, a in zip(f.arg_names, f.ins, args)]
         results = f.fn(*passed, **static)
         given = _results(f, results)
-        out = tuple(v if isinstance(v, Params) else apply(RESHARD, (v,), ins=(v.spec,), outs=(s,)) for s, v in given)
+        out = tuple(v if isinstance(v, Params) else apply(RESHARD, (v,), ins=(v.spec,), outs=(s,), called=f.__name__) for s, v in given)
     finally:
         tracer.layout = before
     return out if isinstance(results, tuple) else out[0]
 
 
+def _pass(who: str, spec: Spec, value: Any, called: str) -> Value:
+    check_dims(who, spec, value)
+    return apply(RESHARD, (value,), ins=(spec,), outs=(spec,), called=called)
+
+
 def apply(op: Op, operands: Sequence[Any], text: str | None = None, *, ins: Sequence[Spec] | None = None,
-          outs: Sequence[Spec] | None = None, body: Program | None = None, **attrs: Any) -> Any:
+          outs: Sequence[Spec] | None = None, body: Program | None = None, called: str = "", **attrs: Any) -> Any:
     """Record one call of `op`: by its spec string `text`, or with specs inferred from its operands. Its results."""
     tracer = _ACTIVE.get()
     if tracer is None:
         raise SpecError(f"{op.name} was called outside of a @sharded function; put the computation into one, and call that")
+    frame = _user_frame()
+    said = tracer.notice(frame)
     for i, x in enumerate(operands):
         if not isinstance(x, Value):
             raise SpecError(f"{op.name}: operand {i + 1} is a {type(x).__name__}; pass tensors in as arguments of the @sharded function")
         if x.tracer is not tracer:
             raise SpecError(f"{op.name}: operand {i + 1} belongs to another trace; a function passed to scan takes all it uses as arguments")
-    frame = _user_frame()
-    tracer.notice(frame)
+    names = tuple(said.get(v.id, "") for v in operands)
     where = Where(frame.f_code.co_filename, frame.f_lineno)
     if text is not None:
-        ins, outs = bind(op.name, text, operands)
+        ins, outs = bind(op.name, text, operands, names)
     elif ins is None:
         ins = tuple(v.spec.whole() for v in operands)
         outs = op.infer(ins, attrs)
-    made = tracer.record(op, operands, ins, outs, attrs, body, where)
+    made = tracer.record(op, operands, ins, outs, attrs, body, where, names, called)
     return made if len(made) != 1 else made[0]
 
 
-def bind(op: str, text: str, operands: Sequence[Value]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
+def bind(op: str, text: str, operands: Sequence[Value], names: Sequence[str]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
     """Operand and result specs of `text`, its dims checked against the operands', "..." replaced by the dims it stands for."""
     ins, outs = parse_signature(text)
     if None in ins or None in outs:
         raise SpecError(f'{op} "{text}": "*" belongs in the signature of a @sharded function')
     if len(ins) != len(operands):
-        raise SpecError(f'{op} "{text}": {len(ins)} operand specs, {len(operands)} operands')
+        raise SpecError(f'{op} "{text}": the text has {len(ins)} operand specs, {len(operands)} operands were given')
     dots: tuple[Dim, ...] | None = None
     for spec, value in zip(ins, operands):
         if spec.ellipsis:
@@ -301,7 +344,7 @@ def bind(op: str, text: str, operands: Sequence[Value]) -> tuple[tuple[Spec, ...
         return Spec((*dots, *spec.dims), spec.owed) if spec.ellipsis else spec
     ins, outs = tuple(map(open_, ins)), tuple(map(open_, outs))
     for i, (spec, value) in enumerate(zip(ins, operands)):
-        check_dims(f'{op} "{text}": operand {i + 1}', spec, value)
+        check_dims(f'{op} "{text}": {names[i] or f"operand {i + 1}"}', spec, value)
     return ins, outs
 
 
@@ -310,7 +353,7 @@ def check_dims(who: str, spec: Spec, value: Any) -> None:
     if not isinstance(value, Value):
         raise SpecError(f"{who} is a {type(value).__name__}, not a tensor of the traced function")
     if spec.labels != value.spec.labels:
-        raise SpecError(f"{who} has dims {' '.join(value.spec.labels) or '()'}, not {' '.join(spec.labels) or '()'}")
+        raise SpecError(f"{who} has dims {Spec(value.spec.whole().dims)}, not {Spec(spec.whole().dims)}")
 
 
 def _user_frame() -> Any:
@@ -319,6 +362,16 @@ def _user_frame() -> Any:
     while frame.f_back is not None and _ours(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
     return frame
+
+
+def _user_line(error: BaseException) -> Where | None:
+    """The innermost line outside of the library on the way to where `error` was raised."""
+    found, at = None, error.__traceback__
+    while at is not None:
+        if not _ours(at.tb_frame.f_globals.get("__name__", "")):
+            found = Where(at.tb_frame.f_code.co_filename, at.tb_lineno)
+        at = at.tb_next
+    return found
 
 
 def _ours(module: str) -> bool:
