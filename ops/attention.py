@@ -36,8 +36,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     b, t, heads, g, h = q.shape
     if q.numel() == 0 or k.shape[1] == 0:
         return q.new_zeros((b, t, heads, g, v.shape[-1]))
-    if t == 1:
-        return F.scaled_dot_product_attention(q.view(b, heads, g, h), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias).view(b, 1, heads, g, -1)
     rows = q.permute(0, 2, 3, 1, 4).reshape(b, heads, g * t, h)
     out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
     return out.view(b, heads, g, t, -1).permute(0, 3, 1, 2, 4)
@@ -73,8 +71,12 @@ def _offset(e: Any, step: Step) -> int:
 
 def _emit(e: Any, step: Step, args: list[str]) -> str:
     if len(args) == 4:
-        g = e.shape(step.ins[0])[3]
-        return f"{e.use(attend)}({', '.join(args[:3])}, {e.hoist(args[3], f'{e.use(bias)}({{x}}, {g}, torch.{e.dtype})')})"
+        b, t, heads, g, h = e.shape(step.ins[0])
+        added = e.hoist(args[3], f"{e.use(bias)}({{x}}, {g}, torch.{e.dtype})")
+        if t == 1 and min(b, heads, g, *e.shape(step.ins[1])) > 0:
+            k, v = (f"{x}.transpose(1, 2)" for x in args[1:3])
+            return e.view(f"F.scaled_dot_product_attention({e.view(args[0], (b, heads, g, h))}, {k}, {v}, attn_mask={added})", e.shape(step.outs[0]))
+        return f"{e.use(attend)}({', '.join(args[:3])}, {added})"
     return f"{e.use(attend_causal)}({', '.join(args)}, {_offset(e, step)})"
 
 

@@ -23,11 +23,6 @@ def slots(start: Tensor, shape: tuple[int, ...]) -> Tensor:
     return now.view(now.shape + (1,) * (len(shape) - 2)).expand(shape)
 
 
-def write_rows(cache: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    """`cache`, changed: cache[b, slots[b, t]] = rows[b, t]."""
-    return cache.scatter_(1, slots, rows)
-
-
 def slots_seen(start: Tensor, offset: int, t: int, first: int, s: int) -> Tensor:
     """(b, t, s): whether slot first + s is at most start[b] + offset + t."""
     now = start[:, None] + torch.arange(offset, offset + t, device=start.device)
@@ -37,7 +32,7 @@ def slots_seen(start: Tensor, offset: int, t: int, first: int, s: int) -> Tensor
 def _write(e: Any, step: Step, args: list[str]) -> str:
     cache = args[0] if step.inputs[0] in e.in_place else f"{args[0]}.clone()"
     where = e.hoist(args[2], f"{e.use(slots)}({{x}}, {e.shape(step.ins[1])})")
-    return f"{e.use(write_rows)}({cache}, {args[1]}, {where})"
+    return f"{cache}.scatter_(1, {where}, {args[1]})"
 
 
 def _mask(e: Any, step: Step, args: list[str]) -> str:

@@ -51,9 +51,9 @@ def back_turns(table: Tensor) -> tuple[Tensor, Tensor]:
     return cos, -sin
 
 
-def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Each pair (i, i + h/2) of the last dim, turned by its angle."""
-    return torch.addcmul(x * turn[0], x.roll(x.shape[-1] // 2, -1), turn[1])
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor], half: int) -> Tensor:
+    """Each pair (i, i + half) of the last dim, turned by its angle."""
+    return torch.addcmul(x * turn[0], x.roll(half, -1), turn[1])
 
 
 def _table(e: Any, step: Step, args: list[str]) -> str:
@@ -70,7 +70,7 @@ def _rope(prepare: Any) -> Any:
     def emit(e: Any, step: Step, args: list[str]) -> str:
         x, table = step.ins
         index = ", ".join(":" if n in table.labels else "None" for n in x.labels)
-        return f"{e.use(rotate)}({args[0]}, {e.hoist(args[1], f'{e.use(prepare)}({{x}}[{index}])')})"
+        return f"{e.use(rotate)}({args[0]}, {e.hoist(args[1], f'{e.use(prepare)}({{x}}[{index}])')}, {e.shape(x)[-1] // 2})"
     return emit
 
 

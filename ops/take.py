@@ -88,7 +88,11 @@ def _index(arg: str, index: Any, x: Any) -> str:
 def _take(e: Any, step: Step, args: list[str]) -> str:
     x, index = step.ins
     name = _gone(x, step.outs[0])
-    return (f"{e.use(pick)}({args[0]}, {_index(args[1], index, x)}, {x.labels.index(name)}, "
+    dim = x.labels.index(name)
+    if e.mesh.size(x.axes(name)) == 1:
+        shape = tuple(1 if i == dim else n for i, n in enumerate(e.shape(x)))
+        return f"{args[0]}.gather({dim}, {_index(args[1], index, x)}.expand({shape})).squeeze({dim})"
+    return (f"{e.use(pick)}({args[0]}, {_index(args[1], index, x)}, {dim}, "
             f"{e.extent(name, x.axes(name))[0]}, {e.sizes[name]})")
 
 

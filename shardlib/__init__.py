@@ -1,5 +1,5 @@
 """shardlib: write a model once, as math on named dims; say in one line where the dims live."""
-from shardlib.api import Compiled, Sharded, arg_types, compile, lower, shard_of, sharded, value_and_grad
+from shardlib.api import Compiled, Sharded, arg_types, compile, lower, shard_of, sharded, simulate, step, value_and_grad
 from shardlib.einsum import einsum
 from shardlib.errors import SpecError
 from shardlib.layout import EXPLICIT, Layout

@@ -7,7 +7,7 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardlib import passes
+from shardlib import passes, testing
 from shardlib.complete import complete
 from shardlib.distributed.runtime import Runtime, connect
 from shardlib.emit import Emitter, bind_sizes, load
@@ -20,7 +20,9 @@ from shardlib.pack import pack, packings
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Program, Struct, leaves
 from shardlib.scan import SCAN
+from shardlib.simulate import simulate as simulate_ranks
 from shardlib.spec import Spec
+from shardlib.step import run_steps
 from shardlib.trace import Function, trace_results
 
 
@@ -129,9 +131,7 @@ class Compiled:
         out = run(*flat)
         if len(out) == len(self._results):
             return out if len(out) > 1 else out[0]
-        it = iter(out)
-        made = tuple(fill(r, "", lambda _: next(it)) if isinstance(r, (Params, type)) else next(it) for r in self._results)
-        return made if len(made) > 1 else made[0]
+        return _rebuild(out, self._results)
 
     def _build(self, args: Sequence[Any], key: tuple) -> Callable:
         program = self.lower(*(None if isinstance(a, Prepared) else a for a in args))
@@ -151,6 +151,38 @@ class Compiled:
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
         return load(source, {**e.helpers, **e.constants}, groups, program.name)
+
+
+def step(f: Function, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,
+         sizes: Mapping[str, int] | None = None, **static: Any) -> Callable:
+    """`f` op by op on this rank, for a debugger: a breakpoint in it sees types (`x.spec`) and this rank's tensors (`x.local`).
+
+    Called like what `compile` makes: with shards, giving shards.
+    """
+    there, recipes = runtime or connect(current_mesh(mesh)), {}
+    return lambda *args: run_steps(f, layout or Layout(), there, args, sizes or {}, static, recipes)
+
+
+def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh: Mesh | None = None, log: list | None = None, **static: Any) -> Any:
+    """`f` on all ranks of a mesh in this process: takes whole tensors, gives whole tensors, and checks that replicas agree.
+
+    `log` receives (ranks, collective, elements) of everything that was communicated.
+    """
+    mesh = current_mesh(mesh)
+    program, results = _lower(f, layout, mesh, None, args, static)
+    whole = {path: v for (name, tree), arg in zip(program.args, args, strict=True) for (path, _), v in zip(leaves(name, tree), _flat(arg))}
+    sizes = bind_sizes(program, {p: tuple(v.shape) for p, v in whole.items()}, {}, mesh, None)
+    placed = {path: testing.place(whole[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
+    outs = simulate_ranks(program, mesh, [{p: shards[r] for p, shards in placed.items()} for r in range(mesh.world_size)], sizes, log)
+    joined = [testing.join([out[str(i)] for out in outs], kind, sizes, mesh, tolerance=1e-4) for i, (_, kind) in enumerate(program.result_leaves())]
+    return _rebuild(joined, results)
+
+
+def _rebuild(flat: Sequence[Tensor], results: Sequence[Any]) -> Any:
+    """Leaves put back into the pytrees that the function returned."""
+    it = iter(flat)
+    made = tuple(fill(r, "", lambda _: next(it)) if isinstance(r, (Params, type)) else next(it) for r in results)
+    return made if len(made) > 1 else made[0]
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ RECIPROCAL = Op("reciprocal", rule=lambda s: Rule(), infer=_same,
 def with_number(name: str, number: float, left: bool) -> list[tuple[Op, dict[str, Any]]]:
     """The unary steps that `value <name> number` is made of; `left`: the number stands on the left."""
     if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise SpecError(f"{name}: a traced value and a {type(number).__name__}; pass tensors in as arguments of the @sharded function")
+        raise SpecError(f"{name}: the other operand is a {type(number).__name__}, no traced value; make it an argument of the @sharded function")
     if name == "add":
         return [(SHIFT, {"by": number})]
     if name == "sub":

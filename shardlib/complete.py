@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any, Mapping, Sequence
 
 from shardlib.builder import Builder
+from shardlib.einsum import EINSUM
 from shardlib.errors import SpecError
 from shardlib.layout import EXPLICIT, Layout, pins
 from shardlib.mesh import Mesh
-from shardlib.messages import refusal, unlike, wrong_move
+from shardlib.messages import changed_carry, refusal, split_stack, unlike, unlike_result, unlike_return, wrong_move
 from shardlib.moves import check_move
 from shardlib.program import Program, Result, Step, Struct, leaves
 from shardlib.rearrange import RENAME
@@ -30,23 +31,27 @@ def complete(program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, i
 
 
 class Completer(Builder):
-    """Completes one body. `arg_types`: where a scan has already decided them."""
+    """Completes one body. `arg_types`: where a scan has already decided them. `trial`: errors offer no code."""
 
     def __init__(self, program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, int] | None = None,
-                 arg_types: Mapping[str, Spec] | None = None) -> None:
+                 arg_types: Mapping[str, Spec] | None = None, trial: bool = False) -> None:
         super().__init__(mesh, {n for s in program.steps for n in s.outputs})
-        self.program, self.layout, self.sizes, self.arg_types = program, layout, sizes or {}, arg_types or {}
+        self.program, self.layout, self.sizes, self.arg_types, self.trial = program, layout, sizes or {}, arg_types or {}, trial
         self.now: dict[str, str] = {}               # a value of the program as written -> the value here
         self.notes: dict[tuple[str, str], str] = {}  # (value, owed axis) -> since when
         self.params: set[str] = set()
 
     def run(self) -> Program:
-        args = tuple((name, self._argument(name, tree)) for name, tree in self.program.args)
-        for step in self.program.steps:
-            self.where = step.where
-            self._step(step, (step.layout or self.layout).on(self.mesh))
         self.where = self.program.where
-        results = tuple(self._result(r) for r in self.program.results)
+        try:
+            args = tuple((name, self._argument(name, tree)) for name, tree in self.program.args)
+            for step in self.program.steps:
+                self.where = step.where
+                self.do(step)
+            self.where = self.program.where
+            results = tuple(self._result(r) for r in self.program.results)
+        except SpecError as error:
+            raise error.at(self.where) from None
         return Program(self.program.name, args, tuple(self.steps), results, explicit=True, where=self.program.where)
 
     def _argument(self, name: str, tree: Any) -> Any:
@@ -54,6 +59,7 @@ class Completer(Builder):
         for path, spec in leaves(name, tree):
             kinds[path] = self.arg_types.get(path) or self.layout.complete_alone(self.mesh.resolve(spec, True)).resolve(self.mesh)
             self.now[path] = self.declare(path, kinds[path])
+            self.notes.update({(path, owed.axis): f"owed in the signature of {self.program.name}" for owed in kinds[path].owed})
             if isinstance(tree, Struct):
                 self.params.add(path)
         flat = iter(kinds.values())
@@ -65,7 +71,7 @@ class Completer(Builder):
             want = self._alone(spec, self.layout)
             have = self.types[self.now[name]]
             if self.layout == EXPLICIT and have != want:
-                raise unlike(f"{self.program.name}, result", name, have, want, self)
+                raise unlike_return(name, want, self)
             out.append(self.move(self.now[name], want, "the result of " + self.program.name))
             kinds.append(want)
         flat = iter(kinds)
@@ -76,7 +82,9 @@ class Completer(Builder):
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def _step(self, step: Step, layout: Layout) -> None:
+    def do(self, step: Step) -> None:
+        """Complete one step as written: what it needs is added, and what it makes is known in `now`."""
+        layout = (step.layout if step.layout is not None else self.layout).on(self.mesh)
         inputs = [self.now[i] for i in step.inputs]
         if step.op is SCAN:
             return self._scan(step, inputs, layout)
@@ -90,14 +98,14 @@ class Completer(Builder):
         for i, (name, want) in enumerate(zip(inputs, wanted)):
             if self.types[name] != want and (explicit or not step.op.takes_text and not self._may_follow(name, want)):
                 if explicit and step.op.takes_text:
-                    raise unlike(step.op.name, step.inputs[i], self.types[name], want, self)
+                    raise unlike(step, i, want, self, step.op.rule(step))
                 want = self.types[name]
             placed.append(self.move(name, want, f"{step.op.name} takes {want}"))
         made = self._natural(step, placed, layout)
         for written, name, spec in zip(step.outputs, made, step.outs):
             want = self._alone(spec, layout) if step.op.takes_text else self.types[name]
             if explicit and self.types[name] != want:
-                raise unlike(f"{step.op.name}, result", written, self.types[name], want, self, natural_result=True)
+                raise unlike_result(step, self.types[name], want, self, step.op.rule(step))
             self.now[written] = self.move(name, want, f"the layout keeps {spec.whole()} as {want}")
 
     def _may_follow(self, name: str, want: Spec) -> bool:
@@ -131,32 +139,37 @@ class Completer(Builder):
 
     def _natural(self, step: Step, placed: list[str], layout: Layout) -> tuple[str, ...]:
         ins = tuple(self.types[p] for p in placed)
-        outs = tuple(self._dims_of(s, ins, layout) for s in step.outs)
+        whole = step.op.rule(replace(step, ins=ins)).whole
+        outs = tuple(self._dims_of(s, ins, whole, layout) for s in step.outs)
         here = replace(step, ins=ins, outs=outs)
         rule = step.op.rule(here)
-        if step.op.distribute and any(self._axes(ins[0], n) for n in rule.whole):
-            return (step.op.distribute(self, here, placed[0]),)
+        pieces = step.op.distribute and layout != EXPLICIT and any(self._axes(ins[0], n) for n in rule.whole)
+        rule = replace(rule, whole=(), maxes=rule.whole) if pieces else rule
         try:
-            kinds = natural(step.op.name, rule, ins, outs, step.inputs)
-        except RuleError as error:
-            raise refusal(error, step, placed, self) from None
+            kinds = natural(step.op.name, rule, ins, outs)
+        except RuleError:
+            raise refusal(step, here, rule, self) from None
+        if pieces:
+            return (step.op.distribute(self, here, placed[0]),)
         made = self.add(step.op, placed, kinds, step.outputs if not set(step.outputs) & set(self.types) else None, attrs=step.attrs)
         self._note(step, placed, made)
         return made
 
-    def _dims_of(self, spec: Spec, ins: Sequence[Spec], layout: Layout) -> Spec:
-        """A result's dims; those that the op makes are split as they are when they stand alone."""
-        known = {n for s in ins for n in s.names}
-        alone = self._alone(spec, layout)
-        return alone.split({d.label: d.axes for d in alone.dims if d.factors and d.factors[0].name not in known}).owing()
+    def _dims_of(self, spec: Spec, ins: Sequence[Spec], whole: Sequence[str], layout: Layout) -> Spec:
+        """A result's dims; those that the op makes are split over what its operands leave free, unless it makes them whole."""
+        spec, known = self.mesh.resolve(spec, True), {n: self._axes(s, n) for s in ins for n in s.names}
+        axes = layout.complete(spec.names, {**dict.fromkeys(whole, ()), **pins(spec), **known})
+        made = {d.label: axes[d.factors[0].name] for d in spec.dims if d.factors and d.factors[0].name not in known}
+        return spec.split(made).owing().resolve(self.mesh)
 
     def _note(self, step: Step, placed: Sequence[str], made: Sequence[str]) -> None:
         for name in made:
             for owed in self.types[name].owed:
                 older = next((self.notes[p, owed.axis] for p in placed if (p, owed.axis) in self.notes), None)
                 label = next((f for p in placed for d in self.types[p].dims for f in d.factors if owed.axis in f.axes), None)
-                self.notes[name, owed.axis] = older or (
-                    f"owed since {step.op.name}{f' at {step.where}' if step.where else ''}" + (f", which contracts {label}" if label else ""))
+                does = "contracts" if step.op is EINSUM else "runs over"
+                self.notes[name, owed.axis] = older or (f"owed since {step.op.name}{f' at {step.where}' if step.where else ''}"
+                                                        + (f", which {does} {label}" if label and not step.op.moves else ""))
 
     # -- the steps that are not of the common kind -----------------------------------------------------------------
 
@@ -165,7 +178,7 @@ class Completer(Builder):
         if step.op is RESHARD:
             have = self._alone(step.ins[0], layout)
             if layout == EXPLICIT and self.types[name] != have:
-                raise unlike("reshard", step.inputs[0], self.types[name], have, self)
+                raise unlike(step, 0, have, self) if step.called else wrong_move(step, self.types[name], self)
             self.now[step.outputs[0]] = self.move(name, want, "reshard")
             return
         have = self._alone(step.ins[0], layout)
@@ -175,7 +188,9 @@ class Completer(Builder):
             name = self.move(name, have, step.op.name)
         if problem := check_move(step.op, have, want):
             raise wrong_move(step, have, self, problem)
-        (self.now[step.outputs[0]],) = self.add(step.op, [name], [want], step.outputs if step.outputs[0] not in self.types else None, why="written")
+        made = self.add(step.op, [name], [want], step.outputs if step.outputs[0] not in self.types else None, why="written")
+        (self.now[step.outputs[0]],) = made
+        self._note(step, [name], made)
 
     def _rename(self, step: Step, name: str, layout: Layout) -> None:
         want = self._alone(step.outs[0], layout)
@@ -183,7 +198,7 @@ class Completer(Builder):
             want = step.outs[0].resolve(self.mesh)
         source = Spec(tuple(d.split(w.axes) for d, w in zip(self.types[name].dims, want.dims)), want.owed)
         if layout == EXPLICIT and source != self.types[name]:
-            raise unlike("rename", step.inputs[0], self.types[name], source, self)
+            raise unlike(step, 0, source, self)
         placed = self.move(name, source, f"rename to {want}")
         (self.now[step.outputs[0]],) = self.add(RENAME, [placed], [want], step.outputs)
 
@@ -196,19 +211,19 @@ class Completer(Builder):
             have = self.types[name]
             if 1 <= i <= count:
                 if have.dims[0].axes:
-                    raise SpecError(f"scan: {step.inputs[i]} has {have.dims[0]}; a scan over a split dim is a pipeline, which is not built yet")
+                    raise split_stack(step, i, have, self)
                 kinds[path] = replace(have, dims=have.dims[1:])
             else:
                 kinds[path] = self._alone(declared[path], layout)
                 if layout == EXPLICIT and have != kinds[path]:
-                    raise unlike("scan", step.inputs[i], have, kinds[path], self)
+                    raise unlike(step, i, kinds[path], self)
                 inputs[i] = self.move(name, kinds[path], f"an argument of {step.body.name}")
-        inner = Completer(step.body, layout, self.mesh, self.sizes, kinds)
+        inner = Completer(step.body, layout, self.mesh, self.sizes, kinds, self.trial)
         inner.params |= {p for p, n in zip(paths, inputs) if n in self.params}
         body = inner.run()
         outs = [spec if i == 0 else Spec((step.outs[i].dims[0].split(()), *spec.dims), spec.owed)
                 for i, (_, spec) in enumerate(body.result_leaves())]
         if outs[0] != kinds[paths[0]]:
-            raise SpecError(f"scan: the carry of {step.body.name} comes in as {kinds[paths[0]]} and goes out as {outs[0]}")
+            raise changed_carry(step, kinds[paths[0]], outs[0], self)
         made = self.add(SCAN, inputs, outs, step.outputs, attrs=step.attrs, body=body)
         self.now.update(zip(step.outputs, made))

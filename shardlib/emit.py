@@ -7,6 +7,7 @@ are gone. Sources are in `linecache`, so that tracebacks show the generated line
 from __future__ import annotations
 
 import linecache
+import re
 from math import prod
 from types import MappingProxyType
 from typing import Any, Callable, Mapping, Sequence
@@ -21,6 +22,9 @@ from shardlib.program import Program, Step
 from shardlib.rearrange import RENAME
 from shardlib.scan import SCAN
 from shardlib.spec import Spec
+
+
+_VIEW = re.compile(r"\.view\(\([0-9, -]*\)\)$")
 
 
 class Emitter:
@@ -75,6 +79,10 @@ class Emitter:
             return template.format(x=variable)
         return self.hoisted.setdefault((variable, template), f"h{len(self.hoisted)}")
 
+    def view(self, text: str, shape: Sequence[int]) -> str:
+        """`text` viewed as `shape`: a view of a view is one view."""
+        return f"{_VIEW.sub('', text)}.view({tuple(shape)})"
+
     def collective(self, axes: Sequence[str], method: str, args: Sequence[str], extra: str, many: bool = False) -> str:
         """A call of the coordinator of the group over `axes`; over one rank, nothing is left of it."""
         if self.mesh.size(axes) == 1:
@@ -107,6 +115,7 @@ class Emitter:
         args = self.arguments(program) if clone else [*packs, *(p for p, _ in program.arg_leaves() if p not in absorbed)]
         names: dict[str, str] = {path: f"a{i}" for i, path in enumerate(args)}
         group_of = {s.outputs[0]: (arg, group) for arg, group in packs.items() for s in group.steps}
+        uses = _uses(program)
         outer = self.invariant, self.hoisted
         self.invariant, self.hoisted = frozenset(names[c] for c in constants), {}
         body: list[str] = []
@@ -122,10 +131,15 @@ class Emitter:
                 continue
             if step.outputs[0] in group_of:
                 arg, group = group_of[step.outputs[0]]
-                body += ["    " + line for line in emit_packed(self, group, program, names, names[arg])]
+                body += ["    " + line for line in emit_packed(self, group, program, names, names[arg], uses)]
                 continue
             self.in_place = {o for o in owned if o in step.inputs}
             text = step.op.emit(self, step, [names[i] for i in step.inputs])
+            if len(step.outputs) == 1 and (view := _VIEW.search(text)) and uses.get(step.outputs[0], 0) == 1:
+                variable = f"v{len(names)}"
+                body.append(f"    {variable} = {text[:view.start()]}")
+                names[step.outputs[0]] = variable + view.group()
+                continue
             for out in step.outputs:
                 names[out] = f"v{len(names)}"
             if step.op.updates is not None and step.inputs[step.op.updates] in owned:
@@ -181,6 +195,14 @@ class Emitter:
                 rest = f"torch.stack({y}s{'[::-1]' if step.options.get('reverse') else ''})"
                 lines.append(f"    {names[made]} = {rest} if {y}s else {names[step.inputs[0]]}.new_zeros({(0, *self.shape(kind))})")
         return lines
+
+
+def _uses(program: Program) -> dict[str, int]:
+    """How often each value is used, results included."""
+    out: dict[str, int] = {}
+    for name in (*(i for s in program.steps for i in s.inputs), *(n for n, _ in program.result_leaves())):
+        out[name] = out.get(name, 0) + 1
+    return out
 
 
 def _updates(program: Program, name: str) -> str | None:

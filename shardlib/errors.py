@@ -51,7 +51,7 @@ def _key(item: str) -> str:
     """What an item is aligned by: a dim's name (of a group: its names), an owed item itself."""
     if item.startswith("("):
         return " ".join(name.split("/")[0] for name in item[1:-1].split())
-    return item if item[0] in "+@" or item.startswith("max:") else item.split("/")[0]
+    return item if item[0] in "+@" or item.startswith("max:") else item.split("/")[0].rstrip("~")
 
 
 def _merge(orders: Iterable[Sequence[str]]) -> list[str]:

@@ -109,7 +109,7 @@ def _exchange(e: Emitter, step: Step, args: list[str]) -> str:
     cut = [args[0] + "".join(f".narrow({i}, {start - mine[i]}, {size})" for i, (start, size) in piece.items()) for piece in pieces]
     shape = list(e.shape(have))
     shapes = tuple(tuple(piece[i][1] if i in piece else n for i, n in enumerate(shape)) for piece in arrive)
-    dim = next(i for i in changed if len({p[i][0] for p in arrive}) > 1 or len(changed) == 1) if len(members) > 1 else changed[0]
+    dim = next(i for i in changed if len(have.dims[i].axes) >= len(want.dims[i].axes))     # all_to_all: the one that grows here
     order = sorted(range(len(members)), key=lambda j: (arrive[j][dim][0], j))
     got = e.collective(e.mesh_order(axes), "all_to_all", cut, repr(shapes), many=True)
     if order == list(range(len(members))):
@@ -143,7 +143,7 @@ def check_move(op: Op, have: Spec, want: Spec) -> str | None:
             return f"{have.dims[i]} does not become {want.dims[i]} by adding or dropping its last axes"
     gained, gone = tuple(a for x in grown.values() for a in x), tuple(a for x in shrunk.values() for a in x)
     if op in (ALL_REDUCE, REDUCE_SCATTER) and not lost:
-        return f"{have} owes nothing that {want} does not; there is nothing to reduce, and every rank would count again"
+        return f'"{have} -> {want}" pays no sum; there is nothing to reduce, and every rank would count again'
     ok = {"shard": not shrunk and not lost and not new and gained and not set(gained) & {o.axis for o in have.owed},
           "owe": not grown and not lost and new and set(gone) <= {o.axis for o in new} and all(o.kind == "+" for o in new),
           "all_reduce": not grown and not shrunk and not new,
@@ -151,7 +151,7 @@ def check_move(op: Op, have: Spec, want: Spec) -> str | None:
           "all_gather": len(shrunk) == 1 and not grown and not lost and not new,
           "all_to_all": len(shrunk) == 1 and len(grown) == 1 and gained == gone and not lost and not new,
           "permute": not grown and not shrunk and not lost and not new}[op.name]
-    return None if ok else f"{op.name} does not lead from {have} to {want}"
+    return None if ok else f'it does not lead from "{have}" to "{want}"'
 
 
 def _move(name: str, emit: Any) -> Op:

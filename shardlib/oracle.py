@@ -8,8 +8,8 @@ derivative. A rule is sound and complete when it accepts exactly what `judge` fi
 >>> from shardlib.parser import CORE
 >>> from shardlib.spec import parse
 >>> case = Case(CORE["sum"], "B D -> B")
->>> Trial(case, Mesh(x=2), dict(B=3, D=5)).judge((parse("B D/x"),))
-[[Spec("B +x")]]
+>>> [str(t) for t in Trial(case, Mesh(x=2), dict(B=3, D=5)).judge((parse("B D/x"),))[0]]
+['B +x']
 
 | operand on an axis | its cotangent |
 |---|---|
@@ -21,6 +21,7 @@ derivative. A rule is sound and complete when it accepts exactly what `judge` fi
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from shardlib.mesh import Mesh
 from shardlib.program import Op, Program, Result, Step
 from shardlib.rearrange import RENAME
 from shardlib.rules import RuleError, natural
-from shardlib.spec import Owed, Spec, parse_signature
+from shardlib.spec import Dim, Owed, Spec, parse_signature
 from shardlib.testing import NotReplicated, join, place
 
 Draw = Callable[[tuple[int, ...], Mapping[str, int], torch.Generator, list[Tensor]], Tensor]
@@ -76,10 +77,10 @@ class Case:
         return parse_signature(self.text)[1]
 
     @cached_property
-    def made(self) -> tuple[str, ...]:
+    def made(self) -> tuple[Dim, ...]:
         """The dims that only results have: a call says how they are split."""
         known = {n for s in self.ins for n in s.names}
-        return () if self.op is RENAME else tuple(dict.fromkeys(n for s in self.outs for n in s.names if n not in known))
+        return () if self.op is RENAME else tuple(dict.fromkeys(d for s in self.outs for d in s.dims if known.isdisjoint(f.name for f in d.factors)))
 
     @cached_property
     def differentiable(self) -> tuple[int, ...]:
@@ -110,8 +111,7 @@ class Case:
 
     def combinations(self, axes: Sequence[str], kinds: Sequence[str] = ("+",)) -> Iterator[tuple[tuple[Spec, ...], dict[str, tuple[str, ...]]]]:
         """All types of the operands together, and all splits of the dims that the results make."""
-        dims = tuple(d for s in self.outs for d in s.dims if d.label in self.made)
-        splits = types(Spec(tuple(dict.fromkeys(dims))), axes, ())
+        splits = types(Spec(self.made), axes, ())
         for ins in itertools.product(*(self.operand_types(i, axes, kinds) for i in range(len(self.ins)))):
             for made in splits:
                 yield ins, {d.label: d.axes for d in made.dims}
@@ -262,7 +262,7 @@ class Trial:
         for j, whole in enumerate(self.case.outs):
             right.append([])
             for out in types(whole, axes, ("+", *held)):
-                if any(out.axes(n) != tuple((made or {}).get(n, ())) for n in self.case.made if n in out.labels):
+                if any(out.axes(d.label) != (made or {}).get(d.label, ()) for d in self.case.made if d.label in out.labels):
                     continue
                 outs = [s.split(made or {}) for s in self.case.outs]
                 outs[j] = out
@@ -271,6 +271,38 @@ class Trial:
             if not right[j]:
                 return []
         return right
+
+
+def disagreements(case: Case, mesh: Mesh, sizes: Mapping[str, int], kinds: Sequence[str] = ("+",), seeds: int = 3,
+                  count: Counter | None = None) -> list[str]:
+    """Where the rule of `case` and the truth differ, over all combinations of types of its operands on the axes of `mesh`.
+
+    A rejection is justified when one of `seeds` draws of data shows every typing wrong. `count` receives how many
+    combinations were tried, accepted and rejected.
+    """
+    trials, found = [Trial(case, mesh, sizes, seed) for seed in range(seeds if case.complete else 1)], []
+    count = Counter() if count is None else count
+    for ins, made in case.combinations(tuple(mesh.axes), kinds):
+        outs = case.accepts(ins, made)
+        count["accepted" if outs is not None else "rejected"] += 1
+        text = f"{case.op.name} on {mesh}: {', '.join(map(str, ins))} -> "
+        if outs is not None:
+            problems = (trials[0].wrong(trials[0].run(ins, outs), ins, outs, j) for j in range(len(outs)))
+            found += [f"{text}{', '.join(map(str, outs))} is accepted, but {p}" for p in problems if p]
+        elif case.complete and (right := _always(trials, ins, made)):
+            found.append(f"{text}{', '.join(' or '.join(map(str, r)) for r in right)} is refused, but right")
+    return found
+
+
+def _always(trials: Sequence[Trial], ins: Sequence[Spec], made: Mapping[str, tuple[str, ...]]) -> list[list[Spec]]:
+    """The types of the results that are right in all trials; nothing where a result has none."""
+    found: list[list[Spec]] = []
+    for trial in trials:
+        right = trial.judge(ins, made)
+        found = [[t for t in a if t in b] for a, b in zip(found, right)] if found else right
+        if not found or not all(found):
+            return []
+    return found
 
 
 def _gradients(made: Sequence[Tensor], given: Sequence[Tensor], seeds: Sequence[Tensor], case: Case) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from shardlib.einsum import EINSUM
 from shardlib.program import Program, Step
 from shardlib.scan import SCAN
-from shardlib.spec import Dim, Factor, Spec
+from shardlib.spec import Dim, Spec
 
 if TYPE_CHECKING:
     from shardlib.emit import Emitter
@@ -77,7 +77,7 @@ def pack(group: Packing, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     return tuple(whole.unbind(0))
 
 
-def emit_packed(e: Emitter, group: Packing, body: Program, names: dict[str, str], weight: str) -> list[str]:
+def emit_packed(e: Emitter, group: Packing, body: Program, names: dict[str, str], weight: str, uses: Mapping[str, int]) -> list[str]:
     """The lines of one matmul and of what it computes; `names` gets the variables of the steps that are done by them.
 
     Neighbours that the body puts through the same op along their last dim (q and k through rope) go through it joined.
@@ -87,7 +87,8 @@ def emit_packed(e: Emitter, group: Packing, body: Program, names: dict[str, str]
     inner = sum(n in first.ins[1].labels for n in first.ins[0].labels)
     left = len(shape) - inner
     x = names[first.inputs[0]]
-    operand = x if inner == 1 else f"{x}.reshape({(*shape[:left], prod(shape[left:]))})"
+    flat = (*shape[:left], prod(shape[left:]))
+    operand = x if inner == 1 else e.view(x, flat) if x.endswith("))") else f"{x}.reshape({flat})"
     product = f"torch.matmul({operand}, {weight})"
     if len(group.steps) == 1:
         names[first.outputs[0]] = f"v{len(names)}"
@@ -95,14 +96,25 @@ def emit_packed(e: Emitter, group: Packing, body: Program, names: dict[str, str]
     runs = _runs(group, body)
     width = {s.outputs[0]: prod(e.shape(s.outs[0])[left:]) for s in group.steps}
     parts = [f"p{len(names)}_{i}" for i in range(len(runs))]
-    lines = [f"{', '.join(parts)} = {product}.split({tuple(sum(width[s.outputs[0]] for s, _ in run) for run in runs)}, -1)"]
+    lines: list[str] = []
+
+    def name(step: Step, out: str, text: str) -> None:
+        """Call `out` by the view `text` where it is used once, else by a variable."""
+        if uses.get(out, 0) == 1 or "." not in text:
+            names[out] = text
+        else:
+            names[out] = f"v{len(names)}"
+            lines.append(f"{names[out]} = {text}")
+    lines.append(f"{', '.join(parts)} = {product}.split({tuple(sum(width[s.outputs[0]] for s, _ in run) for run in runs)}, -1)")
     for part, run in zip(parts, runs):
         if len(run) == 1:
-            step = run[0][0]
-            names[step.outputs[0]] = f"v{len(names)}"
-            lines.append(f"{names[step.outputs[0]]} = {_view(e, step, part, left)}")
-        else:
-            lines += _joined(e, run, part, left, names)
+            name(run[0][0], run[0][0].outputs[0], _view(e, run[0][0], part, left))
+            continue
+        pieces, text = _joined(e, run, part, left, names)
+        lines.append(text)
+        for piece, (step, after) in zip(pieces, run):
+            names[step.outputs[0]] = piece
+            name(step, after.outputs[0], piece if len(step.outs[0].dims) == left + 2 else e.view(piece, e.shape(step.outs[0])))
     return lines
 
 
@@ -127,22 +139,19 @@ def _runs(group: Packing, body: Program) -> list[list[tuple[Step, Step | None]]]
     return runs
 
 
-def _joined(e: Emitter, run: list[tuple[Step, Step]], part: str, left: int, names: dict[str, str]) -> list[str]:
+def _joined(e: Emitter, run: list[tuple[Step, Step]], part: str, left: int, names: dict[str, str]) -> tuple[list[str], str]:
+    """The variables of the pieces, and the line that makes them: one call of the op that all of them go through."""
     (step, op), last = run[0], run[0][0].outs[0].dims[-1]
     lead = e.shape(step.outs[0])[:left]
-    wide = Spec((*step.outs[0].dims[:left], Dim((Factor("joined"),)), last))
-    size = e.shape(Spec((last,)))[0]
-    whole = f"{part}.view({(*lead, -1, size)})"
-    text = op.op.emit(e, replace(op, ins=(wide, *op.ins[1:]), outs=(wide,)), [whole, *(names[i] for i in op.inputs[1:])])
     heads = [prod(e.shape(s.outs[0])[left:-1]) for s, _ in run]
+    wide = Spec((*step.outs[0].dims[:left], Dim((), size=sum(heads)), last))
+    size = e.shape(Spec((last,)))[0]
+    whole = e.view(part, (*lead, -1, size))
+    text = op.op.emit(e, replace(op, ins=(wide, *op.ins[1:]), outs=(wide,)), [whole, *(names[i] for i in op.inputs[1:])])
     pieces = [f"{part}_{i}" for i in range(len(run))]
-    lines = [f"{', '.join(pieces)} = {text}.split({tuple(heads)}, {left})"]
-    for piece, (s, after) in zip(pieces, run):
-        names[s.outputs[0]] = names[after.outputs[0]] = f"v{len(names)}"
-        lines.append(f"{names[after.outputs[0]]} = {piece if len(s.outs[0].dims) == left + 2 else f'{piece}.view({e.shape(s.outs[0])})'}")
-    return lines
+    return pieces, f"{', '.join(pieces)} = {text}.split({tuple(heads)}, {left})"
 
 
 def _view(e: Emitter, step: Step, text: str, left: int) -> str:
     out = e.shape(step.outs[0])
-    return text if len(out) == left + 1 else f"{text}.view({out})"
+    return text if len(out) == left + 1 else e.view(text, out)

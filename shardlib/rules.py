@@ -65,7 +65,7 @@ def natural(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], name
                 raise _must_be_whole(op, name, split, ins, names)
         owed = [Owed("+", a) for n, split in gone.items() if n in rule.sums for a in split]
         owed += [Owed("max", a) for n, split in gone.items() if n in rule.maxes for a in split]
-        types.append(_with_axes(out, axes).owing(*passed, *owed))
+        types.append(_with_axes(op, out, axes).owing(*passed, *owed))
     return tuple(types)
 
 
@@ -145,11 +145,11 @@ def _must_be_whole(op: str, name: str, axes: tuple[str, ...], ins: Sequence[Spec
     return RuleError(f"{op}: {name} is split over {'/'.join(axes)}{who}; {op} needs all of {name} on each rank", operand, name)
 
 
-def _with_axes(spec: Spec, axes: dict[str, tuple[str, ...]]) -> Spec:
+def _with_axes(op: str, spec: Spec, axes: dict[str, tuple[str, ...]]) -> Spec:
     for dim in spec.dims:
         for factor in dim.factors[1:]:
             if axes.get(factor.name):
-                raise RuleError(f"({' '.join(f.name for f in dim.factors)}): {factor.name} is split over "
-                                f"{'/'.join(axes[factor.name])} and is not the first factor; a rank's rows would be strided",
+                raise RuleError(f"{op}: {factor.name} is split over {'/'.join(axes[factor.name])} and is not the first factor of "
+                                f"{dim.label}; a rank's rows would be strided",
                                 0, factor.name)
     return Spec(tuple(d.split(axes.get(d.factors[0].name, ())) if d.factors else d for d in spec.dims))

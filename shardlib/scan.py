@@ -38,6 +38,8 @@ def scan(f: Function, carry: Any, stacked: Any, *constants: Any, **static: Any) 
     if values[0].spec.dims[0].axes:
         raise SpecError(f"scan: {dim} is split over {'/'.join(values[0].spec.dims[0].axes)}; a scan over a split dim is a pipeline, "
                         f"which is not built yet")
+    if carry.tracer.runs:
+        return carry.tracer.scan(f, carry, stacks, constants, static)
     body, results = trace_results(f, [carry, *(_slice(s) for s in stacks), *constants], static)
     if len(f.ins) != 1 + len(stacks) + len(constants):
         raise SpecError(f"scan: {f.__name__} takes {len(f.ins)} arguments; it gets the carry, {len(stacks)} stacked and {len(constants)} constants")

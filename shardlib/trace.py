@@ -17,10 +17,11 @@ import keyword
 import re
 import sys
 import typing
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from itertools import count
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 from shardlib.arithmetic import BINARY, with_number
 from shardlib.errors import SpecError
@@ -55,28 +56,28 @@ class Value:
     def __neg__(self): return _arithmetic("mul", self, -1.0)
 
     def __bool__(self) -> bool:
-        raise SpecError("a traced value has no truth: a branch on data would let ranks part ways; use where(mask, a, b)")
+        raise SpecError("if: a traced value has no truth; a branch on data would let ranks part ways; use where(mask, a, b)")
 
     def _compare(self, other: Any) -> bool:
-        raise SpecError("a traced value compares with nothing: there are no numbers yet; pass masks in as arguments")
+        raise SpecError("compare: a traced value has no numbers yet; pass masks in as arguments of the @sharded function")
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _compare
     __hash__ = object.__hash__
 
     def __matmul__(self, other: Any) -> Value:
-        raise SpecError('"@" does not say which dims it contracts; einsum does: einsum("B T D, D F -> B T F", x, w)')
+        raise SpecError('matmul: "@" does not say which dims it contracts; write einsum("B T D, D F -> B T F", x, w)')
 
     __rmatmul__ = __matmul__
 
     def _no_number(self, *_: Any) -> Any:
-        raise SpecError("a traced value has dims by name and no numbers: it is not indexed, iterated over, or read")
+        raise SpecError("a traced value has dims by name and no numbers yet; it is not indexed, iterated over, or read")
 
     __getitem__ = __iter__ = __len__ = __float__ = __int__ = __index__ = __array__ = _no_number
 
     @classmethod
     def __torch_function__(cls, function: Any, *_: Any) -> Any:
-        raise SpecError(f"torch.{getattr(function, '__name__', function)} of a traced value: write it with the ops of shardlib, which know "
-                        f"what a split and an owed sum are")
+        raise SpecError(f"torch.{getattr(function, '__name__', function)}: it is called on a traced value; the ops of shardlib know what "
+                        f"a split and an owed sum are, those of torch do not")
 
 
 def _arithmetic(name: str, a: Any, b: Any) -> Value:
@@ -120,7 +121,9 @@ class Function:
 
 
 class Tracer:
-    """Records steps. Values are numbered; names are given at the end, from the user's variables where it has them."""
+    """Records steps. One that `runs` executes them instead (`shardlib.step`). Values are numbered; names are given at the end, from the user's variables where it has them."""
+
+    runs = False
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -207,23 +210,35 @@ def trace(f: Function, args: Sequence[Any] = (), static: dict[str, Any] | None =
 
 def trace_results(f: Function, args: Sequence[Any] = (), static: dict[str, Any] | None = None) -> tuple[Program, tuple[Any, ...]]:
     """The Program of `f`, and what it returned: Values, and pytrees of them."""
-    tracer = Tracer()
-    hints = f.hints()
-    trees = []
+    tracer, hints, trees = Tracer(), f.hints(), argument_trees(f, args)
+    values = [_argument(tracer, name, tree, hints.get(name), args[i] if i < len(args) else None) for i, (name, tree) in enumerate(trees)]
+    tracer.num_args = len(tracer.specs)
+    try:
+        with active(tracer):
+            results = f.fn(*values, **(static or {}))
+    except SpecError as error:
+        raise error.at(_user_line(error)) from None
+    given = _results(f, results)
+    return tracer.finish(f.__name__, trees, given, _definition(f)), tuple(value for _, value in given)
+
+
+@contextmanager
+def active(tracer: Tracer) -> Iterator[None]:
+    """Ops called inside go to `tracer`."""
+    token = _ACTIVE.set(tracer)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def argument_trees(f: Function, args: Sequence[Any]) -> list[tuple[str, Any]]:
+    """(name, spec or Struct) of every argument; a pytree's from the instance in `args`, else from its annotation."""
+    hints, trees = f.hints(), []
     for i, (name, spec) in enumerate(zip(f.arg_names, f.ins)):
         given = args[i] if i < len(args) else None
         trees.append((name, spec if spec is not None else _struct(f, name, given if isinstance(given, (Params, Struct)) else hints.get(name))))
-    values = [_argument(tracer, name, tree, hints.get(name), args[i] if i < len(args) else None) for i, (name, tree) in enumerate(trees)]
-    tracer.num_args = len(tracer.specs)
-    token = _ACTIVE.set(tracer)
-    try:
-        results = f.fn(*values, **(static or {}))
-    except SpecError as error:
-        raise error.at(_user_line(error)) from None
-    finally:
-        _ACTIVE.reset(token)
-    given = _results(f, results)
-    return tracer.finish(f.__name__, trees, given, _definition(f)), tuple(value for _, value in given)
+    return trees
 
 
 def _struct(f: Function, name: str, given: Any) -> Struct:
@@ -305,13 +320,15 @@ def apply(op: Op, operands: Sequence[Any], text: str | None = None, *, ins: Sequ
     tracer = _ACTIVE.get()
     if tracer is None:
         raise SpecError(f"{op.name} was called outside of a @sharded function; put the computation into one, and call that")
+    if tracer.runs:
+        return tracer.run(op, operands, text, ins, outs, attrs)
     frame = _user_frame()
     said = tracer.notice(frame)
     for i, x in enumerate(operands):
         if not isinstance(x, Value):
-            raise SpecError(f"{op.name}: operand {i + 1} is a {type(x).__name__}; pass tensors in as arguments of the @sharded function")
+            raise SpecError(f"{op.name}: operand {i + 1} is a {type(x).__name__}, no traced value; make it an argument of the @sharded function")
         if x.tracer is not tracer:
-            raise SpecError(f"{op.name}: operand {i + 1} belongs to another trace; a function passed to scan takes all it uses as arguments")
+            raise SpecError(f"{op.name}: {said.get(x.id) or f'operand {i + 1}'} belongs to another trace; a function takes all it uses as arguments")
     names = tuple(said.get(v.id, "") for v in operands)
     where = Where(frame.f_code.co_filename, frame.f_lineno)
     if text is not None:

@@ -1,0 +1,157 @@
+"""The step executor: a sharded function run line by line on this rank's tensors, for a debugger.
+
+The user's own Python runs; every op is typed, completed, converted and executed at once, so that a breakpoint in the
+function sees real values: `x.spec` is the type, `x.local` this rank's tensor. What an op needs (its conversions, its local
+code) is worked out once for each set of operand types, and kept.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shardlib.complete import Completer
+from shardlib.distributed.runtime import Runtime
+from shardlib.emit import Emitter, bind_sizes, load
+from shardlib.errors import SpecError
+from shardlib.layout import Layout
+from shardlib.params import Params, fill, leaf_values
+from shardlib.program import Op, Program, Result, Step, leaves
+from shardlib.rearrange import RENAME
+from shardlib.spec import Spec
+from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind
+
+
+class Stepper(Tracer):
+    """Executes each op as it is called."""
+    runs = True
+
+    def __init__(self, runtime: Runtime, layout: Layout, sizes: Mapping[str, int], dtype: str, recipes: dict) -> None:
+        super().__init__()
+        self.runtime, self.base, self.sizes, self.dtype, self.recipes = runtime, layout, dict(sizes), dtype, recipes
+        self.params: set[int] = set()
+
+    def value(self, kind: Spec, local: Tensor) -> Value:
+        made = self.new(kind)
+        made.local = local
+        return made
+
+    def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any]) -> Any:
+        """Execute one call."""
+        layout = self.layout if self.layout is not None else self.base
+        key = (op, text or ins, outs, tuple((x.spec.text, x.id in self.params) for x in operands if isinstance(x, Value)),
+               tuple(attrs.items()), layout, *(tuple(x.local.shape) for x in operands if isinstance(x, Value)))
+        found = self.recipes.get(key)
+        if found is None:
+            found = self.recipes[key] = self._recipe(op, operands, text, ins, outs, attrs, layout)
+        function, kinds = found
+        made = tuple(self.value(k, t) for k, t in zip(kinds, function(*(x.local for x in operands))))
+        return made if len(made) != 1 else made[0]
+
+    def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any], layout: Layout) -> tuple[Callable, tuple[Spec, ...]]:
+        for i, x in enumerate(operands):
+            if not isinstance(x, Value) or x.tracer is not self:
+                raise SpecError(f"{op.name}: operand {i + 1} is no tensor of this function; pass tensors in as arguments")
+        names = tuple(f"i{i}" for i in range(len(operands)))
+        if text is not None:
+            ins, outs = bind(op.name, text, operands, names)
+        elif ins is None:
+            ins = tuple(v.spec.whole() for v in operands)
+            outs = op.infer(ins, attrs)
+        if op is RENAME:
+            self.sizes.update({new: self.sizes[old] for old, new in zip(ins[0].names, outs[0].names)})
+        made = tuple(f"o{i}" for i in range(len(outs)))
+        step = Step(op, ins, outs, names, made, tuple(sorted(attrs.items())))
+        completer = Completer(Program("step", (), (step,), ()), layout, self.runtime.mesh, self.sizes)
+        for name, x in zip(names, operands):
+            completer.now[name] = completer.declare(name, x.spec)
+            completer.params |= {name} if x.id in self.params else set()
+        completer.do(step)
+        kinds = tuple(completer.types[completer.now[o]] for o in made)
+        program = Program("step", tuple((n, x.spec) for n, x in zip(names, operands)), tuple(completer.steps),
+                          tuple(Result(k, (completer.now[o],)) for k, o in zip(kinds, made)), True)
+        e = Emitter(self.runtime.mesh, self.runtime.rank, self.sizes, dtype=self.dtype)
+        source = e.program(program)
+        self.runtime.create_groups(list(e.groups))
+        groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
+        return load(source, {**e.helpers, **e.constants}, groups, op.name), kinds
+
+    def scan(self, f: Function, carry: Value, stacks: Sequence[Any], constants: Sequence[Any], static: dict[str, Any]) -> Any:
+        """Run the body of a scan layer by layer, through the user's own function."""
+        first = next(v for s in stacks for v in _values(s))
+        dim, rows = first.spec.dims[0], []
+        for i in range(first.local.shape[0]):
+            out = f(carry, *(self._slice(s, i) for s in stacks), *constants, **static)
+            carry, *ys = out if isinstance(out, tuple) else (out,)
+            rows.append(ys)
+
+        def stacked(values: Sequence[Value]) -> Value:
+            kind = values[0].spec
+            return self.value(Spec((dim, *kind.dims), kind.owed), torch.stack([v.local for v in values]))
+        ys = []
+        for column in zip(*rows):
+            if isinstance(column[0], Params):
+                per_path = zip(*([v for _, v in leaf_values(c, "")] for c in column))
+                made = iter([stacked(values) for values in per_path])
+                ys.append(fill(column[0], "", lambda _: next(made)))
+            else:
+                ys.append(stacked(column))
+        return (carry, *ys) if ys else carry
+
+    def _slice(self, tree: Any, i: int) -> Any:
+        def one(v: Value) -> Value:
+            made = self.value(Spec(v.spec.dims[1:], v.spec.owed), v.local[i])
+            self.params |= {made.id} if v.id in self.params else set()
+            return made
+        if isinstance(tree, Params):
+            old = dict(leaf_values(tree, ""))
+            return fill(tree, "", lambda path: one(old[path]))
+        return one(tree)
+
+
+def _values(tree: Any) -> list[Value]:
+    return [v for _, v in leaf_values(tree, "")] if isinstance(tree, Params) else [tree]
+
+
+def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any], sizes: Mapping[str, int], static: dict[str, Any],
+              recipes: dict) -> Any:
+    """Run `f` op by op on this rank's shards; shards come back."""
+    mesh = runtime.mesh
+    layout = (f.layout if f.layout is not None else layout).on(mesh)
+    trees = [(name, _complete(tree, layout, mesh)) for name, tree in argument_trees(f, args)]
+    given = {path: v for (name, tree), arg in zip(trees, args) for (path, _), v in zip(leaves(name, tree), _tensors(arg))}
+    program = Program(f.__name__, tuple(trees), (), (), True)
+    bound = bind_sizes(program, {p: tuple(v.shape) for p, v in given.items()}, sizes, mesh, runtime.coordinate)
+    floats = [v.dtype for v in given.values() if v.is_floating_point()]
+    stepper = Stepper(runtime, layout, bound, str(floats[0] if floats else torch.float32).removeprefix("torch."), recipes)
+    values = []
+    for (name, tree), arg in zip(trees, args):
+        kinds = dict(leaves(name, tree))
+        made = {path: stepper.value(kind, given[path]) for path, kind in kinds.items()}
+        if isinstance(arg, Params):
+            stepper.params |= {v.id for v in made.values()}
+            values.append(fill(arg, name, lambda path, made=made: made[path]))
+        else:
+            values.append(made[name])
+    with active(stepper):
+        results = f.fn(*values, **static)
+        given_back = results if isinstance(results, tuple) else (results,)
+        out = tuple(_locals(v) if spec is None else stepper.run(RESHARD, (v,), None, (v.spec,), (spec,), {}).local
+                    for spec, v in zip(f.outs, given_back, strict=True))
+    return out if len(out) > 1 else out[0]
+
+
+def _complete(tree: Any, layout: Layout, mesh: Any) -> Any:
+    def alone(spec: Spec) -> Spec:
+        return layout.complete_alone(mesh.resolve(spec, True)).resolve(mesh)
+    return alone(tree) if isinstance(tree, Spec) else tree.map(alone)
+
+
+def _tensors(arg: Any) -> list[Tensor]:
+    return [v for _, v in leaf_values(arg, "")] if isinstance(arg, Params) else [arg]
+
+
+def _locals(tree: Any) -> Any:
+    old = dict(leaf_values(tree, ""))
+    return fill(tree, "", lambda path: old[path].local)

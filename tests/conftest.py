@@ -1,0 +1,12 @@
+"""Hypothesis without a deadline; in CI (the variable CI is set) the same examples every time. HYPOTHESIS_PROFILE=more draws ten times as many."""
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+COMMON = dict(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
+settings.register_profile("default", max_examples=100, **COMMON)
+settings.register_profile("ci", max_examples=100, derandomize=True, database=None, **{**COMMON, "print_blob": False})
+settings.register_profile("more", max_examples=1000, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
