@@ -22,8 +22,9 @@ Each row is one op, a call of it with everything whole, and what else it accepts
 `+x` a sum still owed, `max:x` a maximum still owed. A combination that is missing is refused. For several axes, each has to
 be accepted by itself, a dim has the same axes in the same order in all operands, and an axis splits one dim.
 
-For every op: an operand that owes a maximum is refused; `all_reduce` and `reduce_scatter` take it. Operands held at one
-coordinate (`@x:0`), with others whole or held at the same, give a result that is held there.
+For every op: an operand that owes a maximum is refused; `all_reduce` and `reduce_scatter` take it. An index or a mask owes
+nothing. Operands held at one coordinate (`@x:0`), with others whole or held at the same, give a result that is held there.
+`logsumexp` and `argmax` over a split dim are more than one step: the same over the pieces, and what joins them.
 """
 INNER = """
 ## Steps that only compiled programs have

@@ -57,7 +57,7 @@ def _lower(f: Function, layout: Layout | None, mesh: Mesh, sizes: Mapping[str, i
         program, results = _lower(f.f, layout, mesh, sizes, args, static)
         hints = f.f.hints()
         like = dict(zip(f.f.arg_names, [*args, *[None] * len(f.f.arg_names)]))
-        grads = tuple(like[n] if isinstance(like[n], Params) else hints.get(n) if isinstance(hints.get(n), type) and issubclass(hints[n], Params)
+        grads = tuple(like[n] if isinstance(like.get(n), Params) else hints.get(n) if isinstance(hints.get(n), type) and issubclass(hints[n], Params)
                       else None for n in f.wrt)
         return drop_dead_steps(value_and_grad_program(program, f.wrt, mesh, f.regather)), (*results, *grads)
     traced, results = trace_results(f, args, dict(static))

@@ -5,7 +5,7 @@ linear in its numerator. A number added counts as whole, except 0.
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step
@@ -24,9 +24,9 @@ def broadcast(op: str, ins: Sequence[Spec]) -> Spec:
     for spec in ins:
         order = [widest.labels.index(n) for n in spec.labels if n in widest.labels]
         if len(order) < len(spec.dims):
-            raise SpecError(f"{op}: {spec} has dims that {widest} lacks; einsum or rearrange says what is meant")
+            raise SpecError(f'{op}: "{spec}" has dims that "{widest}" lacks; einsum or rearrange says what is meant')
         if order != sorted(order):
-            raise SpecError(f"{op}: {spec} has the dims of {widest} in another order; rearrange one of them")
+            raise SpecError(f'{op}: "{spec}" has the dims of "{widest}" in another order; rearrange one of them')
     return widest
 
 
@@ -37,8 +37,8 @@ def align(arg: str, spec: Spec, out: Spec) -> str:
     return f"{arg}[{', '.join(':' if n in spec.labels else 'None' for n in out.labels)}]"
 
 
-def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
-    return (broadcast("arithmetic", ins),)
+def _infer(op: str) -> Callable[..., tuple[Spec, ...]]:
+    return lambda ins, attrs: (broadcast(op, ins),)
 
 
 def _emit(e: Emitter, step: Step, args: list[str]) -> str:
@@ -64,10 +64,10 @@ def _div_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
 
 
 _BOTH = Rule(linear=((0, 1),))
-ADD = Op("add", rule=lambda s: _BOTH, emit=_emit, infer=_infer, vjp=_add_vjp)
-SUB = Op("sub", rule=lambda s: _BOTH, emit=_emit, infer=_infer, vjp=_add_vjp)
-MUL = Op("mul", rule=lambda s: Rule(linear=((0,), (1,))), emit=_emit, infer=_infer, vjp=_mul_vjp)
-DIV = Op("div", rule=lambda s: Rule(linear=((0,),)), emit=_emit, infer=_infer, vjp=_div_vjp)
+ADD = Op("add", rule=lambda s: _BOTH, emit=_emit, infer=_infer("add"), vjp=_add_vjp)
+SUB = Op("sub", rule=lambda s: _BOTH, emit=_emit, infer=_infer("sub"), vjp=_add_vjp)
+MUL = Op("mul", rule=lambda s: Rule(linear=((0,), (1,))), emit=_emit, infer=_infer("mul"), vjp=_mul_vjp)
+DIV = Op("div", rule=lambda s: Rule(linear=((0,),)), emit=_emit, infer=_infer("div"), vjp=_div_vjp)
 
 
 def _same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import string
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 from shardlib.errors import SpecError
@@ -27,6 +28,13 @@ def einsum(text: str, *operands: Any) -> Any:
 
     einsum("B T D, D F -> B T F", x, w): a projection. A name of an operand may be missing in the result, never the reverse.
     """
+    check(text)
+    return apply(EINSUM, operands, text)
+
+
+@lru_cache(maxsize=4096)
+def check(text: str) -> None:
+    """SpecError for a text that is no einsum."""
     ins, outs = parse_signature(text)
     if len(outs) != 1 or outs[0] is None or None in ins:
         raise SpecError(f'einsum "{text}": specs of the operands, "->", and the spec of one result')
@@ -37,7 +45,6 @@ def einsum(text: str, *operands: Any) -> Any:
     opened = {f.name for s in (*ins, outs[0]) for d in s.dims if len(d.factors) > 1 for f in d.factors}
     if loose := next((n for n in opened if n in known), None):
         raise SpecError(f'einsum "{text}": {loose} stands alone and in a group; a group matches only the same group')
-    return apply(EINSUM, operands, text)
 
 
 def _rule(step: Step) -> Rule:

@@ -251,7 +251,7 @@ def bind_sizes(program: Program, shapes: Mapping[str, Sequence[int]], known: Map
         if len(shape) != len(spec.dims):
             raise SpecError(f"{program.name}: {path} has {len(shape)} dims, its spec {spec} has {len(spec.dims)}")
         for i, (dim, n) in enumerate(zip(spec.dims, shape)):
-            if coordinate is None and len(dim.factors) == 1 or not dim.axes and len(dim.factors) == 1:
+            if len(dim.factors) == 1 and (coordinate is None or mesh.size(dim.axes) == 1):
                 name = dim.label
                 if sizes.setdefault(name, n) != n:
                     raise SpecError(f"{program.name}: {name} is {sizes[name]} by {binder[name]}, and {n} by {path}")

@@ -40,11 +40,11 @@ def value_and_grad_program(program: Program, wrt: Sequence[str], mesh: Mesh, reg
         raise SpecError(f"value_and_grad: regather is {regather!r}; it is one of {', '.join(REGATHER)}")
     if [spec.text for _, spec in program.result_leaves()] != ["()"]:
         raise SpecError(f"value_and_grad: {program.name} returns {', '.join(str(s) for _, s in program.result_leaves())}; "
-                        f"it must return one scalar, ()")
+                        f"it must return one scalar, ()").at(program.where)
     names = [n for n, _ in program.args]
     for name in wrt:
         if name not in names:
-            raise SpecError(f"value_and_grad: {program.name} has no argument {name}; it has {', '.join(names)}")
+            raise SpecError(f"value_and_grad: {program.name} has no argument {name}; it has {', '.join(names)}").at(program.where)
     active = {path for n, tree in program.args if n in wrt for path, _ in leaves(n, tree)}
     (loss,) = program.results[0].values
     params = {path for n, tree in program.args if isinstance(tree, Struct) for path, _ in leaves(n, tree)}
@@ -114,8 +114,7 @@ class _Backward(Builder):
             if step.op.vjp is None:
                 if step.op.constant:
                     continue
-                raise SpecError(f"value_and_grad: {step.op.name} has no derivative{f' ({step.where})' if step.where else ''}; "
-                                f"stop_gradient makes its operand a constant")
+                raise SpecError(f"value_and_grad: {step.op.name} has no derivative; stop_gradient makes its operand a constant").at(step.where)
             cotangents = [self.total(o, settle=step.op not in (RENAME, REARRANGE)) for o in step.outputs]
             here = replace(step, inputs=tuple(self.available(i) for i in step.inputs), outputs=tuple(self.available(o) for o in step.outputs))
             for name, ct in zip(step.inputs, step.op.vjp(self, here, cotangents)):

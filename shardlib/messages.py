@@ -59,10 +59,11 @@ def _axes_of(name: str | None, ins: Sequence[Spec]) -> tuple[str, ...]:
 def unlike(step: Step, i: int, want: Spec, at: Completer, rule: Rule | None = None) -> SpecError:
     """An operand whose type is not what explicit text says: of an op with `rule`, of a conversion, a scan or a call."""
     have, name = at.types[at.now[step.inputs[i]]], labels(step, at)[i]
-    whose = f"the signature of {step.body.name if step.body else step.called}" if step.body or step.called else "the text"
-    word = step.called or step.op.name
+    called, _, result = (step.body.name if step.body else step.called).partition(", ")
+    whose = f"the signature of {called}" if called else "the text"
+    word, takes = step.called or step.op.name, "says" if result else "takes"
     says, caret = _difference(have, want)
-    rows = [(name, have, _note(step, i, at, have)), ("text" if whose == "the text" else "takes", want, "")]
+    rows = [(name, have, _note(step, i, at, have)), ("signature" if called else "text", want, "")]
     if rule is None:
         code = offers.convert(step, i, want, at, bare=step.op in (SCAN, RESHARD))
     else:
@@ -70,7 +71,7 @@ def unlike(step: Step, i: int, want: Spec, at: Completer, rule: Rule | None = No
         axes = [a for d, w in zip(have.dims, want.dims) if d.axes != w.axes for a in (*d.axes, *w.axes)]
         axes += [o.axis for o in (*have.owed, *want.owed) if o not in have.owed or o not in want.owed]
         code = offers.instead(step, tuple(dict.fromkeys(axes)), types, at, rule, also=text)
-    return message(f'{word}: {name} {says}; {whose} takes "{want}"', rows, caret, code, step.where)
+    return message(f'{word}: {name} {says}; {whose} {takes} "{want}"', rows, caret, code, step.where)
 
 
 def unlike_result(step: Step, made: Spec, want: Spec, at: Completer, rule: Rule) -> SpecError:
@@ -108,7 +109,8 @@ def wrong_move(step: Step, have: Spec, at: Completer, problem: str | None = None
         problem = f'{name} {says}; the text takes "{text}"'
     layout = (step.layout or at.layout).on(at.mesh)
     want = at._alone(step.outs[0], layout)
-    rows = [(name, have, _owed_since(at.now[step.inputs[0]], have, at) or _made(step.inputs[0], at)), ("text", text, ""), ("to", step.outs[0], "")]
+    since = _paid(step.inputs[0], unowed.axis, at) if unowed else ""
+    rows = [(name, have, since or _owed_since(at.now[step.inputs[0]], have, at)), ("text", text, ""), ("to", step.outs[0], "")]
     return message(f"{step.op.name}: {problem}", rows, _difference(have, text)[1], offers.replaced(step, want, at), step.where)
 
 
@@ -165,4 +167,14 @@ def _owed_since(name: str, kind: Spec, at: Completer) -> str:
 def _made(value: str, at: Completer) -> str:
     """Which call made a value."""
     made = next((s for s in at.program.steps if value in s.outputs), None)
-    return f"since {made.op.name} at {made.where}" if made and made.where else ""
+    return f"made by {_WORDS.get(made.op.name, made.op.name)} at {made.where}" if made and made.where else ""
+
+
+def _paid(value: str, axis: str, at: Completer) -> str:
+    """Which call paid what this value, or one that it was made of, owed over `axis`."""
+    made = next((s for s in at.program.steps if value in s.outputs), None)
+    if made is None:
+        return ""
+    if made.op.moves and any(o.axis == axis for s in made.ins for o in s.owed) and not any(o.axis == axis for s in made.outs for o in s.owed):
+        return f"paid since {made.op.name} at {made.where}"
+    return next((text for i in made.inputs if (text := _paid(i, axis, at))), "")

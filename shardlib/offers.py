@@ -99,7 +99,7 @@ def expression(value: str, at: Completer) -> str:
     if made is None:
         return value
     if made.op is SCAN or made.op is RESHARD and made.called:
-        return f"{made.called or 'scan'}(...)"
+        return f"{made.called.partition(',')[0] or 'scan'}(...)"
     return written(made, [operand(made, j, at) for j in range(len(made.inputs))])
 
 

@@ -23,31 +23,37 @@ from shardlib.spec import Spec
 from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind
 
 
+PARAM = -2       # the id of values that are parameters: they follow an activation's split, others do not
+
+
 class Stepper(Tracer):
-    """Executes each op as it is called."""
+    """Executes each op as it is called. `recipes`: what was worked out before, at the same sizes."""
     runs = True
 
     def __init__(self, runtime: Runtime, layout: Layout, sizes: Mapping[str, int], dtype: str, recipes: dict) -> None:
         super().__init__()
         self.runtime, self.base, self.sizes, self.dtype, self.recipes = runtime, layout, dict(sizes), dtype, recipes
-        self.params: set[int] = set()
 
-    def value(self, kind: Spec, local: Tensor) -> Value:
-        made = self.new(kind)
-        made.local = local
+    def value(self, kind: Spec, local: Tensor, param: bool = False) -> Value:
+        """A value with data: `key` is what recipes know it by."""
+        made = Value(self, PARAM if param else -1, kind)
+        made.local, made.key = local, f"{kind.text} param" if param else kind.text
         return made
 
     def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any]) -> Any:
         """Execute one call."""
-        layout = self.layout if self.layout is not None else self.base
-        key = (op, text or ins, outs, tuple((x.spec.text, x.id in self.params) for x in operands if isinstance(x, Value)),
-               tuple(attrs.items()), layout, *(tuple(x.local.shape) for x in operands if isinstance(x, Value)))
-        found = self.recipes.get(key)
-        if found is None:
-            found = self.recipes[key] = self._recipe(op, operands, text, ins, outs, attrs, layout)
-        function, kinds = found
-        made = tuple(self.value(k, t) for k, t in zip(kinds, function(*(x.local for x in operands))))
-        return made if len(made) != 1 else made[0]
+        try:
+            key = (op, text or ins, outs, self.layout, *[x.key for x in operands], *attrs.items())
+            function, made = self.recipes[key]
+        except (KeyError, AttributeError):
+            function, made = self._recipe(op, operands, text, ins, outs, attrs, self.layout if self.layout is not None else self.base)
+            self.recipes[key] = function, made
+        results = function(*[x.local for x in operands])
+        if len(made) == 1:
+            value = Value(self, -1, made[0])
+            value.local, value.key = results[0], made[0].text
+            return value
+        return tuple(self.value(k, t) for k, t in zip(made, results))
 
     def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any], layout: Layout) -> tuple[Callable, tuple[Spec, ...]]:
         for i, x in enumerate(operands):
@@ -66,7 +72,7 @@ class Stepper(Tracer):
         completer = Completer(Program("step", (), (step,), ()), layout, self.runtime.mesh, self.sizes)
         for name, x in zip(names, operands):
             completer.now[name] = completer.declare(name, x.spec)
-            completer.params |= {name} if x.id in self.params else set()
+            completer.params |= {name} if x.id == PARAM else set()
         completer.do(step)
         kinds = tuple(completer.types[completer.now[o]] for o in made)
         program = Program("step", tuple((n, x.spec) for n, x in zip(names, operands)), tuple(completer.steps),
@@ -101,9 +107,7 @@ class Stepper(Tracer):
 
     def _slice(self, tree: Any, i: int) -> Any:
         def one(v: Value) -> Value:
-            made = self.value(Spec(v.spec.dims[1:], v.spec.owed), v.local[i])
-            self.params |= {made.id} if v.id in self.params else set()
-            return made
+            return self.value(Spec(v.spec.dims[1:], v.spec.owed), v.local[i], v.id == PARAM)
         if isinstance(tree, Params):
             old = dict(leaf_values(tree, ""))
             return fill(tree, "", lambda path: one(old[path]))
@@ -124,13 +128,13 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
     program = Program(f.__name__, tuple(trees), (), (), True)
     bound = bind_sizes(program, {p: tuple(v.shape) for p, v in given.items()}, sizes, mesh, runtime.coordinate)
     floats = [v.dtype for v in given.values() if v.is_floating_point()]
-    stepper = Stepper(runtime, layout, bound, str(floats[0] if floats else torch.float32).removeprefix("torch."), recipes)
+    stepper = Stepper(runtime, layout, bound, str(floats[0] if floats else torch.float32).removeprefix("torch."),
+                      recipes.setdefault(tuple(bound.items()), {}))
     values = []
     for (name, tree), arg in zip(trees, args):
         kinds = dict(leaves(name, tree))
-        made = {path: stepper.value(kind, given[path]) for path, kind in kinds.items()}
+        made = {path: stepper.value(kind, given[path], isinstance(arg, Params)) for path, kind in kinds.items()}
         if isinstance(arg, Params):
-            stepper.params |= {v.id for v in made.values()}
             values.append(fill(arg, name, lambda path, made=made: made[path]))
         else:
             values.append(made[name])

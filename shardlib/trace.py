@@ -37,10 +37,10 @@ RESHARD = Op("reshard", rule=lambda step: Rule(), moves=True)
 
 class Value:
     """A tensor in a traced function: dims by name, no data. Arithmetic on it records steps."""
-    __slots__ = ("tracer", "id", "spec", "local")
+    __slots__ = ("tracer", "id", "spec", "local", "key")
     
     def __init__(self, tracer: Tracer, ident: int, spec: Spec) -> None:
-        self.tracer, self.id, self.spec, self.local = tracer, ident, spec, None
+        self.tracer, self.id, self.spec = tracer, ident, spec
 
     def __repr__(self) -> str:
         return f"Value({self.spec})"
@@ -303,7 +303,7 @@ def _inline(tracer: Tracer, f: Function, args: Sequence[Any], static: dict[str, 
         passed = [a if spec is None else _pass(f"{f.__name__}: the argument {n}", spec, a, f.__name__) for n, spec, a in zip(f.arg_names, f.ins, args)]
         results = f.fn(*passed, **static)
         given = _results(f, results)
-        out = tuple(v if isinstance(v, Params) else apply(RESHARD, (v,), ins=(v.spec,), outs=(s,), called=f.__name__) for s, v in given)
+        out = tuple(v if isinstance(v, Params) else apply(RESHARD, (v,), ins=(s,), outs=(s,), called=f"{f.__name__}, result") for s, v in given)
     finally:
         tracer.layout = before
     return out if isinstance(results, tuple) else out[0]
@@ -328,7 +328,8 @@ def apply(op: Op, operands: Sequence[Any], text: str | None = None, *, ins: Sequ
         if not isinstance(x, Value):
             raise SpecError(f"{op.name}: operand {i + 1} is a {type(x).__name__}, no traced value; make it an argument of the @sharded function")
         if x.tracer is not tracer:
-            raise SpecError(f"{op.name}: {said.get(x.id) or f'operand {i + 1}'} belongs to another trace; a function takes all it uses as arguments")
+            name = next((n for n, value in frame.f_locals.items() if value is x), f"operand {i + 1}")
+            raise SpecError(f"{op.name}: {name} belongs to another trace; a function takes all it uses as arguments")
     names = tuple(said.get(v.id, "") for v in operands)
     where = Where(frame.f_code.co_filename, frame.f_lineno)
     if text is not None:

@@ -1,0 +1,230 @@
+"""Typing rules against brute force: a rule accepts exactly what is right, in value and in derivative.
+
+For every op, all combinations of the types of its operands are run on every rank of small meshes, with the op's own
+generated code, and compared with the op on the whole tensors. Owed pieces are random and as large as the value; seeds too.
+"""
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardlib.arithmetic import ADD, MUL
+from shardlib.builder import Builder
+from shardlib.complete import complete
+from shardlib.einsum import EINSUM
+from shardlib.errors import SpecError
+from shardlib.layout import Layout
+from shardlib.mesh import Mesh
+from shardlib.moves import TABLE as MOVES
+from shardlib.ops import TABLE
+from shardlib.ops.cases import CASES, OPS
+from shardlib.oracle import Case, NoSuchCall, Trial, disagreements, dual, same, types
+from shardlib.parser import check, parse_program
+from shardlib.pointwise import OPS as UNARY
+from shardlib.program import Program, Result
+from shardlib.rearrange import RENAME
+from shardlib.reductions import SOFTMAX
+from shardlib.rules import Rule, RuleError
+from shardlib.simulate import simulate
+from shardlib.spec import parse
+from shardlib.testing import join, place
+
+SIZES = dict(B=2, T=5, D=4, F=3, K=3, G=2, H=4, V=5, S=6)          # no split is degenerate; some are uneven, B is below 3 ranks
+LARGE = dict(B=5, T=7, D=6, F=5, K=7, G=5, H=4, V=7, S=8)          # the same on two axes
+HELD = ("+", "@0", "@1")
+ON_TWO_AXES = ("einsum", "add", "mul", "softmax", "rearrange", "sum", "embedding")
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def of_two_axes() -> list[Case]:
+    """A chain of three operands has 50 times the combinations of two."""
+    return [c for c in CASES if c.op.name in ON_TWO_AXES and len(c.ins) < 3]
+
+
+def odd_sizes(case: Case) -> list[dict[str, int]]:
+    """All dims 0 or 1, and each by itself 0, 1, and uneven."""
+    names = dict.fromkeys(n for s in (*case.ins, *case.outs) for n in s.names)
+    return [dict.fromkeys(SIZES, 0), dict.fromkeys(SIZES, 1), *({**SIZES, n: size} for n in names for size in (0, 1, 7))]
+
+
+def test_every_op_has_a_case() -> None:
+    structural = {"scan", *MOVES}
+    assert set(OPS) - {case.op.name for case in CASES} == structural
+
+
+# -- sound and complete ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ranks", (2, 3))
+@every_case
+def test_a_rule_accepts_what_is_right_on_one_axis(case: Case, ranks: int) -> None:
+    kinds = HELD if len(case.ins) < 4 else ("+",)
+    assert disagreements(case, Mesh(x=ranks), SIZES, kinds) == []
+
+
+@pytest.mark.parametrize("case", of_two_axes(), ids=str)
+def test_a_rule_accepts_what_is_right_on_two_axes(case: Case) -> None:
+    assert disagreements(case, Mesh(x=2, y=3), LARGE) == []
+
+
+@pytest.mark.parametrize("ranks", (2, 3))
+@every_case
+def test_what_a_rule_accepts_is_right_at_sizes_0_and_1(case: Case, ranks: int) -> None:
+    ran = 0
+    for sizes in odd_sizes(case):
+        try:
+            ran += 1
+            assert disagreements(replace(case, complete=False), Mesh(x=ranks), sizes) == []
+        except NoSuchCall:
+            ran -= 1
+    assert ran
+
+
+@every_case
+def test_an_owed_max_is_refused(case: Case) -> None:
+    if case.op is RENAME:
+        return
+    used = {i for u in case.op.rule(case.step(case.ins, case.outs)).uses or [range(len(case.ins))] for i in u}
+    for i in used - {*case.op.index, *case.indices}:
+        ins = [s.owing(*parse("max:x").owed) if i == j else s for j, s in enumerate(case.ins)]
+        with pytest.raises(RuleError, match="owes a max over x; only all_reduce and reduce_scatter take one"):
+            case.rule(ins)
+
+
+# -- the oracle sees what is wrong ------------------------------------------------------------------------------------
+
+def with_rule(name: str, text: str, rule: Rule) -> Case:
+    case = next(c for c in CASES if c.op.name == name and c.text == text)
+    return replace(case, op=replace(case.op, rule=lambda step: rule))
+
+
+@pytest.mark.parametrize("name", [n for n in UNARY if not n.endswith("_vjp")])
+def test_no_pointwise_function_passes_for_linear(name: str) -> None:
+    found = disagreements(with_rule(name, "B D -> B D", Rule(linear=((0,),))), Mesh(x=2), SIZES)
+    assert found == [f"{name} on x=2: B D +x -> B D +x is accepted, but result 0 is wrong"]
+
+
+@pytest.mark.parametrize("name, text, rule, says", (
+    ("rms_norm", "B T D, D -> B T D", Rule(linear=((1,),)), "rms_norm on x=2: B T D/x, D/x -> B T D/x is accepted, but result 0 is wrong"),
+    ("add", "B T, B T -> B T", Rule(linear=((0,), (1,))), "add on x=2: B T, B T +x -> B T +x is accepted, but result 0 is wrong"),
+    ("mul", "B T, B T -> B T", Rule(linear=((0, 1),)), "mul on x=2: B T +x, B T +x -> B T +x is accepted, but result 0 is wrong"),
+    ("mul", "B T, B T -> B T", Rule(linear=((0,),)), "mul on x=2: B T, B T +x -> B T +x is refused, but right"),
+    ("softmax", "B T D -> B T D", Rule(whole=("T", "D")), "softmax on x=2: B T D/x -> B T D/x is refused, but right"),
+    ("max", "B T D -> B", Rule(sums=("T", "D")), "max on x=2: B T/x D -> B +x is accepted, but result 0 is wrong"),
+    ("attention", "B T K G H, B S K H, B S K V -> B T K G V", Rule(linear=((2,),), whole=("H",), sums=("S",)),
+     "attention on x=2: B T K G H, B S/x K H, B S/x K V -> B T K G V +x is accepted, but result 0 is wrong"),
+))
+def test_a_wrong_rule_is_found(name: str, text: str, rule: Rule, says: str) -> None:
+    assert says in disagreements(with_rule(name, text, rule), Mesh(x=2), SIZES)
+
+
+def test_a_wrong_derivative_is_found() -> None:
+    step = replace(MUL, name="own_rows", emit=lambda e, s, a: f"{a[0]} * {1 + e.rank} + ({a[0]} * {-e.rank}).detach()")
+    found = disagreements(Case(replace(step, rule=lambda s: Rule(), infer=lambda ins, attrs: (ins[0],)), "B -> B"), Mesh(x=2), SIZES)
+    assert "own_rows on x=2: B -> B is accepted, but the cotangent of operand 0 is wrong" in found
+
+
+# -- derivatives -------------------------------------------------------------------------------------------------------
+
+def vjp_problems(trial: Trial, ins: tuple, outs: tuple, settled: bool) -> list[str]:
+    """What is wrong with the program that the op's vjp writes, for cotangents of the dual types or, if `settled`, owing nothing."""
+    case, mesh, b = trial.case, trial.mesh, Builder(trial.mesh)
+    step = case.step(ins, outs)
+    for name, kind in zip(step.inputs, ins):
+        b.declare(name, kind)
+    b.add(step.op, step.inputs, outs, step.outputs, attrs=step.attrs)
+    seeds = [b.declare(f"g{j}", out.owing() if settled else dual(out, mesh)) for j, out in enumerate(outs)]
+    made = [case.op.vjp(b, step, seeds)[i] for i in case.differentiable]
+    program = Program("vjp", tuple((n, b.types[n]) for n in (*step.inputs, *seeds)), tuple(b.steps), tuple(Result(b.types[m], (m,)) for m in made), True)
+    data = [{**{n: trial.operand(i, ins[i])[rank] for i, n in enumerate(step.inputs)},
+             **{g: trial.cotangent(j, b.types[g])[rank] for j, g in enumerate(seeds)}} for rank in range(mesh.world_size)]
+    ran, found = simulate(program, mesh, data, trial.sizes), []
+    for at, (i, name) in enumerate(zip(case.differentiable, made)):
+        got = join([r[str(at)] for r in ran], b.types[name], trial.sizes, mesh)
+        if not same(got, trial.gradients[0][at], case.tolerance):
+            found.append(f"{case}: the cotangent of operand {i} is wrong, for operands {', '.join(map(str, ins))}\n{program}")
+        if not settled and b.types[name] != dual(ins[i], mesh):
+            found.append(f"{case}: the cotangent of operand {i}, {ins[i]}, has type {b.types[name]}, not {dual(ins[i], mesh)}")
+    return found
+
+
+@pytest.mark.parametrize("ranks", (1, 2, 3))
+@pytest.mark.parametrize("case", [c for c in CASES if c.op.vjp], ids=str)
+def test_a_derivative_is_typed_by_the_rules_and_is_that_of_autograd(case: Case, ranks: int) -> None:
+    trial = Trial(case, Mesh(x=ranks), SIZES)
+    for ins, made in case.combinations(("x",)):
+        if (outs := case.accepts(ins, made)) is not None:
+            assert vjp_problems(trial, ins, outs, settled=False) + vjp_problems(trial, ins, outs, settled=True) == []
+
+
+def test_every_vjp_op_is_in_a_derivative() -> None:
+    used = set()
+    for case in (c for c in CASES if c.op.vjp):
+        b, step = Builder(Mesh()), case.step(case.ins, case.rule(case.ins))
+        names = [*zip(step.inputs, step.ins), *zip(step.outputs, step.outs), *((f"g{j}", out) for j, out in enumerate(step.outs))]
+        for name, kind in names:
+            b.declare(name, kind)
+        case.op.vjp(b, step, [f"g{j}" for j in range(len(step.outs))])
+        used |= {s.op.name for s in b.steps}
+    assert {n for n in OPS if n.endswith("_vjp")} <= used
+
+
+# -- explicit text and the page ----------------------------------------------------------------------------------------
+
+def one_step(case: Case, ins: tuple, outs: tuple) -> Program:
+    step = case.step(ins, outs)
+    return Program("one", tuple(zip(step.inputs, ins)), (step,), tuple(Result(s, (n,)) for s, n in zip(outs, step.outputs)), True)
+
+
+@every_case
+def test_explicit_text_is_typed_by_the_rule_and_reads_back(case: Case) -> None:
+    mesh = Mesh(x=2)
+    for ins, made in case.combinations(("x",), HELD if len(case.ins) < 3 else ("+",)):
+        if (outs := case.accepts(ins, made)) is None:
+            continue
+        program = one_step(case, ins, outs)
+        assert check(program, mesh) == program
+        assert parse_program(str(program), TABLE) == program
+        for j, out in enumerate(outs):
+            for other in types(case.outs[j], ("x",), ("+", "max")):
+                if other != out and all(other.axes(d.label) == made.get(d.label, ()) for d in case.made if d.label in other.labels):
+                    with pytest.raises(SpecError):
+                        check(one_step(case, ins, (*outs[:j], other, *outs[j + 1:])), mesh)
+
+
+@every_case
+def test_explicit_text_that_the_rule_refuses_is_a_spec_error(case: Case) -> None:
+    for at, (ins, made) in enumerate(case.combinations(("x",), ("+", "max"))):
+        if at % (1 + 10 * (len(case.ins) > 3)) or case.op.distribute or case.accepts(ins, made) is not None:
+            continue
+        with pytest.raises(SpecError):
+            check(one_step(case, ins, tuple(s.split(made) for s in case.outs)), Mesh(x=2))
+
+
+@pytest.mark.parametrize("name, text", (("logsumexp", "B V T -> B T"), ("logsumexp", "V -> ()"), ("argmax", "B T V -> B T"), ("argmax", "V B -> B")))
+@pytest.mark.parametrize("size", (1, 2, 5))
+def test_a_distributed_form_is_the_op(name: str, text: str, size: int) -> None:
+    """Over a split dim, with ties, infinities, NaN, and ranks that hold nothing."""
+    case, mesh, sizes = Case(OPS[name], text), Mesh(x=2, y=2), {**SIZES, "V": size}
+    given, wanted = case.ins[0], case.outs[0]
+    for axes, special in itertools.product((("x",), ("x", "y"), ("y", "x")), (0.0, torch.inf, -torch.inf, torch.nan)):
+        x = torch.randint(-2, 3, mesh.local_shape(given, sizes, {}), generator=torch.Generator().manual_seed(size)).double()
+        x.view(-1)[::3] += special
+        kind = given.split({"V": axes})
+        program = complete(one_step(case, (kind,), (wanted,)), Layout(), mesh)
+        ran = simulate(program, mesh, [{"x0": p} for p in place(x, program.args[0][1], sizes, mesh)], sizes)
+        dim = given.labels.index("V")
+        assert same(join([r["0"] for r in ran], wanted, sizes, mesh), getattr(x, name)(dim), 1e-9), (program, x)
+
+
+def test_the_page_of_rules_is_made_from_the_rules() -> None:
+    path = Path(__file__).parents[1] / "docs" / "make_rules.py"
+    spec = importlib.util.spec_from_file_location("make_rules", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page(), "python docs/make_rules.py"
