@@ -7,7 +7,7 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardlib import passes, testing
+from shardlib import testing
 from shardlib.complete import complete
 from shardlib.distributed.runtime import Runtime, connect
 from shardlib.emit import Emitter, bind_sizes, load
@@ -15,7 +15,7 @@ from shardlib.errors import SpecError
 from shardlib.grad import value_and_grad_program
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh, current_mesh
-from shardlib.passes.dead_steps import drop_dead_steps
+from shardlib.passes import DEFAULT, rewrite
 from shardlib.pack import pack, packings
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Program, Struct, leaves
@@ -42,29 +42,27 @@ def sharded(signature: str, *, layout: Layout | None = None) -> Callable[[Callab
     return lambda fn: Sharded(fn, signature, layout)
 
 
-def lower(f: Function, layout: Layout | None = None, *args: Any, mesh: Mesh | None = None, sizes: Mapping[str, int] | None = None,
-          **static: Any) -> Program:
+def lower(f: Function | ValueAndGrad, layout: Layout | None = None, *args: Any, mesh: Mesh | None = None,
+          sizes: Mapping[str, int] | None = None, passes: Sequence[str] = DEFAULT, **static: Any) -> Program:
     """The explicit program of `f` under `layout`: what every rank will do. `print` it to read it.
 
     `args`: instances of the pytrees that `f` takes, where an annotation does not say enough (an optional field that is absent).
     """
-    return _lower(f, layout, current_mesh(mesh), sizes, args, static)[0]
+    return _lower(f, layout, current_mesh(mesh), sizes, args, static, passes)[0]
 
 
 def _lower(f: Function, layout: Layout | None, mesh: Mesh, sizes: Mapping[str, int] | None, args: Sequence[Any],
-           static: Mapping[str, Any]) -> tuple[Program, tuple[Any, ...]]:
+           static: Mapping[str, Any], passes: Sequence[str] = DEFAULT) -> tuple[Program, tuple[Any, ...]]:
     if isinstance(f, ValueAndGrad):
-        program, results = _lower(f.f, layout, mesh, sizes, args, static)
+        program, results = _lower(f.f, layout, mesh, sizes, args, static, passes)
         hints = f.f.hints()
         like = dict(zip(f.f.arg_names, [*args, *[None] * len(f.f.arg_names)]))
         grads = tuple(like[n] if isinstance(like.get(n), Params) else hints.get(n) if isinstance(hints.get(n), type) and issubclass(hints[n], Params)
                       else None for n in f.wrt)
-        return drop_dead_steps(value_and_grad_program(program, f.wrt, mesh, f.regather)), (*results, *grads)
+        return rewrite(value_and_grad_program(program, f.wrt, mesh, f.regather), mesh, passes), (*results, *grads)
     traced, results = trace_results(f, args, dict(static))
     program = complete(traced, f.layout if f.layout is not None else layout or Layout(), mesh, sizes)
-    for rewrite in passes.DEFAULT:
-        program = rewrite(program)
-    return program, results
+    return rewrite(program, mesh, passes), results
 
 
 class ValueAndGrad:

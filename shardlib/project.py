@@ -17,8 +17,9 @@ from typing import Iterator, Mapping
 
 from shardlib.mesh import Mesh
 from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, changed_dims, removed
-from shardlib.program import Program, Step
+from shardlib.program import Op, Program, Step
 from shardlib.scan import SCAN
+from shardlib.spec import Spec
 
 ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "bool": 1, "uint8": 1, "int8": 1}
 
@@ -104,6 +105,14 @@ def _index_args(program: Program) -> set[str]:
             used = [n for (p, _), n in zip(step.body.arg_leaves(), step.inputs) if p in inner]
         found.update(source.get(u, u) for u in used)
     return found & {p for p, _ in program.arg_leaves()}
+
+
+def cost(op: Op, have: Spec, want: Spec, mesh: Mesh) -> float:
+    """What a rank receives in a move, as a fraction of the global tensor, were every axis to divide it evenly."""
+    local = 1 / mesh.size(have.split_axes)
+    k = mesh.size(axes_of(Step(op, (have,), (want,), (), ()))) if op in COLLECTIVES else 1
+    share = {ALL_REDUCE: 2 * (k - 1) / k, ALL_GATHER: k - 1.0, PERMUTE: 1.0 if k > 1 else 0.0}.get(op, (k - 1) / k)
+    return share * local
 
 
 def received(step: Step, mesh: Mesh, sizes: Mapping[str, int], rank: int) -> int:

@@ -12,7 +12,8 @@ from einops import rearrange
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from shardlib.models.llama import LlamaConfig
+from shardlib.models.llama import Llama, LlamaConfig
+from shardlib.params import struct
 
 LAYER = {"norm1": ("input_layernorm", "D -> D"), "norm2": ("post_attention_layernorm", "D -> D"),
          "wq": ("self_attn.q_proj", "(K G H) D -> D K G H"), "wk": ("self_attn.k_proj", "(K H) D -> D K H"),
@@ -86,6 +87,18 @@ def logits(w: Mapping[str, Tensor], ids: Tensor, config: LlamaConfig, model: Lla
         h = norm(x, l["norm2"])
         x = x + (torch.nn.functional.silu(h @ l["gate"]) * (h @ l["up"])) @ l["down"]
     return norm(x, w["norm"]) @ w["embed" if config.tied else "head"].T
+
+
+def shuffled(w: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """The same model with the dims that are summed over in another order: other roundings, equally good."""
+    leaves = [(path[1:], spec) for path, spec in struct(Llama).leaves("") if path[1:] in w]
+    sizes = {n: k for path, spec in leaves for n, k in zip(spec.names, w[path].shape)}
+    order = {n: torch.randperm(sizes[n], generator=generator) for n in "DFKG"}
+    out = dict(w)
+    for path, spec in leaves:
+        for i, name in enumerate(spec.names):
+            out[path] = out[path].index_select(i, order[name]) if name in order else out[path]
+    return out
 
 
 def loss(w: Mapping[str, Tensor], ids: Tensor, labels: Tensor, config: LlamaConfig, model: LlamaForCausalLM) -> Tensor:

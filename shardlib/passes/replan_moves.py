@@ -1,0 +1,63 @@
+"""replan_moves: a chain of conversions becomes the cheapest plan between its ends.
+
+    y = all_gather("T/tp D -> T D", x)          |
+    z = shard("T D -> T/tp D", y)               |   z is x
+    u = all_reduce("D +x +y -> D +y", t)        |
+    v = all_reduce("D +y -> D", u)              |   v = all_reduce("D +x +y -> D", t)
+
+Side condition: what lies inside of the chain is used by it alone. A chain is replaced only where that moves fewer bytes,
+or takes fewer collectives for the same bytes.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+
+from shardlib.convert import Move, plan
+from shardlib.mesh import Mesh
+from shardlib.moves import COLLECTIVES
+from shardlib.passes.rewrite import renamed, uses
+from shardlib.program import Program, Step
+from shardlib.project import cost
+from shardlib.trace import fresh
+
+
+def replan_moves(program: Program, mesh: Mesh) -> Program:
+    """The program with every chain of moves planned again."""
+    steps: list[Step] = []
+    made: dict[str, Step] = {}
+    count = uses(program)
+    taken = set(program.types())
+    alias: dict[str, str] = {}
+    for step in program.steps:
+        step = renamed(step, alias)
+        if step.body is not None:
+            step = replace(step, body=replan_moves(step.body, mesh))
+        chain = _chain(step, made, count) if step.op.moves else []
+        if len(chain) > 1 and (moves := plan(chain[0].ins[0], step.outs[0], mesh)) is not None and _better(moves, chain, mesh):
+            steps = [s for s in steps if s not in chain]
+            here = chain[0].inputs[0]
+            for i, move in enumerate(moves):
+                name = step.outputs[0] if i == len(moves) - 1 else fresh("", taken)
+                steps.append(Step(move.op, (move.have,), (move.want,), (here,), (name,), where=step.where, why=step.why))
+                made[name], here = steps[-1], name
+            if not moves:
+                alias[step.outputs[0]] = here
+            continue
+        steps.append(step)
+        made.update({o: step for o in step.outputs})
+    results = tuple(replace(r, values=tuple(alias.get(v, v) for v in r.values)) for r in program.results)
+    return replace(program, steps=tuple(steps), results=results)
+
+
+def _chain(step: Step, made: dict[str, Step], count: dict[str, int]) -> list[Step]:
+    """The moves that end with `step`, each but the last used by the next alone."""
+    chain = [step]
+    while (before := made.get(chain[0].inputs[0])) is not None and before.op.moves and count[before.outputs[0]] == 1:
+        chain.insert(0, before)
+    return chain
+
+
+def _better(moves: tuple[Move, ...], chain: list[Step], mesh: Mesh) -> bool:
+    now = (sum(cost(s.op, s.ins[0], s.outs[0], mesh) for s in chain), sum(s.op in COLLECTIVES for s in chain))
+    then = (sum(cost(m.op, m.have, m.want, mesh) for m in moves), sum(m.op in COLLECTIVES for m in moves))
+    return then[0] < now[0] - 1e-12 or then[0] <= now[0] + 1e-12 and then[1] < now[1]
