@@ -22,9 +22,11 @@ def positive(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generato
     return torch.rand(shape, generator=g, dtype=torch.float64) + 0.5
 
 
-def huge(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
-    """Beyond the range of float32."""
-    return normal(shape, sizes, g, before) * 6e38
+def infinite(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+    """Normal numbers, and infinities among them."""
+    x = normal(shape, sizes, g, before)
+    x.view(-1)[::2] = torch.inf
+    return x
 
 
 def single(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
@@ -79,7 +81,7 @@ CASES: tuple[Case, ...] = (
     _case("max", "B T D -> B"), _case("max", "B D -> ()"),
     _case("spread", "B -> B T D"), _case("spread", "T -> B T", mean=True), _case("spread", "B -> B (K H)"),
     _case("softmax", "B T D -> B T D", along="T"), _case("softmax_vjp", "B T D, B T D -> B T D", along="T"),
-    _case("logsumexp", "B V T -> B T"), _case("exp_minus", "B V, B, B -> B V"), _case("finite", "B -> B", huge),
+    _case("logsumexp", "B V T -> B T"), _case("exp_minus", "B V, B, B -> B V"), _case("finite", "B -> B", infinite),
     _case("sum_exp", "B V, B -> B", constants=(1,)), _case("log_plus", "B T, B T -> B T", positive, constants=(1,)),
     _case("argmax", "B T V -> B T"), _case("rank_of", "B V, B -> B", normal, largest), _case("from_rank", "B -> B", index("V"), of="V"),
     _case("rearrange", "B T D -> D B T"), _case("rearrange", "B K H -> B (K H)"), _case("rearrange", "T (K H) -> K T H"),

@@ -3,6 +3,7 @@ from shardlib.api import Compiled, Sharded, arg_types, compile, lower, shard_of,
 from shardlib.einsum import einsum
 from shardlib.errors import SpecError
 from shardlib.layout import EXPLICIT, Layout
+from shardlib.local import check_local, local
 from shardlib.mesh import Mesh
 from shardlib.moves import all_gather, all_reduce, all_to_all, owe, permute, reduce_scatter, reshard, shard
 from shardlib.params import Params, init, param, stacked

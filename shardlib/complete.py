@@ -93,7 +93,7 @@ class Completer(Builder):
         if step.op is RENAME:
             return self._rename(step, inputs[0], layout)
         explicit = layout == EXPLICIT
-        wanted = self._wanted(step, inputs, layout)
+        wanted = self._wanted(step, inputs, EXPLICIT if step.op.asserted else layout)
         placed = []
         for i, (name, want) in enumerate(zip(inputs, wanted)):
             if self.types[name] != want and (explicit or not step.op.takes_text and not self._may_follow(name, want)):

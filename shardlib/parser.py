@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, replace
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 from shardlib import grad, moves, pointwise, reductions
 from shardlib.arithmetic import BINARY, RECIPROCAL, SCALE, SHIFT
@@ -15,6 +15,7 @@ from shardlib.complete import complete
 from shardlib.einsum import EINSUM
 from shardlib.errors import SpecError
 from shardlib.layout import EXPLICIT
+from shardlib.local import local_op, local_vjp_op
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Program, Result, Step, Struct, leaves
 from shardlib.rearrange import REARRANGE, RENAME
@@ -26,16 +27,16 @@ CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE
                        "rearrange": REARRANGE, "rename": RENAME}
 
 
-def parse_program(text: str, ops: Mapping[str, Op] | None = None, mesh: Mesh | None = None) -> Program:
-    """The program that `text` prints: its last function. `ops`: operators beyond the language's own (`shardlib.ops.TABLE`).
+def parse_program(text: str, ops: Mapping[str, Op] | None = None, functions: Mapping[str, Callable] | None = None) -> Program:
+    """The program that `text` prints: its last function. SpecError for anything that is not a printed program.
 
-    `mesh` is needed where aliases are. SpecError for anything that is not a printed program.
+    ops: operators beyond the language's own (`shardlib.ops.TABLE`).  functions: what `local` may run, by "module.name".
     """
     try:
         module = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise SpecError(f"this is no program: {error}") from None
-    reader = _Reader({**CORE, **(ops or {})})
+    reader = _Reader({**CORE, **(ops or {})}, functions or {})
     for node in module.body:
         reader.top(node)
     if not reader.functions:
@@ -60,8 +61,8 @@ class _Tree:
 
 
 class _Reader:
-    def __init__(self, ops: Mapping[str, Op]) -> None:
-        self.ops = ops
+    def __init__(self, ops: Mapping[str, Op], functions: Mapping[str, Callable]) -> None:
+        self.ops, self.known = ops, functions
         self.classes: dict[str, Struct] = {}
         self.functions: dict[str, Program] = {}
 
@@ -155,11 +156,11 @@ class _Function:
             raise _not(value)
         if _name(value.func) == "scan":
             return self._scan(target, value)
-        op = self.reader.ops.get(_name(value.func))
+        op = self.reader.ops.get(_name(value.func)) or self._asserted(value)
         if op is None:
             raise SpecError(f"this is no program: unknown op {_name(value.func)!r}, line {value.lineno}")
         attrs = tuple(sorted((k.arg, _literal(k.value)) for k in value.keywords))
-        operands = value.args[1:] if op.takes_text else value.args
+        operands = value.args[1 + (op.function is not None):] if op.takes_text else value.args
         inputs = [self._one(a) for a in operands]
         if op.takes_text:
             ins, outs = parse_signature(_literal(value.args[0]))
@@ -167,6 +168,16 @@ class _Function:
             ins = tuple(self.types[i] for i in inputs)
             outs = self._natural(op, ins, attrs)
         self._add(op, ins, outs, inputs, self._targets(target), attrs)
+
+    def _asserted(self, value: ast.Call) -> Op | None:
+        """The op of a call of `local`, whose function must be one of those given."""
+        make = {"local": local_op, "local_vjp": local_vjp_op}.get(_name(value.func))
+        if make is None or len(value.args) < 2:
+            return None
+        named = ast.unparse(value.args[1])
+        if named not in self.reader.known:
+            raise SpecError(f"this program runs {named}, which was not given; pass functions={{{named!r}: ...}}")
+        return make(self.reader.known[named])
 
     def _natural(self, op: Op, ins: tuple[Spec, ...], attrs: tuple) -> tuple[Spec, ...]:
         dims = op.infer(ins, dict(attrs))

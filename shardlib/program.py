@@ -42,6 +42,7 @@ class Op:
     distribute(b, step, x): the same over pieces, for an operand split along the dim the op runs over.
     constant:    its results have no gradient, and none is missed.
     joins:       it acts on the last dim of its first operand, alike for all others: operands joined along those may share a call.
+    asserted:    its types are those of its text, unchecked (`local`); `function` is what it runs.
     dtype(dtypes, attrs): the results' dtypes; by default all results have the first operand's.
     """
     name: str
@@ -56,6 +57,8 @@ class Op:
     distribute: Callable | None = None
     constant: bool = False
     joins: bool = False
+    asserted: bool = False
+    function: Callable | None = None
 
     @property
     def takes_text(self) -> bool:
@@ -257,7 +260,8 @@ def _show_step(step: Step, classes: dict[str, Struct], functions: list[Program])
         return f"{target} = {step.inputs[0]} {_INFIX[op.name]} {step.inputs[1]}"
     if op.name in ("scale", "shift"):
         return f"{target} = {step.inputs[0]} {'*' if op.name == 'scale' else '+'} {options['by']!r}"
-    parts = ([f'"{step.text}"'] if op.takes_text else []) + [*step.inputs] + [f"{k}={v!r}" for k, v in step.attrs]
+    callee = [f"{op.function.__module__}.{op.function.__qualname__}"] if op.function else []
+    parts = ([f'"{step.text}"'] if op.takes_text else []) + callee + [*step.inputs] + [f"{k}={v!r}" for k, v in step.attrs]
     return f"{target} = {op.name}({', '.join(parts)})"
 
 

@@ -132,7 +132,7 @@ def _spread_logsumexp(b: Any, step: Step, x: str) -> str:
 LOGSUMEXP = Op("logsumexp", rule=lambda s: Rule(whole=_gone(s)), vjp=_logsumexp_vjp,
                emit=lambda e, s, a: f"{a[0]}.logsumexp({_dims(s)})", distribute=_spread_logsumexp)
 EXP_MINUS = Op("exp_minus", rule=lambda s: Rule(linear=((2,),)), infer=_first, emit=_exp_minus)
-FINITE = Op("finite", rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{a[0]}.clamp(min=-3.0e38)")
+FINITE = Op("finite", rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{a[0]}.masked_fill({a[0]}.isinf(), 0)")
 SUM_EXP = Op("sum_exp", rule=lambda s: Rule(sums=_gone(s)), emit=_sum_exp,
              vjp=lambda b, s, ct: [b.call(EXP_MINUS, [s.inputs[0], s.inputs[1], ct[0]]), None])
 LOG_PLUS = Op("log_plus", rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{a[0]}.log() + {a[1]}",

@@ -3,6 +3,10 @@ from __future__ import annotations
 
 import os
 
+from typing import Iterator
+
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 COMMON = dict(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
@@ -10,3 +14,12 @@ settings.register_profile("default", max_examples=100, **COMMON)
 settings.register_profile("ci", max_examples=100, derandomize=True, database=None, **{**COMMON, "print_blob": False})
 settings.register_profile("more", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests of many tiny tensors: more threads only make them slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

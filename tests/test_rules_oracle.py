@@ -39,6 +39,7 @@ SIZES = dict(B=2, T=5, D=4, F=3, K=3, G=2, H=4, V=5, S=6)          # no split is
 LARGE = dict(B=5, T=7, D=6, F=5, K=7, G=5, H=4, V=7, S=8)          # the same on two axes
 HELD = ("+", "@0", "@1")
 ON_TWO_AXES = ("einsum", "add", "mul", "softmax", "rearrange", "sum", "embedding")
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -199,8 +200,9 @@ def test_explicit_text_is_typed_by_the_rule_and_reads_back(case: Case) -> None:
 
 @every_case
 def test_explicit_text_that_the_rule_refuses_is_a_spec_error(case: Case) -> None:
-    for at, (ins, made) in enumerate(case.combinations(("x",), ("+", "max"))):
-        if at % (1 + 10 * (len(case.ins) > 3)) or case.op.distribute or case.accepts(ins, made) is not None:
+    combinations = list(case.combinations(("x",), ("+", "max")))
+    for ins, made in combinations[::1 + len(combinations) // 200]:
+        if case.op.distribute or case.accepts(ins, made) is not None:
             continue
         with pytest.raises(SpecError):
             check(one_step(case, ins, tuple(s.split(made) for s in case.outs)), Mesh(x=2))
