@@ -36,7 +36,9 @@ help: ## this list
 	@echo '  TORCH=installed  reuse the torch that $(PYTHON) has;  PYTHON=...  another Python;  ARGS="..."  more arguments'
 
 demo: $(VENV)/.demo ## a language model, tensor parallel over 3 processes of this machine
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 3 -m shardlib.models.generate --model smollm2 --mesh tp=3 --chat --prompt "$(PROMPT)" --max-new-tokens 48 $(ARGS)
+	@echo '== starting 3 processes'; rm -f $(VENV)/error
+	@SHARDLIB_ERROR_FILE=$(VENV)/error OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 3 -m shardlib.models.generate \
+	  --model smollm2 --mesh tp=3 --prompt "$(PROMPT)" --max-new-tokens 48 $(ARGS) || { cat $(VENV)/error >&2; exit 1; }
 
 test: $(VENV)/.test ## every test that needs no GPU
 	$(BIN)/python -m pytest --import-mode=importlib -q tests --ignore=tests/gpu $(ARGS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardlib.errors import SpecError
-from shardlib.program import Op, Step
+from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
 from shardlib.spec import Spec
 from shardlib.trace import apply
@@ -40,8 +40,8 @@ def rms_norm_vjp(x: Tensor, w: Tensor, g: Tensor, eps: float) -> tuple[Tensor, T
     return dx.to(x.dtype), (gw * normed)[None].flatten(0, -2).sum(0).to(w.dtype)
 
 
-RMS_NORM = Op("rms_norm", rule=lambda s: Rule(linear=((1,),), whole=s.ins[1].names), infer=_infer, emit=_emit, vjp=_vjp)
-RMS_NORM_VJP = Op("rms_norm_vjp", infer=lambda ins, attrs: (ins[0], ins[1]),
+RMS_NORM = Op("rms_norm", keywords={"eps": number}, rule=lambda s: Rule(linear=((1,),), whole=s.ins[1].names), infer=_infer, emit=_emit, vjp=_vjp)
+RMS_NORM_VJP = Op("rms_norm_vjp", keywords={"eps": number}, infer=lambda ins, attrs: (ins[0], ins[1]),
                   rule=lambda s: Rule(linear=((1,), (2,)), whole=s.ins[1].names, sums=s.ins[0].names[:-1], uses=((0, 1, 2), (0, 2))),
                   emit=lambda e, s, a: f"{e.use(rms_norm_vjp)}({', '.join(a)}, {s.options['eps']!r})",
                   dtype=lambda d, o: [d[0], d[1]])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardlib.errors import SpecError
-from shardlib.program import Op, Step
+from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
 from shardlib.trace import apply
 
@@ -82,7 +82,11 @@ def _rule(step: Step) -> Rule:
     return Rule(linear=((0,),), whole=step.ins[0].names[-1:])
 
 
-ROPE_TABLE = Op("rope_table", rule=lambda s: Rule(whole=s.outs[0].names[2:]), emit=_table, index=(0,), dtype=lambda d, o: ["float"])
+def _scaling(value: object) -> bool:
+    return value is None or isinstance(value, tuple) and len(value) == 4 and all(map(number, value))
+
+
+ROPE_TABLE = Op("rope_table", keywords={"theta": number, "scaling": _scaling}, rule=lambda s: Rule(whole=s.outs[0].names[2:]), emit=_table, index=(0,), dtype=lambda d, o: ["float"])
 ROPE = Op("rope", rule=_rule, emit=_rope(turns), vjp=_vjp, index=(1,), joins=True)
 ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(back_turns), index=(1,))
 

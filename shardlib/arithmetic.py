@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from shardlib.errors import SpecError
-from shardlib.program import Op, Step
+from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
 from shardlib.spec import Spec
 
@@ -74,10 +74,10 @@ def _same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
     return (ins[0],)
 
 
-SCALE = Op("scale", rule=lambda s: Rule(linear=((0,),)), infer=_same,
+SCALE = Op("scale", keywords={"by": number}, rule=lambda s: Rule(linear=((0,),)), infer=_same,
            emit=lambda e, s, a: f"{a[0]} * {s.options['by']!r}",
            vjp=lambda b, s, ct: [b.scale(ct[0], s.options["by"])])
-SHIFT = Op("shift", rule=lambda s: Rule(linear=((0,),) if s.options["by"] == 0 else ()), infer=_same,
+SHIFT = Op("shift", keywords={"by": number}, rule=lambda s: Rule(linear=((0,),) if s.options["by"] == 0 else ()), infer=_same,
            emit=lambda e, s, a: f"{a[0]} + {s.options['by']!r}",
            vjp=lambda b, s, ct: [ct[0]])
 RECIPROCAL = Op("reciprocal", rule=lambda s: Rule(), infer=_same,
@@ -85,21 +85,24 @@ RECIPROCAL = Op("reciprocal", rule=lambda s: Rule(), infer=_same,
                 vjp=lambda b, s, ct: [b.scale(b.call(MUL, [ct[0], b.call(MUL, [s.outputs[0], s.outputs[0]])]), -1.0)])
 
 
-def with_number(name: str, number: float, left: bool) -> list[tuple[Op, dict[str, Any]]]:
-    """The unary steps that `value <name> number` is made of; `left`: the number stands on the left."""
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise SpecError(f"{name}: the other operand is a {type(number).__name__}, no traced value; make it an argument of the @sharded function")
+def with_number(name: str, by: float, left: bool) -> list[tuple[Op, dict[str, Any]]]:
+    """The unary steps that `value <name> by` is made of; `left`: the number stands on the left."""
+    if isinstance(by, bool) or not isinstance(by, (int, float)):
+        raise SpecError(f"{name}: the other operand is a {type(by).__name__}, no traced value; make it an argument of the @sharded function")
+    by = float(by) if isinstance(by, float) else int(by)
+    if not number(by) or name == "div" and not left and by and not number(1.0 / by):
+        raise SpecError(f"{name}: {by if isinstance(by, float) else 'an integer of more than 64 bits'}; the numbers of a program are finite")
     if name == "add":
-        return [(SHIFT, {"by": number})]
+        return [(SHIFT, {"by": by})]
     if name == "sub":
-        return [(SCALE, {"by": -1.0}), (SHIFT, {"by": number})] if left else [(SHIFT, {"by": -number})]
+        return [(SCALE, {"by": -1.0}), (SHIFT, {"by": by})] if left else [(SHIFT, {"by": -by})]
     if name == "mul":
-        return [(SCALE, {"by": number})]
+        return [(SCALE, {"by": by})]
     if left:
-        return [(RECIPROCAL, {}), (SCALE, {"by": number})]
-    if number == 0:
+        return [(RECIPROCAL, {}), (SCALE, {"by": by})]
+    if by == 0:
         raise SpecError("div: by the number 0")
-    return [(SCALE, {"by": 1.0 / number})]
+    return [(SCALE, {"by": 1.0 / by})]
 
 
 BINARY = {"add": ADD, "sub": SUB, "mul": MUL, "div": DIV}

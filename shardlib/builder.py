@@ -38,10 +38,10 @@ class Builder:
         return name
 
     def add(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec], names: Sequence[str] | None = None, *, attrs: tuple = (),
-            body: Program | None = None, why: str = "", base: str = "") -> tuple[str, ...]:
+            body: Program | None = None, orelse: Program | None = None, why: str = "", base: str = "") -> tuple[str, ...]:
         """A step whose result types are known."""
         outputs = tuple(names or (fresh(base, self.taken) for _ in outs))
-        self.steps.append(Step(op, tuple(self.types[i] for i in inputs), tuple(outs), tuple(inputs), outputs, attrs, body, self.where, why))
+        self.steps.append(Step(op, tuple(self.types[i] for i in inputs), tuple(outs), tuple(inputs), outputs, attrs, body, orelse, self.where, why))
         self.types.update(zip(outputs, outs))
         return outputs
 

@@ -12,6 +12,7 @@ from typing import Any, Mapping, Sequence
 
 from shardlib.builder import Builder
 from shardlib.einsum import EINSUM
+from shardlib.cond import COND
 from shardlib.errors import SpecError
 from shardlib.layout import EXPLICIT, Layout, pins
 from shardlib.mesh import Mesh
@@ -88,6 +89,8 @@ class Completer(Builder):
         inputs = [self.now[i] for i in step.inputs]
         if step.op is SCAN:
             return self._scan(step, inputs, layout)
+        if step.op is COND:
+            return self._cond(step, inputs, layout)
         if step.op.moves:
             return self._move(step, inputs[0], layout)
         if step.op is RENAME:
@@ -201,6 +204,26 @@ class Completer(Builder):
             raise unlike(step, 0, source, self)
         placed = self.move(name, source, f"rename to {want}")
         (self.now[step.outputs[0]],) = self.add(RENAME, [placed], [want], step.outputs)
+
+    def _cond(self, step: Step, inputs: list[str], layout: Layout) -> None:
+        whole = self.types[inputs[0]].owing()
+        if layout == EXPLICIT and self.types[inputs[0]] != whole:
+            raise SpecError(f"cond: the predicate is {self.types[inputs[0]]}; ranks that see different pieces of it would part ways")
+        inputs[0] = self.move(inputs[0], whole, "the predicate of cond")
+        bodies = []
+        for body in step.bodies:
+            inner = Completer(body, layout, self.mesh, self.sizes, trial=self.trial)
+            inner.params |= {p for (p, _), n in zip(body.arg_leaves(), inputs[1:]) if n in self.params}
+            bodies.append(inner.run())
+        for i, (path, kind) in enumerate(bodies[0].arg_leaves(), 1):
+            if layout == EXPLICIT and self.types[inputs[i]] != kind:
+                raise SpecError(f"cond: {step.inputs[i]} is {self.types[inputs[i]]}, {step.body.name} takes {kind}")
+            inputs[i] = self.move(inputs[i], kind, f"an argument of {step.body.name}")
+        if [k for _, k in bodies[0].arg_leaves()] != [k for _, k in bodies[1].arg_leaves()] or \
+                [k for _, k in bodies[0].result_leaves()] != [k for _, k in bodies[1].result_leaves()]:
+            raise SpecError(f"cond: {step.body.name} and {step.orelse.name} differ in the types of their arguments or results")
+        made = self.add(COND, inputs, [k for _, k in bodies[0].result_leaves()], step.outputs, attrs=step.attrs, body=bodies[0], orelse=bodies[1])
+        self.now.update(zip(step.outputs, made))
 
     def _scan(self, step: Step, inputs: list[str], layout: Layout) -> None:
         count = step.options["stacked"]

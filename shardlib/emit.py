@@ -15,6 +15,7 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
+from shardlib.cond import COND
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.pack import Packing, emit_packed, packings
@@ -133,6 +134,9 @@ class Emitter:
                 arg, group = group_of[step.outputs[0]]
                 body += ["    " + line for line in emit_packed(self, group, program, names, names[arg], uses)]
                 continue
+            if step.op is COND:
+                body += self._cond(step, names)
+                continue
             self.in_place = {o for o in owned if o in step.inputs}
             text = step.op.emit(self, step, [names[i] for i in step.inputs])
             if len(step.outputs) == 1 and (view := _VIEW.search(text)) and uses.get(step.outputs[0], 0) == 1:
@@ -153,6 +157,20 @@ class Emitter:
         self.lines += [f"def {name}({', '.join([*(names[a] for a in args), *hoisted.values()])}):", *body, ""]
         self.invariant, self.hoisted = outer
         return hoisted
+
+    def _cond(self, step: Step, names: dict[str, str]) -> list[str]:
+        """Both bodies as functions, and the choice between them."""
+        calls = []
+        for body in step.bodies:
+            self.functions += 1
+            name = f"f{self.functions}"
+            self._function(name, body, set(), clone=False)
+            calls.append(f"{'yield from ' if self.yields else ''}{name}({', '.join(names[i] for i in step.inputs[1:])})")
+        test = names[step.inputs[0]]
+        for out in step.outputs:
+            names[out] = f"v{len(names)}"
+        target = ", ".join(names[o] for o in step.outputs) + ("," if len(step.outputs) == 1 else "")
+        return [f"    if bool({test}):", f"        {target} = {calls[0]}", "    else:", f"        {target} = {calls[1]}"]
 
     def _scan(self, step: Step, names: dict[str, str], owned: set[str]) -> list[str]:
         """A loop over the layers. A stacked cache that the body updates and returns in its place is updated in place."""
@@ -277,5 +295,5 @@ def _bind_renamed(program: Program, sizes: dict[str, int]) -> None:
             for old, new in zip(step.ins[0].names, step.outs[0].names):
                 if old in sizes:
                     sizes.setdefault(new, sizes[old])
-        if step.body is not None:
-            _bind_renamed(step.body, sizes)
+        for body in step.bodies:
+            _bind_renamed(body, sizes)

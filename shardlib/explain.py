@@ -13,6 +13,7 @@ from typing import Any, Iterator, Mapping
 from rich.console import Console
 from rich.table import Table
 
+from shardlib.cond import COND
 from shardlib.errors import bytes_text
 from shardlib.mesh import Mesh
 from shardlib.moves import COLLECTIVES
@@ -104,6 +105,11 @@ def _traffic(program: Program, mesh: Mesh, sizes: Mapping[str, int], kinds: dict
             paths = [p for p, _ in step.body.arg_leaves()]
             inner = value_dtypes(step.body, {p: kinds[n] for p, n in zip(paths, step.inputs)}, default)
             yield from _traffic(step.body, mesh, sizes, inner, default, cost, times * sizes[step.options["dim"]])
+        elif step.op is COND:
+            for body in step.bodies:
+                paths = [p for p, _ in body.arg_leaves()]
+                inner = value_dtypes(body, {p: kinds[n] for p, n in zip(paths, step.inputs[1:])}, default)
+                yield from _traffic(body, mesh, sizes, inner, default, cost, times)
         elif step.op in COLLECTIVES and mesh.size(axes_of(step)) > 1:
             yield _row(step, program, mesh, sizes, ITEMSIZE[kinds[step.inputs[0]]], cost, times)
 

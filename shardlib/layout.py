@@ -14,7 +14,7 @@ from typing import Iterable, Mapping, Sequence
 
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
-from shardlib.spec import NAME, Spec
+from shardlib.spec import NAME, Spec, check_text
 
 
 class Layout:
@@ -23,17 +23,21 @@ class Layout:
     def __init__(self, entries: Mapping[str, str | Sequence[str]] | None = None, **named: str | Sequence[str]) -> None:
         self.entries: dict[str, tuple[str, ...]] = {}
         for dim, axes in {**(entries or {}), **named}.items():
+            if not isinstance(axes, (str, tuple, list)):
+                raise SpecError(f"layout: {dim} is given {axes!r}; an axis, or a tuple of axes")
             axes = (axes,) if isinstance(axes, str) else tuple(axes)
             for name in (dim, *axes):
                 if not isinstance(name, str) or not re.fullmatch(NAME, name):
                     raise SpecError(f"layout: {name!r} is no name; use letters, digits and _")
             if len(set(axes)) != len(axes):
                 raise SpecError(f"layout: {dim} is split over {'/'.join(axes)}; an axis splits a dim once")
-            self.entries[dim] = axes
+            if axes:
+                self.entries[dim] = axes
 
     @classmethod
     def parse(cls, text: str) -> Layout:
         """Layout from "B=dp,K=tp,F=tk/tg"."""
+        check_text("layout", text)
         entries: dict[str, tuple[str, ...]] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             match = re.fullmatch(rf"({NAME})=({NAME}(?:/{NAME})*)", part)

@@ -19,10 +19,11 @@ from math import prod
 from typing import Mapping, Sequence
 
 from shardlib.errors import SpecError
-from shardlib.spec import NAME, Dim, Factor, Spec
+from shardlib.spec import NAME, Dim, Factor, Spec, check_text
 
 _AMBIENT: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 MAX_RANKS = 1 << 20
+MAX_AXES = 64
 
 
 class Mesh:
@@ -30,6 +31,8 @@ class Mesh:
 
     def __init__(self, axes: Mapping[str, int | Sequence[str]] | None = None, **named: int | Sequence[str]) -> None:
         given = {**(axes or {}), **named}
+        if len(given) > MAX_AXES:
+            raise SpecError(f"mesh: {len(given)} axes; the most allowed is {MAX_AXES}")
         self.axes: dict[str, int] = {}
         self.aliases: dict[str, tuple[str, ...]] = {}
         for name, value in given.items():
@@ -38,7 +41,7 @@ class Mesh:
             if isinstance(value, (tuple, list)):
                 self.aliases[name] = tuple(value)
             elif isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-                self.axes[name] = value
+                self.axes[name] = int(value)
             else:
                 raise SpecError(f"mesh: axis {name} has size {value!r}; a size is an integer of at least 1")
         for name, value in self.aliases.items():
@@ -52,6 +55,7 @@ class Mesh:
     @classmethod
     def parse(cls, text: str) -> Mesh:
         """Mesh from "dp=2,tp=4" (an alias is written ep=dp/tp); "" is the mesh of one rank."""
+        check_text("mesh", text)
         axes: dict[str, int | tuple[str, ...]] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             match = re.fullmatch(rf"({NAME})=(?:([0-9]{{1,9}})|({NAME}(?:/{NAME})*))", part)

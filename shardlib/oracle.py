@@ -37,6 +37,8 @@ from shardlib.rules import RuleError, natural
 from shardlib.spec import Dim, Owed, Spec, parse_signature
 from shardlib.testing import NotReplicated, join, place
 
+Types = tuple[Spec, ...]
+Splits = Mapping[str, tuple[str, ...]]
 Draw = Callable[[tuple[int, ...], Mapping[str, int], torch.Generator, list[Tensor]], Tensor]
 
 
@@ -91,7 +93,7 @@ class Case:
     def step(self, ins: Sequence[Spec], outs: Sequence[Spec]) -> Step:
         return Step(self.op, tuple(ins), tuple(outs), tuple(f"x{i}" for i in range(len(ins))), tuple(f"y{i}" for i in range(len(outs))), self.attrs)
 
-    def rule(self, ins: Sequence[Spec], made: Mapping[str, tuple[str, ...]] | None = None) -> tuple[Spec, ...]:
+    def rule(self, ins: Sequence[Spec], made: Splits | None = None) -> tuple[Spec, ...]:
         """What the rule says the results are, dims in `made` split so. RuleError where it refuses."""
         if self.op is RENAME:
             (x,), (out,) = ins, self.outs
@@ -99,7 +101,7 @@ class Case:
         outs = tuple(s.split(made or {}) for s in self.outs) if self.op.takes_text else self.op.infer(ins, dict(self.attrs))
         return natural(self.op.name, self.op.rule(self.step(ins, outs)), ins, outs)
 
-    def accepts(self, ins: Sequence[Spec], made: Mapping[str, tuple[str, ...]] | None = None) -> tuple[Spec, ...] | None:
+    def accepts(self, ins: Sequence[Spec], made: Splits | None = None) -> tuple[Spec, ...] | None:
         try:
             return self.rule(ins, made)
         except RuleError:
@@ -115,6 +117,12 @@ class Case:
         for ins in itertools.product(*(self.operand_types(i, axes, kinds) for i in range(len(self.ins)))):
             for made in splits:
                 yield ins, {d.label: d.axes for d in made.dims}
+
+
+@lru_cache(maxsize=64)
+def verdicts(case: Case, axes: tuple[str, ...], kinds: tuple[str, ...] = ("+",)) -> list[tuple[Types, Splits, Types | None]]:
+    """For all combinations: the types of the operands, how made dims are split, and the results as the rule says, or None."""
+    return [(ins, made, case.accepts(ins, made)) for ins, made in case.combinations(axes, kinds)]
 
 
 @lru_cache(maxsize=4096)
@@ -255,7 +263,7 @@ class Trial:
                 return None
         return join(pieces, kind, self.sizes, self.mesh, self.case.tolerance)
 
-    def judge(self, ins: Sequence[Spec], made: Mapping[str, tuple[str, ...]] | None = None) -> list[list[Spec]]:
+    def judge(self, ins: Sequence[Spec], made: Splits | None = None) -> list[list[Spec]]:
         """For every result, the types that it may be given; nothing at all where one of them has none."""
         axes, right = tuple(self.mesh.axes), []
         held = tuple({f"@{o.at}": None for s in ins for o in s.owed if o.kind == "@"})
@@ -282,8 +290,7 @@ def disagreements(case: Case, mesh: Mesh, sizes: Mapping[str, int], kinds: Seque
     """
     trials, found = [Trial(case, mesh, sizes, seed) for seed in range(seeds if case.complete else 1)], []
     count = Counter() if count is None else count
-    for ins, made in case.combinations(tuple(mesh.axes), kinds):
-        outs = case.accepts(ins, made)
+    for ins, made, outs in verdicts(case, tuple(mesh.axes), tuple(kinds)):
         count["accepted" if outs is not None else "rejected"] += 1
         text = f"{case.op.name} on {mesh}: {', '.join(map(str, ins))} -> "
         if outs is not None:
@@ -294,7 +301,7 @@ def disagreements(case: Case, mesh: Mesh, sizes: Mapping[str, int], kinds: Seque
     return found
 
 
-def _always(trials: Sequence[Trial], ins: Sequence[Spec], made: Mapping[str, tuple[str, ...]]) -> list[list[Spec]]:
+def _always(trials: Sequence[Trial], ins: Sequence[Spec], made: Splits) -> list[list[Spec]]:
     """The types of the results that are right in all trials; nothing where a result has none."""
     found: list[list[Spec]] = []
     for trial in trials:

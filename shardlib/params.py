@@ -26,7 +26,7 @@ from torch import Tensor
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.program import Struct
-from shardlib.spec import Dim, Factor, Spec, parse
+from shardlib.spec import Dim, Factor, Spec, heading, nameable, parse
 
 INITS = ("normal", "ones", "zeros")
 
@@ -38,12 +38,20 @@ def param(spec: str, *, init: str = "normal", scale: float | None = None) -> Any
     """
     if init not in INITS:
         raise SpecError(f"param({spec!r}): init is {init!r}; it is one of {', '.join(INITS)}")
-    return field(default=None, metadata={"spec": parse(spec), "init": init, "scale": scale})
+    kind = parse(spec)
+    if kind.ellipsis:
+        raise SpecError(f'param("{kind}"): "..." stands for dims of an operand; a parameter names its own')
+    return field(default=None, metadata={"spec": kind, "init": init, "scale": scale})
 
 
 def stacked(dim: str, of: type[Params]) -> Any:
     """A field holding many `of`, stacked along a leading `dim`: what `scan` runs over."""
-    return field(default=None, metadata={"stack": parse(dim).dims[0], "of": of})
+    kind = parse(dim)
+    if len(kind.dims) != 1 or len(kind.names) != 1 or kind.owed or kind.ellipsis:
+        raise SpecError(f'stacked("{kind}"): the dim along which they are stacked is one name, as in stacked("L", Block)')
+    if not (isinstance(of, type) and issubclass(of, Params)):
+        raise SpecError(f'stacked("{kind}"): what is stacked is a class of Params, not {of!r}')
+    return field(default=None, metadata={"stack": kind.dims[0], "of": of})
 
 
 @dataclass_transform(field_specifiers=(param, stacked), frozen_default=True)
@@ -51,6 +59,11 @@ class Params:
     """Base of parameter pytrees: a subclass becomes a frozen dataclass of `param` and `stacked` fields."""
 
     def __init_subclass__(cls) -> None:
+        if not heading(cls.__name__):
+            raise SpecError(f"Params: {cls.__name__!r} is no name for a class; use letters, digits and _, and no __2 at the end")
+        for name in cls.__dict__.get("__annotations__", {}):
+            if not nameable(name) or name.startswith("__"):
+                raise SpecError(f"{cls.__name__}: {name!r} is no name for a field; use letters, digits and _")
         dataclass(frozen=True, eq=False)(cls)
         for f in dataclasses.fields(cls):
             if "spec" not in f.metadata and "of" not in f.metadata:

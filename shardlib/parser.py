@@ -12,6 +12,7 @@ from typing import Any, Callable, Mapping
 from shardlib import grad, moves, pointwise, reductions
 from shardlib.arithmetic import BINARY, RECIPROCAL, SCALE, SHIFT
 from shardlib.complete import complete
+from shardlib.cond import COND
 from shardlib.einsum import EINSUM
 from shardlib.errors import SpecError
 from shardlib.layout import EXPLICIT
@@ -73,6 +74,12 @@ class _Reader:
             self.functions[node.name] = _Function(self, node).program()
         elif not isinstance(node, (ast.Import, ast.ImportFrom)):
             raise _not(node)
+
+    def function(self, node: ast.expr) -> Program:
+        """The function that a name of the text stands for."""
+        if _name(node) not in self.functions:
+            raise SpecError(f"this is no program: unknown function {_name(node)!r}, line {node.lineno}")
+        return self.functions[_name(node)]
 
     def _class(self, node: ast.ClassDef) -> Struct:
         fields: list[tuple[str, Any]] = []
@@ -156,6 +163,8 @@ class _Function:
             raise _not(value)
         if _name(value.func) == "scan":
             return self._scan(target, value)
+        if _name(value.func) == "cond":
+            return self._cond(target, value)
         op = self.reader.ops.get(_name(value.func)) or self._asserted(value)
         if op is None:
             raise SpecError(f"this is no program: unknown op {_name(value.func)!r}, line {value.lineno}")
@@ -198,7 +207,7 @@ class _Function:
         self._add(op, ins, self._natural(op, ins, attrs), inputs, self._targets(target), attrs)
 
     def _scan(self, target: ast.expr, value: ast.Call) -> None:
-        body = self.reader.functions[_name(value.args[0])]
+        body = self.reader.function(value.args[0])
         stacked = [self._value(n) for n in value.args[2].elts]
         operands = [self._value(value.args[1]), *stacked, *(self._value(a) for a in value.args[3:])]
         inputs = [n for o in operands for n in o.names]
@@ -213,6 +222,16 @@ class _Function:
             flat = self._target_leaves(elt, tree)
             names += flat
         self._add(SCAN, tuple(self.types[i] for i in inputs), tuple(outs), inputs, names, attrs, body)
+
+    def _cond(self, target: ast.expr, value: ast.Call) -> None:
+        predicate, *operands = [self._value(value.args[0]), *(self._value(a) for a in value.args[3:])]
+        body, orelse = (self.reader.function(a) for a in value.args[1:3])
+        inputs = [n for o in (predicate, *operands) for n in o.names]
+        names: list[str] = []
+        elts = target.elts if isinstance(target, ast.Tuple) else [target]
+        for elt, result in zip(elts, body.results, strict=True):
+            names += self._target_leaves(elt, result.tree)
+        self._add(COND, tuple(self.types[i] for i in inputs), tuple(s for _, s in body.result_leaves()), inputs, names, (), body, orelse)
 
     def _target_leaves(self, node: ast.expr, tree: Any) -> list[str]:
         if isinstance(node, ast.Name):
@@ -231,8 +250,9 @@ class _Function:
             raise _not(node)
         return names[0]
 
-    def _add(self, op: Op, ins: Any, outs: Any, inputs: list[str], outputs: list[str], attrs: tuple, body: Program | None = None) -> None:
-        self.steps.append(Step(op, tuple(ins), tuple(outs), tuple(inputs), tuple(outputs), attrs, body))
+    def _add(self, op: Op, ins: Any, outs: Any, inputs: list[str], outputs: list[str], attrs: tuple, body: Program | None = None,
+             orelse: Program | None = None) -> None:
+        self.steps.append(Step(op, tuple(ins), tuple(outs), tuple(inputs), tuple(outputs), attrs, body, orelse))
         self.types.update(zip(outputs, outs))
         for name, spec in zip(outputs, outs):
             if "." not in name:

@@ -65,7 +65,7 @@ def _cast_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
     return [b.call(CAST_LIKE, [ct[0], step.inputs[0]])]
 
 
-CAST = Op("cast", rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast_vjp,
+CAST = Op("cast", keywords={"dtype": lambda v: v in DTYPES}, rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast_vjp,
           emit=lambda e, s, a: f"{a[0]}.to(torch.{s.options['dtype']})", dtype=lambda d, o: [o["dtype"]])
 CAST_LIKE = Op("cast_like", rule=lambda s: Rule(linear=((0,),), uses=((0,),)), infer=_infer, index=(1,),
                emit=lambda e, s, a: f"{a[0]}.to({a[1]}.dtype)", dtype=lambda d, o: [d[1]])
@@ -110,4 +110,19 @@ def stop_gradient(x: Any) -> Any:
     return apply(STOP_GRADIENT, (x,))
 
 
-TABLE = {**OPS, "cast": CAST, "cast_like": CAST_LIKE, "where": WHERE, "stop_gradient": STOP_GRADIENT}
+COMPARE = {name: Op(name, rule=lambda s: Rule(), infer=_infer, constant=True, dtype=lambda d, o: ["bool"],
+                    emit=lambda e, s, a, sign=sign: f"({a[0]} {sign} {s.options['than']!r})")
+           for name, sign in (("greater", ">"), ("less", "<"))}
+
+
+def greater(x: Any, than: float) -> Any:
+    """Whether each element is above a number: a mask, or the predicate of a cond."""
+    return apply(COMPARE["greater"], (x,), than=than)
+
+
+def less(x: Any, than: float) -> Any:
+    """Whether each element is below a number."""
+    return apply(COMPARE["less"], (x,), than=than)
+
+
+TABLE = {**OPS, **COMPARE, "cast": CAST, "cast_like": CAST_LIKE, "where": WHERE, "stop_gradient": STOP_GRADIENT}

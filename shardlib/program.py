@@ -7,11 +7,13 @@ Programs compare by what they mean: source lines and reasons are left out.
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
 
+from shardlib.errors import SpecError
 from shardlib.rules import Rule
-from shardlib.spec import Spec
+from shardlib.spec import Spec, nameable
 
 if TYPE_CHECKING:
     from shardlib.emit import Emitter
@@ -31,6 +33,8 @@ class Where:
 @dataclass(frozen=True, eq=False)
 class Op:
     """One operation: its typing rule, what it does on local tensors, and its derivative. Compared by identity.
+
+    keywords: its keyword arguments: name -> whether a value may be one; None stands for a missing one.
 
     rule(step):  the Rule of this call.
     emit(e, step, args): the Python expression that runs it on one rank's tensors (a tuple's, for several results).
@@ -58,6 +62,7 @@ class Op:
     constant: bool = False
     joins: bool = False
     asserted: bool = False
+    keywords: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     function: Callable | None = None
 
     @property
@@ -79,6 +84,7 @@ class Step:
     outputs: tuple[str, ...]
     attrs: tuple[tuple[str, Any], ...] = ()
     body: Program | None = None
+    orelse: Program | None = None
     where: Where | None = field(default=None, compare=False)
     why: str = field(default="", compare=False)
     layout: Layout | None = field(default=None, compare=False)
@@ -88,6 +94,15 @@ class Step:
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.attrs)
+
+    @property
+    def bodies(self) -> tuple[Program, ...]:
+        """The sub-programs: of a scan one, of a cond two."""
+        return tuple(b for b in (self.body, self.orelse) if b is not None)
+
+    def rewritten(self, f: Callable[[Program], Program]) -> Step:
+        """The step with `f` applied to its sub-programs."""
+        return replace(self, body=f(self.body) if self.body else None, orelse=f(self.orelse) if self.orelse else None) if self.body else self
 
     @property
     def text(self) -> str:
@@ -118,6 +133,18 @@ class Struct:
     def slice(self) -> Struct:
         """One of the stacked."""
         return replace(self.map(lambda spec: replace(spec, dims=spec.dims[1:])), stacked="")
+
+
+def number(value: Any) -> bool:
+    """A keyword argument that is a finite number; an integer has 64 bits."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < (1 << 63 if isinstance(value, int) else math.inf)
+
+
+def check_keywords(step: Step) -> None:
+    """SpecError unless the step's keyword arguments are those that its op takes."""
+    kinds, given = step.op.keywords, step.options
+    if wrong := next((n for n in (*kinds, *given) if n not in kinds or not kinds[n](given.get(n))), None):
+        raise SpecError(f"{step.op.name}: {wrong} is {given[wrong]!r}" if wrong in given else f"{step.op.name}: {wrong} is missing")
 
 
 Tree = Spec | Struct
@@ -168,8 +195,8 @@ class Program:
         """Every sub-program, innermost first, each once."""
         found: list[Program] = []
         for step in self.steps:
-            if step.body is not None:
-                found += [b for b in (*step.body.bodies(), step.body) if b not in found]
+            for body in step.bodies:
+                found += [b for b in (*body.bodies(), body) if b not in found]
         return found
 
 
@@ -194,9 +221,10 @@ def _collect(struct: Struct, classes: dict[str, Struct]) -> None:
     for _, sub in one.fields:
         if isinstance(sub, Struct):
             _collect(sub, classes)
-    name = one.name
+    name, n = one.name, 1
     while name in classes and classes[name].fields != one.fields:
-        name += "_"
+        n += 1
+        name = f"{one.name}__{n}"
     classes.setdefault(name, one)
 
 
@@ -232,7 +260,7 @@ def _show_function(program: Program, classes: dict[str, Struct], functions: list
 def _function_name(program: Program, functions: list[Program]) -> str:
     same = [f for f in functions if f.name == program.name]
     at = same.index(program)
-    return program.name + (str(at + 1) if at else "")
+    return program.name + (f"__{at + 1}" if at else "")
 
 
 def _show_tree(tree: Tree, values: tuple[str, ...], classes: dict[str, Struct]) -> str:
@@ -253,6 +281,8 @@ def _show_tree(tree: Tree, values: tuple[str, ...], classes: dict[str, Struct]) 
 
 def _show_step(step: Step, classes: dict[str, Struct], functions: list[Program]) -> str:
     op, options = step.op, step.options
+    if step.orelse is not None:
+        return _show_cond(step, classes, functions)
     if step.body is not None:
         return _show_scan(step, classes, functions)
     target = ", ".join(step.outputs)
@@ -263,6 +293,20 @@ def _show_step(step: Step, classes: dict[str, Struct], functions: list[Program])
     callee = [f"{op.function.__module__}.{op.function.__qualname__}"] if op.function else []
     parts = ([f'"{step.text}"'] if op.takes_text else []) + callee + [*step.inputs] + [f"{k}={v!r}" for k, v in step.attrs]
     return f"{target} = {op.name}({', '.join(parts)})"
+
+
+def _show_cond(step: Step, classes: dict[str, Struct], functions: list[Program]) -> str:
+    args, at = [], 1
+    for _, tree in step.body.args:
+        n = len(leaves("", tree))
+        args.append(_show_tree(tree, step.inputs[at:at + n], classes))
+        at += n
+    targets, at = [], 0
+    for r in step.body.results:
+        targets.append(_show_tree(r.tree, step.outputs[at:at + len(r.values)], classes))
+        at += len(r.values)
+    chosen = ", ".join(_function_name(b, functions) for b in step.bodies)
+    return f"{', '.join(targets)} = cond({', '.join([step.inputs[0], chosen, *args])})"
 
 
 def _show_scan(step: Step, classes: dict[str, Struct], functions: list[Program]) -> str:

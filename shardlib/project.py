@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Iterator, Mapping
 
+from shardlib.cond import COND
 from shardlib.mesh import Mesh
 from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, changed_dims, removed
 from shardlib.program import Op, Program, Step
@@ -64,10 +65,13 @@ def project(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], d
 def _calls(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], dtypes: dict[str, str], default: str, at: str) -> Iterator[Call]:
     for i, step in enumerate(program.steps):
         if step.op is SCAN:
-            paths = [p for p, _ in step.body.arg_leaves()]
-            inner = value_dtypes(step.body, {p: dtypes[n] for p, n in zip(paths, step.inputs)}, default)
+            inner = _inner_dtypes(step, step.body, dtypes, default)
             for layer in range(sizes[step.options["dim"]]):
                 yield from _calls(step.body, mesh, rank, sizes, inner, default, f"{at}{step.body.name}[{layer}].")
+        elif step.op is COND:
+            for body in step.bodies:        # whichever is taken, all take it: the predicate is whole
+                inner = _inner_dtypes(step, body, dtypes, default, 1)
+                yield from _calls(body, mesh, rank, sizes, inner, default, f"{at}{body.name}.")
         elif step.op in COLLECTIVES and mesh.size(axes_of(step)) > 1:
             axes = tuple(a for a in mesh.axes if a in axes_of(step)) if step.op in (ALL_REDUCE, ALL_TO_ALL, PERMUTE) else axes_of(step)
             group = mesh.group(axes, rank)
@@ -82,14 +86,18 @@ def value_dtypes(program: Program, given: Mapping[str, str], default: str) -> di
     out = {path: given.get(path, "int64" if path in indices else default) for path, _ in program.arg_leaves()}
     for step in program.steps:
         ins = [out[i] for i in step.inputs]
-        if step.op is SCAN:
-            paths = [p for p, _ in step.body.arg_leaves()]
-            inner = value_dtypes(step.body, dict(zip(paths, ins)), default)
+        if step.body is not None:
+            inner = _inner_dtypes(step, step.body, out, default, int(step.op is COND))
             made = [inner[n] for n, _ in step.body.result_leaves()]
         else:
             made = step.op.dtype(ins, step.options) if step.op.dtype else [ins[0] if ins else default] * len(step.outputs)
         out.update(zip(step.outputs, (default if d == "float" else d for d in made)))
     return out
+
+
+def _inner_dtypes(step: Step, body: Program, dtypes: Mapping[str, str], default: str, skip: int = 0) -> dict[str, str]:
+    paths = [p for p, _ in body.arg_leaves()]
+    return value_dtypes(body, {p: dtypes[n] for p, n in zip(paths, step.inputs[skip:])}, default)
 
 
 def _index_args(program: Program) -> set[str]:
@@ -100,9 +108,9 @@ def _index_args(program: Program) -> set[str]:
         if step.op.moves:
             source[step.outputs[0]] = source.get(step.inputs[0], step.inputs[0])
         used = [step.inputs[i] for i in step.op.index if i < len(step.inputs)]
-        if step.op is SCAN:
-            inner = _index_args(step.body)
-            used = [n for (p, _), n in zip(step.body.arg_leaves(), step.inputs) if p in inner]
+        for body in step.bodies:
+            inner = _index_args(body)
+            used += [n for (p, _), n in zip(body.arg_leaves(), step.inputs[int(step.op is COND):]) if p in inner]
         found.update(source.get(u, u) for u in used)
     return found & {p for p, _ in program.arg_leaves()}
 

@@ -10,8 +10,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import Mapping, Sequence
 
+from shardlib.cond import COND
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
+from shardlib.moves import COLLECTIVES
 from shardlib.program import Program
 from shardlib.project import Call, project
 
@@ -29,7 +31,22 @@ class Proof:
 
 def prove(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None) -> Proof:
     """Prove that all ranks issue the same collectives in the same order. SpecError where they do not."""
+    check_branches(program)
     return match(mesh, [project(program, mesh, rank, sizes, dtypes) for rank in range(mesh.world_size)])
+
+
+def check_branches(program: Program) -> None:
+    """SpecError where a branch that communicates hangs on a predicate that ranks may see differently."""
+    for step in program.steps:
+        for body in step.bodies:
+            check_branches(body)
+        if step.op is COND and step.ins[0].owed and any(_communicates(b) for b in step.bodies):
+            raise SpecError(f"cond on {step.inputs[0]}, which is {step.ins[0]}: ranks that see different pieces of it part ways before "
+                            f"the collectives of {step.body.name} and {step.orelse.name}")
+
+
+def _communicates(program: Program) -> bool:
+    return any(s.op in COLLECTIVES or any(map(_communicates, s.bodies)) for s in program.steps)
 
 
 def match(mesh: Mesh, ranks: Sequence[Sequence[Call]]) -> Proof:

@@ -13,7 +13,7 @@ import torch
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
-from shardlib.spec import Spec, parse_signature
+from shardlib.spec import Spec, nameable, parse_signature
 from shardlib.trace import apply
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def amax(x: Any, dims: tuple[int, ...]) -> Any:
 
 SUM = Op("sum", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_sum, vjp=lambda b, s, ct: [b.spread(ct[0], s.ins[0])])
 MEAN = Op("mean", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_mean, vjp=_mean_vjp)
-SPREAD = Op("spread", rule=lambda s: Rule(linear=((0,),)), emit=_spread, vjp=None)
+SPREAD = Op("spread", keywords={"mean": lambda v: v in (None, True)}, rule=lambda s: Rule(linear=((0,),)), emit=_spread, vjp=None)
 MAX = Op("max", rule=lambda s: Rule(maxes=_gone(s)), emit=_max)
 
 
@@ -96,9 +96,9 @@ def _first(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
     return (ins[0],)
 
 
-SOFTMAX = Op("softmax", rule=lambda s: Rule(whole=(_along(s),)), infer=_first, vjp=_softmax_vjp,
+SOFTMAX = Op("softmax", keywords={"along": nameable}, rule=lambda s: Rule(whole=(_along(s),)), infer=_first, vjp=_softmax_vjp,
              emit=lambda e, s, a: f"{a[0]}.softmax({s.ins[0].labels.index(_along(s))})")
-SOFTMAX_VJP = Op("softmax_vjp", rule=lambda s: Rule(linear=((1,),), whole=(_along(s),)), infer=_first, emit=_softmax_backward)
+SOFTMAX_VJP = Op("softmax_vjp", keywords={"along": nameable}, rule=lambda s: Rule(linear=((1,),), whole=(_along(s),)), infer=_first, emit=_softmax_backward)
 
 
 def _logsumexp_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
@@ -163,7 +163,7 @@ def rank_of(x: Any, top: Any, dim: int, start: int, n: int) -> Any:
 ARGMAX = Op("argmax", rule=lambda s: Rule(whole=_gone(s)), emit=lambda e, s, a: f"{a[0]}.argmax({_dims(s)[0]})",
             distribute=_spread_argmax, dtype=lambda d, o: ["int64"])
 RANK_OF = Op("rank_of", rule=lambda s: Rule(maxes=_gone(s)), emit=_rank_of, dtype=lambda d, o: ["int64"])
-FROM_RANK = Op("from_rank", rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{e.sizes[s.options['of']] - 1} - {a[0]}")
+FROM_RANK = Op("from_rank", keywords={"of": nameable}, rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{e.sizes[s.options['of']] - 1} - {a[0]}")
 
 
 def _call(op: Op, text: str, x: Any, lost: int | None = None) -> Any:

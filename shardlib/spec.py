@@ -20,6 +20,7 @@ than the grammar, a name twice, an axis twice, an owed max beside an owed sum.
 """
 from __future__ import annotations
 
+import keyword
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -35,6 +36,16 @@ _DIM = re.compile(rf"({NAME})(~?)((?:/{NAME})+|/1)?")
 _OWED = re.compile(rf"\+({NAME})|max:({NAME})|@({NAME}):([0-9]+|last)")
 _ITEM = re.compile(r"\([^()]*\)|[^\s()]+")
 MAX_TEXT = 2000
+
+
+def nameable(text: object) -> bool:
+    """Whether `text` may name a value, an argument or a field of a program: ASCII, and no keyword."""
+    return isinstance(text, str) and bool(re.fullmatch(NAME, text)) and not keyword.iskeyword(text)
+
+
+def heading(text: object) -> bool:
+    """Whether `text` may name a function or a class of a program. Where two share a name, printing adds __2."""
+    return nameable(text) and not re.search(r"__[0-9]+$", text)
 
 
 @dataclass(frozen=True)
@@ -175,13 +186,22 @@ def _check(spec: Spec) -> None:
         raise SpecError(f'spec "{spec.text}": an owed max beside an owed sum has no meaning; reduce one of them first')
 
 
-@lru_cache(maxsize=16384)
+def check_text(what: str, text: object, longest: int = MAX_TEXT) -> None:
+    """SpecError unless `text` is a string of at most `longest` characters."""
+    if not isinstance(text, str):
+        raise SpecError(f"a {what} is a string, not {type(text).__name__}")
+    if len(text) > longest:
+        raise SpecError(f"{what} of {len(text)} characters; the longest allowed has {longest}")
+
+
 def parse(text: str) -> Spec:
     """The Spec that `text` writes. SpecError when it is not in the grammar."""
-    if not isinstance(text, str):
-        raise SpecError(f"a spec is a string, not {type(text).__name__}")
-    if len(text) > MAX_TEXT:
-        raise SpecError(f"spec of {len(text)} characters; the longest allowed has {MAX_TEXT}")
+    check_text("spec", text)
+    return _parse(text)
+
+
+@lru_cache(maxsize=16384)
+def _parse(text: str) -> Spec:
     if not text.strip(" "):
         raise SpecError('an empty string is no spec; the scalar is written "()"')
     if text.strip(" ") == "()":
@@ -223,11 +243,14 @@ def _dim(item: str, text: str) -> Dim:
     return Dim((Factor(name, axes, split == "/1"),), ragged=bool(ragged))
 
 
-@lru_cache(maxsize=4096)
 def parse_signature(text: str) -> tuple[tuple[Spec | None, ...], tuple[Spec | None, ...]]:
     """Arguments and results of "B T D, * -> B T D"; `None` stands for `*`, a pytree that carries its own specs."""
-    if not isinstance(text, str):
-        raise SpecError(f"a signature is a string, not {type(text).__name__}")
+    check_text("signature", text, 8 * MAX_TEXT)
+    return _parse_signature(text)
+
+
+@lru_cache(maxsize=4096)
+def _parse_signature(text: str) -> tuple[tuple[Spec | None, ...], tuple[Spec | None, ...]]:
     if text.count("->") != 1:
         raise SpecError(f'"{text}": a signature has exactly one "->" between its operands and its result')
     left, right = text.split("->")

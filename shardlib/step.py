@@ -83,6 +83,10 @@ class Stepper(Tracer):
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
         return load(source, {**e.helpers, **e.constants}, groups, op.name), kinds
 
+    def whole(self, value: Value) -> Tensor:
+        """The scalar `value`, with what it owes paid."""
+        return self.run(RESHARD, (value,), None, (value.spec,), (value.spec.owing(),), {}).local
+
     def scan(self, f: Function, carry: Value, stacks: Sequence[Any], constants: Sequence[Any], static: dict[str, Any]) -> Any:
         """Run the body of a scan layer by layer, through the user's own function."""
         first = next(v for s in stacks for v in _values(s))

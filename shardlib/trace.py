@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import keyword
-import re
 import sys
 import typing
 from contextlib import contextmanager
@@ -29,9 +27,11 @@ from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values, struct
 from shardlib.program import Op, Program, Result, Step, Struct, Where
 from shardlib.rules import Rule
-from shardlib.spec import NAME, Dim, Spec, parse_signature
+from shardlib.spec import Dim, Spec, heading, nameable, parse_signature
 
 _ACTIVE: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
+RESERVED = ("all_gather", "all_reduce", "all_to_all", "owe", "permute", "reduce_scatter", "reshard", "shard", "scan", "sharded", "EXPLICIT",
+            "Params", "Tensor", "param", "stacked", "nested")     # names that printed programs use
 RESHARD = Op("reshard", rule=lambda step: Rule(), moves=True)
 
 
@@ -101,6 +101,8 @@ class Function:
         self.__name__, self.__doc__, self.__wrapped__ = fn.__name__, fn.__doc__, fn
         parameters = inspect.signature(fn).parameters.values()
         self.arg_names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        if bad := next((n for n in self.arg_names if not nameable(n)), None):
+            raise SpecError(f"{fn.__name__}: {bad!r} is no name for an argument; use letters, digits and _").at(_definition(self))
         if len(self.arg_names) != len(self.ins):
             raise SpecError(f'{fn.__name__}: the signature "{signature}" names {len(self.ins)} arguments, the function takes '
                             f'{len(self.arg_names)} ({", ".join(self.arg_names)}); static ones come after a "*,"').at(_definition(self))
@@ -139,17 +141,18 @@ class Tracer:
         return Value(self, len(self.specs) - 1, spec)
 
     def record(self, op: Op, values: Sequence[Value], ins: Sequence[Spec], outs: Sequence[Spec], attrs: dict[str, Any],
-               body: Program | None, where: Where | None, said: tuple[str, ...] = (), called: str = "") -> tuple[Value, ...]:
+               body: Program | None, where: Where | None, said: tuple[str, ...] = (), called: str = "",
+               orelse: Program | None = None) -> tuple[Value, ...]:
         made = tuple(self.new(s) for s in outs)
         self.steps.append(Step(op, tuple(ins), tuple(outs), tuple(str(v.id) for v in values), tuple(str(v.id) for v in made),
-                               tuple(sorted(attrs.items())), body, where, layout=self.layout, said=said, called=called))
+                               tuple(sorted(attrs.items())), body, orelse, where, layout=self.layout, said=said, called=called))
         return made
 
     def notice(self, frame: Any) -> dict[int, str]:
         """Name the values that the user's variables in `frame` hold. What they are called there, by value."""
         said: dict[int, str] = {}
         for name, value in frame.f_locals.items():
-            for suffix, v in _values(value) if _nameable(name) else ():
+            for suffix, v in _values(value) if nameable(name) else ():
                 if v.tracer is self:
                     said.setdefault(v.id, name + suffix)
                     if v.id >= self.num_args and not self.names.get(v.id, ("",))[0]:
@@ -163,7 +166,7 @@ class Tracer:
 
     def finish(self, name: str, args: Sequence[tuple[str, Any]], results: Sequence[tuple[str, Any]], where: Where | None) -> Program:
         """The program, with every value under a unique, readable name."""
-        taken = {n for n, _ in args}
+        taken = {*(n for n, _ in args), *RESERVED, *(s.op.name for s in self.steps)}
         roots: dict[int, str] = {}
         final: dict[str, str] = {}
         for ident in range(len(self.specs)):
@@ -177,18 +180,15 @@ class Tracer:
             final[str(ident)] = roots[key] + suffix
         steps = tuple(replace(s, inputs=tuple(final[i] for i in s.inputs), outputs=tuple(final[i] for i in s.outputs))
                       for s in self.steps)
-        return Program(name, tuple(args), steps, tuple(_result(tree, value, final) for tree, value in results), where=where)
+        return Program(name if heading(name) and name not in RESERVED else "f", tuple(args), steps,
+                       tuple(_result(tree, value, final) for tree, value in results), where=where)
 
 
 def fresh(base: str, taken: set[str]) -> str:
     """A name that is not yet in `taken`, like `base`; it is added."""
-    name = base if _nameable(base) and base not in taken else next(n for i in count(2 if base else 1) if (n := f"{base or 'v'}{i}") not in taken)
+    name = base if nameable(base) and base not in taken else next(n for i in count(2 if base else 1) if (n := f"{base or 'v'}{i}") not in taken)
     taken.add(name)
     return name
-
-
-def _nameable(name: str) -> bool:
-    return bool(re.fullmatch(NAME, name)) and not keyword.iskeyword(name) and name not in ("True", "False", "None")
 
 
 def _values(value: Any) -> list[tuple[str, Value]]:
@@ -315,7 +315,7 @@ def _pass(who: str, spec: Spec, value: Any, called: str) -> Value:
 
 
 def apply(op: Op, operands: Sequence[Any], text: str | None = None, *, ins: Sequence[Spec] | None = None,
-          outs: Sequence[Spec] | None = None, body: Program | None = None, called: str = "", **attrs: Any) -> Any:
+          outs: Sequence[Spec] | None = None, body: Program | None = None, orelse: Program | None = None, called: str = "", **attrs: Any) -> Any:
     """Record one call of `op`: by its spec string `text`, or with specs inferred from its operands. Its results."""
     tracer = _ACTIVE.get()
     if tracer is None:
@@ -337,7 +337,7 @@ def apply(op: Op, operands: Sequence[Any], text: str | None = None, *, ins: Sequ
     elif ins is None:
         ins = tuple(v.spec.whole() for v in operands)
         outs = op.infer(ins, attrs)
-    made = tracer.record(op, operands, ins, outs, attrs, body, where, names, called)
+    made = tracer.record(op, operands, ins, outs, attrs, body, where, names, called, orelse)
     return made if len(made) != 1 else made[0]
 
 

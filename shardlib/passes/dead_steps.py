@@ -13,5 +13,5 @@ def drop_dead_steps(program: Program) -> Program:
     for step in reversed(program.steps):
         if needed.intersection(step.outputs):
             needed.update(step.inputs)
-            kept.append(replace(step, body=drop_dead_steps(step.body)) if step.body is not None else step)
+            kept.append(step.rewritten(drop_dead_steps))
     return replace(program, steps=tuple(reversed(kept)))

@@ -22,7 +22,7 @@ def hoist_sums(program: Program) -> Program:
     """The program with sums of reduced values reduced after the addition; repeated until nothing changes."""
     while (changed := _once(program)) is not program:
         program = changed
-    steps = tuple(replace(s, body=hoist_sums(s.body)) if s.body is not None else s for s in program.steps)
+    steps = tuple(s.rewritten(hoist_sums) for s in program.steps)
     return replace(program, steps=steps)
 
 

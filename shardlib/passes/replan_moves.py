@@ -29,9 +29,7 @@ def replan_moves(program: Program, mesh: Mesh) -> Program:
     taken = set(program.types())
     alias: dict[str, str] = {}
     for step in program.steps:
-        step = renamed(step, alias)
-        if step.body is not None:
-            step = replace(step, body=replan_moves(step.body, mesh))
+        step = renamed(step, alias).rewritten(lambda body: replan_moves(body, mesh))
         chain = _chain(step, made, count) if step.op.moves else []
         if len(chain) > 1 and (moves := plan(chain[0].ins[0], step.outs[0], mesh)) is not None and _better(moves, chain, mesh):
             steps = [s for s in steps if s not in chain]

@@ -1,10 +1,13 @@
 """Llama once more, in plain torch on whole tensors: what the programs are held against, in fp64. And the way from the
 weights of Hugging Face transformers to ours and back, written with einops and not with the loader.
+
+Tolerances are torch's own error, the worst of several runs that differ in the order of the dims that are summed over.
 """
 from __future__ import annotations
 
 import math
-from typing import Mapping
+from functools import cache
+from typing import Callable, Mapping
 
 import torch
 import transformers
@@ -15,39 +18,17 @@ from transformers import LlamaForCausalLM
 from shardlib.models.llama import Llama, LlamaConfig
 from shardlib.params import struct
 
+transformers.utils.logging.disable_progress_bar()
+
 LAYER = {"norm1": ("input_layernorm", "D -> D"), "norm2": ("post_attention_layernorm", "D -> D"),
          "wq": ("self_attn.q_proj", "(K G H) D -> D K G H"), "wk": ("self_attn.k_proj", "(K H) D -> D K H"),
          "wv": ("self_attn.v_proj", "(K H) D -> D K H"), "wo": ("self_attn.o_proj", "D (K G H) -> K G H D"),
          "gate": ("mlp.gate_proj", "F D -> D F"), "up": ("mlp.up_proj", "F D -> D F"), "down": ("mlp.down_proj", "D F -> F D")}
 OUTER = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+ORDERS = 8
 
 
-def from_transformers(tensors: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
-    """Our leaves of a state dict, or of anything with its names, such as gradients; `head` only where it is not tied."""
-    sizes = {n: config.sizes[n] for n in "KGH"}
-    out = {path: tensors[name] for path, name in OUTER.items() if not (config.tied and path == "head")}
-    for path, (name, pattern) in LAYER.items():
-        known = {n: k for n, k in sizes.items() if n in pattern}
-        out[f"layers.{path}"] = torch.stack([rearrange(tensors[f"model.layers.{i}.{name}.weight"], pattern, **known)
-                                             for i in range(config.num_layers)])
-    return out
-
-
-def to_transformers(weights: Mapping[str, Tensor], config: LlamaConfig) -> LlamaForCausalLM:
-    """The model of transformers with our leaves as weights, in their dtype."""
-    tensors = {name: weights["embed" if config.tied and path == "head" else path] for path, name in OUTER.items()}
-    for path, (name, pattern) in LAYER.items():
-        back = " -> ".join(reversed(pattern.split(" -> ")))
-        for i, w in enumerate(weights[f"layers.{path}"]):
-            tensors[f"model.layers.{i}.{name}.weight"] = rearrange(w, back)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(transformers_config(config))
-    model.load_state_dict(tensors, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    if config.tied:
-        model.tie_weights()
-    return model.eval()
-
+# -- to and from transformers ------------------------------------------------------------------------------------------
 
 def transformers_config(config: LlamaConfig) -> transformers.LlamaConfig:
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -58,13 +39,54 @@ def transformers_config(config: LlamaConfig) -> transformers.LlamaConfig:
         vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff, num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_kv_heads * config.queries_per_kv, num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim, rms_norm_eps=config.norm_eps, rope_parameters=rope, tie_word_embeddings=config.tied,
-        max_position_embeddings=config.max_context, attn_implementation="eager")
+        max_position_embeddings=config.max_context, attn_implementation="eager", bos_token_id=None, eos_token_id=None)
 
 
-def logits(w: Mapping[str, Tensor], ids: Tensor, config: LlamaConfig, model: LlamaForCausalLM) -> Tensor:
-    """Logits after every token, in the dtype of `w`. The rotary tables are those of `model`, which computes them in fp32."""
+def random_weights(config: LlamaConfig, seed: int) -> dict[str, Tensor]:
+    """Our leaves in fp32, large enough for attention to prefer some keys, no norm weight like another."""
+    generator = torch.Generator().manual_seed(seed)
+    out = {}
+    for path, spec in struct(Llama).leaves(""):
+        if not (config.tied and path == ".head"):
+            w = torch.randn([config.sizes[n] for n in spec.names], generator=generator)
+            fan_in = config.d_model if "D" in spec.names else 1
+            out[path[1:]] = 1 + w / 4 if "norm" in path else w if path == ".embed" else w * 2 / math.sqrt(fan_in)
+    return out
+
+
+def from_transformers(tensors: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
+    """Our leaves of a state dict, or of anything with its names, such as gradients; `head` only where it is not tied."""
+    sizes = {n: config.sizes[n] for n in "KGH"}
+    out = {path: tensors[name] for path, name in OUTER.items() if not (config.tied and path == "head")}
+    for path, (name, pattern) in LAYER.items():
+        known = {n: k for n, k in sizes.items() if n in pattern}
+        out[f"layers.{path}"] = torch.stack([rearrange(tensors[f"model.layers.{i}.{name}.weight"], pattern, **known)
+                                             for i in range(config.num_layers)])
+    return {path: out[path] for path in _specs(out)}
+
+
+def to_transformers(weights: Mapping[str, Tensor], config: LlamaConfig) -> LlamaForCausalLM:
+    """The model of transformers with our leaves as weights, in their dtype."""
+    tensors = {name: weights["embed" if config.tied and path == "head" else path] for path, name in OUTER.items()}
+    for path, (name, pattern) in LAYER.items():
+        back = " -> ".join(reversed(pattern.split(" -> ")))
+        for i, w in enumerate(weights[f"layers.{path}"]):
+            tensors[f"model.layers.{i}.{name}.weight"] = rearrange(w, back).contiguous()
+    with torch.device("meta"):
+        model = LlamaForCausalLM(transformers_config(config))
+    model.load_state_dict(tensors, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    if config.tied:
+        model.tie_weights()
+    return model.eval()
+
+
+# -- plain torch -------------------------------------------------------------------------------------------------------
+
+def logits(w: Mapping[str, Tensor], ids: Tensor, config: LlamaConfig) -> Tensor:
+    """Logits after every token, in the dtype of `w`. The rotary tables are those of transformers, computed in fp32."""
     x = w["embed"][ids]
-    cos, sin = (t[:, :, None] for t in model.model.rotary_emb(x, torch.arange(ids.shape[1])[None]))
+    cos, sin = (t[:, :, None] for t in _rotary(config)(x, torch.arange(ids.shape[1])[None]))
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight
@@ -89,23 +111,66 @@ def logits(w: Mapping[str, Tensor], ids: Tensor, config: LlamaConfig, model: Lla
     return norm(x, w["norm"]) @ w["embed" if config.tied else "head"].T
 
 
-def shuffled(w: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """The same model with the dims that are summed over in another order: other roundings, equally good."""
-    leaves = [(path[1:], spec) for path, spec in struct(Llama).leaves("") if path[1:] in w]
-    sizes = {n: k for path, spec in leaves for n, k in zip(spec.names, w[path].shape)}
-    order = {n: torch.randperm(sizes[n], generator=generator) for n in "DFKG"}
-    out = dict(w)
-    for path, spec in leaves:
-        for i, name in enumerate(spec.names):
-            out[path] = out[path].index_select(i, order[name]) if name in order else out[path]
-    return out
+@cache
+def _rotary(config: LlamaConfig) -> torch.nn.Module:
+    return transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(transformers_config(config))
 
 
-def loss(w: Mapping[str, Tensor], ids: Tensor, labels: Tensor, config: LlamaConfig, model: LlamaForCausalLM) -> Tensor:
+def loss(w: Mapping[str, Tensor], ids: Tensor, labels: Tensor, config: LlamaConfig) -> Tensor:
     """Mean cross entropy in nats per token; no shift: labels[b, t] is what should follow ids[b, t]."""
-    return -logits(w, ids, config, model).log_softmax(-1).gather(-1, labels[..., None]).mean()
+    return -logits(w, ids, config).log_softmax(-1).gather(-1, labels[..., None]).mean()
+
+
+def gradients(w: Mapping[str, Tensor], ids: Tensor, labels: Tensor, config: LlamaConfig, order: int = 0) -> dict[str, Tensor]:
+    """d loss / d leaf of every leaf, by autograd."""
+    leaves = {path: t.detach().requires_grad_() for path, t in w.items()}
+    found = torch.autograd.grad(loss(shuffled(leaves, order), ids, labels, config), list(leaves.values()))
+    return dict(zip(leaves, found))
+
+
+# -- torch's own error -------------------------------------------------------------------------------------------------
+
+def _specs(w: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    return {path[1:]: spec.names for path, spec in struct(Llama).leaves("") if path[1:] in w}
+
+
+def shuffled(w: Mapping[str, Tensor], order: int) -> dict[str, Tensor]:
+    """The same model with the dims that are summed over in another order: other roundings, equally good. 0: as it is."""
+    if order == 0:
+        return dict(w)
+    specs, generator = _specs(w), torch.Generator().manual_seed(order)
+    sizes = {n: k for path, names in specs.items() for n, k in zip(names, w[path].shape)}
+    place = {n: torch.randperm(sizes[n], generator=generator) for n in "DFKG"}
+    out = dict(w)
+    for path, names in specs.items():
+        for i, name in enumerate(names):
+            out[path] = out[path].index_select(i, place[name]) if name in place else out[path]
+    return out
 
 
 def error(found: Tensor, truth: Tensor) -> float:
     """Root mean square of the difference."""
     return (found.double() - truth).square().mean().sqrt().item()
+
+
+def worst(errors: Callable[[torch.dtype], list[float]], dtype: torch.dtype) -> float:
+    """The worst of torch's own errors at `dtype`. At fp64, also of those at fp32, as much smaller as fp64 is finer."""
+    finer = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return max(errors(dtype) + ([e * finer for e in errors(torch.float32)] if dtype == torch.float64 else []))
+
+
+def logits_error(w: Mapping[str, Tensor], ids: Tensor, config: LlamaConfig, dtype: torch.dtype, truth: Tensor) -> float:
+    """What transformers is off by at `dtype`; at fp64, where it computes some steps in fp32, plain torch."""
+    @torch.no_grad()
+    def errors(dtype: torch.dtype) -> list[float]:
+        for order in range(ORDERS):
+            model = shuffled({path: t.to(dtype) for path, t in w.items()}, order)
+            found.append(logits(model, ids, config) if dtype == torch.float64 else to_transformers(model, config)(ids).logits)
+        return [error(f, truth) for f in found]
+    found: list[Tensor] = []
+    return worst(errors, dtype)
+
+
+def gradients_error(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """The largest relative error of a leaf's gradient."""
+    return max(error(found[path], t) / max(t.square().mean().sqrt().item(), 1e-300) for path, t in truth.items())

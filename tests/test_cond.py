@@ -1,0 +1,80 @@
+"""cond: a branch on data, the same on every rank, in all executors."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from shardlib import EXPLICIT, Layout, Mesh, SpecError, compile, cond, einsum, greater, lower, sharded, silu, simulate, step, sum, value_and_grad
+from shardlib.cond import COND
+from shardlib.parser import check, parse_program
+from shardlib.project import project
+from shardlib.prove import prove
+from shardlib.spec import parse
+
+MESH, LAYOUT, SIZES = Mesh(tp=2), Layout(F="tp"), dict(T=3, D=4, F=5)
+
+
+@sharded("T D, D F, F D -> T D")
+def deep(x, up, down):
+    return einsum("T F, F D -> T D", silu(einsum("T D, D F -> T F", x, up)), down)
+
+
+@sharded("T D, D F, F D -> T D")
+def shallow(x, up, down):
+    return x * 2.0
+
+
+@sharded("T D, D F, F D -> T D")
+def chosen(x, up, down):
+    return cond(greater(sum("T D -> ()", x), than=0.0), deep, shallow, x, up, down)
+
+
+def tensors(sign: float) -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.rand(s, generator=generator, dtype=torch.float64) * sign for s in ((3, 4), (4, 5), (5, 4)))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_every_executor_takes_the_same_branch(sign):
+    x, up, down = tensors(sign)
+    want = torch.nn.functional.silu(x @ up) @ down if sign > 0 else x * 2
+    assert torch.allclose(simulate(chosen, LAYOUT, x, up, down, mesh=MESH), want)
+    assert torch.allclose(compile(chosen)(x, up, down), want)
+    assert torch.allclose(step(chosen)(x, up, down), want)
+
+
+def test_it_prints_and_parses_and_is_proven_with_both_branches():
+    program = lower(chosen, LAYOUT, mesh=MESH)
+    assert "v3 = cond(v2, deep, shallow, x, up, down)" in str(program)
+    assert parse_program(str(program)) == program == check(program, MESH)
+    assert prove(program, MESH, SIZES).collectives == 1
+    assert [c.op for c in project(program, MESH, 0, SIZES)] == ["all_reduce"]
+
+
+def test_a_predicate_that_owes_is_rejected_by_the_type_check_and_by_the_proof():
+    program = lower(chosen, LAYOUT, mesh=MESH)
+    at = next(i for i, s in enumerate(program.steps) if s.op is COND)
+    bad = replace(program.steps[at], ins=(parse("+tp"), *program.steps[at].ins[1:]))
+    mutant = replace(program, steps=(*program.steps[:at], bad, *program.steps[at + 1:]))
+    with pytest.raises(SpecError) as error:
+        prove(mutant, MESH, SIZES)
+    assert str(error.value) == ("cond on v2, which is +tp: ranks that see different pieces of it part ways before the collectives of "
+                                "deep and shallow")
+
+    @sharded("T D/tp, D F, F D -> T D/tp", layout=EXPLICIT)
+    def owing(x, up, down):
+        return cond(sum("T D/tp -> +tp", x), shallow, shallow, x, up, down)
+    with pytest.raises(SpecError) as error:
+        lower(owing, mesh=MESH)
+    assert "cond: the predicate is +tp; ranks that see different pieces of it would part ways" in str(error.value)
+
+
+def test_it_has_no_derivative():
+    @sharded("T D, D F, F D -> ()")
+    def loss(x, up, down):
+        return sum("T D -> ()", chosen(x, up, down))
+    with pytest.raises(SpecError) as error:
+        lower(value_and_grad(loss, "up"), LAYOUT, mesh=MESH)
+    assert "value_and_grad: cond has no derivative" in str(error.value)
