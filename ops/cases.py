@@ -12,9 +12,8 @@ from shardlib.oracle import Case, Draw, normal
 from shardlib.parser import CORE
 from shardlib.pointwise import UNARY
 from shardlib.program import Op
-from shardlib.scan import SCAN
 
-OPS: dict[str, Op] = {**CORE, **BINARY, "scale": SCALE, "shift": SHIFT, "scan": SCAN, **TABLE}
+OPS: dict[str, Op] = {**CORE, **BINARY, "scale": SCALE, "shift": SHIFT, **TABLE}
 POSITIVE = ("log", "rsqrt")
 
 
@@ -75,6 +74,7 @@ CASES: tuple[Case, ...] = (
     *(case for name in UNARY for case in _unary(name)),
     _case("cast", "B D -> B D", single, dtype="float64", tolerance=1e-5), _case("cast_like", "B D, B D -> B D", single, tolerance=1e-5),
     _case("where", "B T, B T, B T -> B T", mask), _case("where", "T, B T, T -> B T", mask),
+    _case("greater", "B D -> B D", than=0.5), _case("less", "B D -> B D", than=-0.5),
     _case("stop_gradient", "B D -> B D"), _case("ones_like", "B D -> B D"), _case("zeros_like", "B D -> B D"),
     _case("sum", "B T D -> B"), _case("sum", "B (K H) -> B"), _case("sum", "B D -> B D"),
     _case("mean", "B T D -> B"), _case("mean", "B (K H) -> B"), _case("mean", "B D -> ()"),

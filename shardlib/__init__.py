@@ -3,6 +3,7 @@ from shardlib.api import Compiled, Sharded, arg_types, compile, lower, shard_of,
 from shardlib.cond import cond
 from shardlib.einsum import einsum
 from shardlib.errors import SpecError
+from shardlib.explain import explain
 from shardlib.layout import EXPLICIT, Layout
 from shardlib.local import check_local, local
 from shardlib.mesh import Mesh
@@ -10,6 +11,7 @@ from shardlib.moves import all_gather, all_reduce, all_to_all, owe, permute, red
 from shardlib.params import Params, init, param, stacked
 from shardlib.pointwise import cast, exp, gelu, greater, less, log, relu, rsqrt, sigmoid, silu, square, stop_gradient, tanh, where
 from shardlib.rearrange import rearrange, rename
+from shardlib.prove import prove
 from shardlib.reductions import argmax, logsumexp, max, mean, softmax, sum
 from shardlib.scan import scan
 from shardlib.spec import Spec, parse

@@ -85,6 +85,7 @@ def _moves(here: Spec, want: Spec, axes: list[str], size: dict[str, int]) -> Ite
     local = 1 / prod(size[a] for a in here.split_axes)
     home = {a: i for i, d in enumerate(want.dims) for a in d.axes}
     owed, wanted = {o.axis: o for o in here.owed}, {o.axis: o for o in want.owed}
+    due = [a for a in want.owed_axes if all(o.kind != "max" for o in here.owed)]        # never a sum beside a max
 
     def to(*changes: tuple[int, tuple[str, ...]], owing: Sequence[Owed] = here.owed) -> Spec:
         split = {i: d.axes for i, d in enumerate(here.dims)} | dict(changes)
@@ -102,7 +103,7 @@ def _moves(here: Spec, want: Spec, axes: list[str], size: dict[str, int]) -> Ite
         elif a not in owed and a not in here.split_axes:
             if grown:
                 yield Move(SHARD, here, to(grown), 0.0)
-            if a in wanted and wanted[a].kind == "+":
+            if a in due:
                 yield Move(OWE, here, to(owing=(*here.owed, wanted[a])), 0.0)
     for j, dim in enumerate(here.dims):
         if not dim.axes or dim.axes == want.dims[j].axes:
@@ -111,7 +112,7 @@ def _moves(here: Spec, want: Spec, axes: list[str], size: dict[str, int]) -> Ite
         yield Move(ALL_GATHER, here, to(rest), (size[a] - 1) * local)
         if a in home and home[a] != j:
             yield Move(ALL_TO_ALL, here, to(rest, (home[a], (*here.dims[home[a]].axes, a))), (size[a] - 1) / size[a] * local)
-        if a in wanted and wanted[a].kind == "+":
+        if a in due:
             yield Move(OWE, here, to(rest, owing=(*here.owed, wanted[a])), 0.0)
         staying = tuple(x for x in want.dims[j].axes if x in dim.axes)
         order = staying + tuple(x for x in dim.axes if x not in staying)

@@ -1,0 +1,60 @@
+"""Fill in what README.md shows: the output of its Python blocks, and the tables of the benchmarks.
+
+Every ```python block runs, in order, in one namespace; the ```text block that follows a block is what it printed. Between
+<!-- tables --> marks stand the rows of benchmarks/results. `python docs/make_readme.py` rewrites the file; a test checks
+that it is what this makes.
+"""
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import linecache
+import re
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n(?:It prints:\n\n)?```text\n.*?```)?", re.S)
+
+
+def render(text: str) -> str:
+    """README's text with outputs and tables as they are now."""
+    module = sys.modules["readme"] = types.ModuleType("readme")
+
+    def run(match: re.Match) -> str:
+        whole, source = match.group(0), match.group(1)
+        name = "README.md"
+        source = "\n" * (text[:match.start()].count("\n") + 1) + source     # so that lines are those of the file
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
+        if "```text" not in whole:
+            return whole
+        printed = "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+        return whole[:whole.index("```text")] + f"```text\n{printed}\n```"
+    filled = BLOCK.sub(run, text)
+    return re.sub(r"(<!-- tables -->\n).*?(<!-- /tables -->)", lambda m: m[1] + tables() + m[2], filled, flags=re.S)
+
+
+def tables() -> str:
+    """One table a benchmark."""
+    parts = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        found = json.loads(path.read_text())
+        lines = [f"**{path.stem}** ({found['hardware']}; torch {found['versions']['torch']}; {found['date']}, commit {found['commit']})", "",
+                 "| case | unit | shardlib | peers | ours / peer | floor |", "|---|---|---|---|---|---|"]
+        for row in found["rows"]:
+            peers = "; ".join(f"{name} {value:g}" for name, value in row["peers"].items())
+            ratio = row.get("paired_ratio")
+            ratios = f"{ratio:.3f} (paired)" if ratio else "; ".join(f"{row['ours'] / v:.2f}" for v in row["peers"].values() if v)
+            lines.append(f"| {row['case']} | {row['unit']} | {row['ours']:g} | {peers} | {ratios} | {'' if row['floor'] is None else row['floor']} |")
+        parts.append("\n".join(lines) + "\n\n")
+    return "\n" + "".join(parts)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))

@@ -1,0 +1,24 @@
+"""The README shows what the code does now: its blocks run, its outputs and tables are what they print."""
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_is_what_its_blocks_and_the_benchmarks_make():
+    spec = importlib.util.spec_from_file_location("make_readme", ROOT / "docs" / "make_readme.py")
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    text = (ROOT / "README.md").read_text()
+    assert maker.render(text) == text
+
+
+def test_the_commands_are_those_of_the_makefile():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for target in ("demo", "test"):
+        assert f"make {target} " in readme and f"\n{target}:" in makefile
+    assert "-m pytest --import-mode=importlib -q tests --ignore=tests/gpu" in readme and "-m pytest --import-mode=importlib -q tests --ignore=tests/gpu" in makefile
+    for part in ("torchrun --nproc-per-node 3 -m shardlib.models.generate", "--model smollm2 --mesh tp=3", "--max-new-tokens 48"):
+        assert part in readme.replace("\\\n    ", "") and part in makefile
