@@ -17,7 +17,7 @@ from shardlib.layout import Layout
 from shardlib.mesh import Mesh, current_mesh
 from shardlib.passes import DEFAULT, rewrite
 from shardlib.pack import pack, packings
-from shardlib.params import Params, fill, leaf_values
+from shardlib.params import Params, fill, flat, leaf_values, unflat
 from shardlib.program import Program, Struct, leaves
 from shardlib.scan import SCAN
 from shardlib.simulate import simulate as simulate_ranks
@@ -114,19 +114,19 @@ class Compiled:
         groups = packings(program, {name})
         packed = {path: group for group in groups for path in group.outer_paths}
         scanned = {n for s in program.steps if s.op is SCAN for n in s.inputs[1:1 + s.options["stacked"]]}
-        flat = {packed[p].name if p in packed else p: () for p in leaves}
-        for key in flat:
+        made = {packed[p].name if p in packed else p: () for p in leaves}
+        for key in made:
             group = next((g for g in groups if g.name == key), None)
-            flat[key] = pack(group, leaves) if group else leaves[key].unbind(0) if key in scanned else leaves[key]
-        return Prepared(name, tuple(flat.values()), {p: tuple(v.shape) for p, v in leaves.items()})
+            made[key] = pack(group, leaves) if group else leaves[key].unbind(0) if key in scanned else leaves[key]
+        return Prepared(name, tuple(made.values()), {p: tuple(v.shape) for p, v in leaves.items()})
 
     def __call__(self, *args: Any) -> Any:
-        flat = [v for a in args for v in (a.flat if type(a) is Prepared else _flat(a))]
-        key = tuple(v.shape if isinstance(v, Tensor) else v[0].shape for v in flat)
+        values = [v for a in args for v in (a.flat if type(a) is Prepared else _flat(a))]
+        key = tuple([v.shape if isinstance(v, Tensor) else v[0].shape for v in values])
         run = self._variants.get(key)
         if run is None:
             run = self._variants[key] = self._build(args, key)
-        out = run(*flat)
+        out = run(*values)
         if len(out) == len(self._results):
             return out if len(out) > 1 else out[0]
         return _rebuild(out, self._results)
@@ -179,7 +179,7 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
 def _rebuild(flat: Sequence[Tensor], results: Sequence[Any]) -> Any:
     """Leaves put back into the pytrees that the function returned."""
     it = iter(flat)
-    made = tuple(fill(r, "", lambda _: next(it)) if isinstance(r, (Params, type)) else next(it) for r in results)
+    made = tuple(unflat(r, it) if isinstance(r, Params) else fill(r, "", lambda _: next(it)) if isinstance(r, type) else next(it) for r in results)
     return made if len(made) > 1 else made[0]
 
 
@@ -192,7 +192,7 @@ class Prepared:
 
 
 def _flat(arg: Any) -> list[Any]:
-    return [v for _, v in leaf_values(arg, "")] if isinstance(arg, Params) else [arg]
+    return flat(arg) if isinstance(arg, Params) else [arg]
 
 
 def compile(f: Function, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,    # noqa: A001

@@ -69,7 +69,9 @@ def _search(have: Spec, want: Spec, sizes: tuple[tuple[str, int], ...]) -> tuple
             if move.want not in seen:
                 step = move.received + LATENCY * (move.op not in (SHARD, OWE))
                 heapq.heappush(queue, (cost + step, len(path) + 1, f"{text}{move};", move.want, (*path, move)))
-    raise SpecError(f'there is no way from "{have}" to "{want}"; a sum cannot be owed by dividing a value')
+    held = any(o.kind == "@" for o in (*have.owed, *want.owed))
+    raise SpecError(f'there is no way from "{have}" to "{want}"; '
+                    f'{"what one coordinate holds stays there" if held else "a maximum is owed only by what took it"}')
 
 
 def _place(spec: Spec, axis: str) -> object:
@@ -90,7 +92,8 @@ def _moves(here: Spec, want: Spec, axes: list[str], size: dict[str, int]) -> Ite
     def to(*changes: tuple[int, tuple[str, ...]], owing: Sequence[Owed] = here.owed) -> Spec:
         split = {i: d.axes for i, d in enumerate(here.dims)} | dict(changes)
         return Spec(tuple(d.split(split[i]) for i, d in enumerate(here.dims)), tuple(owing))
-    paid = [a for a in axes if a in owed and a not in wanted and a not in home]
+    payable = {a for a, o in owed.items() if o.kind != "@"}
+    paid = [a for a in axes if a in payable and owed[a] != wanted.get(a) and a not in home]
     for n in range(1, len(paid) + 1):
         for some in combinations(paid, n):
             if len({owed[a].kind for a in some}) == 1:
@@ -98,7 +101,7 @@ def _moves(here: Spec, want: Spec, axes: list[str], size: dict[str, int]) -> Ite
                 yield Move(ALL_REDUCE, here, to(owing=[o for o in here.owed if o.axis not in some]), 2 * (k - 1) / k * local)
     for a in axes:
         grown = (home[a], (*here.dims[home[a]].axes, a)) if a in home else None
-        if a in owed and grown:
+        if a in payable and grown:
             yield Move(REDUCE_SCATTER, here, to(grown, owing=[o for o in here.owed if o.axis != a]), (size[a] - 1) / size[a] * local)
         elif a not in owed and a not in here.split_axes:
             if grown:

@@ -34,17 +34,25 @@ def aligned(rows: Sequence[tuple[str, object, str]], caret: str | None = None) -
 
     `caret` is a dim's name, or an owed item; the name of a group's factor points at the group.
     """
-    columns = _merge([[_key(item) for item in spec.items()] for _, spec, _ in rows])
-    cells = [{_key(item): item for item in spec.items()} for _, spec, _ in rows]
+    cells = [dict(zip(_keys(spec.items()), spec.items())) for _, spec, _ in rows]
+    columns = _merge([list(cell) for cell in cells])
     width = {c: max(len(cell.get(c, "")) for cell in cells) for c in columns}
     left = max(len(name) for name, _, _ in rows)
     lines = []
     for (name, spec, note), cell in zip(rows, cells):
-        body = "  ".join(cell.get(c, "").ljust(width[c]) for c in columns) or "()"
+        body = "  ".join(cell.get(c, "").ljust(width[c]) for c in columns) if cell else "()"
         lines.append(f"  {name.ljust(left)}   {body}   {note}".rstrip())
     if caret and (at := next((i for i, c in enumerate(columns) if caret in (c, *c.split())), None)) is not None:
         lines.append(" " * (2 + left + 3 + sum(width[c] + 2 for c in columns[:at])) + "^" * width[columns[at]])
     return "\n".join(lines)
+
+
+def _keys(items: Sequence[str]) -> list[str]:
+    """What each item is aligned by; a constant that comes again is another column."""
+    keys: list[str] = []
+    for item in items:
+        keys.append(_key(item) + "'" * sum(k.rstrip("'") == _key(item) for k in keys))
+    return keys
 
 
 def _key(item: str) -> str:

@@ -144,13 +144,15 @@ def check_move(op: Op, have: Spec, want: Spec) -> str | None:
     gained, gone = tuple(a for x in grown.values() for a in x), tuple(a for x in shrunk.values() for a in x)
     if op in (ALL_REDUCE, REDUCE_SCATTER) and not lost:
         return f'"{have} -> {want}" pays no sum; there is nothing to reduce, and every rank would count again'
+    if op in (ALL_REDUCE, REDUCE_SCATTER) and any(o.kind == "@" for o in lost):
+        return f'what one coordinate holds owes no sum: "{have} -> {want}"'
     ok = {"shard": not shrunk and not lost and not new and gained and not set(gained) & {o.axis for o in have.owed},
           "owe": not grown and not lost and new and set(gone) <= {o.axis for o in new} and all(o.kind == "+" for o in new),
           "all_reduce": not grown and not shrunk and not new,
           "reduce_scatter": len(grown) == 1 and not shrunk and not new and sorted(gained) == sorted(o.axis for o in lost),
           "all_gather": len(shrunk) == 1 and not grown and not lost and not new,
           "all_to_all": len(shrunk) == 1 and len(grown) == 1 and gained == gone and not lost and not new,
-          "permute": not grown and not shrunk and not lost and not new}[op.name]
+          "permute": changed_dims(have, want) and not grown and not shrunk and not lost and not new}[op.name]
     return None if ok else f'it does not lead from "{have}" to "{want}"'
 
 

@@ -18,6 +18,7 @@ import dataclasses
 import math
 import zlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Callable, Iterator, Mapping, Sequence, dataclass_transform
 
 import torch
@@ -111,6 +112,33 @@ def leaf_values(tree: Params, path: str) -> Iterator[tuple[str, Any]]:
             yield from leaf_values(value, f"{path}.{f.name}")
         elif value is not None:
             yield f"{path}.{f.name}", value
+
+
+@lru_cache(maxsize=None)
+def _field_names(kind: type[Params]) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(kind))
+
+
+def flat(tree: Params) -> list[Any]:
+    """The leaves that are set, in order."""
+    out = []
+    for name in _field_names(type(tree)):
+        value = getattr(tree, name)
+        if isinstance(value, Params):
+            out += flat(value)
+        elif value is not None:
+            out.append(value)
+    return out
+
+
+def unflat(like: Params, leaves: Iterator[Any]) -> Any:
+    """An instance with the structure of `like`, its leaves taken from `leaves`."""
+    values = {}
+    for name in _field_names(type(like)):
+        value = getattr(like, name)
+        if value is not None:
+            values[name] = unflat(value, leaves) if isinstance(value, Params) else next(leaves)
+    return type(like)(**values)
 
 
 def init(like: type[Params] | Params, sizes: Mapping[str, int], types: Mapping[str, Spec] | None = None, *, mesh: Mesh | None = None,

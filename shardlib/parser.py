@@ -1,13 +1,18 @@
 """Reading a printed Program back: `parse_program(str(program)) == program`.
 
 The text goes through `ast`, and only the forms that printing makes are understood: classes of `param` and `stacked` fields,
-`@sharded` functions, calls of known ops with names, numbers and strings, `scan`, and a return. Nothing is executed.
+`@sharded` functions, calls of known ops with names, numbers and strings, `scan`, `cond`, and a return. Nothing is executed.
+An explicit program is typed as it is read. Text from anywhere is safe to read: what is no program is a `SpecError`, and
+length, depth and what a text unfolds to are bounded.
 """
 from __future__ import annotations
 
 import ast
+import re
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from shardlib import grad, moves, pointwise, reductions
 from shardlib.arithmetic import BINARY, RECIPROCAL, SCALE, SHIFT
@@ -18,14 +23,21 @@ from shardlib.errors import SpecError
 from shardlib.layout import EXPLICIT
 from shardlib.local import local_op, local_vjp_op
 from shardlib.mesh import Mesh
-from shardlib.program import Op, Program, Result, Step, Struct, leaves
+from shardlib.moves import check_move
+from shardlib.program import Op, Program, Result, Step, Struct, check_keywords, leaves
 from shardlib.rearrange import REARRANGE, RENAME
 from shardlib.rules import natural
 from shardlib.scan import SCAN
-from shardlib.spec import Spec, parse, parse_signature
+from shardlib.spec import Dim, Spec, check_text, nameable, parse, parse_signature
+from shardlib.trace import RESHARD
 
 CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE, **pointwise.TABLE, **reductions.TABLE, **grad.TABLE,
                        "rearrange": REARRANGE, "rename": RENAME}
+MAX_TEXT = 4_000_000        # characters of a program
+MAX_LEAVES = 100_000        # tensors of one pytree
+MAX_STEPS = 1_000_000       # steps, those of bodies counted wherever they are used
+_SIGNS = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
+_MISUSED = (LookupError, TypeError, ValueError, AttributeError, StopIteration, ArithmeticError)     # by ops given what they do not take
 
 
 def parse_program(text: str, ops: Mapping[str, Op] | None = None, functions: Mapping[str, Callable] | None = None) -> Program:
@@ -33,13 +45,21 @@ def parse_program(text: str, ops: Mapping[str, Op] | None = None, functions: Map
 
     ops: operators beyond the language's own (`shardlib.ops.TABLE`).  functions: what `local` may run, by "module.name".
     """
+    check_text("program", text, MAX_TEXT)
     try:
-        module = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = ast.parse(text)
+    except (SyntaxError, ValueError) as error:
         raise SpecError(f"this is no program: {error}") from None
+    except (RecursionError, MemoryError):
+        raise SpecError("this is no program: it is nested too deeply") from None
     reader = _Reader({**CORE, **(ops or {})}, functions or {})
-    for node in module.body:
-        reader.top(node)
+    try:
+        for node in module.body:
+            reader.top(node)
+    except RecursionError:
+        raise SpecError("this is no program: it is nested too deeply") from None
     if not reader.functions:
         raise SpecError("this is no program: it has no @sharded function")
     return list(reader.functions.values())[-1]
@@ -51,29 +71,34 @@ class _Tree:
     tree: Any
     names: tuple[str, ...]
 
-    def field(self, name: str) -> _Tree:
+    def field(self, name: str, node: ast.expr) -> _Tree:
         at = 0
         for n, sub in self.tree.fields if isinstance(self.tree, Struct) else ():
             count = len(leaves("", sub))
             if n == name:
                 return _Tree(sub, self.names[at:at + count])
             at += count
-        raise SpecError(f"this is no program: no field {name} in {self.tree}")
+        raise _not(node)
 
 
 class _Reader:
+    """What the text has defined so far, by the name it is printed under. `sizes`: leaves of a class, steps of a function."""
+
     def __init__(self, ops: Mapping[str, Op], functions: Mapping[str, Callable]) -> None:
         self.ops, self.known = ops, functions
         self.classes: dict[str, Struct] = {}
         self.functions: dict[str, Program] = {}
+        self.sizes: dict[str, int] = {}
 
     def top(self, node: ast.stmt) -> None:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            return
+        if not isinstance(node, (ast.ClassDef, ast.FunctionDef)) or not nameable(node.name) or node.name in self.sizes:
+            raise _not(node)
         if isinstance(node, ast.ClassDef):
             self.classes[node.name] = self._class(node)
-        elif isinstance(node, ast.FunctionDef):
+        else:
             self.functions[node.name] = _Function(self, node).program()
-        elif not isinstance(node, (ast.Import, ast.ImportFrom)):
-            raise _not(node)
 
     def function(self, node: ast.expr) -> Program:
         """The function that a name of the text stands for."""
@@ -81,102 +106,157 @@ class _Reader:
             raise SpecError(f"this is no program: unknown function {_name(node)!r}, line {node.lineno}")
         return self.functions[_name(node)]
 
+    def struct(self, node: ast.expr | None) -> Struct:
+        """The class that a name of the text stands for."""
+        if _name(node) not in self.classes:
+            raise _not(node)
+        return self.classes[_name(node)]
+
     def _class(self, node: ast.ClassDef) -> Struct:
-        fields: list[tuple[str, Any]] = []
+        if [*map(_name, node.bases)] != ["Params"] or node.keywords or node.decorator_list:
+            raise _not(node)
+        fields: dict[str, Any] = {}
+        count = 0
         for item in node.body:
             if isinstance(item, ast.Pass):
                 continue
-            if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(item.value, ast.Call)
-                    and isinstance(item.value.func, ast.Name)):
+            if not isinstance(item, ast.AnnAssign) or not nameable(name := _name(item.target)) or name in fields:
                 raise _not(item)
-            first = item.value.args[0]
-            if item.value.func.id == "param":
-                fields.append((item.target.id, parse(_literal(first))))
-            elif item.value.func.id == "stacked":
-                fields.append((item.target.id, self.stack(self.classes[item.value.args[1].id], parse(_literal(first)))))
-            elif item.value.func.id == "nested":
-                fields.append((item.target.id, self.classes[first.id]))
-            else:
-                raise _not(item)
-        return Struct(node.name.rstrip("_"), tuple(fields))
+            fields[name] = self._field(item.value)
+            count += self.sizes[item.annotation.id] if isinstance(fields[name], Struct) else 1
+            if count > MAX_LEAVES:
+                raise SpecError(f"this is no program: {node.name} holds more than {MAX_LEAVES} tensors")
+        self.sizes[node.name] = count
+        return Struct(original(node.name), tuple(fields.items()))
+
+    def _field(self, value: ast.expr | None) -> Any:
+        if not isinstance(value, ast.Call) or value.keywords:
+            raise _not(value)
+        form = _name(value.func), len(value.args)
+        with _line(value):
+            if form == ("param", 1):
+                return parse(_literal(value.args[0]))
+            if form == ("stacked", 2):
+                return self.stack(self.struct(value.args[1]), parse(_literal(value.args[0])).dims)
+        if form == ("nested", 1):
+            return self.struct(value.args[0])
+        raise _not(value)
 
     @staticmethod
-    def stack(struct: Struct, dim: Spec) -> Struct:
-        made = struct.map(lambda s: Spec((*dim.dims, *s.dims), s.owed))
-        return Struct(made.name, made.fields, dim.labels[0])
+    def stack(struct: Struct, dims: Sequence[Dim]) -> Struct:
+        """Many of `struct`, along one dim."""
+        (dim,) = dims if len(dims) == 1 else (None,)
+        if dim is None or len(dim.factors) != 1:
+            raise SpecError("this is no program: what is stacked is stacked along one dim")
+        made = struct.map(lambda s: Spec((dim, *s.dims), s.owed))
+        return Struct(made.name, made.fields, dim.label)
 
 
 class _Function:
+    """One function under way: its values by name, their types, its steps."""
+
     def __init__(self, reader: _Reader, node: ast.FunctionDef) -> None:
         self.reader, self.node = reader, node
         self.values: dict[str, _Tree] = {}
         self.types: dict[str, Spec] = {}
         self.steps: list[Step] = []
+        self.size = 0
 
     def program(self) -> Program:
         node = self.node
-        if len(node.decorator_list) != 1 or not isinstance(call := node.decorator_list[0], ast.Call) or _name(call.func) != "sharded":
+        call = node.decorator_list[0] if len(node.decorator_list) == 1 else None
+        if not isinstance(call, ast.Call) or _name(call.func) != "sharded" or len(call.args) != 1 or node.returns:
             raise _not(node)
-        explicit = any(k.arg == "layout" and _name(k.value) == "EXPLICIT" for k in call.keywords)
-        ins, outs = parse_signature(_literal(call.args[0]))
+        if [(k.arg, _name(k.value)) for k in call.keywords] not in ([], [("layout", "EXPLICIT")]):
+            raise _not(call)
+        self.explicit = bool(call.keywords)
+        with _line(call):
+            ins, outs = parse_signature(_literal(call.args[0]))
+        args = self._arguments(node.args, ins)
+        *steps, last = node.body
+        for stmt in steps:
+            if not isinstance(stmt, ast.Assign) or len(stmt.targets) != 1:
+                raise _not(stmt)
+            with _line(stmt):
+                self._assign(stmt.targets[0], stmt.value)
+        if not isinstance(last, ast.Return):
+            raise _not(last)
+        items = [] if last.value is None else last.value.elts if isinstance(last.value, ast.Tuple) else [last.value]
+        if len(items) != len(outs):
+            raise _not(last)
+        with _line(last):
+            results = tuple(self._result(i, s) for i, s in zip(items, outs))
+        self.reader.sizes[node.name] = self.size
+        return Program(original(node.name), args, tuple(self.steps), results, self.explicit)
+
+    def _arguments(self, given: ast.arguments, ins: Sequence[Spec | None]) -> tuple[tuple[str, Any], ...]:
+        if given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg or given.defaults or len(given.args) != len(ins):
+            raise _not(self.node)
         args = []
-        for arg, spec in zip(node.args.args, ins, strict=True):
-            tree = spec if spec is not None else self.reader.classes[_name(arg.annotation)]
+        for arg, spec in zip(given.args, ins):
+            if not nameable(arg.arg) or arg.arg in self.values or spec is not None and (arg.annotation or spec.ellipsis):
+                raise _not(arg)
+            tree = spec if spec is not None else self.reader.struct(arg.annotation)
             args.append((arg.arg, tree))
             flat = leaves(arg.arg, tree)
             self.values[arg.arg] = _Tree(tree, tuple(n for n, _ in flat))
             self.types.update(flat)
-        results: tuple[Result, ...] = ()
-        for stmt in node.body:
-            if isinstance(stmt, ast.Return):
-                items = stmt.value.elts if isinstance(stmt.value, ast.Tuple) else [stmt.value]
-                results = tuple(self._result(i, s) for i, s in zip(items, outs, strict=True))
-            elif isinstance(stmt, ast.Assign) and len(stmt.targets) == 1:
-                self._assign(stmt.targets[0], stmt.value, explicit)
-            else:
-                raise _not(stmt)
-        name = node.name.rstrip("0123456789") if node.name.rstrip("0123456789") in self.reader.functions else node.name
-        return Program(name, tuple(args), tuple(self.steps), results, explicit)
+        return tuple(args)
 
     def _result(self, node: ast.expr, spec: Spec | None) -> Result:
         value = self._value(node)
+        if isinstance(value.tree, Struct) != (spec is None):
+            raise _not(node)
+        if spec is not None:
+            self._same(self.types[value.names[0]], spec, node)
         return Result(value.tree if spec is None else spec, value.names)
+
+    def _same(self, have: Spec, want: Spec, node: ast.AST) -> None:
+        """SpecError unless a value of type `have` may stand where `want` is written."""
+        if have != want if self.explicit else have.labels != want.labels:
+            raise SpecError(f'this is no program: "{have}" stands where "{want}" is said, line {getattr(node, "lineno", "?")}')
 
     def _value(self, node: ast.expr) -> _Tree:
         if isinstance(node, ast.Name) and node.id in self.values:
             return self.values[node.id]
         if isinstance(node, ast.Attribute):
-            return self._value(node.value).field(node.attr)
-        if isinstance(node, ast.Call) and _name(node.func) in self.reader.classes:
-            struct = self.reader.classes[_name(node.func)]
-            parts = {k.arg: self._value(k.value) for k in node.keywords}
-            fields = tuple((n, parts[n].tree) for n, _ in struct.fields if n in parts)
-            fields = tuple((n, replace(sub, stacked=declared.stacked) if isinstance(declared := dict(struct.fields)[n], Struct) else sub)
-                           for n, sub in fields)
-            return _Tree(Struct(struct.name, fields), tuple(x for p in parts.values() for x in p.names))
-        raise _not(node)
+            return self._value(node.value).field(node.attr, node)
+        if not isinstance(node, ast.Call) or node.args:
+            raise _not(node)
+        struct = self.reader.struct(node.func)
+        parts = {k.arg: self._value(k.value) for k in node.keywords}
+        declared = dict(struct.fields)
+        if len(parts) != len(node.keywords) or any(n not in declared for n in parts):
+            raise _not(node)
+        fields = [(n, replace(parts[n].tree, stacked=d.stacked) if isinstance(d, Struct) and isinstance(parts[n].tree, Struct) else parts[n].tree)
+                  for n, d in declared.items() if n in parts]
+        return _Tree(Struct(struct.name, tuple(fields)), tuple(x for n in declared if n in parts for x in parts[n].names))
 
-    def _assign(self, target: ast.expr, value: ast.expr, explicit: bool) -> None:
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def _assign(self, target: ast.expr, value: ast.expr) -> None:
         if isinstance(value, ast.BinOp):
             return self._infix(target, value)
         if not isinstance(value, ast.Call):
             raise _not(value)
-        if _name(value.func) == "scan":
-            return self._scan(target, value)
-        if _name(value.func) == "cond":
-            return self._cond(target, value)
-        op = self.reader.ops.get(_name(value.func)) or self._asserted(value)
+        name = _name(value.func)
+        if name in ("scan", "cond"):
+            return self._scan(target, value) if name == "scan" else self._cond(target, value)
+        op = self.reader.ops.get(name) or self._asserted(value)
         if op is None:
-            raise SpecError(f"this is no program: unknown op {_name(value.func)!r}, line {value.lineno}")
+            raise SpecError(f"this is no program: unknown op {name!r}, line {value.lineno}")
+        if op.takes_text and not value.args or any(k.arg is None for k in value.keywords):
+            raise _not(value)
         attrs = tuple(sorted((k.arg, _literal(k.value)) for k in value.keywords))
-        operands = value.args[1 + (op.function is not None):] if op.takes_text else value.args
-        inputs = [self._one(a) for a in operands]
-        if op.takes_text:
-            ins, outs = parse_signature(_literal(value.args[0]))
-        else:
-            ins = tuple(self.types[i] for i in inputs)
-            outs = self._natural(op, ins, attrs)
-        self._add(op, ins, outs, inputs, self._targets(target), attrs)
+        inputs = [self._one(a) for a in (value.args[1 + (op.function is not None):] if op.takes_text else value.args)]
+        if not op.takes_text:
+            return self._untitled(op, inputs, attrs, target)
+        ins, outs = parse_signature(_literal(value.args[0]))
+        if len(ins) != len(inputs) or any(s is None or s.ellipsis for s in (*ins, *outs)):
+            raise _not(value)
+        for have, want in zip(inputs, ins):
+            self._same(self.types[have], want, value)
+        self._add(Step(op, ins, outs, tuple(inputs), self._targets(target, len(outs)), attrs))
 
     def _asserted(self, value: ast.Call) -> Op | None:
         """The op of a call of `local`, whose function must be one of those given."""
@@ -185,78 +265,146 @@ class _Function:
             return None
         named = ast.unparse(value.args[1])
         if named not in self.reader.known:
-            raise SpecError(f"this program runs {named}, which was not given; pass functions={{{named!r}: ...}}")
+            error = SpecError(f"this program runs {named}, which was not given; pass functions={{{named!r}: ...}}")
+            error.located = True
+            raise error
         return make(self.reader.known[named])
 
-    def _natural(self, op: Op, ins: tuple[Spec, ...], attrs: tuple) -> tuple[Spec, ...]:
-        dims = op.infer(ins, dict(attrs))
-        return natural(op.name, op.rule(Step(op, ins, dims, (), (), attrs)), ins, dims)
-
     def _infix(self, target: ast.expr, value: ast.BinOp) -> None:
-        sign = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}.get(type(value.op))
-        if sign is None:
-            raise _not(value)
+        sign = _SIGNS.get(type(value.op))
         left = self._one(value.left)
-        try:
-            number = _literal(value.right)
-        except SpecError:
-            inputs, op, attrs = [left, self._one(value.right)], BINARY[sign], ()
+        if isinstance(value.right, (ast.Constant, ast.UnaryOp)):
+            op, inputs, attrs = {"mul": SCALE, "add": SHIFT}.get(sign), [left], (("by", _literal(value.right)),)
         else:
-            inputs, op, attrs = [left], {"mul": SCALE, "add": SHIFT}[sign], (("by", number),)
-        ins = tuple(self.types[i] for i in inputs)
-        self._add(op, ins, self._natural(op, ins, attrs), inputs, self._targets(target), attrs)
+            op, inputs, attrs = BINARY.get(sign), [left, self._one(value.right)], ()
+        if op is None:
+            raise _not(value)
+        self._untitled(op, inputs, attrs, target)
+
+    def _untitled(self, op: Op, inputs: Sequence[str], attrs: tuple, target: ast.expr) -> None:
+        """A step of an op without a spec string: its types follow from its operands."""
+        ins = tuple(self.types[i] if self.explicit else self.types[i].whole() for i in inputs)
+        step = Step(op, ins, (), tuple(inputs), (), attrs)
+        check_keywords(step)
+        dims = _guarded(op, lambda: op.infer(ins, dict(attrs)))
+        outs = _guarded(op, lambda: natural(op.name, op.rule(replace(step, outs=dims)), ins, dims, inputs)) if self.explicit else dims
+        self._add(replace(step, outs=tuple(outs), outputs=self._targets(target, len(outs))))
 
     def _scan(self, target: ast.expr, value: ast.Call) -> None:
+        if len(value.args) < 3 or not isinstance(value.args[2], ast.Tuple) or not value.args[2].elts or \
+                [(k.arg, _literal(k.value)) for k in value.keywords] not in ([], [("reverse", True)]):
+            raise _not(value)
         body = self.reader.function(value.args[0])
         stacked = [self._value(n) for n in value.args[2].elts]
         operands = [self._value(value.args[1]), *stacked, *(self._value(a) for a in value.args[3:])]
-        inputs = [n for o in operands for n in o.names]
-        count = sum(len(s.names) for s in stacked)
-        dim = self.types[stacked[0].names[0]].dims[0]
-        outs = [s if i == 0 else Spec((dim, *s.dims), s.owed) for i, (_, s) in enumerate(body.result_leaves())]
-        attrs = tuple(sorted([("dim", dim.label), ("stacked", count), *((k.arg, _literal(k.value)) for k in value.keywords)]))
-        names: list[str] = []
-        elts = target.elts if isinstance(target, ast.Tuple) else [target]
-        for i, (elt, result) in enumerate(zip(elts, body.results, strict=True)):
-            tree = result.tree if i == 0 else _Reader.stack(result.tree, Spec((dim,))) if isinstance(result.tree, Struct) else result.tree
-            flat = self._target_leaves(elt, tree)
-            names += flat
-        self._add(SCAN, tuple(self.types[i] for i in inputs), tuple(outs), inputs, names, attrs, body)
+        inputs, count = [n for o in operands for n in o.names], sum(len(s.names) for s in stacked)
+        if not count or len(operands[0].names) != 1 or not (first := self.types[stacked[0].names[0]].dims) or not body.results:
+            raise _not(value)
+        kinds = [self.types[n] for n in inputs]
+        if any(k.dims[:1] != first[:1] for k in kinds[1:1 + count]):
+            raise _not(value)
+        self._matches(operands, [k if not 1 <= i <= count else Spec(k.dims[1:], k.owed) for i, k in enumerate(kinds)], body, value)
+        outs = [s if i == 0 else Spec((first[0], *s.dims), s.owed) for i, (_, s) in enumerate(body.result_leaves())]
+        trees = [r.tree if i == 0 or not isinstance(r.tree, Struct) else _Reader.stack(r.tree, first[:1]) for i, r in enumerate(body.results)]
+        if isinstance(trees[0], Struct):
+            raise _not(value)
+        self._same(outs[0], kinds[0], value)
+        attrs = tuple(sorted([("dim", first[0].label), ("stacked", count), *((k.arg, True) for k in value.keywords)]))
+        self._add(Step(SCAN, tuple(kinds), tuple(outs), tuple(inputs), self._leaves(target, trees), attrs, body))
 
     def _cond(self, target: ast.expr, value: ast.Call) -> None:
-        predicate, *operands = [self._value(value.args[0]), *(self._value(a) for a in value.args[3:])]
+        if len(value.args) < 3 or value.keywords:
+            raise _not(value)
         body, orelse = (self.reader.function(a) for a in value.args[1:3])
-        inputs = [n for o in (predicate, *operands) for n in o.names]
-        names: list[str] = []
-        elts = target.elts if isinstance(target, ast.Tuple) else [target]
-        for elt, result in zip(elts, body.results, strict=True):
-            names += self._target_leaves(elt, result.tree)
-        self._add(COND, tuple(self.types[i] for i in inputs), tuple(s for _, s in body.result_leaves()), inputs, names, (), body, orelse)
+        predicate, operands = self._one(value.args[0]), [self._value(a) for a in value.args[3:]]
+        inputs = [predicate, *(n for o in operands for n in o.names)]
+        kinds = [self.types[n] for n in inputs]
+        self._same(kinds[0], Spec(), value)
+        for one in (body, orelse):
+            self._matches(operands, kinds[1:], one, value)
+        if [s for _, s in body.result_leaves()] != [s for _, s in orelse.result_leaves()]:
+            raise _not(value)
+        self._add(Step(COND, tuple(kinds), tuple(s for _, s in body.result_leaves()), tuple(inputs),
+                       self._leaves(target, [r.tree for r in body.results]), (), body, orelse))
 
-    def _target_leaves(self, node: ast.expr, tree: Any) -> list[str]:
-        if isinstance(node, ast.Name):
-            flat = [n for n, _ in leaves(node.id, tree)]
+    def _matches(self, operands: Sequence[_Tree], kinds: Sequence[Spec], body: Program, node: ast.expr) -> None:
+        """SpecError unless `operands`, their leaves of types `kinds`, are what `body` takes."""
+        if [len(o.names) for o in operands] != [len(leaves("", t)) for _, t in body.args] or body.explicit != self.explicit:
+            raise _not(node)
+        for have, (_, want) in zip(kinds, body.arg_leaves()):
+            self._same(have, want, node)
+
+    def _leaves(self, target: ast.expr, trees: Sequence[Any]) -> tuple[str, ...]:
+        """The leaves of the values that a target names, trees and tensors."""
+        roots = self._targets(target, len(trees))
+        for root, tree in zip(roots, trees):
             if isinstance(tree, Struct):
-                self.values[node.id] = _Tree(tree, tuple(flat))
-            return flat
-        raise _not(node)
+                self.values[root] = _Tree(tree, tuple(n for n, _ in leaves(root, tree)))
+        return tuple(n for root, tree in zip(roots, trees) for n, _ in leaves(root, tree))
 
-    def _targets(self, node: ast.expr) -> list[str]:
-        return [_name(n) for n in (node.elts if isinstance(node, ast.Tuple) else [node])]
+    def _targets(self, node: ast.expr, count: int) -> tuple[str, ...]:
+        names = tuple(_name(n) for n in (node.elts if isinstance(node, ast.Tuple) else [node]))
+        if len(names) != count or len({*names}) != count or any(n in self.values or not nameable(n) for n in names):
+            raise _not(node)
+        return names
 
     def _one(self, node: ast.expr) -> str:
-        names = self._value(node).names
-        if len(names) != 1:
+        value = self._value(node)
+        if len(value.names) != 1 or isinstance(value.tree, Struct):
             raise _not(node)
-        return names[0]
+        return value.names[0]
 
-    def _add(self, op: Op, ins: Any, outs: Any, inputs: list[str], outputs: list[str], attrs: tuple, body: Program | None = None,
-             orelse: Program | None = None) -> None:
-        self.steps.append(Step(op, tuple(ins), tuple(outs), tuple(inputs), tuple(outputs), attrs, body, orelse))
-        self.types.update(zip(outputs, outs))
-        for name, spec in zip(outputs, outs):
-            if "." not in name:
+    def _add(self, step: Step) -> None:
+        self.size += 1 + sum(self.reader.sizes[n] for b in step.bodies for n, f in self.reader.functions.items() if f is b)
+        if self.size > MAX_STEPS:
+            raise SpecError(f"this is no program: it unfolds to more than {MAX_STEPS} steps")
+        if step.op.takes_text and not step.bodies:
+            check_keywords(step)
+            _guarded(step.op, lambda: self._check(step))
+        self.steps.append(step)
+        self.types.update(zip(step.outputs, step.outs))
+        for name, spec in zip(step.outputs, step.outs):
+            if "." not in name and name not in self.values:
                 self.values[name] = _Tree(spec, (name,))
+
+    def _check(self, step: Step) -> None:
+        """SpecError unless the types of an explicit step's results are what its text says."""
+        op, rule = step.op, step.op.rule(step)
+        if not self.explicit or op.asserted or op is RESHARD:
+            return
+        if op.moves:
+            if problem := check_move(op, step.ins[0], step.outs[0]):
+                raise SpecError(f"{op.name}: {problem}")
+        elif op is RENAME:
+            if [d.axes for d in step.ins[0].dims] != [d.axes for d in step.outs[0].dims] or step.ins[0].owed != step.outs[0].owed:
+                raise SpecError(f'rename: "{step.text}" changes more than names')
+        else:
+            for made, want in zip(natural(op.name, rule, step.ins, step.outs, step.inputs), step.outs):
+                self._same(made, want, self.node)
+
+
+def _guarded(op: Op, f: Callable) -> Any:
+    """What `f` returns; SpecError where the op fails on operands that it was never meant for."""
+    try:
+        return f()
+    except SpecError:
+        raise
+    except _MISUSED as error:
+        raise SpecError(f"this is no program: {op.name} is called with what it does not take") from error
+
+
+@contextmanager
+def _line(node: ast.AST) -> Iterator[None]:
+    """Errors inside say the line of `node`."""
+    try:
+        yield
+    except SpecError as error:
+        raise error.at("" if "line " in str(error).split("\n")[0] else f"line {getattr(node, 'lineno', '?')}") from None
+
+
+def original(name: str) -> str:
+    """The name of a function or class before printing told it from others by a __2."""
+    return re.sub(r"__[0-9]+$", "", name)
 
 
 def _name(node: ast.AST | None) -> str:

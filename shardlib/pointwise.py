@@ -10,7 +10,7 @@ from typing import Any, Callable, Sequence
 
 from shardlib.arithmetic import align, broadcast
 from shardlib.errors import SpecError
-from shardlib.program import Op, Step
+from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
 from shardlib.spec import Spec
 from shardlib.trace import apply
@@ -110,7 +110,7 @@ def stop_gradient(x: Any) -> Any:
     return apply(STOP_GRADIENT, (x,))
 
 
-COMPARE = {name: Op(name, rule=lambda s: Rule(), infer=_infer, constant=True, dtype=lambda d, o: ["bool"],
+COMPARE = {name: Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=_infer, constant=True, dtype=lambda d, o: ["bool"],
                     emit=lambda e, s, a, sign=sign: f"({a[0]} {sign} {s.options['than']!r})")
            for name, sign in (("greater", ">"), ("less", "<"))}
 

@@ -144,7 +144,9 @@ def check_keywords(step: Step) -> None:
     """SpecError unless the step's keyword arguments are those that its op takes."""
     kinds, given = step.op.keywords, step.options
     if wrong := next((n for n in (*kinds, *given) if n not in kinds or not kinds[n](given.get(n))), None):
-        raise SpecError(f"{step.op.name}: {wrong} is {given[wrong]!r}" if wrong in given else f"{step.op.name}: {wrong} is missing")
+        raise SpecError(f"{step.op.name}: the keyword argument {wrong} is missing" if wrong not in given else
+                        f"{step.op.name}: it has no keyword argument {wrong}" if wrong not in kinds else
+                        f"{step.op.name}: {wrong} is {given[wrong]!r}")
 
 
 Tree = Spec | Struct

@@ -35,6 +35,7 @@ NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _DIM = re.compile(rf"({NAME})(~?)((?:/{NAME})+|/1)?")
 _OWED = re.compile(rf"\+({NAME})|max:({NAME})|@({NAME}):([0-9]+|last)")
 _ITEM = re.compile(r"\([^()]*\)|[^\s()]+")
+_ITEMS = re.compile(rf" *(?:{_ITEM.pattern})(?: +(?:{_ITEM.pattern}))* *")
 MAX_TEXT = 2000
 
 
@@ -206,9 +207,9 @@ def _parse(text: str) -> Spec:
         raise SpecError('an empty string is no spec; the scalar is written "()"')
     if text.strip(" ") == "()":
         return Spec()
+    if not _ITEMS.fullmatch(text):
+        raise SpecError(f"spec {text!r}: items are separated by blanks, and each parenthesis has its partner")
     items = _ITEM.findall(text)
-    if " ".join(items).replace(" ", "") != re.sub(" ", "", text):
-        raise SpecError(f"spec {text!r}: unmatched parenthesis or white space other than blanks")
     ellipsis = items[0] == "..."
     dims: list[Dim] = []
     owed: list[Owed] = []
@@ -228,7 +229,7 @@ def _dim(item: str, text: str) -> Dim:
     if item.isascii() and item.isdigit() and len(item) < 19:
         return Dim((), size=int(item))
     if item.startswith("("):
-        factors = tuple(_dim(name, text) for name in item[1:-1].split())
+        factors = tuple(_dim(name, text) for name in item[1:-1].split(" ") if name)
         if not factors or any(len(d.factors) != 1 or d.ragged for d in factors):
             raise SpecError(f"spec {text!r}: {item} is no group; a group holds names, as in (K/tp G H)")
         if any(d.factors[0].axes or d.factors[0].whole for d in factors[1:]):

@@ -25,7 +25,7 @@ from shardlib.arithmetic import BINARY, with_number
 from shardlib.errors import SpecError
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values, struct
-from shardlib.program import Op, Program, Result, Step, Struct, Where
+from shardlib.program import Op, Program, Result, Step, Struct, Where, check_keywords
 from shardlib.rules import Rule
 from shardlib.spec import Dim, Spec, heading, nameable, parse_signature
 
@@ -146,6 +146,8 @@ class Tracer:
         made = tuple(self.new(s) for s in outs)
         self.steps.append(Step(op, tuple(ins), tuple(outs), tuple(str(v.id) for v in values), tuple(str(v.id) for v in made),
                                tuple(sorted(attrs.items())), body, orelse, where, layout=self.layout, said=said, called=called))
+        if op.keywords:
+            check_keywords(self.steps[-1])
         return made
 
     def notice(self, frame: Any) -> dict[int, str]:

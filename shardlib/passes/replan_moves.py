@@ -38,6 +38,7 @@ def replan_moves(program: Program, mesh: Mesh) -> Program:
                 name = step.outputs[0] if i == len(moves) - 1 else fresh("", taken)
                 steps.append(Step(move.op, (move.have,), (move.want,), (here,), (name,), where=step.where, why=step.why))
                 made[name], here = steps[-1], name
+                count.setdefault(name, 1)
             if not moves:
                 alias[step.outputs[0]] = here
             continue

@@ -1,4 +1,5 @@
-"""A tiny Llama with random weights, and the files that others would write of it."""
+"""A tiny Llama with random weights, and the files that others would write of it. Tests here may import their neighbours by name."""
+import sys
 from pathlib import Path
 
 import gguf
@@ -7,6 +8,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 GGUF_NAMES = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight",
               "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import llama_reference as reference
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from simulated import placements, run, tree
 
 from shardlib import Layout, Mesh, SpecError, lower
+from shardlib.models import llama
 from shardlib.models.decoding import weight_types
 from shardlib.models.llama import Cache, LlamaConfig, RopeScaling, logits_of, next_logits
 from shardlib.models.llama_config import config_of
@@ -28,7 +30,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 def configs(draw: st.DrawFn) -> LlamaConfig:
     """Small, with sizes that the ranks do not divide. transformers wants d_model to be a multiple of the query heads."""
     kv, queries = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    return LlamaConfig(vocab_size=draw(st.integers(7, 29)), d_model=kv * queries * draw(st.integers(-(-8 // (kv * queries)), 12)),
+    return LlamaConfig(vocab_size=draw(st.integers(7, 29)), d_model=kv * queries * draw(st.integers(-(-12 // (kv * queries)), 12)),
                        num_layers=draw(st.integers(1, 3)), num_kv_heads=kv, queries_per_kv=queries, head_dim=2 * draw(st.integers(1, 4)),
                        d_ff=draw(st.integers(1, 23)), norm_eps=draw(st.sampled_from((1e-5, 1e-6))), rope_theta=draw(st.sampled_from((1e4, 5e5))),
                        rope_scaling=draw(st.sampled_from((None, RopeScaling(8.0, 1.0, 4.0, 16), RopeScaling(2.0, 0.5, 3.0, 32)))),
@@ -40,6 +42,7 @@ class Trial:
 
     def __init__(self, config: LlamaConfig, placement: tuple[Mesh, Layout], dtype: torch.dtype, rows: int, time: int, seed: int) -> None:
         (self.mesh, self.layout), self.dtype = placement, dtype
+        rows, time = (4, 6) if dtype == torch.bfloat16 else (rows, time)    # the errors of a token or two, of 8 bits each, say little
         weights = reference.random_weights(config, seed)
         self.ids = torch.randint(0, config.vocab_size, (rows, time), generator=torch.Generator().manual_seed(seed))
         with tempfile.TemporaryDirectory() as folder:
@@ -68,3 +71,49 @@ def test_logits(trial: Trial) -> None:
     ran = trial.run(logits_of, ids=trial.ids, w=trial.weights, start=torch.zeros(len(trial.ids), dtype=torch.int64))
     assert ran.results[0].dtype == trial.dtype
     assert reference.error(ran.results[0], trial.truth) <= trial.allowed
+
+
+@given(trials(time=9), st.data())
+def test_prefill_and_decode(trial: Trial, data: st.DataObject) -> None:
+    """Prompts of unequal lengths, padded on the right, then parts of equal lengths: the logits after the last token of each."""
+    rows, time = trial.ids.shape
+    lengths = torch.tensor(data.draw(st.lists(st.integers(1, time), min_size=rows, max_size=rows)))
+    sizes, whole = {"S": time + data.draw(st.integers(0, 2))}, torch.cat((trial.ids, trial.ids.flip(1)), 1)
+    start, width, shards = torch.zeros(rows, dtype=torch.int64), int(lengths.max()), trial.shards
+    cache = init(Cache, {**trial.sizes, **sizes}, dtype=trial.dtype, path="cache")
+    while True:
+        ids = whole.gather(1, start[:, None] + torch.arange(width))
+        ran = trial.run(next_logits, shards, {**sizes, "T": width}, ids=ids, w=trial.weights, cache=cache, start=start, last=lengths - 1 - start)
+        assert reference.error(ran.results[0], trial.truth[torch.arange(rows), lengths - 1]) <= trial.allowed
+        if not int(time - lengths.max()):
+            break
+        width = data.draw(st.integers(1, int(time - lengths.max())))
+        start, lengths = lengths, lengths + width
+        shards = [{**held, "cache.layers.k": k, "cache.layers.v": v} for held, k, v in zip(trial.shards, *ran.held[1:])]
+
+
+CONFIG = LlamaConfig(8, 8, 1, 1, 1, 2, 3, 1e-5, 1e4, None, False, 64)
+
+
+def line(text: str) -> str:
+    """Where the model's file has `text`."""
+    return next(f"llama.py:{i}" for i, l in enumerate(Path(llama.__file__).read_text().splitlines(), 1) if text in l)
+
+
+def test_layers_split_over_ranks_are_refused() -> None:
+    with pytest.raises(SpecError) as caught:
+        lower(logits_of, Layout(L="pp"), mesh=Mesh(pp=2), config=CONFIG)
+    assert str(caught.value) == (
+        f"scan: L is split over pp in w.layers.norm1; a scan over a split dim is a pipeline, which is not built yet          {line('scan(block')}\n"
+        "\n"
+        "  w.layers.norm1   L/pp  D\n"
+        "                   ^^^^")
+
+
+def test_activations_split_over_d_model_are_refused() -> None:
+    """FSDP splits D over the axis that splits the batch; without the batch on it, norms would have parts of rows."""
+    with pytest.raises(SpecError) as caught:
+        lower(logits_of, Layout(D="dp"), mesh=Mesh(dp=2), config=CONFIG)
+    assert str(caught.value) == (
+        f"rms_norm: D is split over dp in x; rms_norm needs all of D on each rank          {line('h = rms_norm(x, w.norm1')}\n"
+        "")
