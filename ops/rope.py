@@ -70,7 +70,10 @@ def _rope(prepare: Any) -> Any:
     def emit(e: Any, step: Step, args: list[str]) -> str:
         x, table = step.ins
         index = ", ".join(":" if n in table.labels else "None" for n in x.labels)
-        return f"{e.use(rotate)}({args[0]}, {e.hoist(args[1], f'{e.use(prepare)}({{x}}[{index}])')}, {e.shape(x)[-1] // 2})"
+        turn, half = e.hoist(args[1], f"{e.use(prepare)}({{x}}[{index}])"), e.shape(x)[-1] // 2
+        if args[0].isidentifier() and turn.isidentifier():
+            return f"torch.addcmul({args[0]} * {turn}[0], {args[0]}.roll({half}, -1), {turn}[1])"      # `rotate`, in place of a call
+        return f"{e.use(rotate)}({args[0]}, {turn}, {half})"
     return emit
 
 

@@ -1,7 +1,8 @@
 """The functions one calls on a sharded function: lower, compile, and calling it."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Callable, Mapping, Sequence
 
 import torch
@@ -121,8 +122,16 @@ class Compiled:
         return Prepared(name, tuple(made.values()), {p: tuple(v.shape) for p, v in leaves.items()})
 
     def __call__(self, *args: Any) -> Any:
-        values = [v for a in args for v in (a.flat if type(a) is Prepared else _flat(a))]
-        key = tuple([v.shape if isinstance(v, Tensor) else v[0].shape for v in values])
+        values, key = [], []
+        for a in args:
+            if type(a) is Prepared:
+                values += a.flat
+                key.append(a.token)
+            else:
+                leaves_of = flat(a) if isinstance(a, Params) else (a,)
+                values += leaves_of
+                key += [v.shape for v in leaves_of]
+        key = tuple(key)
         run = self._variants.get(key)
         if run is None:
             run = self._variants[key] = self._build(args, key)
@@ -185,10 +194,11 @@ def _rebuild(flat: Sequence[Tensor], results: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pytree argument as `Compiled.prepare` made it. `shapes`: of the leaves it was made from."""
+    """A pytree argument as `Compiled.prepare` made it. `shapes`: of the leaves it was made from; `token`: a number of its own."""
     name: str
     flat: tuple[Any, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    token: int = field(default_factory=count().__next__)
 
 
 def _flat(arg: Any) -> list[Any]:

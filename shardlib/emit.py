@@ -9,7 +9,6 @@ from __future__ import annotations
 import linecache
 import re
 from math import prod
-from types import MappingProxyType
 from typing import Any, Callable, Mapping, Sequence
 
 import torch
@@ -44,13 +43,12 @@ class Emitter:
         self.helpers: dict[str, Callable] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.dtype = dtype
-        self.lines: list[str] = []
-        self.functions = 0
+        self.variables = 0
         self.in_place: set[str] = set()
         self.prepared = frozenset(prepared)
         self.packs: list[Packing] = []
-        self.invariant: frozenset[str] = frozenset()        # variables of the current body that are the same in every layer
-        self.hoisted: dict[tuple[str, str], str] = {}       # (variable, template) -> the argument that brings it
+        self.invariant: frozenset[str] = frozenset()        # variables that are the same in every round of the current loop
+        self.hoisted: dict[tuple[str, str], str] = {}       # (variable, template) -> what it is before the loop
 
     # -- what ops ask for ------------------------------------------------------------------------------------------
 
@@ -78,7 +76,9 @@ class Emitter:
         """`template` applied to `variable`: once before the loop, where the variable is the same in every layer."""
         if variable not in self.invariant:
             return template.format(x=variable)
-        return self.hoisted.setdefault((variable, template), f"h{len(self.hoisted)}")
+        if (variable, template) not in self.hoisted:
+            self.hoisted[variable, template] = self.variable()
+        return self.hoisted[variable, template]
 
     def view(self, text: str, shape: Sequence[int]) -> str:
         """`text` viewed as `shape`: a view of a view is one view."""
@@ -99,120 +99,110 @@ class Emitter:
     def program(self, program: Program) -> str:
         """The source of a module whose function `main` takes the program's argument leaves and returns its result leaves."""
         self.packs = packings(program, set(self.prepared))
+        args = self.arguments(program)
+        names = {path: f"a{i}" for i, path in enumerate(args)}
+        updated = _updated(program)
         donated = {path for path, _ in program.arg_leaves() if path.split(".")[0] in self.donate}
-        self._function("main", program, donated, clone=True)
-        return "\n".join(self.lines) + "\n"
+        lines = [f"{names[p]} = {names[p]}.clone()" for p in names if p in updated - donated]
+        lines += self._block(program, names, donated | updated, {})
+        results = [names[n] for n, _ in program.result_leaves()]
+        lines.append(f"return ({', '.join(results)}{',' if len(results) == 1 else ''})")
+        if self.yields:
+            lines.insert(0, "if False: yield")
+        return "\n".join([f"def main({', '.join(names[a] for a in args)}):", *_indented(lines)]) + "\n"
 
     def arguments(self, program: Program) -> list[str]:
         """What `main` takes, in order: leaves by path, packed weights by their packing's name."""
         packed = {path: group for group in self.packs for path in group.outer_paths}
         return list(dict.fromkeys(packed[p].name if p in packed else p for p, _ in program.arg_leaves()))
 
-    def _function(self, name: str, program: Program, donated: set[str], clone: bool, packs: Mapping[str, Packing] = MappingProxyType({}),
-                  constants: Sequence[str] = ()) -> dict[tuple[str, str], str]:
-        """Write one function. `packs`: of a body, by the argument that carries the packed weight; `constants`: its arguments that
-        are the same in every layer. Returns what is hoisted out of the loop: (constant, template) -> argument."""
-        absorbed = {p for group in packs.values() for p in group.inner_paths}
-        args = self.arguments(program) if clone else [*packs, *(p for p, _ in program.arg_leaves() if p not in absorbed)]
-        names: dict[str, str] = {path: f"a{i}" for i, path in enumerate(args)}
+    def variable(self) -> str:
+        """A name that generated code has not used yet."""
+        self.variables += 1
+        return f"v{self.variables}"
+
+    def _block(self, program: Program, names: dict[str, str], owned: set[str], packs: Mapping[str, Packing]) -> list[str]:
+        """The lines of a program's steps. `names`: value -> variable, gets what the steps make. `owned`: values whose buffers may
+        be reused. `packs`: packings of this body, by the name of the value that is the packed weight."""
         group_of = {s.outputs[0]: (arg, group) for arg, group in packs.items() for s in group.steps}
         uses = _uses(program)
-        outer = self.invariant, self.hoisted
-        self.invariant, self.hoisted = frozenset(names[c] for c in constants), {}
-        body: list[str] = []
-        for path in sorted(_updated(program) - donated if clone else ()):
-            if path in names:
-                body.append(f"    {names[path]} = {names[path]}.clone()")
-        owned = (donated | _updated(program)) if clone else set(donated)
+        lines: list[str] = []
         for step in program.steps:
-            if step.op is SCAN:
-                body += self._scan(step, names, owned)
-                continue
             if step.outputs[0] in names:
-                continue
+                continue                    # a packing has made it already
             if step.outputs[0] in group_of:
                 arg, group = group_of[step.outputs[0]]
-                body += ["    " + line for line in emit_packed(self, group, program, names, names[arg], uses)]
-                continue
-            if step.op is COND:
-                body += self._cond(step, names)
-                continue
-            self.in_place = {o for o in owned if o in step.inputs}
-            text = step.op.emit(self, step, [names[i] for i in step.inputs])
-            if len(step.outputs) == 1 and (view := _VIEW.search(text)) and uses.get(step.outputs[0], 0) == 1:
-                variable = f"v{len(names)}"
-                body.append(f"    {variable} = {text[:view.start()]}")
-                names[step.outputs[0]] = variable + view.group()
-                continue
-            for out in step.outputs:
-                names[out] = f"v{len(names)}"
-            if step.op.updates is not None and step.inputs[step.op.updates] in owned:
-                owned.add(step.outputs[0])
-            body.append(f"    {', '.join(names[o] for o in step.outputs)} = {text}")
-        results = [names[n] for n, _ in program.result_leaves()]
-        body.append(f"    return {', '.join(results)}{',' if len(results) == 1 else ''}" if results else "    return ()")
-        if self.yields:
-            body.insert(0, "    if False: yield")
-        hoisted = {(next(c for c in constants if names[c] == variable), template): arg for (variable, template), arg in self.hoisted.items()}
-        self.lines += [f"def {name}({', '.join([*(names[a] for a in args), *hoisted.values()])}):", *body, ""]
-        self.invariant, self.hoisted = outer
-        return hoisted
+                lines += emit_packed(self, group, program, names, names[arg], uses)
+            elif step.op is SCAN:
+                lines += self._scan(step, names, owned)
+            elif step.op is COND:
+                lines += self._cond(step, names)
+            else:
+                lines.append(self._line(step, names, owned, uses))
+        return lines
+
+    def _line(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> str:
+        self.in_place = {o for o in owned if o in step.inputs}
+        text = step.op.emit(self, step, [names[i] for i in step.inputs])
+        if step.op.updates is not None and step.inputs[step.op.updates] in owned:
+            owned.add(step.outputs[0])
+        if len(step.outputs) == 1 and (view := _VIEW.search(text)) and uses.get(step.outputs[0], 0) == 1:
+            variable = self.variable()
+            names[step.outputs[0]] = variable + view.group()
+            return f"{variable} = {text[:view.start()]}"
+        for out in step.outputs:
+            names[out] = self.variable()
+        return f"{', '.join(names[o] for o in step.outputs)} = {text}"
 
     def _cond(self, step: Step, names: dict[str, str]) -> list[str]:
-        """Both bodies as functions, and the choice between them."""
-        calls = []
-        for body in step.bodies:
-            self.functions += 1
-            name = f"f{self.functions}"
-            self._function(name, body, set(), clone=False)
-            calls.append(f"{'yield from ' if self.yields else ''}{name}({', '.join(names[i] for i in step.inputs[1:])})")
-        test = names[step.inputs[0]]
-        for out in step.outputs:
-            names[out] = f"v{len(names)}"
-        target = ", ".join(names[o] for o in step.outputs) + ("," if len(step.outputs) == 1 else "")
-        return [f"    if bool({test}):", f"        {target} = {calls[0]}", "    else:", f"        {target} = {calls[1]}"]
+        """A branch, each body in its place."""
+        made = [self.variable() for _ in step.outputs]
+        lines = []
+        for head, body in zip((f"if bool({names[step.inputs[0]]}):", "else:"), step.bodies):
+            inner = {path: names[i] for (path, _), i in zip(body.arg_leaves(), step.inputs[1:])}
+            block = self._block(body, inner, set(), {})
+            block += [f"{v} = {inner[n]}" for v, (n, _) in zip(made, body.result_leaves())]
+            lines += [head, *_indented(block or ["pass"])]
+        names.update(zip(step.outputs, made))
+        return lines
 
     def _scan(self, step: Step, names: dict[str, str], owned: set[str]) -> list[str]:
         """A loop over the layers. A stacked cache that the body updates and returns in its place is updated in place."""
         body, count = step.body, step.options["stacked"]
-        leaves = [path for path, _ in body.arg_leaves()]
-        inputs = dict(zip(leaves, step.inputs))
-        stacked = leaves[1:1 + count]
-        kept = {out: path for (out, _), outer in zip(body.result_leaves()[1:], step.outputs[1:])
-                if (path := _updates(body, out)) in stacked and inputs[path] in owned}
-        self.functions += 1
-        name = f"f{self.functions}"
+        leaves, results = [path for path, _ in body.arg_leaves()], body.result_leaves()
+        outer = dict(zip(leaves, step.inputs))
+        kept = {out: path for out, _ in results[1:] if (path := _updates(body, out)) in leaves[1:1 + count] and outer[path] in owned}
         packs = {group.name: group for group in self.packs if group.scan == step.outputs[0]}
+        outer |= {name: name for name in packs}
         absorbed = {p for group in packs.values() for p in group.inner_paths}
-        hoisted = self._function(name, body, set(kept.values()), clone=False, packs=packs, constants=leaves[1 + count:])
-        inputs |= {arg: arg for arg in packs}
-        stacked = [*packs, *(p for p in stacked if p not in absorbed)]
-        n = len(names)
-        carry, slices = f"v{n}", {p: f"x{n}_{i}" for i, p in enumerate(stacked)}
+        stacked = [*packs, *(p for p in leaves[1:1 + count] if p not in absorbed)]
+        carry = self.variable()
+        inner = {leaves[0]: carry, **{p: self.variable() for p in stacked}, **{p: names[outer[p]] for p in leaves[1 + count:]}}
+        slices = [inner[p] for p in stacked]
+        around = self.invariant, self.hoisted
+        self.invariant, self.hoisted = frozenset(inner[p] for p in leaves[1 + count:]), {}
+        block = self._block(body, inner, set(kept.values()), packs)
+        hoisted, (self.invariant, self.hoisted) = self.hoisted, around
+        lines = [f"{made} = {self.hoist(variable, template)}" for (variable, template), made in hoisted.items()]
+        reverse = "[::-1]" if step.options.get("reverse") else ""
+        lists = {out: self.variable() for out, _ in results[1:] if out not in kept}
+        block += [f"{made}.append({inner[out]})" for out, made in lists.items()] + [f"{carry} = {inner[results[0][0]]}"]
+        rows = [names[outer[p]] + ("" if outer[p].split(".")[0] in self.prepared else ".unbind(0)") + reverse for p in stacked]
+        lines += [f"{carry} = {names[step.inputs[0]]}", *(f"{made} = []" for made in lists.values()),
+                  f"for {', '.join(slices)}, in zip({', '.join(rows)}):", *_indented(block)]
         names[step.outputs[0]] = carry
-        order = [*packs, *(p for p in leaves if p not in absorbed)]
-        passed = {leaves[0]: carry, **slices}
-        lifted = {arg: f"h{n}_{i}" for i, arg in enumerate(hoisted.values())}
-        call = f"{name}({', '.join([*(passed.get(p) or names[inputs[p]] for p in order), *lifted.values()])})"
-        ys = [f"y{n}_{i}" for i in range(len(step.outputs) - 1)]
-        lines = [f"    {lifted[arg]} = {self.hoist(names[inputs[path]], template)}" for (path, template), arg in hoisted.items()]
-        lines.append(f"    {carry} = {names[step.inputs[0]]}")
-        lines += [f"    {y}s = []" for y, (out, _) in zip(ys, body.result_leaves()[1:]) if out not in kept]
-        rows = [names[inputs[p]] + ("" if inputs[p].split(".")[0] in self.prepared else ".unbind(0)") + ("[::-1]" if step.options.get("reverse") else "") for p in stacked]
-        lines.append(f"    for {', '.join(slices.values())}, in zip({', '.join(rows)}):")
-        lines.append(f"        {', '.join([carry, *ys])}{'' if ys else ','} = {'yield from ' if self.yields else ''}{call}")
-        for y, (out, kind), made in zip(ys, body.result_leaves()[1:], step.outputs[1:]):
+        for (out, kind), made in zip(results[1:], step.outputs[1:]):
             if out in kept:
-                names[made] = names[inputs[kept[out]]]
+                names[made] = names[outer[kept[out]]]
                 owned.add(made)
-                continue
-            lines.append(f"        {y}s.append({y})")
-            names[made] = f"v{len(names)}"
-        for y, (out, kind), made in zip(ys, body.result_leaves()[1:], step.outputs[1:]):
-            if out not in kept:
-                rest = f"torch.stack({y}s{'[::-1]' if step.options.get('reverse') else ''})"
-                lines.append(f"    {names[made]} = {rest} if {y}s else {names[step.inputs[0]]}.new_zeros({(0, *self.shape(kind))})")
+            else:
+                names[made] = lists[out]
+                lines.append(f"{lists[out]} = torch.stack({lists[out]}{reverse}) if {lists[out]} else {carry}.new_zeros({(0, *self.shape(kind))})")
         return lines
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return ["    " + line for line in lines]
 
 
 def _uses(program: Program) -> dict[str, int]:

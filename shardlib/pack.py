@@ -91,11 +91,11 @@ def emit_packed(e: Emitter, group: Packing, body: Program, names: dict[str, str]
     operand = x if inner == 1 else e.view(x, flat) if x.endswith("))") else f"{x}.reshape({flat})"
     product = f"torch.matmul({operand}, {weight})"
     if len(group.steps) == 1:
-        names[first.outputs[0]] = f"v{len(names)}"
+        names[first.outputs[0]] = e.variable()
         return [f"{names[first.outputs[0]]} = {_view(e, first, product, left)}"]
     runs = _runs(group, body)
     width = {s.outputs[0]: prod(e.shape(s.outs[0])[left:]) for s in group.steps}
-    parts = [f"p{len(names)}_{i}" for i in range(len(runs))]
+    parts = [e.variable() for _ in runs]
     lines: list[str] = []
 
     def name(step: Step, out: str, text: str) -> None:
@@ -103,15 +103,15 @@ def emit_packed(e: Emitter, group: Packing, body: Program, names: dict[str, str]
         if uses.get(out, 0) == 1 or "." not in text:
             names[out] = text
         else:
-            names[out] = f"v{len(names)}"
+            names[out] = e.variable()
             lines.append(f"{names[out]} = {text}")
     lines.append(f"{', '.join(parts)} = {product}.split({tuple(sum(width[s.outputs[0]] for s, _ in run) for run in runs)}, -1)")
     for part, run in zip(parts, runs):
         if len(run) == 1:
             name(run[0][0], run[0][0].outputs[0], _view(e, run[0][0], part, left))
             continue
-        pieces, text = _joined(e, run, part, left, names)
-        lines.append(text)
+        pieces, joining = _joined(e, run, part, left, names)
+        lines += joining
         for piece, (step, after) in zip(pieces, run):
             names[step.outputs[0]] = piece
             name(step, after.outputs[0], piece if len(step.outs[0].dims) == left + 2 else e.view(piece, e.shape(step.outs[0])))
@@ -139,17 +139,17 @@ def _runs(group: Packing, body: Program) -> list[list[tuple[Step, Step | None]]]
     return runs
 
 
-def _joined(e: Emitter, run: list[tuple[Step, Step]], part: str, left: int, names: dict[str, str]) -> tuple[list[str], str]:
-    """The variables of the pieces, and the line that makes them: one call of the op that all of them go through."""
+def _joined(e: Emitter, run: list[tuple[Step, Step]], part: str, left: int, names: dict[str, str]) -> tuple[list[str], list[str]]:
+    """The variables of the pieces, and the lines that make them: one call of the op that all of them go through."""
     (step, op), last = run[0], run[0][0].outs[0].dims[-1]
     lead = e.shape(step.outs[0])[:left]
     heads = [prod(e.shape(s.outs[0])[left:-1]) for s, _ in run]
     wide = Spec((*step.outs[0].dims[:left], Dim((), size=sum(heads)), last))
     size = e.shape(Spec((last,)))[0]
-    whole = e.view(part, (*lead, -1, size))
+    whole = e.variable()
     text = op.op.emit(e, replace(op, ins=(wide, *op.ins[1:]), outs=(wide,)), [whole, *(names[i] for i in op.inputs[1:])])
-    pieces = [f"{part}_{i}" for i in range(len(run))]
-    return pieces, f"{', '.join(pieces)} = {text}.split({tuple(heads)}, {left})"
+    pieces = [e.variable() for _ in run]
+    return pieces, [f"{whole} = {e.view(part, (*lead, -1, size))}", f"{', '.join(pieces)} = {text}.split({tuple(heads)}, {left})"]
 
 
 def _view(e: Emitter, step: Step, text: str, left: int) -> str:

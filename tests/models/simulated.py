@@ -11,7 +11,7 @@ from torch import Tensor
 from shardlib import Layout, Mesh, Params, lower, shard_of
 from shardlib.models.decoding import Sampling, next_sample
 from shardlib.models.layouts import named_layout
-from shardlib.models.llama import Cache, Llama, LlamaConfig, next_token
+from shardlib.models.llama import Cache, Llama, LlamaConfig, RopeScaling, next_token
 from shardlib.params import fill, init, leaf_values
 from shardlib.program import Program
 from shardlib.project import project
@@ -100,7 +100,18 @@ def generate(weights: Llama, config: LlamaConfig, layout: Layout, mesh: Mesh, pr
     return tokens
 
 
-# -- meshes and layouts ------------------------------------------------------------------------------------------------
+# -- models, meshes and layouts -----------------------------------------------------------------------------------------
+
+@st.composite
+def configs(draw: st.DrawFn) -> LlamaConfig:
+    """Small, with sizes that the ranks do not divide. transformers wants d_model to be a multiple of the query heads."""
+    kv, queries = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return LlamaConfig(vocab_size=draw(st.integers(7, 29)), d_model=kv * queries * draw(st.integers(-(-12 // (kv * queries)), 12)),
+                       num_layers=draw(st.integers(1, 3)), num_kv_heads=kv, queries_per_kv=queries, head_dim=2 * draw(st.integers(1, 4)),
+                       d_ff=draw(st.integers(1, 23)), norm_eps=draw(st.sampled_from((1e-5, 1e-6))), rope_theta=draw(st.sampled_from((1e4, 5e5))),
+                       rope_scaling=draw(st.sampled_from((None, RopeScaling(8.0, 1.0, 4.0, 16), RopeScaling(2.0, 0.5, 3.0, 32)))),
+                       tied=draw(st.booleans()), max_context=64)
+
 
 NAMED = (("tp", "tp"), ("tp", "tp+sp"), ("dp", "tp"), ("dp", "fsdp"), ("tk,tg", "tp"), ("tk,tg", "tp+sp"), ("cp", "cp"), ("cp,tp", "tp+cp"),
          ("dp,tp", "tp+fsdp"), ("dp,cp,tp", "tp+sp+fsdp+cp"), ("dp,tk,tg", "tp+sp+fsdp"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated import placements, run, tree
+from simulated import configs, placements, run, tree
 
 from shardlib import Layout, Mesh, SpecError, lower
 from shardlib.models import llama
@@ -24,17 +24,6 @@ from shardlib.params import init
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> LlamaConfig:
-    """Small, with sizes that the ranks do not divide. transformers wants d_model to be a multiple of the query heads."""
-    kv, queries = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    return LlamaConfig(vocab_size=draw(st.integers(7, 29)), d_model=kv * queries * draw(st.integers(-(-12 // (kv * queries)), 12)),
-                       num_layers=draw(st.integers(1, 3)), num_kv_heads=kv, queries_per_kv=queries, head_dim=2 * draw(st.integers(1, 4)),
-                       d_ff=draw(st.integers(1, 23)), norm_eps=draw(st.sampled_from((1e-5, 1e-6))), rope_theta=draw(st.sampled_from((1e4, 5e5))),
-                       rope_scaling=draw(st.sampled_from((None, RopeScaling(8.0, 1.0, 4.0, 16), RopeScaling(2.0, 0.5, 3.0, 32)))),
-                       tied=draw(st.booleans()), max_context=64)
 
 
 class Trial:
@@ -116,4 +105,10 @@ def test_activations_split_over_d_model_are_refused() -> None:
         lower(logits_of, Layout(D="dp"), mesh=Mesh(dp=2), config=CONFIG)
     assert str(caught.value) == (
         f"rms_norm: D is split over dp in x; rms_norm needs all of D on each rank          {line('h = rms_norm(x, w.norm1')}\n"
-        "")
+        "\n"
+        "  x         B  T  D/dp\n"
+        "  w.norm1         D/dp\n"
+        "                  ^^^^\n"
+        "\n"
+        '  rms_norm(all_to_all("B T D/dp -> B T/dp D", x), all_gather("D/dp -> D/1", w.norm1), eps=1e-05)     '
+        "0.25 x the size of x and 0.5 x the size of w.norm1 per rank")

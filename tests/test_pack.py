@@ -1,0 +1,49 @@
+"""Packing changes how weights are held, and nothing else."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shardlib import Layout, compile, init
+from shardlib.models.decoding import llama_of
+from shardlib.models.llama import Cache, LlamaConfig, next_logits
+
+
+def config_of(kv: int, g: int, h: int, f: int, tied: bool) -> LlamaConfig:
+    return LlamaConfig(vocab_size=37, d_model=12, num_layers=3, num_kv_heads=kv, queries_per_kv=g, head_dim=h, d_ff=f, norm_eps=1e-5,
+                       rope_theta=1e4, rope_scaling=None, tied=tied, max_context=64)
+
+
+@pytest.mark.parametrize("t", [1, 5])
+@pytest.mark.parametrize("config", [config_of(3, 2, 4, 11, True), config_of(1, 1, 2, 1, False), config_of(2, 3, 6, 8, True)])
+def test_packed_weights_give_the_same_logits_and_cache(config, t):
+    w = init(llama_of(config), config.sizes, dtype=torch.float64)
+    cache = init(Cache, dict(config.sizes, B=2, S=9), dtype=torch.float64, path="cache")
+    step = compile(next_logits, Layout(), sizes=config.sizes, config=config)
+    ids, start, last = torch.randint(0, 37, (2, t)), torch.tensor([0, 2]), torch.tensor([t - 1, 0])
+    plain, plain_cache = step(ids, w, cache, start, last)
+    packed, packed_cache = step(ids, step.prepare("w", w), cache, start, last)
+    assert not cache.layers.k.any() and not cache.layers.v.any()
+    for a, b in ((plain, packed), (plain_cache.layers.k, packed_cache.layers.k), (plain_cache.layers.v, packed_cache.layers.v)):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)     # fp64: some thousand roundings of 1e-16
+
+
+def test_one_matmul_each_for_qkv_and_for_gate_and_up_and_one_rope():
+    config = config_of(3, 2, 4, 11, True)
+    w = init(llama_of(config), config.sizes)
+    cache = init(Cache, dict(config.sizes, B=1, S=9), path="cache")
+    step = compile(next_logits, Layout(), sizes=config.sizes, config=config)
+    zero = torch.zeros(1, dtype=torch.int64)
+    step(zero[None], step.prepare("w", w), cache, zero, zero)
+    (source,) = step.sources.values()
+    assert source.count("torch.matmul") == 4 and source.count(".roll(") == 1
+
+
+def test_a_donated_cache_is_updated_in_place_and_another_is_left_alone():
+    config = config_of(3, 2, 4, 11, True)
+    w = init(llama_of(config), config.sizes)
+    zero = torch.zeros(1, dtype=torch.int64)
+    for donate in ((), ("cache",)):
+        cache = init(Cache, dict(config.sizes, B=1, S=9), path="cache")
+        _, after = compile(next_logits, Layout(), sizes=config.sizes, donate=donate, config=config)(zero[None], w, cache, zero, zero)
+        assert (after.layers.k is cache.layers.k) == bool(donate) and bool(cache.layers.k.any()) == bool(donate)
