@@ -19,7 +19,7 @@ from shardlib.models.llama import Cache, Llama, LlamaConfig, next_logits, next_t
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
 from shardlib.ops import sample
-from shardlib.params import fill, init, struct
+from shardlib.params import fill, init, leaf_values, struct
 from shardlib.program import Program
 
 
@@ -59,12 +59,20 @@ class Model:
         config = config_of(checkpoint)
         types = weight_types(config, layout, runtime.mesh)
         shards = load(checkpoint, types, runtime.mesh, runtime.coordinate, dtype, runtime.device)
-        return cls(config, fill(llama_of(config), "", lambda path: shards[path[1:]]), layout, runtime, dtype)
+        return cls(config, fill(llama_of(config), "", lambda path: shards.pop(path[1:])), layout, runtime, dtype)
+
+    def pack(self) -> Model:
+        """The same model with its weights in the form that runs fastest. Each plain weight is let go as soon as it is packed."""
+        step, weights = self._step(Sampling()), self.weights
+        leaves = dict(leaf_values(weights, "w"))
+        self.weights = weights = None
+        self.weights = step.prepare("w", leaves, llama_of(self.config))
+        return self
 
     def lower(self, sampling: Sampling = Sampling()) -> Program:
         """The program of one step."""
         function, static = self._function(sampling)
-        return lower(function, self.layout, None, self.weights, mesh=self.runtime.mesh, **static)
+        return lower(function, self.layout, None, llama_of(self.config), mesh=self.runtime.mesh, **static)
 
     def _function(self, sampling: Sampling) -> tuple:
         if sampling.temperature == 0:
@@ -85,7 +93,7 @@ class Model:
         longest = max(map(len, prompts))
         step = self._step(sampling)
         step.sizes.update(B=rows, S=longest + max_new_tokens)
-        program = step.lower(None, self.weights)
+        program = step.lower(None, llama_of(self.config))
         kinds = arg_types(program, "cache")
         cache = init(Cache, {**self.config.sizes, **step.sizes}, kinds, mesh=mesh, coordinate=here, dtype=self.dtype, path="cache",
                      device=self.runtime.device)

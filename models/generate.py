@@ -13,10 +13,13 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, Iterator, NoReturn, Sequence
 
 import torch
+import torch.distributed as dist
 
 from shardlib import Mesh, SpecError
 from shardlib.distributed.runtime import Runtime, connect
@@ -33,8 +36,15 @@ from shardlib.params import leaf_values
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and on one rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SpecError(f"{message}; --help lists the options")
+
+
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="shardlib.models.generate", description="Generate text with a Llama.")
+    parser = _Parser(prog="shardlib.models.generate", description="Generate text with a Llama.")
     parser.add_argument("--model", default="smollm2", help="smollm2, a Hugging Face Llama folder, or a .gguf file")
     parser.add_argument("--mesh", default="", help='axes and sizes, as in "dp=2,tp=2"; by default one rank')
     parser.add_argument("--layout", default="tp", help="tp, sp, fsdp, cp, joined by +; or a layout, as in B=dp,K=tp,F=tp")
@@ -53,40 +63,61 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = arguments().parse_args(argv)
     try:
-        run(options)
+        with _reporting():
+            run(arguments().parse_args(argv))
         return 0
-    except (SpecError, CheckpointError) as error:
-        _report(error, everywhere=False)
-    except (OSError, RuntimeError, MemoryError, IndexError) as error:
-        _report(error, everywhere=True)
+    except _Reported:
+        return 1
     except KeyboardInterrupt:
         return 130
-    return 1
 
 
-def _report(error: Exception, everywhere: bool) -> None:
-    """One line, from rank 0 where all ranks say the same; and into the file that SHARDLIB_ERROR_FILE names."""
-    rank = os.environ.get("RANK", "0")
-    line = f"error: {str(error).strip() or type(error).__name__}"
-    if everywhere and not isinstance(error, OSError):
-        line = f"error on rank {rank}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    if rank == "0" or everywhere:
-        print(line, file=sys.stderr, flush=True)
-        if path := os.environ.get("SHARDLIB_ERROR_FILE"):
-            Path(path).write_text(line + "\n")
+class _Reported(Exception):
+    """The error that ends this rank has been said, here or on another rank."""
+
+
+@contextmanager
+def _reporting() -> Iterator[None]:
+    """What a user can do wrong, or meet, becomes one line on stderr, said by the first rank that comes to it."""
+    try:
+        yield
+    except (SpecError, CheckpointError, OSError, RuntimeError, MemoryError, IndexError) as error:
+        if _first():
+            _report(error)
+        raise _Reported from None
+
+
+def _first() -> bool:
+    """Whether no rank before this one has met an error: the others follow, or lose their peer. torchrun keeps the count."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))
+        return store.add(f"shardlib/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except (RuntimeError, ValueError, KeyError):
+        return True
+
+
+def _report(error: Exception) -> None:
+    """One line, and the same into the file that SHARDLIB_ERROR_FILE names."""
+    text = str(error).strip() or type(error).__name__
+    line = f"error: {text}" if isinstance(error, (SpecError, CheckpointError, OSError)) else \
+        f"error on rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {text.splitlines()[0]}"
+    print(line, file=sys.stderr, flush=True)
+    if path := os.environ.get("SHARDLIB_ERROR_FILE"):
+        Path(path).write_text(line + "\n")
 
 
 def run(options: argparse.Namespace) -> None:
     say = _speaker(options)
     mesh = Mesh.parse(options.mesh)
     sampling = Sampling(options.temperature, options.top_p, options.seed)
-    if options.temperature < 0 or not 0 < options.top_p <= 1:
+    if not options.temperature >= 0 or not 0 < options.top_p <= 1:
         raise SpecError(f"--temperature {options.temperature} --top-p {options.top_p}: temperature is at least 0, top-p above 0 and at most 1")
     layout = named_layout(options.layout, mesh)
     layout.on(mesh)
-    with connect(mesh, options.device) as runtime:
+    with connect(mesh, options.device) as runtime, _reporting():
         world = tuple(mesh.axes)
         runtime.create_groups([world] if world else [])
         say(f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {runtime.device.type}, mesh {str(mesh) or '()'}, layout {str(layout) or '()'}; reading {options.model}")
@@ -101,6 +132,7 @@ def run(options: argparse.Namespace) -> None:
         model = Model.load(checkpoint, layout, runtime, DTYPES[options.dtype])
         held = sum(t.numel() * t.element_size() for t in _tensors(model.weights))
         say(f"loaded {bytes_text(held)} of weights on this rank in {time.perf_counter() - began:.1f} s")
+        model.pack()
         _show_plan(model, job["prompts"], options, say, full=options.plan)
         if options.plan:
             return
@@ -117,6 +149,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Tokenizer | None, dict[str, A
     try:
         if any(not text.strip() for text in options.prompt) or not options.prompt:
             raise SpecError("the prompt is empty; give one with --prompt")
+        if any("\udc80" <= c <= "\udcff" for text in options.prompt for c in text):       # how Python hands on bytes it cannot decode
+            raise SpecError("the prompt is not UTF-8 text")
         checkpoint = open_checkpoint(options.model)
         tokenizer = Tokenizer.load(options.model)
         texts = options.prompt if options.raw else [tokenizer.chat([{"role": "user", "content": text}]) for text in options.prompt]

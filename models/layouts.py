@@ -16,12 +16,17 @@ from shardlib.layout import Layout
 from shardlib.mesh import Mesh
 
 NAMES = ("tp", "sp", "fsdp", "cp")
+DIMS = ("B", "T", "S", "D", "L", "K", "G", "H", "F", "V")
 
 
 def named_layout(text: str, mesh: Mesh) -> Layout:
     """The layout that `text` names or writes, on `mesh`."""
     if "=" in text:
-        return Layout.parse(text)
+        layout = Layout.parse(text)
+        for dim in layout.entries:
+            if dim not in DIMS:
+                raise SpecError(f"layout {text!r}: the models have no dim {dim}; they have {', '.join(DIMS)}")
+        return layout
     parts = text.split("+")
     for part in parts:
         if part not in NAMES:

@@ -105,24 +105,30 @@ class Compiled:
             self.program, self._results = _lower(self.f, self.layout, self.runtime.mesh, self.sizes, args, self.static)
         return self.program
 
-    def prepare(self, name: str, weights: Params) -> Prepared:
+    def prepare(self, name: str, weights: Params | dict[str, Tensor], like: Params | None = None) -> Prepared:
         """The argument `name`, in the form in which this program runs fastest; pass it in place of `weights`.
 
-        Weights that multiply the same activation are packed into one matrix. What is packed is copied: drop `weights`.
+        Weights that multiply the same activation are packed into one matrix. What is packed is copied: drop `weights`. Given as
+        a dict path -> tensor (with `like`, the pytree they are of), it is emptied on the way, and no two copies are held at once.
         """
-        program = self.lower(*(weights if n == name else None for n in self.f.arg_names))
-        leaves = dict(leaf_values(weights, name))
+        program = self.lower(*((like or weights) if n == name else None for n in self.f.arg_names))
+        leaves = weights if isinstance(weights, dict) else dict(leaf_values(weights, name))
+        shapes = {p: tuple(v.shape) for p, v in leaves.items()}
         groups = packings(program, {name})
         packed = {path: group for group in groups for path in group.outer_paths}
         scanned = {n for s in program.steps if s.op is SCAN for n in s.inputs[1:1 + s.options["stacked"]]}
         made = {packed[p].name if p in packed else p: () for p in leaves}
         for key in made:
             group = next((g for g in groups if g.name == key), None)
-            made[key] = pack(group, leaves) if group else leaves[key].unbind(0) if key in scanned else leaves[key]
-        return Prepared(name, tuple(made.values()), {p: tuple(v.shape) for p, v in leaves.items()})
+            if group:
+                made[key] = pack(group, leaves)
+            else:
+                leaf = leaves.pop(key)
+                made[key] = leaf.unbind(0) if key in scanned else leaf
+        return Prepared(name, tuple(made.values()), shapes)
 
     def __call__(self, *args: Any) -> Any:
-        values, key = [], []
+        values, key = [], [*self.sizes.values()]        # shards of equal shapes may be of wholes of different sizes
         for a in args:
             if type(a) is Prepared:
                 values += a.flat

@@ -101,9 +101,9 @@ class Emitter:
         self.packs = packings(program, set(self.prepared))
         args = self.arguments(program)
         names = {path: f"a{i}" for i, path in enumerate(args)}
-        updated = _updated(program)
+        updated, uses = _updated(program), _uses(program)
         donated = {path for path, _ in program.arg_leaves() if path.split(".")[0] in self.donate}
-        lines = [f"{names[p]} = {names[p]}.clone()" for p in names if p in updated - donated]
+        lines = [f"{names[p]} = {names[p]}.clone()" for p in names if p in updated - donated and uses[p] == 1]
         lines += self._block(program, names, donated | updated, {})
         results = [names[n] for n, _ in program.result_leaves()]
         lines.append(f"return ({', '.join(results)}{',' if len(results) == 1 else ''})")
@@ -123,7 +123,7 @@ class Emitter:
 
     def _block(self, program: Program, names: dict[str, str], owned: set[str], packs: Mapping[str, Packing]) -> list[str]:
         """The lines of a program's steps. `names`: value -> variable, gets what the steps make. `owned`: values whose buffers may
-        be reused. `packs`: packings of this body, by the name of the value that is the packed weight."""
+        be reused, where nothing else uses them. `packs`: packings of this body, by the name of the value that is the packed weight."""
         group_of = {s.outputs[0]: (arg, group) for arg, group in packs.items() for s in group.steps}
         uses = _uses(program)
         lines: list[str] = []
@@ -134,7 +134,7 @@ class Emitter:
                 arg, group = group_of[step.outputs[0]]
                 lines += emit_packed(self, group, program, names, names[arg], uses)
             elif step.op is SCAN:
-                lines += self._scan(step, names, owned)
+                lines += self._scan(step, names, owned, uses)
             elif step.op is COND:
                 lines += self._cond(step, names)
             else:
@@ -142,9 +142,9 @@ class Emitter:
         return lines
 
     def _line(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> str:
-        self.in_place = {o for o in owned if o in step.inputs}
+        self.in_place = {i for i in step.inputs if i in owned and uses[i] == 1}
         text = step.op.emit(self, step, [names[i] for i in step.inputs])
-        if step.op.updates is not None and step.inputs[step.op.updates] in owned:
+        if step.op.updates is not None:
             owned.add(step.outputs[0])
         if len(step.outputs) == 1 and (view := _VIEW.search(text)) and uses.get(step.outputs[0], 0) == 1:
             variable = self.variable()
@@ -166,12 +166,13 @@ class Emitter:
         names.update(zip(step.outputs, made))
         return lines
 
-    def _scan(self, step: Step, names: dict[str, str], owned: set[str]) -> list[str]:
+    def _scan(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> list[str]:
         """A loop over the layers. A stacked cache that the body updates and returns in its place is updated in place."""
         body, count = step.body, step.options["stacked"]
         leaves, results = [path for path, _ in body.arg_leaves()], body.result_leaves()
         outer = dict(zip(leaves, step.inputs))
-        kept = {out: path for out, _ in results[1:] if (path := _updates(body, out)) in leaves[1:1 + count] and outer[path] in owned}
+        kept = {out: path for out, _ in results[1:] if (path := _updates(body, out)) in leaves[1:1 + count]
+                and outer[path] in owned and uses[outer[path]] == 1}
         packs = {group.name: group for group in self.packs if group.scan == step.outputs[0]}
         outer |= {name: name for name in packs}
         absorbed = {p for group in packs.values() for p in group.inner_paths}

@@ -338,6 +338,8 @@ def _total(at: Completer, k: int, steps: Sequence[Step], alone: bool = False) ->
 def _received(at: Completer, program: Program) -> float | None:
     again = type(at)(program, at.layout, at.mesh, at.sizes, at.arg_types, trial=True)
     again.params |= at.params
+    made = {o for s in at.steps for o in s.outputs}
+    again.now.update({name: again.declare(name, at.types[now]) for name, now in at.now.items() if now not in made})
     try:
         return _traffic(again.run(), at)
     except SpecError:
@@ -348,8 +350,9 @@ def _traffic(program: Program, at: Completer) -> float:
     """Elements that a rank receives in one run of an explicit program."""
     total = 0.0
     for step in program.steps:
-        if step.body is not None:
-            total += _traffic(step.body, at) * at.sizes.get(step.options["dim"], GUESS)
+        if step.bodies:
+            times = at.sizes.get(step.options["dim"], GUESS) if step.op is SCAN else 1
+            total += times * max(_traffic(b, at) for b in step.bodies)
         elif step.op in COLLECTIVES:
             total += sum(m.received for m in plan(step.ins[0], step.outs[0], at.mesh)) * _elements(step.ins[0], at)
     return total

@@ -66,11 +66,14 @@ def _of_body(scan: Step, stacked: Mapping[str, str]) -> list[Packing]:
     return [Packing(scan.outputs[0], tuple(s for s, _ in g), tuple(p for _, p in g), tuple(stacked[p] for _, p in g)) for g in groups.values()]
 
 
-def pack(group: Packing, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Per layer, the packed matrix: contracted dims flat, then the dims of every weight flat, one after the other."""
+def pack(group: Packing, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Per layer, the packed matrix: contracted dims flat, then the dims of every weight flat, one after the other.
+
+    The weights are taken out of `leaves`.
+    """
     flat = []
     for step, path in zip(group.steps, group.outer_paths):
-        w = leaves[path]
+        w = leaves.pop(path)
         count = sum(n in step.ins[0].labels for n in step.ins[1].labels)
         flat.append(w.reshape(w.shape[0], prod(w.shape[1:1 + count]), prod(w.shape[1 + count:])))
     whole = torch.cat(flat, -1) if len(flat) > 1 else flat[0].contiguous()

@@ -219,7 +219,7 @@ def trace_results(f: Function, args: Sequence[Any] = (), static: dict[str, Any] 
         with active(tracer):
             results = f.fn(*values, **(static or {}))
     except SpecError as error:
-        raise error.at(_user_line(error)) from None
+        raise error.at(user_line(error)) from None
     given = _results(f, results)
     return tracer.finish(f.__name__, trees, given, _definition(f)), tuple(value for _, value in given)
 
@@ -324,7 +324,7 @@ def apply(op: Op, operands: Sequence[Any], text: str | None = None, *, ins: Sequ
         raise SpecError(f"{op.name} was called outside of a @sharded function; put the computation into one, and call that")
     if tracer.runs:
         return tracer.run(op, operands, text, ins, outs, attrs)
-    frame = _user_frame()
+    frame = user_frame()
     said = tracer.notice(frame)
     for i, x in enumerate(operands):
         if not isinstance(x, Value):
@@ -376,7 +376,7 @@ def check_dims(who: str, spec: Spec, value: Any) -> None:
         raise SpecError(f"{who} has dims {Spec(value.spec.whole().dims)}, not {Spec(spec.whole().dims)}")
 
 
-def _user_frame() -> Any:
+def user_frame() -> Any:
     """The innermost frame outside of the library's own language and ops."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _ours(frame.f_globals.get("__name__", "")):
@@ -384,7 +384,7 @@ def _user_frame() -> Any:
     return frame
 
 
-def _user_line(error: BaseException) -> Where | None:
+def user_line(error: BaseException) -> Where | None:
     """The innermost line outside of the library on the way to where `error` was raised."""
     found, at = None, error.__traceback__
     while at is not None:

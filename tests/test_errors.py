@@ -844,7 +844,7 @@ def test_axis_twice_in_a_signature():
         @sharded("B/tp T/tp -> B T")
         def f(x):
             return x
-    assert said(decorate) == ('spec "B/tp T/tp": axis tp is used twice; an axis splits one dim, or is owed, once          model.py:2')
+    assert said(decorate) == ('spec "B/tp T/tp": axis tp is used twice; an axis splits one dim, or is owed, once          model.py:3')
 
 
 def test_dim_twice_in_a_signature():
@@ -852,7 +852,7 @@ def test_dim_twice_in_a_signature():
         @sharded("D D -> D")
         def f(x):
             return x
-    assert said(decorate) == 'spec "D D": dim D appears twice; give the second one its own letter          model.py:2'
+    assert said(decorate) == 'spec "D D": dim D appears twice; give the second one its own letter          model.py:3'
 
 
 def test_signature_of_another_number_of_arguments():
@@ -861,7 +861,7 @@ def test_signature_of_another_number_of_arguments():
         def f(x, eps):
             return x
     assert said(decorate) == ('f: the signature "B T -> B T" names 1 arguments, the function takes 2 (x, eps); static ones come after a "*,"'
-                              '          model.py:2')
+                              '          model.py:3')
 
 
 @pytest.mark.parametrize("text, message", [
@@ -904,7 +904,7 @@ def test_value_of_another_trace():
         old = kept[0]
         return x + old
     lower(f, mesh=MESH)
-    assert said(lower, f, mesh=MESH) == "add: old belongs to another trace; a function takes all it uses as arguments          model.py:7"
+    assert said(lower, f, mesh=MESH) == "add: old belongs to another trace; a function takes all it uses as arguments          model.py:8"
 
 
 @sharded("B D, D F -> B F")

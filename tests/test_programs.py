@@ -1,0 +1,503 @@
+"""Random well-typed programs: run on every rank they are what they are on one; printed they read back; their mutants are refused.
+
+`Writer` draws a declarative program from the ops themselves, a step at a time, and a step that the layout makes ill-typed is
+left out. A failure shrinks to a program that a person can read; the assertion prints it.
+"""
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+import pytest
+import torch
+from hypothesis import event, given, settings, strategies as st
+
+from shardlib.complete import complete
+from shardlib.cond import COND
+from shardlib.errors import SpecError
+from shardlib.layout import Layout
+from shardlib.mesh import Mesh
+from shardlib.moves import RESHARD
+from shardlib.ops import TABLE
+from shardlib.ops.cases import OPS
+from shardlib.oracle import same, types
+from shardlib.parser import check, parse_program
+from shardlib.passes import DEFAULT, PASSES
+from shardlib.program import Op, Program, Result, Step, Struct, leaves
+from shardlib.scan import SCAN
+from shardlib.simulate import simulate
+from shardlib.spec import Dim, Factor, Spec, parse
+from shardlib.testing import join, place
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOLERANCE = 1e-6            # of the largest element: programs subtract, divide and normalise what they rounded
+BATCH = ("B", "T", "D", "F", "K")
+SIZES = (0, 1, 2, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class Value:
+    """holds: "any" float, "bounded" (by about 5), "positive" (bounded away from 0), "mask", "ids". order: of magnitude, at most."""
+    name: str
+    spec: Spec
+    holds: str = "bounded"
+    order: int = 1
+
+
+class NotHere(Exception):
+    """The drawn op has no operands in this program."""
+
+
+class Writer:
+    """Draws the steps of a program, and its arguments as they are needed. `fits` says whether the program still types."""
+
+    def __init__(self, draw: Callable, sizes: dict[str, int], mesh: Mesh, fits: Callable[[Program], bool], prefix: str = "") -> None:
+        self.draw, self.sizes, self.mesh, self.fits, self.prefix = draw, sizes, mesh, fits, prefix
+        self.args: dict[str, Spec] = {}
+        self.weights: dict[str, Spec] = {}
+        self.holds: dict[str, str] = {}
+        self.steps: list[Step] = []
+        self.values: list[Value] = []
+        self.count = itertools.count()
+
+    # -- choices ---------------------------------------------------------------------------------------------------
+
+    def one_of(self, choices: Sequence) -> Any:
+        if not choices:
+            raise NotHere
+        return self.draw(st.sampled_from(list(choices)))
+
+    def maybe(self) -> bool:
+        return self.draw(st.booleans())
+
+    def some(self, choices: Sequence) -> list:
+        return [c for c in choices if self.maybe()]
+
+    def new(self, spec: Spec | str, holds: str = "bounded", weight: bool = False) -> Value:
+        """An argument, or a field of the pytree `w`."""
+        spec, fields = parse(spec) if isinstance(spec, str) else spec, self.weights if weight else self.args
+        name = f"{self.prefix}{'w.p' if weight else 'x'}{next(self.count)}"
+        fields[name] = spec
+        self.holds[name] = holds
+        value = Value(name, spec, holds)
+        self.values.append(value)
+        return value
+
+    def float_(self, *holds: str, order: int = 6, dims: int = 0) -> Value:
+        """A float value, made or new."""
+        found = [v for v in self.values if v.holds in (holds or ("any", "bounded", "positive")) and v.order <= order and len(v.spec.dims) >= dims]
+        if found and self.draw(st.integers(0, 4)):
+            return self.one_of(found)
+        labels = self.draw(st.permutations(BATCH))[:self.draw(st.integers(max(dims, 1), 3))]
+        return self.new(" ".join(labels), holds[0] if holds else "bounded")
+
+    def with_dims(self, spec: Spec | str, *holds: str) -> Value:
+        """A value of just these dims."""
+        spec = parse(spec) if isinstance(spec, str) else spec
+        found = [v for v in self.values if v.spec == spec and v.holds in (holds or ("any", "bounded", "positive"))]
+        return self.one_of(found) if found and self.maybe() else self.new(spec, holds[0] if holds else "bounded", self.maybe())
+
+    def narrower(self, than: Spec, *holds: str) -> Value:
+        """A value with some of the dims of `than`, in order."""
+        return self.with_dims(Spec(tuple(self.some(than.dims)) or than.dims[-1:]), *holds)
+
+    def pinned(self, spec: Spec) -> Spec:
+        """At times the same dims, one of them whole on purpose."""
+        plain = [i for i, d in enumerate(spec.dims) if len(d.factors) == 1]
+        if not plain or self.draw(st.integers(0, 7)):
+            return spec
+        at = self.one_of(plain)
+        return replace(spec, dims=tuple(replace(d, factors=(replace(d.factors[0], whole=True),)) if i == at else d for i, d in enumerate(spec.dims)))
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def add(self, name: str | Op, inputs: Sequence[Value], out: Spec | str | None = None, holds: str = "any", order: int = 1, **attrs: Any) -> Value:
+        """One step, if the program still types with it. An op without text says its result itself."""
+        op = OPS[name] if isinstance(name, str) else name
+        ins = tuple(v.spec for v in inputs)
+        if op.takes_text:
+            out = parse(out) if isinstance(out, str) else out
+            ins, outs = tuple(map(self.pinned, ins)), (self.pinned(out),)
+        else:
+            outs = op.infer(ins, attrs)
+        return self.record(Step(op, ins, outs, tuple(v.name for v in inputs), (f"{self.prefix}v{next(self.count)}",), tuple(sorted(attrs.items()))), holds, order)
+
+    def record(self, step: Step, holds: str, order: int) -> Value:
+        self.steps.append(step)
+        if not self.fits(self.program("f", step.outputs)):
+            self.steps.pop()
+            event(f"left out: {step.op.name}")
+            assert not step.op.takes_text or step.op in (RESHARD, SCAN, COND), f"{step.op.name} is refused\n{self.program('f', ())}\n{step.text}"
+            raise NotHere
+        made = [Value(n, s.whole(), holds, order) for n, s in zip(step.outputs, step.outs)]
+        self.values += made
+        return made[0]
+
+    def program(self, name: str, results: Sequence[str]) -> Program:
+        kinds = {**self.args, **self.weights, **{n: s for step in self.steps for n, s in zip(step.outputs, step.outs)}}
+        args = list(self.args.items())
+        if self.weights:
+            args.append((f"{self.prefix}w", Struct("Weights", tuple((n.split(".")[1], s) for n, s in self.weights.items()))))
+        return Program(name, tuple(args), tuple(self.steps), tuple(Result(kinds[r].whole(), (r,)) for r in results))
+
+
+# -- one function for each kind of step ------------------------------------------------------------------------------
+
+def pointwise(w: Writer) -> None:
+    x = w.float_()
+    allowed = ["silu", "gelu", "relu", "tanh", "sigmoid", "scale", "shift", "cast", "stop_gradient"]
+    allowed += ["square"] if x.order <= 2 else []
+    allowed += {"bounded": ["exp"], "positive": ["log", "rsqrt", "reciprocal"]}.get(x.holds, [])
+    name = w.one_of(allowed)
+    attrs = {"scale": dict(by=-1.5), "shift": dict(by=w.one_of((0, 0.5)) if name == "shift" else 0), "cast": dict(dtype="float64")}.get(name, {})
+    holds = "positive" if name == "exp" or name == "sigmoid" and x.holds == "bounded" else "bounded" if name in ("tanh", "sigmoid") else "any"
+    w.add(name, [x], holds=holds, order=2 * x.order if name == "square" else 2 if holds != "any" else x.order, **attrs)
+
+
+def binary(w: Writer) -> None:
+    name, x = w.one_of(("add", "sub", "mul", "div")), w.float_(order=3)
+    y = w.narrower(x.spec, *(("positive",) if name == "div" else ()))
+    if y.order > 3:
+        raise NotHere
+    w.add(name, [y, x] if name != "div" and w.maybe() else [x, y], order=x.order + y.order)
+
+
+def compare(w: Writer) -> None:
+    w.add(w.one_of(("greater", "less")), [w.float_()], holds="mask", than=0.123)
+
+
+def where(w: Writer) -> None:
+    x = w.float_()
+    w.add("where", [w.narrower(x.spec, "mask"), x, w.narrower(x.spec)], order=6)
+
+
+def einsum(w: Writer) -> None:
+    operands = [w.float_(order=2) for _ in range(w.one_of((1, 2, 2, 2, 3)))]
+    dims = list(dict.fromkeys(d for v in operands for d in v.spec.dims))
+    if len({n for d in dims for n in (f.name for f in d.factors)}) < sum(len(d.factors) for d in dims):
+        raise NotHere                # a name alone, and in a group
+    kept = w.some(w.draw(st.permutations(dims)))[:4]
+    w.add("einsum", operands, Spec(tuple(kept)), order=2 + sum(v.order for v in operands))
+
+
+def reduction(w: Writer) -> None:
+    name = w.one_of(("sum", "mean", "max", "logsumexp"))
+    x = w.float_(dims=1)
+    gone = [w.one_of(x.spec.dims)] if name == "logsumexp" else w.some(x.spec.dims) or x.spec.dims[:1]
+    w.add(name, [x], Spec(tuple(d for d in x.spec.dims if d not in gone)), order=x.order + 1)
+
+
+def argmax(w: Writer) -> None:
+    x = w.one_of([v for v in w.values if v.name in w.args and v.holds == "bounded"])
+    gone = w.one_of([d for d in x.spec.dims if all(w.sizes[f.name] for f in d.factors)])
+    w.add("argmax", [x], Spec(tuple(d for d in x.spec.dims if d != gone)), holds="ids")
+
+
+def softmax(w: Writer) -> None:
+    x = w.float_(dims=1)
+    w.add("softmax", [x], holds="bounded", along=w.one_of([d.label for d in x.spec.dims if len(d.factors) == 1]))
+
+
+def rearrange(w: Writer) -> None:
+    x = w.float_()
+    dims: list[Dim] = []
+    for dim in w.draw(st.permutations(x.spec.dims)):
+        if dims and len(dim.factors) == 1 == len(dims[-1].factors) and w.maybe():
+            dims[-1] = Dim((*dims[-1].factors, *dim.factors))
+        elif len(dim.factors) > 1 and w.maybe():
+            dims += [Dim((f,)) for f in dim.factors]
+        else:
+            dims.append(dim)
+    w.add("rearrange", [x], Spec(tuple(dims)), x.holds, x.order)
+
+
+def rename(w: Writer) -> None:
+    x = w.float_(dims=1)
+    old = w.one_of([d for d in x.spec.dims if len(d.factors) == 1])
+    new = w.one_of([n for n in ("P", "Q", "R") if n not in x.spec.names and w.sizes.get(n, w.sizes[old.label]) == w.sizes[old.label]])
+    w.sizes[new] = w.sizes[old.label]
+    w.add("rename", [x], Spec(tuple(Dim((Factor(new),)) if d == old else d for d in x.spec.dims)), x.holds, x.order)
+
+
+def spread(w: Writer) -> None:
+    x = w.float_()
+    more = [Dim((Factor(n),)) for n in w.some(BATCH) if n not in x.spec.names][:1]
+    w.add("spread", [x], Spec((*more, *x.spec.dims)), x.holds, x.order, **({"mean": True} if w.maybe() else {}))
+
+
+def rms_norm(w: Writer) -> None:
+    x = w.one_of([v for v in (w.float_(dims=1),) if len(v.spec.dims[-1].factors) == 1])
+    w.add("rms_norm", [x, w.with_dims(Spec(x.spec.dims[-1:]))], order=4, eps=1e-6)
+
+
+def rope(w: Writer) -> None:
+    table = w.add("rope_table", [w.new("B", "start")], "B T H", theta=10.0, scaling=None)
+    w.add("rope", [w.with_dims("B T K H", "bounded"), table], "B T K H")
+
+
+def attention(w: Writer) -> None:
+    q, k, v = (w.with_dims(s, "bounded") for s in ("B T K G H", "B S K H", "B S K V"))
+    mask = [w.add("causal_mask", [w.new("B", "start")], "B T S", "mask")] if w.maybe() else []
+    w.add("attention", [q, k, v, *mask], "B T K G V", "bounded")
+
+
+def update_cache(w: Writer) -> None:
+    w.add("update_cache", [w.with_dims("B S K H"), w.with_dims("B T K H"), w.new("B", "start")], "B S K H", order=6)
+
+
+def embedding(w: Writer) -> None:
+    w.add("embedding", [w.new("B T", "V"), w.with_dims("V D", "bounded")], "B T D", "bounded")
+
+
+def take(w: Writer) -> None:
+    x = w.float_(dims=1)
+    gone = w.one_of([d for d in x.spec.dims if len(d.factors) == 1 and w.sizes[d.label]])
+    rest = Spec(tuple(d for d in x.spec.dims if d != gone))
+    w.add("take", [x, w.new(Spec(tuple(w.some(rest.dims))), gone.label)], rest, x.holds, x.order)
+
+
+def reshard(w: Writer) -> None:
+    x = w.float_()
+    w.record(Step(RESHARD, (x.spec,), (w.one_of(types(x.spec, tuple(w.mesh.axes)[:2], ())),), (x.name,), (f"v{next(w.count)}",)), x.holds, x.order)
+
+
+def scan(w: Writer) -> None:
+    carry = w.float_(dims=1)
+    stack = w.new(Spec((Dim((Factor("L"),)), *w.some(carry.spec.dims))))
+    body = Writer(w.draw, w.sizes, w.mesh, lambda p: True, prefix="b")
+    body.args = {"c": carry.spec, "s": Spec(stack.spec.dims[1:])}
+    body.values = [Value("c", carry.spec), Value("s", body.args["s"])]
+    write(body, w.draw(st.integers(0, 2)), [pointwise, binary, einsum, reduction, softmax, rms_norm])
+    last = body.values[-1]
+    grown = body.add("einsum", [Value("c", carry.spec), body.add("tanh", [last])], carry.spec)
+    out = body.add("tanh", [grown])
+    constants = [w.new(s, body.holds[n]) for n, s in [*body.args.items()][2:]] + [w.new(s, body.holds[n]) for n, s in body.weights.items()]
+    body.args.update({n.replace("w.p", "p"): s for n, s in body.weights.items()})
+    body.steps = [replace(s, inputs=tuple(i.replace("w.p", "p") for i in s.inputs)) for s in body.steps]
+    body.weights = {}
+    keep = [last.name.replace("w.p", "p")] if w.maybe() else []
+    program = body.program("body", [out.name, *keep])
+    inputs = [carry, stack, *constants]
+    outs = (carry.spec, *(Spec((stack.spec.dims[0], *s.dims)) for _, s in program.result_leaves()[1:]))
+    w.record(Step(SCAN, tuple(v.spec for v in inputs), outs, tuple(v.name for v in inputs), tuple(f"v{next(w.count)}" for _ in outs),
+                  (("dim", "L"), ("stacked", 1)), program), "bounded", 1)
+
+
+def cond(w: Writer) -> None:
+    x = w.float_()
+    total = w.add("sum", [x], "()", order=6)
+    chosen = w.add("greater", [total], holds="mask", than=0.123)
+    bodies = []
+    for name, op in (("yes", w.one_of(("silu", "relu"))), ("no", w.one_of(("tanh", "sigmoid")))):
+        body = Writer(w.draw, w.sizes, w.mesh, lambda p: True, name)
+        body.args = {"c": x.spec}
+        bodies.append(body.program(name, [body.add(op, [Value("c", x.spec)]).name]))
+    w.record(Step(COND, (chosen.spec, x.spec), (x.spec,), (chosen.name, x.name), (f"v{next(w.count)}",), body=bodies[0], orelse=bodies[1]), "any", x.order)
+
+
+KINDS = [pointwise, binary, compare, where, einsum, einsum, reduction, argmax, softmax, rearrange, rename, spread, rms_norm, rope, attention,
+         update_cache, embedding, take, reshard, scan, cond]
+
+
+def write(w: Writer, count: int, kinds: Sequence[Callable[[Writer], None]]) -> None:
+    for _ in range(count):
+        try:
+            w.one_of(kinds)(w)
+        except NotHere:
+            continue
+
+
+# -- programs ----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Drawn:
+    """A declarative program, where it runs, and what its arguments hold."""
+    program: Program
+    mesh: Mesh
+    layout: Layout
+    sizes: Mapping[str, int]
+    holds: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.program}\nlayout {self.layout}\nmesh {self.mesh}\nsizes {dict(self.sizes)}\n\n{self.explicit()}"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
+    def explicit(self) -> Program:
+        return complete(self.program, self.layout, self.mesh)
+
+
+@st.composite
+def layouts(draw: st.DrawFn, mesh: Mesh, dims: Sequence[str]) -> Layout:
+    entries = draw(st.permutations(dims))[:draw(st.integers(0, len(dims)))]
+    return Layout({d: axes for d in entries if (axes := tuple(draw(st.permutations(list(mesh.axes)))[:draw(st.integers(0, 2))]))})
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Drawn:
+    mesh = Mesh({a: draw(st.sampled_from((2, 3, 1, 4))) for a in "xyz"[:draw(st.integers(1, 3))]})
+    if mesh.world_size > 12:
+        mesh = Mesh(x=2, y=3)
+    sizes = {n: draw(st.sampled_from(SIZES[::-1])) for n in (*BATCH, "G")} | dict(H=draw(st.sampled_from((4, 2))), V=draw(st.sampled_from((5, 3, 1))))
+    sizes |= dict(S=sizes["T"] + draw(st.integers(0, 2)), L=draw(st.integers(0, 3)))
+    layout = draw(layouts(mesh, (*BATCH, "G", "V", "S", "P")))
+    w = Writer(draw, sizes, mesh, lambda p: types_under(p, layout, mesh))
+    write(w, draw(st.integers(1, 6)), KINDS)
+    used = {i for s in w.steps for i in s.inputs}
+    made = [o for s in w.steps for o in s.outputs]
+    results = [o for o in made if o not in used or w.draw(st.integers(0, 4)) == 0] or [w.float_().name]
+    return Drawn(w.program("f", results), mesh, layout, dict(w.sizes), dict(w.holds))
+
+
+def types_under(program: Program, layout: Layout, mesh: Mesh) -> bool:
+    try:
+        complete(program, layout, mesh)
+    except SpecError:
+        return False
+    return True
+
+
+def whole_args(drawn: Drawn) -> dict[str, torch.Tensor]:
+    """Random arguments; the same for every program with them."""
+    g, sizes = torch.Generator().manual_seed(3), drawn.sizes
+    out = {}
+    for name, holds in drawn.holds.items():
+        kind = dict(drawn.program.arg_leaves()).get(name)
+        if kind is None:
+            continue
+        shape = drawn.mesh.local_shape(kind.whole(), sizes, {})
+        if holds in ("any", "bounded"):
+            out[name] = torch.randn(shape, generator=g, dtype=torch.float64)
+        elif holds == "positive":
+            out[name] = torch.rand(shape, generator=g, dtype=torch.float64) + 0.5
+        else:
+            below = {"mask": 2, "start": sizes["S"] - sizes["T"] + 1}.get(holds) or sizes[holds]
+            out[name] = torch.randint(below, shape, generator=g).to(torch.bool if holds == "mask" else torch.int64)
+    return out
+
+
+def run(program: Program, mesh: Mesh, sizes: Mapping[str, int], args: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The results of an explicit program, put together."""
+    pieces = {path: place(args[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
+    ran = simulate(program, mesh, [{p: x[rank] for p, x in pieces.items()} for rank in range(mesh.world_size)], sizes)
+    return [join([r[str(i)] for r in ran], kind, sizes, mesh, TOLERANCE) for i, (_, kind) in enumerate(program.result_leaves())]
+
+
+def dense(program: Program, drawn: Drawn) -> list[torch.Tensor]:
+    """What the program means, on one rank."""
+    return run(complete(meant(program), Layout(), Mesh()), Mesh(), drawn.sizes, whole_args(drawn))
+
+
+def check_equal(drawn: Drawn, program: Program, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:
+    for (name, _), a, b in zip(program.result_leaves(), got, want, strict=True):
+        assert same(a, b, TOLERANCE), f"result {name} is {a}\nand should be {b}\n{drawn}\n{program}"
+
+
+# -- what holds for each -----------------------------------------------------------------------------------------------
+
+@given(programs())
+def test_on_every_mesh_and_layout_a_program_is_what_it_is_on_one_rank(drawn: Drawn) -> None:
+    explicit = drawn.explicit()
+    check_equal(drawn, explicit, run(explicit, drawn.mesh, drawn.sizes, whole_args(drawn)), dense(drawn.program, drawn))
+    assert [s.labels for _, s in explicit.result_leaves()] == [s.labels for _, s in drawn.program.result_leaves()]
+
+
+@given(programs())
+def test_a_printed_program_reads_back_and_types_again(drawn: Drawn) -> None:
+    explicit = drawn.explicit()
+    assert parse_program(str(drawn.program), TABLE) == drawn.program, str(drawn)
+    assert parse_program(str(explicit), TABLE) == explicit, str(drawn)
+    assert check(explicit, drawn.mesh) == explicit, str(drawn)
+    assert drawn.explicit() == explicit
+
+
+@given(programs())
+def test_passes_keep_types_and_results(drawn: Drawn) -> None:
+    program = drawn.explicit()
+    want = dense(drawn.program, drawn)
+    for name in DEFAULT:
+        rewritten = PASSES[name](program, drawn.mesh)
+        assert check(rewritten, drawn.mesh) == rewritten, f"{name}\n{drawn}\n{rewritten}"
+        assert [s for _, s in rewritten.result_leaves()] == [s for _, s in program.result_leaves()] and rewritten.args == program.args
+        check_equal(drawn, rewritten, run(rewritten, drawn.mesh, drawn.sizes, whole_args(drawn)), want)
+        program = rewritten
+
+
+# -- mutants -----------------------------------------------------------------------------------------------------------
+
+def mutants(program: Program, mesh: Mesh) -> Iterator[tuple[str, Program]]:
+    """The program with one thing changed: what a slip of the hand, or of a pass, would make of it."""
+    for at, step in enumerate(program.steps):
+        def with_step(*steps: Step) -> Program:
+            return replace(program, steps=(*program.steps[:at], *steps, *program.steps[at + 1:]))
+        if step.op.moves:
+            yield f"without {step.op.name}", renamed(with_step(), step.outputs[0], step.inputs[0])
+            again = replace(step, inputs=step.outputs, outputs=("again",))
+            yield f"{step.op.name} twice", renamed(with_step(step, replace(again, outputs=("again_",))), step.outputs[0], "again_", at + 2)
+        for j, spec in enumerate(step.outs):
+            for other in types(spec, tuple(mesh.axes)[:2], ("+", "max"))[:12]:
+                if other != spec:
+                    yield f"{step.outputs[j]} as {other}", with_step(replace(step, outs=(*step.outs[:j], other, *step.outs[j + 1:])))
+        for j, spec in enumerate(step.ins):
+            if spec.owed:
+                yield f"operand {j} of {step.outputs[0]} owes nothing", with_step(replace(step, ins=(*step.ins[:j], spec.owing(), *step.ins[j + 1:])))
+        if len(mesh.axes) > 1:
+            a, b = tuple(mesh.axes)[:2]
+            yield f"{a} and {b} swapped in {step.outputs[0]}", with_step(replace(step, ins=tuple(swap(s, a, b) for s in step.ins),
+                                                                                 outs=tuple(swap(s, a, b) for s in step.outs)))
+        if len(step.inputs) > 1 and step.op not in (SCAN, COND) and step.ins[0] != step.ins[1]:
+            yield f"operands of {step.outputs[0]} swapped", with_step(replace(step, inputs=(step.inputs[1], step.inputs[0], *step.inputs[2:])))
+    for at, (name, tree) in enumerate(program.args):
+        for other in types(tree, tuple(mesh.axes)[:2], ("+",)) if isinstance(tree, Spec) else ():
+            if other != tree:
+                yield f"{name} as {other}", replace(program, args=(*program.args[:at], (name, other), *program.args[at + 1:]))
+
+
+def renamed(program: Program, old: str, new: str, start: int = 0) -> Program:
+    def name(i: str) -> str:
+        return new if i == old else i
+    steps = tuple(s if at < start else replace(s, inputs=tuple(map(name, s.inputs))) for at, s in enumerate(program.steps))
+    return replace(program, steps=steps, results=tuple(replace(r, values=tuple(map(name, r.values))) for r in program.results))
+
+
+def swap(spec: Spec, a: str, b: str) -> Spec:
+    to = {a: b, b: a}
+    return Spec(tuple(d.split(tuple(to.get(x, x) for x in d.axes)) for d in spec.dims), tuple(replace(o, axis=to.get(o.axis, o.axis)) for o in spec.owed))
+
+
+def meant(program: Program) -> Program:
+    """What the program says of whole tensors: its conversions are names for their operands."""
+    alias: dict[str, str] = {}
+    steps = []
+    for step in program.steps:
+        step = replace(step, inputs=tuple(alias.get(i, i) for i in step.inputs)).rewritten(meant)
+        if step.op.moves:
+            alias[step.outputs[0]] = step.inputs[0]
+        else:
+            steps.append(replace(step, ins=tuple(s.whole() for s in step.ins), outs=tuple(s.whole() for s in step.outs)))
+    args = tuple((n, tree.map(lambda s: s.whole()) if isinstance(tree, Struct) else tree.whole()) for n, tree in program.args)
+    results = tuple(Result(r.tree.map(lambda s: s.whole()) if isinstance(r.tree, Struct) else r.tree.whole(),
+                           tuple(alias.get(v, v) for v in r.values)) for r in program.results)
+    return Program(program.name, args, tuple(steps), results)
+
+
+@given(programs(), st.data())
+@settings(max_examples=150)
+def test_a_mutant_is_refused_or_means_what_it_does(drawn: Drawn, data: st.DataObject) -> None:
+    explicit = drawn.explicit()
+    every = list(mutants(explicit, drawn.mesh))
+    for at in data.draw(st.lists(st.integers(0, max(0, len(every) - 1)), max_size=12, unique=True)) if every else ():
+        what, mutant = every[at]
+        try:
+            typed = check(mutant, drawn.mesh)
+        except SpecError:
+            event("refused")
+            continue
+        event("accepted")
+        args = whole_args(drawn)
+        if any(not args[n].is_floating_point() and s.owed for n, s in typed.arg_leaves()):
+            continue
+        got, want = run(typed, drawn.mesh, drawn.sizes, args), dense(mutant, drawn)
+        check_equal(drawn, mutant, got, want)
