@@ -126,6 +126,8 @@ class Completer(Builder):
         pinned: dict[str, tuple[str, ...]] = {}
         for spec in ins:
             pinned.update({n: a for n, a in pins(spec).items() if a or n not in pinned})
+        inner = [f.name for s in step.outs for d in s.dims for f in d.factors[1:]]
+        pinned.update({n: () for n in inner if n not in pinned})        # a result's group is split over its first factor alone
         if not step.op.distribute:
             pinned.update({n: () for n in step.op.rule(step).whole if n not in pinned})
         names = dict.fromkeys(n for s in ins for n in s.names)

@@ -6,6 +6,7 @@ it. Only what types is offered, so what a message says can be pasted.
 """
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -104,10 +105,12 @@ def expression(value: str, at: Completer) -> str:
 
 
 def label(code: str) -> str:
-    """A short name for an expression: a variable, or a call with its arguments left out."""
-    if code.replace(".", "").replace("_", "").isalnum():
-        return code
-    return f"{code.partition('(')[0]}(...)" if not code.startswith("(") and "(" in code else "(...)"
+    """A short name for an expression: what is passed to calls is left out."""
+    tree = ast.parse(code, mode="eval")
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call):
+            call.args, call.keywords = [ast.Constant(...)], []
+    return ast.unparse(tree)
 
 
 def labels(step: Step, at: Completer) -> list[str]:

@@ -17,10 +17,10 @@ from shardlib.emit import Emitter, bind_sizes, load
 from shardlib.errors import SpecError
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values
-from shardlib.program import Op, Program, Result, Step, leaves
+from shardlib.program import Op, Program, Result, Step, Where, leaves
 from shardlib.rearrange import RENAME
 from shardlib.spec import Spec
-from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind
+from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, user_frame
 
 
 PARAM = -2       # the id of values that are parameters: they follow an activation's split, others do not

@@ -35,6 +35,10 @@ RESERVED = ("all_gather", "all_reduce", "all_to_all", "owe", "permute", "reduce_
 RESHARD = Op("reshard", rule=lambda step: Rule(), moves=True)
 
 
+class NoMethod(SpecError, AttributeError):
+    """What a traced value is asked for, and torch's tensors have."""
+
+
 class Value:
     """A tensor in a traced function: dims by name, no data. Arithmetic on it records steps."""
     __slots__ = ("tracer", "id", "spec", "local", "key")
@@ -57,6 +61,9 @@ class Value:
 
     def __bool__(self) -> bool:
         raise SpecError("if: a traced value has no truth; a branch on data would let ranks part ways; use where(mask, a, b)")
+
+    def __getattr__(self, name: str) -> Any:
+        raise NoMethod(f"{name}: a traced value has dims by name and no methods; write it with the ops of shardlib")
 
     def _compare(self, other: Any) -> bool:
         raise SpecError("compare: a traced value has no numbers yet; pass masks in as arguments of the @sharded function")

@@ -1,0 +1,12 @@
+"""Tests that need GPUs: skipped, with a reason, where there are fewer than two."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items) -> None:
+    count = torch.cuda.device_count()
+    if count < 2:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason=f"needs 2 GPUs, this machine has {count}"))
