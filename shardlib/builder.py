@@ -76,7 +76,7 @@ class Builder:
     def settle(self, name: str) -> str:
         """`name` with what it owes paid, on every rank."""
         kind = self.types[name]
-        return self.move(name, kind.owing(*(o for o in kind.owed if o.kind == "@")))
+        return self.move(name, kind.owing(*(o for o in kind.owed if o.kind == "@")), "joins the pieces of a split dim")
 
     # -- what derivatives are written with -------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ class Completer(Builder):
         self.now: dict[str, str] = {}               # a value of the program as written -> the value here
         self.notes: dict[tuple[str, str], str] = {}  # (value, owed axis) -> since when
         self.params: set[str] = set()
+        self.unmet: dict[tuple[str, str, str], None] = {}
 
     def run(self) -> Program:
         self.where = self.program.where
@@ -53,7 +54,7 @@ class Completer(Builder):
             results = tuple(self._result(r) for r in self.program.results)
         except SpecError as error:
             raise error.at(self.where) from None
-        return Program(self.program.name, args, tuple(self.steps), results, explicit=True, where=self.program.where)
+        return Program(self.program.name, args, tuple(self.steps), results, True, self.program.where, tuple(self.unmet))
 
     def _argument(self, name: str, tree: Any) -> Any:
         kinds = {}
@@ -132,6 +133,8 @@ class Completer(Builder):
             pinned.update({n: () for n in step.op.rule(step).whole if n not in pinned})
         names = dict.fromkeys(n for s in ins for n in s.names)
         axes = layout.complete(names, pinned, (o.axis for s in ins for o in s.owed))
+        self.unmet.update({(dim, axis, str(step.where or step.op.name)): None for dim, wanted in layout.entries.items()
+                           if dim in names and dim not in pinned for axis in wanted[len(axes[dim]):]})
         return [s.split({d.label: axes[d.factors[0].name] for d in s.dims if d.factors}).owing(
             *s.owed, *(o for o in self.types[n].owed if o.kind == "@")).resolve(self.mesh) for s, n in zip(ins, inputs)]
 

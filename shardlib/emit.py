@@ -68,9 +68,11 @@ class Emitter:
         return tuple(a for a in self.mesh.axes if a in axes)
 
     def use(self, helper: Callable) -> str:
-        """The name under which generated code calls `helper`."""
-        self.helpers[helper.__name__] = helper
-        return helper.__name__
+        """The name under which generated code calls `helper`; a user's function gets one of ours."""
+        known = next((n for n, h in self.helpers.items() if h is helper), None)
+        name = known or (helper.__name__ if helper.__module__.startswith("shardlib.") else f"u{len(self.helpers)}")
+        self.helpers[name] = helper
+        return name
 
     def hoist(self, variable: str, template: str) -> str:
         """`template` applied to `variable`: once before the loop, where the variable is the same in every layer."""
@@ -143,7 +145,7 @@ class Emitter:
 
     def _line(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> str:
         self.in_place = {i for i in step.inputs if i in owned and uses[i] == 1}
-        text = step.op.emit(self, step, [names[i] for i in step.inputs])
+        text = self._text(step, [names[i] for i in step.inputs])
         if step.op.updates is not None:
             owned.add(step.outputs[0])
         if len(step.outputs) == 1 and (view := _VIEW.search(text)) and uses.get(step.outputs[0], 0) == 1:
@@ -153,6 +155,17 @@ class Emitter:
         for out in step.outputs:
             names[out] = self.variable()
         return f"{', '.join(names[o] for o in step.outputs)} = {text}"
+
+    def _text(self, step: Step, args: list[str]) -> str:
+        """What the op says. SpecError where a size is not known, or the op cannot be called with these dims."""
+        try:
+            return step.op.emit(self, step, args)
+        except SpecError as error:
+            raise error.at(step.where) from None
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            unknown = next((n for s in (*step.ins, *step.outs) for n in s.names if n not in self.sizes), None)
+            raise SpecError(f"{step.op.name}: no argument holds all of {unknown}; say its global size: sizes=dict({unknown}=...)" if unknown else
+                            f'{step.op.name}: "{step.text}" is no call of it').at(step.where) from error
 
     def _cond(self, step: Step, names: dict[str, str]) -> list[str]:
         """A branch, each body in its place."""
@@ -253,6 +266,8 @@ def bind_sizes(program: Program, shapes: Mapping[str, Sequence[int]], known: Map
 
     With a `coordinate`, shapes are those of its shards: a split dim then takes its size from `known` or from another argument.
     """
+    if wrong := next((n for n, size in known.items() if type(size) is not int or size < 0), None):
+        raise SpecError(f"sizes: {wrong} is {known[wrong]!r}; a size is an integer of at least 0")
     sizes, binder = dict(known), {n: "sizes" for n in known}
     later: list[tuple[str, Spec, int, int]] = []
     for path, spec in program.arg_leaves():

@@ -54,6 +54,7 @@ class Explanation:
     traffic: tuple[Traffic, ...]
     argument_bytes: tuple[int, ...]
     cost_source: str
+    unmet: tuple[str, ...] = ()
 
     @property
     def collectives(self) -> int:
@@ -87,6 +88,8 @@ class Explanation:
         console.print(table)
         console.print(f"{self.collectives} collectives, {bytes_text(self.bytes)} received per rank and run; times {self.cost_source}")
         console.print(f"arguments: {bytes_text(max(self.argument_bytes))} on the fullest rank, {self.imbalance:.2f} x the mean")
+        for line in self.unmet:
+            console.print(line)
         return out.getvalue()
 
 
@@ -96,7 +99,16 @@ def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapp
     kinds = value_dtypes(program, dtypes or {}, default)
     held = tuple(sum(prod(mesh.local_shape(spec, sizes, c)) * ITEMSIZE[kinds[path]] for path, spec in program.arg_leaves())
                  for c in mesh.coordinates())
-    return Explanation(program.name, str(mesh), tuple(_traffic(program, mesh, sizes, kinds, default, cost, 1)), held, cost.source)
+    traffic = tuple(_traffic(program, mesh, sizes, kinds, default, cost, 1))
+    return Explanation(program.name, str(mesh), traffic, held, cost.source, _unmet(program))
+
+
+def _unmet(program: Program) -> tuple[str, ...]:
+    """Entries of the layout that some ops could not follow, a line for each dim and axis."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for dim, axis, where in (u for p in (program, *program.bodies()) for u in p.unmet):
+        places.setdefault((dim, axis), []).append(where)
+    return tuple(f"{dim} is not split over {axis} at {', '.join(dict.fromkeys(found))}: there another dim has it" for (dim, axis), found in places.items())
 
 
 def _traffic(program: Program, mesh: Mesh, sizes: Mapping[str, int], kinds: dict[str, str], default: str, cost: CostModel, times: int) -> Iterator[Traffic]:

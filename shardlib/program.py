@@ -169,13 +169,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Program:
-    """Arguments (name, spec or Struct), steps, results. `explicit`: its specs are types, nothing is left to complete."""
+    """Arguments (name, spec or Struct), steps, results. `explicit`: its specs are types, nothing is left to complete.
+
+    unmet: (dim, axis, line) where the layout would have split a dim over an axis that another dim had.
+    """
     name: str
     args: tuple[tuple[str, Tree], ...]
     steps: tuple[Step, ...]
     results: tuple[Result, ...]
     explicit: bool = False
     where: Where | None = field(default=None, compare=False)
+    unmet: tuple[tuple[str, str, str], ...] = field(default=(), compare=False)
 
     def arg_leaves(self) -> list[tuple[str, Spec]]:
         return [leaf for name, tree in self.args for leaf in leaves(name, tree)]
