@@ -36,6 +36,7 @@ CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE
 MAX_TEXT = 4_000_000        # characters of a program
 MAX_LEAVES = 100_000        # tensors of one pytree
 MAX_STEPS = 1_000_000       # steps, those of bodies counted wherever they are used
+MAX_DEPTH = 16              # bodies within bodies
 _SIGNS = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
 _MISUSED = (LookupError, TypeError, ValueError, AttributeError, StopIteration, ArithmeticError)     # by ops given what they do not take
 
@@ -89,6 +90,7 @@ class _Reader:
         self.classes: dict[str, Struct] = {}
         self.functions: dict[str, Program] = {}
         self.sizes: dict[str, int] = {}
+        self.depths: dict[str, int] = {}
 
     def top(self, node: ast.stmt) -> None:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -160,7 +162,7 @@ class _Function:
         self.values: dict[str, _Tree] = {}
         self.types: dict[str, Spec] = {}
         self.steps: list[Step] = []
-        self.size = 0
+        self.size = self.depth = 0
 
     def program(self) -> Program:
         node = self.node
@@ -186,7 +188,7 @@ class _Function:
             raise _not(last)
         with _line(last):
             results = tuple(self._result(i, s) for i, s in zip(items, outs))
-        self.reader.sizes[node.name] = self.size
+        self.reader.sizes[node.name], self.reader.depths[node.name] = self.size, self.depth
         return Program(original(node.name), args, tuple(self.steps), results, self.explicit)
 
     def _arguments(self, given: ast.arguments, ins: Sequence[Spec | None]) -> tuple[tuple[str, Any], ...]:
@@ -355,9 +357,12 @@ class _Function:
         return value.names[0]
 
     def _add(self, step: Step) -> None:
-        self.size += 1 + sum(self.reader.sizes[n] for b in step.bodies for n, f in self.reader.functions.items() if f is b)
-        if self.size > MAX_STEPS:
-            raise SpecError(f"this is no program: it unfolds to more than {MAX_STEPS} steps")
+        for name in [n for b in step.bodies for n, f in self.reader.functions.items() if f is b]:
+            self.size += self.reader.sizes[name]
+            self.depth = max(self.depth, self.reader.depths[name] + 1)
+        self.size += 1
+        if self.size > MAX_STEPS or self.depth > MAX_DEPTH:
+            raise SpecError(f"this is no program: it unfolds to more than {MAX_STEPS} steps, or to bodies {MAX_DEPTH} deep")
         if step.op.takes_text and not step.bodies:
             check_keywords(step)
             _guarded(step.op, lambda: self._check(step))

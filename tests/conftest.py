@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-COMMON = dict(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
+COMMON = dict(deadline=None, report_multiple_bugs=False, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
 settings.register_profile("default", max_examples=100, **COMMON)
 settings.register_profile("ci", max_examples=100, derandomize=True, database=None, **{**COMMON, "print_blob": False})
 settings.register_profile("more", max_examples=1000, **COMMON)

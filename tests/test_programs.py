@@ -331,8 +331,8 @@ class Drawn:
 
 @st.composite
 def layouts(draw: st.DrawFn, mesh: Mesh, dims: Sequence[str]) -> Layout:
-    entries = draw(st.permutations(dims))[:draw(st.integers(0, len(dims)))]
-    return Layout({d: axes for d in entries if (axes := tuple(draw(st.permutations(list(mesh.axes)))[:draw(st.integers(0, 2))]))})
+    entries = draw(st.permutations(dims))[:draw(st.integers(1, len(dims)))]
+    return Layout({d: axes for d in entries if (axes := tuple(draw(st.permutations(list(mesh.axes)))[:draw(st.integers(1, 2))]))})
 
 
 @st.composite
@@ -344,7 +344,7 @@ def programs(draw: st.DrawFn) -> Drawn:
     sizes |= dict(S=sizes["T"] + draw(st.integers(0, 2)), L=draw(st.integers(0, 3)))
     layout = draw(layouts(mesh, (*BATCH, "G", "V", "S", "P")))
     w = Writer(draw, sizes, mesh, lambda p: types_under(p, layout, mesh))
-    write(w, draw(st.integers(1, 6)), KINDS)
+    write(w, draw(st.integers(1, 10)), KINDS)
     used = {i for s in w.steps for i in s.inputs}
     made = [o for s in w.steps for o in s.outputs]
     results = [o for o in made if o not in used or w.draw(st.integers(0, 4)) == 0] or [w.float_().name]

@@ -1,0 +1,99 @@
+"""Calling, compiling, stepping and simulating one function: the same numbers; parameters drawn alike on every mesh."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardlib import Layout, Mesh, Params, SpecError, compile, einsum, init, param, scan, sharded, silu, simulate, stacked, step, sum
+from shardlib.params import leaf_values, struct
+from shardlib.testing import region
+
+SIZES = dict(T=3, D=4, F=5, L=2)
+
+
+class Mlp(Params):
+    up: Tensor = param("D F")
+    down: Tensor = param("F D")
+
+
+class Net(Params):
+    layers: Mlp = stacked("L", Mlp)
+    bias: Tensor = param("D", init="ones")
+
+
+@sharded("T D, * -> T D, ()")
+def block(x, w: Mlp):
+    y = einsum("T F, F D -> T D", silu(einsum("T D, D F -> T F", x, w.up)), w.down)
+    return x + y, sum("T D -> ()", y)
+
+
+@sharded("T D, * -> T D, L")
+def net(x, w: Net):
+    x, totals = scan(block, x, w.layers)
+    return x + w.bias, totals
+
+
+def dense(x: Tensor, w: Net) -> tuple[Tensor, Tensor]:
+    totals = []
+    for up, down in zip(w.layers.up, w.layers.down):
+        y = torch.nn.functional.silu(x @ up) @ down
+        x, totals = x + y, [*totals, y.sum()]
+    return x + w.bias, torch.stack(totals)
+
+
+def arguments() -> tuple[Tensor, Net]:
+    return torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), init(Net, SIZES, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("run", [
+    lambda x, w: net(x, w), lambda x, w: compile(net)(x, w), lambda x, w: step(net)(x, w), lambda x, w: compile(net, Layout(F="tp"), mesh=Mesh(tp=1))(x, w),
+    lambda x, w: simulate(net, Layout(F="tp", T="tp"), x, w, mesh=Mesh(tp=2)),
+    lambda x, w: simulate(net, Layout(T="dp", F="tp", D="dp"), x, w, mesh=Mesh(dp=3, tp=2))])
+def test_every_way_to_run_gives_the_dense_result(run):
+    x, w = arguments()
+    for got, want in zip(run(x, w), dense(x, w), strict=True):
+        assert torch.allclose(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_step_mode_shows_types_and_local_tensors_to_the_function():
+    seen = []
+
+    @sharded("T D, D F -> T F")
+    def looking(x, w):
+        y = einsum("T D, D F -> T F", x, w)
+        seen.append((str(y.spec), tuple(y.local.shape)))
+        return y
+    step(looking, Layout(F="tp"), mesh=Mesh(tp=1))(torch.randn(3, 4), torch.randn(4, 5))
+    assert seen == [("T F/tp", (3, 5))]
+
+
+def test_sizes_in_conflict_name_both_binders():
+    with pytest.raises(SpecError) as error:
+        net(torch.randn(3, 4), init(Net, dict(SIZES, D=6)))
+    assert str(error.value) == "net: D is 4 by x, and 6 by w.layers.up"
+
+
+def test_a_launch_of_one_process_has_a_mesh_of_one_rank():
+    with pytest.raises(SpecError) as error:
+        compile(net, Layout(F="tp"), mesh=Mesh(tp=2))
+    assert str(error.value) == ("mesh tp=2 has 2 ranks, but this process was started without torchrun; "
+                                "start torchrun --nproc-per-node 2, or change the mesh")
+
+
+def test_shards_of_drawn_parameters_are_slices_of_the_whole():
+    mesh = Mesh(dp=2, tp=3)
+    whole = dict(leaf_values(init(Net, SIZES, seed=7), "w"))
+    types = {path: Layout(F="tp", D="dp").complete_alone(spec) for path, spec in struct(Net).leaves("w")}
+    for coordinate in mesh.coordinates():
+        for path, shard in leaf_values(init(Net, SIZES, types, mesh=mesh, coordinate=coordinate, seed=7), "w"):
+            assert torch.equal(shard, whole[path][region(types[path], SIZES, mesh, coordinate)])
+    assert not torch.equal(whole["w.layers.up"], dict(leaf_values(init(Net, SIZES, seed=8), "w"))["w.layers.up"])
+
+
+def test_drawn_numbers_are_standard_normal():
+    class Big(Params):
+        x: Tensor = param("N", scale=1.0)
+    x = init(Big, dict(N=200_000), dtype=torch.float64).x
+    assert abs(float(x.mean())) < 4 / 200_000 ** 0.5 and abs(float(x.var()) - 1) < 4 * (2 / 200_000) ** 0.5
+    assert float((x.abs() > 1.959964).double().mean()) == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / 200_000) ** 0.5)
