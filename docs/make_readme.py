@@ -1,8 +1,8 @@
-"""Fill in what README.md shows: the output of its Python blocks, and the tables of the benchmarks.
+"""Fill in what README.md and docs/language.md show: the output of their Python blocks, and the tables of the benchmarks.
 
 Every ```python block runs, in order, in one namespace; the ```text block that follows a block is what it printed. Between
-<!-- tables --> marks stand the rows of benchmarks/results. `python docs/make_readme.py` rewrites the file; a test checks
-that it is what this makes.
+<!-- tables --> marks stand the rows of benchmarks/results. `python docs/make_readme.py` rewrites the files; a test
+checks that they are what this makes.
 """
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/language.md")
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n(?:It prints:\n\n)?```text\n.*?```)?", re.S)
 
 
-def render(text: str) -> str:
-    """README's text with outputs and tables as they are now."""
-    module = sys.modules["readme"] = types.ModuleType("readme")
+def render(page: str) -> str:
+    """The text of a page with outputs and tables as they are now."""
+    text = (ROOT / page).read_text()
+    module = sys.modules["page"] = types.ModuleType("page")
 
     def run(match: re.Match) -> str:
         whole, source = match.group(0), match.group(1)
-        name = "README.md"
+        name = page
         source = "\n" * (text[:match.start()].count("\n") + 1) + source     # so that lines are those of the file
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
         out = io.StringIO()
@@ -56,5 +58,6 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for page in PAGES:
+        while (made := render(page)) != (ROOT / page).read_text():      # outputs name lines, and outputs move lines
+            (ROOT / page).write_text(made)

@@ -1,4 +1,4 @@
-"""The README shows what the code does now: its blocks run, its outputs and tables are what they print."""
+"""README and docs/language.md show what the code does now: their blocks run, outputs and tables are what those print."""
 from __future__ import annotations
 
 import importlib.util
@@ -7,12 +7,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_readme_is_what_its_blocks_and_the_benchmarks_make():
+def test_the_pages_are_what_their_blocks_and_the_benchmarks_make():
     spec = importlib.util.spec_from_file_location("make_readme", ROOT / "docs" / "make_readme.py")
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
-    text = (ROOT / "README.md").read_text()
-    assert maker.render(text) == text
+    for page in maker.PAGES:
+        assert maker.render(page) == (ROOT / page).read_text()
 
 
 def test_the_commands_are_those_of_the_makefile():
