@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shardlib import testing
 from shardlib.complete import complete
-from shardlib.distributed.runtime import Runtime, connect
+from shardlib.distributed.runtime import Runtime, shared_runtime
 from shardlib.emit import Emitter, bind_sizes, load
 from shardlib.errors import SpecError
 from shardlib.grad import value_and_grad_program
@@ -172,7 +172,7 @@ def step(f: Function, layout: Layout | None = None, *, mesh: Mesh | None = None,
 
     Called like what `compile` makes: with shards, giving shards.
     """
-    there, recipes = runtime or connect(current_mesh(mesh)), {}
+    there, recipes = runtime or shared_runtime(current_mesh(mesh)), {}
     return lambda *args: run_steps(f, layout or Layout(), there, args, sizes or {}, static, recipes)
 
 
@@ -215,7 +215,7 @@ def compile(f: Function, layout: Layout | None = None, *, mesh: Mesh | None = No
             sizes: Mapping[str, int] | None = None, donate: Sequence[str] = (), **static: Any) -> Compiled:
     """`f` for the ranks of a mesh. `sizes`: global sizes of dims that no argument holds whole. `donate`: arguments whose
     buffers the results may reuse (a KV cache); the caller does not use them again."""
-    runtime = runtime or connect(current_mesh(mesh))
+    runtime = runtime or shared_runtime(current_mesh(mesh))
     return Compiled(f, layout, runtime, sizes or {}, donate, static)
 
 

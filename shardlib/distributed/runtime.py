@@ -49,6 +49,16 @@ def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: flo
     return Runtime(mesh, launch, chosen, timeout, owns_torch=joins)
 
 
+_SHARED: dict[Mesh, Runtime] = {}
+
+
+def shared_runtime(mesh: Mesh) -> Runtime:
+    """The runtime on `mesh` of everything in this process that was given none of its own; made at the first call."""
+    if mesh not in _SHARED or _SHARED[mesh].closed:
+        _SHARED[mesh] = connect(mesh)
+    return _SHARED[mesh]
+
+
 class Runtime:
     """One rank of `mesh` on `device`. Made by `connect`; a context manager that closes itself."""
 
@@ -96,6 +106,10 @@ class Runtime:
         if len(set(expanded)) != len(expanded):
             raise SpecError(f"group {'/'.join(expanded)}: an axis is named twice")
         return expanded
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def close(self) -> None:
         """Destroys the groups, and torch.distributed where `connect` started it. A second call does nothing."""
