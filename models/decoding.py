@@ -129,6 +129,9 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config:
         raise SpecError("the prompt is empty; give it at least one token")
     if max_new_tokens < 1:
         raise SpecError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+    for token in (t for p in prompts for t in p):
+        if not 0 <= token < config.vocab_size:
+            raise SpecError(f"token {token} of a prompt is none of the model's, which are 0 to {config.vocab_size - 1}; its tokenizer is another's")
     longest = max(map(len, prompts))
     if longest + max_new_tokens > config.max_context:
         raise SpecError(f"the prompt has {longest} tokens and {max_new_tokens} are to follow; the model's context is {config.max_context}")

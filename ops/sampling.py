@@ -20,7 +20,8 @@ from shardlib.trace import apply
 
 def draw(logits: Tensor, position: Tensor, first_row: int, temperature: float, top_p: float, seed: int) -> Tensor:
     """One index a row, int64."""
-    p, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    above = logits.float() - logits.float().amax(-1, keepdim=True)        # at most 0, so that a low temperature gives no infinities
+    p, order = (above / max(temperature, torch.finfo(torch.float32).tiny)).softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = p.cumsum(-1) - p
     p = p * (before < top_p)
     row = torch.arange(first_row, first_row + logits.shape[0], device=logits.device)

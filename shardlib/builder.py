@@ -16,7 +16,7 @@ from shardlib.program import Op, Program, Step, Where
 from shardlib.reductions import SPREAD
 from shardlib.rules import natural
 from shardlib.spec import Spec
-from shardlib.trace import fresh
+from shardlib.trace import RESERVED, fresh
 
 
 class Builder:
@@ -24,7 +24,7 @@ class Builder:
 
     def __init__(self, mesh: Mesh, taken: set[str] | None = None) -> None:
         self.mesh = mesh
-        self.taken = taken if taken is not None else set()
+        self.taken = {*RESERVED, *(taken or ())}
         self.types: dict[str, Spec] = {}
         self.steps: list[Step] = []
         self.source: dict[str, str] = {}            # converted value -> the value it was converted from, at the root

@@ -148,7 +148,8 @@ class Completer(Builder):
     def _natural(self, step: Step, placed: list[str], layout: Layout) -> tuple[str, ...]:
         ins = tuple(self.types[p] for p in placed)
         whole = step.op.rule(replace(step, ins=ins)).whole
-        outs = tuple(self._dims_of(s, ins, whole, layout) for s in step.outs)
+        written = step.outs if step.op.takes_text else step.op.infer(tuple(s.whole() for s in ins), step.options)
+        outs = tuple(self._dims_of(s, ins, whole, layout) for s in written)
         here = replace(step, ins=ins, outs=outs)
         rule = step.op.rule(here)
         pieces = step.op.distribute and layout != EXPLICIT and any(self._axes(ins[0], n) for n in rule.whole)

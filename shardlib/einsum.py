@@ -89,7 +89,7 @@ def _matmul(a: list[str], b: list[str], out: list[str], x: str, y: str, size: Ma
     wide = math.prod(size[n] for n in right)
     x2 = x if len(inner) == 1 else f"{x}.reshape({_args([size[n] for n in left] + [flat])})"
     if b == inner + right:
-        y2 = y if len(b) == 2 else f"{y}.reshape({flat}, {wide})"
+        y2 = y if len(inner) == len(right) == 1 else f"{y}.reshape({flat}, {wide})"
         text = f"torch.matmul({x2}, {y2})"
     elif b == right + inner:
         y2 = y if len(b) == 2 else f"{y}.reshape({wide}, {flat})"

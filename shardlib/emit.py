@@ -266,7 +266,7 @@ def bind_sizes(program: Program, shapes: Mapping[str, Sequence[int]], known: Map
 
     With a `coordinate`, shapes are those of its shards: a split dim then takes its size from `known` or from another argument.
     """
-    if wrong := next((n for n, size in known.items() if type(size) is not int or size < 0), None):
+    if (wrong := next((n for n, size in known.items() if type(size) is not int or size < 0), None)) is not None:
         raise SpecError(f"sizes: {wrong} is {known[wrong]!r}; a size is an integer of at least 0")
     sizes, binder = dict(known), {n: "sizes" for n in known}
     later: list[tuple[str, Spec, int, int]] = []

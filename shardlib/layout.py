@@ -14,7 +14,7 @@ from typing import Iterable, Mapping, Sequence
 
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
-from shardlib.spec import NAME, Spec, check_text
+from shardlib.spec import MAX_NAME, MAX_TEXT, NAME, Spec, check_text
 
 
 class Layout:
@@ -29,6 +29,7 @@ class Layout:
             for name in (dim, *axes):
                 if not isinstance(name, str) or not re.fullmatch(NAME, name):
                     raise SpecError(f"layout: {name!r} is no name; use letters, digits and _")
+                check_text("name", name, MAX_NAME)
             if len(set(axes)) != len(axes):
                 raise SpecError(f"layout: {dim} is split over {'/'.join(axes)}; an axis splits a dim once")
             if axes:
@@ -37,7 +38,7 @@ class Layout:
     @classmethod
     def parse(cls, text: str) -> Layout:
         """Layout from "B=dp,K=tp,F=tk/tg"."""
-        check_text("layout", text)
+        check_text("layout", text, 8 * MAX_TEXT)
         entries: dict[str, tuple[str, ...]] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             match = re.fullmatch(rf"({NAME})=({NAME}(?:/{NAME})*)", part)

@@ -19,7 +19,7 @@ from math import prod
 from typing import Mapping, Sequence
 
 from shardlib.errors import SpecError
-from shardlib.spec import NAME, Dim, Factor, Spec, check_text
+from shardlib.spec import MAX_NAME, MAX_TEXT, NAME, Dim, Factor, Spec, check_text
 
 _AMBIENT: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 MAX_RANKS = 1 << 20
@@ -38,6 +38,7 @@ class Mesh:
         for name, value in given.items():
             if not isinstance(name, str) or not re.fullmatch(NAME, name):
                 raise SpecError(f"mesh: {name!r} is no axis name; use letters, digits and _")
+            check_text("name", name, MAX_NAME)
             if isinstance(value, (tuple, list)):
                 self.aliases[name] = tuple(value)
             elif isinstance(value, int) and not isinstance(value, bool) and value >= 1:
@@ -55,7 +56,7 @@ class Mesh:
     @classmethod
     def parse(cls, text: str) -> Mesh:
         """Mesh from "dp=2,tp=4" (an alias is written ep=dp/tp); "" is the mesh of one rank."""
-        check_text("mesh", text)
+        check_text("mesh", text, 8 * MAX_TEXT)
         axes: dict[str, int | tuple[str, ...]] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             match = re.fullmatch(rf"({NAME})=(?:([0-9]{{1,9}})|({NAME}(?:/{NAME})*))", part)

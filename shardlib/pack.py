@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Mapping
+from typing import TYPE_CHECKING, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def emit_packed(e: Emitter, group: Packing, body: Program, names: dict[str, str]
     if len(group.steps) == 1:
         names[first.outputs[0]] = e.variable()
         return [f"{names[first.outputs[0]]} = {_view(e, first, product, left)}"]
-    runs = _runs(group, body)
+    runs = _runs(group, body, names)
     width = {s.outputs[0]: prod(e.shape(s.outs[0])[left:]) for s in group.steps}
     parts = [e.variable() for _ in runs]
     lines: list[str] = []
@@ -121,8 +121,8 @@ def emit_packed(e: Emitter, group: Packing, body: Program, names: dict[str, str]
     return lines
 
 
-def _runs(group: Packing, body: Program) -> list[list[tuple[Step, Step | None]]]:
-    """The steps of the group with the op that follows each, neighbours together that an op joins."""
+def _runs(group: Packing, body: Program, made: Collection[str]) -> list[list[tuple[Step, Step | None]]]:
+    """The steps of the group with the op that follows each, neighbours together that an op joins; its other operands are `made`."""
     follows: dict[str, list[Step]] = {}
     for step in body.steps:
         for name in step.inputs:
@@ -133,6 +133,7 @@ def _runs(group: Packing, body: Program) -> list[list[tuple[Step, Step | None]]]
         (out,) = step.outputs
         after = follows.get(out, [])
         joins = after[0] if len(after) == 1 and after[0].op.joins and after[0].inputs[0] == out and out not in results else None
+        joins = joins if joins and all(i in made for i in joins.inputs[1:]) else None
         last = runs[-1][-1] if runs else (None, None)
         if joins and last[1] and (joins.op, joins.inputs[1:], joins.attrs, step.outs[0].dims[-1]) == (
                 last[1].op, last[1].inputs[1:], last[1].attrs, last[0].outs[0].dims[-1]):

@@ -124,24 +124,24 @@ class _Reader:
                 continue
             if not isinstance(item, ast.AnnAssign) or not nameable(name := _name(item.target)) or name in fields:
                 raise _not(item)
-            fields[name] = self._field(item.value)
+            fields[name] = self._field(item.value, _name(item.annotation))
             count += self.sizes[item.annotation.id] if isinstance(fields[name], Struct) else 1
             if count > MAX_LEAVES:
                 raise SpecError(f"this is no program: {node.name} holds more than {MAX_LEAVES} tensors")
         self.sizes[node.name] = count
         return Struct(original(node.name), tuple(fields.items()))
 
-    def _field(self, value: ast.expr | None) -> Any:
+    def _field(self, value: ast.expr | None, kind: str) -> Any:
         if not isinstance(value, ast.Call) or value.keywords:
             raise _not(value)
         form = _name(value.func), len(value.args)
         with _line(value):
-            if form == ("param", 1):
+            if form == ("param", 1) and kind == "Tensor":
                 return parse(_literal(value.args[0]))
-            if form == ("stacked", 2):
+            if form == ("stacked", 2) and kind == _name(value.args[1]):
                 return self.stack(self.struct(value.args[1]), parse(_literal(value.args[0])).dims)
-        if form == ("nested", 1):
-            return self.struct(value.args[0])
+            if form == ("nested", 1) and kind == _name(value.args[0]):
+                return self.struct(value.args[0])
         raise _not(value)
 
     @staticmethod
@@ -374,7 +374,11 @@ class _Function:
 
     def _check(self, step: Step) -> None:
         """SpecError unless the types of an explicit step's results are what its text says."""
-        op, rule = step.op, step.op.rule(step)
+        op = step.op
+        if (op.moves or op is RENAME) and ((len(step.ins), len(step.outs)) != (1, 1) or len(step.ins[0].dims) != len(step.outs[0].dims)
+                                           or op.moves and step.ins[0].labels != step.outs[0].labels):
+            raise SpecError(f'{op.name}: "{step.text}" is no call of it')
+        rule = op.rule(step)
         if not self.explicit or op.asserted or op is RESHARD:
             return
         if op.moves:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from shardlib.errors import SpecError
 from shardlib.rules import Rule
@@ -143,7 +143,7 @@ def number(value: Any) -> bool:
 def check_keywords(step: Step) -> None:
     """SpecError unless the step's keyword arguments are those that its op takes."""
     kinds, given = step.op.keywords, step.options
-    if wrong := next((n for n in (*kinds, *given) if n not in kinds or not kinds[n](given.get(n))), None):
+    if (wrong := next((n for n in (*kinds, *given) if n not in kinds or not kinds[n](given.get(n))), None)) is not None:
         raise SpecError(f"{step.op.name}: the keyword argument {wrong} is missing" if wrong not in given else
                         f"{step.op.name}: it has no keyword argument {wrong}" if wrong not in kinds else
                         f"{step.op.name}: {wrong} is {given[wrong]!r}")
@@ -215,20 +215,26 @@ def show(program: Program) -> str:
     """The program as source text: classes of its pytrees, bodies of its scans, then the function."""
     functions = [*program.bodies(), program]
     classes: dict[str, Struct] = {}
+    others = {_function_name(f, functions) for f in functions} | _called(functions)
     for f in functions:
         for tree in (*(t for _, t in f.args), *(r.tree for r in f.results)):
             if isinstance(tree, Struct):
-                _collect(tree, classes)
+                _collect(tree, classes, others)
     return "\n\n\n".join([*(_show_class(s, classes) for s in classes.values()), *(_show_function(f, classes, functions) for f in functions)]) + "\n"
 
 
-def _collect(struct: Struct, classes: dict[str, Struct]) -> None:
+def _called(functions: Sequence[Program]) -> set[str]:
+    """The names of the ops that a text calls: nothing of its own is printed under one."""
+    return {s.op.name for f in functions for s in f.steps}
+
+
+def _collect(struct: Struct, classes: dict[str, Struct], others: set[str]) -> None:
     one = struct.slice() if struct.stacked else struct
     for _, sub in one.fields:
         if isinstance(sub, Struct):
-            _collect(sub, classes)
+            _collect(sub, classes, others)
     name, n = one.name, 1
-    while name in classes and classes[name].fields != one.fields:
+    while name in others or name in classes and (classes[name].fields, classes[name].name) != (one.fields, one.name):
         n += 1
         name = f"{one.name}__{n}"
     classes.setdefault(name, one)
@@ -265,7 +271,7 @@ def _show_function(program: Program, classes: dict[str, Struct], functions: list
 
 def _function_name(program: Program, functions: list[Program]) -> str:
     same = [f for f in functions if f.name == program.name]
-    at = same.index(program)
+    at = same.index(program) + (program.name in _called(functions))
     return program.name + (f"__{at + 1}" if at else "")
 
 

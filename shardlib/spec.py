@@ -36,7 +36,8 @@ _DIM = re.compile(rf"({NAME})(~?)((?:/{NAME})+|/1)?")
 _OWED = re.compile(rf"\+({NAME})|max:({NAME})|@({NAME}):([0-9]+|last)")
 _ITEM = re.compile(r"\([^()]*\)|[^\s()]+")
 _ITEMS = re.compile(rf" *(?:{_ITEM.pattern})(?: +(?:{_ITEM.pattern}))* *")
-MAX_TEXT = 2000
+MAX_TEXT = 2000         # characters of a spec
+MAX_NAME = 64           # characters of the name of an axis, and of a dim in a layout
 
 
 def nameable(text: object) -> bool:

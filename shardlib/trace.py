@@ -103,6 +103,8 @@ class Function:
         self.fn, self.signature, self.layout = fn, signature, layout
         try:
             self.ins, self.outs = parse_signature(signature)
+            if any(s is not None and s.ellipsis for s in (*self.ins, *self.outs)):
+                raise SpecError(f'{fn.__name__}: the signature "{signature}" has "..."; a signature names every dim')
         except SpecError as error:
             raise error.at(_definition(self)) from None
         self.__name__, self.__doc__, self.__wrapped__ = fn.__name__, fn.__doc__, fn

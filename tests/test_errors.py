@@ -22,8 +22,9 @@ from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, all_reduce, arg
                       param, rearrange, reduce_scatter, reshard, scan, shard, sharded, silu, softmax, stacked, value_and_grad, where)
 from shardlib.api import Compiled, bind_sizes
 from shardlib.distributed.launch import Launch
+from shardlib.emit import Emitter
 from shardlib.moves import TABLE as MOVES
-from shardlib.ops import TABLE as OPS, attention, rms_norm
+from shardlib.ops import TABLE as OPS, attention, causal_mask, rms_norm
 from shardlib.parser import parse_program
 from shardlib.simulate import simulate
 from shardlib.testing import join, place
@@ -917,6 +918,26 @@ def test_sizes_that_conflict():
     assert said(bind_sizes, program, {"x": (2, 3), "w": (4, 5)}, {}, Mesh(tp=1), {"tp": 0}) == "project: D is 3 by x, and 4 by w"
     assert said(bind_sizes, program, {"x": (2, 3), "w": (3, 5)}, {"D": 4}, Mesh(tp=1), {"tp": 0}) == "project: D is 4 by sizes, and 3 by x"
     assert said(bind_sizes, program, {"x": (2, 3, 4), "w": (3, 5)}, {}, Mesh(tp=1), {"tp": 0}) == "project: x has 3 dims, its spec B D has 2"
+
+
+def test_tensors_whose_sizes_conflict():
+    assert said(project, torch.ones(2, 3), torch.ones(4, 5)) == "project: D is 3 by x, and 4 by w"
+
+
+def test_size_that_only_an_op_needs():
+    @sharded("B -> B T S")
+    def mask(start):
+        return causal_mask("B -> B T/1 S/1", start)
+    program = lower(mask, mesh=MESH)
+    assert said(Emitter(MESH, 0, dict(B=2, T=3)).program, program) == (
+        "causal_mask: no argument holds all of S; say its global size: sizes=dict(S=...)          model.py:4")
+
+
+@pytest.mark.parametrize("size", ["__import__('os')", 1.5, -1, True, None])
+def test_sizes_are_integers(size):
+    program = lower(project, mesh=MESH)
+    assert said(bind_sizes, program, {"x": (2, 3), "w": (3, 5)}, {"D": size}, MESH, {"tp": 0}) == (
+        f"sizes: D is {size!r}; a size is an integer of at least 0")
 
 
 def test_size_that_no_argument_holds():

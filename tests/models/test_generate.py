@@ -1,0 +1,340 @@
+"""generate says what Hugging Face transformers says, on every mesh; and ends with one line where it cannot."""
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import llama_reference as reference
+import pytest
+import tokenizers
+import torch
+import torch.distributed as dist
+import transformers
+from launching import GENERATE, Finished, run, torchrun
+from simulated import generate, tree
+
+from shardlib import Layout, Mesh
+from shardlib.distributed.runtime import connect
+from shardlib.models.checkpoint import CheckpointError
+from shardlib.models.decoding import Model, Sampling, weight_types
+from shardlib.models.generate import main
+from shardlib.models.layouts import named_layout
+from shardlib.models.llama import Llama, LlamaConfig
+from shardlib.models.llama_config import config_of
+from shardlib.models.llama_weights import load
+from shardlib.models.model_files import find_model, open_checkpoint
+from shardlib.models.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model with what transformers, on the same weights, makes of some prompts: greedy, in fp32."""
+    name: str
+    config: LlamaConfig
+    weights: Llama
+    tokenizer: Tokenizer
+    texts: tuple[str, ...]
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+
+    @property
+    def command(self) -> list[str]:
+        return ["--model", self.name, "--raw", "--max-new-tokens", str(NEW), *(a for text in self.texts for a in ("--prompt", text))]
+
+    def answers(self) -> list[dict[str, Any]]:
+        return [{"tokens": t, "text": self.tokenizer.decode(t[len(p):])} for t, p in zip(self.tokens, self.prompts)]
+
+
+NEW = 12
+
+
+def known(name: str, texts: Sequence[str]) -> Known:
+    checkpoint, tokenizer = open_checkpoint(name), Tokenizer.load(name)
+    config = config_of(checkpoint)
+    weights = load(checkpoint, weight_types(config, Layout(), Mesh()), Mesh(), {}, torch.float32)
+    model, prompts = reference.to_transformers(weights, config), [tokenizer.encode(text) for text in texts]
+    with torch.no_grad():
+        tokens = [model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.int64), max_new_tokens=NEW, do_sample=False,
+                                 eos_token_id=sorted(tokenizer.eos_ids), pad_token_id=0)[0].tolist() for p in prompts]
+    return Known(name, config, tree(weights, config), tokenizer, tuple(texts), prompts, tokens)
+
+
+# -- SmolLM2 -----------------------------------------------------------------------------------------------------------
+
+try:
+    find_model("smollm2")
+    smollm2_installed = pytest.mark.skipif(False, reason="")
+except CheckpointError as missing:
+    smollm2_installed = pytest.mark.skip(reason=str(missing))
+
+
+@pytest.fixture(scope="module")
+def smollm2(one_thread: None) -> Known:
+    return known("smollm2", ("The capital of France is", "Once upon a time", "def fibonacci(n):\n", "Water boils at", "1, 2, 3, 4,",
+                             "Dear Sir or Madam, I am writing to you because"))
+
+
+@smollm2_installed
+@pytest.mark.parametrize("mesh, layout", [
+    ("", "tp"), ("tp=1", "tp"), ("tp=2", "tp"), ("tp=3", "tp+sp"), ("tp=4", "tp"), ("tk=2,tg=2", "tp"), ("dp=2,tp=2", "tp+sp"), ("cp=2", "cp"),
+    ("dp=2", "fsdp"), ("dp=2,cp=2,tp=2", "tp+sp+fsdp+cp"), ("x=2,y=2", "B=x,K=y,F=x/y,V=y/x")])
+def test_smollm2_on_the_simulator(smollm2: Known, mesh: str, layout: str) -> None:
+    made = Mesh.parse(mesh)
+    assert generate(smollm2.weights, smollm2.config, named_layout(layout, made), made, smollm2.prompts, NEW, smollm2.tokenizer.eos_ids) == smollm2.tokens
+
+
+@smollm2_installed
+@pytest.mark.parametrize("processes, options", [(2, ["--mesh", "tp=2"]), (3, ["--mesh", "tp=3", "--layout", "tp+sp"]), (2, ["--mesh", "dp=2"])], ids=lambda v: "-".join(v) if isinstance(v, list) else None)
+def test_smollm2_under_torchrun(smollm2: Known, processes: int, options: list[str]) -> None:
+    """One batch of prompts of unequal lengths, over gloo."""
+    finished = torchrun(processes, [*GENERATE, *smollm2.command, *options, "--json"])
+    assert (finished.returncode, finished.stderr) == (0, "")
+    made = json.loads(finished.stdout)
+    assert made == {"completions": smollm2.answers(), "tokens_per_second": made["tokens_per_second"]}
+
+
+@smollm2_installed
+def test_sampling_smollm2(smollm2: Known) -> None:
+    """A draw is a function of the seed, the position and the row, on every mesh."""
+    def drawn(mesh: str, layout: str, seed: int, temperature: float = 0.8) -> list[list[int]]:
+        return generate(smollm2.weights, smollm2.config, named_layout(layout, Mesh.parse(mesh)), Mesh.parse(mesh), smollm2.prompts, NEW, (),
+                        Sampling(temperature, 0.9, seed))
+    alone = drawn("tp=1", "tp", 1)
+    assert drawn("tp=2", "tp", 1) == drawn("tp=3", "tp+sp", 1) == drawn("dp=2", "tp", 1) == alone
+    assert alone != drawn("tp=1", "tp", 0)
+    assert [t[:len(e)] for t, e in zip(drawn("tp=1", "tp", 1, temperature=1e-300), smollm2.tokens)] == smollm2.tokens
+    finished = torchrun(2, [*GENERATE, *smollm2.command, "--json", "--mesh", "tp=2", "--temperature", "0.8", "--top-p", "0.9", "--seed", "1"])
+    assert (finished.returncode, finished.stderr) == (0, "")
+    ended = [t[:min([i + 1 for i, id in enumerate(t) if i >= len(p) and id in smollm2.tokenizer.eos_ids], default=None)]
+             for t, p in zip(alone, smollm2.prompts)]
+    assert [c["tokens"] for c in json.loads(finished.stdout)["completions"]] == ended
+
+
+@smollm2_installed
+def test_smollm2_chats(capfd: pytest.CaptureFixture[str]) -> None:
+    """Without --raw the prompt is a turn of a chat, and the end token ends it."""
+    assert main(["--prompt", "Say only the word yes.", "--max-new-tokens", "40", "--json"]) == 0
+    made = json.loads(capfd.readouterr().out)
+    assert sorted(made) == ["text", "tokens", "tokens_per_second"]
+    tokenizer = Tokenizer.load("smollm2")
+    prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Say only the word yes."}]))
+    answer = made["tokens"][len(prompt):]
+    assert made["tokens"][:len(prompt)] == prompt and made["text"] == tokenizer.decode(answer)
+    assert answer[-1] in tokenizer.eos_ids and tokenizer.eos_ids.isdisjoint(answer[:-1])
+
+
+# -- a folder that a user has ------------------------------------------------------------------------------------------
+
+TEXTS = ("abcabc", "b", "ccccbbbba")
+CONFIG = LlamaConfig(vocab_size=41, d_model=48, num_layers=2, num_kv_heads=3, queries_per_kv=2, head_dim=8, d_ff=29, norm_eps=1e-5,
+                     rope_theta=1e4, rope_scaling=None, tied=False, max_context=48)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that transformers saved, with a tokenizer of its own, and an end token that one of its answers meets."""
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    model = reference.to_transformers(reference.random_weights(CONFIG, 5), CONFIG)
+    vocab = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM")} | {"<s>": 39, "</s>": 40}
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    core.add_special_tokens(["<s>", "</s>"])
+    with torch.no_grad():
+        made = model.generate(torch.tensor([core.encode(TEXTS[0]).ids]), max_new_tokens=NEW, do_sample=False, eos_token_id=[], pad_token_id=0)
+    end = made[0, len(TEXTS[0]) + 4].item()
+    model.generation_config = transformers.GenerationConfig(eos_token_id=end)
+    model.save_pretrained(path)
+    core.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(folder: Path) -> Known:
+    return known(str(folder), TEXTS)
+
+
+def test_an_end_token_ends_its_row_and_belongs_to_it(tiny: Known) -> None:
+    (end,) = tiny.tokenizer.eos_ids
+    made = [t[len(p):] for t, p in zip(tiny.tokens, tiny.prompts)]
+    assert made[0][-1] == end and end not in made[0][:-1] and len(made[0]) < NEW and max(map(len, made)) == NEW
+    for mesh in ("tp=2", "dp=3"):
+        assert generate(tiny.weights, tiny.config, named_layout("tp", Mesh.parse(mesh)), Mesh.parse(mesh), tiny.prompts, NEW, {end}) == tiny.tokens
+
+
+def test_a_folder_alone(tiny: Known, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*tiny.command, "--json"]) == 0
+    made = json.loads(capfd.readouterr().out)
+    assert made == {"completions": tiny.answers(), "tokens_per_second": made["tokens_per_second"]}
+    for i, text in enumerate(tiny.texts):        # each prompt by itself, and shown as it comes
+        one = ["--model", tiny.name, "--raw", "--max-new-tokens", str(NEW), "--prompt", text]
+        assert main([*one, "--json"]) == 0
+        made = json.loads(capfd.readouterr().out)
+        assert made == {**tiny.answers()[i], "tokens_per_second": made["tokens_per_second"]}
+        assert main([*one, "--quiet"]) == 0
+        assert capfd.readouterr() == (tiny.answers()[i]["text"] + "\n", "")
+    assert main([*tiny.command, "--quiet"]) == 0
+    assert capfd.readouterr() == ("".join(f"[{i}] {a['text']}\n" for i, a in enumerate(tiny.answers())), "")
+
+
+def test_a_folder_as_a_command(tiny: Known) -> None:
+    finished = run([*GENERATE, *tiny.command, "--json"])
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert json.loads(finished.stdout)["completions"] == tiny.answers()
+
+
+def test_one_model_many_batches(tiny: Known) -> None:
+    """Of other sizes each time, as alone; the tokens as they come are the tokens at the end."""
+    with connect(Mesh(), "cpu") as runtime:
+        model = Model.load(open_checkpoint(tiny.name), Layout(), runtime)
+        for rows in ([0, 1, 2], [2], [1, 0], [0, 0, 0, 0, 1]):
+            prompts, steps = [tiny.prompts[i] for i in rows], []
+            made = model.generate(prompts, NEW, tiny.tokenizer.eos_ids, on_tokens=steps.append)
+            assert made.tokens == [tiny.tokens[i] for i in rows]
+            assert [[*p, *(t for t in column if t is not None)] for p, column in zip(prompts, zip(*steps))] == made.tokens
+            assert made.new_tokens == sum(map(len, made.tokens)) - sum(map(len, prompts))
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+def damaged(path: Path, source: Path, change: Callable[[bytes], bytes] = lambda data: data) -> Path:
+    """A copy of a model, its weights changed."""
+    shutil.copytree(source, path) if source.is_dir() else shutil.copy(source, path)
+    file = path / "model.safetensors" if path.is_dir() else path
+    file.write_bytes(change(file.read_bytes()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bad(folder: Path, tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[str], str]]:
+    """Command lines, and what is said of them, alone and on ranks."""
+    tmp = tmp_path_factory.mktemp("bad")
+    short, header, empty = (damaged(tmp / name, folder, change) for name, change in (
+        ("short", lambda data: data[:-100]), ("header", lambda data: data[:9] + b"x" + data[10:]), ("empty", lambda data: b"")))
+    gguf_short, gguf_magic = (damaged(tmp / name, tiny_gguf, change) for name, change in (
+        ("short.gguf", lambda data: data[:-100]), ("magic.gguf", lambda data: b"x" + data[1:])))
+    other, alike, mute = (damaged(tmp / name, folder) for name in ("other", "alike", "mute"))
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"]["Z"] = 41
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    config = json.loads((folder / "config.json").read_text())
+    (alike / "config.json").write_text(json.dumps({**config, "intermediate_size": 30}))
+    (mute / "tokenizer.json").unlink()
+    good, prompt = ["--model", str(folder), "--raw"], ["--raw", "--prompt", "abc"]
+    return [
+        ([*prompt, "--model", "nosuch"], "model 'nosuch': not a known name (smollm2), not a folder, not a .gguf file"),
+        ([*prompt, "--model", str(short)], f"{short / 'model.safetensors'}: tensor model.norm.weight lies in bytes 107320 to 107512, outside of the "
+         "file's data, which is 2104 to 107412; the file is damaged or cut short"),
+        ([*prompt, "--model", str(header)], f"{header / 'model.safetensors'}: not JSON: Expecting property name enclosed in double quotes: "
+         "line 1 column 2 (char 1)"),
+        ([*prompt, "--model", str(empty)], f"{empty / 'model.safetensors'}: a file of 0 bytes whose header claims 0; it is damaged or cut short"),
+        ([*prompt, "--model", str(gguf_short)], f"{gguf_short}: tensor output.weight lies in bytes 916576 to 943456, outside of the file's data, "
+         "which is 2272 to 943356; the file is damaged or cut short"),
+        ([*prompt, "--model", str(gguf_magic)], f"{gguf_magic}: not a GGUF file"),
+        ([*prompt, "--model", str(alike), "--max-new-tokens", "3"], 'weight layers.gate: tensor model.layers.0.mlp.gate_proj.weight should be "F D" '
+         "with F=30 D=48, so (30, 48); it is (29, 48)"),
+        ([*prompt, "--model", str(mute)], f"{mute / 'tokenizer.json'}: No such file or directory"),
+        ([*prompt, "--prompt", "aZ", "--model", str(other)], "token 41 of a prompt is none of the model's, which are 0 to 40; its tokenizer is another's"),
+        ([*good], "the prompt is empty; give one with --prompt"),
+        ([*good, "--prompt", "abc", "--prompt", ""], "the prompt is empty; give one with --prompt"),
+        ([*good, "--prompt", "\udcff"], "the prompt is not UTF-8 text"),
+        ([*good, "--prompt", "a" * 45, "--max-new-tokens", "4"], "the prompt has 45 tokens and 4 are to follow; the model's context is 48"),
+        ([*good, "--prompt", "abc", "--max-new-tokens", "0"], "max_new_tokens is 0; ask for at least 1"),
+        ([*good, "--prompt", "abc", "--max-new-tokens", "few"], "argument --max-new-tokens: invalid int value: 'few'; --help lists the options"),
+        ([*good, "--prompt", "abc", "--layout", "K=ep"], "layout, dim K: unknown axis ep; the mesh has "),
+        ([*good, "--prompt", "abc", "--layout", "Q=tp"], "layout 'Q=tp': the models have no dim Q; they have B, T, S, D, L, K, G, H, F, V"),
+        ([*good, "--prompt", "abc", "--layout", "tp+zp"], "layout 'tp+zp': 'zp' is not one of tp, sp, fsdp, cp, and no DIM=AXIS"),
+        ([*good, "--prompt", "abc", "--top-p", "0"], "--temperature 0.0 --top-p 0.0: temperature is at least 0, top-p above 0 and at most 1"),
+        ([*good, "--prompt", "abc", "--temperature", "nan"], "--temperature nan --top-p 1.0: temperature is at least 0, top-p above 0 and at most 1"),
+        ([*good, "--prompt", "abc", "--dtype", "int8"],
+         "argument --dtype: invalid choice: 'int8' (choose from 'float32', 'bfloat16', 'float16'); --help lists the options"),
+        ([*good, "--prompt", "abc", "--mesh", "tp2"], "mesh 'tp2': 'tp2' is not NAME=SIZE"),
+        ([*good, "--prompt", "abc", "--mesh", "tp=0"], "mesh: axis tp has size 0; a size is an integer of at least 1"),
+        ([*good, "--prompt", "abc", "--mesh", "tp=3"], "mesh tp=3 has 3 ranks, but "),
+        ([*good, "--prompt", "abc", "--mesh", "tp=2,tp=2"], "mesh 'tp=2,tp=2': axis tp is given twice"),
+    ]
+
+
+def test_bad_input_alone(bad: list[tuple[list[str], str]], capfd: pytest.CaptureFixture[str]) -> None:
+    for arguments, line in bad:
+        line += "none" if line.endswith("the mesh has ") else ""
+        line += "this process was started without torchrun; start torchrun --nproc-per-node 3, or change the mesh" if line.endswith("but ") else ""
+        assert (main(["--quiet", *arguments]), *capfd.readouterr()) == (1, "", f"error: {line}\n")
+
+
+def on_two_ranks(cases: Sequence[Sequence[str]], folder: Path) -> list[list[dict[str, Any]]]:
+    """What each rank did of each command line: exit status, stdout, stderr."""
+    stores = [dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False) for _ in cases]
+    (folder / "cases.json").write_text(json.dumps([{"arguments": list(case), "port": store.port} for case, store in zip(cases, stores)]))
+    finished = torchrun(2, [Path(__file__).with_name("generate_worker.py"), folder], deadline_s=300)
+    assert (finished.returncode, finished.stdout) == (0, ""), finished.stderr
+    return [list(made) for made in zip(*(json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)), strict=True)]
+
+
+def test_bad_input_on_two_ranks(bad: list[tuple[list[str], str]], tmp_path: Path) -> None:
+    """Every rank ends by itself, within seconds, with an exit status that is not 0; one of them says why, in one line."""
+    found = on_two_ranks([["--quiet", "--mesh", "tp=2", *arguments] for arguments, _ in bad], tmp_path)
+    for (arguments, line), made in zip(bad, found, strict=True):
+        line += "tp" if line.endswith("the mesh has ") else ""
+        line += "torchrun started 2 processes; start torchrun --nproc-per-node 3, or change the mesh" if line.endswith("but ") else ""
+        assert [m["code"] for m in made] == [1, 1], (arguments, made)
+        assert sorted(m["stderr"] for m in made) == ["", f"error: {line}\n"]
+        assert [m["stdout"] for m in made] == ["", ""]
+
+
+def test_a_folder_on_two_ranks(tiny: Known, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Layouts over real groups; what is shown as it comes; draws; the plan."""
+    drawn = [*tiny.command, "--json", "--temperature", "1.5", "--top-p", "0.95", "--seed", "7"]
+    one = ["--model", tiny.name, "--raw", "--max-new-tokens", str(NEW), "--prompt", tiny.texts[0]]
+    cases = [[*tiny.command, "--json", "--mesh", mesh, "--layout", layout] for mesh, layout in (
+        ("tp=2", "tp+sp"), ("dp=2", "fsdp"), ("cp=2", "cp"), ("x=2", "V=x,B=x,D=x"), ("dp=1,tp=2", "tp+fsdp"))]
+    cases += [[*drawn, "--mesh", mesh] for mesh in ("tp=2", "dp=2")]
+    cases += [[*one, "--mesh", "tp=2", "--quiet"], [*one, "--mesh", "tp=2"], [*one, "--mesh", "tp=2", "--plan"]]
+    *made, drawn_tp, drawn_dp, quiet, shown, plan = on_two_ranks(cases, tmp_path)
+    assert {(m["code"], m["stderr"]) for both in (*made, drawn_tp, drawn_dp, quiet) for m in both} == {(0, "")}
+    assert {both[1]["stdout"] for both in (*made, drawn_tp, drawn_dp, quiet, shown, plan)} == {""}
+    assert all(json.loads(both[0]["stdout"])["completions"] == tiny.answers() for both in made)
+    assert main(drawn) == 0
+    alone = json.loads(capfd.readouterr().out)["completions"]
+    assert alone == json.loads(drawn_tp[0]["stdout"])["completions"] == json.loads(drawn_dp[0]["stdout"])["completions"] != tiny.answers()
+    assert quiet[0]["stdout"] == shown[0]["stdout"] == tiny.answers()[0]["text"] + "\n"
+    said = shown[0]["stderr"].splitlines()
+    assert said[0] == f"2 ranks on cpu, mesh tp=2, layout K=tp,F=tp,V=tp; reading {tiny.name}"
+    assert said[2] == "plan of one token: 7 collectives, 1.2 kB received per rank"
+    print(shown[0]["stderr"], plan[0]["stderr"], plan[0]["stdout"])
+    assert 0
+
+
+SLOW = """
+import os, sys, time
+from shardlib.models.generate import main
+time.sleep(3 if os.environ["RANK"] == os.environ["SLOW"] else 0)
+os.chdir(os.environ["ELSEWHERE"] if os.environ["RANK"] == "1" else ".")
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+@pytest.mark.parametrize("arguments, line", [
+    (["--mesh", "tp2"], "mesh 'tp2': 'tp2' is not NAME=SIZE"),
+    (["--mesh", "tp=2", "--model", "model", "--raw", "--prompt", "abc", "--max-new-tokens", "3"], "model/model.safetensors: No such file or directory")],
+    ids=["before they meet", "on one rank alone"])
+def test_one_rank_speaks_before_torchrun_ends_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], line: str,
+                                                slow: int) -> None:
+    """torchrun ends all ranks as soon as one has failed: whichever is first, its line must be out. Its own report follows."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    monkeypatch.chdir(folder.parent)
+    finished = torchrun(2, [tmp_path / "slow.py", "--quiet", *arguments], SLOW=str(slow), ELSEWHERE=str(tmp_path))
+    assert finished.returncode == 1 and finished.stdout == ""
+    assert [text for text in finished.stderr.splitlines() if text.startswith("error")] == [f"error: {line}"]
+    assert finished.stderr.count("Traceback") == 1 and "torch.distributed.elastic.multiprocessing.errors.ChildFailedError" in finished.stderr
+    assert "shardlib/models/generate.py" not in finished.stderr
+
+
+def test_bad_input_as_a_command() -> None:
+    finished = run([*GENERATE, "--mesh", "tp=2", "--prompt", "abc"])
+    assert finished == Finished(1, "", "error: mesh tp=2 has 2 ranks, but this process was started without torchrun; "
+                                       "start torchrun --nproc-per-node 2, or change the mesh\n")
