@@ -12,7 +12,8 @@ import torch
 from record import row, write
 from torch import Tensor
 
-from shardlib import Layout, Mesh, Params, compile, einsum, init, lower, param, sharded, silu
+from shardlib import Layout, Mesh, Params, compile, einsum, init, lower, param, sharded
+from shardlib.functions import silu
 from shardlib.api import arg_types
 from shardlib.distributed.runtime import connect
 from shardlib.emit import Emitter, load

@@ -11,7 +11,8 @@ from record import row, write
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from shardlib import Layout, Mesh, einsum, silu, step
+from shardlib import Layout, Mesh, einsum, step
+from shardlib.functions import silu
 from shardlib.trace import Function
 
 N = 300

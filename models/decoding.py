@@ -11,7 +11,8 @@ from typing import Callable, Collection, Sequence
 
 import torch
 
-from shardlib import Layout, Mesh, SpecError, compile, lower, shard_of, sharded
+from shardlib import Layout, Mesh, SpecError, compile, lower, sharded
+from shardlib.api import shard_of
 from shardlib.api import arg_types
 from shardlib.distributed.runtime import Runtime
 from shardlib.models.checkpoint import Checkpoint

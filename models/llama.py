@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shardlib import Params, einsum, mean, param, rename, scan, sharded, silu, argmax, stacked
+from shardlib import Params, einsum, param, rename, scan, sharded, stacked
+from shardlib.functions import mean, silu, argmax
 from shardlib.ops import (attention, causal_mask, cross_entropy, embedding, rms_norm, rope, rope_table, take, update_cache)
 
 

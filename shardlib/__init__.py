@@ -1,19 +1,24 @@
-"""shardlib: write a model once, as math on named dims; say in one line where the dims live."""
-from shardlib.api import Compiled, Sharded, arg_types, compile, lower, shard_of, sharded, simulate, step, value_and_grad
+"""shardlib: write a model once, as math on named dims; say in one line where the dims live.
+
+The names here are all that most programs need, in the order in which one learns them. Functions of tensors (silu, mean, ...)
+are in `shardlib.functions`, operators of models (attention, rms_norm, ...) in `shardlib.ops`.
+"""
+from shardlib.api import compile, lower, sharded, simulate, step, value_and_grad
 from shardlib.cond import cond
 from shardlib.einsum import einsum
 from shardlib.errors import SpecError
 from shardlib.explain import explain
 from shardlib.layout import EXPLICIT, Layout
-from shardlib.local import check_local, local
+from shardlib.local import local
 from shardlib.mesh import Mesh
-from shardlib.moves import all_gather, all_reduce, all_to_all, owe, permute, reduce_scatter, reshard, shard
+from shardlib.moves import all_gather, all_reduce, all_to_all, owe, reduce_scatter, reshard, shard
 from shardlib.params import Params, init, param, stacked
-from shardlib.pointwise import cast, exp, gelu, greater, less, log, relu, rsqrt, sigmoid, silu, square, stop_gradient, tanh, where
-from shardlib.rearrange import rearrange, rename
 from shardlib.prove import prove
-from shardlib.reductions import argmax, logsumexp, max, mean, softmax, sum
+from shardlib.rearrange import rearrange, rename
 from shardlib.scan import scan
-from shardlib.spec import Spec, parse
+from shardlib.spec import parse
 
 __version__ = "0.1.0"
+__all__ = ["sharded", "einsum", "Mesh", "Layout", "lower", "SpecError", "Params", "param", "stacked", "init", "scan", "compile",
+           "value_and_grad", "explain", "prove", "simulate", "step", "rearrange", "rename", "cond", "local", "EXPLICIT",
+           "all_gather", "all_reduce", "reduce_scatter", "all_to_all", "shard", "owe", "reshard", "parse"]

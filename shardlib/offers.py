@@ -74,7 +74,9 @@ def cost(offer: Offer, least: float) -> str:
         text = " and ".join(f"{c.fraction:.3g} x the size of {c.what}" for c in paid) + " per rank"
         return text + (", and more later" if later > 1 else "")
     text = f"{bytes_text(offer.own * ITEMSIZE)} per rank" if paid else "free"
-    return text if later < 1 else f"{text}, then {bytes_text(later * ITEMSIZE)} later" if all(c.known for c in offer.costs) else f"{text}, and more later"
+    if later < 1:
+        return text
+    return f"{text}, then {bytes_text(later * ITEMSIZE)} later" if all(c.known for c in offer.costs) else f"{text}, and more later"
 
 
 # -- how the user writes it --------------------------------------------------------------------------------------------
@@ -106,7 +108,10 @@ def expression(value: str, at: Completer) -> str:
 
 def label(code: str) -> str:
     """A short name for an expression: what is passed to calls is left out."""
-    tree = ast.parse(code, mode="eval")
+    try:
+        tree = ast.parse(code, mode="eval")
+    except SyntaxError:             # the name of a value that only a trial has
+        return code
     for call in ast.walk(tree):
         if isinstance(call, ast.Call):
             call.args, call.keywords = [ast.Constant(...)], []

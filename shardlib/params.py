@@ -63,8 +63,9 @@ class Params:
         if not heading(cls.__name__):
             raise SpecError(f"Params: {cls.__name__!r} is no name for a class; use letters, digits and _, and no __2 at the end")
         fields = cls.__dict__.get("__annotations__", {})
-        if (bad := next((n for n in (fields if isinstance(fields, dict) else ["__annotations__"]) if not nameable(n) or n.startswith("__")), None)) is not None:
-            raise SpecError(f"{cls.__name__}: {bad!r} is no name for a field; use letters, digits and _")
+        for name in fields if isinstance(fields, dict) else ["__annotations__"]:
+            if not nameable(name) or name.startswith("__"):         # dataclasses write field names into code that they run
+                raise SpecError(f"{cls.__name__}: {name!r} is no name for a field; use letters, digits and _")
         dataclass(frozen=True, eq=False)(cls)
         for f in dataclasses.fields(cls):
             if "spec" not in f.metadata and "of" not in f.metadata:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlib import Layout, Mesh, Params, SpecError, compile, einsum, init, param, scan, sharded, silu, simulate, stacked, step, sum
+from shardlib import Layout, Mesh, Params, SpecError, compile, einsum, init, param, scan, sharded, simulate, stacked, step
+from shardlib.functions import silu, sum
 from shardlib.params import leaf_values, struct
 from shardlib.testing import region
 

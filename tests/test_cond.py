@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shardlib import EXPLICIT, Layout, Mesh, SpecError, compile, cond, einsum, greater, lower, sharded, silu, simulate, step, sum, value_and_grad
+from shardlib import EXPLICIT, Layout, Mesh, SpecError, compile, cond, einsum, lower, sharded, simulate, step, value_and_grad
+from shardlib.functions import greater, silu, sum
 from shardlib.cond import COND
 from shardlib.parser import check, parse_program
 from shardlib.project import project

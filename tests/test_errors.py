@@ -18,8 +18,8 @@ import shardlib
 import torch
 from torch import Tensor
 
-from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, all_reduce, argmax, cast, einsum, exp, logsumexp, lower, max, mean, owe,
-                      param, rearrange, reduce_scatter, reshard, scan, shard, sharded, silu, softmax, stacked, value_and_grad, where)
+from shardlib import EXPLICIT, Layout, Mesh, Params, SpecError, all_reduce, einsum, lower, owe, param, rearrange, reduce_scatter, reshard, scan, shard, sharded, stacked, value_and_grad
+from shardlib.functions import argmax, cast, exp, logsumexp, max, mean, silu, softmax, where
 from shardlib.api import Compiled, bind_sizes
 from shardlib.distributed.launch import Launch
 from shardlib.emit import Emitter

@@ -4,7 +4,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardlib import Layout, Mesh, Params, SpecError, check_local, einsum, init, local, lower, mean, param, sharded, simulate, value_and_grad
+from shardlib import Layout, Mesh, Params, SpecError, einsum, init, local, lower, param, sharded, simulate, value_and_grad
+from shardlib.functions import mean
+from shardlib.local import check_local
 from shardlib.parser import check, parse_program
 
 MESH = Mesh(dp=2, tp=2)

@@ -6,16 +6,20 @@ left out. A failure shrinks to a program that a person can read; the assertion p
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import pytest
 import torch
-from hypothesis import event, given, strategies as st
+from hypothesis import assume, event, given, reject, strategies as st
 
+from shardlib.arithmetic import ADD
 from shardlib.complete import complete
 from shardlib.cond import COND
+from shardlib.einsum import EINSUM
 from shardlib.errors import SpecError
+from shardlib.grad import value_and_grad_program
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh
 from shardlib.moves import RESHARD
@@ -97,7 +101,7 @@ class Writer:
         """A value of just these dims."""
         spec = parse(spec) if isinstance(spec, str) else spec
         found = [v for v in self.values if v.spec == spec and v.holds in (holds or ("any", "bounded", "positive"))]
-        return self.one_of(found) if found and self.maybe() else self.new(spec, holds[0] if holds else "bounded", self.maybe())
+        return self.one_of(found) if found and self.maybe() else self.new(spec, holds[0] if holds else "bounded", holds != ("mask",) and self.maybe())
 
     def narrower(self, than: Spec, *holds: str) -> Value:
         """A value with some of the dims of `than`, in order."""
@@ -324,6 +328,7 @@ class Drawn:
     layout: Layout
     sizes: Mapping[str, int]
     holds: Mapping[str, str]
+    floats: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.program}\nlayout {self.layout}\nmesh {self.mesh}\nsizes {dict(self.sizes)}\n\n{self.explicit()}"
@@ -342,7 +347,7 @@ def layouts(draw: st.DrawFn, mesh: Mesh, dims: Sequence[str]) -> Layout:
 
 
 @st.composite
-def programs(draw: st.DrawFn) -> Drawn:
+def programs(draw: st.DrawFn, kinds: Sequence[Callable[[Writer], None]] = KINDS) -> Drawn:
     mesh = Mesh({a: draw(st.sampled_from((2, 3, 1, 4))) for a in "xyz"[:draw(st.integers(1, 3))]})
     if mesh.world_size > 12:
         mesh = Mesh(x=2, y=3)
@@ -350,11 +355,12 @@ def programs(draw: st.DrawFn) -> Drawn:
     sizes |= dict(S=sizes["T"] + draw(st.integers(0, 2)), L=draw(st.integers(0, 3)))
     layout = draw(layouts(mesh, (*BATCH, "G", "V", "S", "P")))
     w = Writer(draw, sizes, mesh, lambda p: types_under(p, layout, mesh))
-    write(w, 12, KINDS)
+    write(w, 12, kinds)
     used = {i for s in w.steps for i in s.inputs}
     made = [o for s in w.steps for o in s.outputs]
     results = [o for o in made if o not in used or w.draw(st.integers(0, 4)) == 0] or [w.float_().name]
-    return Drawn(w.program("f", results), mesh, layout, dict(w.sizes), dict(w.holds))
+    floats = tuple(v.name for v in w.values if v.holds in ("any", "bounded", "positive"))
+    return Drawn(w.program("f", results), mesh, layout, dict(w.sizes), dict(w.holds), floats)
 
 
 def types_under(program: Program, layout: Layout, mesh: Mesh) -> bool:
@@ -429,6 +435,53 @@ def test_passes_keep_types_and_results(drawn: Drawn) -> None:
         assert [s for _, s in rewritten.result_leaves()] == [s for _, s in program.result_leaves()] and rewritten.args == program.args
         check_equal(drawn, rewritten, run(rewritten, drawn.mesh, drawn.sizes, whole_args(drawn)), want)
         program = rewritten
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+def with_loss(drawn: Drawn) -> Program:
+    """The program with one result: the sum of the squares of its float results."""
+    kinds, steps, total = drawn.program.types(), list(drawn.program.steps), None
+    for name in [n for n, _ in drawn.program.result_leaves() if n in drawn.floats]:
+        spec = kinds[name].whole()
+        steps.append(Step(EINSUM, (spec, spec), (Spec(),), (name, name), (f"square_{name}",)))
+        if total:
+            steps.append(Step(ADD, (Spec(), Spec()), (Spec(),), (total, f"square_{name}"), (f"sum_{name}",)))
+        total = steps[-1].outputs[0]
+    assume(total)
+    return replace(drawn.program, steps=tuple(steps), results=(Result(Spec(), (total,)),))
+
+
+def autograd(program: Program, drawn: Drawn, wrt: Sequence[str]) -> list[torch.Tensor]:
+    """The gradients on one rank by the leaves `wrt`, by torch.autograd."""
+    stop = replace(OPS["stop_gradient"], emit=lambda e, s, a: f"{a[0]}.detach()")
+    program = replace(program, steps=tuple(replace(s, op=stop) if s.op is OPS["stop_gradient"] else s for s in program.steps))
+    args = {n: x.requires_grad_(n in wrt) for n, x in whole_args(drawn).items()}
+    (loss,) = simulate(complete(meant(program), Layout(), Mesh()), Mesh(), [args], drawn.sizes)[0].values()
+    found = torch.autograd.grad(loss, [args[n] for n in wrt], allow_unused=True) if loss.requires_grad else [None] * len(wrt)
+    return [torch.zeros_like(args[n]) if g is None else g for n, g in zip(wrt, found)]
+
+
+@given(programs([k for k in KINDS if k not in (cond, update_cache, spread)]), st.sampled_from(("all", "weights", "nothing")))
+def test_gradients_are_those_of_autograd_each_in_the_type_of_its_argument(drawn: Drawn, regather: str) -> None:
+    program = with_loss(drawn)
+    leaves_of = {n: [path for path, _ in leaves(n, tree)] for n, tree in program.args}
+    wrt = [n for n, paths in leaves_of.items() if drawn.holds[paths[0]] in ("bounded", "positive")]
+    explicit = complete(program, drawn.layout, drawn.mesh)
+    try:
+        made = value_and_grad_program(explicit, wrt, drawn.mesh, regather)
+    except SpecError as error:
+        assert re.search("has no derivative|the loss depends on what scan stacks", str(error)), f"{error}\n{drawn}"
+        event("no derivative")
+        reject()
+    paths = [p for n in wrt for p in leaves_of[n]]
+    want = autograd(program, drawn, paths)
+    got = run(made, drawn.mesh, drawn.sizes, whole_args(drawn))[1:]
+    for path, a, b in zip(paths, got, want, strict=True):
+        assert same(a, b, TOLERANCE), f"the gradient of {path} is {a}\nand should be {b}\n{drawn}\n{made}"
+    kinds = dict(explicit.arg_leaves())
+    assert [s for _, s in made.result_leaves()[1:]] == [kinds[p] for p in paths]
+    assert check(made, drawn.mesh) == made and parse_program(str(made), TABLE) == made, str(made)
 
 
 # -- mutants -----------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, assume, example, given, settings, strategies
 from torch import Tensor
 
 import shardlib
-from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, argmax, cast, cond, einsum, greater, lower, max, mean, param, parse, reshard,
-                      scan, sharded, silu, softmax, stacked, value_and_grad)
+import shardlib.functions
+from shardlib import EXPLICIT, Layout, Mesh, Params, SpecError, cond, einsum, lower, param, parse, reshard, scan, sharded, stacked, value_and_grad
+from shardlib.functions import argmax, cast, greater, max, mean, silu, softmax
 from shardlib.complete import complete
 from shardlib.emit import Emitter
 from shardlib.ops import TABLE as OPS, rms_norm, rope, rope_table
@@ -136,7 +137,7 @@ def test_any_text_in_a_call(text, op):
     if program is not None:
         assert_program_safe(program, MESH)
     for call in (lambda x: argmax(text, x), lambda x: mean(text, x), lambda x: softmax(x, text), lambda x: cast(x, text), lambda x: shardlib.rename(text, x),
-                 lambda x: shardlib.rearrange(text, x), lambda x: shardlib.sum(text, x), lambda x: shardlib.all_reduce(text, x),
+                 lambda x: shardlib.rearrange(text, x), lambda x: shardlib.functions.sum(text, x), lambda x: shardlib.all_reduce(text, x),
                  lambda x: rope(text, x, x), lambda x: rope_table(text, x, theta=1e4)):
         program = accepts(lambda: lower(sharded("B T D -> B T D")(call), Layout(B="dp"), mesh=MESH))
         if program is not None:
@@ -226,8 +227,8 @@ def test_variables_named_like_what_a_program_calls():
     @sharded("B F, F D -> B D")
     def f(x, w):
         all_reduce = einsum("B F, F D -> B D", x, w)
-        silu = shardlib.silu(all_reduce)
-        mean = shardlib.mean("B D -> B", silu)
+        silu = shardlib.functions.silu(all_reduce)
+        mean = shardlib.functions.mean("B D -> B", silu)
         return all_reduce * silu * mean
     program = lower(f, Layout(F="tp"), mesh=MESH)
     used = {s.op.name for s in program.steps}

@@ -5,7 +5,8 @@ import sys
 
 import torch
 
-from shardlib import Layout, Mesh, compile, init, shard_of, value_and_grad
+from shardlib import Layout, Mesh, compile, init, value_and_grad
+from shardlib.api import shard_of
 from shardlib.api import arg_types
 from shardlib.distributed.runtime import connect
 from shardlib.models.decoding import Model, llama_of

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from shardlib import Layout, Mesh, compile, shard_of
+from shardlib import Layout, Mesh, compile
+from shardlib.api import shard_of
 from shardlib.api import value_and_grad
 from shardlib.distributed.runtime import connect
 from shardlib.models.llama import loss

@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardlib import Layout, Mesh, Params, lower, shard_of
+from shardlib import Layout, Mesh, Params, lower
+from shardlib.api import shard_of
 from shardlib.models.decoding import Sampling, next_sample
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import Cache, Llama, LlamaConfig, RopeScaling, next_token
