@@ -209,6 +209,8 @@ class Emitter:
             if out in kept:
                 names[made] = names[outer[kept[out]]]
                 owned.add(made)
+            elif lists[out] in names.values():
+                names[made] = lists[out]                # a body may return a value twice
             else:
                 names[made] = lists[out]
                 lines.append(f"{lists[out]} = torch.stack({lists[out]}{reverse}) if {lists[out]} else {carry}.new_zeros({(0, *self.shape(kind))})")

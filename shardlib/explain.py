@@ -6,6 +6,7 @@ predicted time, and why it is there; then what each rank holds, and how unevenly
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, Iterator, Mapping
@@ -74,7 +75,7 @@ class Explanation:
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data."""
-        return {**asdict(self), "collectives": self.collectives, "bytes": self.bytes, "imbalance": self.imbalance}
+        return {**json.loads(json.dumps(asdict(self))), "collectives": self.collectives, "bytes": self.bytes, "imbalance": self.imbalance}
 
     def __str__(self) -> str:
         out = io.StringIO()

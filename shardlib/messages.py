@@ -172,9 +172,10 @@ def _made(value: str, at: Completer) -> str:
 
 def _paid(value: str, axis: str, at: Completer) -> str:
     """Which call paid what this value, or one that it was made of, owed over `axis`."""
-    made = next((s for s in at.program.steps if value in s.outputs), None)
-    if made is None:
-        return ""
-    if made.op.moves and any(o.axis == axis for s in made.ins for o in s.owed) and not any(o.axis == axis for s in made.outs for o in s.owed):
-        return f"paid since {made.op.name} at {made.where}"
-    return next((text for i in made.inputs if (text := _paid(i, axis, at))), "")
+    wanted = {value}
+    for step in reversed(at.program.steps):
+        if wanted.intersection(step.outputs):
+            if step.op.moves and any(o.axis == axis for o in step.ins[0].owed) and not any(o.axis == axis for o in step.outs[0].owed):
+                return f"paid since {step.op.name} at {step.where}"
+            wanted.update(step.inputs)
+    return ""

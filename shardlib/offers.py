@@ -7,8 +7,9 @@ it. Only what types is offered, so what a message says can be pasted.
 from __future__ import annotations
 
 import ast
+import linecache
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 from math import prod
 from typing import TYPE_CHECKING, Iterator, Sequence
 
@@ -16,7 +17,7 @@ from shardlib.convert import Move, plan
 from shardlib.errors import SpecError, bytes_text
 from shardlib.layout import EXPLICIT, Layout
 from shardlib.moves import COLLECTIVES
-from shardlib.program import Program, Result, Step
+from shardlib.program import Program, Result, Step, Where
 from shardlib.rules import Rule, natural
 from shardlib.scan import SCAN
 from shardlib.spec import Dim, Factor, Owed, Spec
@@ -29,7 +30,9 @@ ITEMSIZE = 4        # bytes of an element in messages: float32
 SHOWN = 3           # offers in one message
 TRIED = 32          # rewritten calls that are typed again
 WIDE = 120          # characters of a line of code, where there is a shorter one
+DEPTH = 4           # calls within calls that are written out
 GUESS = 64          # rows of a dim of unknown size, for comparing costs
+_WRITES = {"add": (ast.Add,), "sub": (ast.Sub,), "mul": (ast.Mult,), "div": (ast.Div,), "scale": (ast.Mult,), "shift": (ast.Add,)}
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
@@ -81,11 +84,44 @@ def cost(offer: Offer, least: float) -> str:
 
 # -- how the user writes it --------------------------------------------------------------------------------------------
 
-def operand(step: Step, i: int, at: Completer) -> str:
+def operand(step: Step, i: int, at: Completer, depth: int = DEPTH) -> str:
     """Operand i as the user's text has it: a variable, or the expression that made it."""
     if not step.said or step.said[i]:
         return step.said[i] if step.said else step.inputs[i]
-    return expression(step.inputs[i], at)
+    typed = in_source(step)
+    return typed[i] if typed else expression(step.inputs[i], at, depth)
+
+
+def in_source(step: Step) -> list[str]:
+    """The operands as they stand in the user's source; nothing where that cannot be told."""
+    text = _call_in_source(step.where)
+    try:
+        node = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return []
+    if isinstance(node, ast.BinOp) and type(node.op) in _WRITES.get(step.op.name, ()):
+        parts = [node.left, node.right]
+    elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == step.op.name:
+        parts = node.args
+    else:
+        return []
+    parts = [p for p in parts if not isinstance(p, ast.Constant)]
+    if len(parts) != len(step.inputs) or any(isinstance(p, ast.Starred) for p in parts):
+        return []
+    return [ast.unparse(p) if p.lineno != p.end_lineno else ast.get_source_segment(text, p) for p in parts]
+
+
+def _call_in_source(where: Where | None) -> str:
+    """The expression that was being computed, in parentheses; nothing where the source is not at hand."""
+    if where is None or where.code is None:
+        return ""
+    first, last, start, end = next(islice(where.code.co_positions(), where.at // 2, None), (None,) * 4)
+    if None in (first, last, start, end):
+        return ""
+    text = [linecache.getline(where.file, n).encode() for n in range(first, last + 1)]
+    text[-1] = text[-1][:end]
+    text[0] = text[0][start:]
+    return f"({b''.join(text).decode(errors='replace')})"
 
 
 def variable(value: str, at: Completer) -> str:
@@ -96,14 +132,14 @@ def variable(value: str, at: Completer) -> str:
     return next(said, None) or expression(value, at)
 
 
-def expression(value: str, at: Completer) -> str:
-    """A value as the user's text makes it; an argument by its path."""
+def expression(value: str, at: Completer, depth: int = DEPTH) -> str:
+    """A value as the user's text makes it; an argument by its path. Calls deeper than `depth` are left out."""
     made = next((s for s in at.program.steps if value in s.outputs), None)
     if made is None:
-        return value
+        return value if value in dict(at.program.arg_leaves()) else "..."
     if made.op is SCAN or made.op is RESHARD and made.called:
         return f"{made.called.partition(',')[0] or 'scan'}(...)"
-    return written(made, [operand(made, j, at) for j in range(len(made.inputs))])
+    return written(made, [operand(made, j, at, depth - 1) for j in range(len(made.inputs))]) if depth else "..."
 
 
 def label(code: str) -> str:

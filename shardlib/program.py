@@ -22,9 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Where:
-    """A line of the user's source."""
+    """A line of the user's source, and the instruction that was running (`code.co_positions()` says which expression it is)."""
     file: str
     line: int
+    code: Any = field(default=None, compare=False, repr=False)
+    at: int = field(default=0, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, frame: Any) -> Where:
+        return cls(frame.f_code.co_filename, frame.f_lineno, frame.f_code, frame.f_lasti)
 
     def __str__(self) -> str:
         return f"{self.file.rsplit('/', 1)[-1]}:{self.line}"

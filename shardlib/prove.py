@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from math import prod
 from typing import Mapping, Sequence
 
 from shardlib.cond import COND
@@ -51,6 +52,11 @@ def _communicates(program: Program) -> bool:
 
 def match(mesh: Mesh, ranks: Sequence[Sequence[Call]]) -> Proof:
     """Match the ranks' sequences of calls. SpecError, naming ranks and steps, where they cannot all end."""
+    for rank, calls in enumerate(ranks):
+        for call in calls:
+            mine = dict(zip(call.group, call.shapes)).get(rank)
+            if mine is not None and call.numel != prod(mine):
+                raise SpecError(f"{_say(rank, call)}; its piece has shape {mine}")
     at, done = [0] * len(ranks), 0
     fired: list[str] = []
     while any(i < len(calls) for i, calls in zip(at, ranks)):
@@ -60,7 +66,8 @@ def match(mesh: Mesh, ranks: Sequence[Sequence[Call]]) -> Proof:
             call = calls[at[rank]]
             heads = [ranks[m][at[m]] if at[m] < len(ranks[m]) else None for m in call.group]
             if all(h is not None and h.group == call.group for h in heads):
-                if wrong := next((m for m, h in zip(call.group, heads) if not call.same(h)), None):
+                wrong = next((m for m, h in zip(call.group, heads) if not call.same(h)), None)
+                if wrong is not None:
                     raise SpecError(f"ranks {rank} and {wrong} meet in different collectives: {_say(rank, call)}; "
                                     f"{_say(wrong, ranks[wrong][at[wrong]])}")
                 for m in call.group:

@@ -104,7 +104,8 @@ def _has_dim(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
 
 SOFTMAX = Op("softmax", keywords={"along": nameable}, rule=lambda s: Rule(whole=(_along(s),)), infer=_has_dim, vjp=_softmax_vjp,
              emit=lambda e, s, a: f"{a[0]}.softmax({s.ins[0].labels.index(_along(s))})")
-SOFTMAX_VJP = Op("softmax_vjp", keywords={"along": nameable}, rule=lambda s: Rule(linear=((1,),), whole=(_along(s),)), infer=_has_dim, emit=_softmax_backward)
+SOFTMAX_VJP = Op("softmax_vjp", keywords={"along": nameable}, rule=lambda s: Rule(linear=((1,),), whole=(_along(s),)), infer=_has_dim,
+                 emit=_softmax_backward)
 
 
 def _logsumexp_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:

@@ -60,7 +60,7 @@ class Stepper(Tracer):
             if not isinstance(x, Value) or x.tracer is not self:
                 raise SpecError(f"{op.name}: operand {i + 1} is no tensor of this function; pass tensors in as arguments")
         frame = user_frame()
-        said = tuple(next((n for n, value in frame.f_locals.items() if value is x), "...") for x in operands)
+        said = tuple(next((n for n, value in frame.f_locals.items() if value is x), "") for x in operands)
         names = tuple(f"i{i}" for i in range(len(operands)))
         if text is not None:
             ins, outs = bind(op.name, text, operands, said)
@@ -70,7 +70,7 @@ class Stepper(Tracer):
         if op is RENAME:
             self.sizes.update({new: self.sizes[old] for old, new in zip(ins[0].names, outs[0].names)})
         made = tuple(f"o{i}" for i in range(len(outs)))
-        step = Step(op, ins, outs, names, made, tuple(sorted(attrs.items())), where=Where(frame.f_code.co_filename, frame.f_lineno), said=said)
+        step = Step(op, ins, outs, names, made, tuple(sorted(attrs.items())), where=Where.of(frame), said=said)
         completer = Completer(Program("step", (), (step,), ()), layout, self.runtime.mesh, self.sizes)
         for name, x in zip(names, operands):
             completer.now[name] = completer.declare(name, x.spec)

@@ -342,7 +342,7 @@ def apply(op: Op, operands: Sequence[Any], text: str | None = None, *, ins: Sequ
             name = next((n for n, value in frame.f_locals.items() if value is x), f"operand {i + 1}")
             raise SpecError(f"{op.name}: {name} belongs to another trace; a function takes all it uses as arguments")
     names = tuple(said.get(v.id, "") for v in operands)
-    where = Where(frame.f_code.co_filename, frame.f_lineno)
+    where = Where.of(frame)
     if text is not None:
         ins, outs = bind(op.name, text, operands, names)
     elif ins is None:

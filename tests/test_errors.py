@@ -11,18 +11,17 @@ import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import shardlib
 import torch
 from torch import Tensor
 
-from shardlib import EXPLICIT, Layout, Mesh, Params, SpecError, all_reduce, einsum, lower, owe, param, rearrange, reduce_scatter, reshard, scan, shard, sharded, stacked, value_and_grad
-from shardlib.functions import argmax, cast, exp, logsumexp, max, mean, silu, softmax, where
-from shardlib.api import Compiled, bind_sizes
+from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, all_reduce, einsum, lower, owe, param, rearrange, reduce_scatter, reshard, scan,
+                      shard, sharded, stacked, value_and_grad)
 from shardlib.distributed.launch import Launch
-from shardlib.emit import Emitter
+from shardlib.emit import Emitter, bind_sizes
+from shardlib.functions import argmax, exp, max, mean, silu, softmax, where
 from shardlib.moves import TABLE as MOVES
 from shardlib.ops import TABLE as OPS, attention, causal_mask, rms_norm
 from shardlib.parser import parse_program
@@ -528,6 +527,26 @@ add: x is whole, y owes a sum over tp; the sum would count x once for every rank
 """, B=8, F=512, F2=2048)
 
 
+@sharded("B D, D -> B D", layout=EXPLICIT)
+def values_in_a_list(x, w):
+    layers = [x]
+    for _ in range(40):
+        layers.append(layers[-1] + layers[-1] * w)
+    return all_reduce("B D +tp -> B D", layers[-1])
+
+
+wrong(values_in_a_list, """
+all_reduce: layers[-1] owes no sum over tp; reducing it would count it once for every rank of tp          model.py:6
+
+  layers[-1]   B  D
+  text         B  D  +tp
+  to           B  D
+                     ^^^
+
+  layers[-1]     free: nothing is owed
+""")
+
+
 # -- scan --------------------------------------------------------------------------------------------------------------
 
 class Mlp(Params):
@@ -795,7 +814,7 @@ def pasted(f, message, code):
     class Paste(ast.NodeTransformer):
         def visit(self, node):
             return new if node is spot else self.generic_visit(node)
-    space = {**vars(shardlib), **f.fn.__globals__}
+    space = {**vars(shardlib.functions), **vars(shardlib), **f.fn.__globals__}
     exec(compile(ast.fix_missing_locations(Paste().visit(tree)), "<pasted>", "exec"), space)
     return space[f.__name__]
 
@@ -823,7 +842,8 @@ def test_offered_code_means_the_same_on_one_rank_and_on_eight(name, code):
     for mesh in (Mesh(dp=1, tp=1), MESH):
         program = lower(fixed, case.layout, mesh=mesh)
         draw = torch.Generator().manual_seed(0)
-        whole = {path: torch.randn(mesh.local_shape(kind.whole(), sizes, {}), generator=draw, dtype=torch.float64) / 5 for path, kind in program.arg_leaves()}
+        whole = {path: torch.randn(mesh.local_shape(kind.whole(), sizes, {}), generator=draw, dtype=torch.float64) / 5
+                 for path, kind in program.arg_leaves()}
         shards = {path: place(whole[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
         outs = simulate(program, mesh, [{path: s[rank] for path, s in shards.items()} for rank in range(mesh.world_size)], sizes)
         results.append(join([out["0"] for out in outs], program.result_leaves()[0][1], sizes, mesh))

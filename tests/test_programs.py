@@ -442,22 +442,29 @@ def test_passes_keep_types_and_results(drawn: Drawn) -> None:
 def with_loss(drawn: Drawn) -> Program:
     """The program with one result: the sum of the squares of its float results."""
     kinds, steps, total = drawn.program.types(), list(drawn.program.steps), None
-    for name in [n for n, _ in drawn.program.result_leaves() if n in drawn.floats]:
+    for i, name in enumerate(n for n, _ in drawn.program.result_leaves() if n in drawn.floats):
         spec = kinds[name].whole()
-        steps.append(Step(EINSUM, (spec, spec), (Spec(),), (name, name), (f"square_{name}",)))
+        steps.append(Step(EINSUM, (spec, spec), (Spec(),), (name, name), (f"square{i}",)))
         if total:
-            steps.append(Step(ADD, (Spec(), Spec()), (Spec(),), (total, f"square_{name}"), (f"sum_{name}",)))
+            steps.append(Step(ADD, (Spec(), Spec()), (Spec(),), (total, f"square{i}"), (f"sum{i}",)))
         total = steps[-1].outputs[0]
     assume(total)
     return replace(drawn.program, steps=tuple(steps), results=(Result(Spec(), (total,)),))
 
 
+DETACH = replace(OPS["stop_gradient"], emit=lambda e, s, a: f"{a[0]}.detach()")
+
+
+def detached(program: Program) -> Program:
+    """The program for torch.autograd, which does not know stop_gradient."""
+    return replace(program, steps=tuple(replace(s, op=DETACH) if s.op is OPS["stop_gradient"] else s.rewritten(detached) for s in program.steps))
+
+
 def autograd(program: Program, drawn: Drawn, wrt: Sequence[str]) -> list[torch.Tensor]:
     """The gradients on one rank by the leaves `wrt`, by torch.autograd."""
-    stop = replace(OPS["stop_gradient"], emit=lambda e, s, a: f"{a[0]}.detach()")
-    program = replace(program, steps=tuple(replace(s, op=stop) if s.op is OPS["stop_gradient"] else s for s in program.steps))
     args = {n: x.requires_grad_(n in wrt) for n, x in whole_args(drawn).items()}
-    (loss,) = simulate(complete(meant(program), Layout(), Mesh()), Mesh(), [args], drawn.sizes)[0].values()
+    dense = complete(meant(detached(program)), Layout(), Mesh())
+    (loss,) = simulate(dense, Mesh(), [args], drawn.sizes)[0].values()
     found = torch.autograd.grad(loss, [args[n] for n in wrt], allow_unused=True) if loss.requires_grad else [None] * len(wrt)
     return [torch.zeros_like(args[n]) if g is None else g for n, g in zip(wrt, found)]
 

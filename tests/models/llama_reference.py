@@ -123,15 +123,15 @@ def _rotary(config: LlamaConfig) -> torch.nn.Module:
     return transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(transformers_config(config))
 
 
-def loss(w: Mapping[str, Tensor], ids: Tensor, labels: Tensor, config: LlamaConfig) -> Tensor:
+def loss(w: Mapping[str, Tensor], ids: Tensor, labels: Tensor, config: LlamaConfig, parts: int = 1) -> Tensor:
     """Mean cross entropy in nats per token; no shift: labels[b, t] is what should follow ids[b, t]."""
-    return -logits(w, ids, config).log_softmax(-1).gather(-1, labels[..., None]).mean()
+    return -logits(w, ids, config, parts).log_softmax(-1).gather(-1, labels[..., None]).mean()
 
 
 def gradients(w: Mapping[str, Tensor], ids: Tensor, labels: Tensor, config: LlamaConfig, order: int = 0) -> dict[str, Tensor]:
     """d loss / d leaf of every leaf, by autograd."""
     leaves = {path: t.detach().requires_grad_() for path, t in w.items()}
-    found = torch.autograd.grad(loss(shuffled(leaves, order), ids, labels, config), list(leaves.values()))
+    found = torch.autograd.grad(loss(shuffled(leaves, order), ids, labels, config, 1 + order % 4), list(leaves.values()))
     return dict(zip(leaves, found))
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Collection, Mapping, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from shardlib import Layout, Mesh, Params, lower
 from shardlib.api import shard_of
+from shardlib.models import llama
 from shardlib.models.decoding import Sampling, next_sample
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import Cache, Llama, LlamaConfig, RopeScaling, next_token
@@ -66,6 +68,11 @@ def check_proof(program: Program, mesh: Mesh, placed: Shards, sizes: Mapping[str
     for rank, expected in enumerate(calls):
         made = [(method, group) for group, method, _ in log if rank in group]
         assert made == [(c.op.replace("permute", "all_to_all"), c.group) for c in expected]
+
+
+def line(text: str) -> str:
+    """Where the model's file has `text`."""
+    return next(f"llama.py:{i}" for i, l in enumerate(Path(llama.__file__).read_text().splitlines(), 1) if text in l)
 
 
 # -- generation --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from launching import GENERATE, Finished, run, torchrun
-from simulated import generate, tree
+from simulated import generate, line, tree
 
 from shardlib import Layout, Mesh
 from shardlib.distributed.runtime import connect
@@ -145,7 +146,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     core.add_special_tokens(["<s>", "</s>"])
     with torch.no_grad():
         made = model.generate(torch.tensor([core.encode(TEXTS[0]).ids]), max_new_tokens=NEW, do_sample=False, eos_token_id=[], pad_token_id=0)
-    end = made[0, len(TEXTS[0]) + 4].item()
+    answer = made[0, len(TEXTS[0]):].tolist()
+    end = next(token for i, token in enumerate(answer) if i >= 3 and token not in answer[:i])
     model.generation_config = transformers.GenerationConfig(eos_token_id=end)
     model.save_pretrained(path)
     core.save(str(path / "tokenizer.json"))
@@ -160,7 +162,7 @@ def tiny(folder: Path) -> Known:
 def test_an_end_token_ends_its_row_and_belongs_to_it(tiny: Known) -> None:
     (end,) = tiny.tokenizer.eos_ids
     made = [t[len(p):] for t, p in zip(tiny.tokens, tiny.prompts)]
-    assert made[0][-1] == end and end not in made[0][:-1] and len(made[0]) < NEW and max(map(len, made)) == NEW
+    assert made[0][-1] == end and end not in made[0][:-1] and 3 < len(made[0]) < NEW and max(map(len, made)) == NEW
     for mesh in ("tp=2", "dp=3"):
         assert generate(tiny.weights, tiny.config, named_layout("tp", Mesh.parse(mesh)), Mesh.parse(mesh), tiny.prompts, NEW, {end}) == tiny.tokens
 
@@ -303,9 +305,17 @@ def test_a_folder_on_two_ranks(tiny: Known, tmp_path: Path, capfd: pytest.Captur
     assert quiet[0]["stdout"] == shown[0]["stdout"] == tiny.answers()[0]["text"] + "\n"
     said = shown[0]["stderr"].splitlines()
     assert said[0] == f"2 ranks on cpu, mesh tp=2, layout K=tp,F=tp,V=tp; reading {tiny.name}"
-    assert said[2] == "plan of one token: 7 collectives, 1.2 kB received per rank"
-    print(shown[0]["stderr"], plan[0]["stderr"], plan[0]["stdout"])
-    assert 0
+    reduced, token = 4 * CONFIG.d_model, tiny.answers()[0]["tokens"]
+    assert said[2:-1] == [
+        f"plan of one token: 7 collectives, {5 * reduced + 4 + 8} B received per rank",
+        f"  {line('x = embedding('):16}   1 x all_reduce     tp=2     {reduced} B  B T D +tp -> B T D",
+        f"  {line('a, w.wo)'):16}   2 x all_reduce     tp=2     {reduced} B  B T D +tp -> B T D",
+        f"  {line('* up, w.down)'):16}   2 x all_reduce     tp=2     {reduced} B  B T D +tp -> B T D",
+        f"  {line('return argmax('):16}   1 x all_reduce     tp=2       4 B  B max:tp -> B",
+        f"  {line('return argmax('):16}   1 x all_reduce     tp=2       8 B  B max:tp -> B"]
+    assert re.fullmatch(rf"{len(token) - len(tiny.prompts[0])} tokens in [0-9.]+ s: [0-9.]+ tokens/s", said[-1])
+    assert [m["code"] for m in plan] == [0, 0] and plan[0]["stdout"] == ""
+    assert [text.split()[:6] for text in plan[0]["stderr"].splitlines() if "all_reduce" in text][1] == [line("a, w.wo)"), "all_reduce", "B", "T", "D", "+tp"]
 
 
 SLOW = """

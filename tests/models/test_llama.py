@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import llama_reference as reference
@@ -10,10 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated import configs, placements, run, tree
+from simulated import configs, line, placements, run, tree
 
 from shardlib import Layout, Mesh, SpecError, lower
-from shardlib.models import llama
 from shardlib.models.decoding import weight_types
 from shardlib.models.llama import Cache, LlamaConfig, RopeScaling, logits_of, next_logits
 from shardlib.models.llama_config import config_of
@@ -91,11 +89,6 @@ def test_prefill_and_decode(trial: Trial, data: st.DataObject) -> None:
 
 
 CONFIG = LlamaConfig(8, 8, 1, 1, 1, 2, 3, 1e-5, 1e4, None, False, 64)
-
-
-def line(text: str) -> str:
-    """Where the model's file has `text`."""
-    return next(f"llama.py:{i}" for i, l in enumerate(Path(llama.__file__).read_text().splitlines(), 1) if text in l)
 
 
 def test_layers_split_over_ranks_are_refused() -> None:
