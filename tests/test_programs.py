@@ -196,6 +196,15 @@ def reduction(w: Writer) -> None:
     w.add(name, [x], Spec(tuple(d for d in x.spec.dims if d not in gone)), order=x.order + 1)
 
 
+def two_reductions(w: Writer) -> None:
+    """What passes look for: two that are the same but for their operand, and added up."""
+    name, x = w.one_of(("sum", "max", "mean")), w.float_(dims=1, order=2)
+    y, kept = w.with_dims(x.spec), Spec(tuple(w.some(x.spec.dims[1:])))
+    if name != "sum" and any(w.sizes[n] == 0 for n in x.spec.names) or y.order > 2:
+        raise NotHere
+    w.add(w.one_of(("add", "sub")), [w.add(name, [v], kept) for v in (x, y)], order=4)
+
+
 def argmax(w: Writer) -> None:
     x = w.one_of([v for v in w.values if v.name in w.args and v.holds == "bounded"])
     gone = w.one_of([d for d in x.spec.dims if all(w.sizes[f.name] for f in d.factors)])
@@ -304,7 +313,7 @@ def cond(w: Writer) -> None:
     w.record(Step(COND, (chosen.spec, w.texts.get(x.name, x.spec)), (x.spec,), (chosen.name, x.name), (f"v{next(w.count)}",), body=bodies[0], orelse=bodies[1]), "any", x.order)
 
 
-KINDS = [pointwise, binary, compare, where, einsum, einsum, reduction, argmax, softmax, rearrange, rename, spread, rms_norm, rope, attention,
+KINDS = [pointwise, binary, compare, where, einsum, einsum, reduction, two_reductions, argmax, softmax, rearrange, rename, spread, rms_norm, rope, attention,
          update_cache, embedding, take, reshard, scan, cond]
 
 
