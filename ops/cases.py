@@ -66,7 +66,8 @@ _MASKED = (normal, normal, normal, mask)
 
 CASES: tuple[Case, ...] = (
     *(_case("einsum", text) for text in (
-        "B T D, B D F -> B T F", "B T D, D F -> B T F", "B T D, B T D -> B T", "B D -> D", "B T D, T -> B D", "B D, T -> B T", "B D -> D B", "B T -> ()", "B D, B D -> ()", "B T D, T D -> B",
+        "B T D, B D F -> B T F", "B T D, D F -> B T F", "B T D, B T D -> B T", "B D -> D", "B T D, T -> B D", "B D, T -> B T",
+        "B D -> D B", "B T -> ()", "B D, B D -> ()", "B T D, T D -> B",
         "B T, T D, D F -> B F", "B (K H), (K H) D -> B D", "B (K H), (K H) -> B (K H)")),
     *(_case(name, text, normal, positive) for name in BINARY for text in ("B T D, D -> B T D", "B T, B T -> B T", "T, B T -> B T", "B T, B -> B T")),
     _case("scale", "B D -> B D", by=-2.5), _case("shift", "B D -> B D", by=1.5), _case("shift", "B D -> B D", by=0),

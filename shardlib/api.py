@@ -137,6 +137,7 @@ class Compiled:
                 leaves_of = flat(a) if isinstance(a, Params) else (a,)
                 values += leaves_of
                 key += [v.shape for v in leaves_of]
+                key.append(leaves_of[0].dtype if leaves_of else None)
         key = tuple(key)
         run = self._variants.get(key)
         if run is None:
