@@ -200,6 +200,33 @@ def test_one_model_many_batches(tiny: Known) -> None:
             assert made.new_tokens == sum(map(len, made.tokens)) - sum(map(len, prompts))
 
 
+BATCHES = """
+import json, sys
+from shardlib import Mesh
+from shardlib.distributed.runtime import connect
+from shardlib.models.decoding import Model
+from shardlib.models.layouts import named_layout
+from shardlib.models.model_files import open_checkpoint
+
+with connect(Mesh(dp=2), "cpu") as runtime:
+    model = Model.load(open_checkpoint(sys.argv[1]), named_layout("tp", Mesh(dp=2)), runtime)
+    made = [model.generate(prompts, int(sys.argv[2])).tokens for prompts in json.loads(sys.argv[3])]
+    if runtime.rank == 0:
+        print(json.dumps(made))
+"""
+
+
+def test_one_model_many_batches_on_two_ranks(tiny: Known, tmp_path: Path) -> None:
+    """Of 3 rows and of 4 the first rank has 2, but they are parts of different wholes."""
+    (tmp_path / "batches.py").write_text(BATCHES)
+    batches = [[tiny.prompts[i] for i in rows] for rows in ([2, 1, 0], [2, 1, 0, 2], [2], [2, 1, 0])]
+    finished = torchrun(2, [tmp_path / "batches.py", tiny.name, str(NEW), json.dumps(batches)])
+    assert (finished.returncode, finished.stderr) == (0, "")
+    with connect(Mesh(), "cpu") as runtime:
+        model = Model.load(open_checkpoint(tiny.name), Layout(), runtime)
+        assert json.loads(finished.stdout) == [model.generate(prompts, NEW).tokens for prompts in batches]
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 def damaged(path: Path, source: Path, change: Callable[[bytes], bytes] = lambda data: data) -> Path:
