@@ -96,8 +96,8 @@ class Model:
         step.sizes.update(B=rows, S=longest + max_new_tokens)
         program = step.lower(None, llama_of(self.config))
         kinds = arg_types(program, "cache")
-        cache = init(Cache, {**self.config.sizes, **step.sizes}, kinds, mesh=mesh, coordinate=here, dtype=self.dtype, path="cache",
-                     device=self.runtime.device)
+        cache = step.prepare("cache", init(Cache, {**self.config.sizes, **step.sizes}, kinds, mesh=mesh, coordinate=here, dtype=self.dtype,
+                                           path="cache", device=self.runtime.device))
         types = dict(program.args)
 
         def local(name: str, values: object) -> torch.Tensor:

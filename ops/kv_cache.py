@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shardlib.errors import SpecError
+from shardlib.ops.rope import positions
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
@@ -19,14 +20,13 @@ from shardlib.trace import apply
 
 def slots(start: Tensor, shape: tuple[int, ...]) -> Tensor:
     """start[b] + t, of `shape`."""
-    now = start[:, None] if shape[1] == 1 else start[:, None] + torch.arange(shape[1], device=start.device)
+    now = positions(start, 0, shape[1])
     return now.view(now.shape + (1,) * (len(shape) - 2)).expand(shape)
 
 
 def slots_seen(start: Tensor, offset: int, t: int, first: int, s: int) -> Tensor:
     """(b, t, s): whether slot first + s is at most start[b] + offset + t."""
-    now = start[:, None] + torch.arange(offset, offset + t, device=start.device)
-    return torch.arange(first, first + s, device=start.device) <= now[..., None]
+    return torch.arange(first, first + s, device=start.device) <= positions(start, offset, t)[..., None]
 
 
 def _write(e: Any, step: Step, args: list[str]) -> str:

@@ -32,10 +32,16 @@ def frequencies(head_dim: int, theta: float, scaling: tuple[float, float, float,
     return torch.where(middle, blended, slow)
 
 
+def positions(start: Tensor, offset: int, length: int) -> Tensor:
+    """(b, t): start[b] + offset + t."""
+    if length == 1:
+        return start[:, None] + offset if offset else start[:, None]
+    return start[:, None] + torch.arange(offset, offset + length, device=start.device)
+
+
 def rope_angles(start: Tensor, offset: int, length: int, inv: Tensor, dtype: torch.dtype) -> Tensor:
     """(b, t, h): cosines, then sines, of (start[b] + offset + t) * inv."""
-    t = torch.arange(offset, offset + length, device=start.device)
-    angle = (start[:, None] + t)[..., None].float() * inv.to(start.device)
+    angle = positions(start, offset, length)[..., None].float() * inv.to(start.device)
     return torch.cat((angle.cos(), angle.sin()), -1).to(dtype)
 
 
@@ -70,10 +76,11 @@ def _rope(prepare: Any) -> Any:
     def emit(e: Any, step: Step, args: list[str]) -> str:
         x, table = step.ins
         index = ", ".join(":" if n in table.labels else "None" for n in x.labels)
-        turn, half = e.hoist(args[1], f"{e.use(prepare)}({{x}}[{index}])"), e.shape(x)[-1] // 2
-        if args[0].isidentifier() and turn.isidentifier():
-            return f"torch.addcmul({args[0]} * {turn}[0], {args[0]}.roll({half}, -1), {turn}[1])"      # `rotate`, in place of a call
-        return f"{e.use(rotate)}({args[0]}, {turn}, {half})"
+        turn, half = e.hoist(args[1], f"{e.use(prepare)}({{x}}[{index}])", parts=2), e.shape(x)[-1] // 2
+        cos, _, sin = turn.partition(", ")
+        if args[0].isidentifier() and cos.isidentifier():
+            return f"torch.addcmul({args[0]} * {cos}, {args[0]}.roll({half}, -1), {sin})"      # `rotate`, in place of a call
+        return f"{e.use(rotate)}({args[0]}, ({turn}), {half})"
     return emit
 
 

@@ -1,8 +1,7 @@
 """The functions one calls on a sharded function: lower, compile, and calling it."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
 from typing import Any, Callable, Mapping, Sequence
 
 import torch
@@ -57,7 +56,7 @@ def _lower(f: Function, layout: Layout | None, mesh: Mesh, sizes: Mapping[str, i
     if isinstance(f, ValueAndGrad):
         program, results = _lower(f.f, layout, mesh, sizes, args, static, passes)
         hints = f.f.hints()
-        like = dict(zip(f.f.arg_names, [*args, *[None] * len(f.f.arg_names)]))
+        like = dict(zip(f.arg_names, [*args, *[None] * len(f.arg_names)]))
         grads = tuple(like[n] if isinstance(like.get(n), Params) else hints.get(n) if isinstance(hints.get(n), type) and issubclass(hints[n], Params)
                       else None for n in f.wrt)
         return rewrite(value_and_grad_program(program, f.wrt, mesh, f.regather), mesh, passes), (*results, *grads)
@@ -71,7 +70,7 @@ class ValueAndGrad:
 
     def __init__(self, f: Function, wrt: tuple[str, ...], regather: str) -> None:
         self.f, self.wrt, self.regather = f, wrt, regather
-        self.__name__, self.layout = f"{f.__name__}_and_grad", f.layout
+        self.__name__, self.layout, self.arg_names = f"{f.__name__}_and_grad", f.layout, f.arg_names
 
 
 def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *, regather: str = "all") -> ValueAndGrad:
@@ -96,13 +95,17 @@ class Compiled:
         self.donate, self.static = tuple(donate), dict(static)
         self.program: Program | None = None
         self.sources: dict[tuple, str] = {}
-        self._variants: dict[tuple, Callable] = {}
+        self._variants: dict[tuple, tuple[Callable, Callable]] = {}
         self._results: tuple[Any, ...] = ()
+        self._likes: dict[int, Params] = {}         # argument -> a pytree like the one it takes
 
     def lower(self, *args: Any) -> Program:
-        """The explicit program; `args` say which pytrees it takes, as for `lower`."""
-        if self.program is None:
-            self.program, self._results = _lower(self.f, self.layout, self.runtime.mesh, self.sizes, args, self.static)
+        """The explicit program; `args` say which pytrees it takes, as for `lower`. What an earlier call has said need not be said again."""
+        news = {i: a for i, a in enumerate(args) if isinstance(a, Params) and i not in self._likes}
+        if self.program is None or news:
+            self._likes |= news
+            likes = [self._likes.get(i) for i in range(len(self.f.arg_names))]
+            self.program, self._results = _lower(self.f, self.layout, self.runtime.mesh, self.sizes, likes, self.static)
         return self.program
 
     def prepare(self, name: str, weights: Params | dict[str, Tensor], like: Params | None = None) -> Prepared:
@@ -110,6 +113,7 @@ class Compiled:
 
         Weights that multiply the same activation are packed into one matrix. What is packed is copied: drop `weights`. Given as
         a dict path -> tensor (with `like`, the pytree they are of), it is emptied on the way, and no two copies are held at once.
+        A stacked cache is held layer by layer; where it is donated, the call returns this very form of it.
         """
         program = self.lower(*((like or weights) if n == name else None for n in self.f.arg_names))
         leaves = weights if isinstance(weights, dict) else dict(leaf_values(weights, name))
@@ -125,29 +129,29 @@ class Compiled:
             else:
                 leaf = leaves.pop(key)
                 made[key] = leaf.unbind(0) if key in scanned else leaf
-        return Prepared(name, tuple(made.values()), shapes)
+        dtypes = tuple(_first(leaf).dtype for leaf in made.values())
+        return Prepared(name, tuple(made.values()), shapes, _number_of((name, dtypes, *shapes.items())))
 
     def __call__(self, *args: Any) -> Any:
         values, key = [], [*self.sizes.values()]        # shards of equal shapes may be of wholes of different sizes
         for a in args:
             if type(a) is Prepared:
                 values += a.flat
-                key.append(a.token)
+                key.append(a.number)
             else:
                 leaves_of = flat(a) if isinstance(a, Params) else (a,)
                 values += leaves_of
                 key += [v.shape for v in leaves_of]
                 key.append(leaves_of[0].dtype if leaves_of else None)
         key = tuple(key)
-        run = self._variants.get(key)
-        if run is None:
-            run = self._variants[key] = self._build(args, key)
-        out = run(*values)
-        if len(out) == len(self._results):
-            return out if len(out) > 1 else out[0]
-        return _rebuild(out, self._results)
+        variant = self._variants.get(key)
+        if variant is None:
+            variant = self._variants[key] = self._build(args, key)
+        run, results = variant
+        return results(run(*values), args)
 
-    def _build(self, args: Sequence[Any], key: tuple) -> Callable:
+    def _build(self, args: Sequence[Any], key: tuple) -> tuple[Callable, Callable]:
+        """What runs the program for arguments like these, and what makes its results of the leaves that this returns."""
         program = self.lower(*(None if isinstance(a, Prepared) else a for a in args))
         given: dict[str, Any] = {}
         for (name, tree), arg in zip(program.args, args, strict=False):
@@ -157,14 +161,28 @@ class Compiled:
             raise SpecError(f"{program.name} is called without {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}")
         mesh, rank = self.runtime.mesh, self.runtime.rank
         sizes = bind_sizes(program, given, self.sizes, mesh, mesh.coordinate(rank))
-        floats = [v.dtype for a in args for v in ((t if isinstance(t, Tensor) else t[0] for t in a.flat) if isinstance(a, Prepared) else _flat(a))
-                  if v.is_floating_point()]
+        floats = [v.dtype for a in args for v in map(_first, a.flat if isinstance(a, Prepared) else _flat(a)) if v.is_floating_point()]
         e = Emitter(mesh, rank, sizes, donate=self.donate, dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."),
                     prepared=[a.name for a in args if isinstance(a, Prepared)])
         source = self.sources[key] = e.program(program)
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
-        return load(source, {**e.helpers, **e.constants}, groups, program.name)
+        return load(source, {**e.helpers, **e.constants}, groups, program.name), self._finish(program, e.returned, args)
+
+    def _finish(self, program: Program, returned: Sequence[str | None], args: Sequence[Any]) -> Callable:
+        """What puts result leaves together. A prepared argument that is updated in place, all of it, is returned as it came."""
+        prepared = {tuple(p for p, _ in leaves(*program.args[i])): i for i, a in enumerate(args) if isinstance(a, Prepared)}
+        parts, at = [], 0
+        for result, like in zip(program.results, self._results, strict=True):
+            here = slice(at, at := at + len(result.leaves()))
+            parts.append((here, like, prepared.get(tuple(returned[here]))))
+        if not prepared and not any(isinstance(like, (Params, type)) for like in self._results):
+            return (lambda out, args: out) if len(parts) > 1 else lambda out, args: out[0]
+
+        def finish(out: Sequence[Any], args: Sequence[Any]) -> Any:
+            made = tuple(args[same] if same is not None else _rebuild(tuple(map(_whole, out[here])), (like,)) for here, like, same in parts)
+            return made if len(made) > 1 else made[0]
+        return finish
 
 
 def step(f: Function, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,
@@ -201,11 +219,31 @@ def _rebuild(flat: Sequence[Tensor], results: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pytree argument as `Compiled.prepare` made it. `shapes`: of the leaves it was made from; `token`: a number of its own."""
+    """A pytree argument as `Compiled.prepare` made it.
+
+    flat: its leaves; stacked ones as a tuple of layers.  shapes: of the leaves it was made from, by path.
+    number: equal for arguments of one name, one dtype and equal shapes.
+    """
     name: str
     flat: tuple[Any, ...]
     shapes: Mapping[str, tuple[int, ...]]
-    token: int = field(default_factory=count().__next__)
+    number: int
+
+
+_NUMBERS: dict[tuple, int] = {}
+
+
+def _number_of(kind: tuple) -> int:
+    return _NUMBERS.setdefault(kind, len(_NUMBERS))
+
+
+def _first(leaf: Any) -> Tensor:
+    """A tensor of a prepared leaf; an empty one where there are no layers."""
+    return leaf if isinstance(leaf, Tensor) else leaf[0] if leaf else torch.empty(0)
+
+
+def _whole(leaf: Any) -> Tensor:
+    return leaf if isinstance(leaf, Tensor) else torch.stack(leaf)
 
 
 def _flat(arg: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from shardlib.program import Program, Step
 from shardlib.rearrange import RENAME
 from shardlib.scan import SCAN
 from shardlib.spec import Spec
-
+from shardlib.variables import reuse
 
 _VIEW = re.compile(r"\.view\(\([0-9, -]*\)\)$")
 
@@ -47,6 +47,7 @@ class Emitter:
         self.in_place: set[str] = set()
         self.prepared = frozenset(prepared)
         self.packs: list[Packing] = []
+        self.returned: tuple[str | None, ...] = ()          # the argument that each result leaf is, updated in place
         self.invariant: frozenset[str] = frozenset()        # variables that are the same in every round of the current loop
         self.hoisted: dict[tuple[str, str], str] = {}       # (variable, template) -> what it is before the loop
 
@@ -74,12 +75,15 @@ class Emitter:
         self.helpers[name] = helper
         return name
 
-    def hoist(self, variable: str, template: str) -> str:
-        """`template` applied to `variable`: once before the loop, where the variable is the same in every layer."""
+    def hoist(self, variable: str, template: str, parts: int = 1) -> str:
+        """`template` applied to `variable`: once before the loop, where the variable is the same in every layer.
+
+        There, the result is a variable's name; or several, "v1, v2", where the template makes a tuple of `parts`.
+        """
         if variable not in self.invariant:
             return template.format(x=variable)
         if (variable, template) not in self.hoisted:
-            self.hoisted[variable, template] = self.variable()
+            self.hoisted[variable, template] = ", ".join(self.variable() for _ in range(parts))
         return self.hoisted[variable, template]
 
     def view(self, text: str, shape: Sequence[int]) -> str:
@@ -105,10 +109,13 @@ class Emitter:
         names = {path: f"a{i}" for i, path in enumerate(args)}
         updated, uses = _updated(program), _uses(program)
         donated = {path for path, _ in program.arg_leaves() if path.split(".")[0] in self.donate}
+        updated -= {path for path in updated - donated if path.split(".")[0] in self.prepared}
         lines = [f"{names[p]} = {names[p]}.clone()" for p in names if p in updated - donated and uses[p] == 1]
         lines += self._block(program, names, donated | updated, {})
         results = [names[n] for n, _ in program.result_leaves()]
-        lines.append(f"return ({', '.join(results)}{',' if len(results) == 1 else ''})")
+        argument = {variable: path for path, variable in names.items() if path in args}
+        self.returned = tuple(argument.get(variable) for variable in results)
+        lines = reuse([*lines, f"return ({', '.join(results)}{',' if len(results) == 1 else ''})"])
         if self.yields:
             lines.insert(0, "if False: yield")
         return "\n".join([f"def main({', '.join(names[a] for a in args)}):", *_indented(lines)]) + "\n"
@@ -197,7 +204,7 @@ class Emitter:
         self.invariant, self.hoisted = frozenset(inner[p] for p in leaves[1 + count:]), {}
         block = self._block(body, inner, set(kept.values()), packs)
         hoisted, (self.invariant, self.hoisted) = self.hoisted, around
-        lines = [f"{made} = {self.hoist(variable, template)}" for (variable, template), made in hoisted.items()]
+        lines = [f"{made} = {self.hoist(variable, template, made.count(',') + 1)}" for (variable, template), made in hoisted.items()]
         reverse = "[::-1]" if step.options.get("reverse") else ""
         lists = {out: self.variable() for out, _ in results[1:] if out not in kept}
         block += [f"{made}.append({inner[out]})" for out, made in lists.items()] + [f"{carry} = {inner[results[0][0]]}"]

@@ -149,11 +149,11 @@ def _joined(e: Emitter, run: list[tuple[Step, Step]], part: str, left: int, name
     lead = e.shape(step.outs[0])[:left]
     heads = [prod(e.shape(s.outs[0])[left:-1]) for s, _ in run]
     wide = Spec((*step.outs[0].dims[:left], Dim((), size=sum(heads)), last))
-    size = e.shape(Spec((last,)))[0]
+    (size,) = e.shape(Spec((last,)))
     whole = e.variable()
     text = op.op.emit(e, replace(op, ins=(wide, *op.ins[1:]), outs=(wide,)), [whole, *(names[i] for i in op.inputs[1:])])
     pieces = [e.variable() for _ in run]
-    return pieces, [f"{whole} = {e.view(part, (*lead, -1, size))}", f"{', '.join(pieces)} = {text}.split({tuple(heads)}, {left})"]
+    return pieces, [f"{whole} = {e.view(part, (*lead, sum(heads), size))}", f"{', '.join(pieces)} = {text}.split({tuple(heads)}, {left})"]
 
 
 def _view(e: Emitter, step: Step, text: str, left: int) -> str:

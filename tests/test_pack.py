@@ -47,3 +47,30 @@ def test_a_donated_cache_is_updated_in_place_and_another_is_left_alone():
         cache = init(Cache, dict(config.sizes, B=1, S=9), path="cache")
         _, after = compile(next_logits, Layout(), sizes=config.sizes, donate=donate, config=config)(zero[None], w, cache, zero, zero)
         assert (after.layers.k is cache.layers.k) == bool(donate) and bool(cache.layers.k.any()) == bool(donate)
+
+
+def test_a_donated_cache_that_is_prepared_is_returned_as_it_came():
+    config = config_of(3, 2, 4, 11, True)
+    w = init(llama_of(config), config.sizes)
+    zero = torch.zeros(1, dtype=torch.int64)
+    cache = init(Cache, dict(config.sizes, B=1, S=9), path="cache")
+    donating = compile(next_logits, Layout(), sizes=config.sizes, donate=("cache",), config=config)
+    keeping = compile(next_logits, Layout(), sizes=config.sizes, config=config)
+    prepared = keeping.prepare("cache", cache)
+    logits, after = keeping(zero[None], w, prepared, zero, zero)
+    assert not cache.layers.k.any() and type(after) is Cache
+    ready = donating.prepare("cache", cache)
+    again, same = donating(zero[None], w, ready, zero, zero)
+    assert same is ready and torch.equal(again, logits)
+    assert torch.equal(cache.layers.k, after.layers.k) and torch.equal(cache.layers.v, after.layers.v)
+
+
+def test_prepared_arguments_of_equal_shapes_share_a_program():
+    config = config_of(3, 2, 4, 11, True)
+    w = init(llama_of(config), config.sizes)
+    zero = torch.zeros(1, dtype=torch.int64)
+    step = compile(next_logits, Layout(), sizes=config.sizes, donate=("cache",), config=config)
+    for slots, dtype in ((9, torch.float32), (9, torch.float32), (11, torch.float32), (9, torch.float64)):
+        cache = init(Cache, dict(config.sizes, B=1, S=slots), path="cache", dtype=dtype)
+        step(zero[None], step.prepare("w", init(llama_of(config), config.sizes, dtype=dtype)), step.prepare("cache", cache), zero, zero)
+    assert len(step.sources) == 3
