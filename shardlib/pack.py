@@ -91,7 +91,7 @@ def emit_packed(e: Emitter, group: Packing, body: Program, names: dict[str, str]
     left = len(shape) - inner
     x = names[first.inputs[0]]
     flat = (*shape[:left], prod(shape[left:]))
-    operand = x if inner == 1 else e.view(x, flat) if x.endswith("))") else f"{x}.reshape({flat})"
+    operand = x if inner == 1 else e.view(x, flat) if ".view(" in x else f"{x}.reshape({flat})"
     product = f"torch.matmul({operand}, {weight})"
     if len(group.steps) == 1:
         names[first.outputs[0]] = e.variable()
