@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import json
 import os
 import shutil
 import subprocess
@@ -220,3 +221,6 @@ def test_wheel_works_where_no_checkout_is(wheel: Path, tmp_path: Path) -> None:
     assert [Path(file).is_relative_to(site_packages) for file in files] == [True] * 3, files
     assert run(home / "bin" / "shardlib", "--version", cwd=tmp_path).startswith("shardlib 0.1.0\n")
     assert run(python, "-m", "shardlib", "--version", cwd=tmp_path).startswith("shardlib 0.1.0\n")
+    answer = json.loads(run(python, "-m", "shardlib.models.generate", "--model", "smollm2", "--raw", "--prompt", "The capital of France is",
+                            "--max-new-tokens", "1", "--json", cwd=tmp_path))
+    assert (answer["tokens"], answer["text"]) == ([504, 3575, 282, 4649, 314, 7042], " Paris")
