@@ -18,7 +18,7 @@ fit, a device that no communicator takes, any call after `destroy`.
 from __future__ import annotations
 
 from math import prod
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from shardlib.distributed import messages
 from shardlib.distributed.communicators.protocol import Call, Communicator
 from shardlib.distributed.flat import Cut, pack, plain
 from shardlib.distributed.reduction import check_reducible
+from shardlib.distributed.routing import UNMEASURED, Table
 from shardlib.errors import SpecError
 
 
@@ -36,11 +37,14 @@ class GroupCoordinator:
 
     def __init__(self, name: str, ranks: Sequence[int], rank: int, local_rank: int, device: torch.device,
                  communicators: Sequence[Communicator], control: Communicator,
-                 device_group: dist.ProcessGroup | None = None, cpu_group: dist.ProcessGroup | None = None) -> None:
+                 device_group: dist.ProcessGroup | None = None, cpu_group: dist.ProcessGroup | None = None, *,
+                 table: Table = UNMEASURED, deterministic: bool = False, declined: Mapping[str, str] | None = None) -> None:
         self.name, self.ranks, self.rank, self.local_rank = name, tuple(ranks), rank, local_rank
         self.world_size, self.rank_in_group = len(self.ranks), self.ranks.index(rank)
         self.device, self.device_group, self.cpu_group = device, device_group, cpu_group
         self.communicators, self._control = tuple(communicators), control
+        self.table, self.deterministic, self.declined = table, deterministic, dict(declined or {})
+        self._routes: dict[Call, Communicator] = {}
 
     def __repr__(self) -> str:
         return f"GroupCoordinator({self.name}, ranks {self.ranks}, rank {self.rank})"
@@ -84,7 +88,8 @@ class GroupCoordinator:
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
         """Every member's x, concatenated along `dim` in the order of the group; sizes[i] is member i's size there."""
         cut = self._cut_of_pieces("all_gather", x, dim, sizes)
-        return cut.join(self.route("all_gather", x).all_gather(plain(x).flatten(), cut.counts))
+        communicator = self.route("all_gather", x, None, sum(cut.counts), cut.even)
+        return cut.join(communicator.all_gather(plain(x).flatten(), cut.counts))
 
     def reduce_scatter(self, x: Tensor, dim: int, sizes: Sequence[int], op: str = "sum") -> Tensor:
         """The piece of the `op` of every member's x that is this member's, when it is cut along `dim` into `sizes`."""
@@ -93,20 +98,22 @@ class GroupCoordinator:
         if x.shape != cut.whole:
             raise SpecError(f"reduce_scatter over {self.name}: sizes {tuple(sizes)} add up to {sum(sizes)}; "
                             f"dim {dim} has {x.shape[dim]}")
-        flat = self.route("reduce_scatter", x, op).reduce_scatter(cut.split(x), cut.counts, op)
+        flat = self.route("reduce_scatter", x, op, None, cut.even).reduce_scatter(cut.split(x), cut.counts, op)
         return flat.view(cut.shapes[self.rank_in_group]) if x.ndim != 1 else flat
 
-    def all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    def all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], most: int | None = None) -> tuple[Tensor, ...]:
         """pieces[i] goes to member i; shapes[i] is the shape of what member i sends here.
 
-        All pieces of all members have one dtype. The results lie one after another in one new buffer.
+        All pieces of all members have one dtype. The results lie one after another in one new buffer. `most`: elements that
+        any member sends or receives, at most, the same number on all; where it is known, more communicators take the call.
         """
         self._check_count("all_to_all", "pieces", pieces)
         self._check_count("all_to_all", "shapes", shapes)
         if len({p.dtype for p in pieces}) > 1:
             raise SpecError(f"all_to_all over {self.name}: pieces of several dtypes; convert them to one")
         send, recv = [p.numel() for p in pieces], [prod(shape) for shape in shapes]
-        got = self.route("all_to_all", pieces[0]).all_to_all(pack(pieces), send, recv)
+        communicator = self.route("all_to_all", pieces[0], None, -1 if most is None else most, most is not None)
+        got = communicator.all_to_all(pack(pieces), send, recv)
         return tuple([p.view(tuple(shape)) for p, shape in zip(got.split_with_sizes(recv), shapes)])
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
@@ -119,7 +126,7 @@ class GroupCoordinator:
         """As all_gather, on member root alone; None elsewhere."""
         self._check_member("gather", root)
         cut = self._cut_of_pieces("gather", x, dim, sizes)
-        flat = self.route("gather", x).gather(plain(x).flatten(), root, cut.counts)
+        flat = self.route("gather", x, None, sum(cut.counts), cut.even).gather(plain(x).flatten(), root, cut.counts)
         return None if flat is None else cut.join(flat)
 
     def send(self, x: Tensor, to: int) -> None:
@@ -132,7 +139,7 @@ class GroupCoordinator:
         """What member `source` sends here: a tensor of this shape and dtype, on this rank's device."""
         self._check_member("recv", source)
         count = prod(shape)
-        call = Call("recv", None, dtype, self.device.type, count * dtype.itemsize)
+        call = Call("send", None, dtype, self.device.type, count * dtype.itemsize)
         return self._route(call).recv(count, dtype, self.device, source).view(tuple(shape))
 
     # -- control ---------------------------------------------------------------------------------------------------
@@ -161,21 +168,39 @@ class GroupCoordinator:
 
     def destroy(self) -> None:
         """Ends the use of this group: further calls are refused. The runtime ends the process groups, which others may share."""
+        for communicator in self.communicators:
+            communicator.close()
         self.communicators, self._control = (), None
         self.device_group = self.cpu_group = None
+        self._routes.clear()
 
     # -- routing and checks ----------------------------------------------------------------------------------------
 
-    def route(self, name: str, x: Tensor, op: str | None = None) -> Communicator:
-        """The communicator that takes the collective `name` of x; the first that does."""
-        return self._route(Call(name, op, x.dtype, x.device.type, x.nbytes))
+    def route(self, name: str, x: Tensor, op: str | None = None, count: int | None = None, even: bool = True) -> Communicator:
+        """The communicator that takes the collective `name` of x. `count`: elements of the whole, where x is a piece of it."""
+        nbytes = x.nbytes if count is None else count if count < 0 else count * x.dtype.itemsize
+        return self._route(Call(name, op, x.dtype, x.device.type, nbytes, even, x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
     def _route(self, call: Call) -> Communicator:
-        for communicator in self.communicators:
-            if communicator.supports(call) is None:
-                return communicator
-        reasons = "; ".join(str(c.supports(call)) for c in self.communicators) or "the group was destroyed"
-        raise SpecError(f"{call.name} over {self.name}: {reasons}")
+        if call not in self._routes:
+            self._routes[call] = self.choose(call)
+        return self._routes[call]
+
+    def choose(self, call: Call) -> Communicator:
+        """Of those that support the call, and reduce deterministically where that is asked for, the fastest by the table."""
+        if not self.communicators:
+            raise SpecError(f"{call.name} over {self.name}: the group was destroyed")
+        reasons = [self._reason(c, call) for c in self.communicators]
+        able = [c for c, reason in zip(self.communicators, reasons) if reason is None]
+        if not able:
+            raise SpecError(f"{call.name} over {self.name}: {'; '.join(map(str, dict.fromkeys(reasons)))}")
+        best = self.table.order(call, self.world_size, [c.name for c in able])[0]
+        return next(c for c in able if c.name == best)
+
+    def _reason(self, communicator: Communicator, call: Call) -> str | None:
+        if self.deterministic and call.op is not None and not communicator.deterministic:
+            return f"{communicator.name} does not add up in rank order"
+        return communicator.supports(call)
 
     def _live_control(self) -> Communicator:
         if self._control is None:

@@ -24,10 +24,13 @@ import torch
 import torch.distributed as dist
 
 from shardlib.distributed.communicators.alone import Alone
+from shardlib.distributed.communicators.protocol import Factory, Place
 from shardlib.distributed.communicators.torch_distributed import TorchDistributed
 from shardlib.distributed.group_coordinator import GroupCoordinator
 from shardlib.distributed.launch import Launch
 from shardlib.distributed.process_groups import ProcessGroups
+from shardlib.distributed.routing import UNMEASURED, Table, find_table
+from shardlib.distributed.topology import hosts, identity
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 
@@ -35,8 +38,13 @@ TIMEOUT_S = 60.0
 """Seconds that a collective waits for a peer before it raises."""
 
 
-def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: float = TIMEOUT_S) -> Runtime:
-    """This process's place on `mesh`, on "cpu" or "cuda" (GPU number LOCAL_RANK); by default on cuda where it can be."""
+def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: float = TIMEOUT_S, *,
+            communicators: Sequence[Factory] = (), deterministic: bool = False) -> Runtime:
+    """This process's place on `mesh`, on "cpu" or "cuda" (GPU number LOCAL_RANK); by default on cuda where it can be.
+
+    communicators: makers of further communicators beside torch.distributed, which takes every call that no other takes.
+    deterministic: reduce only with communicators that add up in rank order, rounding once.
+    """
     launch = Launch.current()
     launch.check(mesh)
     chosen = _device(device, launch)
@@ -46,7 +54,7 @@ def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: flo
     joins = launch.launched and not dist.is_initialized()
     if joins:
         dist.init_process_group("gloo", init_method="env://", timeout=timeout)
-    return Runtime(mesh, launch, chosen, timeout, owns_torch=joins)
+    return Runtime(mesh, launch, chosen, timeout, joins, communicators, deterministic)
 
 
 _SHARED: dict[Mesh, Runtime] = {}
@@ -62,19 +70,45 @@ def shared_runtime(mesh: Mesh) -> Runtime:
 class Runtime:
     """One rank of `mesh` on `device`. Made by `connect`; a context manager that closes itself."""
 
-    def __init__(self, mesh: Mesh, launch: Launch, device: torch.device, timeout: timedelta, owns_torch: bool) -> None:
+    def __init__(self, mesh: Mesh, launch: Launch, device: torch.device, timeout: timedelta, owns_torch: bool,
+                 factories: Sequence[Factory] = (), deterministic: bool = False) -> None:
         self.mesh, self.device, self.rank, self.local_rank = mesh, device, launch.rank, launch.local_rank
         self.coordinate = mesh.coordinate(self.rank)
+        self.hosts, self.table = (0,), UNMEASURED
         self._owns_torch, self._closed = owns_torch, False
+        self._timeout, self._factories, self._deterministic = timeout, tuple(factories), deterministic
+        self._job: Place | None = None
         self._process_groups = ProcessGroups(device, timeout)
         self._coordinators: dict[tuple[str, ...], GroupCoordinator] = {}
 
     def create_groups(self, products: Iterable[Sequence[str]]) -> None:
         """Makes the group over each product of axes, for all ranks of the mesh. Every rank passes the same products."""
         wanted = [self._expand(axes) for axes in products]
+        self._meet()
         self._process_groups.create(self.mesh.group(axes, rank) for axes in wanted for rank in range(self.mesh.world_size))
         for axes in wanted:
             self.group(axes)
+
+    def _meet(self) -> None:
+        """Once, on all ranks: who is on which host, and the routing table, which is rank 0's."""
+        if self._job is not None or self.mesh.world_size == 1:
+            return
+        everyone = tuple(range(self.mesh.world_size))
+        group = dist.new_group(list(everyone), self._timeout, "gloo")
+        control = TorchDistributed(group, everyone, self.rank)
+        self._job = Place("job", everyone, self.rank, (0,) * len(everyone), torch.device("cpu"), group, group,
+                          self._timeout.total_seconds(), control)
+        table, wrong = self._find_table() if self.rank == 0 else (b"", None)
+        met = self._job.share([identity(), table, wrong])
+        if met[0][2] is not None:
+            raise SpecError(met[0][2])
+        self.hosts, self.table = hosts([host for host, _, _ in met]), Table.decode(met[0][1], "of rank 0")
+
+    def _find_table(self) -> tuple[bytes, str | None]:
+        try:
+            return find_table(self.device).encode(), None
+        except SpecError as error:
+            return b"", str(error)
 
     def group(self, axes: Sequence[str]) -> GroupCoordinator:
         """The group of ranks that differ from this one only along `axes`, the last running fastest."""
@@ -97,7 +131,12 @@ class Runtime:
         if pair is None:
             raise SpecError(f"group {name} does not exist yet; call create_groups([{axes!r}]) on every rank first")
         data, control = (TorchDistributed(group, ranks, self.rank) for group in (pair.device, pair.cpu))
-        return GroupCoordinator(*place, (data, control), control, pair.device, pair.cpu)
+        where = Place(name, ranks, self.rank, tuple(self.hosts[r] for r in ranks), self.device, pair.device, pair.cpu,
+                      self._timeout.total_seconds(), control)
+        made = {factory.__name__: factory(where) for factory in self._factories}
+        more = [c for c in made.values() if not isinstance(c, str)]
+        return GroupCoordinator(*place, (*more, data, control), control, pair.device, pair.cpu, table=self.table,
+                                deterministic=self._deterministic, declined={n: c for n, c in made.items() if isinstance(c, str)})
 
     def _expand(self, axes: Sequence[str]) -> tuple[str, ...]:
         if self._closed:

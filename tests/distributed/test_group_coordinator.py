@@ -62,8 +62,7 @@ MISUSE = [
     "all_to_all over tp: pieces has length 1; the group has 2 members",
     "all_to_all over tp: pieces of several dtypes; convert them to one",
     "broadcast over tp: no member 2 in a group of 2",
-    "all_reduce over tp: torch.distributed (gloo) takes tensors on cpu, not on meta; "
-    "torch.distributed (gloo) takes tensors on cpu, not on meta",
+    "all_reduce over tp: torch.distributed (gloo) takes tensors on cpu, not on meta",
 ]
 
 
@@ -86,11 +85,20 @@ def test_the_first_communicator_that_takes_a_call_gets_it() -> None:
     assert [group.route("all_reduce", torch.ones(n), "sum").name for n in (2, 3)] == ["picky", "alone"]
 
 
-def test_a_refusal_lists_every_reason() -> None:
-    group = GroupCoordinator("tp", (0,), 0, 0, torch.device("cpu"), (Picky(), Picky()), Alone())
+class Shy(Alone):
+    """Takes nothing."""
+
+    name = "shy"
+
+    def supports(self, call: Call) -> str | None:
+        return "shy takes nothing"
+
+
+def test_a_refusal_lists_every_reason_once() -> None:
+    group = GroupCoordinator("tp", (0,), 0, 0, torch.device("cpu"), (Picky(), Shy(), Picky()), Alone())
     with pytest.raises(SpecError) as refused:
         group.all_reduce(torch.ones(3))
-    assert str(refused.value) == "all_reduce over tp: picky takes at most 8 bytes, not 12; picky takes at most 8 bytes, not 12"
+    assert str(refused.value) == "all_reduce over tp: picky takes at most 8 bytes, not 12; shy takes nothing"
 
 
 def test_nobody_sends_to_itself() -> None:

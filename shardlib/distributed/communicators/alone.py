@@ -51,3 +51,6 @@ class Alone:
 
     def barrier(self) -> None:
         pass
+
+    def close(self) -> None:
+        pass

@@ -6,19 +6,71 @@ the coordinator's matter. A result is always new memory: it aliases neither an a
 """
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, Sequence
+from dataclasses import dataclass
+from typing import Any, Callable, NamedTuple, Protocol, Sequence
 
+import msgspec
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
 class Call(NamedTuple):
-    """All that a choice between communicators may depend on; equal on every member of the group."""
+    """All that a choice between communicators may depend on; equal on every member of the group.
+
+    nbytes: of the whole tensor: what all_gather and gather give, what the others take; of all_to_all the most that a member
+    sends or receives, and -1 where that is not known everywhere.  even: all members' pieces have one size.
+    capturing: a CUDA graph is being captured.
+    """
     name: str
     op: str | None
     dtype: torch.dtype
     device: str
     nbytes: int
+    even: bool = True
+    capturing: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a communicator is made from: one group, seen from one of its members.
+
+    ranks: of the mesh, in the order of the group.  hosts: of each member, the number of the host that it runs on; processes
+    have one host where they share its memory.  timeout_s: how long a member waits for the others.
+    """
+    name: str
+    ranks: tuple[int, ...]
+    rank: int
+    hosts: tuple[int, ...]
+    device: torch.device
+    device_group: dist.ProcessGroup
+    cpu_group: dist.ProcessGroup
+    timeout_s: float
+    control: Communicator
+
+    @property
+    def me(self) -> int:
+        """This member's number in the group."""
+        return self.ranks.index(self.rank)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def share(self, mine: Any) -> list[Any]:
+        """Every member's message of plain data, on every member. All members call it."""
+        text = torch.frombuffer(bytearray(msgspec.msgpack.encode(mine)), dtype=torch.uint8)
+        lengths = self.control.all_gather(torch.tensor([text.numel()]), (1,) * self.size).tolist()
+        whole = self.control.all_gather(text, lengths)
+        return [msgspec.msgpack.decode(piece.numpy().tobytes()) for piece in whole.split_with_sizes(lengths)]
+
+    def agree(self, reason: str | None) -> str | None:
+        """The first member's reason that is not None, on every member; None if there is none. All members call it."""
+        return next((r for r in self.share(reason) if r is not None), None)
+
+
+Factory = Callable[[Place], "Communicator | str"]
+"""Makes a communicator for a group, or says on every member why it cannot. All members call it in turn."""
 
 
 class Communicator(Protocol):
@@ -29,7 +81,7 @@ class Communicator(Protocol):
     """Whether it reduces in rank order, in a wide dtype, rounding once: bit for bit `reduction.reduce_pieces`."""
 
     def supports(self, call: Call) -> str | None:
-        """None where it takes the call, else why not, in words."""
+        """None where it takes the call, else why not, in words. The same on every member."""
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor: ...
 
@@ -48,3 +100,6 @@ class Communicator(Protocol):
     def recv(self, count: int, dtype: torch.dtype, device: torch.device, source: int) -> Tensor: ...
 
     def barrier(self) -> None: ...
+
+    def close(self) -> None:
+        """Gives back what it holds. Waits for nobody."""

@@ -149,6 +149,9 @@ class TorchDistributed:
     def barrier(self) -> None:
         dist.barrier(self.group)
 
+    def close(self) -> None:
+        """Nothing: the process group is the runtime's, and others may share it."""
+
 
 def _movable(x: Tensor) -> Tensor:
     return x if x.dtype in _MOVED else x.view(-1).view(torch.uint8)
