@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.communicators.protocol import Factory, Place
+from shardlib.distributed.communicators.shared_memory import shared_memory
 from shardlib.distributed.communicators.torch_distributed import TorchDistributed
 from shardlib.distributed.group_coordinator import GroupCoordinator
 from shardlib.distributed.launch import Launch
@@ -42,7 +43,8 @@ def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: flo
             communicators: Sequence[Factory] = (), deterministic: bool = False) -> Runtime:
     """This process's place on `mesh`, on "cpu" or "cuda" (GPU number LOCAL_RANK); by default on cuda where it can be.
 
-    communicators: makers of further communicators beside torch.distributed, which takes every call that no other takes.
+    communicators: makers of further communicators beside shared memory, on the CPU, and torch.distributed, which takes every call
+    that no other takes.
     deterministic: reduce only with communicators that add up in rank order, rounding once.
     """
     launch = Launch.current()
@@ -54,7 +56,8 @@ def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: flo
     joins = launch.launched and not dist.is_initialized()
     if joins:
         dist.init_process_group("gloo", init_method="env://", timeout=timeout)
-    return Runtime(mesh, launch, chosen, timeout, joins, communicators, deterministic)
+    built_in = (shared_memory,) if chosen.type == "cpu" else ()
+    return Runtime(mesh, launch, chosen, timeout, joins, (*communicators, *built_in), deterministic)
 
 
 _SHARED: dict[Mesh, Runtime] = {}

