@@ -120,6 +120,7 @@ def run(options: argparse.Namespace) -> None:
     with connect(mesh, options.device) as runtime, _reporting():
         world = tuple(mesh.axes)
         runtime.create_groups([world] if world else [])
+        runtime.open_queue(world)
         say(f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {runtime.device.type}, mesh {str(mesh) or '()'}, layout {str(layout) or '()'}; reading {options.model}")
         tokenizer, job = None, None
         if runtime.rank == 0:

@@ -27,6 +27,7 @@ from torch import Tensor
 from shardlib.distributed import messages
 from shardlib.distributed.communicators.protocol import Call, Communicator
 from shardlib.distributed.flat import Cut, pack, plain
+from shardlib.distributed.message_queue import MessageQueue
 from shardlib.distributed.reduction import check_reducible
 from shardlib.distributed.routing import UNMEASURED, Table
 from shardlib.errors import SpecError
@@ -44,6 +45,7 @@ class GroupCoordinator:
         self.device, self.device_group, self.cpu_group = device, device_group, cpu_group
         self.communicators, self._control = tuple(communicators), control
         self.table, self.deterministic, self.declined = table, deterministic, dict(declined or {})
+        self.queue: MessageQueue | None = None
         self._routes: dict[Call, Communicator] = {}
 
     def __repr__(self) -> str:
@@ -147,9 +149,12 @@ class GroupCoordinator:
     def broadcast_message(self, message: Any, root: int, as_type: Any = Any) -> Any:
         """Member root's message, on every member, decoded as `as_type`: numbers, strings, bytes, lists, dicts, dataclasses.
 
-        It travels as msgpack over the CPU group; a tuple arrives as a list unless `as_type` says otherwise, root's own too.
+        It travels as msgpack, through the group's queue where there is one from root, else over the CPU group; a tuple arrives as a
+        list unless `as_type` says otherwise, root's own too.
         """
         self._check_member("broadcast_message", root)
+        if self.queue and self.queue.writer == root:
+            return self.queue.broadcast(message, as_type)
         mine = self.rank_in_group == root
         block, rest = messages.encode(message) if mine else (bytearray(messages.BLOCK), bytearray())
         block = self._broadcast_bytes(block, root)
@@ -170,7 +175,9 @@ class GroupCoordinator:
         """Ends the use of this group: further calls are refused. The runtime ends the process groups, which others may share."""
         for communicator in self.communicators:
             communicator.close()
-        self.communicators, self._control = (), None
+        if self.queue:
+            self.queue.leave()
+        self.communicators, self._control, self.queue = (), None, None
         self.device_group = self.cpu_group = None
         self._routes.clear()
 

@@ -4,9 +4,10 @@
 >>> len(block), len(rest), decode(block, rest)
 (1024, 0, {'step': 3})
 
-The first block has a fixed size, which receivers know beforehand: a status byte, the length of the payload (8 bytes,
-little-endian), and as much of the payload as fits; the rest follows in a second part. What msgspec cannot write
-becomes a `SpecError` that travels as the payload, so that it is raised on every rank and none waits for ever.
+A message is a frame: a status byte, the length of the payload (8 bytes, little-endian), and the payload. Where receivers must
+know beforehand how much comes, the frame is cut: a first block of fixed size, padded, and the rest in a second part. What
+msgspec cannot write becomes a `SpecError` that travels as the payload, so that it is raised on every rank and none waits for
+ever.
 """
 from __future__ import annotations
 
@@ -17,34 +18,66 @@ import msgspec
 from shardlib.errors import SpecError
 
 BLOCK = 1024
-_HEAD = 9
-_GOOD, _BAD = 0, 1
+HEAD = 9
+_GOOD, _BAD, _END = 0, 1, 2
 
 
-def encode(message: Any) -> tuple[bytearray, bytearray]:
-    """(first block, the rest) of a message of plain data."""
+def frame(message: Any) -> bytes:
+    """The frame of a message of plain data."""
     try:
-        status, payload = _GOOD, msgspec.msgpack.encode(message)
+        return _frame(_GOOD, msgspec.msgpack.encode(message))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        status, payload = _BAD, f"a message holds plain data only: {error}".encode()[:BLOCK - _HEAD]
-    block = bytearray(BLOCK)
-    block[0], block[1:_HEAD] = status, len(payload).to_bytes(8, "little")
-    first = payload[:BLOCK - _HEAD]
-    block[_HEAD:_HEAD + len(first)] = first
-    return block, bytearray(payload[len(first):])
+        return _frame(_BAD, f"a message holds plain data only: {error}".encode()[:BLOCK - HEAD])
 
 
-def rest_size(block: bytes | bytearray) -> int:
-    """How many bytes follow a first block."""
-    return max(0, int.from_bytes(block[1:_HEAD], "little") - (BLOCK - _HEAD))
+def _frame(status: int, payload: bytes) -> bytes:
+    return bytes([status]) + len(payload).to_bytes(8, "little") + payload
 
 
-def decode(block: bytes | bytearray, rest: bytes | bytearray, as_type: Any = Any) -> Any:
+END = _frame(_END, b"")
+"""The frame after which no other comes."""
+
+
+def is_end(frame: bytes | bytearray) -> bool:
+    return frame[0] == _END
+
+
+def is_good(frame: bytes | bytearray) -> bool:
+    """Whether its sender could write it."""
+    return frame[0] == _GOOD
+
+
+def payload_size(head: bytes | bytearray) -> int:
+    """How many bytes of payload follow a frame's first HEAD bytes."""
+    return int.from_bytes(head[1:HEAD], "little")
+
+
+def read(frame: bytes | bytearray, as_type: Any = Any) -> Any:
     """The message, as `as_type`. SpecError where its sender could not write it, or it is no `as_type`."""
-    payload = bytes(block[_HEAD:_HEAD + int.from_bytes(block[1:_HEAD], "little")]) + bytes(rest)
-    if block[0] != _GOOD:
-        raise SpecError(payload.decode(errors="replace"))
+    payload = memoryview(frame)[HEAD:HEAD + payload_size(frame)]
+    if frame[0] != _GOOD:
+        raise SpecError(bytes(payload).decode(errors="replace"))
     try:
         return msgspec.msgpack.decode(payload, type=as_type)
     except msgspec.DecodeError as error:
         raise SpecError(f"message: {error}") from None
+
+
+def cut(frame: bytes) -> tuple[bytearray, bytearray]:
+    """(first block, the rest) of a frame."""
+    return bytearray(frame[:BLOCK].ljust(BLOCK, b"\0")), bytearray(frame[BLOCK:])
+
+
+def encode(message: Any) -> tuple[bytearray, bytearray]:
+    """(first block, the rest) of a message of plain data."""
+    return cut(frame(message))
+
+
+def rest_size(block: bytes | bytearray) -> int:
+    """How many bytes follow a first block."""
+    return max(0, payload_size(block) - (BLOCK - HEAD))
+
+
+def decode(block: bytes | bytearray, rest: bytes | bytearray, as_type: Any = Any) -> Any:
+    """The message of a first block and the rest, as `as_type`."""
+    return read(bytes(block) + bytes(rest), as_type)

@@ -29,6 +29,7 @@ from shardlib.distributed.communicators.shared_memory import shared_memory
 from shardlib.distributed.communicators.torch_distributed import TorchDistributed
 from shardlib.distributed.group_coordinator import GroupCoordinator
 from shardlib.distributed.launch import Launch
+from shardlib.distributed.message_queue import MessageQueue
 from shardlib.distributed.process_groups import ProcessGroups
 from shardlib.distributed.routing import UNMEASURED, Table, find_table
 from shardlib.distributed.topology import hosts, identity
@@ -83,6 +84,7 @@ class Runtime:
         self._job: Place | None = None
         self._process_groups = ProcessGroups(device, timeout)
         self._coordinators: dict[tuple[str, ...], GroupCoordinator] = {}
+        self._places: dict[tuple[str, ...], Place] = {}
 
     def create_groups(self, products: Iterable[Sequence[str]]) -> None:
         """Makes the group over each product of axes, for all ranks of the mesh. Every rank passes the same products."""
@@ -118,6 +120,16 @@ class Runtime:
         axes = tuple(axes)
         return self._coordinators.get(axes) or self._coordinator(axes)
 
+    def open_queue(self, axes: Sequence[str]) -> MessageQueue | None:
+        """The queue from the first member of a group to the others, which then carries its messages from there; None in a group of one.
+
+        All members call it. Worth while where messages are many: one alone is sooner sent than a queue is made.
+        """
+        group = self.group(axes)
+        if group.world_size > 1 and group.queue is None:
+            group.queue = MessageQueue(self._places[self._expand(axes)])
+        return group.queue
+
     def _coordinator(self, axes: tuple[str, ...]) -> GroupCoordinator:
         expanded = self._expand(axes)
         if expanded not in self._coordinators:
@@ -136,6 +148,7 @@ class Runtime:
         data, control = (TorchDistributed(group, ranks, self.rank) for group in (pair.device, pair.cpu))
         where = Place(name, ranks, self.rank, tuple(self.hosts[r] for r in ranks), self.device, pair.device, pair.cpu,
                       self._timeout.total_seconds(), control)
+        self._places[axes] = where
         made = {factory.__name__: factory(where) for factory in self._factories}
         more = [c for c in made.values() if not isinstance(c, str)]
         return GroupCoordinator(*place, (*more, data, control), control, pair.device, pair.cpu, table=self.table,

@@ -1,9 +1,13 @@
 """Memory that processes of one host share: a file in /dev/shm which has lost its name.
 
->>> place = "a Place; all of `members` call it in turn"                                                 # doctest: +SKIP
->>> segment = join(place, members=(0, 1, 2, 3), nbytes=1 << 20, purpose="shared memory over tp")        # doctest: +SKIP
->>> segment.memory                                                                                      # doctest: +SKIP
-<mmap.mmap ...>
+>>> path = SHARED / f"{PREFIX}{secrets.token_hex(16)}"
+>>> one, other = Segment.create(path, 4096, member=0), Segment.attach(path, 4096, member=1)
+>>> path.unlink()
+>>> one.words(0, 2)[1] = 7
+>>> other.words(0, 2)[1]
+7
+
+    segment = join(place, members=(0, 1, 2, 3), nbytes=1 << 20)         # on all members of the place; or why there is none
 
 One member creates the file (exclusively, mode 0600, under a name that nobody guesses) and allocates all of it, so that a full
 /dev/shm is an error here and not a signal at some later store; the others attach it by its name; then all of them take the

@@ -12,8 +12,7 @@ so a round costs one meeting, and the next one needs no other to be over. Reduct
 `reduction.reduce_pieces` itself. What is larger than a slot goes in several rounds; a large all_reduce is a reduce_scatter and
 an all_gather, so that each member adds up only its share.
 
->>> from shardlib.distributed import connect                                                            # doctest: +SKIP
->>> connect(mesh, device="cpu").group(("tp",)).all_reduce(x)        # takes it where all members of tp run on one host
+    connect(mesh, device="cpu").group(("tp",)).all_reduce(x)            # where all members of tp run on one host
 
 Not made where members run on several hosts, where /dev/shm is too small, and where `segment` says that there is no sharing.
 Refused by `supports`: other collectives, other devices, more than MOST bytes. A peer that died, has left or does not come is a
