@@ -164,10 +164,11 @@ class Compiled:
         floats = [v.dtype for a in args for v in map(_first, a.flat if isinstance(a, Prepared) else _flat(a)) if v.is_floating_point()]
         e = Emitter(mesh, rank, sizes, donate=self.donate, dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."),
                     prepared=[a.name for a in args if isinstance(a, Prepared)])
+        self.runtime.compare_plans(program.name, _plan_text(program, mesh, sizes, e.dtype))
         source = self.sources[key] = e.program(program)
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
-        return load(source, {**e.helpers, **e.constants}, groups, program.name), self._finish(program, e.returned, args)
+        return load(source, {**e.helpers, **e.constants, **e.plan}, groups, program.name), self._finish(program, e.returned, args)
 
     def _finish(self, program: Program, returned: Sequence[str | None], args: Sequence[Any]) -> Callable:
         """What puts result leaves together. A prepared argument that is updated in place, all of it, is returned as it came."""
@@ -183,6 +184,11 @@ class Compiled:
             made = tuple(args[same] if same is not None else _rebuild(tuple(map(_whole, out[here])), (like,)) for here, like, same in parts)
             return made if len(made) > 1 else made[0]
         return finish
+
+
+def _plan_text(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtype: str) -> str:
+    """What must be equal on all ranks that run a program together: all but each rank's own pieces."""
+    return f"mesh {mesh}\nsizes {' '.join(f'{n}={size}' for n, size in sorted(sizes.items()))}\nfloats {dtype}\n{program}"
 
 
 def step(f: Function, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,

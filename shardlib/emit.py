@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import linecache
 import re
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Callable, Mapping, Sequence
 
@@ -23,6 +24,18 @@ from shardlib.rearrange import RENAME
 from shardlib.scan import SCAN
 from shardlib.spec import Spec
 from shardlib.variables import reuse
+
+@dataclass(frozen=True)
+class PlanStep:
+    """One collective of a program, for reports: its number there, counted from 1, the user's line, the specs before and after."""
+    number: int
+    program: str
+    where: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"step {self.number} of {self.program}, {self.where + ': ' if self.where else ''}{self.text}"
+
 
 _VIEW = re.compile(r"\.view\([0-9, ]+\)$")
 
@@ -42,6 +55,8 @@ class Emitter:
         self.groups: dict[tuple[str, ...], str] = {}
         self.helpers: dict[str, Callable] = {}
         self.constants: dict[str, torch.Tensor] = {}
+        self.plan: dict[str, PlanStep] = {}                 # name in the code -> the collective that is called there
+        self._where: tuple[str, Step] | None = None         # the program and the step that is being written
         self.dtype = dtype
         self.variables = 0
         self.in_place: set[str] = set()
@@ -91,14 +106,22 @@ class Emitter:
         return f"{_VIEW.sub('', text)}.view({', '.join(map(str, shape)) or '()'})"
 
     def collective(self, axes: Sequence[str], method: str, args: Sequence[str], extra: str, many: bool = False) -> str:
-        """A call of the coordinator of the group over `axes`; over one rank, nothing is left of it."""
+        """A call of the coordinator of the group over `axes`, which says where in the plan it is; over one rank, nothing is left of it."""
         if self.mesh.size(axes) == 1:
             return f"({args[0]},)" if many else args[0]
         group = self.groups.setdefault(tuple(axes), f"g{len(self.groups)}")
         operand = f"({', '.join(args)},)" if many else args[0]
         if self.yields:
             return f"(yield ({group}, {method!r}, {operand}, {extra}))"
-        return f"{group}.{method}({operand}, {extra})"
+        return f"{group}.{method}({operand}, {extra}{self._here()})"
+
+    def _here(self) -> str:
+        if self._where is None:
+            return ""
+        title, step = self._where
+        name = f"s{len(self.plan) + 1}"
+        self.plan[name] = PlanStep(len(self.plan) + 1, title, str(step.where or ""), step.text)
+        return f", at={name}"
 
     # -- programs --------------------------------------------------------------------------------------------------
 
@@ -147,7 +170,9 @@ class Emitter:
             elif step.op is COND:
                 lines += self._cond(step, names)
             else:
+                self._where = program.name, step
                 lines.append(self._line(step, names, owned, uses))
+                self._where = None
         return lines
 
     def _line(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> str:

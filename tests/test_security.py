@@ -33,8 +33,8 @@ QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(Hea
 NODES = {"Module", "FunctionDef", "arguments", "arg", "Assign", "Return", "For", "If", "Expr", "Yield", "Pass", "Name", "Load", "Store", "Attribute",
          "Call", "keyword", "Constant", "Tuple", "List", "BinOp", "Add", "Sub", "Mult", "Div", "Pow", "BitAnd", "BitOr", "UnaryOp", "USub", "Invert",
          "Compare", "Gt", "Lt", "Eq", "Subscript", "Slice", "IfExp", "ListComp", "comprehension"}
-NAMES = re.compile(r"[avgu][0-9]+|inv[0-9]+|[pj]|main|torch|F|bool|float|zip")
-KEYWORDS = ("dtype", "device", "keepdim", "min")
+NAMES = re.compile(r"[avgus][0-9]+|inv[0-9]+|[pj]|main|torch|F|bool|float|zip")
+KEYWORDS = ("dtype", "device", "keepdim", "min", "at")
 STRINGS = re.compile(r"[A-Za-z,]*->[A-Za-z]*|sum|max|nan|all_reduce|reduce_scatter|all_gather|all_to_all")
 
 

@@ -13,33 +13,41 @@ counted in the group (`rank_in_group`); `first_rank` and its like are ranks of t
 collectives in the same order. No gradient flows through: a backward pass issues its own collectives.
 
 Refused with a `SpecError`, before anything is sent: a reduction its dtype does not have (`reduction`), sizes that do not
-fit, a device that no communicator takes, any call after `destroy`.
+fit, a device that no communicator takes, any call after `destroy`. In debug mode (`connect(..., check=True)`) the members
+compare each collective before it runs, and what differs is one `SpecError` on all of them.
+
+`at` says where the program has a collective: whatever prints as "step 2 of block, ...". Reports of the watchdog repeat it.
 """
 from __future__ import annotations
 
 from math import prod
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardlib.distributed import messages
-from shardlib.distributed.communicators.protocol import Call, Communicator
+from shardlib.distributed import agreement, messages
+from shardlib.distributed.communicators.protocol import Call, Communicator, Place
 from shardlib.distributed.flat import Cut, pack, plain
 from shardlib.distributed.message_queue import MessageQueue
 from shardlib.distributed.reduction import check_reducible
 from shardlib.distributed.routing import UNMEASURED, Table
+from shardlib.distributed.watchdog import Watchdog
 from shardlib.errors import SpecError
 
 
 class GroupCoordinator:
-    """The group `name` of `ranks`, in that order, seen from `rank`. `control` carries messages and barriers, on the CPU."""
+    """The group `name` of `ranks`, in that order, seen from `rank`. `control` carries messages and barriers, on the CPU.
+
+    watchdog: told of each collective.  check: where members compare each collective before it runs; None where they do not.
+    """
 
     def __init__(self, name: str, ranks: Sequence[int], rank: int, local_rank: int, device: torch.device,
                  communicators: Sequence[Communicator], control: Communicator,
                  device_group: dist.ProcessGroup | None = None, cpu_group: dist.ProcessGroup | None = None, *,
-                 table: Table = UNMEASURED, deterministic: bool = False, declined: Mapping[str, str] | None = None) -> None:
+                 table: Table = UNMEASURED, deterministic: bool = False, declined: Mapping[str, str] | None = None,
+                 watchdog: Watchdog | None = None, check: Place | None = None) -> None:
         self.name, self.ranks, self.rank, self.local_rank = name, tuple(ranks), rank, local_rank
         self.world_size, self.rank_in_group = len(self.ranks), self.ranks.index(rank)
         self.device, self.device_group, self.cpu_group = device, device_group, cpu_group
@@ -47,6 +55,10 @@ class GroupCoordinator:
         self.table, self.deterministic, self.declined = table, deterministic, dict(declined or {})
         self.queue: MessageQueue | None = None
         self._routes: dict[Call, Communicator] = {}
+        self._watchdog, self._check = watchdog, check
+        self._seat = watchdog.watch.seat(name, self.ranks) if watchdog else None
+        if self._seat:
+            self._seat.communicators = self.communicators
 
     def __repr__(self) -> str:
         return f"GroupCoordinator({self.name}, ranks {self.ranks}, rank {self.rank})"
@@ -81,29 +93,33 @@ class GroupCoordinator:
 
     # -- collectives -----------------------------------------------------------------------------------------------
 
-    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+    def all_reduce(self, x: Tensor, op: str = "sum", *, at: object = None) -> Tensor:
         """The `op` ("sum" or "max") of every member's x, on every member. All x have one shape."""
         check_reducible(op, x.dtype)
         x = plain(x)
-        return self.route("all_reduce", x, op).all_reduce(x, op)
+        call = self.route("all_reduce", x, op).all_reduce
+        return self._run(at, "all_reduce", op, x, x.numel(), (x.shape,), call, x, op)
 
-    def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int], *, at: object = None) -> Tensor:
         """Every member's x, concatenated along `dim` in the order of the group; sizes[i] is member i's size there."""
         cut = self._cut_of_pieces("all_gather", x, dim, sizes)
-        communicator = self.route("all_gather", x, None, sum(cut.counts), cut.even)
-        return cut.join(communicator.all_gather(plain(x).flatten(), cut.counts))
+        count = sum(cut.counts)
+        call = self.route("all_gather", x, None, count, cut.even).all_gather
+        return cut.join(self._run(at, "all_gather", None, x, count, (cut.whole, cut.dim, sizes), call, plain(x).flatten(), cut.counts))
 
-    def reduce_scatter(self, x: Tensor, dim: int, sizes: Sequence[int], op: str = "sum") -> Tensor:
+    def reduce_scatter(self, x: Tensor, dim: int, sizes: Sequence[int], op: str = "sum", *, at: object = None) -> Tensor:
         """The piece of the `op` of every member's x that is this member's, when it is cut along `dim` into `sizes`."""
         check_reducible(op, x.dtype)
         cut = self._cut("reduce_scatter", x, dim, sizes)
         if x.shape != cut.whole:
             raise SpecError(f"reduce_scatter over {self.name}: sizes {tuple(sizes)} add up to {sum(sizes)}; "
                             f"dim {dim} has {x.shape[dim]}")
-        flat = self.route("reduce_scatter", x, op, None, cut.even).reduce_scatter(cut.split(x), cut.counts, op)
+        call = self.route("reduce_scatter", x, op, None, cut.even).reduce_scatter
+        flat = self._run(at, "reduce_scatter", op, x, x.numel(), (cut.whole, cut.dim, sizes), call, cut.split(x), cut.counts, op)
         return flat.view(cut.shapes[self.rank_in_group]) if x.ndim != 1 else flat
 
-    def all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], most: int | None = None) -> tuple[Tensor, ...]:
+    def all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], most: int | None = None, *,
+                   at: object = None) -> tuple[Tensor, ...]:
         """pieces[i] goes to member i; shapes[i] is the shape of what member i sends here.
 
         All pieces of all members have one dtype. The results lie one after another in one new buffer. `most`: elements that
@@ -114,35 +130,76 @@ class GroupCoordinator:
         if len({p.dtype for p in pieces}) > 1:
             raise SpecError(f"all_to_all over {self.name}: pieces of several dtypes; convert them to one")
         send, recv = [p.numel() for p in pieces], [prod(shape) for shape in shapes]
-        communicator = self.route("all_to_all", pieces[0], None, -1 if most is None else most, most is not None)
-        got = communicator.all_to_all(pack(pieces), send, recv)
+        call = self.route("all_to_all", pieces[0], None, -1 if most is None else most, most is not None).all_to_all
+        got = self._run(at, "all_to_all", None, pieces[0], -1, (most,), call, pack(pieces), send, recv)
         return tuple([p.view(tuple(shape)) for p, shape in zip(got.split_with_sizes(recv), shapes)])
 
-    def broadcast(self, x: Tensor, root: int) -> Tensor:
+    def broadcast(self, x: Tensor, root: int, *, at: object = None) -> Tensor:
         """Member root's x, on every member; the others pass any tensor of its shape and dtype."""
         self._check_member("broadcast", root)
         x = plain(x)
-        return self.route("broadcast", x).broadcast(x, root)
+        call = self.route("broadcast", x).broadcast
+        return self._run(at, "broadcast", None, x, x.numel(), (x.shape, root), call, x, root)
 
-    def gather(self, x: Tensor, root: int, dim: int, sizes: Sequence[int]) -> Tensor | None:
+    def gather(self, x: Tensor, root: int, dim: int, sizes: Sequence[int], *, at: object = None) -> Tensor | None:
         """As all_gather, on member root alone; None elsewhere."""
         self._check_member("gather", root)
         cut = self._cut_of_pieces("gather", x, dim, sizes)
-        flat = self.route("gather", x, None, sum(cut.counts), cut.even).gather(plain(x).flatten(), root, cut.counts)
+        count = sum(cut.counts)
+        call = self.route("gather", x, None, count, cut.even).gather
+        flat = self._run(at, "gather", None, x, count, (cut.whole, cut.dim, sizes, root), call, plain(x).flatten(), root, cut.counts)
         return None if flat is None else cut.join(flat)
 
     def send(self, x: Tensor, to: int) -> None:
         """Hands x to member `to`, which calls `recv`."""
         self._check_member("send", to)
         x = plain(x)
-        self.route("send", x).send(x, to)
+        self._pass("send", to, x.dtype, x.numel(), self.route("send", x).send, x, to)
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> Tensor:
         """What member `source` sends here: a tensor of this shape and dtype, on this rank's device."""
         self._check_member("recv", source)
         count = prod(shape)
-        call = Call("send", None, dtype, self.device.type, count * dtype.itemsize)
-        return self._route(call).recv(count, dtype, self.device, source).view(tuple(shape))
+        call = self._route(Call("send", None, dtype, self.device.type, count * dtype.itemsize)).recv
+        return self._pass("recv", source, dtype, count, call, count, dtype, self.device, source).view(tuple(shape))
+
+    # -- what is around each of them -------------------------------------------------------------------------------
+
+    def _run(self, at: object, name: str, op: str | None, x: Tensor | None, count: int, facts: tuple, call: Callable, *args: Any) -> Any:
+        """`call(*args)`, known to the watchdog. `facts`: what must be equal on all members, beside the op and the dtype."""
+        if self._watchdog is None:
+            return call(*args)
+        watch = self._watchdog.watch
+        watch.begin(self._seat, name, op, x.dtype if x is not None else None, count, at)
+        try:
+            if self._check is not None:
+                self._compare(at, name, op, x, facts, args)
+            return call(*args)
+        except RuntimeError as error:
+            raise self._watchdog.failed(error) from error
+        finally:
+            watch.end()
+
+    def _pass(self, name: str, member: int, dtype: torch.dtype, count: int, call: Callable, *args: Any) -> Any:
+        """The same for a send or a recv, of which only two members know."""
+        if self._watchdog is None:
+            return call(*args)
+        watch = self._watchdog.watch
+        watch.begin(self._seat, name, None, dtype, count, None, self.ranks[member])
+        try:
+            return call(*args)
+        except RuntimeError as error:
+            raise self._watchdog.failed(error) from error
+        finally:
+            watch.end()
+
+    def _compare(self, at: object, name: str, op: str | None, x: Tensor | None, facts: tuple, args: tuple) -> None:
+        """SpecError on every member unless all of them call this collective alike."""
+        kind = f" {str(x.dtype).removeprefix('torch.')}" if x is not None else ""
+        text = " ".join([name + (f" {op}" if op else "") + kind, *(str(tuple(f) if isinstance(f, (tuple, list)) else f) for f in facts)])
+        send, recv = args[1:] if name == "all_to_all" else ((), ())
+        mine = agreement.Call(text, "" if at is None else str(at), tuple(send), tuple(recv))
+        agreement.same_call(f"collective {self._seat.count} of {self._seat}", self.ranks, mine, self._check.share)
 
     # -- control ---------------------------------------------------------------------------------------------------
 
@@ -169,7 +226,7 @@ class GroupCoordinator:
 
     def barrier(self) -> None:
         """Returns when every member has called it; the device may still be at work."""
-        self._live_control().barrier()
+        self._run(None, "barrier", None, None, -1, (), self._live_control().barrier)
 
     def destroy(self) -> None:
         """Ends the use of this group: further calls are refused. The runtime ends the process groups, which others may share."""

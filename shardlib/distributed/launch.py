@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Mapping
 
 import torch.distributed as dist
@@ -53,6 +54,23 @@ class Launch:
                    else "this process was started without torchrun")
         raise SpecError(f"mesh {str(mesh) or '()'} has {_count(mesh.world_size, 'rank', 'ranks')}, but {started}; "
                         f"start torchrun --nproc-per-node {mesh.world_size}, or change the mesh")
+
+
+_JOINED: dict[tuple[str | None, ...], int] = {}
+"""How often this process has joined each job, by what says which job it is."""
+
+
+def join_job(timeout: timedelta) -> None:
+    """Starts torch.distributed with the other processes of the launch, over gloo.
+
+    All attempts of torchrun's elastic agent, and all runtimes of a process one after another, use one store. Each gets a prefix of
+    its own there: otherwise a process reads the addresses that processes of a dead attempt have left.
+    """
+    job = tuple(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
+    _JOINED[job] = number = _JOINED.get(job, 0) + 1
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = dist.PrefixStore(f"shardlib/attempt {job[2] or 0}/{number}", store)
+    dist.init_process_group("gloo", store=attempt, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

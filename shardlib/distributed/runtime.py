@@ -17,48 +17,69 @@ processes on a host than it has GPUs, axes that the mesh lacks.
 """
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from datetime import timedelta
-from typing import Iterable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 
+from shardlib.distributed.agreement import same_plan
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.communicators.protocol import Factory, Place
 from shardlib.distributed.communicators.shared_memory import shared_memory
 from shardlib.distributed.communicators.torch_distributed import TorchDistributed
 from shardlib.distributed.group_coordinator import GroupCoordinator
-from shardlib.distributed.launch import Launch
+from shardlib.distributed.launch import Launch, join_job
 from shardlib.distributed.message_queue import MessageQueue
 from shardlib.distributed.process_groups import ProcessGroups
+from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.routing import UNMEASURED, Table, find_table
 from shardlib.distributed.topology import hosts, identity
+from shardlib.distributed.watch import Watch
+from shardlib.distributed.watchdog import Watchdog, own_connection
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 
 TIMEOUT_S = 60.0
-"""Seconds that a collective waits for a peer before it raises."""
+"""Seconds after which a job that waits for one of its ranks has ended, and said for which: see `watchdog`."""
 
 
-def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: float = TIMEOUT_S, *,
-            communicators: Sequence[Factory] = (), deterministic: bool = False) -> Runtime:
+def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: float | None = None, *,
+            communicators: Sequence[Factory] = (), deterministic: bool = False, check: bool | None = None) -> Runtime:
     """This process's place on `mesh`, on "cpu" or "cuda" (GPU number LOCAL_RANK); by default on cuda where it can be.
 
     communicators: makers of further communicators beside shared memory, on the CPU, and torch.distributed, which takes every call
     that no other takes.
     deterministic: reduce only with communicators that add up in rank order, rounding once.
+    timeout_s: by default the environment's SHARDLIB_TIMEOUT_S, else TIMEOUT_S.
+    check: debug mode, in which the members of a group compare each collective before it runs; by default if SHARDLIB_CHECK is 1.
     """
     launch = Launch.current()
     launch.check(mesh)
     chosen = _device(device, launch)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=timeout_s if timeout_s is not None else _seconds(os.environ.get("SHARDLIB_TIMEOUT_S", str(TIMEOUT_S))))
     joins = launch.launched and not dist.is_initialized()
     if joins:
-        dist.init_process_group("gloo", init_method="env://", timeout=timeout)
+        join_job(timeout)
     built_in = (shared_memory,) if chosen.type == "cpu" else ()
-    return Runtime(mesh, launch, chosen, timeout, joins, (*communicators, *built_in), deterministic)
+    return Runtime(mesh, launch, chosen, timeout, joins, (*communicators, *built_in), deterministic,
+                   os.environ.get("SHARDLIB_CHECK") == "1" if check is None else check)
+
+
+_WATCHED: dict[dist.Store, int] = {}
+"""How many runtimes were made over each store."""
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SpecError(f"SHARDLIB_TIMEOUT_S is {text!r}; it is a number of seconds") from None
 
 
 _SHARED: dict[Mesh, Runtime] = {}
@@ -75,24 +96,67 @@ class Runtime:
     """One rank of `mesh` on `device`. Made by `connect`; a context manager that closes itself."""
 
     def __init__(self, mesh: Mesh, launch: Launch, device: torch.device, timeout: timedelta, owns_torch: bool,
-                 factories: Sequence[Factory] = (), deterministic: bool = False) -> None:
+                 factories: Sequence[Factory] = (), deterministic: bool = False, check: bool = False) -> None:
         self.mesh, self.device, self.rank, self.local_rank = mesh, device, launch.rank, launch.local_rank
         self.coordinate = mesh.coordinate(self.rank)
         self.hosts, self.table = (0,), UNMEASURED
         self._owns_torch, self._closed = owns_torch, False
-        self._timeout, self._factories, self._deterministic = timeout, tuple(factories), deterministic
+        self._timeout, self._factories, self._deterministic, self._check = timeout, tuple(factories), deterministic, check
         self._job: Place | None = None
         self._process_groups = ProcessGroups(device, timeout)
         self._coordinators: dict[tuple[str, ...], GroupCoordinator] = {}
         self._places: dict[tuple[str, ...], Place] = {}
+        self._watchdog = self._start_watchdog() if mesh.world_size > 1 else None
+        self._seat = self._watchdog.watch.seat("job", range(mesh.world_size)) if self._watchdog else None
+
+    def _start_watchdog(self) -> Watchdog:
+        """Over a connection of its own to the store of torch.distributed; each runtime of a process has keys of its own there."""
+        atexit.register(self._stop_watchdog)
+        default = dist.distributed_c10d._get_default_store()
+        _WATCHED[default] = number = _WATCHED.get(default, 0) + 1
+        store = dist.PrefixStore(f"shardlib/watchdog/{number}", own_connection(default, self._timeout.total_seconds() / 4))
+        return Watchdog(Watch(), store, self.rank, self.mesh.world_size, self._timeout.total_seconds(), self.device)
+
+    def _stop_watchdog(self, error: BaseException | None = None) -> None:
+        """What other ranks learn of how this one has left; at the end of the process, whether an exception ended it."""
+        error = error or (None if self._closed else getattr(sys, "last_value", None))
+        atexit.unregister(self._stop_watchdog)
+        if self._watchdog:
+            first = str(error).strip().split("\n")[0]
+            self._watchdog.stop("" if isinstance(error, RankError) else f"has raised {type(error).__name__}: {first}" if error else
+                                "has closed its runtime" if self._closed else "has ended")
+
+    def _together(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
+        """`call(*args)`, which all ranks of the job make, under the watchdog as `what`."""
+        if self._watchdog is None:
+            return call(*args)
+        watch = self._watchdog.watch
+        outer = watch.now
+        watch.begin(self._seat, what)
+        try:
+            return call(*args)
+        except RuntimeError as error:
+            raise self._watchdog.failed(error) from error
+        finally:
+            watch.end()
+            watch.now = outer
 
     def create_groups(self, products: Iterable[Sequence[str]]) -> None:
         """Makes the group over each product of axes, for all ranks of the mesh. Every rank passes the same products."""
         wanted = [self._expand(axes) for axes in products]
-        self._meet()
+        self._together("meet", self._meet)
+        self._together("make groups", self._create_groups, wanted)
+
+    def _create_groups(self, wanted: Sequence[tuple[str, ...]]) -> None:
         self._process_groups.create(self.mesh.group(axes, rank) for axes in wanted for rank in range(self.mesh.world_size))
         for axes in wanted:
             self.group(axes)
+
+    def compare_plans(self, title: str, plan: str) -> None:
+        """SpecError, the same on all ranks, unless all of them come here with the text `plan`. Every rank calls it."""
+        if self.mesh.world_size > 1:
+            self._together("meet", self._meet)
+            self._together(f"compare plans of {title}", same_plan, title, self._job.ranks, plan, self._job.share)
 
     def _meet(self) -> None:
         """Once, on all ranks: who is on which host, and the routing table, which is rank 0's."""
@@ -152,7 +216,8 @@ class Runtime:
         made = {factory.__name__: factory(where) for factory in self._factories}
         more = [c for c in made.values() if not isinstance(c, str)]
         return GroupCoordinator(*place, (*more, data, control), control, pair.device, pair.cpu, table=self.table,
-                                deterministic=self._deterministic, declined={n: c for n, c in made.items() if isinstance(c, str)})
+                                deterministic=self._deterministic, declined={n: c for n, c in made.items() if isinstance(c, str)},
+                                watchdog=self._watchdog, check=where if self._check else None)
 
     def _expand(self, axes: Sequence[str]) -> tuple[str, ...]:
         if self._closed:
@@ -171,6 +236,7 @@ class Runtime:
         if self._closed:
             return
         self._closed = True
+        self._stop_watchdog()
         for coordinator in self._coordinators.values():
             coordinator.destroy()
         self._process_groups.close()
@@ -180,7 +246,9 @@ class Runtime:
     def __enter__(self) -> Runtime:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._stop_watchdog(error)
         self.close()
 
 

@@ -1,0 +1,97 @@
+"""What this process is in: one attribute, assigned before each collective and cleared after it. Nothing is locked.
+
+>>> watch = Watch()
+>>> tp = watch.seat("tp", (0, 1))
+>>> watch.begin(tp, "all_reduce", "sum", torch.float32, 4, at="step 2 of block, model.py:12: D +tp -> D")
+>>> print(Moment.of(watch.now))
+collective 1 of group tp (ranks 0 1): all_reduce sum of 4 float32, at step 2 of block, model.py:12: D +tp -> D
+>>> watch.end()
+>>> watch.now is None, Moment.of(watch.last).number
+(True, 1)
+
+A `Moment` is the same for other processes: plain data. Collectives are counted per group, so that on the members of a group
+one number is one collective. A send and a recv are not counted: only two members know of them.
+"""
+from __future__ import annotations
+
+from time import monotonic
+from typing import Any, NamedTuple, Sequence
+
+import msgspec
+import torch
+
+
+class Seat:
+    """One group as this process sits in it. count: the collectives that it has begun."""
+    __slots__ = ("name", "ranks", "count", "communicators")
+
+    def __init__(self, name: str, ranks: Sequence[int]) -> None:
+        self.name, self.ranks, self.count = name, tuple(ranks), 0
+        self.communicators: Sequence[Any] = ()
+
+    def __str__(self) -> str:
+        return f"group {self.name} (ranks {' '.join(map(str, self.ranks))})"
+
+
+class Doing(NamedTuple):
+    """A collective that runs, or has run. peer: the rank at the other end of a send or recv; since: of time.monotonic."""
+    seat: Seat
+    number: int
+    name: str
+    op: str | None
+    dtype: torch.dtype | None
+    numel: int
+    at: object
+    peer: int | None
+    since: float
+
+
+class Moment(msgspec.Struct, frozen=True):
+    """A `Doing` in words. step: where the program has it, and the specs before and after."""
+    group: str
+    ranks: tuple[int, ...]
+    number: int
+    call: str
+    step: str = ""
+    peer: int | None = None
+
+    @classmethod
+    def of(cls, doing: tuple | None) -> Moment | None:
+        if doing is None:
+            return None
+        d = Doing(*doing)
+        many = f"{d.numel} " if d.numel >= 0 else ""
+        of = f" of {many}{str(d.dtype).removeprefix('torch.')}" if d.dtype else ""
+        call = d.name + (f" {d.op}" if d.op else "") + of
+        return cls(str(d.seat), d.seat.ranks, d.number, call, "" if d.at is None else str(d.at), d.peer)
+
+    def __str__(self) -> str:
+        what = f"collective {self.number} of {self.group}: {self.call}" if self.peer is None else \
+            f"{self.call} {'to' if self.call.startswith('send') else 'from'} rank {self.peer} in {self.group}"
+        return what + (f", at {self.step}" if self.step else "")
+
+
+class Watch:
+    """The collective that this process is in (`now`), the one before it (`last`) and the last that failed; `note`: how it left."""
+
+    def __init__(self) -> None:
+        self.now: tuple | None = None
+        self.last: tuple | None = None
+        self.failed: tuple | None = None
+        self.note = ""
+        self.seats: list[Seat] = []
+
+    def seat(self, name: str, ranks: Sequence[int]) -> Seat:
+        """The place of this process in a group, to begin collectives with."""
+        self.seats.append(made := Seat(name, ranks))
+        return made
+
+    def begin(self, seat: Seat, name: str, op: str | None = None, dtype: torch.dtype | None = None, numel: int = -1,
+              at: object = None, peer: int | None = None) -> None:
+        """This process calls a collective of `seat`; the fields of `Doing`."""
+        if peer is None:
+            seat.count += 1
+        self.now = (seat, seat.count, name, op, dtype, numel, at, peer, monotonic())
+
+    def end(self) -> None:
+        self.last, self.now = self.now, None

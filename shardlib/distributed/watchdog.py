@@ -1,0 +1,301 @@
+"""No silent hang: a thread that knows which collective this process is in, and ends the job with a report when one takes too long.
+
+Every process of a job writes its state into the store of torch.distributed, under its rank, a few times a second; nothing of this
+goes through a process group, which may be what is broken. A report says where this rank is, and which ranks are not there:
+
+    shardlib [rank 0] has waited 45 s in collective 3 of group tp (ranks 0 1): all_reduce sum of 4 float32, at step 2 of block, model.py:12: B T D +tp -> B T D
+    shardlib [rank 0]   rank 1 is in no collective; its last was collective 2 of group tp (ranks 0 1): ...
+
+A collective may wait for three quarters of `timeout_s`; the rest is for telling, so that after `timeout_s` no process is left.
+
+    it waited too long   all ranks report, and end with exit status 1
+    it failed            the rank reports at once, and the collective raises a `RankError` with that report
+    SIGTERM came         the launcher ends us since another rank has failed: the rank reports where it was, and ends
+
+A communicator with a method `report() -> str | None` adds a line of its own: what its kernel waits for.
+"""
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from datetime import timedelta
+from time import monotonic, sleep
+from typing import Any, Mapping
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from shardlib.distributed.rank_error import RankError
+from shardlib.distributed.siblings import end_stopped
+from shardlib.distributed.watch import Doing, Moment, Watch
+
+LINES = 8
+"""Ranks that a report names, at most."""
+_FAILED, _STOP = 0x80, 0x81     # what wakes the thread, beside the numbers of signals
+
+
+class State(msgspec.Struct, frozen=True):
+    """What a rank says of itself. beat: grows as long as it lives; counts: collectives it has begun, by group.
+
+    now: the collective that it is in, or that failed it.  left: it says no more; note: why, unless `now` did it.
+    """
+    beat: int = 0
+    counts: dict[str, int] = {}
+    now: Moment | None = None
+    last: Moment | None = None
+    left: bool = False
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.note:
+            return self.note
+        if self.now:
+            return f"is in {self.now}"
+        return f"is in no collective; its last was {self.last}" if self.last else "is in no collective, and has called none"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one rank knows when it reports: its own collective, every rank's state, and who says nothing any more."""
+    rank: int
+    mine: Moment | None
+    states: Mapping[int, State]
+    silent: Mapping[int, str]
+
+    def absent(self) -> list[int]:
+        """The ranks of this rank's collective that are not in it, and all that are silent or have left."""
+        waited = () if self.mine is None else self.mine.ranks if self.mine.peer is None else (self.mine.peer,)
+        gone = [r for r, s in self.states.items() if r in self.silent or s.note]
+        return sorted({r for r in waited if r != self.rank and not self._is_there(self.states[r])} | {*gone} - {self.rank})
+
+    def _is_there(self, state: State) -> bool:
+        mine = self.mine
+        if mine.peer is not None:
+            return state.now is not None and state.now.peer == self.rank
+        same = state.now is None or (state.now.group, state.now.number) != (mine.group, mine.number) or state.now.call == mine.call
+        return state.counts.get(mine.group, 0) >= mine.number and same
+
+    def lines(self) -> list[str]:
+        """One line a rank: those that this rank waits for, or if it waits for none, those that wait."""
+        ranks = self.absent()
+        if self.mine is None:
+            ranks = sorted({*ranks, *(r for r, s in self.states.items() if s.now is not None and r != self.rank)})
+        said = [f"  rank {r} {self._say(r)}" for r in ranks[:LINES]] + ([f"  and {len(ranks) - LINES} more ranks"] if len(ranks) > LINES else [])
+        return said or ["  all its ranks are there"]
+
+    def _say(self, rank: int) -> str:
+        if rank not in self.silent:
+            return str(self.states[rank])
+        return f"is silent: {self.silent[rank]}; when last heard of it {str(self.states[rank]).replace('is in', 'was in', 1)}"
+
+
+class Watchdog:
+    """The thread of one process. `store` is its own connection; `device` is asked too whether it makes progress, where it is a GPU."""
+
+    def __init__(self, watch: Watch, store: dist.Store, rank: int, world_size: int, timeout_s: float, device: torch.device) -> None:
+        self.watch, self.store, self.rank, self.world_size, self.device = watch, store, rank, world_size, device
+        self.timeout_s, self.limit_s, self.tick_s = timeout_s, 0.75 * timeout_s, min(1.0, timeout_s / 40)
+        self._beat, self._error, self._report, self._left = 0, "", "", False
+        self._told, self._marked = threading.Event(), None
+        self._woken, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+        self._signals = self._take_signals()
+        self._threads = [threading.Thread(target=f, name=f"shardlib {f.__name__}", daemon=True) for f in (self._watch, self._guard)]
+        for thread in self._threads:
+            thread.start()
+
+    # -- what the process itself calls -----------------------------------------------------------------------------
+
+    def failed(self, error: BaseException) -> RankError:
+        """The error to raise instead of `error`, which ended the collective that runs. Its report is on stderr when this returns."""
+        self._error = _first_line(error)
+        self._told.clear()
+        self._post(_FAILED)
+        self._told.wait(5 * self.tick_s + 1)
+        self.watch.failed = self.watch.now
+        return RankError(self._report or self._error)
+
+    def stop(self, note: str) -> None:
+        """Ends the thread; other ranks learn that this one `note`, as in "has closed its runtime"; "" where a collective has failed."""
+        self.watch.note, self._left = self.watch.note or note, True
+        self._post(_STOP)
+        self._threads[0].join(2 * self.tick_s + 1)
+        if self._signals and signal.getsignal(signal.SIGTERM) == self._on_term and threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _post(self, byte: int) -> None:
+        try:
+            self._wake.send(bytes([byte]))
+        except OSError:
+            pass                        # full, or closed: the thread is awake, or gone
+
+    # -- signals ---------------------------------------------------------------------------------------------------
+
+    def _take_signals(self) -> bool:
+        """SIGTERM wakes the thread, even while the process waits in C; only where nobody else has taken it."""
+        if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+            return False
+        others = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        if others != -1:
+            signal.set_wakeup_fd(others)
+            return False
+        signal.signal(signal.SIGTERM, self._on_term)
+        return True
+
+    def _on_term(self, *_: Any) -> None:
+        if self.watch.now is None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+
+    # -- the thread ------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        woken = b""
+        while _STOP not in woken:
+            self._publish()
+            if _FAILED in woken:
+                self._tell(f"failed in {Moment.of(self.watch.now)}: {self._error}")
+                self._told.set()
+            if signal.SIGTERM in woken and signal.getsignal(signal.SIGTERM) == self._on_term:
+                self._terminated()
+            self._judge()
+            ready, _, _ = select.select([self._woken], [], [], self.tick_s)
+            woken = self._woken.recv(64) if ready else b""
+        self._publish()
+
+    def _judge(self) -> None:
+        """Ends the process where its collective takes too long, or another rank has ended the job for that."""
+        stuck, over = self._stuck(), self._ask(lambda s: int(s.get("over")) if s.check(["over"]) else None)
+        if stuck is None and over is None:
+            return
+        mine = stuck or self.watch.now
+        if over is None:
+            self._ask(lambda s: s.set("over", str(self.rank)))
+        where = Moment.of(mine) if mine else None
+        waits = f"has waited {monotonic() - mine[-1]:.0f} s in {where}" if stuck else f"ends in {where}" if mine else f"ends: it {self._state()}"
+        self._tell(waits, mine)
+        self._leave()
+
+    def _stuck(self) -> tuple | None:
+        """The collective that has taken longer than it may; on a GPU also the last one, where the GPU does not come past it."""
+        now, at = self.watch.now, monotonic()
+        if now is not None:
+            return now if at - now[-1] > self.limit_s else None
+        last = self.watch.last
+        if self.device.type != "cuda" or last is None or at - last[-1] < self.limit_s / 4:
+            return None
+        if self._marked is None or self._marked[0] is not last or self._marked[1].query():
+            self._marked = (last, torch.cuda.default_stream(self.device).record_event(), at)
+        return last if at - last[-1] > self.limit_s and at - self._marked[2] > self.limit_s / 2 else None
+
+    def _terminated(self) -> None:
+        """Says where the launcher's SIGTERM met us, if that was in a collective, and ends."""
+        if self.watch.now is not None and not self._report:
+            self._tell(f"was ended by its launcher (SIGTERM) in {Moment.of(self.watch.now)}")
+        _flush()
+        os._exit(128 + signal.SIGTERM)
+
+    def _leave(self) -> None:
+        """Ends the process, after all that live have reported: the first that is gone makes torchrun end the others."""
+        self._ask(lambda s: s.add("said", 1))
+        until = monotonic() + 3 * self.tick_s
+        while monotonic() < until and (self._ask(lambda s: s.add("said", 0)) or self.world_size) < self.world_size:
+            sleep(0.02)
+        end_stopped()
+        _flush()
+        os._exit(1)
+
+    def _guard(self) -> None:
+        """Ends the process in time even if the store does not answer, on which the other thread then waits."""
+        while self._threads[0].is_alive():
+            now = self.watch.now
+            if now is not None and monotonic() - now[-1] > 0.95 * self.timeout_s:
+                _say(self.rank, [f"has waited {monotonic() - now[-1]:.0f} s in {Moment.of(now)}", "  the store does not answer"])
+                os._exit(1)
+            self._threads[0].join(self.tick_s)
+
+    # -- reports ---------------------------------------------------------------------------------------------------
+
+    def _tell(self, head: str, mine: tuple | None = None) -> None:
+        """The report: its first line at once, the others after a look at who still lives."""
+        mine = mine or self.watch.now
+        _say(self.rank, [head])
+        lines = self._scene(Moment.of(mine)).lines() if self._ask(lambda s: s.check(["over"]) is not None) else ["  the store does not answer"]
+        lines += [f"  {text}" for c in (Doing(*mine).seat.communicators if mine else ()) if (text := getattr(c, "report", lambda: None)())]
+        _say(self.rank, lines)
+        self._report = "\n".join([head, *lines])
+
+    def _scene(self, mine: Moment | None) -> Scene:
+        """All states, and who is silent: whose beat stands still."""
+        before, until = self._states(), monotonic() + 2.5 * self.tick_s
+        while monotonic() < until:
+            sleep(self.tick_s / 4)
+            self._publish()
+        states = self._states()
+        still = [r for r, s in states.items() if r != self.rank and s.beat == before[r].beat and not s.left]
+        return Scene(self.rank, mine, states, {r: "it was killed, stopped or cut off" for r in still})
+
+    def _states(self) -> dict[int, State]:
+        """Every rank's state; that of a rank that has never written one is empty."""
+        made = {}
+        for rank in range(self.world_size):
+            text = self._ask(lambda s: s.get(str(rank)) if s.check([str(rank)]) else None)
+            try:
+                made[rank] = msgspec.msgpack.decode(text, type=State) if text else State()
+            except msgspec.DecodeError:
+                made[rank] = State(left=True, note="has written what is no state")
+        return made
+
+    def _state(self) -> State:
+        watch = self.watch
+        now = watch.now or (watch.last if watch.last is watch.failed else None)
+        return State(self._beat, {str(s): s.count for s in watch.seats}, Moment.of(now), Moment.of(watch.last), self._left, watch.note)
+
+    def _publish(self) -> None:
+        self._beat += 1
+        self._ask(lambda s: s.set(str(self.rank), msgspec.msgpack.encode(self._state())))
+
+    def _ask(self, question: Any) -> Any:
+        """What the store answers; None once it does not."""
+        if self.store is None:
+            return None
+        try:
+            return question(self.store)
+        except RuntimeError:
+            self.store = None
+            return None
+
+
+def own_connection(store: dist.Store, timeout_s: float) -> dist.Store:
+    """A connection to `store` that another thread may use."""
+    made = store.clone() if hasattr(store, "clone") else store
+    made.set_timeout(timedelta(seconds=timeout_s))
+    return made
+
+
+def _first_line(error: BaseException) -> str:
+    """`error` in one line, without the place in gloo's own source."""
+    text = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip()).split("\n")[0].split(". This is typically")[0]
+    return text or type(error).__name__
+
+
+def _say(rank: int, lines: list[str]) -> None:
+    """Lines on stderr, in one write, so that those of other ranks do not come between. What is not printable is data gone wrong."""
+    printable = ("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+    print("".join(f"shardlib [rank {rank}] {line}\n" for line in printable), end="", file=sys.stderr, flush=True)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass
