@@ -53,7 +53,7 @@ class Segment:
             self.memory: Any = mmap.mmap(file, nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, member)
         except BaseException:
-            os.close(file)
+            self.close()
             raise
 
     @classmethod
@@ -86,6 +86,8 @@ class Segment:
         if self._file >= 0:
             os.close(self._file)
         self._file, self.memory = -1, None
+
+    __del__ = close
 
 
 def unsupported() -> str | None:

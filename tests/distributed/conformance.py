@@ -190,6 +190,13 @@ def _error(x: Tensor, reference: Tensor) -> float:
 
 # -- the check --------------------------------------------------------------------------------------------------------
 
+def only(name: str, group: GroupCoordinator) -> GroupCoordinator:
+    """The group with its communicator `name` alone: what that does not support is refused."""
+    able = [c for c in group.communicators if c.name == name]
+    assert able, f"{group} has {[c.name for c in group.communicators]}, not {name}; declined: {group.declined}"
+    return GroupCoordinator(group.name, group.ranks, group.rank, group.local_rank, group.device, able[:1], able[0])
+
+
 def check(case: Case, group: GroupCoordinator) -> list[str]:
     """Runs the case on this member of the group; what is wrong with the outcome, in words."""
     given = [x.to(group.device) for x in inputs(case, group.rank_in_group, group.ranks)]

@@ -122,9 +122,9 @@ class World:
         assert texts == [""] * self.size, texts
         self.pool.joined = self
 
-    def check(self, *cases: Case) -> list[str]:
-        """What is wrong on any rank; [] is a pass."""
-        answers = self._ask({"do": "check", "cases": [asdict(c) for c in cases]})
+    def check(self, *cases: Case, communicator: str = "") -> list[str]:
+        """What is wrong on any rank; [] is a pass. communicator: the only one that may take them; "" where the group chooses."""
+        answers = self._ask({"do": "check", "cases": [asdict(c) for c in cases], "communicator": communicator})
         failures = [failure for answer in answers for failure in answer]
         if failures:
             self.pool.joined = None

@@ -1,4 +1,4 @@
-"""torch.distributed over gloo does what `conformance` says, on groups of 1 to 4, in both orders of a product."""
+"""Every communicator on the CPU does what `conformance` says, on groups of 1 to 4, in both orders of a product."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -11,25 +11,37 @@ from hypothesis import strategies as st
 from pool import DEADLINE_S, Pool, World
 
 from shardlib.distributed import connect
+from shardlib.distributed.communicators.shared_memory import TAKES
+from shardlib.distributed.segment import unsupported
 from shardlib.mesh import Mesh
+
+
+GLOO, SHARED = "torch.distributed (gloo)", "shared memory"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A mesh, and the products of axes whose groups are tried on it."""
+    """A mesh, the products of axes whose groups are tried on it, and the communicator that takes all calls."""
     mesh: str
     products: tuple[tuple[str, ...], ...]
+    communicator: str
 
     def size(self, axes: tuple[str, ...]) -> int:
         return Mesh.parse(self.mesh).size(axes)
 
+    @property
+    def collectives(self) -> tuple[str, ...]:
+        return tuple(c for c in COLLECTIVES if c in TAKES) if self.communicator == SHARED else COLLECTIVES
 
-SETTINGS = (Setting("tp=1", (("tp",),)), Setting("tp=2", (("tp",),)), Setting("tp=3", (("tp",),)),
-            Setting("dp=2,tp=2", (("tp",), ("dp",), ("dp", "tp"), ("tp", "dp"))))
+
+MESHES = (("tp=2", (("tp",),)), ("tp=3", (("tp",),)), ("dp=2,tp=2", (("tp",), ("dp",), ("dp", "tp"), ("tp", "dp"))))
+SETTINGS = (Setting("tp=1", (("tp",),), "alone"), *(Setting(*mesh, c) for mesh in MESHES for c in (GLOO, SHARED)))
 
 
-@pytest.fixture(scope="module", params=SETTINGS, ids=lambda s: s.mesh)
+@pytest.fixture(scope="module", params=SETTINGS, ids=lambda s: f"{s.mesh} {s.communicator}")
 def setting(request: pytest.FixtureRequest) -> Setting:
+    if request.param.communicator == SHARED and unsupported():
+        pytest.skip(unsupported())
     return request.param
 
 
@@ -40,7 +52,8 @@ def world(setting: Setting, pool: Pool) -> World:
 
 def test_fixed_cases(world: World, setting: Setting) -> None:
     for axes in setting.products:
-        assert world.check(*fixed_cases(axes, setting.size(axes))) == []
+        cases = [case for case in fixed_cases(axes, setting.size(axes)) if case.collective in setting.collectives]
+        assert world.check(*cases, communicator=setting.communicator) == []
 
 
 def test_an_order_that_is_not_its_own_inverse(pool: Pool) -> None:
@@ -56,7 +69,7 @@ def cases(draw: st.DrawFn, setting: Setting) -> Case:
     """Any call that has a meaning on one of the setting's groups."""
     axes = draw(st.sampled_from(setting.products))
     n = setting.size(axes)
-    collective = draw(st.sampled_from(COLLECTIVES))
+    collective = draw(st.sampled_from(setting.collectives))
     shape = draw(st.lists(SIZES, min_size=collective not in ("all_reduce", "broadcast", "send"), max_size=4).map(tuple))
     members = st.lists(SIZES, min_size=n, max_size=n).map(tuple)
     return Case(collective, axes, draw(st.sampled_from(DTYPES)), shape,
@@ -69,7 +82,7 @@ def cases(draw: st.DrawFn, setting: Setting) -> Case:
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_drawn_cases(world: World, setting: Setting, data: st.DataObject) -> None:
-    assert world.check(data.draw(cases(setting))) == []
+    assert world.check(data.draw(cases(setting)), communicator=setting.communicator) == []
 
 
 # -- the kit itself: it must see what is wrong -------------------------------------------------------------------------

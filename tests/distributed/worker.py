@@ -31,6 +31,7 @@ class Request(msgspec.Struct):
     groups: list[tuple[str, ...]] = []
     environment: dict[str, str] = {}
     cases: list[conformance.Case] = []
+    communicator: str = ""
     name: str = ""
     arguments: list[Any] = []
 
@@ -49,11 +50,15 @@ class Worker:
         return ""
 
     def check(self, request: Request) -> list[str]:
-        """What is wrong, up to the first case that raises: after one that does, the groups may be of no more use."""
+        """What is wrong, up to the first case that raises: after one that does, the groups may be of no more use.
+
+        communicator: the only one that may take a case; "" where the group chooses.
+        """
         failures = []
         for case in request.cases:
             try:
-                found = conformance.check(case, self.runtime.group(case.axes))
+                group = self.runtime.group(case.axes)
+                found = conformance.check(case, conformance.only(request.communicator, group) if request.communicator else group)
             except Exception:
                 return [*failures, f"rank {self.runtime.rank}: {case}: {traceback.format_exc()}"]
             failures += [f"rank {self.runtime.rank}: {case}: {failure}" for failure in found]
