@@ -111,7 +111,8 @@ def _exchange(e: Emitter, step: Step, args: list[str]) -> str:
     shapes = tuple(tuple(piece[i][1] if i in piece else n for i, n in enumerate(shape)) for piece in arrive)
     dim = next(i for i in changed if len(have.dims[i].axes) >= len(want.dims[i].axes))     # all_to_all: the one that grows here
     order = sorted(range(len(members)), key=lambda j: (arrive[j][dim][0], j))
-    got = e.collective(e.mesh_order(axes), "all_to_all", cut, repr(shapes), many=True)
+    sizes = {math.prod(n for _, n in _overlap(e, have, want, changed, a, b).values()) for a in members for b in members}
+    got = e.collective(e.mesh_order(axes), "all_to_all", cut, f"{shapes}, True" if len(sizes) == 1 else repr(shapes), many=True)
     if order == list(range(len(members))):
         return f"torch.cat({got}, {dim})"
     return f"torch.cat([p[j] for p in [{got}] for j in {order}], {dim})"

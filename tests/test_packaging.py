@@ -72,7 +72,7 @@ FORBIDDEN = {
     "shardlib.models": (),
 }
 CHECKOUT_ONLY = ("ops", "models", "triton_kernels")  # top-level names that resolve only where the folders lie
-KERNELS_MAY = ("torch", "triton", "shardlib.triton_kernels", *sys.stdlib_module_names)
+KERNELS_MAY = ("torch", "triton", "numpy", "shardlib.triton_kernels", *sys.stdlib_module_names)
 
 
 def climbs(module: str, target: str) -> bool:

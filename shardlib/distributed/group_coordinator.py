@@ -37,6 +37,11 @@ from shardlib.distributed.watchdog import Watchdog
 from shardlib.errors import SpecError
 
 
+_FACTS = {"all_reduce": " {}", "broadcast": " {} from member {}", "all_gather": " to {} along dim {} by {}", "broadcast_message": " from member {}",
+          "reduce_scatter": " {} along dim {} by {}", "gather": " to {} along dim {} by {} on member {}", "all_to_all": ", even: {}"}
+"""How debug mode says what must be equal on all members."""
+
+
 class GroupCoordinator:
     """The group `name` of `ranks`, in that order, seen from `rank`. `control` carries messages and barriers, on the CPU.
 
@@ -104,8 +109,11 @@ class GroupCoordinator:
         """Every member's x, concatenated along `dim` in the order of the group; sizes[i] is member i's size there."""
         cut = self._cut_of_pieces("all_gather", x, dim, sizes)
         count = sum(cut.counts)
-        call = self.route("all_gather", x, None, count, cut.even).all_gather
-        return cut.join(self._run(at, "all_gather", None, x, count, (cut.whole, cut.dim, sizes), call, plain(x).flatten(), cut.counts))
+        communicator = self.route("all_gather", x, None, count, cut.even)
+        if communicator.strided and not cut.in_memory_order:
+            return self._run(at, "all_gather", None, x, count, (cut.whole, cut.dim, sizes), communicator.all_gather_cut, plain(x), cut)
+        flat = self._run(at, "all_gather", None, x, count, (cut.whole, cut.dim, sizes), communicator.all_gather, plain(x).flatten(), cut.counts)
+        return cut.join(flat)
 
     def reduce_scatter(self, x: Tensor, dim: int, sizes: Sequence[int], op: str = "sum", *, at: object = None) -> Tensor:
         """The piece of the `op` of every member's x that is this member's, when it is cut along `dim` into `sizes`."""
@@ -114,24 +122,29 @@ class GroupCoordinator:
         if x.shape != cut.whole:
             raise SpecError(f"reduce_scatter over {self.name}: sizes {tuple(sizes)} add up to {sum(sizes)}; "
                             f"dim {dim} has {x.shape[dim]}")
-        call = self.route("reduce_scatter", x, op, None, cut.even).reduce_scatter
+        communicator = self.route("reduce_scatter", x, op, None, cut.even)
+        if communicator.strided and not cut.in_memory_order:
+            return self._run(at, "reduce_scatter", op, x, x.numel(), (cut.whole, cut.dim, sizes), communicator.reduce_scatter_cut, plain(x), cut, op)
+        call = communicator.reduce_scatter
         flat = self._run(at, "reduce_scatter", op, x, x.numel(), (cut.whole, cut.dim, sizes), call, cut.split(x), cut.counts, op)
         return flat.view(cut.shapes[self.rank_in_group]) if x.ndim != 1 else flat
 
-    def all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], most: int | None = None, *,
+    def all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], even: bool = False, *,
                    at: object = None) -> tuple[Tensor, ...]:
         """pieces[i] goes to member i; shapes[i] is the shape of what member i sends here.
 
-        All pieces of all members have one dtype. The results lie one after another in one new buffer. `most`: elements that
-        any member sends or receives, at most, the same number on all; where it is known, more communicators take the call.
+        All pieces of all members have one dtype. The results lie one after another in one new buffer. even: every piece of
+        every member has the same number of elements, which no member can see alone; more communicators then take the call.
         """
         self._check_count("all_to_all", "pieces", pieces)
         self._check_count("all_to_all", "shapes", shapes)
         if len({p.dtype for p in pieces}) > 1:
             raise SpecError(f"all_to_all over {self.name}: pieces of several dtypes; convert them to one")
         send, recv = [p.numel() for p in pieces], [prod(shape) for shape in shapes]
-        call = self.route("all_to_all", pieces[0], None, -1 if most is None else most, most is not None).all_to_all
-        got = self._run(at, "all_to_all", None, pieces[0], -1, (most,), call, pack(pieces), send, recv)
+        if even and len({*send, *recv}) > 1:
+            raise SpecError(f"all_to_all over {self.name}: pieces of {send} elements and {recv} coming are not even")
+        call = self.route("all_to_all", pieces[0], None, sum(send) if even else -1, even).all_to_all
+        got = self._run(at, "all_to_all", None, pieces[0], sum(send) if even else -1, (even,), call, pack(pieces), send, recv)
         return tuple([p.view(tuple(shape)) for p, shape in zip(got.split_with_sizes(recv), shapes)])
 
     def broadcast(self, x: Tensor, root: int, *, at: object = None) -> Tensor:
@@ -195,8 +208,9 @@ class GroupCoordinator:
 
     def _compare(self, at: object, name: str, op: str | None, x: Tensor | None, facts: tuple, args: tuple) -> None:
         """SpecError on every member unless all of them call this collective alike."""
-        kind = f" {str(x.dtype).removeprefix('torch.')}" if x is not None else ""
-        text = " ".join([name + (f" {op}" if op else "") + kind, *(str(tuple(f) if isinstance(f, (tuple, list)) else f) for f in facts)])
+        kind = f" of {str(x.dtype).removeprefix('torch.')}" if x is not None else ""
+        facts = [tuple(f) if isinstance(f, (tuple, list)) else f for f in facts]
+        text = name + (f" {op}" if op else "") + kind + _FACTS.get(name, "").format(*facts)
         send, recv = args[1:] if name == "all_to_all" else ((), ())
         mine = agreement.Call(text, "" if at is None else str(at), tuple(send), tuple(recv))
         agreement.same_call(f"collective {self._seat.count} of {self._seat}", self.ranks, mine, self._check.share)
@@ -210,8 +224,11 @@ class GroupCoordinator:
         list unless `as_type` says otherwise, root's own too.
         """
         self._check_member("broadcast_message", root)
-        if self.queue and self.queue.writer == root:
-            return self.queue.broadcast(message, as_type)
+        by_queue = self.queue and self.queue.writer == root
+        way = (self.queue.broadcast, message, as_type) if by_queue else (self._broadcast_message, message, root, as_type)
+        return self._run(None, "broadcast_message", None, None, -1, (root,), *way)
+
+    def _broadcast_message(self, message: Any, root: int, as_type: Any) -> Any:
         mine = self.rank_in_group == root
         block, rest = messages.encode(message) if mine else (bytearray(messages.BLOCK), bytearray())
         block = self._broadcast_bytes(block, root)

@@ -111,7 +111,8 @@ def call(case: Case, group: GroupCoordinator, given: Sequence[Tensor]) -> tuple[
     if case.collective == "reduce_scatter":
         return (group.reduce_scatter(x, case.dim, case.sizes, case.op),)
     if case.collective == "all_to_all":
-        return group.all_to_all(given, [with_size(case.shape, case.dim, row[me]) for row in case.rows])
+        even = len({count for row in case.rows for count in row}) == 1
+        return group.all_to_all(given, [with_size(case.shape, case.dim, row[me]) for row in case.rows], even)
     if case.collective == "broadcast":
         return (group.broadcast(x, case.root),)
     if case.collective == "gather":
@@ -311,4 +312,19 @@ def fixed_cases(axes: tuple[str, ...], n: int) -> list[Case]:
     cases += [Case(c, axes, "int16", (1,), sizes=(1,) * n, rows=((1,) * n,) * n, layout="sliced") for c in COLLECTIVES]
     cases += [Case("all_reduce", axes, dtype, (300_007,), op=op)                             # beyond the gathering size
               for dtype, op in (("float32", "sum"), ("bfloat16", "sum"), ("float32", "max"), ("int16", "sum"))]
+    return cases
+
+
+def quad_cases(axes: tuple[str, ...], n: int) -> list[Case]:
+    """Even pieces of multiples of 16 bytes: what communicators between GPUs take."""
+    even = ((4,) * n,) * n
+    cases = [case for dtype in DTYPES for shape in ((8,), (4, 16), (3, 16 * n, 2), (1, 5, 48)) for case in (
+        Case("all_reduce", axes, dtype, shape, special=dtype in FLOATS),
+        *(Case("all_gather", axes, dtype, shape, dim=dim, sizes=(16,) * n) for dim in range(len(shape))),
+        *(Case("reduce_scatter", axes, dtype, shape, dim=dim, sizes=(16,) * n) for dim in range(len(shape))),
+        Case("all_to_all", axes, dtype, (0, *shape), rows=even))]
+    cases += [Case("all_reduce", axes, dtype, (count,), seed=count) for dtype in ("float32", "bfloat16", "float16")
+              for count in (16, 1000, 4096, 100_000, 1_000_008)]
+    cases += [Case(c, axes, "bfloat16", (2, 64, 3, 40), dim=dim, sizes=(24,) * n, layout=layout) for c in ("all_gather", "reduce_scatter")
+              for dim in range(4) for layout in LAYOUTS]
     return cases

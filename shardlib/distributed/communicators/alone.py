@@ -21,6 +21,7 @@ class Alone:
 
     name = "alone"
     deterministic = True
+    strided = False
 
     def supports(self, call: Call) -> str | None:
         return None

@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardlib.distributed.flat import Cut
+
 
 class Call(NamedTuple):
     """All that a choice between communicators may depend on; equal on every member of the group.
 
-    nbytes: of the whole tensor: what all_gather and gather give, what the others take; of all_to_all the most that a member
-    sends or receives, and -1 where that is not known everywhere.  even: all members' pieces have one size.
+    nbytes: of the whole tensor: what all_gather and gather give, what the others take; -1 for an all_to_all whose pieces are not
+    known to be even.  even: all members' pieces have one size.
     capturing: a CUDA graph is being captured.
     """
     name: str
@@ -80,6 +82,9 @@ class Communicator(Protocol):
     deterministic: bool
     """Whether it reduces in rank order, in a wide dtype, rounding once: bit for bit `reduction.reduce_pieces`."""
 
+    strided: bool
+    """Whether it also has `StridedCommunicator`'s methods."""
+
     def supports(self, call: Call) -> str | None:
         """None where it takes the call, else why not, in words. The same on every member."""
 
@@ -103,3 +108,11 @@ class Communicator(Protocol):
 
     def close(self) -> None:
         """Gives back what it holds. Waits for nobody."""
+
+
+class StridedCommunicator(Communicator, Protocol):
+    """One that puts pieces together along any dim itself, so that nothing is copied before or after."""
+
+    def all_gather_cut(self, x: Tensor, cut: Cut) -> Tensor: ...
+
+    def reduce_scatter_cut(self, x: Tensor, cut: Cut, op: str) -> Tensor: ...

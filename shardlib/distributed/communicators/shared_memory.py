@@ -65,6 +65,7 @@ class SharedMemory:
 
     name = "shared memory"
     deterministic = True
+    strided = False
 
     def __init__(self, place: Place, segment: Segment) -> None:
         self.group, self.ranks, self.timeout_s = place.name, place.ranks, place.timeout_s

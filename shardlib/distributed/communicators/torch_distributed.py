@@ -42,6 +42,8 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 class TorchDistributed:
     """Collectives of the members `ranks`, in that order, over `group`, whose ranks are the same in sorted order."""
 
+    strided = False
+
     def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], rank: int) -> None:
         self.group, self.size, self.me = group, len(ranks), ranks.index(rank)
         self.places = tuple(sorted(ranks).index(r) for r in ranks)

@@ -1,0 +1,218 @@
+"""The communicator over NVLink: all_reduce, reduce_scatter, all_gather and all_to_all by kernels that write into each other's memory.
+
+    from shardlib.ops.nvlink import nvlink          # imports Triton
+    connect(mesh, communicators=(nvlink,))
+
+Sums are added up in rank order in float32 and rounded once: every rank has the same bits, in one shot and in two. Results do not
+depend on the launch, so calls may be captured in CUDA graphs and mixed with eager ones. Each stream that calls gets a channel of
+its own, a workspace, in the order of first use; CUDA graphs that were captured on one stream share its channel, and must not run at
+the same time.
+
+Made where all members have GPUs of one host that reach each other's memory. Refused by `supports`: other collectives and
+reductions, other dtypes than float32, bfloat16 and float16 in sums, uneven pieces, pieces that are no multiple of 16 bytes,
+tensors beyond the capacity.
+"""
+from __future__ import annotations
+
+from math import prod
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from shardlib.distributed.communicators.protocol import Call, Place
+from shardlib.distributed.flat import Cut
+from shardlib.errors import SpecError, bytes_text
+from shardlib.triton_kernels.all_reduce import one_shot, two_shot
+from shardlib.triton_kernels.exchange import all_gather, all_to_all
+from shardlib.triton_kernels.reduce_scatter import reduce_scatter
+from shardlib.triton_kernels.workspace import Workspace, flagged_workspace, lamport_workspace
+
+CAPACITY = 64 << 20
+"""Bytes of the largest tensor a channel takes."""
+CHANNELS = 2
+PACKETS = 128 << 10
+"""Bytes of a piece up to which all_gather and all_to_all send packets."""
+MOST_RANKS = 8
+REDUCIBLE = (torch.float32, torch.bfloat16, torch.float16)
+TAKES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+QUAD = 16
+
+
+def nvlink(place: Place) -> NVLink | str:
+    """The communicator of the group at `place`, or why it has none; the same on all members, who all call it."""
+    reason = place.agree(_reason(place))
+    if reason is not None:
+        return reason
+    try:
+        channels, reason = tuple(Channel.of(place) for _ in range(CHANNELS)), None
+    except (RuntimeError, ImportError) as error:
+        reason = f"symmetric memory: {str(error).splitlines()[0]}"
+    reason = place.agree(reason)
+    return NVLink(place, channels) if reason is None else reason
+
+
+def _reason(place: Place) -> str | None:
+    if place.device.type != "cuda":
+        return f"the group's tensors are on {place.device.type}"
+    if len(set(place.hosts)) > 1:
+        return f"members run on {len(set(place.hosts))} hosts"
+    if place.size > MOST_RANKS:
+        return f"{place.size} members; at most {MOST_RANKS}"
+    here = place.device.index
+    if not all(torch.cuda.can_device_access_peer(here, d) for d in range(torch.cuda.device_count()) if d != here):
+        return f"GPU {here} does not reach the memory of all others"
+    return None
+
+
+class Channel:
+    """The workspaces of one stream."""
+
+    def __init__(self, reduce: Workspace, packets: Workspace, chunks: Workspace) -> None:
+        self.reduce, self.packets, self.chunks = reduce, packets, chunks
+
+    @classmethod
+    def of(cls, place: Place) -> Channel:
+        members = [sorted(place.ranks).index(r) for r in place.ranks]
+        where = (place.device_group, members, place.me, place.device)
+        others = place.size - 1
+        return cls(lamport_workspace(*where, max(CAPACITY, 2 * others * CAPACITY // place.size)),
+                   flagged_workspace(*where, 2 * others * PACKETS), flagged_workspace(*where, others * CAPACITY // place.size))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(w.arena.nbytes for w in (self.reduce, self.packets, self.chunks))
+
+
+class NVLink:
+    """Collectives of the members of `place`. Made by `nvlink`."""
+
+    name = "NVLink"
+    deterministic = True
+    strided = True
+
+    def __init__(self, place: Place, channels: Sequence[Channel]) -> None:
+        self.group, self.me, self.size, self.device = place.name, place.me, place.size, place.device
+        self._free, self._channels = list(channels), {}
+        self.workspace_bytes = sum(c.nbytes for c in channels)
+        place.control.barrier()                 # all have filled their workspaces
+
+    def supports(self, call: Call) -> str | None:
+        if call.name not in TAKES:
+            return f"NVLink takes {', '.join(TAKES[:-1])} and {TAKES[-1]}, not {call.name}"
+        if call.device != "cuda":
+            return f"NVLink takes tensors on cuda, not on {call.device}"
+        if call.op is not None and (call.op != "sum" or call.dtype not in REDUCIBLE):
+            return f"NVLink adds up float32, bfloat16 and float16; it has no {call.op} of {str(call.dtype)[6:]}"
+        if not call.even:
+            return "NVLink takes even pieces only"
+        if call.nbytes % (QUAD if call.name == "all_reduce" else QUAD * self.size) or not call.nbytes:
+            return f"NVLink takes pieces of a multiple of {QUAD} bytes"
+        return None if call.nbytes <= CAPACITY else f"NVLink takes at most {bytes_text(CAPACITY)}, not {bytes_text(call.nbytes)}"
+
+    # -- collectives -----------------------------------------------------------------------------------------------
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        x = _aligned(x)
+        if self.size == 2 or x.nbytes <= TWO_SHOT:
+            return one_shot(x, self._channel().reduce, *launch(x.nbytes))
+        return two_shot(x, self._channel().reduce, *launch(x.nbytes // self.size))
+
+    def reduce_scatter(self, x: Tensor, counts: Sequence[int], op: str) -> Tensor:
+        return self._reduce_scatter(x.view(1, self.size, -1)).view(-1)
+
+    def reduce_scatter_cut(self, x: Tensor, cut: Cut, op: str) -> Tensor:
+        if not _whole_rows(cut, x.dtype):
+            return self.reduce_scatter(cut.split(x), cut.counts, op).view(cut.shapes[self.me])
+        return self._reduce_scatter(x.view(prod(cut.whole[:cut.dim]), self.size, -1)).view(cut.shapes[self.me])
+
+    def _reduce_scatter(self, x: Tensor) -> Tensor:
+        return reduce_scatter(_aligned(x), self._channel().reduce, *launch(x.nbytes // self.size))
+
+    def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        return self._all_gather(x.view(1, -1)).view(-1)
+
+    def all_gather_cut(self, x: Tensor, cut: Cut) -> Tensor:
+        if not _whole_rows(cut, x.dtype):
+            return cut.join(self.all_gather(x.view(-1), cut.counts))
+        return self._all_gather(x.view(prod(cut.whole[:cut.dim]), -1)).view(cut.whole)
+
+    def _all_gather(self, x: Tensor) -> Tensor:
+        words, workspace = self._exchanged(x, x.nbytes)
+        return all_gather(words, *workspace).view(x.dtype)
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
+        words, workspace = self._exchanged(x.view(self.size, -1), x.nbytes // self.size)
+        return all_to_all(words, *workspace).view(x.dtype).view(-1)
+
+    def _exchanged(self, x: Tensor, piece: int) -> tuple[Tensor, tuple]:
+        """x as words, and how to send pieces of so many bytes: workspace, blocks, warps, unroll, packets."""
+        words = _aligned(x).view(torch.uint8).view(torch.int32)
+        channel = self._channel()
+        if piece <= PACKETS:
+            return words, (channel.packets, *launch(piece), 1, True)
+        return words, (channel.chunks, *launch_chunks(piece), False)
+
+    def _channel(self) -> Channel:
+        stream = torch.cuda.current_stream().cuda_stream
+        if stream not in self._channels:
+            if not self._free:
+                raise SpecError(f"NVLink over {self.group}: {CHANNELS} streams have called; a further one would have to wait for them")
+            self._channels[stream] = self._free.pop(0)
+        return self._channels[stream]
+
+    def _refused(self, what: str) -> SpecError:
+        return SpecError(f"NVLink takes {', '.join(TAKES[:-1])} and {TAKES[-1]}, not {what}")
+
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        raise self._refused("broadcast")
+
+    def gather(self, x: Tensor, root: int, counts: Sequence[int]) -> Tensor | None:
+        raise self._refused("gather")
+
+    def send(self, x: Tensor, to: int) -> None:
+        raise self._refused("send")
+
+    def recv(self, count: int, dtype: torch.dtype, device: torch.device, source: int) -> Tensor:
+        raise self._refused("recv")
+
+    def barrier(self) -> None:
+        raise self._refused("barrier")
+
+    def close(self) -> None:
+        """Lets the workspaces go, once the device is done with them."""
+        if self._channels:
+            torch.cuda.synchronize(self.device)
+        self._channels.clear()
+        self._free.clear()
+
+
+TWO_SHOT = 256 << 10
+"""Bytes above which groups of more than two add up by shares."""
+
+
+MOST_BLOCKS = 132
+"""Blocks of a launch, of at most 512 threads: an SM of the H200 holds two, so that the kernels of two channels are never in each
+other's way. A kernel that waits for a peer while it keeps another from running would wait for ever."""
+
+
+def launch(nbytes: int) -> tuple[int, int]:
+    """(blocks, warps) for pieces of so many bytes; swept on 2 H200."""
+    quads = -(-nbytes // QUAD)
+    if quads <= MOST_BLOCKS * 256:
+        return max(1, -(-quads // 256)), 8
+    return MOST_BLOCKS, 16
+
+
+def launch_chunks(nbytes: int) -> tuple[int, int, int]:
+    """(blocks, warps, unroll) for pieces of so many bytes; swept on 2 H200."""
+    return (*launch(nbytes), 1 if nbytes <= 1 << 20 else 2)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x if x.data_ptr() % QUAD == 0 else x.clone()
+
+
+def _whole_rows(cut: Cut, dtype: torch.dtype) -> bool:
+    """Whether the rows of every piece are whole quads."""
+    return prod(cut.shapes[0][cut.dim:]) * dtype.itemsize % QUAD == 0

@@ -1,0 +1,109 @@
+"""One rank of the tests of NVLink: `conformance`, or `stress CALLS`. Exit status 1 where anything is wrong.
+
+    torchrun --nproc-per-node 2 tests/gpu/nvlink_worker.py stress 100000
+"""
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "distributed"))
+from conformance import check, fixed_cases, quad_cases
+
+from shardlib import Mesh
+from shardlib.distributed import GroupCoordinator, connect
+from shardlib.ops.nvlink import nvlink
+from shardlib.triton_kernels.all_reduce import all_reduce_reference
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST = 1 << 20
+
+
+def conformance(group: GroupCoordinator) -> int:
+    cases = quad_cases((group.name,), group.world_size) + fixed_cases((group.name,), group.world_size)
+    taken = {name: group.route(name, torch.empty(64, device=group.device), op).name for name, op in (
+        ("all_reduce", "sum"), ("reduce_scatter", "sum"), ("all_gather", None), ("all_to_all", None))}
+    assert set(taken.values()) == {"NVLink"}, taken
+    failures = [f"rank {group.rank}: {case}: {text}" for case in cases for text in check(case, group)]
+    print("\n".join(failures[:20]), file=sys.stderr)
+    return len(failures)
+
+
+class Stress:
+    """Random calls, whose results are compared on the device: every rank knows everybody's data."""
+
+    def __init__(self, group: GroupCoordinator, seed: int) -> None:
+        self.group, self.random, self.me, self.n = group, random.Random(seed), group.rank_in_group, group.world_size
+        generator = torch.Generator(group.device).manual_seed(seed)
+        self.base = {dtype: [torch.randn(2 * LARGEST, generator=generator, device=group.device).to(dtype) for _ in range(self.n)] for dtype in DTYPES}
+        self.bad = torch.zeros(2, dtype=torch.int64, device=group.device)
+
+    def call(self, wrong: torch.Tensor) -> None:
+        """One collective of random kind, dtype and size; adds the number of wrong elements to `wrong`."""
+        dtype, what, most = self.random.choice(DTYPES), self.random.randrange(4), 2 ** self.random.randrange(7, 21)
+        count = self.random.randrange(1, max(2, most // (16 * self.n))) * 8 * self.n
+        start = self.random.randrange(LARGEST // 8) * 8
+        xs = [b[start:start + count] for b in self.base[dtype]]
+        mine, share = xs[self.me], count // self.n
+        cut = slice(self.me * share, (self.me + 1) * share)
+        if what == 0:
+            got, want = self.group.all_reduce(mine), all_reduce_reference(xs)
+        elif what == 1:
+            got, want = self.group.reduce_scatter(mine, 0, (share,) * self.n), all_reduce_reference([x[cut] for x in xs])
+        elif what == 2:
+            got, want = self.group.all_gather(mine, 0, (count,) * self.n), torch.cat(xs)
+        else:
+            pieces = self.group.all_to_all(mine.split(share), [(share,)] * self.n, True)
+            got, want = torch.cat(pieces), torch.cat([x[cut] for x in xs])
+        wrong += (got.view(torch.uint8) != want.view(torch.uint8)).sum()
+
+    def run(self, calls: int) -> int:
+        """Eager calls with late ranks, replays of graphs between them and, on a stream of their own, beside them."""
+        side = torch.cuda.Stream()
+        graphs = []
+        for _ in range(6):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=side):
+                for _ in range(8):
+                    self.call(self.bad[1])
+            graphs.append(graph)
+        done = 0
+        while done < calls:
+            late, graph, beside = self.random.randrange(self.n), self.random.choice(graphs), self.random.random() < 0.5
+            if self.me == late:
+                torch.cuda._sleep(self.random.randrange(1_000_000))
+            else:
+                self.random.randrange(1_000_000)
+            if beside:
+                with torch.cuda.stream(side):
+                    graph.replay()
+            for _ in range(24):
+                self.call(self.bad[0])
+            if beside:
+                torch.cuda.current_stream().wait_stream(side)
+            else:
+                graph.replay()
+            side.wait_stream(torch.cuda.current_stream())
+            done += 32
+        torch.cuda.synchronize()
+        return int(self.bad.sum())
+
+
+def main(what: str, *numbers: str) -> int:
+    mesh = Mesh(tp=int(os.environ["WORLD_SIZE"]))
+    with connect(mesh, communicators=(nvlink,)) as runtime:
+        runtime.create_groups([("tp",)])
+        group = runtime.group(("tp",))
+        assert not group.declined, group.declined
+        wrong = conformance(group) if what == "conformance" else Stress(group, 1).run(int(numbers[0]))
+        if runtime.rank == 0:
+            print(f"{what} {' '.join(numbers)} on {mesh}: {wrong} wrong; workspace {group.communicators[0].workspace_bytes >> 20} MB", flush=True)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
