@@ -9,9 +9,10 @@ To readers on the writer's host they go through a `Ring` of `capacity` bytes; a 
 ring is full, for the slowest reader. To readers on other hosts, or where /dev/shm is too small (`declined` says so), they go over
 the CPU group, and a `put` waits until each of these readers takes the message.
 
-After `close` of the writer, `get` gives what is left, then raises EOFError. Refused with a `SpecError`: a put by a reader, a get
-by the writer, what msgspec cannot write (raised by `get` as well, so that no reader waits for it), a message that is no `as_type`.
-A member that has died or left, or does not answer for timeout_s, is a `RankError` that names it; the queue is of no use then.
+After `close` of the writer, `get` gives what is left, then raises EOFError. A `with` that ends with an error tells readers on
+other hosts nothing, and so waits for nobody. Refused with a `SpecError`: a put by a reader, a get by the writer, what msgspec
+cannot write (raised by `get` as well, so that no reader waits for it), a message that is no `as_type`. A member that has died or
+left, or does not answer for timeout_s, is a `RankError` that names it; the queue is of no use then.
 """
 from __future__ import annotations
 
@@ -137,12 +138,15 @@ class MessageQueue:
                                  f"have died, left, or not answered within {self.place.timeout_s:g} s")
 
     def close(self) -> None:
-        """Ends the queue. A writer waits, only if it has readers on other hosts, until they have taken the end."""
-        far = self._far if self.place.me == self.writer and not self._lost and not self._closed else ()
+        """Ends the queue. On one host it waits for nobody; between hosts the reader discards what it did not get, up to the end."""
+        ring, live = self._ring, not self._lost and not self._ended and not self._closed
+        writes = self.place.me == self.writer
         self.leave()
         with suppress(RankError):
-            for member in far:
+            for member in self._far if live and writes else ():
                 self._send(messages.END, member)
+            while live and not writes and not ring and not messages.is_end(self._receive()):
+                pass
 
     def leave(self) -> None:
         """Gives back the memory and tells nobody on other hosts. Waits for nobody."""
@@ -154,5 +158,5 @@ class MessageQueue:
     def __enter__(self) -> MessageQueue:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.leave() if kind else self.close()

@@ -58,6 +58,13 @@ def messages(runtime: Runtime, axes: list[str]) -> list[Any]:
             isinstance(got, Plan) and got.axes, tell(None), refusal(lambda: tell({"f": int})), tell((1, 2))]
 
 
+def queued_messages(runtime: Runtime, axes: list[str]) -> list[Any]:
+    """Messages from the first member, which has a queue, and from the second, which has none."""
+    group, queue = runtime.group(axes), runtime.open_queue(axes)
+    return [queue is group.queue is runtime.open_queue(axes), group.broadcast_message(("a", 1), 0), group.broadcast_message("y", 1),
+            group.broadcast_message("x" * 3_000_000, 0), refusal(lambda: group.broadcast_message({"f": int}, 0)), queue.declined is None]
+
+
 def barrier(runtime: Runtime, axes: list[str]) -> bool:
     """Whether nobody leaves a barrier before the last, who is late, has come."""
     group = runtime.group(axes)
