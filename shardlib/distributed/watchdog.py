@@ -54,11 +54,10 @@ class State(msgspec.Struct, frozen=True):
     note: str = ""
 
     def __str__(self) -> str:
-        if self.note:
-            return self.note
-        if self.now:
+        if self.now and not self.note:
             return f"is in {self.now}"
-        return f"is in no collective; its last was {self.last}" if self.last else "is in no collective, and has called none"
+        last = f"; its last was {self.last}" if self.last else ", and has called none" if not self.note else ""
+        return (self.note or "is in no collective") + last
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ class Watchdog:
         return True
 
     def _on_term(self, *_: Any) -> None:
-        if self.watch.now is None:
+        if not self._threads[0].is_alive():         # it would have ended the process
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
 
@@ -198,6 +197,8 @@ class Watchdog:
 
     def _terminated(self) -> None:
         """Says where the launcher's SIGTERM met us, if that was in a collective, and ends."""
+        self._left = True
+        self._publish()
         if self.watch.now is not None and not self._report:
             self._tell(f"was ended by its launcher (SIGTERM) in {Moment.of(self.watch.now)}")
         _flush()
