@@ -31,8 +31,8 @@ from shardlib.triton_kernels.workspace import Workspace, flagged_workspace, lamp
 CAPACITY = 64 << 20
 """Bytes of the largest tensor a channel takes."""
 CHANNELS = 2
-PACKETS = 128 << 10
-"""Bytes of a piece up to which all_gather and all_to_all send packets."""
+PACKETS = 512 << 10
+"""Bytes of a tensor, all pieces together, up to which all_gather and all_to_all send packets."""
 MOST_RANKS = 8
 REDUCIBLE = (torch.float32, torch.bfloat16, torch.float16)
 TAKES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
@@ -77,7 +77,7 @@ class Channel:
         where = (place.device_group, members, place.me, place.device)
         others = place.size - 1
         return cls(lamport_workspace(*where, max(CAPACITY, 2 * others * CAPACITY // place.size)),
-                   flagged_workspace(*where, 2 * others * PACKETS), flagged_workspace(*where, others * CAPACITY // place.size))
+                   flagged_workspace(*where, 2 * others * PACKETS // place.size), flagged_workspace(*where, others * CAPACITY // place.size))
 
     @property
     def nbytes(self) -> int:
@@ -94,6 +94,7 @@ class NVLink:
     def __init__(self, place: Place, channels: Sequence[Channel]) -> None:
         self.group, self.me, self.size, self.device = place.name, place.me, place.size, place.device
         self._free, self._channels = list(channels), {}
+        self._most = MOST_BLOCKS if self.size <= 4 else WIDE_BLOCKS
         self.workspace_bytes = sum(c.nbytes for c in channels)
         place.control.barrier()                 # all have filled their workspaces
 
@@ -115,8 +116,8 @@ class NVLink:
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         x = _aligned(x)
         if self.size == 2 or x.nbytes <= TWO_SHOT:
-            return one_shot(x, self._channel().reduce, *launch(x.nbytes))
-        return two_shot(x, self._channel().reduce, *launch(x.nbytes // self.size))
+            return one_shot(x, self._channel().reduce, *launch(x.nbytes, self._most))
+        return two_shot(x, self._channel().reduce, *launch(x.nbytes // self.size, WIDE_BLOCKS))
 
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], op: str) -> Tensor:
         return self._reduce_scatter(x.view(1, self.size, -1)).view(-1)
@@ -127,7 +128,7 @@ class NVLink:
         return self._reduce_scatter(x.view(prod(cut.whole[:cut.dim]), self.size, -1)).view(cut.shapes[self.me])
 
     def _reduce_scatter(self, x: Tensor) -> Tensor:
-        return reduce_scatter(_aligned(x), self._channel().reduce, *launch(x.nbytes // self.size))
+        return reduce_scatter(_aligned(x), self._channel().reduce, *launch(x.nbytes // self.size, self._most))
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         return self._all_gather(x.view(1, -1)).view(-1)
@@ -149,8 +150,8 @@ class NVLink:
         """x as words, and how to send pieces of so many bytes: workspace, blocks, warps, unroll, packets."""
         words = _aligned(x).view(torch.uint8).view(torch.int32)
         channel = self._channel()
-        if piece <= PACKETS:
-            return words, (channel.packets, *launch(piece), 1, True)
+        if piece * self.size <= PACKETS:
+            return words, (channel.packets, *launch_packets(piece), 1, True)
         return words, (channel.chunks, *launch_chunks(piece), False)
 
     def _channel(self) -> Channel:
@@ -191,22 +192,32 @@ TWO_SHOT = 256 << 10
 """Bytes above which groups of more than two add up by shares."""
 
 
-MOST_BLOCKS = 132
-"""Blocks of a launch, of at most 512 threads: an SM of the H200 holds two, so that the kernels of two channels are never in each
-other's way. A kernel that waits for a peer while it keeps another from running would wait for ever."""
+MOST_BLOCKS = 256
+"""Blocks of a launch, of at most 512 threads with 32 registers each: an SM of the H200 holds four, so that the kernels of two
+channels, and NCCL's beside them, are never in each other's way. A kernel that waits for a peer while it keeps another from running
+would wait for ever."""
+WIDE_BLOCKS = 128
+"""The same of kernels that need up to 64 registers: of more than four ranks, and of two shots."""
+
+# (blocks, warps) and (blocks, warps, unroll) for pieces of so many bytes, as the sweeps of 2026-11-22 on 2 H200 have them.
 
 
-def launch(nbytes: int) -> tuple[int, int]:
-    """(blocks, warps) for pieces of so many bytes; swept on 2 H200."""
-    quads = -(-nbytes // QUAD)
-    if quads <= MOST_BLOCKS * 256:
-        return max(1, -(-quads // 256)), 8
-    return MOST_BLOCKS, 16
+def launch(nbytes: int, most: int = MOST_BLOCKS) -> tuple[int, int]:
+    """For kernels that add up."""
+    blocks = -(-nbytes // (QUAD * 256))
+    return (max(1, blocks), 8) if blocks <= most else (most, 16)
+
+
+def launch_packets(nbytes: int) -> tuple[int, int]:
+    return min(MOST_BLOCKS, max(1, -(-nbytes // (QUAD * 128)))), 4
 
 
 def launch_chunks(nbytes: int) -> tuple[int, int, int]:
-    """(blocks, warps, unroll) for pieces of so many bytes; swept on 2 H200."""
-    return (*launch(nbytes), 1 if nbytes <= 1 << 20 else 2)
+    rows = -(-nbytes // (QUAD * 256))
+    if rows > 4 * 128:
+        return MOST_BLOCKS, 16, 4
+    unroll = 1 if rows <= 128 else 2 if rows <= 256 else 4
+    return -(-rows // unroll), 8, unroll
 
 
 def _aligned(x: Tensor) -> Tensor:
