@@ -1,4 +1,4 @@
-"""SmolLM2's greedy decoding: ms a token, ours (tp=1) beside transformers' generate, and ours on two processes (tp=2, gloo)."""
+"""SmolLM2's greedy decoding: ms a token, ours (tp=1) beside transformers' generate, and ours on two processes (tp=2, shared memory)."""
 from __future__ import annotations
 
 import json
@@ -71,7 +71,7 @@ def measure(dtype: torch.dtype) -> dict[str, float]:
 
 
 def two_processes() -> float:
-    """ms a token of tp=2 under torchrun on gloo."""
+    """ms a token of tp=2 under torchrun, which meet in shared memory."""
     found = subprocess.run([str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "-m", "shardlib.models.generate", "--model", "smollm2",
                             "--mesh", "tp=2", "--raw", "--prompt", PROMPT, "--max-new-tokens", str(NEW), "--json"],
                            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True, timeout=600)
@@ -84,7 +84,7 @@ def main() -> None:
     rows.append(row("SmolLM2-135M greedy decoding, fp32, tp=1", "ms/token", fp32["ours"], {"transformers generate": fp32["transformers"]}))
     bf16 = measure(torch.bfloat16)
     rows.append(row("SmolLM2-135M greedy decoding, bf16, tp=1", "ms/token", bf16["ours"], {"transformers generate": bf16["transformers"]}))
-    rows.append(row("SmolLM2-135M greedy decoding, fp32, tp=2 on gloo", "ms/token", two_processes(), {"ours at tp=1": fp32["ours"]}))
+    rows.append(row("SmolLM2-135M greedy decoding, fp32, tp=2 through shared memory", "ms/token", two_processes(), {"ours at tp=1": fp32["ours"]}))
     write("decoding", rows, threads=torch.get_num_threads())
 
 

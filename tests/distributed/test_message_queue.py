@@ -187,6 +187,21 @@ def test_a_writer_that_dies_within_a_message_is_named() -> None:
     assert family(2, body) == ["killed", [f"RankError: {text}", f"RankError: {NAME}: not possible any more; {text}"]]
 
 
+def test_a_writer_that_closes_while_a_reader_looks_for_it_has_closed() -> None:
+    def body(place: Place) -> str:
+        queue = MessageQueue(place)
+
+        def gone(*_: object) -> bool:
+            queue._ring._words[1] = 1                           # as if the writer did it now, and left
+            return True
+        if place.me == 1:
+            queue._ring._segment.gone = gone
+        text = said(queue.get) if place.me == 1 else ""
+        place.share(None)
+        return text
+    assert family(2, body) == ["", f"EOFError: {NAME}: rank 0 has closed it"]
+
+
 @pytest.mark.parametrize("capacity", [64, 1 << 20])
 def test_a_reader_that_dies_is_named(capacity: int) -> None:
     def body(place: Place) -> str:
