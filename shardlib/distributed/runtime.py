@@ -21,6 +21,7 @@ import atexit
 import os
 import sys
 from datetime import timedelta
+from importlib.metadata import entry_points
 from typing import Any, Callable, Iterable, Sequence
 
 import torch
@@ -66,7 +67,7 @@ def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: flo
     joins = launch.launched and not dist.is_initialized()
     if joins:
         join_job(timeout)
-    built_in = (shared_memory,) if chosen.type == "cpu" else ()
+    built_in = (shared_memory,) if chosen.type == "cpu" else _installed()
     return Runtime(mesh, launch, chosen, timeout, joins, (*communicators, *built_in), deterministic,
                    os.environ.get("SHARDLIB_CHECK") == "1" if check is None else check)
 
@@ -80,6 +81,11 @@ def _seconds(text: str) -> float:
         return float(text)
     except ValueError:
         raise SpecError(f"SHARDLIB_TIMEOUT_S is {text!r}; it is a number of seconds") from None
+
+
+def _installed() -> tuple[Factory, ...]:
+    """The makers of communicators for GPUs that installed packages offer, by name."""
+    return tuple(e.load() for e in sorted(entry_points(group="shardlib.communicators"), key=lambda e: e.name))
 
 
 _SHARED: dict[Mesh, Runtime] = {}
@@ -144,7 +150,7 @@ class Runtime:
     def create_groups(self, products: Iterable[Sequence[str]]) -> None:
         """Makes the group over each product of axes, for all ranks of the mesh. Every rank passes the same products."""
         wanted = [self._expand(axes) for axes in products]
-        self._together("meet", self._meet)
+        self._meet()
         self._together("make groups", self._create_groups, wanted)
 
     def _create_groups(self, wanted: Sequence[tuple[str, ...]]) -> None:
@@ -155,13 +161,15 @@ class Runtime:
     def compare_plans(self, title: str, plan: str) -> None:
         """SpecError, the same on all ranks, unless all of them come here with the text `plan`. Every rank calls it."""
         if self.mesh.world_size > 1:
-            self._together("meet", self._meet)
+            self._meet()
             self._together(f"compare plans of {title}", same_plan, title, self._job.ranks, plan, self._job.share)
 
     def _meet(self) -> None:
         """Once, on all ranks: who is on which host, and the routing table, which is rank 0's."""
-        if self._job is not None or self.mesh.world_size == 1:
-            return
+        if self._job is None and self.mesh.world_size > 1:
+            self._together("meet", self._first_meeting)
+
+    def _first_meeting(self) -> None:
         everyone = tuple(range(self.mesh.world_size))
         group = dist.new_group(list(everyone), self._timeout, "gloo")
         control = TorchDistributed(group, everyone, self.rank)
@@ -213,7 +221,7 @@ class Runtime:
         where = Place(name, ranks, self.rank, tuple(self.hosts[r] for r in ranks), self.device, pair.device, pair.cpu,
                       self._timeout.total_seconds(), control)
         self._places[axes] = where
-        made = {factory.__name__: factory(where) for factory in self._factories}
+        made = {factory.__name__: factory(where) for factory in dict.fromkeys(self._factories)}
         more = [c for c in made.values() if not isinstance(c, str)]
         return GroupCoordinator(*place, (*more, data, control), control, pair.device, pair.cpu, table=self.table,
                                 deterministic=self._deterministic, declined={n: c for n, c in made.items() if isinstance(c, str)},

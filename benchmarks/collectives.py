@@ -1,0 +1,136 @@
+"""Collectives between GPUs of one host: ours beside NCCL and torch's symmetric memory kernels, in one run, by graph replay.
+
+    torchrun --nproc-per-node 2 benchmarks/collectives.py       on the GPUs: adds the rows of groups of 2 to results/collectives.json
+    python benchmarks/collectives.py                            draws results/collectives.svg of what is there
+
+A figure is the median over rounds of the slowest rank's µs a call, of calls one after another in a CUDA graph. The floor is an empty
+kernel in a graph (0.64 µs), each trip from GPU to GPU (0.75 µs), and the bytes at what stores over NVLink reach (349 GB/s), all three
+measured on H200; of the ways to do a collective, the one whose floor is lowest.
+"""
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Callable
+
+import torch
+from record import RESULTS, commit, hardware, row, versions
+
+NAMES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+SIZES = [2 ** k for k in range(11, 27)]
+DTYPE = torch.bfloat16
+LAUNCH_US, TRIP_US, BYTES_PER_US = 0.64, 0.75, 349_000.0
+
+
+def floor(name: str, n: int, nbytes: int) -> float:
+    once = LAUNCH_US + TRIP_US + (n - 1) / n * nbytes / BYTES_PER_US
+    if name != "all_reduce":
+        return once
+    one_shot = LAUNCH_US + TRIP_US + (n - 1) * nbytes / BYTES_PER_US
+    return min(one_shot, LAUNCH_US + 2 * TRIP_US + 2 * (n - 1) / n * nbytes / BYTES_PER_US)
+
+
+def torch_kernels(group: Any, name: str, x: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """torch's own symmetric memory collectives, their input in symmetric memory already. No multicast."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+    if name != "all_reduce" or x.nbytes > 16 << 20:
+        return {}
+    buffer = symmetric_memory.empty(x.numel(), dtype=x.dtype, device=x.device)
+    symmetric_memory.rendezvous(buffer, group.device_group)
+    buffer.copy_(x)
+    where = group.device_group.group_name
+    return {"torch one-shot": lambda: torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", where),
+            "torch two-shot": lambda: torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", where)}
+
+
+def nccl_calls(group: Any, name: str, x: torch.Tensor) -> Callable[[], Any]:
+    """NCCL through torch.distributed at its best: in place where it can be, into a buffer that is there already."""
+    import torch.distributed as dist
+    pg, n = group.device_group, group.world_size
+    piece, out = x[:x.numel() // n].clone(), torch.empty_like(x)
+    return {"all_reduce": lambda: dist.all_reduce(out, group=pg), "reduce_scatter": lambda: dist.reduce_scatter_tensor(piece, x, group=pg),
+            "all_gather": lambda: dist.all_gather_into_tensor(out, piece, group=pg), "all_to_all": lambda: dist.all_to_all_single(out, x, group=pg)}[name]
+
+
+def measure() -> None:
+    """On every rank: all contestants of all sizes, in turn."""
+    from shardlib import Mesh
+    from shardlib.distributed import connect
+    from shardlib.distributed.calibrate import call_of, time_on_gpu
+    from shardlib.ops.nvlink import nvlink
+    n = int(os.environ["WORLD_SIZE"])
+    rows = []
+    with connect(Mesh(tp=n), "cuda", communicators=(nvlink,)) as runtime:
+        runtime.create_groups([("tp",)])
+        group = runtime.group(("tp",))
+        ours = next(c for c in group.communicators if c.name == "NVLink")
+        for name in NAMES:
+            for nbytes in SIZES:
+                x = torch.randn(nbytes // DTYPE.itemsize, device=group.device, dtype=DTYPE)
+                contestants = {"ours": call_of(name, ours, group, x), "NCCL": nccl_calls(group, name, x), **torch_kernels(group, name, x)}
+                calls = 20 if nbytes <= 4 << 20 else 8
+                us = {who: time_on_gpu(call, group, calls, capturing=True) for who, call in contestants.items()}
+                rows.append(row(f"{name}, {n} GPUs, {nbytes} B", "µs", us.pop("ours"), us, floor(name, n, nbytes)) | {
+                    "collective": name, "gpus": n, "bytes": nbytes, "commit": commit()})
+                if runtime.rank == 0:
+                    r = rows[-1]
+                    print(r["case"], r["ours"], r["peers"], "floor", r["floor"], flush=True)
+        workspace, rank = ours.workspace_bytes, runtime.rank
+    if rank == 0:
+        save(rows, n, workspace)
+
+
+def save(rows: list[dict], n: int, workspace_bytes: int) -> None:
+    file = RESULTS / "collectives.json"
+    old = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    import datetime
+    record = {"hardware": hardware(), "versions": versions() | {"nccl": ".".join(map(str, torch.cuda.nccl.version()))}, "commit": commit(),
+              "date": datetime.date.today().isoformat(), "workspace_bytes": {**old.get("workspace_bytes", {}), str(n): workspace_bytes},
+              "rows": sorted([r for r in old["rows"] if r["gpus"] != n] + rows, key=lambda r: (r["gpus"], NAMES.index(r["collective"]), r["bytes"]))}
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def draw() -> None:
+    """µs, and GB/s of the whole tensor, over bytes: a column for each collective, a pair of rows for each number of GPUs."""
+    import matplotlib
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    plt.rcParams["svg.hashsalt"] = "shardlib"
+    record = json.loads((RESULTS / "collectives.json").read_text())
+    counts = sorted({r["gpus"] for r in record["rows"]})
+    figure, axes = plt.subplots(2 * len(counts), len(NAMES), figsize=(4.2 * len(NAMES), 6.4 * len(counts)), sharex=True, squeeze=False)
+    styles = {"shardlib": ("C3", 2.2), "NCCL": ("C0", 1.4), "torch one-shot": ("C1", 1.4), "torch two-shot": ("C2", 1.4), "floor": ("0.6", 1.0)}
+    for i, n in enumerate(counts):
+        for j, name in enumerate(NAMES):
+            rows = [r for r in record["rows"] if r["gpus"] == n and r["collective"] == name]
+            series: dict[str, list[tuple[int, float]]] = {}
+            for r in rows:
+                for who, us in {"shardlib": r["ours"], **r["peers"], "floor": r["floor"]}.items():
+                    series.setdefault(who, []).append((r["bytes"], us))
+            for who, points in series.items():
+                color, width = styles[who]
+                sizes, times = zip(*points)
+                style = dict(color=color, linewidth=width, label=who, linestyle="--" if who == "floor" else "-")
+                axes[2 * i][j].loglog(sizes, times, **style)
+                axes[2 * i + 1][j].loglog(sizes, [b / t / 1e3 for b, t in points], **style)
+            axes[2 * i][j].set_title(f"{name}, {n} GPUs")
+            axes[2 * i + 1][j].set_xlabel("bytes")
+        axes[2 * i][0].set_ylabel("µs")
+        axes[2 * i + 1][0].set_ylabel("GB/s of the whole tensor")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(RESULTS / "collectives.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    if "RANK" in os.environ:
+        measure()
+    elif (RESULTS / "collectives.json").exists():
+        draw()
+    else:
+        print("collectives: measured on GPUs by torchrun --nproc-per-node N benchmarks/collectives.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Measures this machine, and writes the table by which calls are routed and `explain` predicts.
+
+    torchrun --nproc-per-node 4 -m shardlib.distributed.calibrate
+
+measures every collective of every communicator, in groups of all ranks and of their divisors, from 2 kB to 64 MB: on GPUs
+eager and in CUDA graphs. The table goes to the user's cache, where `connect` finds it, or to `--out FILE`. What an earlier
+run with another number of processes has measured stays in it. Times are medians of the slowest member, in µs a call.
+"""
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import statistics
+import subprocess
+import sys
+import time
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Callable, Iterator, Sequence
+
+import torch
+
+from shardlib.distributed.communicators.protocol import Call, Communicator
+from shardlib.distributed.group_coordinator import GroupCoordinator
+from shardlib.distributed.launch import Launch
+from shardlib.distributed.routing import Curve, Table, hardware, own_file
+from shardlib.distributed.runtime import Runtime, connect
+from shardlib.errors import SpecError, bytes_text
+from shardlib.mesh import Mesh
+
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast")
+SIZES = tuple(2 ** k for k in range(11, 27))
+ROUNDS = 7
+
+
+def call_of(name: str, communicator: Communicator, group: GroupCoordinator, x: torch.Tensor) -> Callable[[], Any]:
+    """The collective `name` of x, whole: what all_gather gives, and the others take."""
+    n, piece = group.world_size, x.numel() // group.world_size
+    even = (piece,) * n
+    if name == "all_reduce":
+        return partial(communicator.all_reduce, x, "sum")
+    if name == "reduce_scatter":
+        return partial(communicator.reduce_scatter, x, even, "sum")
+    if name == "all_gather":
+        return partial(communicator.all_gather, x[:piece].clone(), even)
+    if name == "all_to_all":
+        return partial(communicator.all_to_all, x, even, even)
+    return partial(communicator.broadcast, x, 0)
+
+
+def slowest(seconds: Sequence[float], group: GroupCoordinator) -> float:
+    """µs: the median over the rounds of the slowest member's time."""
+    times = group.all_gather(torch.tensor(seconds, dtype=torch.float64), 0, (len(seconds),) * group.world_size)
+    return statistics.median(times.view(group.world_size, -1).amax(0).tolist()) * 1e6
+
+
+def time_on_cpu(call: Callable[[], Any], group: GroupCoordinator, calls: int) -> float:
+    """µs a call, of calls one after another."""
+    call()
+    rounds = []
+    for _ in range(ROUNDS):
+        group.barrier()
+        begun = time.perf_counter()
+        for _ in range(calls):
+            call()
+        rounds.append((time.perf_counter() - begun) / calls)
+    return slowest(rounds, group)
+
+
+def time_on_gpu(call: Callable[[], Any], group: GroupCoordinator, calls: int, capturing: bool) -> float:
+    """µs a call, of calls one after another on the device, from a graph or eager."""
+    if capturing:
+        side = _side_stream(group.device)
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            for _ in range(calls):
+                call()
+        run = graph.replay
+    else:
+        def run() -> None:
+            for _ in range(calls):
+                call()
+    rounds = []
+    for _ in range(ROUNDS + 2):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        group.barrier()
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        rounds.append(begin.elapsed_time(end) / 1e3 / calls)
+    return slowest(rounds[2:], group)
+
+
+@lru_cache(maxsize=None)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream on which everything is captured: a communicator may keep memory for each."""
+    return torch.cuda.Stream(device)
+
+
+def measure(group: GroupCoordinator, name: str, communicator: Communicator, dtype: torch.dtype, capturing: bool, sizes: Sequence[int] = SIZES) -> Curve | None:
+    """The curve of one collective of one communicator; None where it takes none of the sizes."""
+    points = []
+    for nbytes in sizes:
+        count = nbytes // dtype.itemsize // group.world_size * group.world_size
+        op = "sum" if name in ("all_reduce", "reduce_scatter") else None
+        call = Call(name, op, dtype, group.device.type, count * dtype.itemsize, True, capturing)
+        if communicator.supports(call) is not None:
+            continue
+        x = torch.randn(count, device=group.device).to(dtype)
+        run = call_of(name, communicator, group, x)
+        if group.device.type == "cuda":
+            us = time_on_gpu(run, group, 20 if nbytes <= 1 << 22 else 5, capturing)
+        else:
+            us = time_on_cpu(run, group, 20 if nbytes <= 1 << 16 else 3)
+        points.append((call.nbytes, round(us, 2)))
+    return Curve(name, group.world_size, str(dtype)[6:], capturing, communicator.name, tuple(points)) if points else None
+
+
+def curves(group: GroupCoordinator, sizes: Sequence[int] = SIZES) -> Iterator[Curve]:
+    """Everything that is measured of one group."""
+    on_gpu = group.device.type == "cuda"
+    communicators = {c.name: c for c in reversed(group.communicators)}
+    for name in COLLECTIVES:
+        for communicator in reversed(communicators.values()):
+            for capturing in (False, True) if on_gpu else (False,):
+                curve = measure(group, name, communicator, torch.bfloat16 if on_gpu else torch.float32, capturing, sizes)
+                if curve is not None:
+                    yield curve
+
+
+def merged(old: Table | None, new: Table) -> Table:
+    """The new table, with what only the old one, of the same hardware, has."""
+    def key(c: Curve) -> tuple:
+        return c.name, c.size, c.dtype, c.capturing, c.communicator
+    if old is None or old.hardware != new.hardware:
+        return new
+    fresh = {key(c) for c in new.curves}
+    return Table(new.hardware, new.provenance, (*(c for c in old.curves if key(c) not in fresh), *new.curves))
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Versions, date and commit of a measurement."""
+    versions = [f"torch {torch.__version__}"]
+    if device.type == "cuda":
+        versions += [f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}", f"Triton {_version('triton')}"]
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {"versions": ", ".join(versions), "date": datetime.date.today().isoformat(), "commit": git.stdout.strip() or f"shardlib {_version('shardlib')}"}
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def axes_of(ranks: int) -> dict[str, int]:
+    """A mesh of so many ranks with an axis for each prime factor, small ones last: the last axes make the groups that are measured.
+
+    >>> axes_of(12)
+    {'a': 3, 'b': 2, 'c': 2}
+    """
+    factors = []
+    for prime in range(2, ranks + 1):
+        while ranks % prime == 0:
+            factors.append(prime)
+            ranks //= prime
+    return {chr(ord("a") + i): factor for i, factor in enumerate(reversed(factors))}
+
+
+def calibrate(runtime: Runtime, sizes: Sequence[int] = SIZES, say: Callable[[str], None] = lambda text: None) -> Table:
+    """The table of this machine, measured by all ranks together, in the groups over the last axis, the last two, and so on."""
+    axes = tuple(runtime.mesh.axes)
+    groups = [axes[i:] for i in reversed(range(len(axes)))]
+    runtime.create_groups(groups)
+    found = []
+    for curve in (c for g in groups for c in curves(runtime.group(g), sizes)):
+        found.append(curve)
+        (small, fast), (large, slow) = curve.points[0], curve.points[-1]
+        say(f"{curve.name} of {curve.size} by {curve.communicator}{' in a graph' if curve.capturing else ''}: "
+            f"{fast:g} µs for {bytes_text(small)}, {slow:g} µs for {bytes_text(large)}")
+    return Table(hardware(runtime.device), provenance(runtime.device), tuple(found))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shardlib.distributed.calibrate", description="Measure this machine's collectives; start it with torchrun.")
+    parser.add_argument("--out", type=Path, help="where to write the table; by default the user's cache")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--max-bytes", type=int, default=SIZES[-1], help="the largest tensor")
+    parser.add_argument("--communicators", nargs="*", default=[], metavar="MODULE:FUNCTION", help="further makers of communicators")
+    options = parser.parse_args(arguments)
+    factories = [getattr(importlib.import_module(m), f) for m, f in (name.split(":") for name in options.communicators)]
+    launch = Launch.current()
+    if launch.world_size == 1:
+        print("calibrate measures what processes say to each other: start it with torchrun --nproc-per-node N", file=sys.stderr)
+        return 2
+    sizes = [s for s in SIZES if s <= options.max_bytes]
+    try:
+        with connect(Mesh(**axes_of(launch.world_size)), options.device, communicators=factories) as runtime:
+            table = calibrate(runtime, sizes, lambda text: print(text, flush=True) if launch.rank == 0 else None)
+            path = options.out or own_file(runtime.device)
+    except SpecError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if launch.rank == 0:
+        old = Table.decode(path.read_bytes(), str(path)) if path.is_file() else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(merged(old, table).encode())
+        print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
