@@ -101,7 +101,7 @@ def main(what: str, *numbers: str) -> int:
         assert not group.declined, group.declined
         wrong = conformance(group) if what == "conformance" else Stress(group, 1).run(int(numbers[0]))
         if runtime.rank == 0:
-            print(f"{what} {' '.join(numbers)} on {mesh}: {wrong} wrong; workspace {group.communicators[0].workspace_bytes >> 20} MB", flush=True)
+            print(f"{' '.join((what, *numbers))} on {mesh}: {wrong} wrong; workspace {group.communicators[0].workspace_bytes >> 20} MB", flush=True)
     return int(wrong > 0)
 
 
