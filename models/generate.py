@@ -5,6 +5,10 @@
 Rank 0 reads the headers and the tokenizer, and tells the others; each rank reads the bytes of its own shards. Progress and
 the plan go to stderr, text to stdout; `--json` prints one object for machines. Bad input ends every rank with a
 non-zero exit code and one line.
+
+With `--results FILE` what is finished is kept: started again, by hand or by `torchrun --max-restarts`, the command generates the
+requests that are not in the file yet, to the tokens that they would have had, since a draw depends on the seed, the position and
+the row in its batch alone.
 """
 from __future__ import annotations
 
@@ -14,14 +18,16 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NoReturn, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequence
 
 import torch
 import torch.distributed as dist
 
 from shardlib import Mesh, SpecError
+from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.runtime import Runtime, connect
 from shardlib.errors import bytes_text
 from shardlib.explain import explain
@@ -30,6 +36,7 @@ from shardlib.models.decoding import Generated, Model, Sampling, check_prompts
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama_config import config_of
 from shardlib.models.model_files import open_checkpoint
+from shardlib.models.results import Result, Results, digest
 from shardlib.models.tokenizer import Tokenizer
 from shardlib.params import leaf_values
 
@@ -48,7 +55,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="smollm2", help="smollm2, a Hugging Face Llama folder, or a .gguf file")
     parser.add_argument("--mesh", default="", help='axes and sizes, as in "dp=2,tp=2"; by default one rank')
     parser.add_argument("--layout", default="tp", help="tp, sp, fsdp, cp, joined by +; or a layout, as in B=dp,K=tp,F=tp")
-    parser.add_argument("--prompt", action="append", default=[], help="may be repeated: one batch")
+    parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
+    parser.add_argument("--batch", type=int, help="prompts that are generated at once; by default all")
+    parser.add_argument("--results", help="a file of JSON lines: requests that are in it are done, finished ones are appended")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is; otherwise it is a chat turn")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -74,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Reported(Exception):
-    """The error that ends this rank has been said, here or on another rank."""
+    """The error that ends this rank has been said, here or on another rank; `str` repeats it."""
 
 
 @contextmanager
@@ -82,10 +91,12 @@ def _reporting() -> Iterator[None]:
     """What a user can do wrong, or meet, becomes one line on stderr, said by the first rank that comes to it."""
     try:
         yield
+    except RankError as error:          # the watchdog has said it
+        raise _Reported(str(error)) from None
     except (SpecError, CheckpointError, OSError, RuntimeError, MemoryError, IndexError) as error:
         if _first():
             _report(error)
-        raise _Reported from None
+        raise _Reported(str(error)) from None
 
 
 def _first() -> bool:
@@ -113,6 +124,8 @@ def run(options: argparse.Namespace) -> None:
     say = _speaker(options)
     mesh = Mesh.parse(options.mesh)
     sampling = Sampling(options.temperature, options.top_p, options.seed)
+    if options.batch is not None and options.batch < 1:
+        raise SpecError(f"--batch {options.batch}: at least one prompt at once")
     if not options.temperature >= 0 or not 0 < options.top_p <= 1:
         raise SpecError(f"--temperature {options.temperature} --top-p {options.top_p}: temperature is at least 0, top-p above 0 and at most 1")
     layout = named_layout(options.layout, mesh)
@@ -122,9 +135,9 @@ def run(options: argparse.Namespace) -> None:
         runtime.create_groups([world] if world else [])
         runtime.open_queue(world)
         say(f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {runtime.device.type}, mesh {str(mesh) or '()'}, layout {str(layout) or '()'}; reading {options.model}")
-        tokenizer, job = None, None
+        job, request = None, None
         if runtime.rank == 0:
-            tokenizer, job = _prepare(options)
+            request, job = _prepare(options)
         job = runtime.group(world).broadcast_message(job, 0) if world else job
         if "error" in job:
             raise SpecError(job["error"])
@@ -134,18 +147,41 @@ def run(options: argparse.Namespace) -> None:
         held = sum(t.numel() * t.element_size() for t in _tensors(model.weights))
         say(f"loaded {bytes_text(held)} of weights on this rank in {time.perf_counter() - began:.1f} s")
         model.pack()
-        _show_plan(model, job["prompts"], options, say, full=options.plan)
+        _show_plan(model, job["prompts"][:options.batch], options, say, full=options.plan)
         if options.plan:
             return
-        stream = _Stream(tokenizer) if tokenizer and not options.json and len(job["prompts"]) == 1 else None
-        made = model.generate(job["prompts"], options.max_new_tokens, set(job["eos"]), sampling, stream or (lambda new: None))
-        if stream:
-            stream.end()
-        if tokenizer:
-            _finish(made, job["prompts"], tokenizer, options, say)
+        made = []
+        for rows in job["batches"]:
+            stream = _Stream(request.tokenizer) if request and not options.json and len(job["prompts"]) == 1 else None
+            prompts = [job["prompts"][row] for row in rows]
+            made.append(model.generate(prompts, options.max_new_tokens, set(job["eos"]), sampling, stream or (lambda new: None)))
+            if stream:
+                stream.end()
+            if request:
+                request.keep(rows, made[-1])
+        if request:
+            _finish(made, request.results.done, options, say)
 
 
-def _prepare(options: argparse.Namespace) -> tuple[Tokenizer | None, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Request:
+    """What rank 0 alone has: the tokenizer, the prompts, and what is finished."""
+    tokenizer: Tokenizer
+    prompts: list[list[int]]
+    results: Results
+
+    def batches(self, size: int | None) -> list[list[int]]:
+        """The batches of which something is not done. They are the same in every attempt: a draw depends on the row."""
+        rows, size = list(range(len(self.prompts))), size or len(self.prompts)
+        batches = [rows[i:i + size] for i in rows[::size]]
+        return [batch for batch in batches if not self.results.done.keys() >= set(batch)]
+
+    def keep(self, rows: Sequence[int], made: Generated) -> None:
+        for row, tokens in zip(rows, made.tokens):
+            self.results.add(row, tokens, self.tokenizer.decode(tokens[len(self.prompts[row]):]))
+
+
+def _prepare(options: argparse.Namespace) -> tuple[_Request | None, dict[str, Any]]:
     """Rank 0: what all ranks must know, or the error that all of them end with."""
     try:
         if any(not text.strip() for text in options.prompt) or not options.prompt:
@@ -157,7 +193,10 @@ def _prepare(options: argparse.Namespace) -> tuple[Tokenizer | None, dict[str, A
         texts = options.prompt if options.raw else [tokenizer.chat([{"role": "user", "content": text}]) for text in options.prompt]
         prompts = [tokenizer.encode(text) for text in texts]
         check_prompts(prompts, options.max_new_tokens, config_of(checkpoint))
-        return tokenizer, {"checkpoint": checkpoint.to_plain(), "prompts": prompts, "eos": sorted(tokenizer.eos_ids)}
+        decides = (options.model, options.max_new_tokens, options.temperature, options.top_p, options.seed, options.dtype, options.batch)
+        request = _Request(tokenizer, prompts, Results(options.results, [digest(p, decides) for p in prompts]))
+        return request, {"checkpoint": checkpoint.to_plain(), "prompts": prompts, "eos": sorted(tokenizer.eos_ids),
+                         "batches": request.batches(options.batch)}
     except (SpecError, CheckpointError, OSError) as error:
         return None, {"error": str(error)}
 
@@ -199,17 +238,18 @@ class _Stream:
         print(flush=True)
 
 
-def _finish(made: Generated, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    rate = made.new_tokens / made.seconds
-    answers = [tokenizer.decode(tokens[len(p):]) for tokens, p in zip(made.tokens, prompts)]
+def _finish(made: Sequence[Generated], done: Mapping[int, Result], options: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """All results, those of earlier attempts too; the rate is that of this attempt."""
+    results, new, seconds = [done[row] for row in sorted(done)], sum(m.new_tokens for m in made), sum(m.seconds for m in made)
+    rate = new / seconds if made else 0.0
     if options.json:
-        one = [{"tokens": tokens, "text": text} for tokens, text in zip(made.tokens, answers)]
+        one = [{"tokens": r.tokens, "text": r.text} for r in results]
         print(json.dumps({**(one[0] if len(one) == 1 else {"completions": one}), "tokens_per_second": rate}), flush=True)
         return
-    if len(answers) > 1:
-        for i, text in enumerate(answers):
-            print(f"[{i}] {text}", flush=True)
-    say(f"{made.new_tokens} tokens in {made.seconds:.1f} s: {rate:.1f} tokens/s")
+    if len(results) > 1 or not made:            # one alone was shown as it came
+        for r in results:
+            print(f"[{r.request}] {r.text}" if len(results) > 1 else r.text, flush=True)
+    say(f"{new} tokens in {seconds:.1f} s: {rate:.1f} tokens/s")
 
 
 if __name__ == "__main__":

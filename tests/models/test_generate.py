@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -375,3 +376,68 @@ def test_bad_input_as_a_command() -> None:
     finished = run([*GENERATE, "--mesh", "tp=2", "--prompt", "abc"])
     assert finished == Finished(1, "", "error: mesh tp=2 has 2 ranks, but this process was started without torchrun; "
                                        "start torchrun --nproc-per-node 2, or change the mesh\n")
+
+
+# -- kept results ------------------------------------------------------------------------------------------------------
+
+def test_what_is_kept_is_not_generated_again(tiny: Known, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches, all of it or a part; drawn tokens too."""
+    drawn = [*tiny.command, "--temperature", "1.5", "--seed", "7", "--batch", "2", "--json", "--results"]
+    assert main([*drawn, str(tmp_path / "whole")]) == 0
+    whole, lines = json.loads(capfd.readouterr().out), (tmp_path / "whole").read_text().splitlines(True)
+    assert len(lines) == len(tiny.texts) == 3
+    for kept in ([0, 1], [2], [1], [0, 1, 2]):
+        (tmp_path / "part").write_text("".join(lines[i] for i in kept))
+        made, generate = [], Model.generate
+        monkeypatch.setattr(Model, "generate", lambda self, prompts, *rest: made.append(len(prompts)) or generate(self, prompts, *rest))
+        assert main([*drawn, str(tmp_path / "part")]) == 0
+        monkeypatch.undo()
+        assert json.loads(capfd.readouterr().out)["completions"] == whole["completions"]
+        assert sorted((tmp_path / "part").read_text().splitlines(True)) == sorted(lines)
+        assert made == {(0, 1): [1], (2,): [2], (1,): [2, 1], (0, 1, 2): []}[tuple(kept)]
+    assert main([*tiny.command, "--results", str(tmp_path / "part"), "--quiet"]) == 1
+    assert capfd.readouterr() == ("", f"error: {tmp_path / 'part'}, line 1: a result of other prompts or options; name another file\n")
+    assert main([*tiny.command, "--batch", "0", "--quiet"]) == 1
+    assert capfd.readouterr() == ("", "error: --batch 0: at least one prompt at once\n")
+
+
+KILLED = """
+import os, shutil, signal, sys
+from shardlib.models.decoding import Model
+from shardlib.models.generate import main
+
+attempt, rank, batches, generate = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"], [], Model.generate
+
+def killed(self, *arguments):
+    batches.append(arguments)
+    if len(batches) == 3 and attempt == "0" and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return generate(self, *arguments)
+
+Model.generate = killed
+if attempt == "1" and rank == "0":
+    shutil.copy(os.environ["RESULTS"], os.environ["RESULTS"] + ".before")
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@pytest.mark.parametrize("rendezvous", ["c10d", "static"])
+def test_a_killed_rank_and_the_second_attempt(tiny: Known, tmp_path: Path, rendezvous: str) -> None:
+    """The agent starts all ranks again; what was finished is kept, the rest is generated to the tokens that it would have had."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    results = tmp_path / "results.jsonl"
+    where = {"c10d": ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"],
+             "static": ["--rdzv-backend", "static", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]}[rendezvous]
+    finished = run(["-m", "torch.distributed.run", *where, "--max-restarts", "1", "--nproc-per-node", "2", tmp_path / "killed.py", *tiny.command,
+                    "--mesh", "tp=2", "--batch", "1", "--json", "--results", results], RESULTS=str(results), SHARDLIB_TIMEOUT_S="10")
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["completions"] == tiny.answers()
+    before, after = (file.read_text().splitlines(True) for file in (Path(f"{results}.before"), results))
+    assert 0 < len(before) < len(after) == 3 and after[:len(before)] == before
+    assert "shardlib [rank 0]   rank 1 is silent: it was killed, stopped or cut off; when last heard of it was in" in finished.stderr
