@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardlib.triton_kernels.lamport import add_up, clear, enter, leave, place, receive, spin, without_empty
+from shardlib.triton_kernels.launching import launch
 from shardlib.triton_kernels.quads import KINDS, load_quads, push_quads, store_quads
 from shardlib.triton_kernels.workspace import Workspace
 
@@ -120,25 +121,24 @@ def two_shot_kernel(x_ptr, out_ptr, addresses_ptr, state_ptr, quads, share, slot
 
 def one_shot(x: Tensor, workspace: Workspace, blocks: int, num_warps: int = 8) -> Tensor:
     """The sum of every rank's x (float32, bfloat16 or float16; contiguous; W - 1 times its bytes fit a slot), as a new tensor."""
-    quads = _quads(x)
-    out = torch.empty_like(x)
-    block = 32 * num_warps
-    one_shot_kernel[(min(blocks, triton.cdiv(quads, block)),)](
-        x, out, workspace.addresses, workspace.state, quads, workspace.slot_bytes, RANK=workspace.rank, W=workspace.size,
-        KIND=KINDS[str(x.dtype)], **spin(workspace.size - 1), BLOCK=block, INTERPRET=workspace.interpret, num_warps=num_warps)
+    w, quads, out = workspace, _quads(x), torch.empty_like(x)
+    launch(one_shot_kernel, (x.dtype, *w.key), min(blocks, triton.cdiv(quads, 32 * num_warps)), num_warps,
+           (x, out, w.addresses, w.state, quads, w.slot_bytes), lambda: _constants(x, w, num_warps), w.interpret)
     return out
 
 
 def two_shot(x: Tensor, workspace: Workspace, blocks: int, num_warps: int = 8) -> Tensor:
     """The same sum, in two trips: for tensors that are large; twice its bytes fit a slot."""
-    quads = _quads(x)
-    share = triton.cdiv(quads, workspace.size)
-    out = torch.empty_like(x)
-    block = 32 * num_warps
-    two_shot_kernel[(min(blocks, triton.cdiv(share, block)),)](
-        x, out, workspace.addresses, workspace.state, quads, share, workspace.slot_bytes, RANK=workspace.rank, W=workspace.size,
-        KIND=KINDS[str(x.dtype)], **spin(workspace.size - 1), BLOCK=block, INTERPRET=workspace.interpret, num_warps=num_warps)
+    w, quads, out = workspace, _quads(x), torch.empty_like(x)
+    share = triton.cdiv(quads, w.size)
+    launch(two_shot_kernel, (x.dtype, *w.key), min(blocks, triton.cdiv(share, 32 * num_warps)), num_warps,
+           (x, out, w.addresses, w.state, quads, share, w.slot_bytes), lambda: _constants(x, w, num_warps), w.interpret)
     return out
+
+
+def _constants(x: Tensor, workspace: Workspace, num_warps: int) -> dict[str, object]:
+    return dict(RANK=workspace.rank, W=workspace.size, KIND=KINDS[str(x.dtype)], **spin(workspace.size - 1), BLOCK=32 * num_warps,
+                INTERPRET=workspace.interpret)
 
 
 def _quads(x: Tensor) -> int:

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardlib.triton_kernels.lamport import place
+from shardlib.triton_kernels.launching import launch
 from shardlib.triton_kernels.quads import load_quads, push_quads, store_quads
 from shardlib.triton_kernels.workspace import MAX_BLOCKS, Workspace
 
@@ -212,12 +213,16 @@ def _exchange(x: Tensor, out: Tensor, piece: int, stride: int, inner: int, works
     """piece, stride and inner in elements. Packets and chunks each want a workspace of their own."""
     quads, strides, inners = (n * x.dtype.itemsize // 16 for n in (piece, stride, inner))
     assert x.is_contiguous() and x.data_ptr() % 16 == 0 and inners * 16 == inner * x.dtype.itemsize and x.numel(), "quads of 16 bytes, aligned"
-    w, block = workspace, 32 * num_warps
-    common = dict(RANK=w.rank, W=w.size, FLAT=inner == piece, BLOCK=block, INTERPRET=w.interpret, num_warps=num_warps)
+    w, flat = workspace, inner == piece
+
+    def constants() -> dict[str, object]:
+        return dict(RANK=w.rank, W=w.size, FLAT=flat, BLOCK=32 * num_warps, INTERPRET=w.interpret)
+    key, sizes = (x.dtype, flat, unroll, *w.key), (quads, strides, inners, w.slot_bytes)
     if packets:
-        packets_kernel[(min(blocks, triton.cdiv(quads, block)),)](
-            x, out, w.addresses, w.state, quads, strides, inners, w.slot_bytes, **common, **spin_packets(w.size - 1))
+        launch(packets_kernel, key, min(blocks, triton.cdiv(quads, 32 * num_warps)), num_warps, (x, out, w.addresses, w.state, *sizes),
+               lambda: constants() | spin_packets(w.size - 1), w.interpret)
     else:
-        chunks_kernel[(min(blocks, MAX_BLOCKS, triton.cdiv(quads, block * unroll)),)](
-            x, out, w.addresses, w.flags, w.state, quads, strides, inners, w.slot_bytes, **common, P=triton.next_power_of_2(w.size), UNROLL=unroll)
+        launch(chunks_kernel, key, min(blocks, MAX_BLOCKS, triton.cdiv(quads, 32 * num_warps * unroll)), num_warps,
+               (x, out, w.addresses, w.flags, w.state, *sizes),
+               lambda: constants() | dict(P=triton.next_power_of_2(w.size), UNROLL=unroll), w.interpret)
     return out

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardlib.triton_kernels.lamport import add_up, clear, enter, leave, place, receive, spin, without_empty
+from shardlib.triton_kernels.launching import launch
 from shardlib.triton_kernels.quads import KINDS, load_quads, push_quads, store_quads
 from shardlib.triton_kernels.workspace import Workspace
 
@@ -77,9 +78,9 @@ def reduce_scatter(x: Tensor, workspace: Workspace, blocks: int, num_warps: int 
     outer, size, inner = x.shape
     quads = inner * x.dtype.itemsize // 16
     assert size == workspace.size and x.is_contiguous() and x.data_ptr() % 16 == 0 and quads * 16 == inner * x.dtype.itemsize and x.numel()
-    out = x.new_empty(outer, inner)
-    block = 32 * num_warps
-    reduce_scatter_kernel[(min(blocks, triton.cdiv(outer * quads, block)),)](
-        x, out, workspace.addresses, workspace.state, outer * quads, quads, workspace.slot_bytes, RANK=workspace.rank, W=size,
-        KIND=KINDS[str(x.dtype)], FLAT=outer == 1, **spin(size - 1), BLOCK=block, INTERPRET=workspace.interpret, num_warps=num_warps)
+    w, share, out = workspace, outer * quads, x.new_empty(outer, inner)
+    launch(reduce_scatter_kernel, (x.dtype, outer == 1, *w.key), min(blocks, triton.cdiv(share, 32 * num_warps)), num_warps,
+           (x, out, w.addresses, w.state, share, quads, w.slot_bytes),
+           lambda: dict(RANK=w.rank, W=size, KIND=KINDS[str(x.dtype)], FLAT=outer == 1, **spin(size - 1), BLOCK=32 * num_warps, INTERPRET=w.interpret),
+           w.interpret)
     return out

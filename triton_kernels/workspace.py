@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Sequence
 
 import torch
@@ -35,10 +36,15 @@ class Workspace:
     flags: Tensor | None = None
     keep: Any = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def interpret(self) -> bool:
         """Whether kernels run in Triton's interpreter: the memory is the CPU's."""
         return self.arena.device.type == "cpu"
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """What compiled kernels depend on."""
+        return self.rank, self.size, self.slot_bytes, self.arena.device
 
 
 def symmetric(group: Any, members: Sequence[int], me: int, device: torch.device, nbytes: int) -> tuple[Tensor, Tensor, Any]:

@@ -1,8 +1,13 @@
 """Tests that need GPUs: skipped, with a reason, where there are fewer than two."""
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 def pytest_collection_modifyitems(items) -> None:

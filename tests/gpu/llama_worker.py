@@ -12,6 +12,7 @@ from shardlib.distributed.runtime import connect
 from shardlib.models.decoding import Model, llama_of
 from shardlib.models.llama import LlamaConfig, logits_of, loss
 from shardlib.models.layouts import named_layout
+from shardlib.ops.nvlink import nvlink
 from shardlib.params import fill, leaf_values
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"      # cpu: a rehearsal
@@ -35,7 +36,7 @@ def main(mesh_text: str, layout_text: str) -> None:
         plain = compile(logits_of, mesh=Mesh(), runtime=Alone, config=CONFIG)(ids, whole, start)
         exact_loss, exact_grads = compile(value_and_grad(loss), mesh=Mesh(), runtime=Alone, config=CONFIG)(ids, labels, wide, start)
         plain_loss, plain_grads = compile(value_and_grad(loss), mesh=Mesh(), runtime=Alone, config=CONFIG)(ids, labels, whole, start)
-    with connect(mesh, DEVICE) as runtime:
+    with connect(mesh, DEVICE, communicators=(nvlink,)) as runtime:
         step = compile(value_and_grad(loss), layout, runtime=runtime, sizes=dict(CONFIG.sizes, B=4, T=9), config=CONFIG)
         program = step.lower(None, None, whole, None)
         kinds, args = arg_types(program, "w"), dict(program.args)

@@ -1,0 +1,25 @@
+"""Launching a kernel again without asking Triton which one it is: that takes longer than the smallest collectives themselves.
+
+The first launch goes through Triton as usual, and gives the compiled kernel. Every later one with the same key passes its
+arguments to that one directly. A key says all that the compiled code depends on: dtypes, constants, the alignment of what is passed.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, Hashable
+
+_COMPILED: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(kernel: Any, key: tuple[Hashable, ...], blocks: int, num_warps: int, arguments: tuple[Any, ...], constants: Callable[[], dict[str, Any]],
+           interpret: bool) -> None:
+    """Runs `blocks` of the kernel. arguments: in order, those that are no constants; `constants` is called only when it has to be."""
+    key = (kernel, num_warps, *key)
+    known = None if interpret else _COMPILED.get(key)
+    if known is None:
+        named = constants()
+        compiled = kernel[(blocks,)](*arguments, **named, num_warps=num_warps)
+        if not interpret:
+            _COMPILED[key] = compiled, tuple(named[n] for n in kernel.arg_names[len(arguments):])
+    else:
+        compiled, rest = known
+        compiled[blocks, 1, 1](*arguments, *rest)
