@@ -5,9 +5,12 @@ import errno
 import os
 import signal
 import stat
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+import torch
 from family import family, ours
 
 from shardlib.distributed import segment
@@ -107,6 +110,27 @@ def test_a_fault_on_one_member_is_a_reason_on_all(name: str) -> None:
 
 def test_several_hosts_are_a_reason_at_once() -> None:
     assert family(2, faulty(0, lambda: None), hosts=(0, 1)) == [["members run on 2 hosts", []]] * 2
+
+
+def test_tensors_on_a_gpu_are_a_reason_at_once() -> None:
+    def body(place: Place) -> Any:
+        return shared_memory(replace(place, device=torch.device("cuda")))
+    assert family(2, body) == ["the group's tensors are on cuda"] * 2
+
+
+def test_what_is_closed_or_forgotten_gives_back_file_and_memory() -> None:
+    def body(place: Place) -> bool:
+        def held() -> tuple[int, int]:
+            return len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count(segment.PREFIX)
+        before = held()
+        for turn in range(4):
+            made = shared_memory(place)
+            made.all_reduce(torch.ones(3), "sum")
+            if turn % 2:
+                made.close()
+        del made
+        return held() == before
+    assert family(2, body) == [True, True]
 
 
 def die(*_: object) -> None:
