@@ -21,6 +21,7 @@ compare each collective before it runs, and what differs is one `SpecError` on a
 from __future__ import annotations
 
 from math import prod
+from time import monotonic
 from typing import Any, Callable, Mapping, Sequence
 
 import torch
@@ -182,8 +183,9 @@ class GroupCoordinator:
         """`call(*args)`, known to the watchdog. `facts`: what must be equal on all members, beside the op and the dtype."""
         if self._watchdog is None:
             return call(*args)
-        watch = self._watchdog.watch
-        watch.begin(self._seat, name, op, x.dtype if x is not None else None, count, at)
+        watch, seat = self._watchdog.watch, self._seat
+        seat.count = number = seat.count + 1
+        watch.now = (seat, number, name, op, None if x is None else x.dtype, count, at, None, monotonic())     # as Watch.begin has it
         try:
             if self._check is not None:
                 self._compare(at, name, op, x, facts, args)
@@ -191,20 +193,19 @@ class GroupCoordinator:
         except RuntimeError as error:
             raise self._watchdog.failed(error) from error
         finally:
-            watch.end()
+            watch.last, watch.now = watch.now, None
 
     def _pass(self, name: str, member: int, dtype: torch.dtype, count: int, call: Callable, *args: Any) -> Any:
         """The same for a send or a recv, of which only two members know."""
         if self._watchdog is None:
             return call(*args)
-        watch = self._watchdog.watch
-        watch.begin(self._seat, name, None, dtype, count, None, self.ranks[member])
+        self._watchdog.watch.begin(self._seat, name, None, dtype, count, None, self.ranks[member])
         try:
             return call(*args)
         except RuntimeError as error:
             raise self._watchdog.failed(error) from error
         finally:
-            watch.end()
+            self._watchdog.watch.end()
 
     def _compare(self, at: object, name: str, op: str | None, x: Tensor | None, facts: tuple, args: tuple) -> None:
         """SpecError on every member unless all of them call this collective alike."""

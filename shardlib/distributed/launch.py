@@ -56,21 +56,16 @@ class Launch:
                         f"start torchrun --nproc-per-node {mesh.world_size}, or change the mesh")
 
 
-_JOINED: dict[tuple[str | None, ...], int] = {}
-"""How often this process has joined each job, by what says which job it is."""
-
-
 def join_job(timeout: timedelta) -> None:
     """Starts torch.distributed with the other processes of the launch, over gloo.
 
     All attempts of torchrun's elastic agent, and all runtimes of a process one after another, use one store. Each gets a prefix of
     its own there: otherwise a process reads the addresses that processes of a dead attempt have left.
     """
-    job = tuple(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
-    _JOINED[job] = number = _JOINED.get(job, 0) + 1
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    attempt = dist.PrefixStore(f"shardlib/attempt {job[2] or 0}/{number}", store)
-    dist.init_process_group("gloo", store=attempt, rank=rank, world_size=world_size, timeout=timeout)
+    attempt = f"shardlib/attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    number = store.add(f"{attempt}/joined by {rank}", 1)
+    dist.init_process_group("gloo", store=dist.PrefixStore(f"{attempt}/{number}", store), rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

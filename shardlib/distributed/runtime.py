@@ -72,10 +72,6 @@ def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: flo
                    os.environ.get("SHARDLIB_CHECK") == "1" if check is None else check)
 
 
-_WATCHED: dict[dist.Store, int] = {}
-"""How many runtimes were made over each store."""
-
-
 def _seconds(text: str) -> float:
     try:
         return float(text)
@@ -119,8 +115,8 @@ class Runtime:
         """Over a connection of its own to the store of torch.distributed; each runtime of a process has keys of its own there."""
         atexit.register(self._stop_watchdog)
         default = dist.distributed_c10d._get_default_store()
-        _WATCHED[default] = number = _WATCHED.get(default, 0) + 1
-        store = dist.PrefixStore(f"shardlib/watchdog/{number}", own_connection(default, self._timeout.total_seconds() / 4))
+        number = default.add(f"shardlib/watched by {self.rank}", 1)
+        store = dist.PrefixStore(f"shardlib/watchdog {number}", own_connection(default, self._timeout.total_seconds() / 4))
         return Watchdog(Watch(), store, self.rank, self.mesh.world_size, self._timeout.total_seconds(), self.device)
 
     def _stop_watchdog(self, error: BaseException | None = None) -> None:

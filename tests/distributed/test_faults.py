@@ -54,7 +54,7 @@ def raised(kind: str, *lines: str) -> str:
 
 WAITS = f"waits in collective 3 of {TP}: "
 IN_TURN, IN_COLLECT = f"is in collective 3 of {TP}: {TURN}", f"is in collective 3 of {TP}: {COLLECT}"
-COMPARE = "collective 8 of group job (ranks 0 1 2): compare plans of turn"
+COMPARE = "collective 5 of group job (ranks 0 1 2): compare plans of turn"
 PAIR = "all_to_all of 8 float32, at step 1 of turn, fault_cases.py:N: M N/tp -> M/tp N"
 DIFFER = f"collective 3 of {TP}: its ranks do not call the same"
 SAME = "compile the same function with the same layout, mesh, sizes and dtypes on every rank"

@@ -1,0 +1,164 @@
+"""What the watchdog knows and says, piece by piece; whole jobs are in test_faults."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from shardlib import Layout, Mesh, SpecError, lower, reshard, sharded
+from shardlib.distributed import connect
+from shardlib.distributed.agreement import same_plan
+from shardlib.distributed.watch import Moment, Seat, Watch
+from shardlib.distributed.watchdog import Scene, State, Watchdog, _first_line, _say
+from shardlib.emit import Emitter
+
+ROOT = Path(__file__).resolve().parents[2]
+TP = "group tp (ranks 0 1)"
+FIRST = Moment(TP, (0, 1), 1, "all_reduce sum of 4 float32")
+
+
+def watchdog(store: dist.Store) -> Watchdog:
+    return Watchdog(Watch(), store, 0, 2, 40.0, torch.device("cpu"))
+
+
+def test_a_moment_in_words() -> None:
+    watch = Watch()
+    seat = watch.seat("tp", (0, 1))
+    for how, text in (((seat, "barrier"), f"collective 1 of {TP}: barrier"),
+                      ((seat, "all_to_all", None, torch.bfloat16), f"collective 2 of {TP}: all_to_all of bfloat16"),
+                      ((seat, "send", None, torch.int64, 3, None, 1), f"send of 3 int64 to rank 1 in {TP}"),
+                      ((seat, "recv", None, torch.int64, 3, None, 1), f"recv of 3 int64 from rank 1 in {TP}"),
+                      ((seat, "all_reduce", "max", torch.float32, 4, "step 2 of f, m.py:3: N max:tp -> N"),
+                       f"collective 3 of {TP}: all_reduce max of 4 float32, at step 2 of f, m.py:3: N max:tp -> N")):
+        watch.begin(*how)
+        assert str(Moment.of(watch.now)) == text
+        watch.end()
+    assert seat.count == 3 and watch.now is None and Moment.of(watch.last).number == 3
+
+
+def test_who_is_absent() -> None:
+    there, gone = State(counts={TP: 1}, now=FIRST), State(left=True, note="has closed its runtime")
+    done, other = State(counts={TP: 1}, last=FIRST), State(counts={TP: 1}, now=Moment(TP, (0, 1), 1, "all_reduce sum of 5 float32"))
+    for state, line in ((there, "  all its ranks are there"), (done, "  all its ranks are there"), (State(), "  rank 1 is in no collective, and has called none"),
+                        (other, f"  rank 1 is in collective 1 of {TP}: all_reduce sum of 5 float32"), (gone, "  rank 1 has closed its runtime")):
+        assert Scene(0, FIRST, {0: there, 1: state}, {}).lines() == [line]
+    killed = "it was killed, stopped or cut off"
+    assert Scene(0, FIRST, {0: there, 1: there}, {1: killed}).lines() == [f"  rank 1 is silent: {killed}; when last heard of it was in {FIRST}"]
+    assert Scene(1, None, {0: there, 1: State()}, {}).lines() == [f"  rank 0 is in {FIRST}"]
+
+
+def test_a_send_waits_for_its_peer_alone() -> None:
+    send = Moment("group tp (ranks 0 1 2)", (0, 1, 2), 0, "send of 3 int64", "", 2)
+    states = {0: State(now=send), 1: State(), 2: State()}
+    assert Scene(0, send, states, {}).lines() == ["  rank 2 is in no collective, and has called none"]
+    states[2] = State(now=Moment("group tp (ranks 0 1 2)", (0, 1, 2), 0, "recv of 3 int64", "", 0))
+    assert Scene(0, send, states, {}).lines() == ["  all its ranks are there"]
+
+
+def test_a_report_names_some_ranks_of_many() -> None:
+    group = "group tp (all)"
+    moment = Moment(group, tuple(range(100)), 1, "barrier")
+    lines = Scene(0, moment, {r: State() for r in range(100)}, {}).lines()
+    assert len(lines) == 9 and lines[7:] == ["  rank 8 is in no collective, and has called none", "  and 91 more ranks"]
+
+
+def test_gloo_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "[/source/pair.cc:553] Connection closed by peer [127.0.0.1]:9. This is typically caused by a remote worker crashing. Check\nthe logs"
+    assert _first_line(RuntimeError(text)) == "Connection closed by peer [127.0.0.1]:9"
+    assert _first_line(RuntimeError()) == "RuntimeError"
+    _say(3, ["a\x1b[31m\nb"])
+    assert capsys.readouterr().err == "shardlib [rank 3] a?[31m?b\n"
+
+
+def test_states_travel_through_the_store() -> None:
+    store = dist.HashStore()
+    dog = watchdog(store)
+    try:
+        seat = dog.watch.seat("tp", (0, 1))
+        dog.watch.begin(seat, "barrier")
+        dog._publish()
+        state = dog._states()[0]
+        assert (state.counts, str(state)) == ({TP: 1}, f"is in collective 1 of {TP}: barrier") and dog._states()[1] == State()
+        store.set("1", b"\xc1 no message")
+        assert str(dog._states()[1]) == "has written what is no state"
+    finally:
+        dog.stop("has closed its runtime")
+    assert str(dog._states()[0]) == "has closed its runtime"
+
+
+def test_sigterm_is_taken_only_where_nobody_has_it() -> None:
+    dog = watchdog(dist.HashStore())
+    assert signal.getsignal(signal.SIGTERM) == dog._on_term
+    second = watchdog(dist.HashStore())
+    second.stop("")
+    assert signal.getsignal(signal.SIGTERM) == dog._on_term
+    dog.stop("")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.set_wakeup_fd(-1) == -1
+
+    def mine(*_: object) -> None: ...
+    signal.signal(signal.SIGTERM, mine)
+    try:
+        third = watchdog(dist.HashStore())
+        third.stop("")
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+MUTE = """
+import sys, time, torch
+from shardlib.distributed.watch import Watch
+from shardlib.distributed.watchdog import Watchdog
+
+class Mute:
+    def set(self, *_): time.sleep(3600)
+
+watch = Watch()
+watch.begin(watch.seat("tp", (0, 1)), "barrier", at="step 1 of f, m.py:1: N +tp -> N")
+Watchdog(watch, Mute(), 0, 2, 1.0, torch.device("cpu"))
+time.sleep(3600)
+"""
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up() -> None:
+    done = subprocess.run([sys.executable, "-c", MUTE], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", (
+        f"shardlib [rank 0] has waited 1 s in collective 1 of {TP}: barrier, at step 1 of f, m.py:1: N +tp -> N\n"
+        "shardlib [rank 0]   the store does not answer\n"))
+
+
+def test_generated_code_says_where_in_the_plan_it_is() -> None:
+    @sharded("M N/tp -> M/tp N")
+    def turned(x):
+        x = reshard("M N/tp -> M N", x)
+        return reshard("M N -> M/tp N", reshard("M N -> M N", x))
+    mesh = Mesh(tp=2)
+    e = Emitter(mesh, 0, {"M": 4, "N": 4})
+    source = e.program(lower(turned, Layout(), mesh=mesh, passes=()))
+    assert source == "def main(a0):\n    v1 = g0.all_gather(a0, 1, (2, 2), at=s1)\n    v1 = v1.narrow(0, 0, 2)\n    return (v1,)\n"
+    line = turned.fn.__code__.co_firstlineno + 2
+    assert {n: str(s) for n, s in e.plan.items()} == {"s1": f"step 1 of turned, test_watchdog.py:{line}: M N/tp -> M N"}
+
+
+def test_plans_of_different_lengths() -> None:
+    texts = ["a\nb\n", "a\nb\nc\n", "a\nb\n"]
+    with pytest.raises(SpecError) as differ:
+        same_plan("f", (0, 1, 2), texts[0], lambda mine: texts if mine in texts else ["1", "2", "1"])
+    assert str(differ.value) == ("f: the ranks have different plans, first in line 3\n  ranks 0 2   (nothing)\n  rank 1      c\n"
+                                 "compile the same function with the same layout, mesh, sizes and dtypes on every rank")
+    same_plan("f", (0, 1), "a", lambda mine: [mine, mine])
+
+
+def test_the_time_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDLIB_TIMEOUT_S", "soon")
+    with pytest.raises(SpecError, match="^SHARDLIB_TIMEOUT_S is 'soon'; it is a number of seconds$"):
+        connect(Mesh(), "cpu")
+    assert connect(Mesh(), "cpu", timeout_s=5.0).rank == 0
+    assert Seat("tp", [0, 1]).ranks == (0, 1)
