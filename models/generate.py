@@ -213,7 +213,7 @@ def _tensors(tree: Any) -> Iterable[torch.Tensor]:
 def _show_plan(model: Model, prompts: Sequence[Sequence[int]], options: argparse.Namespace, say: Callable[[str], None], full: bool) -> None:
     """The collectives of one token, by the line that asked for them."""
     sizes = dict(model.config.sizes, B=len(prompts), T=1, S=max(map(len, prompts)) + options.max_new_tokens)
-    found = explain(model.lower(), model.runtime.mesh, sizes, default=options.dtype)
+    found = explain(model.lower(), model.runtime.mesh, sizes, default=options.dtype, runtime=model.runtime)
     if full:
         return say(str(found))
     say(f"plan of one token: {found.collectives} collectives, {bytes_text(found.bytes)} received per rank")

@@ -1,23 +1,27 @@
 """explain: where the traffic comes from. A table for a person, and the same as JSON.
 
 One row a collective of the program: the user's line, the spec before and after, the group, bytes a rank receives, the
-predicted time, and why it is there; then what each rank holds, and how unevenly.
+predicted time, and why it is there; then what each rank holds, and how unevenly. With a runtime, also the communicator that takes
+it on this machine, and its time as measured there.
 """
 from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from shardlib.cond import COND
+from shardlib.distributed.communicators.protocol import Call
+from shardlib.distributed.runtime import Runtime
 from shardlib.errors import bytes_text
 from shardlib.mesh import Mesh
-from shardlib.moves import COLLECTIVES
+from shardlib.moves import ALL_GATHER, ALL_REDUCE, COLLECTIVES, PERMUTE, REDUCE_SCATTER
 from shardlib.program import Program, Step
 from shardlib.project import ITEMSIZE, axes_of, received, value_dtypes
 from shardlib.scan import SCAN
@@ -45,6 +49,8 @@ class Traffic:
     bytes: int
     predicted_us: float
     why: str
+    communicator: str = ""
+    choice: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,12 +87,15 @@ class Explanation:
         out = io.StringIO()
         console = Console(file=out, width=150, force_terminal=False)
         table = Table(title=f"{self.program} on mesh {self.mesh or '(one rank)'}", title_justify="left", box=None, pad_edge=False)
-        for name in ("line", "collective", "before", "after", "ranks", "times", "bytes", "µs", "why"):
+        routed = any(t.communicator for t in self.traffic)
+        for name in ("line", "collective", "before", "after", "ranks", "times", "bytes", "µs", *(["by"] if routed else []), "why"):
             table.add_column(name, justify="right" if name in ("ranks", "times", "bytes", "µs") else "left", overflow="fold")
         for t in self.traffic:
             table.add_row(t.where, t.op, t.before, t.after, f"{'/'.join(t.axes)}={t.group_size}", str(t.times), bytes_text(t.bytes),
-                          f"{t.predicted_us:.0f}", t.why)
+                          f"{t.predicted_us:.3g}", *([t.communicator] if routed else []), t.why)
         console.print(table)
+        for choice in dict.fromkeys(t.choice for t in self.traffic if t.choice):
+            console.print(choice)
         console.print(f"{self.collectives} collectives, {bytes_text(self.bytes)} received per rank and run; times {self.cost_source}")
         console.print(f"arguments: {bytes_text(max(self.argument_bytes))} on the fullest rank, {self.imbalance:.2f} x the mean")
         for line in self.unmet:
@@ -95,13 +104,33 @@ class Explanation:
 
 
 def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None, default: str = "float32",
-            cost: CostModel = CostModel()) -> Explanation:
-    """Every collective of an explicit program, with its cost at these sizes, and what each rank holds."""
+            cost: CostModel = CostModel(), runtime: Runtime | None = None) -> Explanation:
+    """Every collective of an explicit program, with its cost at these sizes, and what each rank holds.
+
+    runtime: says who takes each collective and how long that took when it was measured; all ranks then call this.
+    """
     kinds = value_dtypes(program, dtypes or {}, default)
     held = tuple(sum(prod(mesh.local_shape(spec, sizes, c)) * ITEMSIZE[kinds[path]] for path, spec in program.arg_leaves())
                  for c in mesh.coordinates())
     traffic = tuple(_traffic(program, mesh, sizes, kinds, default, cost, 1))
-    return Explanation(program.name, str(mesh), traffic, held, cost.source, _unmet(program))
+    source = cost.source
+    if runtime is not None:
+        traffic, source = _routed(traffic, runtime, cost)
+    return Explanation(program.name, str(mesh), tuple(t for t, _ in traffic), held, source, _unmet(program))
+
+
+def _routed(traffic: Sequence[tuple[Traffic, Call]], runtime: Runtime, cost: CostModel) -> tuple[tuple[tuple[Traffic, Call], ...], str]:
+    """The same with who takes each, and µs by the routing table where it has them; and where the times come from."""
+    runtime.create_groups(dict.fromkeys(t.axes for t, _ in traffic))
+    made, measured = [], 0
+    for t, call in traffic:
+        call = call._replace(device=runtime.device.type)
+        choice = runtime.group(t.axes).choice(call)
+        measured += choice.us is not None
+        made.append((replace(t, communicator=choice.communicator, choice=f"{t.op} of {bytes_text(max(call.nbytes, 0))}: {choice.why}",
+                             predicted_us=t.predicted_us if choice.us is None else choice.us), call))
+    assumed = f"; {len(made) - measured} of {len(made)}: {cost.source}" if measured < len(made) else ""
+    return tuple(made), f"{runtime.table.source}{assumed}" if measured else cost.source
 
 
 def _unmet(program: Program) -> tuple[str, ...]:
@@ -112,7 +141,8 @@ def _unmet(program: Program) -> tuple[str, ...]:
     return tuple(f"{dim} is not split over {axis} at {', '.join(dict.fromkeys(found))}: there another dim has it" for (dim, axis), found in places.items())
 
 
-def _traffic(program: Program, mesh: Mesh, sizes: Mapping[str, int], kinds: dict[str, str], default: str, cost: CostModel, times: int) -> Iterator[Traffic]:
+def _traffic(program: Program, mesh: Mesh, sizes: Mapping[str, int], kinds: dict[str, str], default: str, cost: CostModel,
+             times: int) -> Iterator[tuple[Traffic, Call]]:
     for step in program.steps:
         if step.op is SCAN:
             paths = [p for p, _ in step.body.arg_leaves()]
@@ -124,7 +154,22 @@ def _traffic(program: Program, mesh: Mesh, sizes: Mapping[str, int], kinds: dict
                 inner = value_dtypes(body, {p: kinds[n] for p, n in zip(paths, step.inputs[1:])}, default)
                 yield from _traffic(body, mesh, sizes, inner, default, cost, times)
         elif step.op in COLLECTIVES and mesh.size(axes_of(step)) > 1:
-            yield _row(step, program, mesh, sizes, ITEMSIZE[kinds[step.inputs[0]]], cost, times)
+            dtype = kinds[step.inputs[0]]
+            yield _row(step, program, mesh, sizes, ITEMSIZE[dtype], cost, times), _call(step, mesh, sizes, dtype)
+
+
+def _call(step: Step, mesh: Mesh, sizes: Mapping[str, int], dtype: str) -> Call:
+    """What the step asks of a GroupCoordinator, as rank 0 does."""
+    (have,), (want,) = step.ins, step.outs
+    members = [mesh.coordinate(r) for r in mesh.group(axes_of(step), 0)]
+    parts = {ALL_GATHER: have, REDUCE_SCATTER: want}.get(step.op, have)
+    even = len({prod(mesh.local_shape(parts, sizes, c)) for c in members}) == 1
+    whole = prod(mesh.local_shape(want if step.op is ALL_GATHER else have, sizes, members[0])) * ITEMSIZE[dtype]
+    name = "all_to_all" if step.op is PERMUTE else step.op.name
+    op = ("max" if any(o.kind == "max" for o in have.owed) else "sum") if step.op in (ALL_REDUCE, REDUCE_SCATTER) else None
+    if name == "all_to_all" and not (even and len({prod(mesh.local_shape(want, sizes, c)) for c in members}) == 1):
+        return Call(name, None, getattr(torch, dtype), "cpu", -1, False)
+    return Call(name, op, getattr(torch, dtype), "cpu", whole, even)
 
 
 def _row(step: Step, program: Program, mesh: Mesh, sizes: Mapping[str, int], itemsize: int, cost: CostModel, times: int) -> Traffic:

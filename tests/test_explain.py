@@ -112,7 +112,7 @@ def test_json() -> None:
     assert sum(t["times"] for t in plain["traffic"]) == plain["collectives"] == found.collectives
     assert plain["traffic"][0] | {"predicted_us": 0} == {
         "op": "all_gather", "where": STEPPED, "function": "next_token", "before": "V/tp D/dp", "after": "V/tp D", "axes": ["dp"], "group_size": 2,
-        "times": 1, "bytes": 6 * D // 2 * 4, "predicted_us": 0, "why": "embedding takes V/tp D"}
+        "times": 1, "bytes": 6 * D // 2 * 4, "predicted_us": 0, "why": "embedding takes V/tp D", "communicator": "", "choice": ""}
 
 
 def test_the_table() -> None:

@@ -20,9 +20,9 @@ compare each collective before it runs, and what differs is one `SpecError` on a
 """
 from __future__ import annotations
 
-from math import prod
+from math import inf, prod
 from time import monotonic
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,13 @@ from shardlib.errors import SpecError
 _FACTS = {"all_reduce": " {}", "broadcast": " {} from member {}", "all_gather": " to {} along dim {} by {}", "broadcast_message": " from member {}",
           "reduce_scatter": " {} along dim {} by {}", "gather": " to {} along dim {} by {} on member {}", "all_to_all": ", even: {}"}
 """How debug mode says what must be equal on all members."""
+
+
+class Choice(NamedTuple):
+    """Which communicator takes a call. us: what the routing table says, if it knows."""
+    communicator: str
+    us: float | None
+    why: str
 
 
 class GroupCoordinator:
@@ -278,6 +285,16 @@ class GroupCoordinator:
             raise SpecError(f"{call.name} over {self.name}: {'; '.join(map(str, dict.fromkeys(reasons)))}")
         best = self.table.order(call, self.world_size, [c.name for c in able])[0]
         return next(c for c in able if c.name == best)
+
+    def choice(self, call: Call) -> Choice:
+        """Who takes the call, the µs it should take, and why it is that one: in words, for `explain`."""
+        chosen = self.choose(call)
+        us = {c.name: self.table.us(call, self.world_size, c.name) for c in self.communicators if self._reason(c, call) is None}
+        times = ", ".join(f"{name} {t:.3g} µs" for name, t in sorted(us.items(), key=lambda item: item[1] or inf) if t is not None)
+        others = {c.name: reason for c in self.communicators if (reason := self._reason(c, call)) and c.name != chosen.name}
+        declined = [*others.values(), *(f"no {name}: {reason}" for name, reason in self.declined.items())]
+        why = f"measured: {times}" if us[chosen.name] is not None else f"{chosen.name}, the first that takes it"
+        return Choice(chosen.name, us[chosen.name], "; ".join([why, *declined]))
 
     def _reason(self, communicator: Communicator, call: Call) -> str | None:
         if self.deterministic and call.op is not None and not communicator.deterministic:

@@ -114,3 +114,19 @@ def refusal(call: Any) -> str:
     except SpecError as error:
         return str(error)
     return "not refused"
+
+
+def explained(runtime: Runtime) -> list[Any]:
+    """Who takes the collectives of a program, by a table that knows some of them."""
+    from shardlib import Layout, einsum, lower, sharded
+    from shardlib.distributed.routing import Curve, Table
+    from shardlib.explain import explain
+
+    @sharded("T D, D F, F E -> T E")
+    def mlp(x: Any, up: Any, down: Any) -> Any:
+        return einsum("T F, F E -> T E", einsum("T D, D F -> T F", x, up), down)
+    group = runtime.group(("tp",))
+    group.table = Table("a machine", {"date": "2026-01-01"}, (Curve("all_reduce", 2, "float32", False, "shared memory", ((1, 7.0),)),))
+    runtime.table = group.table
+    found = explain(lower(mlp, Layout(F="tp"), mesh=runtime.mesh), runtime.mesh, dict(T=2, D=3, F=4, E=5), runtime=runtime)
+    return [[(t.op, t.communicator, t.predicted_us, t.choice) for t in found.traffic], found.cost_source]

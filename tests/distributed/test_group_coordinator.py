@@ -108,3 +108,8 @@ def test_nobody_sends_to_itself() -> None:
             group.send(torch.ones(1), 0)
         with pytest.raises(SpecError, match="^recv: a group of one has nobody to receive from$"):
             group.recv((1,), torch.float32, 0)
+
+
+def test_explain_names_the_communicator_and_its_measured_time(pair: World) -> None:
+    assert pair.run("explained") == [[[["all_reduce", "shared memory", 7.0, "all_reduce of 40 B: measured: shared memory 7 µs"]],
+                                      "measured on a machine, 2026-01-01"]] * 2

@@ -54,6 +54,14 @@ def test_the_fastest_that_supports_the_call_takes_it() -> None:
     assert g.choose(CALL._replace(name="broadcast", op=None)).name == "c"           # not measured: the first
 
 
+def test_a_choice_says_why() -> None:
+    table = Table("x", {}, (curve("a", (1024, 5.0)), curve("b", (1024, 50.0))))
+    g = group(Named("c", most=8), Named("b"), Named("a"), table=table)
+    assert g.choice(CALL._replace(nbytes=1024)) == ("a", 5.0, "measured: a 5 µs, b 50 µs; c takes 8 bytes")
+    other = GroupCoordinator("tp", (0, 1), 0, 0, CPU, (Named("b"),), Alone(), declined={"nvlink": "members run on 2 hosts"})
+    assert other.choice(CALL) == ("b", None, "b, the first that takes it; no nvlink: members run on 2 hosts")
+
+
 def test_only_what_adds_in_rank_order_is_deterministic() -> None:
     table = Table("x", {}, (curve("fast", (1024, 5.0)), curve("exact", (1024, 50.0))))
     fast, exact = Named("fast", deterministic=False), Named("exact")
