@@ -1,4 +1,6 @@
-"""Hypothesis without a deadline; in CI (the variable CI is set) the same examples every time. HYPOTHESIS_PROFILE=more draws ten times as many."""
+"""Hypothesis without a deadline; in CI (the variable CI is set) the same examples every time. HYPOTHESIS_PROFILE=more draws ten times as many.
+
+Where there is no GPU, kernels run in Triton's interpreter: Triton decides that once, when it is first imported."""
 from __future__ import annotations
 
 import os
@@ -8,6 +10,9 @@ from typing import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 COMMON = dict(deadline=None, report_multiple_bugs=False, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
 settings.register_profile("default", max_examples=100, **COMMON)

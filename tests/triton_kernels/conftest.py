@@ -1,0 +1,19 @@
+"""Tests of kernels without a GPU: in Triton's interpreter, which tests/conftest.py asks for. Tests here may import their neighbours by name."""
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))       # of numpy, at sums of infinities
+            if os.environ.get("TRITON_INTERPRET") != "1":
+                item.add_marker(pytest.mark.skip(reason="where there is a GPU, kernels are compiled: TRITON_INTERPRET=1 runs this"))
