@@ -48,13 +48,20 @@ def tables() -> str:
         found = json.loads(path.read_text())
         lines = [f"**{path.stem}** ({found['hardware']}; torch {found['versions']['torch']}; {found['date']}, commit {found['commit']})", "",
                  "| case | unit | shardlib | peers | ours / peer | floor |", "|---|---|---|---|---|---|"]
-        for row in found["rows"]:
+        for row in filter(shown, found["rows"]):
             peers = "; ".join(f"{name} {value:g}" for name, value in row["peers"].items())
             ratio = row.get("paired_ratio")
             ratios = f"{ratio:.3f} (paired)" if ratio else "; ".join(f"{row['ours'] / v:.2f}" for v in row["peers"].values() if v)
             lines.append(f"| {row['case']} | {row['unit']} | {row['ours']:g} | {peers} | {ratios} | {'' if row['floor'] is None else row['floor']} |")
+        if path.with_suffix(".svg").exists():
+            lines += ["", f"![{path.stem}](benchmarks/results/{path.stem}.svg)"]
         parts.append("\n".join(lines) + "\n\n")
     return "\n" + "".join(parts)
+
+
+def shown(row: dict) -> bool:
+    """Of a benchmark over all powers of two, every third; the file and the picture have all."""
+    return "bytes" not in row or row["bytes"].bit_length() % 3 == 0
 
 
 if __name__ == "__main__":
