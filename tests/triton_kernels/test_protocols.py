@@ -291,7 +291,7 @@ CONTROLS = {
 
 def trial(family: str, seed: int, **rules: Any) -> str | None:
     draw = random.Random(seed)
-    return simulate(family, random_calls(family, draw, 4), 2 + seed % 2, seed, **rules)
+    return simulate(family, random_calls(family, draw, 6 if family == "sums" else 4), 2 + seed % 2, seed, **rules)
 
 
 @pytest.mark.parametrize("family", CONTROLS)
