@@ -16,6 +16,7 @@ A communicator with a method `report() -> str | None` adds a line of its own: wh
 """
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import select
@@ -87,7 +88,7 @@ class Scene:
         if self.mine is None:
             ranks = sorted({*ranks, *(r for r, s in self.states.items() if s.now is not None and r != self.rank)})
         said = [f"  rank {r} {self._say(r)}" for r in ranks[:LINES]] + ([f"  and {len(ranks) - LINES} more ranks"] if len(ranks) > LINES else [])
-        return said or ["  all its ranks are there"]
+        return said or ["  all its ranks are there" if self.mine else "  no rank is in a collective"]
 
     def _say(self, rank: int) -> str:
         if rank not in self.silent:
@@ -102,7 +103,7 @@ class Watchdog:
         self.watch, self.store, self.rank, self.world_size, self.device = watch, store, rank, world_size, device
         self.timeout_s, self.limit_s, self.tick_s = timeout_s, 0.75 * timeout_s, min(1.0, timeout_s / 40)
         self._beat, self._error, self._report, self._left = 0, "", "", False
-        self._told, self._marked = threading.Event(), None
+        self._told, self._marked, self._waiting = threading.Event(), None, None
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         self._signals = self._take_signals()
@@ -158,6 +159,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         woken = b""
+        if self.device.type == "cuda":
+            _leave_captures_alone()
         while _STOP not in woken:
             self._publish()
             if _FAILED in woken:
@@ -175,7 +178,7 @@ class Watchdog:
         stuck, over = self._stuck(), self._ask(lambda s: int(s.get("over")) if s.check(["over"]) else None)
         if stuck is None and over is None:
             return
-        mine = stuck or self.watch.now
+        mine = self._waiting = stuck or self.watch.now
         if over is None:
             self._ask(lambda s: s.set("over", str(self.rank)))
         where = Moment.of(mine) if mine else None
@@ -257,7 +260,7 @@ class Watchdog:
 
     def _state(self) -> State:
         watch = self.watch
-        now = watch.now or (watch.last if watch.last is watch.failed else None)
+        now = watch.now or self._waiting or (watch.last if watch.last is watch.failed else None)
         return State(self._beat, {str(s): s.count for s in watch.seats}, Moment.of(now), Moment.of(watch.last), self._left, watch.note)
 
     def _publish(self) -> None:
@@ -273,6 +276,12 @@ class Watchdog:
         except RuntimeError:
             self.store = None
             return None
+
+
+def _leave_captures_alone() -> None:
+    """What this thread asks of the GPU does not end the capture of a CUDA graph in another thread: mode "relaxed", of this thread alone."""
+    relaxed = ctypes.c_int(2)
+    ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
 
 
 def own_connection(store: dist.Store, timeout_s: float) -> dist.Store:
