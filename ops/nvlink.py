@@ -23,6 +23,7 @@ from torch import Tensor
 from shardlib.distributed.communicators.protocol import Call, Place
 from shardlib.distributed.flat import Cut
 from shardlib.errors import SpecError, bytes_text
+from shardlib.ops.nvlink_report import Reader, chunks_missing, packets_missing, sums_missing
 from shardlib.triton_kernels.all_reduce import one_shot, two_shot
 from shardlib.triton_kernels.exchange import all_gather, all_to_all
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter
@@ -95,6 +96,7 @@ class NVLink:
         self.group, self.me, self.size, self.device = place.name, place.me, place.size, place.device
         self._free, self._channels = list(channels), {}
         self._most = MOST_BLOCKS if self.size <= 4 else WIDE_BLOCKS
+        self._ranks, self._reader, self._last = place.ranks, Reader(place.device), None
         self.workspace_bytes = sum(c.nbytes for c in channels)
         place.control.barrier()                 # all have filled their workspaces
 
@@ -114,10 +116,11 @@ class NVLink:
     # -- collectives -----------------------------------------------------------------------------------------------
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
-        x = _aligned(x)
+        x, channel = _aligned(x), self._channel()
+        self._last = ("sums", channel, 0)
         if self.size == 2 or x.nbytes <= TWO_SHOT:
-            return one_shot(x, self._channel().reduce, *launch(x.nbytes, self._most))
-        return two_shot(x, self._channel().reduce, *launch(x.nbytes // self.size, WIDE_BLOCKS))
+            return one_shot(x, channel.reduce, *launch(x.nbytes, self._most))
+        return two_shot(x, channel.reduce, *launch(x.nbytes // self.size, WIDE_BLOCKS))
 
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], op: str) -> Tensor:
         return self._reduce_scatter(x.view(1, self.size, -1)).view(-1)
@@ -128,7 +131,9 @@ class NVLink:
         return self._reduce_scatter(x.view(prod(cut.whole[:cut.dim]), self.size, -1)).view(cut.shapes[self.me])
 
     def _reduce_scatter(self, x: Tensor) -> Tensor:
-        return reduce_scatter(_aligned(x), self._channel().reduce, *launch(x.nbytes // self.size, self._most))
+        channel = self._channel()
+        self._last = ("sums", channel, 0)
+        return reduce_scatter(_aligned(x), channel.reduce, *launch(x.nbytes // self.size, self._most))
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         return self._all_gather(x.view(1, -1)).view(-1)
@@ -151,8 +156,24 @@ class NVLink:
         words = _aligned(x).view(torch.uint8).view(torch.int32)
         channel = self._channel()
         if piece * self.size <= PACKETS:
+            self._last = ("packets", channel, piece)
             return words, (channel.packets, *launch_packets(piece), 1, True)
+        self._last = ("chunks", channel, piece)
         return words, (channel.chunks, *launch_chunks(piece), False)
+
+    def report(self) -> str | None:
+        """What the last kernel waits for, of which ranks: where it has not ended, and was not followed by others. Asks the GPU."""
+        if self._last is None:
+            return None
+        how, channel, piece = self._last
+        if how == "sums":
+            missing = sums_missing(channel.reduce, self._reader, self._ranks, lambda quads, q: _block(q, *launch(quads * QUAD, self._most)))
+        elif how == "packets":
+            missing = packets_missing(channel.packets, self._reader, self._ranks, piece // QUAD, lambda quads, q: _block(q, *launch_packets(quads * QUAD)))
+        else:
+            blocks, warps, unroll = launch_chunks(piece)
+            missing = chunks_missing(channel.chunks, self._reader, self._ranks, min(blocks, -(-piece // (QUAD * 32 * warps * unroll))))
+        return f"NVLink over {self.group}: {'; '.join(missing)}" if missing else None
 
     def _channel(self) -> Channel:
         stream = torch.cuda.current_stream().cuda_stream
@@ -218,6 +239,10 @@ def launch_chunks(nbytes: int) -> tuple[int, int, int]:
         return MOST_BLOCKS, 16, 4
     unroll = 1 if rows <= 128 else 2 if rows <= 256 else 4
     return -(-rows // unroll), 8, unroll
+
+
+def _block(quad: int, blocks: int, warps: int) -> int:
+    return quad // (32 * warps) % blocks
 
 
 def _aligned(x: Tensor) -> Tensor:

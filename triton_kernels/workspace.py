@@ -41,6 +41,11 @@ class Workspace:
         """Whether kernels run in Triton's interpreter: the memory is the CPU's."""
         return self.arena.device.type == "cpu"
 
+    @property
+    def flag_words(self) -> int:
+        """Words of the arena before its slots."""
+        return 0 if self.flags is None else MAX_BLOCKS * self.size * 2
+
     @cached_property
     def key(self) -> tuple[Any, ...]:
         """What compiled kernels depend on."""

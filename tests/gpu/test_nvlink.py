@@ -1,6 +1,9 @@
 """The communicator over NVLink: the conformance kit, and long random runs, eager and in graphs, on two channels at once."""
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,3 +20,13 @@ def test_nothing_is_wrong(ranks: int, what: str) -> None:
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs, this machine has {torch.cuda.device_count()}")
     assert f"{what} on tp={ranks}: 0 wrong" in torchrun(ranks, WORKER, *what.split())
+
+
+@pytest.mark.parametrize("what, count, line", [
+    ("all_reduce", 4096, "of rank 1, 4096 of 4096 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff"),
+    ("all_gather", 4096, "of rank 1, 4096 of 4096 packets have not come: block 0 waits for quad 0, expects call 2 and sees 0"),
+    ("all_gather", 1 << 20, "of rank 1, 128 of 128 blocks have sent nothing: block 0 expects a flag above 65536 and sees 1")])
+def test_a_kernel_that_waits_says_for_what(what: str, count: int, line: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(Path(WORKER).with_name("nvlink_silent.py")), what, str(count)],
+                          capture_output=True, text=True, timeout=90, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode != 0 and f"shardlib [rank 0]   NVLink over tp: {line}" in done.stderr, done.stderr[-4000:]

@@ -1,0 +1,26 @@
+"""One rank of test_nvlink's report: rank 1 never comes to an all_reduce, an all_gather by packets, or one by chunks.
+
+    torchrun --nproc-per-node 2 tests/gpu/nvlink_silent.py all_reduce 4096
+"""
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+from shardlib import Mesh
+from shardlib.distributed import connect
+from shardlib.ops.nvlink import nvlink
+
+what, count = sys.argv[1], int(sys.argv[2])
+with connect(Mesh(tp=2), "cuda", timeout_s=10.0, communicators=(nvlink,)) as runtime:
+    runtime.create_groups([("tp",)])
+    group, x = runtime.group(("tp",)), torch.ones(count, device=runtime.device)
+
+    def call() -> torch.Tensor:
+        return group.all_reduce(x) if what == "all_reduce" else group.all_gather(x, 0, (count, count))
+    call().sum().item()
+    if runtime.rank == 1:
+        time.sleep(3600)
+    call().sum().item()
