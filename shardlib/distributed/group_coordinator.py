@@ -28,17 +28,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardlib.distributed import agreement, messages
+from shardlib.distributed import agreement, frames, messages
 from shardlib.distributed.communicators.protocol import Call, Communicator, Place
 from shardlib.distributed.flat import Cut, pack, plain
+from shardlib.distributed.graph_capture import on_capture_stream
 from shardlib.distributed.message_queue import MessageQueue
 from shardlib.distributed.reduction import check_reducible
 from shardlib.distributed.routing import UNMEASURED, Table
+from shardlib.distributed.tensor_dicts import Label, Value, label
 from shardlib.distributed.watchdog import Watchdog
 from shardlib.errors import SpecError
 
 
 _FACTS = {"all_reduce": " {}", "broadcast": " {} from member {}", "all_gather": " to {} along dim {} by {}", "broadcast_message": " from member {}",
+          "broadcast_tensors": " from member {}",
           "reduce_scatter": " {} along dim {} by {}", "gather": " to {} along dim {} by {} on member {}", "all_to_all": ", even: {}"}
 """How debug mode says what must be equal on all members."""
 
@@ -173,16 +176,82 @@ class GroupCoordinator:
 
     def send(self, x: Tensor, to: int) -> None:
         """Hands x to member `to`, which calls `recv`."""
-        self._check_member("send", to)
+        self._check_peer("send", to)
         x = plain(x)
         self._pass("send", to, x.dtype, x.numel(), self.route("send", x).send, x, to)
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> Tensor:
         """What member `source` sends here: a tensor of this shape and dtype, on this rank's device."""
-        self._check_member("recv", source)
+        return self._recv(shape, dtype, self.device, source)
+
+    def _recv(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, source: int) -> Tensor:
+        self._check_peer("recv", source)
         count = prod(shape)
-        call = self._route(Call("send", None, dtype, self.device.type, count * dtype.itemsize)).recv
-        return self._pass("recv", source, dtype, count, call, count, dtype, self.device, source).view(tuple(shape))
+        call = self._route(Call("send", None, dtype, device.type, count * dtype.itemsize)).recv
+        return self._pass("recv", source, dtype, count, call, count, dtype, device, source).view(tuple(shape))
+
+    # -- tensors by name: see `tensor_dicts` -----------------------------------------------------------------------
+
+    def send_tensors(self, tensors: Mapping[str, Value], to: int) -> None:
+        """Hands tensors, by name, to member `to`, which calls `recv_tensors`: of any dtypes, shapes and strides, on the CPU or the device.
+
+        A pair of a tensor and its spec arrives as that pair: {"x": (x, "B T D @pp:1")}. What cannot be sent is a SpecError here
+        and there. One message over the CPU group says what comes; then each tensor, whole, takes its own route.
+        """
+        self._check_peer("send_tensors", to)
+        frame, given = self._labelled("send_tensors", tensors)
+        self._pass("send_tensors", to, None, -1, frames.send, self._live_control(), frame, to)
+        messages.read(frame)                                            # what the receiver refuses, this member does, too
+        for x in given:
+            if x.numel():
+                self.send(x, to)
+
+    def recv_tensors(self, source: int) -> dict[str, Value]:
+        """What member `source` sends here with `send_tensors`, in its order; tensors that it has on its device are on this rank's."""
+        self._check_peer("recv_tensors", source)
+        frame, got = self._pass("recv_tensors", source, None, -1, frames.recv, self._live_control(), source), {}
+        for each in messages.read(frame, list[Label]):
+            x = each.room(self.device)
+            got[each.name] = each.value(self._recv(x.shape, x.dtype, x.device, source) if x.numel() else x)
+        return got
+
+    def broadcast_tensors(self, tensors: Mapping[str, Value] | None, root: int) -> dict[str, Value]:
+        """Member root's tensors, by name, on every member, root's own as copies. The others pass None. Else as `send_tensors`."""
+        self._check_member("broadcast_tensors", root)
+        mine = self.rank_in_group == root
+        frame, given = self._labelled("broadcast_tensors", tensors) if mine else (b"", [])
+        frame = self._run(None, "broadcast_tensors", None, None, -1, (root,), frames.broadcast, self._live_control(), frame, root, mine)
+        labels = messages.read(frame, list[Label])
+        rooms = [each.room(self.device) for each in labels]
+        return {each.name: each.value(self.broadcast(x, root) if x.numel() else room)
+                for each, x, room in zip(labels, given if mine else rooms, rooms)}
+
+    def _labelled(self, name: str, tensors: Mapping[str, Value]) -> tuple[bytes, list[Tensor]]:
+        """The frame that goes ahead of `tensors`, or says why they do not come; and the tensors."""
+        try:
+            labels, given = label(f"{name} over {self.name}", tensors, self.device)
+        except SpecError as error:
+            return messages.refusal(str(error)), []
+        return messages.frame(labels), given
+
+    # -- CUDA graphs -----------------------------------------------------------------------------------------------
+
+    def graph_capture(self) -> AbstractContextManager[torch.cuda.Stream]:
+        """The stream to capture CUDA graphs on, as the current one: warm up on it, then capture on it.
+
+            with tp.graph_capture() as stream:
+                step(x)                                             # compiles, and gives the stream its channels and workspaces
+                with torch.cuda.graph(graph, stream=stream):
+                    y = step(x)
+            graph.replay()                                          # on any stream
+
+        It is the same in every group of this process, so that one graph may call several. All members capture the same
+        calls in the same order, and replay together. Graphs that were captured on it run one after another: communicators keep
+        memory for each stream, and these graphs share it. Let them go before the group is destroyed.
+        """
+        if self.device.type != "cuda":
+            raise SpecError(f"graph_capture over {self.name}: CUDA graphs are of calls on cuda; this group is on {self.device.type}")
+        return on_capture_stream(self.device)
 
     # -- what is around each of them -------------------------------------------------------------------------------
 
@@ -202,7 +271,7 @@ class GroupCoordinator:
         finally:
             watch.last, watch.now = watch.now, None
 
-    def _pass(self, name: str, member: int, dtype: torch.dtype, count: int, call: Callable, *args: Any) -> Any:
+    def _pass(self, name: str, member: int, dtype: torch.dtype | None, count: int, call: Callable, *args: Any) -> Any:
         """The same for a send or a recv, of which only two members know."""
         if self._watchdog is None:
             return call(*args)
@@ -237,17 +306,8 @@ class GroupCoordinator:
         return self._run(None, "broadcast_message", None, None, -1, (root,), *way)
 
     def _broadcast_message(self, message: Any, root: int, as_type: Any) -> Any:
-        mine = self.rank_in_group == root
-        block, rest = messages.encode(message) if mine else (bytearray(messages.BLOCK), bytearray())
-        block = self._broadcast_bytes(block, root)
-        size = messages.rest_size(block)
-        rest = self._broadcast_bytes(rest if mine else bytearray(size), root) if size else rest
-        return messages.decode(block, rest, as_type)
-
-    def _broadcast_bytes(self, data: bytearray, root: int) -> bytearray:
-        view = torch.frombuffer(data, dtype=torch.uint8)
-        view.copy_(self._live_control().broadcast(view, root))
-        return data
+        frame = messages.frame(message) if self.rank_in_group == root else b""
+        return messages.read(frames.broadcast(self._live_control(), frame, root, self.rank_in_group == root), as_type)
 
     def barrier(self) -> None:
         """Returns when every member has called it; the device may still be at work."""
@@ -328,3 +388,8 @@ class GroupCoordinator:
     def _check_member(self, name: str, member: int) -> None:
         if not 0 <= member < self.world_size:
             raise SpecError(f"{name} over {self.name}: no member {member} in a group of {self.world_size}")
+
+    def _check_peer(self, name: str, member: int) -> None:
+        self._check_member(name, member)
+        if member == self.rank_in_group and self.world_size > 1:
+            raise SpecError(f"{name} over {self.name}: member {member} is the one that calls; it has what it would send")

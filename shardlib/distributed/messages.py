@@ -30,6 +30,11 @@ def frame(message: Any) -> bytes:
         return _frame(_BAD, f"a message holds plain data only: {error}".encode()[:BLOCK - HEAD])
 
 
+def refusal(text: str) -> bytes:
+    """The frame of no message: `read` raises a SpecError with this text."""
+    return _frame(_BAD, text.encode(errors="replace"))
+
+
 def _frame(status: int, payload: bytes) -> bytes:
     return bytes([status]) + len(payload).to_bytes(8, "little") + payload
 

@@ -276,6 +276,11 @@ def _refusal_failures(run: Callable[[], object], text: str) -> Iterator[str]:
         yield f"not refused; expected {text}"
 
 
+def moved_failures(given: Tensor, got: Tensor) -> list[str]:
+    """What is wrong with `got`, which is what another member received as `given`, or this one as a copy of it."""
+    return [*_differ("the tensor", got, given), *_aliasing_failures([given], [given.detach().clone()], [got])]
+
+
 # -- the list ---------------------------------------------------------------------------------------------------------
 
 def fixed_cases(axes: tuple[str, ...], n: int) -> list[Case]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from conformance import check, fixed_cases
+from conformance import Case, check, draw, fixed_cases, moved_failures
 from shardlib.distributed import GroupCoordinator, Runtime
 from shardlib.distributed.communicators.torch_distributed import TorchDistributed
 from shardlib.errors import SpecError
@@ -63,6 +63,58 @@ def queued_messages(runtime: Runtime, axes: list[str]) -> list[Any]:
     group, queue = runtime.group(axes), runtime.open_queue(axes)
     return [queue is group.queue is runtime.open_queue(axes), group.broadcast_message(("a", 1), 0), group.broadcast_message("y", 1),
             group.broadcast_message("x" * 3_000_000, 0), refusal(lambda: group.broadcast_message({"f": int}, 0)), queue.declined is None]
+
+
+def tensor_dict(runtime: Runtime, axes: list[str], rows: list[list[Any]], source: int, to: int | None) -> list[str]:
+    """What is wrong with a dict from one member to another, or to all. rows: name, dtype, shape, layout and spec of each tensor."""
+    group = runtime.group(axes)
+    kept = {name: draw(shape, Case("send", tuple(axes), dtype, tuple(shape), layout=layout, special=True), 64 * min(group.ranks) + i)
+            for i, (name, dtype, shape, layout, _) in enumerate(rows)}
+    given = {name: kept[name] if spec is None else (kept[name], spec) for name, *_, spec in rows}
+    if to is None:
+        got = group.broadcast_tensors(given if group.rank_in_group == source else None, source)
+    elif group.rank_in_group == source:
+        group.send_tensors(given, to)
+        return []
+    elif group.rank_in_group != to:
+        return []
+    else:
+        got = group.recv_tensors(source)
+    failures = [] if list(got) == list(given) else [f"names {list(got)}, expected {list(given)}"]
+    for name, *_, spec in rows:
+        x = got[name] if spec is None else got[name][0]
+        if spec is not None and got[name][1:] != (spec,):
+            failures.append(f"{name!r}: the spec {got[name][1:]}, expected {spec}")
+        failures += [f"{name!r}: {text}" for text in moved_failures(kept[name], x)]
+    return failures
+
+
+def tensor_dict_misuse(runtime: Runtime, axes: list[str]) -> list[Any]:
+    """With what text dicts that mean nothing are refused, by each member; and whether the group is of use afterwards."""
+    group, x = runtime.group(axes), torch.ones(2, 3)
+    bad: list[Any] = [
+        {"x": x, "cache": {"k": x}}, [x], {3: x}, {"x": [x]}, {"x": (x, "B T", "B T")}, {"x": x.to_sparse()}, {"x": x.to("meta")},
+        {"x": torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)}, {"x": (x, "B B")}, {"x": (x, "B T D")}, {"x": (x, "... B T D")},
+        {"x": (x, 3)}, {"\ud800": x}]
+
+    def attempt(given: Any) -> str:
+        if group.rank_in_group == 0:
+            return refusal(lambda: group.send_tensors(given, 1))
+        return refusal(lambda: group.recv_tensors(0))
+    sent = [attempt(given) for given in bad]
+    told = [refusal(lambda given=given: group.broadcast_tensors(given if group.rank_in_group == 1 else None, 1)) for given in bad[:2]]
+    rest = [refusal(call) for call in (lambda: group.send_tensors({}, 2), lambda: group.recv_tensors(group.rank_in_group),
+                                       lambda: group.broadcast_tensors({}, -1), lambda: group.send(x, group.rank_in_group))]
+    return [sent, told, rest, tensor_dict(runtime, axes, [["x", "float32", [2], "contiguous", None]], 1, 0)]
+
+
+def tensor_dict_checked(runtime: Runtime, axes: list[str]) -> list[str]:
+    """In debug mode, members that broadcast from different roots, and then from one."""
+    whole = runtime.group(axes)
+    group = GroupCoordinator(whole.name, whole.ranks, whole.rank, whole.local_rank, whole.device, whole.communicators, whole.communicators[-1],
+                             watchdog=runtime._watchdog, check=runtime._places[tuple(axes)])
+    return [refusal(lambda: group.broadcast_tensors({"x": torch.ones(1)}, group.rank_in_group)),
+            list(group.broadcast_tensors({"x": torch.ones(1)}, 1))]
 
 
 def barrier(runtime: Runtime, axes: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""One rank of the tests of direct NCCL: `conformance`, `graphs`, `stress CALLS` or `close`. Exit status 1 where anything is wrong.
+"""One rank of the tests of direct NCCL: `conformance`, `graphs`, `stress CALLS`, `tensors` or `close`. Exit status 1 where anything is wrong.
 
     torchrun --nproc-per-node 2 tests/gpu/nccl_direct_worker.py stress 20000
 """
@@ -172,6 +172,28 @@ class Stress:
         return int(self.bad.sum())
 
 
+# -- tensors by name --------------------------------------------------------------------------------------------------
+
+def tensors(group: GroupCoordinator) -> int:
+    """Tensors of the GPU and of the CPU in one dict, to the next member and to all; how many came otherwise."""
+    generator = torch.Generator(group.device).manual_seed(0)
+    whole = {"x": values((5, 3), torch.bfloat16, generator).t(), "step": torch.tensor(3), "none": values((0, 4), torch.float32, generator),
+             "mask": values((7,), torch.bool, generator), "large": values((1 << 20,), torch.float32, generator)}
+    given, got = {**whole, "carry": (whole["x"], "T B @tp:1")}, None
+    if group.rank_in_group == 0:
+        group.send_tensors(given, 1)
+    elif group.rank_in_group == 1:
+        got = group.recv_tensors(0)
+    everywhere = group.broadcast_tensors(given if group.rank_in_group == 1 else None, 1)
+    wrong = 0
+    for answer in (everywhere, got) if got is not None else (everywhere,):
+        wrong += list(answer) != list(given) or answer["carry"][1] != "T B @tp:1"
+        for name, x in {**whole, "carry": whole["x"]}.items():
+            y = answer[name][0] if name == "carry" else answer[name]
+            wrong += not (y.device == x.device and y.dtype == x.dtype and torch.equal(y, x))
+    return wrong
+
+
 # -- the end ----------------------------------------------------------------------------------------------------------
 
 def close(group: GroupCoordinator) -> int:
@@ -195,7 +217,8 @@ def main(what: str, *numbers: str) -> int:
         whole = runtime.group(("tp",))
         assert not whole.declined, whole.declined
         group, others = only("NCCL", whole), only("torch.distributed (nccl)", whole)
-        wrong = Stress(group, others, 1).run(int(numbers[0])) if what == "stress" else {"conformance": conformance, "graphs": graphs, "close": close}[what](group)
+        wrong = Stress(group, others, 1).run(int(numbers[0])) if what == "stress" else tensors(whole) if what == "tensors" else \
+            {"conformance": conformance, "graphs": graphs, "close": close}[what](group)
         if runtime.rank == 0:
             print(f"{what} {' '.join(numbers)} on {mesh}: {wrong} wrong; NCCL {whole.communicators[0].version}", flush=True)
     return int(wrong > 0)

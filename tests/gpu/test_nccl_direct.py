@@ -1,4 +1,4 @@
-"""Direct NCCL under torchrun: the conformance kit, CUDA graphs, a storm of calls, and the end of a group."""
+"""Direct NCCL under torchrun: the conformance kit, CUDA graphs, a storm of calls, tensors by name, and the end of a group."""
 from __future__ import annotations
 
 import os
@@ -14,7 +14,7 @@ WORKER = Path(__file__).parent / "nccl_direct_worker.py"
 
 
 @pytest.mark.parametrize("ranks", (2, 4))
-@pytest.mark.parametrize("what", (["conformance"], ["graphs"], ["stress", "4000"], ["close"]), ids=lambda what: what[0])
+@pytest.mark.parametrize("what", (["conformance"], ["graphs"], ["stress", "4000"], ["tensors"], ["close"]), ids=lambda what: what[0])
 def test_nothing_is_wrong(what: list[str], ranks: int) -> None:
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs, this machine has {torch.cuda.device_count()}")

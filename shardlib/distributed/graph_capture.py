@@ -1,0 +1,32 @@
+"""The stream on which this process captures CUDA graphs: one for each device, whichever groups a graph calls.
+
+Communicators take a capture as they take eager calls, and need no word of it: their memory is their own from the start, so that
+nothing is registered, or exchanged between members, when a capture ends. What depends on the stream is what they, and cuBLAS, keep
+for each that calls: NVLink has channels for two streams, one that calls eagerly and one that captures. With this one stream they
+suffice for any number of graphs, and a warm-up on it leaves nothing to be made in the capture itself.
+
+torch.cuda.graph has a stream of its own for this, which nobody can warm up: it exists from the first capture on.
+"""
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Iterator
+
+import torch
+
+
+@lru_cache(maxsize=None)
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Made at the first call, and the same ever after."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def on_capture_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """The stream is the current one within; it begins after, and ends before, what the one around it has and will have to do."""
+    stream, around = capture_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(around)
+    with torch.cuda.stream(stream):
+        yield stream
+    around.wait_stream(stream)
