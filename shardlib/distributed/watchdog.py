@@ -12,6 +12,8 @@ A collective may wait for three quarters of `timeout_s`; the rest is for telling
     it failed            the rank reports at once, and the collective raises a `RankError` with that report
     SIGTERM came         the launcher ends us since another rank has failed: the rank reports where it was, and ends
 
+The store is on one host. A rank that is cut off from it cannot know who else is gone, and says so: `the store on 192.0.2.1 does not answer`.
+
 A communicator with a method `report() -> str | None` adds a line of its own: what its kernel waits for.
 """
 from __future__ import annotations
@@ -104,6 +106,8 @@ class Watchdog:
         self.timeout_s, self.limit_s, self.tick_s = timeout_s, 0.75 * timeout_s, min(1.0, timeout_s / 40)
         self._beat, self._error, self._report, self._left = 0, "", "", False
         self._told, self._marked, self._waiting = threading.Event(), None, None
+        self._asked: float | None = None
+        self._mute = f"  the store{_on_host(store)} does not answer"
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         self._signals = self._take_signals()
@@ -118,7 +122,8 @@ class Watchdog:
         self._error = _first_line(error)
         self._told.clear()
         self._post(_FAILED)
-        self._told.wait(5 * self.tick_s + 1)
+        if not self._told.wait(5 * self.tick_s + 1) and not self._report:
+            self._tell_alone(f"failed in {Moment.of(self.watch.now)}: {self._error}")
         self.watch.failed = self.watch.now
         return RankError(self._report or self._error)
 
@@ -218,11 +223,15 @@ class Watchdog:
         os._exit(1)
 
     def _guard(self) -> None:
-        """Ends the process in time even if the store does not answer, on which the other thread then waits."""
+        """Ends the process in time even if the store does not answer, on which the other thread then waits.
+
+        A store that is cut off neither answers nor fails: the timeout of its connection is for keys that it does not have.
+        """
         while self._threads[0].is_alive():
-            now = self.watch.now
-            if now is not None and monotonic() - now[-1] > 0.95 * self.timeout_s:
-                _say(self.rank, [f"has waited {monotonic() - now[-1]:.0f} s in {Moment.of(now)}", "  the store does not answer"])
+            now, asked, at = self.watch.now, self._asked, monotonic()
+            cut_off = asked is not None and at - asked > self.timeout_s / 5
+            if now is not None and at - now[-1] > (self.limit_s if cut_off else 0.95 * self.timeout_s):
+                self._tell_alone(f"has waited {at - now[-1]:.0f} s in {Moment.of(now)}")
                 os._exit(1)
             self._threads[0].join(self.tick_s)
 
@@ -232,10 +241,15 @@ class Watchdog:
         """The report: its first line at once, the others after a look at who still lives."""
         mine = mine or self.watch.now
         _say(self.rank, [head])
-        lines = self._scene(Moment.of(mine)).lines() if self._ask(lambda s: s.check(["over"]) is not None) else ["  the store does not answer"]
+        lines = self._scene(Moment.of(mine)).lines() if self._ask(lambda s: s.check(["over"]) is not None) else [self._mute]
         lines += [f"  {text}" for c in (Doing(*mine).seat.communicators if mine else ()) if (text := getattr(c, "report", lambda: None)())]
         _say(self.rank, lines)
         self._report = "\n".join([head, *lines])
+
+    def _tell_alone(self, head: str) -> None:
+        """The report of a rank whose store does not answer."""
+        _say(self.rank, [head, self._mute])
+        self._report = f"{head}\n{self._mute}"
 
     def _scene(self, mine: Moment | None) -> Scene:
         """All states, and who is silent: whose beat stands still."""
@@ -271,11 +285,14 @@ class Watchdog:
         """What the store answers; None once it does not."""
         if self.store is None:
             return None
+        self._asked = monotonic()
         try:
             return question(self.store)
         except RuntimeError:
             self.store = None
             return None
+        finally:
+            self._asked = None
 
 
 def _leave_captures_alone() -> None:
@@ -289,6 +306,13 @@ def own_connection(store: dist.Store, timeout_s: float) -> dist.Store:
     made = store.clone() if hasattr(store, "clone") else store
     made.set_timeout(timedelta(seconds=timeout_s))
     return made
+
+
+def _on_host(store: Any) -> str:
+    """The host that holds the store for all ranks, where it is a TCPStore."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return f" on {store.host}" if isinstance(store, dist.TCPStore) else ""
 
 
 def _first_line(error: BaseException) -> str:

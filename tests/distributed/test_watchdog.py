@@ -14,6 +14,7 @@ import torch.distributed as dist
 from shardlib import Layout, Mesh, SpecError, lower, reshard, sharded
 from shardlib.distributed import connect
 from shardlib.distributed.agreement import same_plan
+from shardlib.distributed.rank_error import wait_until
 from shardlib.distributed.watch import Moment, Seat, Watch
 from shardlib.distributed.watchdog import Scene, State, Watchdog, _first_line, _say
 from shardlib.emit import Emitter
@@ -82,7 +83,7 @@ def test_states_travel_through_the_store() -> None:
     try:
         seat = dog.watch.seat("tp", (0, 1))
         dog.watch.begin(seat, "barrier")
-        dog._publish()
+        wait_until(lambda: dog._states()[0].counts == {TP: 1}, 10.0, dog._publish)     # what its thread has begun to write may come after ours
         state = dog._states()[0]
         assert (state.counts, str(state)) == ({TP: 1}, f"is in collective 1 of {TP}: barrier") and dog._states()[1] == State()
         store.set("1", b"\xc1 no message")
@@ -121,17 +122,28 @@ class Mute:
 
 watch = Watch()
 watch.begin(watch.seat("tp", (0, 1)), "barrier", at="step 1 of f, m.py:1: N +tp -> N")
-Watchdog(watch, Mute(), 0, 2, 1.0, torch.device("cpu"))
-time.sleep(3600)
+dog = Watchdog(watch, Mute(), 0, 2, float(sys.argv[1]), torch.device("cpu"))
+print(dog.failed(RuntimeError("peer is gone"))) if len(sys.argv) > 2 else time.sleep(3600)
 """
 
 
-def test_a_store_that_does_not_answer_holds_nobody_up() -> None:
-    done = subprocess.run([sys.executable, "-c", MUTE], capture_output=True, text=True, timeout=60,
+def mute(*arguments: str) -> tuple[int, str, str]:
+    """A rank in a collective, whose store takes what it is told and never answers."""
+    done = subprocess.run([sys.executable, "-c", MUTE, *arguments], capture_output=True, text=True, timeout=60,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", (
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up() -> None:
+    assert mute("1") == (1, "", (
         f"shardlib [rank 0] has waited 1 s in collective 1 of {TP}: barrier, at step 1 of f, m.py:1: N +tp -> N\n"
         "shardlib [rank 0]   the store does not answer\n"))
+
+
+def test_what_failed_is_said_without_the_store() -> None:
+    """On stderr at once, and in the error, which a command may keep to itself since the watchdog has said it."""
+    lines = [f"failed in collective 1 of {TP}: barrier, at step 1 of f, m.py:1: N +tp -> N: peer is gone", "  the store does not answer"]
+    assert mute("8", "fails") == (0, "\n".join(lines) + "\n", "".join(f"shardlib [rank 0] {line}\n" for line in lines))
 
 
 def test_generated_code_says_where_in_the_plan_it_is() -> None:
