@@ -76,13 +76,18 @@ class Channel:
     def of(cls, place: Place) -> Channel:
         members = [sorted(place.ranks).index(r) for r in place.ranks]
         where = (place.device_group, members, place.me, place.device)
-        others = place.size - 1
-        return cls(lamport_workspace(*where, max(CAPACITY, 2 * others * CAPACITY // place.size)),
-                   flagged_workspace(*where, 2 * others * PACKETS // place.size), flagged_workspace(*where, others * CAPACITY // place.size))
+        reduce, packets, chunks = slots(place.size)
+        return cls(lamport_workspace(*where, reduce), flagged_workspace(*where, packets), flagged_workspace(*where, chunks))
 
     @property
     def nbytes(self) -> int:
         return sum(w.arena.nbytes for w in (self.reduce, self.packets, self.chunks))
+
+
+def slots(size: int) -> tuple[int, int, int]:
+    """Bytes of a slot for sums, packets and chunks of the largest tensors between so many ranks: whole quads, as are the pieces."""
+    piece, packet = (-(-most // (QUAD * size)) * QUAD for most in (CAPACITY, PACKETS))
+    return max(CAPACITY, 2 * (size - 1) * piece), 2 * (size - 1) * packet, (size - 1) * piece
 
 
 class NVLink:

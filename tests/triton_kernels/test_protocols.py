@@ -18,6 +18,7 @@ from shardlib.triton_kernels import all_reduce, exchange, lamport, reduce_scatte
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS
 from shardlib.triton_kernels.quads import pack, unpack_high, unpack_low
 from shardlib.triton_kernels.simulator import Deadlock, Simulation
+from shardlib.triton_kernels.workspace import Workspace
 from trials import DTYPES, FAMILIES, GUARD, UNTOUCHED, Call, data, random_calls, workspaces, wrong
 
 SEEDS = range(8)
@@ -90,6 +91,7 @@ def two_slots(patch: Patch) -> Rules:
 
 
 def slots_in_one_place(patch: Patch) -> Rules:
+    patch.setattr(Workspace, "check", lambda workspace, nbytes: None, raising=False)
     return {"slots": 0}
 
 

@@ -93,10 +93,10 @@ def state(family: str) -> Tensor:
     return torch.zeros(STATE_WORDS, dtype=torch.int32) if family == "sums" else torch.zeros(2, dtype=torch.int64)
 
 
-def wrong(family: str, calls: Sequence[Call], xs: list[list[Tensor]], got: Sequence[Sequence[Tensor]]) -> str | None:
-    """What the ranks have got wrong. Exchanged bits are compared as such; of sums, any NaN is as good as another."""
+def wrong(family: str, calls: Sequence[Call], xs: list[list[Tensor]], got: Sequence[Sequence[Tensor]], first_rank: int = 0) -> str | None:
+    """What the ranks from `first_rank` on have got wrong. Exchanged bits are compared as such; of sums, any NaN is as good as another."""
     for number, call in enumerate(calls):
-        for rank, results in enumerate(got):
+        for rank, results in enumerate(got, first_rank):
             result, want = results[number], call.want(xs[number], rank)
             if family == "sums":
                 result, want = (torch.where(t.isnan(), float("nan"), t) for t in (result, want))
