@@ -22,7 +22,7 @@ from shardlib.errors import SpecError
 FLOATS = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 DTYPES = (*FLOATS, *INTEGERS, "bool", "complex64")
-LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded", "grad")
+LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded", "overlapping", "grad")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "gather", "send")
 REFUSED = {("sum", "bool"), ("max", "complex64"), ("max", "uint64")}
 
@@ -67,7 +67,8 @@ def _values(shape: tuple[int, ...], case: Case, generator: torch.Generator) -> T
 
 
 def arrange(x: Tensor, layout: str) -> Tensor:
-    """The same values with other strides; "expanded" repeats the first index of the first dim that has one."""
+    """The same values with other strides; "expanded" repeats the first index of the first dim, "overlapping" gives all elements whose
+    indices add up to the same number one place in memory."""
     if layout == "transposed":
         backwards = tuple(reversed(range(x.ndim)))
         return x.permute(backwards).contiguous().permute(backwards)
@@ -79,6 +80,9 @@ def arrange(x: Tensor, layout: str) -> Tensor:
         return torch.cat([x[:1], x])[x[:1].shape[0]:]
     if layout == "expanded" and x.numel():
         return x[:1].expand(x.shape) if x.ndim else x
+    if layout == "overlapping" and x.ndim and x.numel():
+        path = [x[(-1,) * d + (slice(d > 0, None),) + (0,) * (x.ndim - d - 1)] for d in range(x.ndim)]
+        return torch.cat(path).as_strided(x.shape, (1,) * x.ndim)
     return x.requires_grad_() if layout == "grad" and x.dtype.is_floating_point and x.dtype.itemsize > 1 else x
 
 

@@ -65,6 +65,19 @@ def queued_messages(runtime: Runtime, axes: list[str]) -> list[Any]:
             group.broadcast_message("x" * 3_000_000, 0), refusal(lambda: group.broadcast_message({"f": int}, 0)), queue.declined is None]
 
 
+def own_groups(runtime: Runtime, products: list[list[str]]) -> list[list[Any]]:
+    """What each group's last member tells its group, by message and by tensors, and the sum of ranks there; groups take turns."""
+    answers: list[list[Any]] = []
+    for axes in (*products, *products[::-1]):
+        group = runtime.group(axes)
+        told = group.rank if group.is_last_rank else None
+        x = torch.tensor(runtime.rank)
+        answers.append([group.broadcast_message(told, group.world_size - 1),
+                        group.broadcast_tensors(None if told is None else {"rank": x}, group.world_size - 1)["rank"].item(),
+                        group.all_reduce(x).item(), group.broadcast(x, group.world_size - 1).item()])
+    return answers
+
+
 def tensor_dict(runtime: Runtime, axes: list[str], rows: list[list[Any]], source: int, to: int | None) -> list[str]:
     """What is wrong with a dict from one member to another, or to all. rows: name, dtype, shape, layout and spec of each tensor."""
     group = runtime.group(axes)
