@@ -7,7 +7,8 @@ makes some ranks and blocks slow and some memory lazy. Memory is as weak as a GP
 - a plain store becomes visible some time later, in any order, in parts; at the latest when its kernel ends
 - a release makes visible only what a barrier of the block came after
 - a plain load returns what memory holds or has held since the block began; after an acquire and a barrier, since that acquire
-- volatile loads and atomics see what is visible; a block always sees its own stores, and no address goes back in time for it
+- volatile loads and atomics see what is visible; a block always sees its own stores, and its plain loads of an address never go back
+  in time
 - a rank starts its blocks in order, and holds at most `resident` of them at once
 
     Simulation(seed=3).run([lambda: one_shot(x0, workspace0, blocks=2), lambda: one_shot(x1, workspace1, blocks=2)])
@@ -65,8 +66,7 @@ class _Task(threading.Thread):
         self.result: Any = None
         self.pace = simulation.paces[rank] * simulation.random.choice((1.0, 1.0, 1.0, 0.05))
         self.pending: list[_Store] = []
-        self.since: int | None = None
-        self.acquired, self.idle, self.polled_in = 0, -1, -1
+        self.since, self.acquired, self.idle, self.polled_in = 0, 0, -1, -1
         self.floor: dict[tuple[int, int], int] = {}
         self.polled: set[bytes] = set()
 

@@ -6,6 +6,7 @@ protocol itself does not. A control that passes would mean that the simulator no
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any, Callable, Sequence
 
 import pytest
@@ -29,9 +30,7 @@ a_few = settings(max_examples=settings.default.max_examples // 8, derandomize=Tr
 def simulate(family: str, calls: Sequence[Call], world: int, seed: int, slots: int = 1, **rules: Any) -> str | None:
     """All ranks make the calls; what went wrong. slots: 0 puts all slots of an arena in one place."""
     xs, slot_bytes = data(calls, world, seed), max(call.slot_bytes(family, world) for call in calls)
-    spaces = workspaces(family, world, slot_bytes)
-    for space in spaces:
-        object.__setattr__(space, "slot_bytes", slots * slot_bytes)
+    spaces = [replace(space, slot_bytes=slots * slot_bytes) for space in workspaces(family, world, slot_bytes)]
 
     def rank(r: int) -> Callable[[], list[torch.Tensor]]:
         return lambda: [call.run(family, x[r], spaces[r]) for call, x in zip(calls, xs)]
