@@ -214,6 +214,7 @@ def _exchange(x: Tensor, out: Tensor, piece: int, stride: int, inner: int, works
     quads, strides, inners = (n * x.dtype.itemsize // 16 for n in (piece, stride, inner))
     assert x.is_contiguous() and x.data_ptr() % 16 == 0 and inners * 16 == inner * x.dtype.itemsize and x.numel(), "quads of 16 bytes, aligned"
     w, flat = workspace, inner == piece
+    w.check((w.size - 1) * quads * (32 if packets else 16))
 
     def constants() -> dict[str, object]:
         return dict(RANK=w.rank, W=w.size, FLAT=flat, BLOCK=32 * num_warps, INTERPRET=w.interpret)

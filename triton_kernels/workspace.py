@@ -41,6 +41,11 @@ class Workspace:
         """Whether kernels run in Triton's interpreter: the memory is the CPU's."""
         return self.arena.device.type == "cpu"
 
+    def check(self, nbytes: int) -> None:
+        """ValueError where a call that fills so many bytes of a slot does not fit: it would write into the next."""
+        if nbytes > self.slot_bytes:
+            raise ValueError(f"{nbytes} bytes do not fit a slot of {self.slot_bytes}")
+
     @property
     def flag_words(self) -> int:
         """Words of the arena before its slots."""
