@@ -1,6 +1,7 @@
 """Direct NCCL without a GPU: the kit over a stand-in for NCCL's functions, what it refuses, and why it is not made."""
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import time
@@ -148,6 +149,20 @@ def test_a_runtime_on_cpu_lists_it_among_the_declined() -> None:
     assert "nccl" not in sys.modules or not hasattr(sys.modules["nccl"], "bindings")
 
 
+
+
+def test_the_stand_in_takes_what_nccl_takes() -> None:
+    """As many arguments, with the communicator and the stream at the end, and the numbers of dtypes and reductions."""
+    library = pytest.importorskip("nccl.bindings.nccl")
+    for name in ("send", "recv", "all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast", "group_start", "group_end"):
+        head = getattr(library, name).__doc__.splitlines()[0]
+        given = [p for p in inspect.signature(getattr(FakeNccl, name)).parameters if p != "self"]
+        assert head.startswith(f"{name}(") and head.count(",") + 1 == max(1, len(given)), head
+        assert not given or [p.split()[-1] for p in head.rstrip(")").split(", ")[-2:]] == given[-2:] == ["comm", "stream"]
+    for name in ("get_version", "get_library_path", "get_unique_id", "comm_init_rank_scalable", "comm_abort", "NCCLError"):
+        assert hasattr(library, name)
+    assert {str(dtype)[6:].capitalize(): code for dtype, code in module.CODES.items()}.items() <= {d.name: d.value for d in library.DataType}.items()
+    assert {op: library.RedOp[op.capitalize()].value for op in module.OPS} == module.OPS
 
 
 # -- errors, and the end ----------------------------------------------------------------------------------------------
