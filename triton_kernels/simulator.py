@@ -321,7 +321,8 @@ def _patched(simulation: Simulation) -> Iterator[None]:
             known = {id(interpreter.tl), id(interpreter.tl.core)}
             languages[function] = tuple(sorted(known & {id(v) for v in function.__globals__.values()}))
         if languages[function] not in scopes:
-            scopes[languages[function]] = patch_language(function)
+            scope = scopes[languages[function]] = patch_language(function)
+            scope.set_attr(interpreter.tl.tensor, "__index__", lambda self: int(self.handle.data.squeeze()))    # Triton 3.6 fails with numpy 2.4
 
     def new_execute(self: Any, *args: Any, **kwargs: Any) -> None:
         known = inspect.getfullargspec(self.fn).args

@@ -76,7 +76,8 @@ def main(folder: Path, *worlds: int) -> int:
                 status = 1
                 try:
                     failures = run(folder, world, rank)
-                    print("\n".join(failures), file=sys.stderr, end="", flush=True)
+                    for failure in failures:
+                        print(failure, file=sys.stderr, flush=True)
                     status = int(bool(failures))
                 except BaseException:
                     traceback.print_exc()

@@ -7,9 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
+import pytest
+import triton
+
 DEADLINE_S = 240.0
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
 
 
+@pytest.mark.skipif(OLD, reason="the interpreter of Triton 3.6 runs no loops with numpy 2.4")
 def test_two_and_three_processes(tmp_path: Path) -> None:
     """All kernels, several times each, with every dtype: right to the bit. Processes that wait for ever are ended."""
     worker = Path(__file__).with_name("interpreted_worker.py")
