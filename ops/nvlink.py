@@ -26,6 +26,7 @@ from shardlib.errors import SpecError, bytes_text
 from shardlib.ops.nvlink_report import Reader, chunks_missing, packets_missing, sums_missing
 from shardlib.triton_kernels.all_reduce import one_shot, two_shot
 from shardlib.triton_kernels.exchange import all_gather, all_to_all
+from shardlib.triton_kernels.launching import current_stream
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter
 from shardlib.triton_kernels.workspace import Workspace, flagged_workspace, lamport_workspace
 
@@ -158,7 +159,7 @@ class NVLink:
 
     def _exchanged(self, x: Tensor, piece: int) -> tuple[Tensor, tuple]:
         """x as words, and how to send pieces of so many bytes: workspace, blocks, warps, unroll, packets."""
-        words = _aligned(x).view(torch.uint8).view(torch.int32)
+        words = _aligned(x).view(torch.int32) if x.dtype.itemsize <= 4 else _aligned(x).view(torch.uint8).view(torch.int32)
         channel = self._channel()
         if piece * self.size <= PACKETS:
             self._last = ("packets", channel, piece)
@@ -181,7 +182,7 @@ class NVLink:
         return f"NVLink over {self.group}: {'; '.join(missing)}" if missing else None
 
     def _channel(self) -> Channel:
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = current_stream(self.device)
         if stream not in self._channels:
             if not self._free:
                 raise SpecError(f"NVLink over {self.group}: {CHANNELS} streams have called; a further one would have to wait for them")

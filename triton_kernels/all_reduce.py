@@ -123,7 +123,7 @@ def one_shot(x: Tensor, workspace: Workspace, blocks: int, num_warps: int = 8) -
     """The sum of every rank's x (float32, bfloat16 or float16; contiguous; W - 1 times its bytes fit a slot), as a new tensor."""
     w, quads, out = workspace, _quads(x), torch.empty_like(x)
     w.check((w.size - 1) * x.nbytes)
-    launch(one_shot_kernel, (x.dtype, *w.key), min(blocks, triton.cdiv(quads, 32 * num_warps)), num_warps,
+    launch(one_shot_kernel, (x.dtype, *w.key), min(blocks, -(-quads // (32 * num_warps))), num_warps,
            (x, out, w.addresses, w.state, quads, w.slot_bytes), lambda: _constants(x, w, num_warps), w.interpret)
     return out
 
@@ -131,9 +131,9 @@ def one_shot(x: Tensor, workspace: Workspace, blocks: int, num_warps: int = 8) -
 def two_shot(x: Tensor, workspace: Workspace, blocks: int, num_warps: int = 8) -> Tensor:
     """The same sum, in two trips: for tensors that are large; twice its bytes fit a slot."""
     w, quads, out = workspace, _quads(x), torch.empty_like(x)
-    share = triton.cdiv(quads, w.size)
+    share = -(-quads // w.size)
     w.check(2 * (w.size - 1) * share * 16)
-    launch(two_shot_kernel, (x.dtype, *w.key), min(blocks, triton.cdiv(share, 32 * num_warps)), num_warps,
+    launch(two_shot_kernel, (x.dtype, *w.key), min(blocks, -(-share // (32 * num_warps))), num_warps,
            (x, out, w.addresses, w.state, quads, share, w.slot_bytes), lambda: _constants(x, w, num_warps), w.interpret)
     return out
 

@@ -220,10 +220,10 @@ def _exchange(x: Tensor, out: Tensor, piece: int, stride: int, inner: int, works
         return dict(RANK=w.rank, W=w.size, FLAT=flat, BLOCK=32 * num_warps, INTERPRET=w.interpret)
     key, sizes = (x.dtype, flat, unroll, *w.key), (quads, strides, inners, w.slot_bytes)
     if packets:
-        launch(packets_kernel, key, min(blocks, triton.cdiv(quads, 32 * num_warps)), num_warps, (x, out, w.addresses, w.state, *sizes),
+        launch(packets_kernel, key, min(blocks, -(-quads // (32 * num_warps))), num_warps, (x, out, w.addresses, w.state, *sizes),
                lambda: constants() | spin_packets(w.size - 1), w.interpret)
     else:
-        launch(chunks_kernel, key, min(blocks, MAX_BLOCKS, triton.cdiv(quads, 32 * num_warps * unroll)), num_warps,
+        launch(chunks_kernel, key, min(blocks, MAX_BLOCKS, -(-quads // (32 * num_warps * unroll))), num_warps,
                (x, out, w.addresses, w.flags, w.state, *sizes),
                lambda: constants() | dict(P=triton.next_power_of_2(w.size), UNROLL=unroll), w.interpret)
     return out

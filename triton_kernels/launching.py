@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from typing import Any, Callable, Hashable
 
+import torch
+
 _COMPILED: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of the stream in force: what `torch.cuda.current_stream` wraps, in a tenth of its time."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def launch(kernel: Any, key: tuple[Hashable, ...], blocks: int, num_warps: int, arguments: tuple[Any, ...], constants: Callable[[], dict[str, Any]],
            interpret: bool) -> None:
-    """Runs `blocks` of the kernel. arguments: in order, those that are no constants; `constants` is called only when it has to be."""
+    """Runs `blocks` of the kernel. arguments: in order, those that are no constants, the first a tensor; `constants` is called only
+    when it has to be."""
     key = (kernel, num_warps, *key)
     known = None if interpret else _COMPILED.get(key)
     if known is None:
@@ -22,4 +30,4 @@ def launch(kernel: Any, key: tuple[Hashable, ...], blocks: int, num_warps: int, 
             _COMPILED[key] = compiled, tuple(named[n] for n in kernel.arg_names[len(arguments):])
     else:
         compiled, rest = known
-        compiled[blocks, 1, 1](*arguments, *rest)
+        compiled[blocks, 1, 1](*arguments, *rest, stream=current_stream(arguments[0].device))

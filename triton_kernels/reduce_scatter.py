@@ -80,7 +80,7 @@ def reduce_scatter(x: Tensor, workspace: Workspace, blocks: int, num_warps: int 
     assert size == workspace.size and x.is_contiguous() and x.data_ptr() % 16 == 0 and quads * 16 == inner * x.dtype.itemsize and x.numel()
     w, share, out = workspace, outer * quads, x.new_empty(outer, inner)
     w.check((size - 1) * share * 16)
-    launch(reduce_scatter_kernel, (x.dtype, outer == 1, *w.key), min(blocks, triton.cdiv(share, 32 * num_warps)), num_warps,
+    launch(reduce_scatter_kernel, (x.dtype, outer == 1, *w.key), min(blocks, -(-share // (32 * num_warps))), num_warps,
            (x, out, w.addresses, w.state, share, quads, w.slot_bytes),
            lambda: dict(RANK=w.rank, W=size, KIND=KINDS[str(x.dtype)], FLAT=outer == 1, **spin(size - 1), BLOCK=32 * num_warps, INTERPRET=w.interpret),
            w.interpret)
