@@ -16,7 +16,7 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/language.md")
+PAGES = ("README.md", "docs/language.md", "docs/distributed.md")
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n(?:It prints:\n\n)?```text\n.*?```)?", re.S)
 
 
