@@ -181,7 +181,10 @@ def axes_of(ranks: int) -> dict[str, int]:
 
 
 def calibrate(runtime: Runtime, sizes: Sequence[int] = SIZES, say: Callable[[str], None] = lambda text: None) -> Table:
-    """The table of this machine, measured by all ranks together, in the groups over the last axis, the last two, and so on."""
+    """The table of this machine, measured by all ranks together, in the groups over the last axis, the last two, and so on.
+
+    It is rank 0's: of groups that were measured at the same time, its own.
+    """
     axes = tuple(runtime.mesh.axes)
     groups = [axes[i:] for i in reversed(range(len(axes)))]
     runtime.create_groups(groups)
@@ -191,7 +194,8 @@ def calibrate(runtime: Runtime, sizes: Sequence[int] = SIZES, say: Callable[[str
         (small, fast), (large, slow) = curve.points[0], curve.points[-1]
         say(f"{curve.name} of {curve.size} by {curve.communicator}{' in a graph' if curve.capturing else ''}: "
             f"{fast:g} µs for {bytes_text(small)}, {slow:g} µs for {bytes_text(large)}")
-    return Table(hardware(runtime.device), provenance(runtime.device), tuple(found))
+    made = Table(hardware(runtime.device), provenance(runtime.device), tuple(found))
+    return Table.decode(runtime.group(axes).broadcast_message(made.encode(), 0, bytes), "of rank 0")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

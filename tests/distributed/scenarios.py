@@ -12,6 +12,7 @@ import torch
 
 from conformance import Case, check, draw, fixed_cases, moved_failures
 from shardlib.distributed import GroupCoordinator, Runtime
+from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.communicators.torch_distributed import TorchDistributed
 from shardlib.errors import SpecError
 
@@ -195,3 +196,17 @@ def explained(runtime: Runtime) -> list[Any]:
     runtime.table = group.table
     found = explain(lower(mlp, Layout(F="tp"), mesh=runtime.mesh), runtime.mesh, dict(T=2, D=3, F=4, E=5), runtime=runtime)
     return [[(t.op, t.communicator, t.predicted_us, t.choice) for t in found.traffic], found.cost_source]
+
+
+def calibrated(runtime: Runtime) -> dict[str, Any]:
+    """What calibrate measures of two sizes, without its µs; and whether the table routes by them."""
+    from shardlib.distributed.calibrate import calibrate
+    table = calibrate(runtime, (2048, 8192))
+    group = runtime.group(tuple(runtime.mesh.axes))
+    group.table = table
+    call = Call("all_gather", None, torch.float32, "cpu", 8192)
+    choice = group.choice(call)
+    fastest = min((c for c in table.curves if (c.name, c.size) == ("all_gather", group.world_size)), key=lambda c: c.us(8192))
+    return {"curves": sorted((c.name, c.size, c.dtype, c.capturing, c.communicator, [n for n, _ in c.points]) for c in table.curves),
+            "positive": all(us > 0 for c in table.curves for _, us in c.points), "fastest": choice.communicator == fastest.communicator,
+            "predicted": choice.us == fastest.us(8192), "same": group.broadcast_message(table.curves[0].points[0][1], 0) == table.curves[0].points[0][1]}
