@@ -57,17 +57,21 @@ def measure() -> None:
     from shardlib import Mesh
     from shardlib.distributed import connect
     from shardlib.distributed.calibrate import call_of, time_on_gpu
+    from shardlib.distributed.communicators.nccl import nccl
     from shardlib.ops.nvlink import nvlink
     n = int(os.environ["WORLD_SIZE"])
     rows = []
-    with connect(Mesh(tp=n), "cuda", communicators=(nvlink,)) as runtime:
+    with connect(Mesh(tp=n), "cuda", communicators=(nvlink, nccl)) as runtime:
         runtime.create_groups([("tp",)])
         group = runtime.group(("tp",))
-        ours = next(c for c in group.communicators if c.name == "NVLink")
+        made = {c.name: c for c in group.communicators}
+        ours, direct = made["NVLink"], next((c for name, c in made.items() if "nccl4py" in name), None)
         for name in NAMES:
             for nbytes in SIZES:
                 x = torch.randn(nbytes // DTYPE.itemsize, device=group.device, dtype=DTYPE)
                 contestants = {"ours": call_of(name, ours, group, x), "NCCL": nccl_calls(group, name, x), **torch_kernels(group, name, x)}
+                if direct is not None:
+                    contestants["NCCL by nccl4py"] = call_of(name, direct, group, x)
                 calls = 20 if nbytes <= 4 << 20 else 8
                 us = {who: time_on_gpu(call, group, calls, capturing=True) for who, call in contestants.items()}
                 rows.append(row(f"{name}, {n} GPUs, {nbytes} B", "µs", us.pop("ours"), us, floor(name, n, nbytes)) | {
@@ -100,7 +104,7 @@ def draw() -> None:
     record = json.loads((RESULTS / "collectives.json").read_text())
     counts = sorted({r["gpus"] for r in record["rows"]})
     figure, axes = plt.subplots(2 * len(counts), len(NAMES), figsize=(4.2 * len(NAMES), 6.4 * len(counts)), sharex=True, squeeze=False)
-    styles = {"shardlib": ("C3", 2.2), "NCCL": ("C0", 1.4), "torch one-shot": ("C1", 1.4), "torch two-shot": ("C2", 1.4), "floor": ("0.6", 1.0)}
+    styles = {"shardlib": ("C3", 2.2), "NCCL": ("C0", 1.4), "torch one-shot": ("C1", 1.4), "torch two-shot": ("C2", 1.4), "NCCL by nccl4py": ("C9", 1.0), "floor": ("0.6", 1.0)}
     for i, n in enumerate(counts):
         for j, name in enumerate(NAMES):
             rows = [r for r in record["rows"] if r["gpus"] == n and r["collective"] == name]
