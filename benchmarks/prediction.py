@@ -44,13 +44,12 @@ def main() -> None:
     with connect(Mesh(tp=n), "cuda" if on_gpu else "cpu", **more) as runtime:
         table = calibrate(runtime, KNOWN)
         group = runtime.group(("tp",))
-        group.table = table
-        group._routes.clear()
+        group.router.use(table)
         for nbytes in ASKED:
             x = torch.randn(nbytes // dtype.itemsize // n * n, device=group.device).to(dtype)
             for name, call in calls(group, x).items():
                 op = "sum" if name in ("all_reduce", "reduce_scatter") else None
-                choice = group.choice(Call(name, op, dtype, group.device.type, x.nbytes, True, on_gpu))
+                choice = group.router.choice(Call(name, op, dtype, group.device.type, x.nbytes, True, on_gpu))
                 us = time_on_gpu(call, group, 20, capturing=True) if on_gpu else time_on_cpu(call, group, 10)
                 rows.append(row(f"{name}, {n} {'GPUs' if on_gpu else 'processes'}, {x.nbytes} B, by {choice.communicator}", "µs", us,
                                 {"predicted": choice.us}) | {"device": group.device.type, "ranks": n, "bytes": x.nbytes})

@@ -125,7 +125,7 @@ def _routed(traffic: Sequence[tuple[Traffic, Call]], runtime: Runtime, cost: Cos
     made, measured = [], 0
     for t, call in traffic:
         call = call._replace(device=runtime.device.type)
-        choice = runtime.group(t.axes).choice(call)
+        choice = runtime.group(t.axes).router.choice(call)
         measured += choice.us is not None
         made.append((replace(t, communicator=choice.communicator, choice=f"{t.op} of {bytes_text(max(call.nbytes, 0))}: {choice.why}",
                              predicted_us=t.predicted_us if choice.us is None else choice.us), call))

@@ -20,9 +20,9 @@ compare each collective before it runs, and what differs is one `SpecError` on a
 """
 from __future__ import annotations
 
-from math import inf, prod
+from math import prod
 from time import monotonic
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from shardlib.distributed.flat import Cut, pack, plain
 from shardlib.distributed.graph_capture import on_capture_stream
 from shardlib.distributed.message_queue import MessageQueue
 from shardlib.distributed.reduction import check_reducible
+from shardlib.distributed.router import Router
 from shardlib.distributed.routing import UNMEASURED, Table
 from shardlib.distributed.tensor_dicts import Label, Value, label
 from shardlib.distributed.watchdog import Watchdog
@@ -44,13 +45,6 @@ _FACTS = {"all_reduce": " {}", "broadcast": " {} from member {}", "all_gather": 
           "broadcast_tensors": " from member {}",
           "reduce_scatter": " {} along dim {} by {}", "gather": " to {} along dim {} by {} on member {}", "all_to_all": ", even: {}"}
 """How debug mode says what must be equal on all members."""
-
-
-class Choice(NamedTuple):
-    """Which communicator takes a call. us: what the routing table says, if it knows."""
-    communicator: str
-    us: float | None
-    why: str
 
 
 class GroupCoordinator:
@@ -68,9 +62,8 @@ class GroupCoordinator:
         self.world_size, self.rank_in_group = len(self.ranks), self.ranks.index(rank)
         self.device, self.device_group, self.cpu_group = device, device_group, cpu_group
         self.communicators, self._control = tuple(communicators), control
-        self.table, self.deterministic, self.declined = table, deterministic, dict(declined or {})
+        self.router = Router(name, self.world_size, communicators, table, deterministic, declined)
         self.queue: MessageQueue | None = None
-        self._routes: dict[Call, Communicator] = {}
         self._watchdog, self._check = watchdog, check
         self._seat = watchdog.watch.seat(name, self.ranks) if watchdog else None
         if self._seat:
@@ -187,7 +180,7 @@ class GroupCoordinator:
     def _recv(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, source: int) -> Tensor:
         self._check_peer("recv", source)
         count = prod(shape)
-        call = self._route(Call("send", None, dtype, device.type, count * dtype.itemsize)).recv
+        call = self.router.route(Call("send", None, dtype, device.type, count * dtype.itemsize)).recv
         return self._pass("recv", source, dtype, count, call, count, dtype, device, source).view(tuple(shape))
 
     # -- tensors by name: see `tensor_dicts` -----------------------------------------------------------------------
@@ -321,45 +314,14 @@ class GroupCoordinator:
             self.queue.leave()
         self.communicators, self._control, self.queue = (), None, None
         self.device_group = self.cpu_group = None
-        self._routes.clear()
+        self.router = Router(self.name, self.world_size, ())
 
     # -- routing and checks ----------------------------------------------------------------------------------------
 
     def route(self, name: str, x: Tensor, op: str | None = None, count: int | None = None, even: bool = True) -> Communicator:
         """The communicator that takes the collective `name` of x. `count`: elements of the whole, where x is a piece of it."""
         nbytes = x.nbytes if count is None else count if count < 0 else count * x.dtype.itemsize
-        return self._route(Call(name, op, x.dtype, x.device.type, nbytes, even, x.is_cuda and torch.cuda.is_current_stream_capturing()))
-
-    def _route(self, call: Call) -> Communicator:
-        if call not in self._routes:
-            self._routes[call] = self.choose(call)
-        return self._routes[call]
-
-    def choose(self, call: Call) -> Communicator:
-        """Of those that support the call, and reduce deterministically where that is asked for, the fastest by the table."""
-        if not self.communicators:
-            raise SpecError(f"{call.name} over {self.name}: the group was destroyed")
-        reasons = [self._reason(c, call) for c in self.communicators]
-        able = [c for c, reason in zip(self.communicators, reasons) if reason is None]
-        if not able:
-            raise SpecError(f"{call.name} over {self.name}: {'; '.join(map(str, dict.fromkeys(reasons)))}")
-        best = self.table.order(call, self.world_size, [c.name for c in able])[0]
-        return next(c for c in able if c.name == best)
-
-    def choice(self, call: Call) -> Choice:
-        """Who takes the call, the µs it should take, and why it is that one: in words, for `explain`."""
-        chosen = self.choose(call)
-        us = {c.name: self.table.us(call, self.world_size, c.name) for c in self.communicators if self._reason(c, call) is None}
-        times = ", ".join(f"{name} {t:.3g} µs" for name, t in sorted(us.items(), key=lambda item: item[1] or inf) if t is not None)
-        others = {c.name: reason for c in self.communicators if (reason := self._reason(c, call)) and c.name != chosen.name}
-        declined = [*others.values(), *(f"no {name}: {reason}" for name, reason in self.declined.items())]
-        why = f"measured: {times}" if us[chosen.name] is not None else f"{chosen.name}, the first that takes it"
-        return Choice(chosen.name, us[chosen.name], "; ".join([why, *declined]))
-
-    def _reason(self, communicator: Communicator, call: Call) -> str | None:
-        if self.deterministic and call.op is not None and not communicator.deterministic:
-            return f"{communicator.name} does not add up in rank order"
-        return communicator.supports(call)
+        return self.router.route(Call(name, op, x.dtype, x.device.type, nbytes, even, x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
     def _live_control(self) -> Communicator:
         if self._control is None:

@@ -198,7 +198,7 @@ def _error(x: Tensor, reference: Tensor) -> float:
 def only(name: str, group: GroupCoordinator) -> GroupCoordinator:
     """The group with its communicator `name` alone: what that does not support is refused."""
     able = [c for c in group.communicators if c.name == name]
-    assert able, f"{group} has {[c.name for c in group.communicators]}, not {name}; declined: {group.declined}"
+    assert able, f"{group} has {[c.name for c in group.communicators]}, not {name}; declined: {group.router.declined}"
     return GroupCoordinator(group.name, group.ranks, group.rank, group.local_rank, group.device, able[:1], able[0])
 
 

@@ -192,8 +192,8 @@ def explained(runtime: Runtime) -> list[Any]:
     def mlp(x: Any, up: Any, down: Any) -> Any:
         return einsum("T F, F E -> T E", einsum("T D, D F -> T F", x, up), down)
     group = runtime.group(("tp",))
-    group.table = Table("a machine", {"date": "2026-01-01"}, (Curve("all_reduce", 2, "float32", False, "shared memory", ((1, 7.0),)),))
-    runtime.table = group.table
+    group.router.use(table := Table("a machine", {"date": "2026-01-01"}, (Curve("all_reduce", 2, "float32", False, "shared memory", ((1, 7.0),)),)))
+    runtime.table = table
     found = explain(lower(mlp, Layout(F="tp"), mesh=runtime.mesh), runtime.mesh, dict(T=2, D=3, F=4, E=5), runtime=runtime)
     return [[(t.op, t.communicator, t.predicted_us, t.choice) for t in found.traffic], found.cost_source]
 
@@ -203,9 +203,9 @@ def calibrated(runtime: Runtime) -> dict[str, Any]:
     from shardlib.distributed.calibrate import calibrate
     table = calibrate(runtime, (2048, 8192))
     group = runtime.group(tuple(runtime.mesh.axes))
-    group.table = table
+    group.router.use(table)
     call = Call("all_gather", None, torch.float32, "cpu", 8192)
-    choice = group.choice(call)
+    choice = group.router.choice(call)
     fastest = min((c for c in table.curves if (c.name, c.size) == ("all_gather", group.world_size)), key=lambda c: c.us(8192))
     return {"curves": sorted((c.name, c.size, c.dtype, c.capturing, c.communicator, [n for n, _ in c.points]) for c in table.curves),
             "positive": all(us > 0 for c in table.curves for _, us in c.points), "fastest": choice.communicator == fastest.communicator,

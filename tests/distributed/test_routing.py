@@ -50,26 +50,26 @@ def test_between_two_sizes_the_time_is_between_theirs(points: list[tuple[int, fl
 def test_the_fastest_that_supports_the_call_takes_it() -> None:
     table = Table("x", {}, (curve("a", (1024, 5.0), (65536, 500.0)), curve("b", (1024, 50.0), (65536, 60.0))))
     g = group(Named("c"), Named("b"), Named("a", most=65536), table=table)
-    assert [g.choose(CALL._replace(nbytes=n)).name for n in (100, 2048, 60000, 70000)] == ["a", "a", "b", "b"]
-    assert g.choose(CALL._replace(name="broadcast", op=None)).name == "c"           # not measured: the first
+    assert [g.router.route(CALL._replace(nbytes=n)).name for n in (100, 2048, 60000, 70000)] == ["a", "a", "b", "b"]
+    assert g.router.route(CALL._replace(name="broadcast", op=None)).name == "c"           # not measured: the first
 
 
 def test_a_choice_says_why() -> None:
     table = Table("x", {}, (curve("a", (1024, 5.0)), curve("b", (1024, 50.0))))
     g = group(Named("c", most=8), Named("b"), Named("a"), table=table)
-    assert g.choice(CALL._replace(nbytes=1024)) == ("a", 5.0, "measured: a 5 µs, b 50 µs; c takes 8 bytes")
+    assert g.router.choice(CALL._replace(nbytes=1024)) == ("a", 5.0, "measured: a 5 µs, b 50 µs; c takes 8 bytes")
     other = GroupCoordinator("tp", (0, 1), 0, 0, CPU, (Named("b"),), Alone(), declined={"nvlink": "members run on 2 hosts"})
-    assert other.choice(CALL) == ("b", None, "b, the first that takes it; no nvlink: members run on 2 hosts")
+    assert other.router.choice(CALL) == ("b", None, "b, the first that takes it; no nvlink: members run on 2 hosts")
 
 
 def test_only_what_adds_in_rank_order_is_deterministic() -> None:
     table = Table("x", {}, (curve("fast", (1024, 5.0)), curve("exact", (1024, 50.0))))
     fast, exact = Named("fast", deterministic=False), Named("exact")
-    assert group(fast, exact, table=table).choose(CALL).name == "fast"
+    assert group(fast, exact, table=table).router.route(CALL).name == "fast"
     careful = group(fast, exact, table=table, deterministic=True)
-    assert careful.choose(CALL).name == "exact" and careful.choose(CALL._replace(op=None)).name == "fast"
+    assert careful.router.route(CALL).name == "exact" and careful.router.route(CALL._replace(op=None)).name == "fast"
     with pytest.raises(SpecError) as refused:
-        group(fast, deterministic=True).choose(CALL)
+        group(fast, deterministic=True).router.route(CALL)
     assert str(refused.value) == "all_reduce over tp: fast does not add up in rank order"
 
 

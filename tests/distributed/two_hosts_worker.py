@@ -28,7 +28,7 @@ def places(runtime: Runtime) -> dict[str, Any]:
     """Where this rank is, and in each group: who else, who takes a small all_reduce, and who declined to."""
     groups = [runtime.group(axes) for axes in GROUPS]
     return {"rank": runtime.rank, "local_rank": runtime.local_rank, "name": os.uname().nodename, "hosts": list(runtime.hosts),
-            "groups": {g.name: [list(g.ranks), g.route("all_reduce", torch.ones(4), "sum").name, g.declined] for g in groups}}
+            "groups": {g.name: [list(g.ranks), g.route("all_reduce", torch.ones(4), "sum").name, g.router.declined] for g in groups}}
 
 
 def collectives(runtime: Runtime) -> list[str]:

@@ -215,7 +215,7 @@ def main(what: str, *numbers: str) -> int:
     with connect(mesh, communicators=(nccl,)) as runtime:
         runtime.create_groups([("tp",)])
         whole = runtime.group(("tp",))
-        assert not whole.declined, whole.declined
+        assert not whole.router.declined, whole.router.declined
         group, others = only("NCCL", whole), only("torch.distributed (nccl)", whole)
         wrong = Stress(group, others, 1).run(int(numbers[0])) if what == "stress" else tensors(whole) if what == "tensors" else \
             {"conformance": conformance, "graphs": graphs, "close": close}[what](group)

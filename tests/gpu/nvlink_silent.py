@@ -18,7 +18,7 @@ what, count = sys.argv[1], int(sys.argv[2])
 with connect(Mesh(tp=2), "cuda", timeout_s=10.0, communicators=(nvlink,)) as runtime:
     runtime.create_groups([("tp",)])
     group, x = runtime.group(("tp",)), torch.ones(count, device=runtime.device)
-    group.table = UNMEASURED
+    group.router.use(UNMEASURED)
 
     def call() -> torch.Tensor:
         return group.all_reduce(x) if what == "all_reduce" else group.all_gather(x, 0, (count, count))

@@ -99,8 +99,8 @@ def main(what: str, *numbers: str) -> int:
     with connect(mesh, communicators=(nvlink,)) as runtime:
         runtime.create_groups([("tp",)])
         group = runtime.group(("tp",))
-        assert not group.declined, group.declined
-        group.table = UNMEASURED                # NVLink takes what it can, faster or not
+        assert not group.router.declined, group.router.declined
+        group.router.use(UNMEASURED)                # NVLink takes what it can, faster or not
         wrong = conformance(group) if what == "conformance" else Stress(group, 1).run(int(numbers[0]))
         if runtime.rank == 0:
             print(f"{' '.join((what, *numbers))} on {mesh}: {wrong} wrong; workspace {group.communicators[0].workspace_bytes >> 20} MB", flush=True)
