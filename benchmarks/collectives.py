@@ -18,6 +18,7 @@ from record import RESULTS, commit, hardware, row, versions
 
 NAMES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 SIZES = [2 ** k for k in range(11, 27)]
+README = (8 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20)
 DTYPE = torch.bfloat16
 LAUNCH_US, TRIP_US, BYTES_PER_US = 0.64, 0.75, 365_000.0
 
@@ -75,7 +76,7 @@ def measure() -> None:
                 calls = 20 if nbytes <= 4 << 20 else 8
                 us = {who: time_on_gpu(call, group, calls, capturing=True) for who, call in contestants.items()}
                 rows.append(row(f"{name}, {n} GPUs, {nbytes} B", "µs", us.pop("ours"), us, floor(name, n, nbytes)) | {
-                    "collective": name, "gpus": n, "bytes": nbytes, "commit": commit()})
+                    "collective": name, "gpus": n, "bytes": nbytes, "commit": commit(), "readme": nbytes in README})
                 if runtime.rank == 0:
                     r = rows[-1]
                     print(r["case"], r["ours"], r["peers"], "floor", r["floor"], flush=True)

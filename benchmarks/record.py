@@ -1,6 +1,7 @@
 """What every benchmark writes: benchmarks/results/NAME.json, with hardware, versions, commit and date beside the rows.
 
-A row: {case, unit, ours, peers: {name: value}, floor}; lower is better; floor is null where there is none.
+A row: {case, unit, ours, peers: {name: value}, floor}; lower is better; floor is null where there is none. A row with "readme"
+false is left out of the README's table.
 """
 from __future__ import annotations
 

@@ -98,7 +98,8 @@ def worker() -> None:
             calls = {"ours": 50, "gloo": 5} if nbytes < 1 << 20 else {"ours": 5, "gloo": 2}
             for name, contestants in collectives(group, nbytes).items():
                 found = in_turn(group, contestants, calls)
-                rows.append(row(f"{name} of {bytes_text(nbytes)}, {n} processes", "µs", found["ours"], {"gloo": found["gloo"]}))
+                rows.append(row(f"{name} of {bytes_text(nbytes)}, {n} processes", "µs", found["ours"], {"gloo": found["gloo"]}) | {
+                    "bytes": nbytes, "readme": nbytes in (4 << 10, 256 << 10)})
         for nbytes in (100, 100_000):
             contestants = messages(group, queue, nbytes)
             late, each = latency(group, contestants), in_turn(group, contestants, {"ours": 200, "gloo": 10})
