@@ -35,9 +35,19 @@ def plain(x: Tensor) -> Tensor:
 
 
 def pack(pieces: Sequence[Tensor]) -> Tensor:
-    """One flat buffer that holds `pieces` one after another; a single piece as `plain` has it."""
+    """One flat buffer that holds `pieces` one after another: a view of them where they lie so already, else new."""
     flat = [plain(piece).flatten() for piece in pieces]
-    return torch.cat(flat) if len(flat) > 1 else flat[0]
+    return torch.cat(flat) if len(flat) > 1 and not _lie_in_turn(flat) else flat[0].as_strided((sum(map(len, flat)),), (1,))
+
+
+def _lie_in_turn(flat: Sequence[Tensor]) -> bool:
+    """Whether each begins where the one before it ends, in one storage."""
+    at, storage = flat[0].data_ptr(), flat[0].untyped_storage().data_ptr()
+    for piece in flat:
+        if piece.data_ptr() != at or piece.untyped_storage().data_ptr() != storage:
+            return False
+        at += piece.nbytes
+    return True
 
 
 @dataclass(frozen=True)
