@@ -302,6 +302,18 @@ class GroupCoordinator:
         frame = messages.frame(message) if self.rank_in_group == root else b""
         return messages.read(frames.broadcast(self._live_control(), frame, root, self.rank_in_group == root), as_type)
 
+    def send_message(self, message: Any, to: int) -> None:
+        """Hands a message to member `to`, which calls `recv_message`. What cannot be written is a SpecError here and there."""
+        self._check_peer("send_message", to)
+        frame = messages.frame(message)
+        self._pass("send_message", to, None, -1, frames.send, self._live_control(), frame, to)
+        messages.read(frame)
+
+    def recv_message(self, source: int, as_type: Any = Any) -> Any:
+        """What member `source` sends here with `send_message`, decoded as `as_type`."""
+        self._check_peer("recv_message", source)
+        return messages.read(self._pass("recv_message", source, None, -1, frames.recv, self._live_control(), source), as_type)
+
     def barrier(self) -> None:
         """Returns when every member has called it; the device may still be at work."""
         self._run(None, "barrier", None, None, -1, (), self._live_control().barrier)

@@ -210,3 +210,22 @@ def calibrated(runtime: Runtime) -> dict[str, Any]:
     return {"curves": sorted((c.name, c.size, c.dtype, c.capturing, c.communicator, [n for n, _ in c.points]) for c in table.curves),
             "positive": all(us > 0 for c in table.curves for _, us in c.points), "fastest": choice.communicator == fastest.communicator,
             "predicted": choice.us == fastest.us(8192), "same": group.broadcast_message(table.curves[0].points[0][1], 0) == table.curves[0].points[0][1]}
+
+
+def passed_on(runtime: Runtime, axes: list[str]) -> list[Any]:
+    """Messages that go round the ring, each member's to the next: small, large, typed, and one that cannot be written."""
+    group = runtime.group(axes)
+    me, n = group.rank_in_group, group.world_size
+
+    def turn(message: Any, **how: Any) -> Any:
+        """Even members send first; with an odd number of members the last hears from the one before it before it speaks."""
+        if me % 2 == 0 and me != n - 1 or n == 1:
+            group.send_message(message, (me + 1) % n)
+            return group.recv_message((me - 1) % n, **how)
+        got = group.recv_message((me - 1) % n, **how)
+        group.send_message(message, (me + 1) % n)
+        return got
+    plan = turn(Plan(me, ("dp",)), as_type=Plan)
+    wrong = refusal(lambda: group.send_message({"f": int}, 1)) if me == 0 else refusal(lambda: group.recv_message(0)) if me == 1 else ""
+    other = refusal(lambda: group.recv_message(0, as_type=Plan)) if me == 1 else group.send_message([1], 1) if me == 0 else None
+    return [turn({"from": me}), len(turn("x" * 50_000)), plan.step, wrong, other, refusal(lambda: group.send_message(1, me)), refusal(lambda: group.recv_message(n))]

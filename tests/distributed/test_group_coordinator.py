@@ -113,3 +113,14 @@ def test_nobody_sends_to_itself() -> None:
 def test_explain_names_the_communicator_and_its_measured_time(pair: World) -> None:
     assert pair.run("explained") == [[[["all_reduce", "shared memory", 7.0, "all_reduce of 40 B: measured: shared memory 7 µs"]],
                                       "measured on a machine, 2026-01-01"]] * 2
+
+
+def test_messages_from_member_to_member(pair: World, square: World) -> None:
+    cannot = "a message holds plain data only: Encoding objects of type type is unsupported"
+    other = "message: Expected `object`, got `array`"
+    for world, axes, name in ((pair, ["tp"], "tp"), (square, ["dp", "tp"], "dp/tp")):
+        n = world.size
+        assert world.run("passed_on", axes) == [[
+            {"from": (me - 1) % n}, 50_000, (me - 1) % n, cannot if me < 2 else "", other if me == 1 else None,
+            f"send_message over {name}: member {me} is the one that calls; it has what it would send",
+            f"recv_message over {name}: no member {n} in a group of {n}"] for me in range(n)]
