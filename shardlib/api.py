@@ -17,7 +17,7 @@ from shardlib.layout import Layout
 from shardlib.mesh import Mesh, current_mesh
 from shardlib.passes import DEFAULT, rewrite
 from shardlib.pack import pack, packings
-from shardlib.params import Params, fill, flat, leaf_values, unflat
+from shardlib.params import Params, fill, flat, leaf_values, present, unflat
 from shardlib.program import Program, Struct, leaves
 from shardlib.scan import SCAN
 from shardlib.simulate import simulate as simulate_ranks
@@ -100,8 +100,9 @@ class Compiled:
         self._likes: dict[int, Params] = {}         # argument -> a pytree like the one it takes
 
     def lower(self, *args: Any) -> Program:
-        """The explicit program; `args` say which pytrees it takes, as for `lower`. What an earlier call has said need not be said again."""
-        news = {i: a for i, a in enumerate(args) if isinstance(a, Params) and i not in self._likes}
+        """The explicit program; `args` say which pytrees it takes, as for `lower`. What an earlier call has said need not be said again;
+        where this one says otherwise, it is the program of this one."""
+        news = {i: a for i, a in enumerate(args) if isinstance(a, Params) and (i not in self._likes or present(a) != present(self._likes[i]))}
         if self.program is None or news:
             self._likes |= news
             likes = [self._likes.get(i) for i in range(len(self.f.arg_names))]
@@ -116,7 +117,11 @@ class Compiled:
         A stacked cache is held layer by layer; where it is donated, the call returns this very form of it.
         """
         program = self.lower(*((like or weights) if n == name else None for n in self.f.arg_names))
-        leaves = weights if isinstance(weights, dict) else dict(leaf_values(weights, name))
+        given = weights if isinstance(weights, dict) else dict(leaf_values(weights, name))
+        paths = list(arg_types(program, name))
+        if set(paths) != set(given):
+            raise SpecError(f"prepare: {name} has the leaves {', '.join(paths)}; given are {', '.join(given)}")
+        leaves = {p: given.pop(p) for p in paths}
         shapes = {p: tuple(v.shape) for p, v in leaves.items()}
         groups = packings(program, {name})
         packed = {path: group for group in groups for path in group.outer_paths}
@@ -130,7 +135,7 @@ class Compiled:
                 leaf = leaves.pop(key)
                 made[key] = leaf.unbind(0) if key in scanned else leaf
         dtypes = tuple(_first(leaf).dtype for leaf in made.values())
-        return Prepared(name, tuple(made.values()), shapes, _number_of((name, dtypes, *shapes.items())))
+        return Prepared(name, tuple(made.values()), shapes, tuple(made), _number_of((name, dtypes, *made, *shapes.items())))
 
     def __call__(self, *args: Any) -> Any:
         values, key = [], [*self.sizes.values()]        # shards of equal shapes may be of wholes of different sizes
@@ -142,6 +147,8 @@ class Compiled:
                 leaves_of = flat(a) if isinstance(a, Params) else (a,)
                 values += leaves_of
                 key += [v.shape for v in leaves_of]
+                if isinstance(a, Params):
+                    key.append(present(a))
                 key.append(leaves_of[0].dtype if leaves_of else None)
         key = tuple(key)
         variant = self._variants.get(key)
@@ -166,6 +173,10 @@ class Compiled:
                     prepared=[a.name for a in args if isinstance(a, Prepared)])
         self.runtime.compare_plans(program.name, _plan_text(program, mesh, sizes, e.dtype))
         source = self.sources[key] = e.program(program)
+        for a in args:
+            if isinstance(a, Prepared) and a.parts != (parts := tuple(p for p in e.arguments(program) if p.split(".")[0] == a.name)):
+                raise SpecError(f"{program.name}: {a.name} was prepared for a program that packs it otherwise: {', '.join(a.parts)}, "
+                                f"and here {', '.join(parts)}; prepare it with this one")
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
         return load(source, {**e.helpers, **e.constants, **e.plan}, groups, program.name), self._finish(program, e.returned, args)
@@ -228,11 +239,13 @@ class Prepared:
     """A pytree argument as `Compiled.prepare` made it.
 
     flat: its leaves; stacked ones as a tuple of layers.  shapes: of the leaves it was made from, by path.
-    number: equal for arguments of one name, one dtype and equal shapes.
+    parts: what each of `flat` is: a path, or the paths that are packed in it.
+    number: equal for arguments of one name, equal parts, dtypes and shapes.
     """
     name: str
     flat: tuple[Any, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    parts: tuple[str, ...]
     number: int
 
 

@@ -132,6 +132,16 @@ def flat(tree: Params) -> list[Any]:
     return out
 
 
+def present(tree: Params) -> tuple[Any, ...]:
+    """Which fields are set, here and further in: equal for two pytrees of one class exactly if they have the same leaves."""
+    out: list[Any] = []
+    for name in _field_names(type(tree)):
+        value = getattr(tree, name)
+        if value is not None:
+            out.append((name, present(value)) if isinstance(value, Params) else name)
+    return tuple(out)
+
+
 def unflat(like: Params, leaves: Iterator[Any]) -> Any:
     """An instance with the structure of `like`, its leaves taken from `leaves`."""
     values = {}

@@ -98,3 +98,24 @@ def test_drawn_numbers_are_standard_normal():
     x = init(Big, dict(N=200_000), dtype=torch.float64).x
     assert abs(float(x.mean())) < 4 / 200_000 ** 0.5 and abs(float(x.var()) - 1) < 4 * (2 / 200_000) ** 0.5
     assert float((x.abs() > 1.959964).double().mean()) == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / 200_000) ** 0.5)
+
+
+class Parts(Params):
+    a: Tensor = param("D")
+    b: Tensor = param("D")
+    c: Tensor = param("D")
+
+
+@sharded("D, * -> D")
+def weighed(x, w: Parts):
+    for factor, part in ((1.0, w.a), (10.0, w.b), (100.0, w.c)):
+        x = x if part is None else x + factor * part
+    return x
+
+
+def test_a_pytree_with_other_fields_set_is_another_program():
+    x, one = torch.ones(2), torch.ones(2)
+    run = compile(weighed)
+    for _ in range(2):
+        for w, want in ((Parts(a=one, b=one), 12.0), (Parts(a=one, c=one), 102.0), (Parts(a=one, b=one, c=one), 112.0), (Parts(b=one), 11.0)):
+            assert run(x, w).tolist() == [want] * 2

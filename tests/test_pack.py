@@ -4,7 +4,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardlib import Layout, compile, init
+from torch import Tensor
+
+from shardlib import Layout, Params, SpecError, compile, einsum, init, param, scan, sharded, stacked
 from shardlib.models.decoding import llama_of
 from shardlib.models.llama import Cache, LlamaConfig, next_logits
 
@@ -74,3 +76,61 @@ def test_prepared_arguments_of_equal_shapes_share_a_program():
         cache = init(Cache, dict(config.sizes, B=1, S=slots), path="cache", dtype=dtype)
         step(zero[None], step.prepare("w", init(llama_of(config), config.sizes, dtype=dtype)), step.prepare("cache", cache), zero, zero)
     assert len(step.sources) == 3
+
+
+class Two(Params):
+    up: Tensor = param("D F")
+    gate: Tensor = param("D F")
+
+
+class Stack(Params):
+    layers: Two = stacked("L", Two)
+
+
+@sharded("T D, * -> T D")
+def up_first(x, w: Two):
+    a, b = einsum("T D, D F -> T F", x, w.up), einsum("T D, D F -> T F", x, w.gate)
+    return x + einsum("T F, D F -> T D", a - 2.0 * b, w.up)
+
+
+@sharded("T D, * -> T D")
+def gate_first(x, w: Two):
+    b, a = einsum("T D, D F -> T F", x, w.gate), einsum("T D, D F -> T F", x, w.up)
+    return x + einsum("T F, D F -> T D", a - 2.0 * b, w.gate)
+
+
+@sharded("T D, * -> T D")
+def ups(x, w: Stack):
+    return scan(up_first, x, w.layers)
+
+
+@sharded("T D, * -> T D")
+def gates(x, w: Stack):
+    return scan(gate_first, x, w.layers)
+
+
+def test_the_order_of_a_dict_of_weights_does_not_matter():
+    sizes = dict(D=3, F=3, L=2, T=2)
+    w, x = init(Stack, sizes), torch.randn(2, 3)
+    for f in (ups, gates):
+        step = compile(f)
+        leaves = {"w.layers.up": w.layers.up, "w.layers.gate": w.layers.gate}
+        want = step(x, w)
+        for given in (leaves, dict(reversed(leaves.items()))):
+            assert torch.allclose(step(x, step.prepare("w", dict(given), w)), want)
+    with pytest.raises(SpecError) as error:
+        step.prepare("w", {"w.layers.up": w.layers.up}, w)
+    assert str(error.value) == "prepare: w has the leaves w.layers.up, w.layers.gate; given are w.layers.up"
+
+
+def test_what_was_prepared_for_another_program_runs_right_or_is_refused():
+    w, x = init(Stack, dict(D=3, F=3, L=2, T=2)), torch.randn(2, 3)
+    one, other = compile(ups), compile(gates)
+    ready = one.prepare("w", w)
+    assert torch.allclose(one(x, ready), one(x, w))
+    if ready.parts == other.prepare("w", w).parts:
+        assert torch.allclose(other(x, ready), other(x, w))
+    else:
+        with pytest.raises(SpecError) as error:
+            other(x, ready)
+        assert "w was prepared for a program that packs it otherwise" in str(error.value)
