@@ -1,6 +1,6 @@
 """all_reduce over NVLink: every rank gets the sum of every rank's x, added up in rank order in float32, rounded once.
 
-Two ways, with the same bits. One shot: everybody sends everything to everybody, one trip, (W - 1) N bytes out of each GPU. Two
+Two ways, with the same bits but for the payload of a NaN. One shot: everybody sends everything to everybody, one trip, (W - 1) N bytes out of each GPU. Two
 shots: each rank adds up its share and sends the sum to all, two trips, 2 (W - 1) / W N bytes. Small tensors want one trip.
 The protocol is `lamport`.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardlib.triton_kernels.lamport import add_up, clear, enter, leave, place, receive, spin, without_empty
 from shardlib.triton_kernels.launching import launch
-from shardlib.triton_kernels.quads import KINDS, load_quads, push_quads, store_quads
+from shardlib.triton_kernels.quads import KINDS, load_quads, push_quads_once, store_quads
 from shardlib.triton_kernels.workspace import Workspace
 
 
@@ -28,12 +28,13 @@ def all_reduce_reference(pieces: list[Tensor]) -> Tensor:
 @triton.jit
 def _push_all(x, first, quads, addresses_ptr, slot, RANK: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
     """Sends quads first ... of x to all others."""
-    q = tl.minimum(first + tl.arange(0, BLOCK), quads - 1).to(tl.int64)
+    lane = first + tl.arange(0, BLOCK)
+    q = tl.minimum(lane, quads - 1).to(tl.int64)
     a, b, c, d = load_quads(x + q * 16, INTERPRET)
     a, b, c, d = without_empty(a), without_empty(b), without_empty(c), without_empty(d)
     for i in tl.static_range(1, W):
         to = (RANK + i) % W
-        push_quads(tl.load(addresses_ptr + to) + slot + (place(RANK, to) * quads + q) * 16, a, b, c, d, INTERPRET)
+        push_quads_once(tl.load(addresses_ptr + to) + slot + (place(RANK, to) * quads + q) * 16, a, b, c, d, lane < quads, INTERPRET)
 
 
 @triton.jit(do_not_specialize=["quads"])
@@ -64,19 +65,21 @@ def one_shot_kernel(x_ptr, out_ptr, addresses_ptr, state_ptr, quads, slot_bytes,
 @triton.jit
 def _push_shares(x, first, quads, share, addresses_ptr, slot, RANK: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
     """Sends quads first ... of every share of x to its owner."""
-    q = tl.minimum(first + tl.arange(0, BLOCK), share - 1).to(tl.int64)
+    lane = first + tl.arange(0, BLOCK)
+    q = tl.minimum(lane, share - 1).to(tl.int64)
     for i in tl.static_range(1, W):
         to = (RANK + i) % W
         a, b, c, d = load_quads(x + tl.minimum(to * share + q, quads - 1) * 16, INTERPRET)
-        push_quads(tl.load(addresses_ptr + to) + slot + (place(RANK, to) * share + q) * 16, without_empty(a), without_empty(b), without_empty(c),
-                   without_empty(d), INTERPRET)
+        push_quads_once(tl.load(addresses_ptr + to) + slot + (place(RANK, to) * share + q) * 16, without_empty(a), without_empty(b),
+                        without_empty(c), without_empty(d), lane < share, INTERPRET)
 
 
 @triton.jit
 def _push_sums(x, out, first, quads, share, addresses_ptr, here, slot, sums, RANK: tl.constexpr, W: tl.constexpr, KIND: tl.constexpr,
                SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
     """Adds up quads first ... of this rank's share, and sends the sums to all."""
-    q = tl.minimum(first + tl.arange(0, BLOCK), share - 1).to(tl.int64)
+    lane = first + tl.arange(0, BLOCK)
+    q = tl.minimum(lane, share - 1).to(tl.int64)
     at = tl.minimum(RANK * share + q, quads - 1) * 16
     own = load_quads(x + at, INTERPRET)
     words = receive(here + slot + q * 16, share.to(tl.int64) * 16, W - 1, SPIN, CONSTRAINTS, WORDS, INTERPRET)
@@ -85,7 +88,7 @@ def _push_sums(x, out, first, quads, share, addresses_ptr, here, slot, sums, RAN
     a, b, c, d = without_empty(a), without_empty(b), without_empty(c), without_empty(d)
     for i in tl.static_range(1, W):
         to = (RANK + i) % W
-        push_quads(tl.load(addresses_ptr + to) + slot + sums + (place(RANK, to) * share + q) * 16, a, b, c, d, INTERPRET)
+        push_quads_once(tl.load(addresses_ptr + to) + slot + sums + (place(RANK, to) * share + q) * 16, a, b, c, d, lane < share, INTERPRET)
     store_quads(out + at, a, b, c, d, INTERPRET)
 
 
@@ -129,7 +132,7 @@ def one_shot(x: Tensor, workspace: Workspace, blocks: int, num_warps: int = 8) -
 
 
 def two_shot(x: Tensor, workspace: Workspace, blocks: int, num_warps: int = 8) -> Tensor:
-    """The same sum, in two trips: for tensors that are large; twice its bytes fit a slot."""
+    """The same sum, in two trips: for tensors that are large; 2 (W - 1) / W of its bytes fit a slot."""
     w, quads, out = workspace, _quads(x), torch.empty_like(x)
     share = -(-quads // w.size)
     w.check(2 * (w.size - 1) * share * 16)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardlib.triton_kernels.lamport import add_up, clear, enter, leave, place, receive, spin, without_empty
 from shardlib.triton_kernels.launching import launch
-from shardlib.triton_kernels.quads import KINDS, load_quads, push_quads, store_quads
+from shardlib.triton_kernels.quads import KINDS, load_quads, push_quads_once, store_quads
 from shardlib.triton_kernels.workspace import Workspace
 
 
@@ -36,12 +36,13 @@ def _source(owner: tl.constexpr, q, share, inner, W: tl.constexpr, FLAT: tl.cons
 @triton.jit
 def _push_shares(x, first, share, inner, addresses_ptr, slot, RANK: tl.constexpr, W: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
                  INTERPRET: tl.constexpr):
-    q = tl.minimum(first + tl.arange(0, BLOCK), share - 1)
+    lane = first + tl.arange(0, BLOCK)
+    q = tl.minimum(lane, share - 1)
     for i in tl.static_range(1, W):
         to = (RANK + i) % W
         a, b, c, d = load_quads(x + _source(to, q, share, inner, W, FLAT), INTERPRET)
-        push_quads(tl.load(addresses_ptr + to) + slot + (place(RANK, to) * share + q).to(tl.int64) * 16, without_empty(a), without_empty(b),
-                   without_empty(c), without_empty(d), INTERPRET)
+        push_quads_once(tl.load(addresses_ptr + to) + slot + (place(RANK, to) * share + q).to(tl.int64) * 16, without_empty(a), without_empty(b),
+                        without_empty(c), without_empty(d), lane < share, INTERPRET)
 
 
 @triton.jit(do_not_specialize=["share", "inner"])
