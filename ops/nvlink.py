@@ -3,17 +3,18 @@
     from shardlib.ops.nvlink import nvlink          # imports Triton
     connect(mesh, communicators=(nvlink,))
 
-Sums are added up in rank order in float32 and rounded once: every rank has the same bits, in one shot and in two. Results do not
-depend on the launch, so calls may be captured in CUDA graphs and mixed with eager ones. Each stream that calls gets a channel of
+Sums are added up in rank order in float32 and rounded once: every rank has the same bits, in one shot and in two but for the payload of a NaN. Results do not
+depend on the launch, and calls may be captured in CUDA graphs and mixed with eager ones. Each stream that calls gets a channel of
 its own, a workspace, in the order of first use; CUDA graphs that were captured on one stream share its channel, and must not run at
 the same time.
 
 Made where all members have GPUs of one host that reach each other's memory. Refused by `supports`: other collectives and
 reductions, other dtypes than float32, bfloat16 and float16 in sums, uneven pieces, pieces that are no multiple of 16 bytes,
-tensors beyond the capacity.
+tensors beyond the capacity. A call on a third stream is a `SpecError`.
 """
 from __future__ import annotations
 
+import time
 from math import prod
 from typing import Sequence
 
@@ -28,14 +29,18 @@ from shardlib.triton_kernels.all_reduce import one_shot, two_shot
 from shardlib.triton_kernels.exchange import all_gather, all_to_all
 from shardlib.triton_kernels.launching import current_stream
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter
-from shardlib.triton_kernels.workspace import Workspace, flagged_workspace, lamport_workspace
+from shardlib.triton_kernels.workspace import MAX_BLOCKS, Workspace, flagged_workspace, lamport_workspace
 
 CAPACITY = 64 << 20
 """Bytes of the largest tensor a channel takes."""
 CHANNELS = 2
+CLOSE_S = 5.0
+"""Seconds that `close` gives the device to finish."""
 PACKETS = 512 << 10
 """Bytes of a tensor, all pieces together, up to which all_gather and all_to_all send packets."""
 MOST_RANKS = 8
+SMS = 132
+"""Multiprocessors of a GPU that hold the blocks of two channels at once: see MOST_BLOCKS."""
 REDUCIBLE = (torch.float32, torch.bfloat16, torch.float16)
 TAKES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 QUAD = 16
@@ -49,7 +54,7 @@ def nvlink(place: Place) -> NVLink | str:
     try:
         channels, reason = tuple(Channel.of(place) for _ in range(CHANNELS)), None
     except (RuntimeError, ImportError) as error:
-        reason = f"symmetric memory: {str(error).splitlines()[0]}"
+        reason = f"symmetric memory: {str(error).partition(chr(10))[0]}"
     reason = place.agree(reason)
     return NVLink(place, channels) if reason is None else reason
 
@@ -64,7 +69,11 @@ def _reason(place: Place) -> str | None:
     here = place.device.index
     if not all(torch.cuda.can_device_access_peer(here, d) for d in range(torch.cuda.device_count()) if d != here):
         return f"GPU {here} does not reach the memory of all others"
-    return None
+    sms, free = torch.cuda.get_device_properties(here).multi_processor_count, torch.cuda.mem_get_info(here)[0]
+    if sms < SMS:
+        return f"GPU {here} has {sms} multiprocessors; the kernels of {CHANNELS} channels want {SMS} to run side by side"
+    needed = CHANNELS * workspace_bytes(place.size)
+    return None if free >= needed else f"GPU {here} has {bytes_text(free)} free, {bytes_text(needed)} are needed"
 
 
 class Channel:
@@ -89,6 +98,12 @@ def slots(size: int) -> tuple[int, int, int]:
     """Bytes of a slot for sums, packets and chunks of the largest tensors between so many ranks: whole quads, as are the pieces."""
     piece, packet = (-(-most // (QUAD * size)) * QUAD for most in (CAPACITY, PACKETS))
     return max(CAPACITY, 2 * (size - 1) * piece), 2 * (size - 1) * packet, (size - 1) * piece
+
+
+def workspace_bytes(size: int) -> int:
+    """Bytes of one channel of a group of so many ranks, on each of its GPUs."""
+    reduce, packets, chunks = slots(size)
+    return 3 * reduce + 2 * packets + 2 * chunks + 2 * 8 * MAX_BLOCKS * size
 
 
 class NVLink:
@@ -126,6 +141,7 @@ class NVLink:
         self._last = ("sums", channel, 0)
         if self.size == 2 or x.nbytes <= TWO_SHOT:
             return one_shot(x, channel.reduce, *launch(x.nbytes, self._most))
+        self._last = ("two shots", channel, 0)
         return two_shot(x, channel.reduce, *launch(x.nbytes // self.size, WIDE_BLOCKS))
 
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], op: str) -> Tensor:
@@ -172,8 +188,9 @@ class NVLink:
         if self._last is None:
             return None
         how, channel, piece = self._last
-        if how == "sums":
-            missing = sums_missing(channel.reduce, self._reader, self._ranks, lambda quads, q: _block(q, *launch(quads * QUAD, self._most)))
+        if how in ("sums", "two shots"):
+            shots, most = (1, self._most) if how == "sums" else (2, WIDE_BLOCKS)
+            missing = sums_missing(channel.reduce, self._reader, self._ranks, lambda quads, q: _block(q, *launch(quads * QUAD, most)), shots)
         elif how == "packets":
             missing = packets_missing(channel.packets, self._reader, self._ranks, piece // QUAD, lambda quads, q: _block(q, *launch_packets(quads * QUAD)))
         else:
@@ -185,9 +202,20 @@ class NVLink:
         stream = current_stream(self.device)
         if stream not in self._channels:
             if not self._free:
-                raise SpecError(f"NVLink over {self.group}: {CHANNELS} streams have called; a further one would have to wait for them")
+                raise SpecError(f"NVLink over {self.group}: {CHANNELS} streams have called it, and each has memory of its own; "
+                                f"capture CUDA graphs on the stream of group.graph_capture(), and call on one other")
             self._channels[stream] = self._free.pop(0)
         return self._channels[stream]
+
+    def _idle(self) -> bool:
+        """Whether the streams that have called come to their end, within CLOSE_S."""
+        until = time.monotonic() + CLOSE_S
+        streams = [torch.cuda.ExternalStream(handle, device=self.device) for handle in self._channels]
+        while not all(stream.query() for stream in streams):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        return True
 
     def _refused(self, what: str) -> SpecError:
         return SpecError(f"NVLink takes {', '.join(TAKES[:-1])} and {TAKES[-1]}, not {what}")
@@ -208,11 +236,11 @@ class NVLink:
         raise self._refused("barrier")
 
     def close(self) -> None:
-        """Lets the workspaces go, once the device is done with them."""
-        if self._channels:
-            torch.cuda.synchronize(self.device)
-        self._channels.clear()
-        self._free.clear()
+        """Lets the workspaces go, if the device is done with them; a kernel that waits for a rank that is gone keeps them."""
+        if not self._channels or self._idle():
+            self._channels.clear()
+            self._free.clear()
+            self._last = None
 
 
 TWO_SHOT = 256 << 10

@@ -41,22 +41,27 @@ class Reader:
         return here
 
 
-def sums_missing(workspace: Workspace, reader: Reader, ranks: Sequence[int], block_of: Callable[[int, int], int]) -> list[str]:
-    """What all_reduce or reduce_scatter waits for. ranks: the members', in order; block_of(quads, quad): the block that adds up a quad."""
+def sums_missing(workspace: Workspace, reader: Reader, ranks: Sequence[int], block_of: Callable[[int, int], int], shots: int = 1) -> list[str]:
+    """What all_reduce or reduce_scatter waits for. ranks: the members', in order; block_of(quads, quad): the block that takes a quad.
+
+    In two shots, a slot holds what each of the others sends of this rank's share, and then the sums that each sends of its own.
+    """
     state = reader.read(workspace.state)
     if state is None:
         return ["the GPU does not answer"]
     slot = (int(state[0]) + SLOTS.value - 1) % SLOTS.value
-    quads = int(state[2 + slot]) // (workspace.size - 1)
+    quads = int(state[2 + slot]) // (shots * (workspace.size - 1))
+    others = [r for r in ranks if r != ranks[workspace.rank]]
     found = []
-    for i, rank in enumerate(r for r in ranks if r != ranks[workspace.rank]):
-        start = (slot * workspace.slot_bytes + i * quads * 16) // 4
-        words = reader.read(workspace.arena[start:start + 4 * quads])
-        empty = (words == EMPTY.value).nonzero() if words is not None else ()
-        if len(empty):
-            quad = int(empty[0]) // 4
-            found.append(f"of rank {rank}, {len(empty)} of {words.numel()} words have not come: block {block_of(quads, quad)} waits for quad {quad}, "
-                         f"expects data and sees {EMPTY.value:#x}")
+    for shot in range(shots):
+        for i, rank in enumerate(others):
+            start = (slot * workspace.slot_bytes + (shot * len(others) + i) * quads * 16) // 4
+            words = reader.read(workspace.arena[start:start + 4 * quads])
+            empty = (words == EMPTY.value).nonzero() if words is not None else ()
+            if len(empty):
+                quad, what = int(empty[0]) // 4, "words" if shots == 1 else ("words of the pieces", "words of the sums")[shot]
+                found.append(f"of rank {rank}, {len(empty)} of {words.numel()} {what} have not come: block {block_of(quads, quad)} waits for "
+                             f"quad {quad}, expects data and sees {EMPTY.value:#x}")
     return found
 
 

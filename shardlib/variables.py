@@ -1,7 +1,8 @@
 """Variables of generated code: the name of a value that is used no further goes to the next one.
 
-So the memory of a value is free as soon as the last line that reads it is done, as in code written by hand. Lines come in with
-every value under a name `vN` of its own, blocks indented by four spaces.
+So a value is let go when the next one of its block takes its name, mostly in the line after the last that reads it, as in code
+written by hand; those of a loop's body keep theirs until the function ends. Lines come in with every value under a name `vN` of
+its own, blocks indented by four spaces.
 """
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 -m shardlib.distributed.calibrate
 
-measures every collective of every communicator, in groups of all ranks and of their divisors, from 2 kB to 64 MB: on GPUs
-eager and in CUDA graphs. The table goes to the user's cache, where `connect` finds it, or to `--out FILE`. What an earlier
+measures every collective of every communicator, in groups of all ranks and of some of their divisors (`axes_of`), from 2 kB to
+64 MB: on GPUs eager and in CUDA graphs. The table goes to the user's cache, where `connect` finds it, or to `--out FILE`. What an earlier
 run with another number of processes has measured stays in it. Times are medians of the slowest member, in µs a call.
 """
 from __future__ import annotations
@@ -15,13 +15,14 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
 
 from shardlib.distributed.communicators.protocol import Call, Communicator
+from shardlib.distributed.graph_capture import capture_stream
 from shardlib.distributed.group_coordinator import GroupCoordinator
 from shardlib.distributed.launch import Launch
 from shardlib.distributed.routing import Curve, Table, hardware, own_file
@@ -73,7 +74,7 @@ def time_on_cpu(call: Callable[[], Any], group: GroupCoordinator, calls: int) ->
 def time_on_gpu(call: Callable[[], Any], group: GroupCoordinator, calls: int, capturing: bool) -> float:
     """µs a call, of calls one after another on the device, from a graph or eager."""
     if capturing:
-        side = _side_stream(group.device)
+        side = capture_stream(group.device)
         with torch.cuda.stream(side):
             call()
         torch.cuda.synchronize()
@@ -100,12 +101,6 @@ def time_on_gpu(call: Callable[[], Any], group: GroupCoordinator, calls: int, ca
         torch.cuda.synchronize()
         rounds.append(begin.elapsed_time(end) / 1e3 / calls)
     return slowest(rounds[2:], group)
-
-
-@lru_cache(maxsize=None)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream on which everything is captured: a communicator may keep memory for each."""
-    return torch.cuda.Stream(device)
 
 
 def measure(group: GroupCoordinator, name: str, communicator: Communicator, dtype: torch.dtype, capturing: bool, sizes: Sequence[int] = SIZES) -> Curve | None:
@@ -154,8 +149,18 @@ def provenance(device: torch.device) -> dict[str, str]:
     versions = [f"torch {torch.__version__}"]
     if device.type == "cuda":
         versions += [f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}", f"Triton {_version('triton')}"]
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {"versions": ", ".join(versions), "date": datetime.date.today().isoformat(), "commit": git.stdout.strip() or f"shardlib {_version('shardlib')}"}
+    return {"versions": ", ".join(versions), "date": datetime.date.today().isoformat(), "commit": _commit() or f"shardlib {_version('shardlib')}"}
+
+
+def _commit() -> str:
+    """The commit of the checkout that this file is in; "" where it is in none."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _version(package: str) -> str:

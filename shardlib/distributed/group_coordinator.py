@@ -20,6 +20,7 @@ compare each collective before it runs, and what differs is one `SpecError` on a
 """
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from math import prod
 from time import monotonic
 from typing import Any, Callable, Mapping, Sequence

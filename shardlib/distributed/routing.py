@@ -2,7 +2,8 @@
 
 A `Table` is what was measured on one machine: per collective, group size, dtype and way of calling (eager, or in a CUDA graph), the
 µs of every communicator at some sizes. A call goes to the one that is fastest at its size; between two measured sizes the
-µs run on a straight line of log against log. What was not measured is taken by the first communicator that supports it.
+µs run on a straight line of log against log. A communicator that was not measured gets what no measured one supports; where none
+was, the first takes the call.
 
 >>> table = Table("a machine", {}, (Curve("all_reduce", 2, "float32", False, "shared memory", ((1024, 30.0), (1048576, 900.0))),
 ...                                 Curve("all_reduce", 2, "float32", False, "gloo", ((1024, 700.0), (1048576, 800.0)))))
@@ -64,9 +65,9 @@ class Table(msgspec.Struct, frozen=True):
         return next((c for c in found if c.dtype == dtype), found[0] if found else None)
 
     def us(self, call: Call, size: int, communicator: str) -> float | None:
-        """The µs that the call should take; None where nothing like it was measured."""
+        """The µs that the call should take; None where nothing like it was measured: of reductions, sums are."""
         curve = self.curve(call, size, communicator)
-        return None if curve is None or call.nbytes < 0 else curve.us(call.nbytes)
+        return None if curve is None or call.nbytes < 0 or call.op not in (None, "sum") else curve.us(call.nbytes)
 
     def order(self, call: Call, size: int, communicators: Sequence[str]) -> list[str]:
         """The communicators, fastest first; those that were not measured come after, in the order given."""
@@ -85,9 +86,13 @@ class Table(msgspec.Struct, frozen=True):
     def decode(cls, text: bytes, name: str) -> Table:
         """SpecError where `text` is no table."""
         try:
-            return msgspec.json.decode(text, type=cls)
+            table = msgspec.json.decode(text, type=cls)
         except msgspec.DecodeError as error:
             raise SpecError(f"routing table {name}: {error}") from None
+        for curve in table.curves:
+            if not curve.points or any(b <= a for (a, _), (b, _) in zip(curve.points, curve.points[1:])) or any(us <= 0 for _, us in curve.points):
+                raise SpecError(f"routing table {name}: {curve.name} by {curve.communicator}: its points are sizes that rise, with µs above 0")
+        return table
 
 
 UNMEASURED = Table("unknown hardware", {})
@@ -120,8 +125,15 @@ def find_table(device: torch.device) -> Table:
     if named:
         if not Path(named).is_file():
             raise SpecError(f"SHARDLIB_ROUTES: there is no file {named}")
-        return Table.decode(Path(named).read_bytes(), named)
+        return _read(Path(named))
     for file in (own_file(device), *sorted(SHIPPED.glob("*.json"))):
-        if file.is_file() and (table := Table.decode(file.read_bytes(), str(file))).hardware == hardware(device):
+        if file.is_file() and (table := _read(file)).hardware == hardware(device):
             return table
     return UNMEASURED
+
+
+def _read(file: Path) -> Table:
+    try:
+        return Table.decode(file.read_bytes(), str(file))
+    except OSError as error:
+        raise SpecError(f"routing table {file}: {error.strerror}") from None

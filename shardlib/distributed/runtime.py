@@ -169,13 +169,13 @@ class Runtime:
         everyone = tuple(range(self.mesh.world_size))
         group = dist.new_group(list(everyone), self._timeout, "gloo")
         control = TorchDistributed(group, everyone, self.rank)
-        self._job = Place("job", everyone, self.rank, (0,) * len(everyone), torch.device("cpu"), group, group,
-                          self._timeout.total_seconds(), control)
+        job = Place("job", everyone, self.rank, (0,) * len(everyone), torch.device("cpu"), group, group, self._timeout.total_seconds(), control)
         table, wrong = self._find_table() if self.rank == 0 else (b"", None)
-        met = self._job.share([identity(), table, wrong])
+        met = job.share([identity(), table, wrong])
         if met[0][2] is not None:
             raise SpecError(met[0][2])
         self.hosts, self.table = hosts([host for host, _, _ in met]), Table.decode(met[0][1], "of rank 0")
+        self._job = job
 
     def _find_table(self) -> tuple[bytes, str | None]:
         try:
@@ -217,10 +217,10 @@ class Runtime:
         where = Place(name, ranks, self.rank, tuple(self.hosts[r] for r in ranks), self.device, pair.device, pair.cpu,
                       self._timeout.total_seconds(), control)
         self._places[axes] = where
-        made = {factory.__name__: factory(where) for factory in dict.fromkeys(self._factories)}
-        more = [c for c in made.values() if not isinstance(c, str)]
+        made = [(getattr(factory, "__name__", repr(factory)), factory(where)) for factory in dict.fromkeys(self._factories)]
+        more = [c for _, c in made if not isinstance(c, str)]
         return GroupCoordinator(*place, (*more, data, control), control, pair.device, pair.cpu, table=self.table,
-                                deterministic=self._deterministic, declined={n: c for n, c in made.items() if isinstance(c, str)},
+                                deterministic=self._deterministic, declined={n: c for n, c in made if isinstance(c, str)},
                                 watchdog=self._watchdog, check=where if self._check else None)
 
     def _expand(self, axes: Sequence[str]) -> tuple[str, ...]:

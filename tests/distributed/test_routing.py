@@ -102,6 +102,18 @@ def test_tables_are_found_and_read_back(tmp_path: Path, monkeypatch: pytest.Monk
     assert str(refused.value) == f"SHARDLIB_ROUTES: there is no file {tmp_path / 'none.json'}"
 
 
+@pytest.mark.parametrize("points", [(), ((8, 1.0), (4, 2.0)), ((4, 1.0), (4, 2.0)), ((4, 0.0),)])
+def test_points_that_are_no_curve(points: tuple[tuple[int, float], ...]) -> None:
+    with pytest.raises(SpecError) as refused:
+        Table.decode(Table("x", {}, (curve("a", *points),)).encode(), "t.json")
+    assert str(refused.value) == "routing table t.json: all_reduce by a: its points are sizes that rise, with µs above 0"
+
+
+def test_a_maximum_is_not_predicted_from_sums() -> None:
+    table = Table("x", {}, (curve("a", (1024, 5.0)),))
+    assert table.us(CALL, 2, "a") == 5.0 and table.us(CALL._replace(op="max"), 2, "a") is None
+
+
 def test_shipped_tables_are_tables() -> None:
     for file in SHIPPED.glob("*.json"):
         table = Table.decode(file.read_bytes(), file.name)

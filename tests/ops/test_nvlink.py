@@ -12,8 +12,10 @@ from shardlib.distributed.communicators.protocol import Call
 from shardlib.ops import nvlink
 from shardlib.ops.nvlink import (CAPACITY, CHANNELS, MOST_BLOCKS, MOST_RANKS, PACKETS, QUAD, TWO_SHOT, WIDE_BLOCKS, NVLink, launch, launch_chunks,
                                  launch_packets, slots)
+from shardlib.ops.nvlink_report import Reader, sums_missing
 from shardlib.triton_kernels.exchange import CHUNKS
-from shardlib.triton_kernels.workspace import MAX_BLOCKS
+from shardlib.triton_kernels.lamport import EMPTY
+from shardlib.triton_kernels.workspace import MAX_BLOCKS, Workspace
 
 WORLDS = range(2, MOST_RANKS + 1)
 
@@ -33,12 +35,43 @@ def place(size: int = 2, **how: Any) -> Any:
     (dict(size=9), "9 members; at most 8"),
     (dict(agree=lambda reason: "what another member says"), "what another member says"),
 ])
-def test_declines(how: dict[str, Any], reason: str) -> None:
+def test_declines(how: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch)
     assert nvlink.nvlink(place(**how)) == reason
 
 
+def gpu(monkeypatch: pytest.MonkeyPatch, count: int = 1, sms: int = 132, free: int = 10**12) -> None:
+    """A machine with GPUs like these."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=sms))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+
+
+def test_declines_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, sms=108)
+    assert nvlink.nvlink(place()) == "GPU 0 has 108 multiprocessors; the kernels of 2 channels want 132 to run side by side"
+    gpu(monkeypatch, free=10**8)
+    assert nvlink.nvlink(place()) == "GPU 0 has 100.0 MB free, 539.0 MB are needed"
+
+
+def test_a_report_of_two_shots_names_the_rank_whose_pieces_or_sums_are_missing() -> None:
+    size, quads = 4, 8
+    ranks, reader = (3, 5, 7, 9), Reader(torch.device("cpu"))
+    for missing in range(6):
+        arena = torch.zeros(3 * 4096 // 4, dtype=torch.int32)
+        start = 4096 // 4 + missing * 4 * quads                        # slot 1; of the sender's quads, the last three words
+        arena[start + 4 * quads - 3:start + 4 * quads] = EMPTY.value
+        state = torch.tensor([2, 0, 0, 2 * 3 * quads, 0], dtype=torch.int32)
+        workspace = Workspace(2, size, torch.zeros(size, dtype=torch.int64), arena, state, 4096)
+        rank, what = (3, 5, 9)[missing % 3], ("pieces", "sums")[missing // 3]
+        assert sums_missing(workspace, reader, ranks, lambda n, q: q, 2) == [
+            f"of rank {rank}, 3 of 32 words of the {what} have not come: block 7 waits for quad 7, expects data and sees 0x7fff7fff"]
+    arena[:] = 0
+    assert sums_missing(workspace, reader, ranks, lambda n, q: q, 2) == []
+
+
 def test_declines_where_a_gpu_does_not_reach_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    gpu(monkeypatch, count=3)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, there: there != 2)
     assert nvlink.nvlink(place()) == "GPU 0 does not reach the memory of all others"
 
@@ -47,7 +80,7 @@ def test_declines_without_symmetric_memory(monkeypatch: pytest.MonkeyPatch) -> N
     """With the first line of what torch says."""
     def refuse(*where: Any) -> None:
         raise RuntimeError("no such handle\nException raised from rendezvous")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    gpu(monkeypatch)
     monkeypatch.setattr(nvlink, "lamport_workspace", refuse)
     assert nvlink.nvlink(place()) == "symmetric memory: no such handle"
 
@@ -60,7 +93,7 @@ def test_allocates_the_slots_of_all_channels(size: int, monkeypatch: pytest.Monk
     def allocate(group: Any, members: list[int], me: int, device: torch.device, slot_bytes: int) -> Any:
         asked.append((members, me, slot_bytes))
         return SimpleNamespace(arena=torch.empty(25, dtype=torch.int32))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    gpu(monkeypatch)
     monkeypatch.setattr(nvlink, "lamport_workspace", allocate)
     monkeypatch.setattr(nvlink, "flagged_workspace", allocate)
     monkeypatch.setattr(nvlink, "Reader", lambda device: None)
