@@ -38,6 +38,8 @@ CLOSE_S = 5.0
 """Seconds that `close` gives the device to finish."""
 PACKETS = 512 << 10
 """Bytes of a tensor, all pieces together, up to which all_gather and all_to_all send packets."""
+TWO_SHOT = 256 << 10
+"""Bytes above which groups of more than two add up by shares: by the floors of one and of two trips, not swept yet."""
 MOST_RANKS = 8
 SMS = 132
 """Multiprocessors of a GPU that hold the blocks of two channels at once: see MOST_BLOCKS."""
@@ -241,10 +243,6 @@ class NVLink:
             self._channels.clear()
             self._free.clear()
             self._last = None
-
-
-TWO_SHOT = 256 << 10
-"""Bytes above which groups of more than two add up by shares."""
 
 
 MOST_BLOCKS = 256

@@ -25,6 +25,7 @@ from shardlib.scan import SCAN
 from shardlib.spec import Spec
 from shardlib.variables import reuse
 
+
 @dataclass(frozen=True)
 class PlanStep:
     """One collective of a program, for reports: its number there, counted from 1, the user's line, the specs before and after."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shardlib.triton_kernels.lamport import place
 from shardlib.triton_kernels.launching import launch
-from shardlib.triton_kernels.quads import load_quads, push_quads, store_quads
+from shardlib.triton_kernels.quads import load_quads, piece_address, push_quads, store_quads
 from shardlib.triton_kernels.workspace import MAX_BLOCKS, Workspace
 
 CHUNKS = tl.constexpr(65536)
@@ -69,15 +69,6 @@ def count_call(call, state_ptr):
 
 
 @triton.jit
-def _target(source: tl.constexpr, q, piece, inner, W: tl.constexpr, FLAT: tl.constexpr):
-    """Where quad q of what `source` sends lies in the result."""
-    if FLAT:
-        return (source * piece + q).to(tl.int64) * 16
-    else:
-        return ((q // inner * W + source) * inner + q % inner).to(tl.int64) * 16
-
-
-@triton.jit
 def _push_chunk(x, start, piece, stride, addresses_ptr, slot, RANK: tl.constexpr, W: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
                 INTERPRET: tl.constexpr):
     for u in tl.static_range(UNROLL):
@@ -108,14 +99,14 @@ def chunks_kernel(x_ptr, out_ptr, addresses_ptr, flags_ptr, state_ptr, piece, st
         for u in tl.static_range(UNROLL):
             q = tl.minimum(start + u * BLOCK + tl.arange(0, BLOCK), piece - 1)
             a, b, c, d = load_quads(x + (RANK * stride + q).to(tl.int64) * 16, INTERPRET)
-            store_quads(out + _target(RANK, q, piece, inner, W, FLAT), a, b, c, d, INTERPRET)
+            store_quads(out + piece_address(RANK, q, piece, inner, W, FLAT), a, b, c, d, INTERPRET)
         await_flags(flags_ptr, k, RANK, W, P)
         for u in tl.static_range(UNROLL):
             q = tl.minimum(start + u * BLOCK + tl.arange(0, BLOCK), piece - 1)
             for i in tl.static_range(1, W):
                 source = (RANK + W - i) % W
                 a, b, c, d = load_quads(here + slot + (place(source, RANK) * piece + q).to(tl.int64) * 16, INTERPRET)
-                store_quads(out + _target(source, q, piece, inner, W, FLAT), a, b, c, d, INTERPRET)
+                store_quads(out + piece_address(source, q, piece, inner, W, FLAT), a, b, c, d, INTERPRET)
         k += 1
 
 
@@ -173,10 +164,10 @@ def packets_kernel(x_ptr, out_ptr, addresses_ptr, state_ptr, piece, stride, inne
     for start in range(first, piece, step):
         q = tl.minimum(start + tl.arange(0, BLOCK), piece - 1)
         a, b, c, d = load_quads(x + (RANK * stride + q).to(tl.int64) * 16, INTERPRET)
-        store_quads(out + _target(RANK, q, piece, inner, W, FLAT), a, b, c, d, INTERPRET)
+        store_quads(out + piece_address(RANK, q, piece, inner, W, FLAT), a, b, c, d, INTERPRET)
         words = receive_packets(here + slot + q.to(tl.int64) * 32, piece.to(tl.int64) * 32, flag, W - 1, SPIN, CONSTRAINTS, WORDS, INTERPRET)
         for i in tl.static_range(W - 1):
-            store_quads(out + _target(i + (i >= RANK), q, piece, inner, W, FLAT), words[8 * i], words[8 * i + 2], words[8 * i + 4], words[8 * i + 6],
+            store_quads(out + piece_address(i + (i >= RANK), q, piece, inner, W, FLAT), words[8 * i], words[8 * i + 2], words[8 * i + 4], words[8 * i + 6],
                         INTERPRET)
 
 

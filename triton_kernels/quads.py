@@ -58,6 +58,15 @@ def push_quads_once(address, a, b, c, d, there, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def piece_address(rank: tl.constexpr, q, piece, inner, W: tl.constexpr, FLAT: tl.constexpr):
+    """Where quad q of a rank's piece lies in (outer, W, inner), in bytes. piece: quads of it; inner: those side by side (FLAT: all)."""
+    if FLAT:
+        return (rank * piece + q).to(tl.int64) * 16
+    else:
+        return ((q // inner * W + rank) * inner + q % inner).to(tl.int64) * 16
+
+
+@triton.jit
 def _store_words(address, a, b, c, d):
     p = address.to(tl.pointer_type(tl.int32))
     tl.store(p, a)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardlib.triton_kernels.lamport import add_up, clear, enter, leave, place, receive, spin, without_empty
 from shardlib.triton_kernels.launching import launch
-from shardlib.triton_kernels.quads import KINDS, load_quads, push_quads_once, store_quads
+from shardlib.triton_kernels.quads import KINDS, load_quads, piece_address, push_quads_once, store_quads
 from shardlib.triton_kernels.workspace import Workspace
 
 
@@ -25,22 +25,13 @@ def reduce_scatter_reference(pieces: list[Tensor], rank: int) -> Tensor:
 
 
 @triton.jit
-def _source(owner: tl.constexpr, q, share, inner, W: tl.constexpr, FLAT: tl.constexpr):
-    """Where quad q of the share of `owner` lies in x."""
-    if FLAT:
-        return (owner * share + q).to(tl.int64) * 16
-    else:
-        return ((q // inner * W + owner) * inner + q % inner).to(tl.int64) * 16
-
-
-@triton.jit
 def _push_shares(x, first, share, inner, addresses_ptr, slot, RANK: tl.constexpr, W: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
                  INTERPRET: tl.constexpr):
     lane = first + tl.arange(0, BLOCK)
     q = tl.minimum(lane, share - 1)
     for i in tl.static_range(1, W):
         to = (RANK + i) % W
-        a, b, c, d = load_quads(x + _source(to, q, share, inner, W, FLAT), INTERPRET)
+        a, b, c, d = load_quads(x + piece_address(to, q, share, inner, W, FLAT), INTERPRET)
         push_quads_once(tl.load(addresses_ptr + to) + slot + (place(RANK, to) * share + q).to(tl.int64) * 16, without_empty(a), without_empty(b),
                         without_empty(c), without_empty(d), lane < share, INTERPRET)
 
@@ -64,7 +55,7 @@ def reduce_scatter_kernel(x_ptr, out_ptr, addresses_ptr, state_ptr, share, inner
         clear(here + previous * slot_bytes, cleared, tl.minimum(cleared + (W - 1) * step, left), BLOCK, INTERPRET)
         cleared += (W - 1) * step
         q = tl.minimum(start + tl.arange(0, BLOCK), share - 1)
-        own = load_quads(x + _source(RANK, q, share, inner, W, FLAT), INTERPRET)
+        own = load_quads(x + piece_address(RANK, q, share, inner, W, FLAT), INTERPRET)
         words = receive(here + slot + q.to(tl.int64) * 16, share.to(tl.int64) * 16, W - 1, SPIN, CONSTRAINTS, WORDS, INTERPRET)
         store_quads(out + q.to(tl.int64) * 16, add_up(words, own, 0, RANK, W, KIND, INTERPRET), add_up(words, own, 1, RANK, W, KIND, INTERPRET),
                     add_up(words, own, 2, RANK, W, KIND, INTERPRET), add_up(words, own, 3, RANK, W, KIND, INTERPRET), INTERPRET)
