@@ -18,7 +18,8 @@ from record import RESULTS, commit, hardware, row, versions
 
 NAMES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 SIZES = [2 ** k for k in range(11, 27)]
-README = (8 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20)
+README = {2: (8 << 10, 1 << 20, 64 << 20), 4: (8 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20)}
+"""GPUs -> the sizes that README.md shows."""
 DTYPE = torch.bfloat16
 LAUNCH_US, TRIP_US, BYTES_PER_US = 0.64, 0.75, 365_000.0
 
@@ -69,14 +70,14 @@ def measure() -> None:
         ours, direct = made["NVLink"], made.get("NCCL")
         for name in NAMES:
             for nbytes in SIZES:
-                x = torch.randn(nbytes // DTYPE.itemsize, device=group.device, dtype=DTYPE)
+                x = torch.randn(nbytes // (16 * n) * 16 * n // DTYPE.itemsize, device=group.device, dtype=DTYPE)      # whole quads a piece
                 contestants = {"ours": call_of(name, ours, group, x), "NCCL": nccl_calls(group, name, x), **torch_kernels(group, name, x)}
                 if direct is not None:
                     contestants["NCCL by nccl4py"] = call_of(name, direct, group, x)
                 calls = 20 if nbytes <= 4 << 20 else 8
                 us = {who: time_on_gpu(call, group, calls, capturing=True) for who, call in contestants.items()}
-                rows.append(row(f"{name}, {n} GPUs, {nbytes} B", "µs", us.pop("ours"), us, floor(name, n, nbytes)) | {
-                    "collective": name, "gpus": n, "bytes": nbytes, "commit": commit(), "readme": nbytes in README})
+                rows.append(row(f"{name}, {n} GPUs, {x.nbytes} B", "µs", us.pop("ours"), us, floor(name, n, x.nbytes)) | {
+                    "collective": name, "gpus": n, "bytes": x.nbytes, "commit": commit(), "readme": nbytes in README.get(n, ())})
                 if runtime.rank == 0:
                     r = rows[-1]
                     print(r["case"], r["ours"], r["peers"], "floor", r["floor"], flush=True)

@@ -1,18 +1,19 @@
 """What a kernel between GPUs waits for, read off its arena by the copy engine while it waits.
 
-Where data has not come, the arena still says so: a slot holds EMPTY, a packet or a flag an older number. So the kernels need no clock
-and no counter of their own, and a report costs nothing until it is asked for.
+Where data has not come, the arena still says so: its slot holds EMPTY. So the kernels need no clock and no counter of their own, and a
+report costs nothing until it is asked for.
 """
 from __future__ import annotations
 
 import time
-from typing import Callable, Sequence
+from itertools import product
+from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor
 
-from shardlib.triton_kernels.exchange import CHUNKS
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS
+from shardlib.triton_kernels.launching import Grid
 from shardlib.triton_kernels.workspace import Workspace
 
 MOST_WORDS = 1 << 18
@@ -41,65 +42,49 @@ class Reader:
         return here
 
 
-def sums_missing(workspace: Workspace, reader: Reader, ranks: Sequence[int], block_of: Callable[[int, int], int], shots: int = 1) -> list[str]:
-    """What all_reduce or reduce_scatter waits for. ranks: the members', in order; block_of(quads, quad): the block that takes a quad.
+class Expected(NamedTuple):
+    """What a kernel waits for. parts: what its slot holds, each of every other rank, by name; quads: of a part, from one of them; lines:
+    of all parts, where lines have words; grid: the launch."""
+    parts: tuple[str, ...]
+    quads: int
+    lines: int
+    grid: Grid
 
-    In two shots, a slot holds what each of the others sends of this rank's share, and then the sums that each sends of its own.
+    def filled(self, others: int) -> int:
+        """Quads of the slot that so many other ranks fill."""
+        return len(self.parts) * others * self.quads + -(-self.lines // 4)
+
+
+def missing(workspace: Workspace, expected: Expected, reader: Reader, ranks: Sequence[int]) -> list[str]:
+    """What has not come of the last call on the workspace. ranks: the members', in order.
+
+    Where the slot is filled with another number of quads than `expected`, the last call was one out of a CUDA graph: then only what
+    is missing of the slot is known.
     """
     state = reader.read(workspace.state)
     if state is None:
         return ["the GPU does not answer"]
     slot = (int(state[0]) + SLOTS.value - 1) % SLOTS.value
-    quads = int(state[2 + slot]) // (shots * (workspace.size - 1))
+    filled, start = int(state[2 + slot]), slot * workspace.slot_bytes // 4
     others = [r for r in ranks if r != ranks[workspace.rank]]
-    found = []
-    for shot in range(shots):
-        for i, rank in enumerate(others):
-            start = (slot * workspace.slot_bytes + (shot * len(others) + i) * quads * 16) // 4
-            words = reader.read(workspace.arena[start:start + 4 * quads])
-            empty = (words == EMPTY.value).nonzero() if words is not None else ()
-            if len(empty):
-                quad, what = int(empty[0]) // 4, "words" if shots == 1 else ("words of the pieces", "words of the sums")[shot]
-                found.append(f"of rank {rank}, {len(empty)} of {words.numel()} {what} have not come: block {block_of(quads, quad)} waits for "
-                             f"quad {quad}, expects data and sees {EMPTY.value:#x}")
+    if filled != expected.filled(len(others)):
+        empty = _empty(workspace, reader, start, 4 * filled - 3)        # the last quad may hold one word of a line
+        return [f"in a CUDA graph: {len(empty)} of {4 * filled} words have not come"] if len(empty) else []
+    found, words = [], 4 * expected.quads
+    for i, (part, rank) in enumerate(product(expected.parts, others)):
+        empty = _empty(workspace, reader, start + i * words, words)
+        if len(empty):
+            quad = int(empty[0]) // 4
+            block = quad // expected.grid.threads % expected.grid.blocks
+            found.append(f"of rank {rank}, {len(empty)} of {min(words, MOST_WORDS)} {part} have not come: block {block} waits for quad {quad}, "
+                         f"expects data and sees {EMPTY.value:#x}")
+    after = start + len(expected.parts) * len(others) * words
+    if not found and len(empty := _empty(workspace, reader, after, expected.lines)):
+        found.append(f"{len(empty)} of {expected.lines} words of lines have not come: the first is {int(empty[0])}")
     return found
 
 
-def packets_missing(workspace: Workspace, reader: Reader, ranks: Sequence[int], piece: int, block_of: Callable[[int, int], int]) -> list[str]:
-    """What an all_gather or all_to_all by packets waits for, of pieces of `piece` quads."""
-    call = _call(workspace, reader)
-    if call is None:
-        return ["the GPU does not answer"]
-    found = []
-    base = workspace.flag_words + (call % 2) * workspace.slot_bytes // 4
-    for i, rank in enumerate(r for r in ranks if r != ranks[workspace.rank]):
-        words = reader.read(workspace.arena[base + i * piece * 8:base + (i + 1) * piece * 8])
-        late = (words[1::2] != call + 1).nonzero() if words is not None else ()
-        if len(late):
-            packet = int(late[0])
-            found.append(f"of rank {rank}, {len(late)} of {words.numel() // 2} packets have not come: block {block_of(piece, packet // 4)} waits for "
-                         f"quad {packet // 4}, expects call {call + 1} and sees {int(words[1::2][packet])}")
-    return found
-
-
-def chunks_missing(workspace: Workspace, reader: Reader, ranks: Sequence[int], blocks: int) -> list[str]:
-    """What an all_gather or all_to_all by chunks waits for; the flags of its blocks say how many of their chunks have come."""
-    call = _call(workspace, reader)
-    if call is None:
-        return ["the GPU does not answer"]
-    flags = reader.read(workspace.arena[:workspace.flag_words])
-    flags = flags.view(torch.int64).view(-1, workspace.size)[:blocks]
-    found = []
-    for source, rank in enumerate(ranks):
-        late = (flags[:, source] <= call * CHUNKS.value).nonzero()
-        if len(late) and source != workspace.rank:
-            block = int(late[0])
-            found.append(f"of rank {rank}, {len(late)} of {blocks} blocks have sent nothing: block {block} expects a flag above {call * CHUNKS.value} "
-                         f"and sees {int(flags[block, source])}")
-    return found
-
-
-def _call(workspace: Workspace, reader: Reader) -> int | None:
-    """The number of the call that runs: it has been counted as soon as all blocks have begun."""
-    state = reader.read(workspace.state.view(torch.int32))
-    return None if state is None else int(state[:2].clone().view(torch.int64)) - 1
+def _empty(workspace: Workspace, reader: Reader, start: int, count: int) -> Tensor:
+    """Which of so many words of the arena are empty; none, if the GPU does not answer."""
+    words = reader.read(workspace.arena[start:start + count])
+    return torch.empty(0) if words is None else (words == EMPTY.value).nonzero()

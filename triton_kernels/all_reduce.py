@@ -1,7 +1,8 @@
 """all_reduce over NVLink: every rank gets the sum of every rank's x, added up in rank order in float32, rounded once.
 
-Two ways, with the same bits but for the payload of a NaN. One shot: everybody sends everything to everybody, one trip, (W - 1) N bytes out of each GPU. Two
-shots: each rank adds up its share and sends the sum to all, two trips, 2 (W - 1) / W N bytes. Small tensors want one trip.
+Two ways, with the same bits but for the payload of a NaN. One shot: everybody sends everything to everybody, one trip, (W - 1) N
+bytes out of each GPU. Two shots: each rank adds up its share and sends the sum to all, two trips, 2 (W - 1) / W N bytes. Small tensors
+want one trip.
 The protocol is `lamport`.
 """
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardlib.triton_kernels.lamport import add_up, clear, enter, leave, place, receive, spin, without_empty
-from shardlib.triton_kernels.launching import launch
+from shardlib.triton_kernels.launching import Grid, launch
 from shardlib.triton_kernels.quads import KINDS, load_quads, push_quads_once, store_quads
 from shardlib.triton_kernels.workspace import Workspace
 
@@ -122,27 +123,27 @@ def two_shot_kernel(x_ptr, out_ptr, addresses_ptr, state_ptr, quads, share, slot
     clear(here + previous * slot_bytes, cleared, left, BLOCK, INTERPRET)
 
 
-def one_shot(x: Tensor, workspace: Workspace, blocks: int, num_warps: int = 8) -> Tensor:
+def one_shot(x: Tensor, workspace: Workspace, grid: Grid) -> Tensor:
     """The sum of every rank's x (float32, bfloat16 or float16; contiguous; W - 1 times its bytes fit a slot), as a new tensor."""
     w, quads, out = workspace, _quads(x), torch.empty_like(x)
     w.check((w.size - 1) * x.nbytes)
-    launch(one_shot_kernel, (x.dtype, *w.key), min(blocks, -(-quads // (32 * num_warps))), num_warps,
-           (x, out, w.addresses, w.state, quads, w.slot_bytes), lambda: _constants(x, w, num_warps), w.interpret)
+    launch(one_shot_kernel, (x.dtype, *w.key), grid.over(quads), (x, out, w.addresses, w.state, quads, w.slot_bytes),
+           lambda: _constants(x, w, grid), w.interpret)
     return out
 
 
-def two_shot(x: Tensor, workspace: Workspace, blocks: int, num_warps: int = 8) -> Tensor:
+def two_shot(x: Tensor, workspace: Workspace, grid: Grid) -> Tensor:
     """The same sum, in two trips: for tensors that are large; 2 (W - 1) / W of its bytes fit a slot."""
     w, quads, out = workspace, _quads(x), torch.empty_like(x)
     share = -(-quads // w.size)
     w.check(2 * (w.size - 1) * share * 16)
-    launch(two_shot_kernel, (x.dtype, *w.key), min(blocks, -(-share // (32 * num_warps))), num_warps,
-           (x, out, w.addresses, w.state, quads, share, w.slot_bytes), lambda: _constants(x, w, num_warps), w.interpret)
+    launch(two_shot_kernel, (x.dtype, *w.key), grid.over(share), (x, out, w.addresses, w.state, quads, share, w.slot_bytes),
+           lambda: _constants(x, w, grid), w.interpret)
     return out
 
 
-def _constants(x: Tensor, workspace: Workspace, num_warps: int) -> dict[str, object]:
-    return dict(RANK=workspace.rank, W=workspace.size, KIND=KINDS[str(x.dtype)], **spin(workspace.size - 1), BLOCK=32 * num_warps,
+def _constants(x: Tensor, workspace: Workspace, grid: Grid) -> dict[str, object]:
+    return dict(RANK=workspace.rank, W=workspace.size, KIND=KINDS[str(x.dtype)], **spin(workspace.size - 1), BLOCK=grid.threads,
                 INTERPRET=workspace.interpret)
 
 

@@ -1,16 +1,11 @@
-"""all_gather and all_to_all over NVLink: data of any dtype, bit for bit, with flags.
+"""all_gather and all_to_all over NVLink: data of any dtype, bit for bit. One trip; the protocol is `lamport`.
 
-Each rank pushes its pieces into the arenas of the others; call n uses slot n % 2 of an arena. Two ways:
+Data may hold EMPTY here, and has to arrive as it is. A quad that has EMPTY in it is sent with other words in their place, and its
+line, LINE quads side by side, says so: every line has a word of its own, PLAIN or HIDDEN. With a HIDDEN line each quad has a word
+more, whose bits say which of its four were EMPTY. Nearly all lines are PLAIN: then this costs one word a line.
 
-- packets: 8 bytes of data and the number of the call twice, in 16 bytes that are written at once (what NCCL calls LL). One trip, no
-  fence, twice the bytes: for small pieces.
-- chunks: after each chunk a block raises a flag, and copies out what has arrived while the next chunk is on its way. Flags count
-  up and are never reset; every block has its own, whatever the grid: flag [block, source].
-
-Why this is safe: whoever pushes for call n has finished call n - 1, so it has everybody's flags of call n - 1, and a rank raises
-those only after its whole call n - 2, with the reading of slot n % 2, is done. A packet of an older call carries an older number.
-
-state_ptr: int64 [calls so far, blocks that have read it]. Packets carry the low 32 bits, counted from 1.
+A slot holds what the other ranks send, one after another: their quads, then the words of their lines, then room for those of
+their quads. The lane that takes one of these last is the only one that reads it, and empties it.
 """
 from __future__ import annotations
 
@@ -19,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardlib.triton_kernels.lamport import place
-from shardlib.triton_kernels.launching import launch
-from shardlib.triton_kernels.quads import load_quads, piece_address, push_quads, store_quads
-from shardlib.triton_kernels.workspace import MAX_BLOCKS, Workspace
+from shardlib.triton_kernels.lamport import EMPTY, clear, enter, leave, place, without_empty
+from shardlib.triton_kernels.launching import Grid, launch
+from shardlib.triton_kernels.quads import load_quads, piece_address, push_quads_once, push_words_once, store_quads, store_quads_once
+from shardlib.triton_kernels.workspace import Workspace
 
-CHUNKS = tl.constexpr(65536)
-"""A call has fewer chunks in a block than this."""
+PLAIN, HIDDEN = tl.constexpr(1), tl.constexpr(2)
 
 
 def all_gather_reference(pieces: list[Tensor]) -> Tensor:
@@ -39,182 +33,179 @@ def all_to_all_reference(pieces: list[Tensor], rank: int) -> Tensor:
 
 
 @triton.jit
-def raise_flags(flags_ptr, value, RANK: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
-    """Tells every rank that this block's stores up to here are done. P: W, or the power of 2 above it."""
-    r = tl.arange(0, P)
-    there = tl.load(flags_ptr + r, mask=r < W, other=0)
-    flag = (there + (tl.program_id(0) * W + RANK) * 8).to(tl.pointer_type(tl.int64))
-    tl.debug_barrier()                              # all threads of the block have made their stores
-    tl.atomic_xchg(flag, value, mask=r < W, sem="release", scope="sys")
+def _empty_words(a, b, c, d):
+    """Which of four words are EMPTY, as bits."""
+    return (a == EMPTY).to(tl.int32) | ((b == EMPTY).to(tl.int32) << 1) | ((c == EMPTY).to(tl.int32) << 2) | ((d == EMPTY).to(tl.int32) << 3)
 
 
 @triton.jit
-def await_flags(flags_ptr, value, RANK: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
-    """Waits until this block's flags of all ranks have reached `value`."""
-    r = tl.arange(0, P)
-    flag = (tl.load(flags_ptr + RANK) + (tl.program_id(0) * W + r) * 8).to(tl.pointer_type(tl.int64))
-    while tl.min(tl.load(flag, mask=r < W, other=value, volatile=True)) < value:
-        pass
-    tl.atomic_add(flag, 0, mask=r < W, sem="acquire", scope="sys")
-    tl.debug_barrier()
+def _unhidden(word, empty, J: tl.constexpr):
+    """Word J of a quad as it was, of whose words `empty` were EMPTY."""
+    return tl.where(((empty >> J) & 1) == 1, EMPTY, word)
 
 
 @triton.jit
-def count_call(call, state_ptr):
-    """Counts the call, once all blocks have read its number."""
-    tl.debug_barrier()                              # all threads of the block have read it
-    if tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
-        tl.store(state_ptr + 1, 0)
-        tl.store(state_ptr, call + 1)
+def _any_of_line(flags, LINE: tl.constexpr, BLOCK: tl.constexpr):
+    """For each lane, whether the flag of any lane of its line is set."""
+    of_line = tl.max(tl.reshape(flags, (BLOCK // LINE, LINE)), 1, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(of_line, (BLOCK // LINE, LINE)), (BLOCK,))
 
 
 @triton.jit
-def _push_chunk(x, start, piece, stride, addresses_ptr, slot, RANK: tl.constexpr, W: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
-                INTERPRET: tl.constexpr):
-    for u in tl.static_range(UNROLL):
-        q = tl.minimum(start + u * BLOCK + tl.arange(0, BLOCK), piece - 1).to(tl.int64)
-        for i in tl.static_range(1, W):
-            to = (RANK + i) % W
-            a, b, c, d = load_quads(x + (to * stride + q) * 16, INTERPRET)
-            push_quads(tl.load(addresses_ptr + to) + slot + (place(RANK, to) * piece + q) * 16, a, b, c, d, INTERPRET)
+def _push_pieces(x, first, piece, stride, addresses_ptr, slot, lines, hidden, RANK: tl.constexpr, W: tl.constexpr, LINE: tl.constexpr,
+                 BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
+    """Sends quads first ... of every piece to its rank. lines, hidden: where in a slot the words of lines and of quads begin."""
+    lane = first + tl.arange(0, BLOCK)
+    there = lane < piece
+    q = tl.minimum(lane, piece - 1).to(tl.int64)
+    empty = tl.zeros((BLOCK,), tl.int32)                # four bits for each target
+    for i in tl.static_range(1, W):
+        to = (RANK + i) % W
+        a, b, c, d = load_quads(x + (to * stride + q) * 16, INTERPRET)
+        push_quads_once(tl.load(addresses_ptr + to) + slot + (place(RANK, to) * piece + q) * 16, without_empty(a), without_empty(b),
+                        without_empty(c), without_empty(d), there, INTERPRET)
+        empty |= _empty_words(a, b, c, d) << (4 * (i - 1))
+    hides = _any_of_line((empty != 0).to(tl.int32), LINE, BLOCK) == 1
+    for i in tl.static_range(1, W):
+        to = (RANK + i) % W
+        target = tl.load(addresses_ptr + to) + slot
+        push_words_once(target + lines + (place(RANK, to) * tl.cdiv(piece, LINE) + q // LINE) * 4, tl.where(hides, HIDDEN, PLAIN),
+                        there & (lane % LINE == 0), INTERPRET)
+        push_words_once(target + hidden + (place(RANK, to) * piece + q) * 4, (empty >> (4 * (i - 1))) & 15, there & hides, INTERPRET)
+
+
+@triton.jit
+def receive_lines(address, stride, line, line_stride, N: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr,
+                  INTERPRET: tl.constexpr):
+    """Waits until the quads at address + i * stride and the words at line + i * line_stride, i < N, are full: their 4 N words, then the N."""
+    if INTERPRET:
+        words, of_lines = (), ()
+        for i in tl.static_range(N):
+            p = (address + i * stride).to(tl.pointer_type(tl.int32))
+            for j in tl.static_range(4):
+                word = tl.load(p + j, volatile=True)
+                while tl.max((word == EMPTY).to(tl.int32)) > 0:
+                    word = tl.where(word == EMPTY, tl.load(p + j, volatile=True), word)
+                words = words + (word,)
+            p = (line + i * line_stride).to(tl.pointer_type(tl.int32))
+            word = tl.load(p, volatile=True)
+            while tl.max((word == EMPTY).to(tl.int32)) > 0:
+                word = tl.where(word == EMPTY, tl.load(p, volatile=True), word)
+            of_lines = of_lines + (word,)
+        return words + of_lines
+    else:
+        zero = tl.zeros_like(address)
+        return tl.inline_asm_elementwise(SPIN, CONSTRAINTS, [address, zero + stride, line, zero + line_stride], dtype=WORDS, is_pure=False, pack=1)
+
+
+@triton.jit
+def take_words(address, there, INTERPRET: tl.constexpr):
+    """Waits until the word at each address is full, and empties it, in the lanes that are `there`; 0 in the others."""
+    if INTERPRET:
+        p = address.to(tl.pointer_type(tl.int32))
+        word = tl.load(p, mask=there, other=0, volatile=True)
+        while tl.max((word == EMPTY).to(tl.int32)) > 0:
+            word = tl.where(word == EMPTY, tl.load(p, mask=there, other=0, volatile=True), word)
+        tl.store(p, EMPTY, mask=there)
+        return word
+    else:
+        return tl.inline_asm_elementwise("""{ .reg .pred p, q; .reg .b32 m;
+mov.b32 m, 0;
+setp.eq.s32 p, $2, 0;
+@p bra DONE;
+POLL: ld.relaxed.sys.global.b32 m, [$1];
+setp.eq.b32 q, m, 0x7FFF7FFF;
+@q bra POLL;
+st.global.b32 [$1], 0x7FFF7FFF;
+DONE: mov.b32 $0, m; }""", "=&r,l,r", [address, there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit(do_not_specialize=["piece", "stride", "inner"])
-def chunks_kernel(x_ptr, out_ptr, addresses_ptr, flags_ptr, state_ptr, piece, stride, inner, slot_bytes, RANK: tl.constexpr, W: tl.constexpr,
-                  P: tl.constexpr, FLAT: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr):
+def exchange_kernel(x_ptr, out_ptr, addresses_ptr, state_ptr, piece, stride, inner, slot_bytes, RANK: tl.constexpr, W: tl.constexpr,
+                    FLAT: tl.constexpr, LINE: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+                    INTERPRET: tl.constexpr):
     """piece: quads from one rank to one; the piece for rank r starts at quad r * stride of x. Received pieces are (outer, inner), put
-    together along the middle of (outer, W, inner); FLAT: outer is 1."""
-    call = tl.load(state_ptr)
-    here, slot = tl.load(addresses_ptr + RANK), (call % 2) * slot_bytes
+    together along the middle of (outer, W, inner); FLAT: outer is 1. While one chunk is on its way, the chunk before it is stored."""
+    call, previous, left = enter(state_ptr)
+    here = tl.load(addresses_ptr + RANK)
+    slot, step = call * slot_bytes, tl.num_programs(0) * BLOCK
     x, out = x_ptr.to(tl.int64), out_ptr.to(tl.int64)
-    first, step = tl.program_id(0) * (BLOCK * UNROLL), tl.num_programs(0) * (BLOCK * UNROLL)
-    k = call * CHUNKS + 1
-    _push_chunk(x, first, piece, stride, addresses_ptr, slot, RANK, W, UNROLL, BLOCK, INTERPRET)
-    raise_flags(flags_ptr, k, RANK, W, P)
-    count_call(call, state_ptr)
+    of_piece = tl.cdiv(piece, LINE)
+    filled = (W - 1) * piece + tl.cdiv((W - 1) * of_piece, 4)
+    lines, hidden = piece.to(tl.int64) * ((W - 1) * 16), filled.to(tl.int64) * 16
+    first = tl.program_id(0) * BLOCK
+    _push_pieces(x, first, piece, stride, addresses_ptr, slot, lines, hidden, RANK, W, LINE, BLOCK, INTERPRET)
+    leave(call, state_ptr, filled)
+    cleared = 0
     for start in range(first, piece, step):
         if start + step < piece:
-            _push_chunk(x, start + step, piece, stride, addresses_ptr, slot, RANK, W, UNROLL, BLOCK, INTERPRET)
-            raise_flags(flags_ptr, k + 1, RANK, W, P)
-        for u in tl.static_range(UNROLL):
-            q = tl.minimum(start + u * BLOCK + tl.arange(0, BLOCK), piece - 1)
-            a, b, c, d = load_quads(x + (RANK * stride + q).to(tl.int64) * 16, INTERPRET)
-            store_quads(out + piece_address(RANK, q, piece, inner, W, FLAT), a, b, c, d, INTERPRET)
-        await_flags(flags_ptr, k, RANK, W, P)
-        for u in tl.static_range(UNROLL):
-            q = tl.minimum(start + u * BLOCK + tl.arange(0, BLOCK), piece - 1)
-            for i in tl.static_range(1, W):
-                source = (RANK + W - i) % W
-                a, b, c, d = load_quads(here + slot + (place(source, RANK) * piece + q).to(tl.int64) * 16, INTERPRET)
-                store_quads(out + piece_address(source, q, piece, inner, W, FLAT), a, b, c, d, INTERPRET)
-        k += 1
-
-
-@triton.jit
-def receive_packets(address, stride, flag, N: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr,
-                    INTERPRET: tl.constexpr):
-    """Waits until both packets at each address + i * stride, i < N, carry `flag`: their 8 N words, flags included."""
-    if INTERPRET:
-        words = ()
-        for i in tl.static_range(N):
-            p = (address + i * stride).to(tl.pointer_type(tl.int64))
-            for j in tl.static_range(4):
-                both = tl.load(p + j, volatile=True)                    # data and flag: 8 bytes are written at once
-                while tl.max(((both >> 32).to(tl.int32) != flag).to(tl.int32)) > 0:
-                    both = tl.load(p + j, volatile=True)
-                words = words + (both.to(tl.int32), flag)
-        return words
-    else:
-        return tl.inline_asm_elementwise(SPIN, CONSTRAINTS, [address, tl.zeros_like(address) + stride, (tl.zeros_like(address) + flag).to(tl.int32)],
-                                         dtype=WORDS, is_pure=False, pack=1)
-
-
-@triton.jit
-def push_packets(address, a, b, c, d, flag, INTERPRET: tl.constexpr):
-    """A quad as two packets: 32 bytes at each address."""
-    if INTERPRET:
-        p, high = address.to(tl.pointer_type(tl.int64)), flag.to(tl.int64) << 32
-        tl.store(p, high | (a.to(tl.int64) & 0xFFFFFFFF))
-        tl.store(p + 1, high | (b.to(tl.int64) & 0xFFFFFFFF))
-        tl.store(p + 2, high | (c.to(tl.int64) & 0xFFFFFFFF))
-        tl.store(p + 3, high | (d.to(tl.int64) & 0xFFFFFFFF))
-    else:
-        flags = tl.zeros_like(a) + flag
-        push_quads(address, a, flags, b, flags, INTERPRET)
-        push_quads(address + 16, c, flags, d, flags, INTERPRET)
-
-
-@triton.jit(do_not_specialize=["piece", "stride", "inner"])
-def packets_kernel(x_ptr, out_ptr, addresses_ptr, state_ptr, piece, stride, inner, slot_bytes, RANK: tl.constexpr, W: tl.constexpr,
-                   FLAT: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
-                   INTERPRET: tl.constexpr):
-    """As `chunks_kernel`, with packets."""
-    call = tl.load(state_ptr)
-    here, slot = tl.load(addresses_ptr + RANK), (call % 2) * slot_bytes
-    flag = (call + 1).to(tl.int32)
-    x, out = x_ptr.to(tl.int64), out_ptr.to(tl.int64)
-    first, step = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK
-    for start in range(first, piece, step):
-        q = tl.minimum(start + tl.arange(0, BLOCK), piece - 1).to(tl.int64)
-        for i in tl.static_range(1, W):
-            to = (RANK + i) % W
-            a, b, c, d = load_quads(x + (to * stride + q) * 16, INTERPRET)
-            push_packets(tl.load(addresses_ptr + to) + slot + (place(RANK, to) * piece + q) * 32, a, b, c, d, flag, INTERPRET)
-    count_call(call, state_ptr)
-    for start in range(first, piece, step):
-        q = tl.minimum(start + tl.arange(0, BLOCK), piece - 1)
+            _push_pieces(x, start + step, piece, stride, addresses_ptr, slot, lines, hidden, RANK, W, LINE, BLOCK, INTERPRET)
+        clear(here + previous * slot_bytes, cleared, tl.minimum(cleared + W * step, left), BLOCK, INTERPRET)
+        cleared += W * step
+        lane = start + tl.arange(0, BLOCK)
+        there, q = lane < piece, tl.minimum(lane, piece - 1)
         a, b, c, d = load_quads(x + (RANK * stride + q).to(tl.int64) * 16, INTERPRET)
         store_quads(out + piece_address(RANK, q, piece, inner, W, FLAT), a, b, c, d, INTERPRET)
-        words = receive_packets(here + slot + q.to(tl.int64) * 32, piece.to(tl.int64) * 32, flag, W - 1, SPIN, CONSTRAINTS, WORDS, INTERPRET)
+        words = receive_lines(here + slot + q.to(tl.int64) * 16, piece.to(tl.int64) * 16, here + slot + lines + (q // LINE).to(tl.int64) * 4,
+                              of_piece.to(tl.int64) * 4, W - 1, SPIN, CONSTRAINTS, WORDS, INTERPRET)
         for i in tl.static_range(W - 1):
-            store_quads(out + piece_address(i + (i >= RANK), q, piece, inner, W, FLAT), words[8 * i], words[8 * i + 2], words[8 * i + 4], words[8 * i + 6],
-                        INTERPRET)
+            empty = take_words(here + slot + hidden + (i * piece + q).to(tl.int64) * 4, there & (words[4 * (W - 1) + i] == HIDDEN), INTERPRET)
+            store_quads_once(out + piece_address(i + (i >= RANK), q, piece, inner, W, FLAT), _unhidden(words[4 * i], empty, 0),
+                             _unhidden(words[4 * i + 1], empty, 1), _unhidden(words[4 * i + 2], empty, 2), _unhidden(words[4 * i + 3], empty, 3), there,
+                             INTERPRET)
+    clear(here + previous * slot_bytes, cleared, left, BLOCK, INTERPRET)
 
 
-def spin_packets(count: int) -> dict[str, object]:
-    """The constants SPIN, CONSTRAINTS and WORDS of `receive_packets` for `count` sources."""
-    words = [f"${i}" for i in range(8 * count)]
-    loads = [f"ld.relaxed.sys.global.v4.b32 {{{', '.join(words[8 * r + 4 * h:8 * r + 4 * h + 4])}}}, [a{f' + {16 * h}' if h else ''}];"
-             for r in range(count) for h in range(2)]
-    flag = f"${8 * count + 2}"
-    tests = [f"setp.ne.b32 q, {words[1]}, {flag};"] + [f"setp.ne.or.b32 q, {w}, {flag}, q;" for w in words[3::2]]
-    step = f"\nadd.s64 a, a, ${8 * count + 1};\n"
-    both = ["\n".join(loads[2 * r:2 * r + 2]) for r in range(count)]
-    text = f"{{ .reg .pred q; .reg .b64 a;\nPOLL: mov.b64 a, ${8 * count};\n{step.join(both)}\n" + "\n".join(tests) + "\n@q bra POLL; }"
-    return {"SPIN": text, "CONSTRAINTS": ",".join(["=&r"] * (8 * count) + ["l", "l", "r"]), "WORDS": (tl.int32,) * (8 * count)}
+def spin_lines(count: int) -> dict[str, object]:
+    """The constants SPIN, CONSTRAINTS and WORDS of `receive_lines` for `count` sources."""
+    words = [f"${i}" for i in range(5 * count)]
+    loads = [f"ld.relaxed.sys.global.v4.b32 {{{', '.join(words[4 * r:4 * r + 4])}}}, [a];\nld.relaxed.sys.global.b32 {words[4 * count + r]}, [l];"
+             for r in range(count)]
+    tests = [f"setp.eq.b32 q, {words[0]}, {EMPTY.value};"] + [f"setp.eq.or.b32 q, {w}, {EMPTY.value}, q;" for w in words[1:]]
+    step = f"\nadd.s64 a, a, ${5 * count + 1};\nadd.s64 l, l, ${5 * count + 3};\n"
+    text = (f"{{ .reg .pred q; .reg .b64 a, l;\nPOLL: mov.b64 a, ${5 * count};\nmov.b64 l, ${5 * count + 2};\n{step.join(loads)}\n"
+            + "\n".join(tests) + "\n@q bra POLL; }")
+    return {"SPIN": text, "CONSTRAINTS": ",".join(["=&r"] * (5 * count) + ["l"] * 4), "WORDS": (tl.int32,) * (5 * count)}
 
 
-def all_gather(x: Tensor, workspace: Workspace, blocks: int, num_warps: int = 8, unroll: int = 1, packets: bool = False) -> Tensor:
-    """(outer, W, inner): every rank's x, (outer, inner), contiguous, of any dtype. W - 1 times its bytes fit a slot, twice that as
-    packets. Rows are whole quads."""
+def lines_of(piece: int, world: int, line: int) -> int:
+    """Lines in the pieces, of `piece` quads each, that the others send."""
+    return (world - 1) * -(-piece // line)
+
+
+def slot_bytes(piece: int, world: int, line: int = 32) -> int:
+    """Bytes of a slot that such pieces take, with a word for each line and for each quad: whole quads."""
+    others = world - 1
+    return (others * piece + -(-lines_of(piece, world, line) // 4) + -(-others * piece // 4)) * 16
+
+
+def all_gather(x: Tensor, workspace: Workspace, grid: Grid, line: int = 32) -> Tensor:
+    """(outer, W, inner): every rank's x, (outer, inner), contiguous, of any dtype. Rows are whole quads; `slot_bytes` fit a slot."""
     outer, inner = x.shape
     out = x.new_empty(outer, workspace.size, inner)
-    return _exchange(x, out, outer * inner, 0, inner, workspace, blocks, num_warps, unroll, packets)
+    return _exchange(x, out, outer * inner, 0, inner, workspace, grid, line)
 
 
-def all_to_all(x: Tensor, workspace: Workspace, blocks: int, num_warps: int = 8, unroll: int = 1, packets: bool = False) -> Tensor:
-    """(W, n): row r is what rank r has for this rank; x, (W, n), holds a row for each rank. Its bytes fit a slot, twice that as packets."""
+def all_to_all(x: Tensor, workspace: Workspace, grid: Grid, line: int = 32) -> Tensor:
+    """(W, n): row r is what rank r has for this rank; x, (W, n), holds a row for each rank. Rows are whole quads."""
     size, n = x.shape
     assert size == workspace.size
-    return _exchange(x, torch.empty_like(x), n, n, n, workspace, blocks, num_warps, unroll, packets)
+    return _exchange(x, torch.empty_like(x), n, n, n, workspace, grid, line)
 
 
-def _exchange(x: Tensor, out: Tensor, piece: int, stride: int, inner: int, workspace: Workspace, blocks: int, num_warps: int, unroll: int,
-              packets: bool) -> Tensor:
-    """piece, stride and inner in elements. Packets and chunks each want a workspace of their own."""
+def _exchange(x: Tensor, out: Tensor, piece: int, stride: int, inner: int, workspace: Workspace, grid: Grid, line: int) -> Tensor:
+    """piece, stride and inner in elements; line divides the threads of a block."""
     quads, strides, inners = (n * x.dtype.itemsize // 16 for n in (piece, stride, inner))
     assert x.is_contiguous() and x.data_ptr() % 16 == 0 and inners * 16 == inner * x.dtype.itemsize and x.numel(), "quads of 16 bytes, aligned"
     w, flat = workspace, inner == piece
-    w.check((w.size - 1) * quads * (32 if packets else 16))
-
-    def constants() -> dict[str, object]:
-        return dict(RANK=w.rank, W=w.size, FLAT=flat, BLOCK=32 * num_warps, INTERPRET=w.interpret)
-    key, sizes = (x.dtype, flat, unroll, *w.key), (quads, strides, inners, w.slot_bytes)
-    if packets:
-        launch(packets_kernel, key, min(blocks, -(-quads // (32 * num_warps))), num_warps, (x, out, w.addresses, w.state, *sizes),
-               lambda: constants() | spin_packets(w.size - 1), w.interpret)
-    else:
-        launch(chunks_kernel, key, min(blocks, MAX_BLOCKS, -(-quads // (32 * num_warps * unroll))), num_warps,
-               (x, out, w.addresses, w.flags, w.state, *sizes),
-               lambda: constants() | dict(P=triton.next_power_of_2(w.size), UNROLL=unroll), w.interpret)
+    w.check(slot_bytes(quads, w.size, line))
+    launch(exchange_kernel, (flat, line, *w.key), grid.over(quads),
+           (_words(x), _words(out), w.addresses, w.state, quads, strides, inners, w.slot_bytes),
+           lambda: dict(RANK=w.rank, W=w.size, FLAT=flat, LINE=line, **spin_lines(w.size - 1), BLOCK=grid.threads, INTERPRET=w.interpret),
+           w.interpret)
     return out
+
+
+def _words(x: Tensor) -> Tensor:
+    """As a dtype that Triton has."""
+    return x.view(torch.int32) if x.dtype.itemsize <= 4 else x.view(torch.uint8).view(torch.int32)

@@ -12,8 +12,8 @@ that only after its whole call n - 2, with the clearing of slot (n - 3) % 3 = n 
 stores performed). Two slots are not enough: then call n would clear what call n + 1 already receives.
 Every quad is pushed once: a second copy could come when the first has been read and cleared.
 
-EMPTY is 0x7FFF7FFF, a NaN in float32 and a pair of NaNs in float16 and bfloat16. Data that equals it is sent as the NaN
-0x7FFF7FFE: a NaN stays a NaN, and every other value, -0.0 too, keeps its bits.
+EMPTY is 0x7FFF7FFF, a NaN in float32 and a pair of NaNs in float16 and bfloat16. What is added up and equals it is sent as the NaN
+0x7FFF7FFE: a NaN stays a NaN, and every other value, -0.0 too, keeps its bits. What is moved keeps all: see `exchange`.
 
 The calls are counted on the device, so that kernels captured in a CUDA graph and eager ones may take turns. All ranks make
 the same calls with the same sizes; kernels that share an arena run one after another on one stream.
@@ -75,7 +75,7 @@ def receive(address, stride, N: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: t
             for j in tl.static_range(4):
                 word = tl.load(p + j, volatile=True)
                 while tl.max((word == EMPTY).to(tl.int32)) > 0:
-                    word = tl.load(p + j, volatile=True)
+                    word = tl.where(word == EMPTY, tl.load(p + j, volatile=True), word)
                 words = words + (word,)
         return words
     else:

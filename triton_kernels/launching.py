@@ -5,7 +5,7 @@ arguments to that one directly. A key says all that the compiled code depends on
 """
 from __future__ import annotations
 
-from typing import Any, Callable, Hashable
+from typing import Any, Callable, Hashable, NamedTuple
 
 import torch
 
@@ -17,15 +17,32 @@ def current_stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
-def launch(kernel: Any, key: tuple[Hashable, ...], blocks: int, num_warps: int, arguments: tuple[Any, ...], constants: Callable[[], dict[str, Any]],
+class Grid(NamedTuple):
+    """How a kernel is launched. registers: of a thread, at most; what does not fit them spills. None: as many as the compiler likes."""
+    blocks: int
+    warps: int = 8
+    registers: int | None = None
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.warps
+
+    def over(self, count: int) -> Grid:
+        """Without the blocks that would have none of so many elements, one a thread."""
+        return self._replace(blocks=min(self.blocks, -(-count // self.threads)))
+
+
+def launch(kernel: Any, key: tuple[Hashable, ...], grid: Grid, arguments: tuple[Any, ...], constants: Callable[[], dict[str, Any]],
            interpret: bool) -> None:
-    """Runs `blocks` of the kernel. arguments: in order, those that are no constants, the first a tensor; `constants` is called only
-    when it has to be."""
-    key = (kernel, num_warps, *key)
+    """Runs the kernel. arguments: in order, those that are no constants, the first a tensor; `constants` is called only when it has
+    to be."""
+    blocks, warps, registers = grid
+    key = (kernel, warps, registers, *key)
     known = None if interpret else _COMPILED.get(key)
     if known is None:
         named = constants()
-        compiled = kernel[(blocks,)](*arguments, **named, num_warps=num_warps)
+        compiled = kernel[(blocks,)](*arguments, **named, num_warps=warps, maxnreg=registers)
         if not interpret:
             _COMPILED[key] = compiled, tuple(named[n] for n in kernel.arg_names[len(arguments):])
     else:

@@ -33,6 +33,16 @@ def store_quads(address, a, b, c, d, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def store_quads_once(address, a, b, c, d, there, INTERPRET: tl.constexpr):
+    """The same, of those lanes alone that are `there`."""
+    if INTERPRET:
+        _store_words_once(address, a, b, c, d, there)
+    else:
+        tl.inline_asm_elementwise("{ .reg .pred p;\nsetp.ne.s32 p, $6, 0;\n@p st.global.v4.b32 [$1], {$2, $3, $4, $5};\nmov.b32 $0, 0; }",
+                                  "=r,l,r,r,r,r,r", [address, a, b, c, d, there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def push_quads(address, a, b, c, d, INTERPRET: tl.constexpr):
     """Writes four words to each address of any GPU, so that its threads may poll for them."""
     if INTERPRET:
@@ -47,14 +57,20 @@ def push_quads_once(address, a, b, c, d, there, INTERPRET: tl.constexpr):
     """As `push_quads`, of those lanes alone that are `there`: where a second copy of a quad could come too late, and be taken for
     the next one's."""
     if INTERPRET:
-        p = address.to(tl.pointer_type(tl.int32))
-        tl.store(p, a, mask=there)
-        tl.store(p + 1, b, mask=there)
-        tl.store(p + 2, c, mask=there)
-        tl.store(p + 3, d, mask=there)
+        _store_words_once(address, a, b, c, d, there)
     else:
         tl.inline_asm_elementwise("{ .reg .pred p;\nsetp.ne.s32 p, $6, 0;\n@p st.relaxed.sys.global.v4.b32 [$1], {$2, $3, $4, $5};\nmov.b32 $0, 0; }",
                                   "=r,l,r,r,r,r,r", [address, a, b, c, d, there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def push_words_once(address, word, there, INTERPRET: tl.constexpr):
+    """The same of one word."""
+    if INTERPRET:
+        tl.store(address.to(tl.pointer_type(tl.int32)), word, mask=there)
+    else:
+        tl.inline_asm_elementwise("{ .reg .pred p;\nsetp.ne.s32 p, $3, 0;\n@p st.relaxed.sys.global.b32 [$1], $2;\nmov.b32 $0, 0; }", "=r,l,r,r",
+                                  [address, word, there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -73,6 +89,15 @@ def _store_words(address, a, b, c, d):
     tl.store(p + 1, b)
     tl.store(p + 2, c)
     tl.store(p + 3, d)
+
+
+@triton.jit
+def _store_words_once(address, a, b, c, d, there):
+    p = address.to(tl.pointer_type(tl.int32))
+    tl.store(p, a, mask=there)
+    tl.store(p + 1, b, mask=there)
+    tl.store(p + 2, c, mask=there)
+    tl.store(p + 3, d, mask=there)
 
 
 @triton.jit

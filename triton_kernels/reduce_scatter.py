@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardlib.triton_kernels.lamport import add_up, clear, enter, leave, place, receive, spin, without_empty
-from shardlib.triton_kernels.launching import launch
+from shardlib.triton_kernels.launching import Grid, launch
 from shardlib.triton_kernels.quads import KINDS, load_quads, piece_address, push_quads_once, store_quads
 from shardlib.triton_kernels.workspace import Workspace
 
@@ -62,7 +62,7 @@ def reduce_scatter_kernel(x_ptr, out_ptr, addresses_ptr, state_ptr, share, inner
     clear(here + previous * slot_bytes, cleared, left, BLOCK, INTERPRET)
 
 
-def reduce_scatter(x: Tensor, workspace: Workspace, blocks: int, num_warps: int = 8) -> Tensor:
+def reduce_scatter(x: Tensor, workspace: Workspace, grid: Grid) -> Tensor:
     """This rank's share, (outer, inner), of the sum of every rank's x, (outer, W, inner), contiguous; x fits a slot.
 
     A share's rows are whole quads: inner times the bytes of an element is a multiple of 16.
@@ -72,8 +72,7 @@ def reduce_scatter(x: Tensor, workspace: Workspace, blocks: int, num_warps: int 
     assert size == workspace.size and x.is_contiguous() and x.data_ptr() % 16 == 0 and quads * 16 == inner * x.dtype.itemsize and x.numel()
     w, share, out = workspace, outer * quads, x.new_empty(outer, inner)
     w.check((size - 1) * share * 16)
-    launch(reduce_scatter_kernel, (x.dtype, outer == 1, *w.key), min(blocks, -(-share // (32 * num_warps))), num_warps,
-           (x, out, w.addresses, w.state, share, quads, w.slot_bytes),
-           lambda: dict(RANK=w.rank, W=size, KIND=KINDS[str(x.dtype)], FLAT=outer == 1, **spin(size - 1), BLOCK=32 * num_warps, INTERPRET=w.interpret),
+    launch(reduce_scatter_kernel, (x.dtype, outer == 1, *w.key), grid.over(share), (x, out, w.addresses, w.state, share, quads, w.slot_bytes),
+           lambda: dict(RANK=w.rank, W=size, KIND=KINDS[str(x.dtype)], FLAT=outer == 1, **spin(size - 1), BLOCK=grid.threads, INTERPRET=w.interpret),
            w.interpret)
     return out

@@ -26,7 +26,7 @@ LARGEST = 1 << 20
 
 def conformance(group: GroupCoordinator) -> int:
     cases = quad_cases((group.name,), group.world_size) + fixed_cases((group.name,), group.world_size)
-    taken = {name: group.route(name, torch.empty(64, device=group.device), op).name for name, op in (
+    taken = {name: group.route(name, torch.empty(16 * group.world_size, device=group.device), op).name for name, op in (
         ("all_reduce", "sum"), ("reduce_scatter", "sum"), ("all_gather", None), ("all_to_all", None))}
     assert set(taken.values()) == {"NVLink"}, taken
     failures = [f"rank {group.rank}: {case}: {text}" for case in cases for text in check(case, group)]

@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from torch import Tensor
 
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.ops import nvlink
-from shardlib.ops.nvlink import (CAPACITY, CHANNELS, MOST_BLOCKS, MOST_RANKS, PACKETS, QUAD, TWO_SHOT, WIDE_BLOCKS, NVLink, launch, launch_chunks,
-                                 launch_packets, slots)
-from shardlib.ops.nvlink_report import Reader, sums_missing
-from shardlib.triton_kernels.exchange import CHUNKS
-from shardlib.triton_kernels.lamport import EMPTY
-from shardlib.triton_kernels.workspace import MAX_BLOCKS, Workspace
+from shardlib.ops.nvlink import BLOCK_REGISTERS, CAPACITY, CHANNELS, GRIDS, MOST_BLOCKS, MOST_RANKS, ONE_SHOT, QUAD, SMS, NVLink, grid_of, slot_bytes
+from shardlib.ops.nvlink_report import Expected, Reader, missing
+from shardlib.triton_kernels import exchange
+from shardlib.triton_kernels.lamport import EMPTY, SLOTS
+from shardlib.triton_kernels.launching import Grid
+from shardlib.triton_kernels.workspace import Workspace
 
 WORLDS = range(2, MOST_RANKS + 1)
 
@@ -51,23 +52,7 @@ def test_declines_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> No
     gpu(monkeypatch, sms=108)
     assert nvlink.nvlink(place()) == "GPU 0 has 108 multiprocessors; the kernels of 2 channels want 132 to run side by side"
     gpu(monkeypatch, free=10**8)
-    assert nvlink.nvlink(place()) == "GPU 0 has 100.0 MB free, 539.0 MB are needed"
-
-
-def test_a_report_of_two_shots_names_the_rank_whose_pieces_or_sums_are_missing() -> None:
-    size, quads = 4, 8
-    ranks, reader = (3, 5, 7, 9), Reader(torch.device("cpu"))
-    for missing in range(6):
-        arena = torch.zeros(3 * 4096 // 4, dtype=torch.int32)
-        start = 4096 // 4 + missing * 4 * quads                        # slot 1; of the sender's quads, the last three words
-        arena[start + 4 * quads - 3:start + 4 * quads] = EMPTY.value
-        state = torch.tensor([2, 0, 0, 2 * 3 * quads, 0], dtype=torch.int32)
-        workspace = Workspace(2, size, torch.zeros(size, dtype=torch.int64), arena, state, 4096)
-        rank, what = (3, 5, 9)[missing % 3], ("pieces", "sums")[missing // 3]
-        assert sums_missing(workspace, reader, ranks, lambda n, q: q, 2) == [
-            f"of rank {rank}, 3 of 32 words of the {what} have not come: block 7 waits for quad 7, expects data and sees 0x7fff7fff"]
-    arena[:] = 0
-    assert sums_missing(workspace, reader, ranks, lambda n, q: q, 2) == []
+    assert nvlink.nvlink(place()) == "GPU 0 has 100.0 MB free, 402.7 MB are needed"
 
 
 def test_declines_where_a_gpu_does_not_reach_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +66,7 @@ def test_declines_without_symmetric_memory(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*where: Any) -> None:
         raise RuntimeError("no such handle\nException raised from rendezvous")
     gpu(monkeypatch)
-    monkeypatch.setattr(nvlink, "lamport_workspace", refuse)
+    monkeypatch.setattr(nvlink, "symmetric_workspace", refuse)
     assert nvlink.nvlink(place()) == "symmetric memory: no such handle"
 
 
@@ -94,12 +79,11 @@ def test_allocates_the_slots_of_all_channels(size: int, monkeypatch: pytest.Monk
         asked.append((members, me, slot_bytes))
         return SimpleNamespace(arena=torch.empty(25, dtype=torch.int32))
     gpu(monkeypatch)
-    monkeypatch.setattr(nvlink, "lamport_workspace", allocate)
-    monkeypatch.setattr(nvlink, "flagged_workspace", allocate)
+    monkeypatch.setattr(nvlink, "symmetric_workspace", allocate)
     monkeypatch.setattr(nvlink, "Reader", lambda device: None)
     made = nvlink.nvlink(place(size, ranks=tuple(range(10, 10 + size))[::-1]))
-    assert asked == [(list(range(size))[::-1], 0, slot_bytes) for slot_bytes in slots(size)] * CHANNELS
-    assert made.workspace_bytes == 300 * CHANNELS
+    assert asked == [(list(range(size))[::-1], 0, slot_bytes(size))] * CHANNELS
+    assert made.workspace_bytes == 100 * CHANNELS
 
 
 # -- what it takes -----------------------------------------------------------------------------------------------------
@@ -134,52 +118,97 @@ def test_supports(call: Call, refusal: str | None) -> None:
 
 # -- how it launches ---------------------------------------------------------------------------------------------------
 
-SM_COUNT, SM_REGISTERS, SM_THREADS, SM_BLOCKS = 132, 65536, 2048, 32
+SM_REGISTERS, SM_THREADS, SM_BLOCKS = 65536, 2048, 32
 """Of an H200."""
-worlds, quads = st.sampled_from(WORLDS), st.one_of(st.integers(1, CAPACITY // QUAD), st.integers(1, 4096), st.just(CAPACITY // QUAD))
+MOST = CAPACITY // QUAD
+worlds = st.sampled_from(WORLDS)
+quads = st.one_of(st.integers(1, MOST), st.integers(1, 4096), st.just(MOST), *(st.integers(most - 1, most + 1) for most, _, _ in GRIDS))
 
 
-def fits(blocks: int, warps: int, registers: int) -> bool:
+def fits(grid: Grid) -> bool:
     """Whether all blocks of all channels run at once."""
-    threads = 32 * warps
-    an_sm = min(SM_REGISTERS // (threads * registers), SM_THREADS // threads, SM_BLOCKS)
-    return 1 <= blocks and CHANNELS * blocks <= SM_COUNT * an_sm
+    an_sm = min(SM_REGISTERS // (grid.threads * grid.registers), SM_THREADS // grid.threads, SM_BLOCKS)
+    return 1 <= grid.blocks and 1 <= grid.warps and CHANNELS * grid.blocks <= SMS * an_sm
+
+
+@given(quads, st.sampled_from((32, 64, 128)))
+def test_the_blocks_of_all_channels_run_at_once(count: int, registers: int) -> None:
+    """At any number of registers: four blocks an SM. None is without work."""
+    grid = grid_of(count, registers)
+    assert fits(grid) and grid.registers == registers and grid.blocks <= MOST_BLOCKS and grid.threads * registers <= BLOCK_REGISTERS
+    assert (grid.blocks - 1) * grid.threads < count
+    assert CHANNELS * MOST_BLOCKS <= SMS * (SM_REGISTERS // BLOCK_REGISTERS)
+
+
+class Launched:
+    """What a member of a group launches for tensors that have a size and nothing else."""
+
+    def __init__(self, size: int) -> None:
+        nothing = torch.empty(0, dtype=torch.int32)
+        self.channels = [Workspace(0, size, nothing, nothing, nothing, slot_bytes(size)) for _ in range(CHANNELS)]
+        self.made, self.size = NVLink(place(size, device=torch.device("cpu")), self.channels), size
+
+    def __call__(self, name: str, nbytes: int, *arguments: Any) -> tuple[str, Workspace, Grid, int, Expected]:
+        """(kernel, workspace, grid, quads of a line, what a report expects) of a collective of a tensor of so many bytes."""
+        seen: list[tuple[str, Workspace, Grid, int]] = []
+
+        def kernel(name: str) -> Any:
+            def record(x: Tensor, workspace: Workspace, grid: Grid, line: int = 0) -> Tensor:
+                seen.append((name, workspace, grid, line))
+                return x
+            return record
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nvlink, "current_stream", lambda device: 7)
+            for launcher in ("one_shot", "two_shot", "reduce_scatter"):
+                patch.setattr(nvlink, launcher, kernel(launcher))
+            for launcher in ("all_gather", "all_to_all"):
+                patch.setattr(exchange, launcher, kernel(launcher))
+            getattr(self.made, name)(torch.empty(nbytes, dtype=torch.uint8, device="meta"), *arguments)
+        (kernel_name, workspace, grid, line), = seen
+        assert workspace is self.channels[0]
+        return kernel_name, workspace, grid, line, self.made._expected[7]
 
 
 @given(worlds, quads)
-def test_sums_run_at_once_and_fit_their_slot(world: int, count: int) -> None:
-    """Registers as tests/triton_kernels/test_compiled.py has them at most."""
-    nbytes = count * QUAD
-    narrow, slot = world <= 4, slots(world)[0]
-    shares = -(-count // world) * QUAD
-    if world == 2 or nbytes <= TWO_SHOT:
-        assert fits(*launch(nbytes, MOST_BLOCKS if narrow else WIDE_BLOCKS), 32 if narrow else 64)
-        assert (world - 1) * nbytes <= slot
+def test_all_reduce_runs_at_once_and_fits_its_slot(world: int, count: int) -> None:
+    """In one shot between two ranks, and wherever a GPU sends little."""
+    kernel, workspace, grid, _, expected = Launched(world)("all_reduce", count * QUAD, "sum")
+    assert fits(grid)
+    if world == 2 or (world - 1) * count * QUAD <= ONE_SHOT:
+        assert (kernel, expected) == ("one_shot", (("words",), count, 0, grid))
     else:
-        assert fits(*launch(nbytes // world, WIDE_BLOCKS), 64)
-        assert 2 * (world - 1) * shares <= slot
-    assert fits(*launch(shares, MOST_BLOCKS if narrow else WIDE_BLOCKS), 32 if narrow else 64)
-    assert (world - 1) * (count // world) * QUAD <= slot
+        share = -(-count // world)
+        assert (kernel, expected) == ("two_shot", (("words of the pieces", "words of the sums"), share, 0, grid))
+        assert grid == grid.over(share)
+    assert expected.filled(world - 1) * QUAD <= workspace.slot_bytes
 
 
 @given(worlds, quads)
-def test_exchanges_run_at_once_and_fit_their_slot(world: int, count: int) -> None:
-    piece = max(1, count // world) * QUAD
-    if piece * world <= PACKETS:
-        assert fits(*launch_packets(piece), 128)
-        assert 2 * (world - 1) * piece <= slots(world)[1]
-    else:
-        blocks, warps, unroll = launch_chunks(piece)
-        assert fits(blocks, warps, 32 if warps == 16 else 64) and blocks <= MAX_BLOCKS
-        assert (world - 1) * piece <= slots(world)[2]
-        assert piece // QUAD / (blocks * warps * 32 * unroll) < CHUNKS.value
+def test_reduce_scatter_runs_at_once_and_fits_its_slot(world: int, count: int) -> None:
+    share = max(1, count // world)
+    kernel, workspace, grid, _, expected = Launched(world)("reduce_scatter", world * share * QUAD, [share * QUAD] * world, "sum")
+    assert (kernel, expected) == ("reduce_scatter", (("words",), share, 0, grid))
+    assert fits(grid) and expected.filled(world - 1) * QUAD <= workspace.slot_bytes
+
+
+@given(worlds, quads, st.booleans())
+def test_exchanges_run_at_once_and_fit_their_slot(world: int, count: int, gathers: bool) -> None:
+    """With a word for each line, of a warp or, beyond the grids of the sweeps, of a block, and a word for each quad that hides something."""
+    piece = max(1, count // world)
+    counts = [piece * QUAD] * world
+    name, nbytes, *arguments = ("all_gather", piece * QUAD, counts) if gathers else ("all_to_all", world * piece * QUAD, counts, counts)
+    kernel, workspace, grid, line, expected = Launched(world)(name, nbytes, *arguments)
+    lines = -(-piece // line)
+    assert kernel == name and fits(grid) and line == (32 if piece <= GRIDS[-1][0] else grid.threads) and grid.threads % line == 0
+    assert expected == (("words",), piece, (world - 1) * -(-piece // line), grid)
+    assert 0 <= 4 * expected.filled(world - 1) - (world - 1) * (4 * piece + lines) < 4                                # data and lines, up to a whole quad
+    assert expected.filled(world - 1) * QUAD + (world - 1) * piece * 4 <= exchange.slot_bytes(piece, world, line) <= workspace.slot_bytes
 
 
 @pytest.mark.parametrize("size", WORLDS)
 def test_slots_are_whole_quads(size: int) -> None:
-    """Else the second slot of an arena would begin within one. Offsets into an arena of sums are counted in 32 bits."""
-    assert all(slot % QUAD == 0 for slot in slots(size))
-    assert 3 * slots(size)[0] < 2**31
+    """Else the second slot of an arena would begin within one. Offsets into an arena are counted in 32 bits."""
+    assert slot_bytes(size) % QUAD == 0 and SLOTS.value * slot_bytes(size) < 2**31
 
 
 def test_a_tensor_within_a_quad_is_copied() -> None:
@@ -187,3 +216,79 @@ def test_a_tensor_within_a_quad_is_copied() -> None:
     assert nvlink._aligned(x).data_ptr() == x.data_ptr()
     copy = nvlink._aligned(x[1:])
     assert copy.data_ptr() % QUAD == 0 and torch.equal(copy, x[1:])
+
+
+# -- what it says of a kernel that waits -------------------------------------------------------------------------------
+
+SLOT = 8192
+RANKS = (3, 5, 7, 9)
+"""Of the mesh, in a group whose third member reports."""
+
+
+def stuck(filled: int, *empty: tuple[int, int]) -> Workspace:
+    """After a call in slot 1 that fills so many quads of it. empty: (first, stop) of the slot's words that have not come."""
+    arena = torch.zeros(SLOTS.value * SLOT // 4, dtype=torch.int32)
+    for first, stop in empty:
+        arena[SLOT // 4 + first:SLOT // 4 + stop] = EMPTY.value
+    return Workspace(2, len(RANKS), torch.zeros(len(RANKS), dtype=torch.int64), arena, torch.tensor([2, 0, 0, filled, 0], dtype=torch.int32), SLOT)
+
+
+@pytest.fixture
+def reader() -> Reader:
+    return Reader(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("source", range(3))
+def test_a_report_of_sums_names_the_rank_whose_words_are_missing(source: int, reader: Reader) -> None:
+    """And the block that waits for them: of two blocks of 32 threads, the first has quad 64 again."""
+    expected = Expected(("words",), 80, 0, Grid(2, 1, 32))
+    workspace = stuck(3 * 80, (4 * 80 * source + 4 * 64 + 1, 4 * 80 * (source + 1)))
+    assert missing(workspace, expected, reader, RANKS) == [
+        f"of rank {(3, 5, 9)[source]}, 63 of 320 words have not come: block 0 waits for quad 64, expects data and sees 0x7fff7fff"]
+    assert missing(stuck(3 * 80), expected, reader, RANKS) == []
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_a_report_of_two_shots_names_the_rank_whose_pieces_or_sums_are_missing(part: int, reader: Reader) -> None:
+    quads, grid = 40, Grid(4, 1, 32)
+    expected = Expected(nvlink.SHARES, quads, 0, grid)
+    rank, what = (3, 5, 9)[part % 3], ("pieces", "sums")[part // 3]
+    assert missing(stuck(expected.filled(3), (4 * quads * (part + 1) - 3, 4 * quads * (part + 1))), expected, reader, RANKS) == [
+        f"of rank {rank}, 3 of 160 words of the {what} have not come: block 1 waits for quad 39, expects data and sees 0x7fff7fff"]
+    assert missing(stuck(expected.filled(3)), expected, reader, RANKS) == []
+
+
+def test_a_report_of_an_exchange_looks_at_data_and_then_at_lines(reader: Reader) -> None:
+    """Nobody writes the room for hidden words, nor what is left of the last quad of the lines' words."""
+    quads, lines = 40, 3 * 2
+    expected = Expected(("words",), quads, lines, Grid(2, 1, 64))
+    data, unwritten = 4 * 3 * quads, (4 * 3 * quads + lines, SLOT // 4)
+    assert expected.filled(3) == 3 * quads + 2
+    assert missing(stuck(expected.filled(3), unwritten), expected, reader, RANKS) == []
+    assert missing(stuck(expected.filled(3), unwritten, (data + 3, data + 5)), expected, reader, RANKS) == [
+        "2 of 6 words of lines have not come: the first is 3"]
+    assert missing(stuck(expected.filled(3), unwritten, (0, 8), (4 * quads, 8 * quads)), expected, reader, RANKS) == [
+        "of rank 3, 8 of 160 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff",
+        "of rank 5, 160 of 160 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff"]
+
+
+def test_a_report_of_a_call_out_of_a_cuda_graph_says_less(reader: Reader) -> None:
+    """It has filled its slot otherwise than the last call that was made from Python: whose words they are is not known."""
+    expected = Expected(("words",), 80, 0, Grid(2, 1, 32))
+    assert missing(stuck(3 * 20, (100, 106)), expected, reader, RANKS) == ["in a CUDA graph: 6 of 240 words have not come"]
+    assert missing(stuck(3 * 20, (240, 320)), expected, reader, RANKS) == []                    # what it does not fill
+    assert missing(stuck(3 * 20, (237, 240)), expected, reader, RANKS) == []                    # nor, where lines have words
+
+
+def test_a_report_says_that_a_gpu_does_not_answer(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reader, "read", lambda self, words: None)
+    assert missing(stuck(240), Expected(("words",), 80, 0, Grid(2)), reader, RANKS) == ["the GPU does not answer"]
+
+
+def test_the_communicator_reports_the_last_call_of_its_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = NVLink(place(4, ranks=RANKS, device=torch.device("cpu")), [stuck(3 * 16, (0, 1))])
+    assert made.report() is None                                                                # no stream has called
+    monkeypatch.setattr(nvlink, "current_stream", lambda device: 7)
+    monkeypatch.setattr(nvlink, "one_shot", lambda x, workspace, grid: x)
+    made.all_reduce(torch.empty(256, dtype=torch.uint8), "sum")
+    assert made.report() == "NVLink over tp: of rank 3, 1 of 64 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff"

@@ -17,51 +17,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shardlib.triton_kernels.lamport import EMPTY
-from shardlib.triton_kernels.workspace import MAX_BLOCKS, Workspace
-from trials import DTYPES, FAMILIES, Call, data, random_calls, state, wrong
+from shardlib.triton_kernels.lamport import EMPTY, SLOTS, STATE_WORDS
+from shardlib.triton_kernels.workspace import Workspace
+from trials import DTYPES, FAMILIES, Call, data, random_calls, wrong
 
 SEED = 5
-FLAGS = MAX_BLOCKS * 8 * 2
-"""Words of flags, for up to eight ranks."""
+KERNELS = FAMILIES["both"]
+CALLS: list[Call] = [replace(call, kernel=KERNELS[i % len(KERNELS)], dtype=DTYPES[i % 3], blocks=1 + i % 2)
+                     for i, call in enumerate(random_calls("both", random.Random(SEED), 2 * len(KERNELS)))]
+"""Each kernel twice, with chunks of several blocks, and each dtype."""
 
 
-def calls_of(family: str) -> list[Call]:
-    """Each kernel twice, with chunks of several blocks; sums with each dtype."""
-    calls = random_calls(family, random.Random(SEED), 2 * len(FAMILIES[family]))
-    return [replace(call, kernel=FAMILIES[family][i % len(FAMILIES[family])], dtype=DTYPES[i % 3], blocks=1 + i % 2) for i, call in enumerate(calls)]
+def slot_bytes(world: int) -> int:
+    return max(call.slot_bytes(world) for call in CALLS)
 
 
-def arena_words(family: str, world: int) -> int:
-    slot_bytes = max(call.slot_bytes(family, world) for call in calls_of(family))
-    return 3 * slot_bytes // 4 if family == "sums" else FLAGS + 2 * slot_bytes // 4
-
-
-def arena(folder: Path, family: str, world: int, rank: int) -> Tensor:
-    return torch.from_file(str(folder / f"{family}-{world}-{rank}"), shared=True, size=arena_words(family, world), dtype=torch.int32)
+def arena(folder: Path, world: int, rank: int) -> Tensor:
+    return torch.from_file(str(folder / f"{world}-{rank}"), shared=True, size=SLOTS.value * slot_bytes(world) // 4, dtype=torch.int32)
 
 
 def prepare(folder: Path, world: int) -> None:
     """The arenas of all ranks, filled as a workspace is."""
-    for family in FAMILIES:
-        for rank in range(world):
-            content = torch.full((arena_words(family, world),), EMPTY.value if family == "sums" else 0, dtype=torch.int32)
-            (folder / f"{family}-{world}-{rank}").write_bytes(content.numpy().tobytes())
+    for rank in range(world):
+        content = torch.full((SLOTS.value * slot_bytes(world) // 4,), EMPTY.value, dtype=torch.int32)
+        (folder / f"{world}-{rank}").write_bytes(content.numpy().tobytes())
 
 
-def run(folder: Path, world: int, rank: int) -> list[str]:
-    """What went wrong on this rank, which makes all calls of all families."""
-    failures = []
-    for family in FAMILIES:
-        calls = calls_of(family)
-        xs, flags = data(calls, world, SEED), 0 if family == "sums" else FLAGS
-        arenas = [arena(folder, family, world, r) for r in range(world)]
-        addresses = torch.tensor([a.data_ptr() for a in arenas])
-        slot_bytes = max(call.slot_bytes(family, world) for call in calls)
-        workspace = Workspace(rank, world, addresses + 4 * flags, arenas[rank], state(family), slot_bytes, addresses)
-        got = [call.run(family, x[rank], workspace) for call, x in zip(calls, xs)]
-        failures.append(wrong(family, calls, xs, [got], first_rank=rank))
-    return [failure for failure in failures if failure]
+def run(folder: Path, world: int, rank: int) -> str | None:
+    """What went wrong on this rank, which makes all calls."""
+    xs, arenas = data(CALLS, world, SEED), [arena(folder, world, r) for r in range(world)]
+    addresses = torch.tensor([a.data_ptr() for a in arenas])
+    workspace = Workspace(rank, world, addresses, arenas[rank], torch.zeros(STATE_WORDS, dtype=torch.int32), slot_bytes(world))
+    return wrong(CALLS, xs, [[call.run(x[rank], workspace) for call, x in zip(CALLS, xs)]], first_rank=rank)
 
 
 def main(folder: Path, *worlds: int) -> int:
@@ -75,10 +62,10 @@ def main(folder: Path, *worlds: int) -> int:
             if (child := os.fork()) == 0:
                 status = 1
                 try:
-                    failures = run(folder, world, rank)
-                    for failure in failures:
+                    failure = run(folder, world, rank)
+                    if failure:
                         print(failure, file=sys.stderr, flush=True)
-                    status = int(bool(failures))
+                    status = int(failure is not None)
                 except BaseException:
                     traceback.print_exc()
                 finally:

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from shardlib.triton_kernels.all_reduce import all_reduce_reference, one_shot, two_shot
 from shardlib.triton_kernels.exchange import all_gather, all_gather_reference, all_to_all, all_to_all_reference
-from shardlib.triton_kernels.lamport import EMPTY, STATE_WORDS
+from shardlib.triton_kernels.exchange import slot_bytes as moved_bytes
+from shardlib.triton_kernels.lamport import EMPTY, SLOTS, STATE_WORDS
+from shardlib.triton_kernels.launching import Grid
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter, reduce_scatter_reference
-from shardlib.triton_kernels.workspace import MAX_BLOCKS, Workspace
+from shardlib.triton_kernels.workspace import Workspace
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FAMILIES = {"sums": ("one_shot", "two_shot", "reduce_scatter"), "chunks": ("all_gather", "all_to_all"), "packets": ("all_gather", "all_to_all")}
-"""What shares a workspace."""
+SUMS, MOVES = ("one_shot", "two_shot", "reduce_scatter"), ("all_gather", "all_to_all")
+FAMILIES = {"sums": SUMS, "moves": MOVES, "both": SUMS + MOVES}
 GUARD = 64
 """Words behind an arena that nobody may write."""
 UNTOUCHED = 0x5EA1ED00
@@ -24,31 +26,32 @@ UNTOUCHED = 0x5EA1ED00
 
 @dataclass(frozen=True)
 class Call:
-    """One collective of all ranks. inner: quads of 16 bytes that lie side by side; outer: how often. A block has one warp."""
+    """One collective of all ranks. inner: quads of 16 bytes that lie side by side; outer: how often; line: quads of a line, where data is
+    moved. A block has one warp."""
     kernel: str
     dtype: torch.dtype
     outer: int
     inner: int
     blocks: int
-    unroll: int = 1
+    line: int = 32
 
-    def slot_bytes(self, family: str, world: int) -> int:
+    def slot_bytes(self, world: int) -> int:
         """What a slot must hold."""
         quads = self.outer * self.inner
-        if family == "sums":
-            return (world - 1) * 16 * (2 * -(-quads // world) if self.kernel == "two_shot" else quads)
-        return (world - 1) * quads * (32 if family == "packets" else 16)
+        if self.kernel in MOVES:
+            return moved_bytes(quads, world, self.line)
+        return (world - 1) * 16 * (2 * -(-quads // world) if self.kernel == "two_shot" else quads)
 
     def shape(self, world: int) -> tuple[int, ...]:
         inner = self.inner * 16 // self.dtype.itemsize
         return {"reduce_scatter": (self.outer, world, inner), "all_gather": (self.outer, inner), "all_to_all": (world, self.outer * inner)}.get(
             self.kernel, (self.outer * inner,))
 
-    def run(self, family: str, x: Tensor, workspace: Workspace) -> Tensor:
-        if family == "sums":
-            return {"one_shot": one_shot, "two_shot": two_shot, "reduce_scatter": reduce_scatter}[self.kernel](x, workspace, self.blocks, num_warps=1)
-        kernel = {"all_gather": all_gather, "all_to_all": all_to_all}[self.kernel]
-        return kernel(x, workspace, self.blocks, num_warps=1, unroll=self.unroll, packets=family == "packets")
+    def run(self, x: Tensor, workspace: Workspace) -> Tensor:
+        grid = Grid(self.blocks, 1)
+        if self.kernel in MOVES:
+            return {"all_gather": all_gather, "all_to_all": all_to_all}[self.kernel](x, workspace, grid, self.line)
+        return {"one_shot": one_shot, "two_shot": two_shot, "reduce_scatter": reduce_scatter}[self.kernel](x, workspace, grid)
 
     def want(self, xs: list[Tensor], rank: int) -> Tensor:
         if self.kernel in ("one_shot", "two_shot"):
@@ -59,12 +62,12 @@ class Call:
 
 
 def random_calls(family: str, draw: random.Random, count: int) -> list[Call]:
-    return [Call(draw.choice(FAMILIES[family]), draw.choice(DTYPES), draw.randint(1, 3), draw.randint(1, 40), draw.randint(1, 3), draw.randint(1, 2))
+    return [Call(draw.choice(FAMILIES[family]), draw.choice(DTYPES), draw.randint(1, 3), draw.randint(1, 40), draw.randint(1, 3), draw.choice((8, 32)))
             for _ in range(count)]
 
 
 def data(calls: Sequence[Call], world: int, seed: int) -> list[list[Tensor]]:
-    """For each call every rank's x: numbers of all sizes, and among them infinities, NaNs, -0.0 and words that equal EMPTY."""
+    """For each call every rank's x: numbers of all sizes, and among them infinities, NaNs, -0.0 and, in some, words that equal EMPTY."""
     generator = torch.Generator().manual_seed(seed)
 
     def x(call: Call) -> Tensor:
@@ -72,33 +75,28 @@ def data(calls: Sequence[Call], world: int, seed: int) -> list[list[Tensor]]:
         special = torch.tensor([float("inf"), float("-inf"), float("nan"), -0.0])
         where = torch.randint(0, 64, values.shape, generator=generator)
         words = torch.where(where < 4, special[where.clamp(max=3)], values).to(call.dtype).view(torch.int32)
-        words[torch.randint(0, 32, words.shape, generator=generator) == 0] = EMPTY.value
+        rarity = (1, 32, 512, 2**30)[int(torch.randint(0, 4, (), generator=generator))]
+        words[torch.randint(0, rarity, words.shape, generator=generator) == 0] = EMPTY.value
         return words.view(call.dtype)
     return [[x(call) for _ in range(world)] for call in calls]
 
 
-def workspaces(family: str, world: int, slot_bytes: int) -> list[Workspace]:
+def workspaces(world: int, slot_bytes: int) -> list[Workspace]:
     """Every rank's, with a guard behind each arena."""
-    sums = family == "sums"
-    flags = 0 if sums else MAX_BLOCKS * world * 2
-    words = flags + (3 if sums else 2) * slot_bytes // 4
-    arenas = [torch.full((words + GUARD,), EMPTY.value if sums else 0, dtype=torch.int32) for _ in range(world)]
+    words = SLOTS.value * slot_bytes // 4
+    arenas = [torch.full((words + GUARD,), EMPTY.value, dtype=torch.int32) for _ in range(world)]
     for arena in arenas:
         arena[words:] = UNTOUCHED
     addresses = torch.tensor([a.data_ptr() for a in arenas])
-    return [Workspace(r, world, addresses + flags * 4, arenas[r], state(family), slot_bytes, None if sums else addresses) for r in range(world)]
+    return [Workspace(r, world, addresses, arenas[r], torch.zeros(STATE_WORDS, dtype=torch.int32), slot_bytes) for r in range(world)]
 
 
-def state(family: str) -> Tensor:
-    return torch.zeros(STATE_WORDS, dtype=torch.int32) if family == "sums" else torch.zeros(2, dtype=torch.int64)
-
-
-def wrong(family: str, calls: Sequence[Call], xs: list[list[Tensor]], got: Sequence[Sequence[Tensor]], first_rank: int = 0) -> str | None:
-    """What the ranks from `first_rank` on have got wrong. Exchanged bits are compared as such; of sums, any NaN is as good as another."""
+def wrong(calls: Sequence[Call], xs: list[list[Tensor]], got: Sequence[Sequence[Tensor]], first_rank: int = 0) -> str | None:
+    """What the ranks from `first_rank` on have got wrong. Moved bits are compared as such; of sums, any NaN is as good as another."""
     for number, call in enumerate(calls):
         for rank, results in enumerate(got, first_rank):
             result, want = results[number], call.want(xs[number], rank)
-            if family == "sums":
+            if call.kernel in SUMS:
                 result, want = (torch.where(t.isnan(), float("nan"), t) for t in (result, want))
             if not torch.equal(result.view(torch.uint8), want.view(torch.uint8)):
                 return f"call {number}, {call}: wrong on rank {rank}"
