@@ -206,6 +206,10 @@ def _exchange(x: Tensor, out: Tensor, piece: int, stride: int, inner: int, works
     return out
 
 
+_COMMON = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+                     torch.bool))
+
+
 def _words(x: Tensor) -> Tensor:
-    """As a dtype that Triton has."""
-    return x.view(torch.int32) if x.dtype.itemsize <= 4 else x.view(torch.uint8).view(torch.int32)
+    """As a dtype that Triton has, whichever: the kernel asks for the address alone."""
+    return x if x.dtype in _COMMON else x.view(torch.uint8)

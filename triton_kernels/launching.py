@@ -30,7 +30,8 @@ class Grid(NamedTuple):
 
     def over(self, count: int) -> Grid:
         """Without the blocks that would have none of so many elements, one a thread."""
-        return self._replace(blocks=min(self.blocks, -(-count // self.threads)))
+        most = -(-count // (32 * self.warps))
+        return self if self.blocks <= most else self._replace(blocks=most)
 
 
 def launch(kernel: Any, key: tuple[Hashable, ...], grid: Grid, arguments: tuple[Any, ...], constants: Callable[[], dict[str, Any]],
