@@ -63,11 +63,13 @@ def save(rows: list[dict], on_gpu: bool, n: int) -> None:
     file, mine = RESULTS / "prediction.json", {"device": "cuda" if on_gpu else "cpu", "ranks": n}
     old = json.loads(file.read_text())["rows"] if file.exists() else []
     for r in rows:
-        r.update(hardware=hardware(), commit=commit())
+        r.update(hardware=hardware(), torch=versions()["torch"], commit=commit())
     factors = [max(r["ours"] / r["peers"]["predicted"], r["peers"]["predicted"] / r["ours"]) for r in rows]
     print(f"{len(rows)} calls: off by a factor of {statistics.median(factors):.2f} (median), {max(factors):.2f} (most)")
     kept = [r for r in old if any(r[k] != v for k, v in mine.items())]
-    record = {"hardware": "; ".join(sorted({r["hardware"] for r in kept + rows})), "versions": versions(), "commit": commit(), "date": datetime.date.today().isoformat(), "rows": kept + rows}
+    of_all = {key: "; ".join(sorted({r[key] for r in kept + rows})) for key in ("hardware", "torch", "commit")}
+    record = {"hardware": of_all["hardware"], "versions": {"torch": of_all["torch"]}, "commit": of_all["commit"],
+              "date": datetime.date.today().isoformat(), "rows": kept + rows}
     file.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from shardlib.distributed.communicators.protocol import Call, Place
 from shardlib.distributed.flat import Cut
 from shardlib.errors import SpecError, bytes_text
-from shardlib.ops.nvlink_report import Expected, Reader, missing
+from shardlib.ops.nvlink_report import Reader, missing
 from shardlib.triton_kernels import exchange
 from shardlib.triton_kernels.all_reduce import one_shot, two_shot
 from shardlib.triton_kernels.lamport import SLOTS
@@ -46,8 +46,6 @@ SMS = 132
 REDUCIBLE = (torch.float32, torch.bfloat16, torch.float16)
 TAKES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 QUAD = 16
-SHARES = ("words of the pieces", "words of the sums")
-"""What a slot holds in two shots, for a report."""
 
 
 def nvlink(place: Place) -> NVLink | str:
@@ -98,7 +96,7 @@ class NVLink:
         self.group, self.me, self.size, self.device = place.name, place.me, place.size, place.device
         self._free, self._channels = list(channels), {}
         self._sums, self._moves = (32, 64) if self.size <= 4 else (64, 128)     # registers of a thread
-        self._ranks, self._reader, self._expected = place.ranks, Reader(place.device), {}
+        self._ranks, self._reader = place.ranks, Reader(place.device)
         self.workspace_bytes = sum(w.arena.nbytes for w in channels)
         place.control.barrier()                 # all have filled their workspaces
 
@@ -120,11 +118,9 @@ class NVLink:
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         quads = x.nbytes // QUAD
         if self.size == 2 or (self.size - 1) * x.nbytes <= ONE_SHOT:
-            grid = grid_of(quads, self._sums)
-            return one_shot(_aligned(x), self._workspace(quads, grid), grid)
-        share = -(-quads // self.size)
-        grid = grid_of(2 * share, self._sums).over(share)          # each share comes twice: as pieces and as a sum
-        return two_shot(_aligned(x), self._workspace(share, grid, SHARES), grid)
+            return one_shot(_aligned(x), self._workspace(), grid_of(quads, self._sums))
+        share = -(-quads // self.size)                              # comes twice: as pieces and as sums
+        return two_shot(_aligned(x), self._workspace(), grid_of(2 * share, self._sums).over(share))
 
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], op: str) -> Tensor:
         return self._reduce_scatter(x.view(1, self.size, -1)).view(-1)
@@ -135,9 +131,7 @@ class NVLink:
         return self._reduce_scatter(x.view(prod(cut.whole[:cut.dim]), self.size, -1)).view(cut.shapes[self.me])
 
     def _reduce_scatter(self, x: Tensor) -> Tensor:
-        quads = x.nbytes // self.size // QUAD
-        grid = grid_of(quads, self._sums)
-        return reduce_scatter(_aligned(x), self._workspace(quads, grid), grid)
+        return reduce_scatter(_aligned(x), self._workspace(), grid_of(x.nbytes // self.size // QUAD, self._sums))
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         return self._all_gather(x.view(1, -1)).view(-1)
@@ -156,25 +150,21 @@ class NVLink:
     def _moved(self, piece: int) -> tuple[Workspace, Grid, int]:
         """How to move pieces of so many quads: workspace, grid, quads of a line."""
         grid = grid_of(piece, self._moves)
-        line = 32 if piece <= GRIDS[-1][0] else grid.threads
-        return self._workspace(piece, grid, lines=exchange.lines_of(piece, self.size, line)), grid, line
+        return self._workspace(), grid, 32 if piece <= GRIDS[-1][0] else grid.threads
 
     def report(self) -> str | None:
-        """What the last kernel of each channel waits for, of which ranks: where it has not ended, and was not followed by others. Asks
-        the GPU."""
-        found = [line for stream, workspace in self._channels.items()
-                 for line in missing(workspace, self._expected[stream], self._reader, self._ranks)]
+        """What the last kernel of each channel waits for, of which ranks, where it has not ended. Asks the GPU."""
+        found = [line for workspace in list(self._channels.values()) for line in missing(workspace, self._reader, self._ranks)]
         return f"NVLink over {self.group}: {'; '.join(found)}" if found else None
 
-    def _workspace(self, quads: int, grid: Grid, parts: tuple[str, ...] = ("words",), lines: int = 0) -> Workspace:
-        """That of the stream in force. A report wants to know what the kernel waits for: see `Expected`."""
+    def _workspace(self) -> Workspace:
+        """That of the stream in force."""
         stream = current_stream(self.device)
         if stream not in self._channels:
             if not self._free:
                 raise SpecError(f"NVLink over {self.group}: {CHANNELS} streams have called it, and each has memory of its own; "
                                 f"capture CUDA graphs on the stream of group.graph_capture(), and call on one other")
             self._channels[stream] = self._free.pop(0)
-        self._expected[stream] = Expected(parts, quads, lines, grid)
         return self._channels[stream]
 
     def _idle(self) -> bool:

@@ -1,23 +1,23 @@
 """What a kernel between GPUs waits for, read off its arena by the copy engine while it waits.
 
-Where data has not come, the arena still says so: its slot holds EMPTY. So the kernels need no clock and no counter of their own, and a
-report costs nothing until it is asked for.
+Where data has not come, the arena still says so: its slot holds EMPTY. What the slot should hold, the kernel has written when it
+began. So it needs no clock, a report costs nothing until it is asked for, and calls that wait behind it do not blur it.
 """
 from __future__ import annotations
 
 import time
 from itertools import product
-from typing import NamedTuple, Sequence
+from typing import Sequence
 
 import torch
 from torch import Tensor
 
-from shardlib.triton_kernels.lamport import EMPTY, SLOTS
-from shardlib.triton_kernels.launching import Grid
+from shardlib.triton_kernels.lamport import EMPTY, SLOTS, STATE_WORDS
 from shardlib.triton_kernels.workspace import Workspace
 
 MOST_WORDS = 1 << 18
 """Words of a slot that a report looks at, for each rank."""
+MUTE = "the GPU does not answer"
 
 
 class Reader:
@@ -42,49 +42,30 @@ class Reader:
         return here
 
 
-class Expected(NamedTuple):
-    """What a kernel waits for. parts: what its slot holds, each of every other rank, by name; quads: of a part, from one of them; lines:
-    of all parts, where lines have words; grid: the launch."""
-    parts: tuple[str, ...]
-    quads: int
-    lines: int
-    grid: Grid
+def missing(workspace: Workspace, reader: Reader, ranks: Sequence[int]) -> list[str]:
+    """What has not come of the call that has begun last on the workspace, whoever made it. ranks: the members', in order.
 
-    def filled(self, others: int) -> int:
-        """Quads of the slot that so many other ranks fill."""
-        return len(self.parts) * others * self.quads + -(-self.lines // 4)
-
-
-def missing(workspace: Workspace, expected: Expected, reader: Reader, ranks: Sequence[int]) -> list[str]:
-    """What has not come of the last call on the workspace. ranks: the members', in order.
-
-    Where the slot is filled with another number of quads than `expected`, the last call was one out of a CUDA graph: then only what
-    is missing of the slot is known.
+    Of words that say what a quad hides nothing is known: they are emptied when they are read.
     """
     state = reader.read(workspace.state)
     if state is None:
-        return ["the GPU does not answer"]
-    slot = (int(state[0]) + SLOTS.value - 1) % SLOTS.value
-    filled, start = int(state[2 + slot]), slot * workspace.slot_bytes // 4
+        return [MUTE]
+    slot, (quads, parts, line, blocks, threads) = (int(state[0]) + SLOTS.value - 1) % SLOTS.value, state[5:STATE_WORDS].tolist()
     others = [r for r in ranks if r != ranks[workspace.rank]]
-    if filled != expected.filled(len(others)):
-        empty = _empty(workspace, reader, start, 4 * filled - 3)        # the last quad may hold one word of a line
-        return [f"in a CUDA graph: {len(empty)} of {4 * filled} words have not come"] if len(empty) else []
-    found, words = [], 4 * expected.quads
-    for i, (part, rank) in enumerate(product(expected.parts, others)):
-        empty = _empty(workspace, reader, start + i * words, words)
+    names = ("words of the pieces", "words of the sums") if parts == 2 else ("words",)
+    looks = [(name, rank, 4 * quads, 4) for name, rank in product(names, others)]
+    if line:
+        looks += [("words of lines", rank, -(-quads // line), 1) for rank in others]
+    found, start = [], slot * workspace.slot_bytes // 4
+    for name, rank, count, width in looks if quads else ():
+        words = reader.read(workspace.arena[start:start + count])
+        if words is None:
+            return [*found, MUTE]
+        empty = (words == EMPTY.value).nonzero()
         if len(empty):
-            quad = int(empty[0]) // 4
-            block = quad // expected.grid.threads % expected.grid.blocks
-            found.append(f"of rank {rank}, {len(empty)} of {min(words, MOST_WORDS)} {part} have not come: block {block} waits for quad {quad}, "
-                         f"expects data and sees {EMPTY.value:#x}")
-    after = start + len(expected.parts) * len(others) * words
-    if not found and len(empty := _empty(workspace, reader, after, expected.lines)):
-        found.append(f"{len(empty)} of {expected.lines} words of lines have not come: the first is {int(empty[0])}")
+            first = int(empty[0]) // width
+            block = (first if width == 4 else first * line) // threads % blocks
+            found.append(f"of rank {rank}, {len(empty)} of {len(words)} {name} have not come: block {block} waits for "
+                         f"{'quad' if width == 4 else 'line'} {first}, expects data and sees {EMPTY.value:#x}")
+        start += count
     return found
-
-
-def _empty(workspace: Workspace, reader: Reader, start: int, count: int) -> Tensor:
-    """Which of so many words of the arena are empty; none, if the GPU does not answer."""
-    words = reader.read(workspace.arena[start:start + count])
-    return torch.empty(0) if words is None else (words == EMPTY.value).nonzero()

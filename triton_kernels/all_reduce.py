@@ -48,7 +48,7 @@ def one_shot_kernel(x_ptr, out_ptr, addresses_ptr, state_ptr, quads, slot_bytes,
     x, out = x_ptr.to(tl.int64), out_ptr.to(tl.int64)
     first = tl.program_id(0) * BLOCK
     _push_all(x, first, quads, addresses_ptr, slot, RANK, W, BLOCK, INTERPRET)
-    leave(call, state_ptr, (W - 1) * quads)
+    leave(call, state_ptr, (W - 1) * quads, quads, 1, 0, BLOCK)
     cleared = 0
     for start in range(first, quads, step):
         if start + step < quads:
@@ -105,7 +105,7 @@ def two_shot_kernel(x_ptr, out_ptr, addresses_ptr, state_ptr, quads, share, slot
     sums = share.to(tl.int64) * ((W - 1) * 16)
     first = tl.program_id(0) * BLOCK
     _push_shares(x, first, quads, share, addresses_ptr, slot, RANK, W, BLOCK, INTERPRET)
-    leave(call, state_ptr, 2 * (W - 1) * share)
+    leave(call, state_ptr, 2 * (W - 1) * share, share, 2, 0, BLOCK)
     cleared = 0
     for start in range(first, share + step, step):
         if start + step < share:

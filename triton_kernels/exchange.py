@@ -2,7 +2,8 @@
 
 Data may hold EMPTY here, and has to arrive as it is. A quad that has EMPTY in it is sent with other words in their place, and its
 line, LINE quads side by side, says so: every line has a word of its own, PLAIN or HIDDEN. With a HIDDEN line each quad has a word
-more, whose bits say which of its four were EMPTY. Nearly all lines are PLAIN: then this costs one word a line.
+more, whose bits say which of its four were EMPTY; so have the quads in its place for the other ranks. Nearly all lines are PLAIN:
+then this costs one word a line.
 
 A slot holds what the other ranks send, one after another: their quads, then the words of their lines, then room for those of
 their quads. The lane that takes one of these last is the only one that reads it, and empties it.
@@ -47,6 +48,8 @@ def _unhidden(word, empty, J: tl.constexpr):
 @triton.jit
 def _any_of_line(flags, LINE: tl.constexpr, BLOCK: tl.constexpr):
     """For each lane, whether the flag of any lane of its line is set."""
+    if LINE == BLOCK:                                   # else Triton gives one thread a whole line, and loads it again
+        return tl.zeros_like(flags) + tl.max(flags, 0)
     of_line = tl.max(tl.reshape(flags, (BLOCK // LINE, LINE)), 1, keep_dims=True)
     return tl.reshape(tl.broadcast_to(of_line, (BLOCK // LINE, LINE)), (BLOCK,))
 
@@ -135,7 +138,7 @@ def exchange_kernel(x_ptr, out_ptr, addresses_ptr, state_ptr, piece, stride, inn
     lines, hidden = piece.to(tl.int64) * ((W - 1) * 16), filled.to(tl.int64) * 16
     first = tl.program_id(0) * BLOCK
     _push_pieces(x, first, piece, stride, addresses_ptr, slot, lines, hidden, RANK, W, LINE, BLOCK, INTERPRET)
-    leave(call, state_ptr, filled)
+    leave(call, state_ptr, filled, piece, 1, LINE, BLOCK)
     cleared = 0
     for start in range(first, piece, step):
         if start + step < piece:
@@ -197,6 +200,7 @@ def _exchange(x: Tensor, out: Tensor, piece: int, stride: int, inner: int, works
     """piece, stride and inner in elements; line divides the threads of a block."""
     quads, strides, inners = (n * x.dtype.itemsize // 16 for n in (piece, stride, inner))
     assert x.is_contiguous() and x.data_ptr() % 16 == 0 and inners * 16 == inner * x.dtype.itemsize and x.numel(), "quads of 16 bytes, aligned"
+    assert grid.threads % line == 0 and workspace.size <= 9, "lines within a block; four bits for each target"
     w, flat = workspace, inner == piece
     w.check(slot_bytes(quads, w.size, line))
     launch(exchange_kernel, (flat, line, *w.key), grid.over(quads),

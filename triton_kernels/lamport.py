@@ -18,7 +18,8 @@ EMPTY is 0x7FFF7FFF, a NaN in float32 and a pair of NaNs in float16 and bfloat16
 The calls are counted on the device, so that kernels captured in a CUDA graph and eager ones may take turns. All ranks make
 the same calls with the same sizes; kernels that share an arena run one after another on one stream.
 
-state_ptr: int32 [slot of this call, blocks that have read it, quads left in slot 0, in slot 1, in slot 2].
+state_ptr: int32 [slot of this call, blocks that have read it, quads left in slot 0, in slot 1, in slot 2], and of the call that has
+begun last, for reports alone: [quads of a part from one rank, parts, quads of a line or 0, blocks, threads of a block].
 """
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ import triton.language as tl
 from shardlib.triton_kernels.quads import pack, store_quads, unpack_high, unpack_low
 
 EMPTY = tl.constexpr(0x7FFF7FFF)
-STATE_WORDS = 5
+STATE_WORDS = 10
 SLOTS = tl.constexpr(3)
 
 
@@ -47,13 +48,19 @@ def enter(state_ptr):
 
 
 @triton.jit
-def leave(slot, state_ptr, quads):
-    """Counts the call, once all blocks have entered; `quads` of its slot get filled. Best called when the first data is on its way."""
+def leave(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts the call, once all blocks have entered; `filled` quads of its slot get filled: of PARTS parts, `quads` from each rank, and
+    what the lines of LINE quads need. Best called when the first data is on its way."""
     tl.debug_barrier()                              # all threads of the block have entered
     if tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(state_ptr + 1, 0)
-        tl.store(state_ptr + 2 + slot, quads)
+        tl.store(state_ptr + 2 + slot, filled)
         tl.store(state_ptr, (slot + 1) % SLOTS)
+        tl.store(state_ptr + 5, quads)
+        tl.store(state_ptr + 6, PARTS)
+        tl.store(state_ptr + 7, LINE)
+        tl.store(state_ptr + 8, tl.num_programs(0))
+        tl.store(state_ptr + 9, BLOCK)
 
 
 @triton.jit

@@ -43,19 +43,9 @@ def store_quads_once(address, a, b, c, d, there, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def push_quads(address, a, b, c, d, INTERPRET: tl.constexpr):
-    """Writes four words to each address of any GPU, so that its threads may poll for them."""
-    if INTERPRET:
-        _store_words(address, a, b, c, d)
-    else:
-        tl.inline_asm_elementwise("st.relaxed.sys.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;", "=r,l,r,r,r,r",
-                                  [address, a, b, c, d], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def push_quads_once(address, a, b, c, d, there, INTERPRET: tl.constexpr):
-    """As `push_quads`, of those lanes alone that are `there`: where a second copy of a quad could come too late, and be taken for
-    the next one's."""
+    """Writes four words to each address of any GPU, so that its threads may poll for them; of those lanes alone that are `there`: a second
+    copy of a quad could come too late, and be taken for a later one."""
     if INTERPRET:
         _store_words_once(address, a, b, c, d, there)
     else:

@@ -47,7 +47,7 @@ def reduce_scatter_kernel(x_ptr, out_ptr, addresses_ptr, state_ptr, share, inner
     x, out = x_ptr.to(tl.int64), out_ptr.to(tl.int64)
     first = tl.program_id(0) * BLOCK
     _push_shares(x, first, share, inner, addresses_ptr, slot, RANK, W, FLAT, BLOCK, INTERPRET)
-    leave(call, state_ptr, (W - 1) * share)
+    leave(call, state_ptr, (W - 1) * share, share, 1, 0, BLOCK)
     cleared = 0
     for start in range(first, share, step):
         if start + step < share:

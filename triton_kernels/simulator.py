@@ -200,7 +200,7 @@ class Simulation:
 
     def perform(self, task: _Task, store: _Store, mask: Any) -> None:
         """Writes the elements of the store where mask is."""
-        with self.change(task, store.pointers, mask, store.values.dtype):
+        with self.change(task, store.pointers, mask, store.values.dtype, store=True):
             interpreter._interpreter.store(store.pointers, store.values, mask)
 
     def _perform_some(self, task: _Task) -> None:
@@ -214,13 +214,13 @@ class Simulation:
             task.pending.remove(store)
 
     @contextmanager
-    def change(self, task: _Task, pointers: Any, mask: Any, dtype: Any) -> Iterator[None]:
-        """Around a change of memory: a new version, if any value changes; the task has seen it."""
+    def change(self, task: _Task, pointers: Any, mask: Any, dtype: Any, store: bool = False) -> Iterator[None]:
+        """Around a change of memory: a new version, if any value changes or it is a store, whatever was there; the task has seen it."""
         before = _peek(pointers, mask, dtype)
         yield
         after = _peek(pointers, mask, dtype)
         changed = (before.view(np.uint8).reshape(before.size, -1) != after.view(np.uint8).reshape(after.size, -1)).any(-1)
-        self.version += int(changed.any())
+        self.version += int(changed.any() or store)
         for address, old, differs, chosen in zip(np.ravel(pointers).tolist(), before.ravel(), changed.tolist(), np.ravel(mask).tolist()):
             if differs:
                 self.history.setdefault((address, dtype.itemsize), []).append((self.version, old))

@@ -105,14 +105,15 @@ def time_on_gpu(call: Callable[[], Any], group: GroupCoordinator, calls: int, ca
     return slowest(rounds[2:], group)
 
 
-def measure(group: GroupCoordinator, name: str, communicator: Communicator, dtype: torch.dtype, capturing: bool, sizes: Sequence[int] = SIZES) -> Curve | None:
+def measure(group: GroupCoordinator, name: str, communicator: Communicator, dtype: torch.dtype, capturing: bool,
+            sizes: Sequence[int] = SIZES) -> Curve | None:
     """The curve of one collective of one communicator; None where it takes none of the sizes."""
     points = []
     for nbytes in sizes:
         count = nbytes // (QUAD * group.world_size) * group.world_size * QUAD // dtype.itemsize
         op = "sum" if name in ("all_reduce", "reduce_scatter") else None
         call = Call(name, op, dtype, group.device.type, count * dtype.itemsize, True, capturing)
-        if communicator.supports(call) is not None:
+        if not count or communicator.supports(call) is not None:
             continue
         x = torch.randn(count, device=group.device).to(dtype)
         run = call_of(name, communicator, group, x)

@@ -242,7 +242,7 @@ class Watchdog:
         mine = mine or self.watch.now
         _say(self.rank, [head])
         lines = self._scene(Moment.of(mine)).lines() if self._ask(lambda s: s.check(["over"]) is not None) else [self._mute]
-        lines += [f"  {text}" for c in (Doing(*mine).seat.communicators if mine else ()) if (text := getattr(c, "report", lambda: None)())]
+        lines += [f"  {text}" for c in (Doing(*mine).seat.communicators if mine else ()) if (text := _report_of(c))]
         _say(self.rank, lines)
         self._report = "\n".join([head, *lines])
 
@@ -333,3 +333,11 @@ def _flush() -> None:
             stream.flush()
         except (OSError, ValueError):
             pass
+
+
+def _report_of(communicator: Any) -> str | None:
+    """What it says of itself, if it does. Nothing that goes wrong in it may end the thread that ends the job."""
+    try:
+        return getattr(communicator, "report", lambda: None)()
+    except Exception as error:
+        return f"{communicator.name}: no report: {type(error).__name__}: {error}"

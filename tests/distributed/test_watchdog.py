@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from shardlib.distributed import connect
 from shardlib.distributed.agreement import same_plan
 from shardlib.distributed.rank_error import wait_until
 from shardlib.distributed.watch import Moment, Seat, Watch
-from shardlib.distributed.watchdog import Scene, State, Watchdog, _first_line, _say
+from shardlib.distributed.watchdog import Scene, State, Watchdog, _first_line, _report_of, _say
 from shardlib.emit import Emitter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +68,15 @@ def test_a_report_names_some_ranks_of_many() -> None:
     moment = Moment(group, tuple(range(100)), 1, "barrier")
     lines = Scene(0, moment, {r: State() for r in range(100)}, {}).lines()
     assert len(lines) == 9 and lines[7:] == ["  rank 8 is in no collective, and has called none", "  and 91 more ranks"]
+
+
+def test_a_communicator_whose_report_fails_does_not_end_the_watchdog() -> None:
+    """It is the thread that ends the job."""
+    def fails() -> str:
+        raise KeyError(7)
+    assert _report_of(SimpleNamespace(name="NVLink", report=fails)) == "NVLink: no report: KeyError: 7"
+    assert _report_of(SimpleNamespace(name="NVLink", report=lambda: "waits")) == "waits"
+    assert _report_of(SimpleNamespace(name="gloo")) is None
 
 
 def test_gloo_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

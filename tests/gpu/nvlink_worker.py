@@ -19,9 +19,19 @@ from shardlib.distributed import GroupCoordinator, connect
 from shardlib.distributed.routing import UNMEASURED
 from shardlib.ops.nvlink import nvlink
 from shardlib.triton_kernels.all_reduce import all_reduce_reference
+from shardlib.triton_kernels.lamport import EMPTY
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGEST = 1 << 20
+LARGEST = 1 << 22
+
+
+def with_empty(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """x, and in it the word that an empty slot holds: in an eighth of it everywhere, in others often, seldom and never."""
+    words = x.clone().view(torch.int32)
+    for part, rarity in zip(words.chunk(8), (1, 4, 64, 512, 4096, 1 << 16)):
+        part[torch.randint(0, rarity, part.shape, generator=generator, device=x.device) == 0] = EMPTY.value
+    return words.view(x.dtype)
+
 
 
 def conformance(group: GroupCoordinator) -> int:
@@ -41,14 +51,15 @@ class Stress:
         self.group, self.random, self.me, self.n = group, random.Random(seed), group.rank_in_group, group.world_size
         generator = torch.Generator(group.device).manual_seed(seed)
         self.base = {dtype: [torch.randn(2 * LARGEST, generator=generator, device=group.device).to(dtype) for _ in range(self.n)] for dtype in DTYPES}
+        self.moved = {dtype: [with_empty(x, generator) for x in xs] for dtype, xs in self.base.items()}
         self.bad = torch.zeros(2, dtype=torch.int64, device=group.device)
 
     def call(self, wrong: torch.Tensor) -> None:
         """One collective of random kind, dtype and size; adds the number of wrong elements to `wrong`."""
-        dtype, what, most = self.random.choice(DTYPES), self.random.randrange(4), 2 ** self.random.randrange(7, 21)
+        dtype, what, most = self.random.choice(DTYPES), self.random.randrange(4), 2 ** (self.random.randrange(7, 21) if self.random.randrange(50) else 23)
         count = self.random.randrange(1, max(2, most // (16 * self.n))) * 8 * self.n
         start = self.random.randrange(LARGEST // 8) * 8
-        xs = [b[start:start + count] for b in self.base[dtype]]
+        xs = [b[start:start + count] for b in (self.base if what < 2 else self.moved)[dtype]]
         mine, share = xs[self.me], count // self.n
         cut = slice(self.me * share, (self.me + 1) * share)
         if what == 0:

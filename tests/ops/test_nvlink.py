@@ -12,9 +12,9 @@ from torch import Tensor
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.ops import nvlink
 from shardlib.ops.nvlink import BLOCK_REGISTERS, CAPACITY, CHANNELS, GRIDS, MOST_BLOCKS, MOST_RANKS, ONE_SHOT, QUAD, SMS, NVLink, grid_of, slot_bytes
-from shardlib.ops.nvlink_report import Expected, Reader, missing
+from shardlib.ops.nvlink_report import Reader, missing
 from shardlib.triton_kernels import exchange
-from shardlib.triton_kernels.lamport import EMPTY, SLOTS
+from shardlib.triton_kernels.lamport import EMPTY, SLOTS, STATE_WORDS
 from shardlib.triton_kernels.launching import Grid
 from shardlib.triton_kernels.workspace import Workspace
 
@@ -148,8 +148,8 @@ class Launched:
         self.channels = [Workspace(0, size, nothing, nothing, nothing, slot_bytes(size)) for _ in range(CHANNELS)]
         self.made, self.size = NVLink(place(size, device=torch.device("cpu")), self.channels), size
 
-    def __call__(self, name: str, nbytes: int, *arguments: Any) -> tuple[str, Workspace, Grid, int, Expected]:
-        """(kernel, workspace, grid, quads of a line, what a report expects) of a collective of a tensor of so many bytes."""
+    def __call__(self, name: str, nbytes: int, *arguments: Any) -> tuple[str, Workspace, Grid, int]:
+        """(kernel, workspace, grid, quads of a line) of a collective of a tensor of so many bytes."""
         seen: list[tuple[str, Workspace, Grid, int]] = []
 
         def kernel(name: str) -> Any:
@@ -164,31 +164,29 @@ class Launched:
             for launcher in ("all_gather", "all_to_all"):
                 patch.setattr(exchange, launcher, kernel(launcher))
             getattr(self.made, name)(torch.empty(nbytes, dtype=torch.uint8, device="meta"), *arguments)
-        (kernel_name, workspace, grid, line), = seen
-        assert workspace is self.channels[0]
-        return kernel_name, workspace, grid, line, self.made._expected[7]
+        (launched,) = seen
+        assert launched[1] is self.channels[0]
+        return launched
 
 
 @given(worlds, quads)
 def test_all_reduce_runs_at_once_and_fits_its_slot(world: int, count: int) -> None:
     """In one shot between two ranks, and wherever a GPU sends little."""
-    kernel, workspace, grid, _, expected = Launched(world)("all_reduce", count * QUAD, "sum")
+    kernel, workspace, grid, _ = Launched(world)("all_reduce", count * QUAD, "sum")
     assert fits(grid)
     if world == 2 or (world - 1) * count * QUAD <= ONE_SHOT:
-        assert (kernel, expected) == ("one_shot", (("words",), count, 0, grid))
+        assert kernel == "one_shot" and (world - 1) * count * QUAD <= workspace.slot_bytes
     else:
         share = -(-count // world)
-        assert (kernel, expected) == ("two_shot", (("words of the pieces", "words of the sums"), share, 0, grid))
+        assert kernel == "two_shot" and 2 * (world - 1) * share * QUAD <= workspace.slot_bytes
         assert grid == grid.over(share)
-    assert expected.filled(world - 1) * QUAD <= workspace.slot_bytes
 
 
 @given(worlds, quads)
 def test_reduce_scatter_runs_at_once_and_fits_its_slot(world: int, count: int) -> None:
     share = max(1, count // world)
-    kernel, workspace, grid, _, expected = Launched(world)("reduce_scatter", world * share * QUAD, [share * QUAD] * world, "sum")
-    assert (kernel, expected) == ("reduce_scatter", (("words",), share, 0, grid))
-    assert fits(grid) and expected.filled(world - 1) * QUAD <= workspace.slot_bytes
+    kernel, workspace, grid, _ = Launched(world)("reduce_scatter", world * share * QUAD, [share * QUAD] * world, "sum")
+    assert kernel == "reduce_scatter" and fits(grid) and (world - 1) * share * QUAD <= workspace.slot_bytes
 
 
 @given(worlds, quads, st.booleans())
@@ -197,12 +195,11 @@ def test_exchanges_run_at_once_and_fit_their_slot(world: int, count: int, gather
     piece = max(1, count // world)
     counts = [piece * QUAD] * world
     name, nbytes, *arguments = ("all_gather", piece * QUAD, counts) if gathers else ("all_to_all", world * piece * QUAD, counts, counts)
-    kernel, workspace, grid, line, expected = Launched(world)(name, nbytes, *arguments)
-    lines = -(-piece // line)
+    kernel, workspace, grid, line = Launched(world)(name, nbytes, *arguments)
     assert kernel == name and fits(grid) and line == (32 if piece <= GRIDS[-1][0] else grid.threads) and grid.threads % line == 0
-    assert expected == (("words",), piece, (world - 1) * -(-piece // line), grid)
-    assert 0 <= 4 * expected.filled(world - 1) - (world - 1) * (4 * piece + lines) < 4                                # data and lines, up to a whole quad
-    assert expected.filled(world - 1) * QUAD + (world - 1) * piece * 4 <= exchange.slot_bytes(piece, world, line) <= workspace.slot_bytes
+    words = (world - 1) * (4 * piece + -(-piece // line))
+    filled = -(-words // 4) * QUAD
+    assert filled + (world - 1) * piece * 4 <= exchange.slot_bytes(piece, world, line) <= workspace.slot_bytes
 
 
 @pytest.mark.parametrize("size", WORLDS)
@@ -225,12 +222,14 @@ RANKS = (3, 5, 7, 9)
 """Of the mesh, in a group whose third member reports."""
 
 
-def stuck(filled: int, *empty: tuple[int, int]) -> Workspace:
-    """After a call in slot 1 that fills so many quads of it. empty: (first, stop) of the slot's words that have not come."""
+def stuck(quads: int, *empty: tuple[int, int], parts: int = 1, line: int = 0, blocks: int = 2, threads: int = 32) -> Workspace:
+    """After a call in slot 1 began, as the kernel says. empty: (first, stop) of the slot's words that have not come."""
     arena = torch.zeros(SLOTS.value * SLOT // 4, dtype=torch.int32)
     for first, stop in empty:
         arena[SLOT // 4 + first:SLOT // 4 + stop] = EMPTY.value
-    return Workspace(2, len(RANKS), torch.zeros(len(RANKS), dtype=torch.int64), arena, torch.tensor([2, 0, 0, filled, 0], dtype=torch.int32), SLOT)
+    state = torch.tensor([2, 0, 0, 1, 0, quads, parts, line, blocks, threads], dtype=torch.int32)
+    assert len(state) == STATE_WORDS
+    return Workspace(2, len(RANKS), torch.zeros(len(RANKS), dtype=torch.int64), arena, state, SLOT)
 
 
 @pytest.fixture
@@ -241,54 +240,54 @@ def reader() -> Reader:
 @pytest.mark.parametrize("source", range(3))
 def test_a_report_of_sums_names_the_rank_whose_words_are_missing(source: int, reader: Reader) -> None:
     """And the block that waits for them: of two blocks of 32 threads, the first has quad 64 again."""
-    expected = Expected(("words",), 80, 0, Grid(2, 1, 32))
-    workspace = stuck(3 * 80, (4 * 80 * source + 4 * 64 + 1, 4 * 80 * (source + 1)))
-    assert missing(workspace, expected, reader, RANKS) == [
+    workspace = stuck(80, (4 * 80 * source + 4 * 64 + 1, 4 * 80 * (source + 1)))
+    assert missing(workspace, reader, RANKS) == [
         f"of rank {(3, 5, 9)[source]}, 63 of 320 words have not come: block 0 waits for quad 64, expects data and sees 0x7fff7fff"]
-    assert missing(stuck(3 * 80), expected, reader, RANKS) == []
+    assert missing(stuck(80), reader, RANKS) == []
 
 
 @pytest.mark.parametrize("part", range(6))
 def test_a_report_of_two_shots_names_the_rank_whose_pieces_or_sums_are_missing(part: int, reader: Reader) -> None:
-    quads, grid = 40, Grid(4, 1, 32)
-    expected = Expected(nvlink.SHARES, quads, 0, grid)
-    rank, what = (3, 5, 9)[part % 3], ("pieces", "sums")[part // 3]
-    assert missing(stuck(expected.filled(3), (4 * quads * (part + 1) - 3, 4 * quads * (part + 1))), expected, reader, RANKS) == [
+    quads, rank, what = 40, (3, 5, 9)[part % 3], ("pieces", "sums")[part // 3]
+    assert missing(stuck(quads, (4 * quads * (part + 1) - 3, 4 * quads * (part + 1)), parts=2, blocks=4), reader, RANKS) == [
         f"of rank {rank}, 3 of 160 words of the {what} have not come: block 1 waits for quad 39, expects data and sees 0x7fff7fff"]
-    assert missing(stuck(expected.filled(3)), expected, reader, RANKS) == []
+    assert missing(stuck(quads, parts=2), reader, RANKS) == []
 
 
-def test_a_report_of_an_exchange_looks_at_data_and_then_at_lines(reader: Reader) -> None:
+def test_a_report_of_an_exchange_names_ranks_of_data_and_of_lines(reader: Reader) -> None:
     """Nobody writes the room for hidden words, nor what is left of the last quad of the lines' words."""
-    quads, lines = 40, 3 * 2
-    expected = Expected(("words",), quads, lines, Grid(2, 1, 64))
-    data, unwritten = 4 * 3 * quads, (4 * 3 * quads + lines, SLOT // 4)
-    assert expected.filled(3) == 3 * quads + 2
-    assert missing(stuck(expected.filled(3), unwritten), expected, reader, RANKS) == []
-    assert missing(stuck(expected.filled(3), unwritten, (data + 3, data + 5)), expected, reader, RANKS) == [
-        "2 of 6 words of lines have not come: the first is 3"]
-    assert missing(stuck(expected.filled(3), unwritten, (0, 8), (4 * quads, 8 * quads)), expected, reader, RANKS) == [
-        "of rank 3, 8 of 160 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff",
-        "of rank 5, 160 of 160 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff"]
+    quads, line = 80, 32
+    data, unwritten = 4 * 3 * quads, (4 * 3 * quads + 3 * 3, SLOT // 4)
+    assert missing(stuck(quads, unwritten, line=line), reader, RANKS) == []
+    assert missing(stuck(quads, unwritten, (data + 4, data + 7), line=line), reader, RANKS) == [
+        "of rank 5, 2 of 3 words of lines have not come: block 1 waits for line 1, expects data and sees 0x7fff7fff",
+        "of rank 9, 1 of 3 words of lines have not come: block 0 waits for line 0, expects data and sees 0x7fff7fff"]
+    assert missing(stuck(quads, unwritten, (0, 8), (4 * quads, 8 * quads), line=line), reader, RANKS) == [
+        "of rank 3, 8 of 320 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff",
+        "of rank 5, 320 of 320 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff"]
 
 
-def test_a_report_of_a_call_out_of_a_cuda_graph_says_less(reader: Reader) -> None:
-    """It has filled its slot otherwise than the last call that was made from Python: whose words they are is not known."""
-    expected = Expected(("words",), 80, 0, Grid(2, 1, 32))
-    assert missing(stuck(3 * 20, (100, 106)), expected, reader, RANKS) == ["in a CUDA graph: 6 of 240 words have not come"]
-    assert missing(stuck(3 * 20, (240, 320)), expected, reader, RANKS) == []                    # what it does not fill
-    assert missing(stuck(3 * 20, (237, 240)), expected, reader, RANKS) == []                    # nor, where lines have words
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_report_says_that_a_gpu_does_not_answer(answers: int, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, or after its state."""
+    state = stuck(80, (0, 1))
+    seen = [state.state] * answers
+    monkeypatch.setattr(Reader, "read", lambda self, words: seen.pop() if seen else None)
+    assert missing(state, reader, RANKS) == ["the GPU does not answer"]
 
 
-def test_a_report_says_that_a_gpu_does_not_answer(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Reader, "read", lambda self, words: None)
-    assert missing(stuck(240), Expected(("words",), 80, 0, Grid(2)), reader, RANKS) == ["the GPU does not answer"]
+def test_no_call_is_no_report(reader: Reader) -> None:
+    workspace = stuck(0, (0, SLOT // 4))
+    workspace.state.zero_()
+    assert missing(workspace, reader, RANKS) == []
 
 
-def test_the_communicator_reports_the_last_call_of_its_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = NVLink(place(4, ranks=RANKS, device=torch.device("cpu")), [stuck(3 * 16, (0, 1))])
+def test_the_communicator_reports_each_channel_that_was_used() -> None:
+    made = NVLink(place(4, ranks=RANKS, device=torch.device("cpu")), [stuck(16, (0, 1)), stuck(16), stuck(16, (64, 65))])
     assert made.report() is None                                                                # no stream has called
-    monkeypatch.setattr(nvlink, "current_stream", lambda device: 7)
-    monkeypatch.setattr(nvlink, "one_shot", lambda x, workspace, grid: x)
-    made.all_reduce(torch.empty(256, dtype=torch.uint8), "sum")
+    for stream in (7, 8):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nvlink, "current_stream", lambda device: stream)
+            patch.setattr(nvlink, "one_shot", lambda x, workspace, grid: x)
+            made.all_reduce(torch.empty(256, dtype=torch.uint8), "sum")
     assert made.report() == "NVLink over tp: of rank 3, 1 of 64 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff"

@@ -71,6 +71,8 @@ def test_every_quad_is_one_instruction(launches: list[dict[str, Any]], kernel: s
         assert (count(lines, PUSH), count(lines, PUSH_WORD)) == (pushes * others, word_pushes * others)
         assert (count(lines, POLL), count(lines, POLL_WORD)) == (polls * others, word_polls * others)
         assert count(lines, "st.relaxed") == (pushes + word_pushes) * others and count(lines, "ld.relaxed") == (polls + word_polls) * others
+        loads = 3 if kernel == "one_shot" else 2 * others + 1           # of x: what two chunks push, and what stays
+        assert count(lines, "ld.global.v4.b32") == loads
         assert not count(lines, "volatile", *(f"{way}.global.{width}" for way in ("ld", "st") for width in ("b8", "b16", "u16")))
 
 
@@ -87,6 +89,58 @@ def test_every_push_is_by_one_thread_and_of_the_lanes_that_are_there(launches: l
         layout, = launch["layouts"]
         assert re.findall(r"(\w+) = \[(\d+)\]", layout) == [("sizePerThread", "1"), ("threadsPerWarp", "32"), ("warpsPerCTA", str(launch["warps"])),
                                                              ("order", "0")]
+
+
+def conditions(ptx: str, flag: str) -> set[str]:
+    """The comparisons that all hold where a flag is set, as they stand in the text."""
+    ways = re.findall(rf"^\s*(\S+)\s+{flag}, (.*);$", ptx, re.MULTILINE)
+    assert len(ways) == 1, f"{flag} is computed in one place"
+    (name, operands), = ways
+    if name == "and.pred" or name == "selp.b32" and operands.startswith("1, 0, "):
+        return {c for operand in operands.removeprefix("1, 0, ").split(", ") for c in conditions(ptx, operand)}
+    return {f"{name} {operands}"}
+
+
+def flags(ptx: str, *instructions: str) -> list[tuple[str, str]]:
+    """(instruction, flag) of all of these that run under a predicate of their own, as they come."""
+    ways = "|".join(map(re.escape, instructions))
+    return [(name, flag) for flag, name in re.findall(rf"setp\.(?:ne|eq)\.s32 p, (%r\d+), 0;\n@p ({ways}) ?[\[;]", ptx)]
+
+
+@each_world
+def test_words_are_pushed_and_taken_by_lanes_that_are_there_alone(launches: list[dict[str, Any]], world: int) -> None:
+    """A lane beyond the end stands at the last quad, whose word comes once and is emptied by one lane: another would wait for ever, which
+    the simulator, whose lanes stay together, does not see. So every flag asks for the bound of its chunk's quads, and for more."""
+    others = world - 1
+    for launch in of(launches, "exchange", world):
+        ptx = launch["ptx"]
+        piece = set(re.findall(r"ld\.param\.b32 \s*(%r\d+), \[exchange_kernel_param_4\]", ptx))
+
+        def bound(flag: str) -> str:
+            only, = conditions(ptx, flag)
+            assert re.fullmatch(r"setp\.lt\.s32 (%r\d+), (%r\d+)", only) and only.split()[-1] in piece, only
+            return only
+        pushed, taken = flags(ptx, PUSH, PUSH_WORD), flags(ptx, "bra DONE", "st.global.v4.b32")
+        assert [name for name, _ in pushed] == ([PUSH] * others + [PUSH_WORD] * 2 * others) * 2
+        assert [name for name, _ in taken] == ["bra DONE", "st.global.v4.b32"] * others
+        for (_, flag), (_, stored) in zip(taken[::2], taken[1::2]):
+            assert conditions(ptx, flag) > {bound(stored)}
+        first, later = ([flag for _, flag in pushed[start:start + 3 * others]] for start in (0, 3 * others))
+        for chunk in (first, later):
+            there, = {bound(flag) for flag in chunk[:others]}
+            for of_line, of_hidden in zip(chunk[others::2], chunk[others + 1::2]):
+                assert conditions(ptx, of_hidden) > {there}
+                if chunk is later and launch["line"] == 32 * launch["warps"]:
+                    assert starts_before_the_end(ptx, chunk[0], piece)                  # as the first lane does: the only one with a line
+                else:
+                    assert conditions(ptx, of_line) > {there}
+
+
+def starts_before_the_end(ptx: str, flag: str, piece: set[str]) -> bool:
+    """Whether the branch before the use of a flag goes where a chunk has begun at or beyond the end."""
+    skip = re.findall(r"@(%p\d+) bra", ptx[:ptx.index(f"p, {flag}, 0;")])[-1]
+    only, = conditions(ptx, skip)
+    return only.startswith("setp.ge.s32") and only.split()[-1] in piece
 
 
 @each

@@ -19,6 +19,7 @@ from shardlib.triton_kernels.workspace import Workspace
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SUMS, MOVES = ("one_shot", "two_shot", "reduce_scatter"), ("all_gather", "all_to_all")
 FAMILIES = {"sums": SUMS, "moves": MOVES, "both": SUMS + MOVES}
+WARPS = (1, 1, 2)
 GUARD = 64
 """Words behind an arena that nobody may write."""
 UNTOUCHED = 0x5EA1ED00
@@ -27,13 +28,14 @@ UNTOUCHED = 0x5EA1ED00
 @dataclass(frozen=True)
 class Call:
     """One collective of all ranks. inner: quads of 16 bytes that lie side by side; outer: how often; line: quads of a line, where data is
-    moved. A block has one warp."""
+    moved; warps: of a block."""
     kernel: str
     dtype: torch.dtype
     outer: int
     inner: int
     blocks: int
     line: int = 32
+    warps: int = 1
 
     def slot_bytes(self, world: int) -> int:
         """What a slot must hold."""
@@ -48,7 +50,7 @@ class Call:
             self.kernel, (self.outer * inner,))
 
     def run(self, x: Tensor, workspace: Workspace) -> Tensor:
-        grid = Grid(self.blocks, 1)
+        grid = Grid(self.blocks, self.warps)
         if self.kernel in MOVES:
             return {"all_gather": all_gather, "all_to_all": all_to_all}[self.kernel](x, workspace, grid, self.line)
         return {"one_shot": one_shot, "two_shot": two_shot, "reduce_scatter": reduce_scatter}[self.kernel](x, workspace, grid)
@@ -62,8 +64,13 @@ class Call:
 
 
 def random_calls(family: str, draw: random.Random, count: int) -> list[Call]:
-    return [Call(draw.choice(FAMILIES[family]), draw.choice(DTYPES), draw.randint(1, 3), draw.randint(1, 40), draw.randint(1, 3), draw.choice((8, 32)))
-            for _ in range(count)]
+    """Lines of a part of a warp, of a warp and of a block, in blocks of one warp and of two."""
+    def call() -> Call:
+        kernel, dtype, outer, inner, blocks = (draw.choice(FAMILIES[family]), draw.choice(DTYPES), draw.randint(1, 3), draw.randint(1, 40),
+                                               draw.randint(1, 3))
+        warps = draw.choice(WARPS)
+        return Call(kernel, dtype, outer, inner, blocks, draw.choice((8, 32, 32 * warps)), warps)
+    return [call() for _ in range(count)]
 
 
 def data(calls: Sequence[Call], world: int, seed: int) -> list[list[Tensor]]:
