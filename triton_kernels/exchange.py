@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardlib.triton_kernels.lamport import EMPTY, clear, enter, leave, place, without_empty
+from shardlib.triton_kernels.lamport import EMPTY, await_words, clear, enter, leave, place, receive, without_empty
 from shardlib.triton_kernels.launching import Grid, launch
 from shardlib.triton_kernels.quads import load_quads, piece_address, push_quads_once, push_words_once, store_quads, store_quads_once
 from shardlib.triton_kernels.workspace import Workspace
@@ -82,20 +82,10 @@ def receive_lines(address, stride, line, line_stride, N: tl.constexpr, SPIN: tl.
                   INTERPRET: tl.constexpr):
     """Waits until the quads at address + i * stride and the words at line + i * line_stride, i < N, are full: their 4 N words, then the N."""
     if INTERPRET:
-        words, of_lines = (), ()
+        words = receive(address, stride, N, SPIN, CONSTRAINTS, WORDS, INTERPRET)
         for i in tl.static_range(N):
-            p = (address + i * stride).to(tl.pointer_type(tl.int32))
-            for j in tl.static_range(4):
-                word = tl.load(p + j, volatile=True)
-                while tl.max((word == EMPTY).to(tl.int32)) > 0:
-                    word = tl.where(word == EMPTY, tl.load(p + j, volatile=True), word)
-                words = words + (word,)
-            p = (line + i * line_stride).to(tl.pointer_type(tl.int32))
-            word = tl.load(p, volatile=True)
-            while tl.max((word == EMPTY).to(tl.int32)) > 0:
-                word = tl.where(word == EMPTY, tl.load(p, volatile=True), word)
-            of_lines = of_lines + (word,)
-        return words + of_lines
+            words = words + (await_words((line + i * line_stride).to(tl.pointer_type(tl.int32))),)
+        return words
     else:
         zero = tl.zeros_like(address)
         return tl.inline_asm_elementwise(SPIN, CONSTRAINTS, [address, zero + stride, line, zero + line_stride], dtype=WORDS, is_pure=False, pack=1)

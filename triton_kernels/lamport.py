@@ -73,6 +73,15 @@ def clear(slot_address, start, stop, BLOCK: tl.constexpr, INTERPRET: tl.constexp
 
 
 @triton.jit
+def await_words(p):
+    """In the interpreter: the words at p, once all are full. A lane that has its word keeps it, as a thread would."""
+    word = tl.load(p, volatile=True)
+    while tl.max((word == EMPTY).to(tl.int32)) > 0:
+        word = tl.where(word == EMPTY, tl.load(p, volatile=True), word)
+    return word
+
+
+@triton.jit
 def receive(address, stride, N: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr, INTERPRET: tl.constexpr):
     """Waits until the quads at address + i * stride, i < N, are full: their 4 N words."""
     if INTERPRET:
@@ -80,10 +89,7 @@ def receive(address, stride, N: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: t
         for i in tl.static_range(N):
             p = (address + i * stride).to(tl.pointer_type(tl.int32))
             for j in tl.static_range(4):
-                word = tl.load(p + j, volatile=True)
-                while tl.max((word == EMPTY).to(tl.int32)) > 0:
-                    word = tl.where(word == EMPTY, tl.load(p + j, volatile=True), word)
-                words = words + (word,)
+                words = words + (await_words(p + j),)
         return words
     else:
         return tl.inline_asm_elementwise(SPIN, CONSTRAINTS, [address, tl.zeros_like(address) + stride], dtype=WORDS, is_pure=False, pack=1)

@@ -2,13 +2,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pool import Pool
 
-from shardlib.distributed.calibrate import axes_of, main, merged
+from shardlib.distributed.calibrate import SIZES, axes_of, main, measure, merged
+from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.routing import Curve, Table
 
 
@@ -27,6 +30,16 @@ def test_a_mesh_for_any_number_of_ranks(ranks: int) -> None:
     for size in axes.values():
         product *= size
     assert product == ranks and list(axes.values()) == sorted(axes.values(), reverse=True) and len(set(axes)) == len(axes)
+
+
+@given(st.integers(2, 200), st.sampled_from((torch.bfloat16, torch.float32)))
+def test_pieces_are_multiples_of_16_bytes(ranks: int, dtype: torch.dtype) -> None:
+    """Whatever the number of ranks: what takes no others is measured too. Sizes without a piece for each rank are left out."""
+    asked: list[Call] = []
+    refuses = SimpleNamespace(supports=lambda call: asked.append(call) or "not here")
+    group = SimpleNamespace(world_size=ranks, device=torch.device("cpu"))
+    assert measure(group, "all_gather", refuses, dtype, False) is None
+    assert [call.nbytes for call in asked] == [n for size in SIZES if (n := size // (16 * ranks) * 16 * ranks)]
 
 
 def test_what_another_run_has_measured_stays() -> None:
