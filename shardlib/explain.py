@@ -21,7 +21,7 @@ from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.runtime import Runtime
 from shardlib.errors import bytes_text
 from shardlib.mesh import Mesh
-from shardlib.moves import ALL_GATHER, ALL_REDUCE, COLLECTIVES, PERMUTE, REDUCE_SCATTER
+from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, exchanged
 from shardlib.program import Program, Step
 from shardlib.project import ITEMSIZE, axes_of, received, value_dtypes
 from shardlib.scan import SCAN
@@ -162,14 +162,13 @@ def _call(step: Step, mesh: Mesh, sizes: Mapping[str, int], dtype: str) -> Call:
     """What the step asks of a GroupCoordinator, as rank 0 does."""
     (have,), (want,) = step.ins, step.outs
     members = [mesh.coordinate(r) for r in mesh.group(axes_of(step), 0)]
-    parts = {ALL_GATHER: have, REDUCE_SCATTER: want}.get(step.op, have)
-    even = len({prod(mesh.local_shape(parts, sizes, c)) for c in members}) == 1
+    exchange = step.op in (ALL_TO_ALL, PERMUTE)
+    parts = {exchanged(mesh, sizes, have, want, a, b) for a in members for b in members} if exchange else \
+        {prod(mesh.local_shape(want if step.op is REDUCE_SCATTER else have, sizes, c)) for c in members}
     whole = prod(mesh.local_shape(want if step.op is ALL_GATHER else have, sizes, members[0])) * ITEMSIZE[dtype]
-    name = "all_to_all" if step.op is PERMUTE else step.op.name
     op = ("max" if any(o.kind == "max" for o in have.owed) else "sum") if step.op in (ALL_REDUCE, REDUCE_SCATTER) else None
-    if name == "all_to_all" and not (even and len({prod(mesh.local_shape(want, sizes, c)) for c in members}) == 1):
-        return Call(name, None, getattr(torch, dtype), "cpu", -1, False)
-    return Call(name, op, getattr(torch, dtype), "cpu", whole, even)
+    even = len(parts) == 1
+    return Call("all_to_all" if exchange else step.op.name, op, getattr(torch, dtype), "cpu", whole if even or not exchange else -1, even)
 
 
 def _row(step: Step, program: Program, mesh: Mesh, sizes: Mapping[str, int], itemsize: int, cost: CostModel, times: int) -> Traffic:

@@ -155,11 +155,17 @@ class Mesh:
                 raise SpecError(f"{where}: axis {o.axis} has coordinates 0 to {self.axes[o.axis] - 1}, not {o.at}")
         return Spec(dims, owed, spec.ellipsis)
 
+    def rows(self, dim: Dim, sizes: Mapping[str, int], coordinate: Mapping[str, int]) -> tuple[int, int]:
+        """(start, size) of what `coordinate` holds along `dim`, in rows of it."""
+        if not dim.factors:
+            return 0, dim.size
+        inner = prod(sizes[f.name] for f in dim.factors[1:])
+        start, size = self.extent(sizes[dim.factors[0].name], dim.axes, coordinate)
+        return start * inner, size * inner
+
     def local_shape(self, spec: Spec, sizes: Mapping[str, int], coordinate: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of what `coordinate` holds of a tensor of type `spec` whose dims have global `sizes`."""
-        return tuple(d.size if not d.factors else
-                     self.extent(sizes[d.factors[0].name], d.axes, coordinate)[1] * prod(sizes[f.name] for f in d.factors[1:])
-                     for d in spec.dims)
+        return tuple(self.rows(d, sizes, coordinate)[1] for d in spec.dims)
 
 
 def current_mesh(mesh: Mesh | None = None) -> Mesh:

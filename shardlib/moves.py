@@ -15,8 +15,9 @@ Every move is the identity on what its operand denotes, so its transpose is the 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Mapping, Sequence
 
+from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec
@@ -36,15 +37,25 @@ def removed(have: Spec, want: Spec) -> tuple[str, ...]:
     return tuple(o.axis for o in have.owed if o not in want.owed)
 
 
-def _inner(e: Emitter, spec: Spec, i: int) -> int:
-    return math.prod(e.sizes[f.name] for f in spec.dims[i].factors[1:])
+def exchanged(mesh: Mesh, sizes: Mapping[str, int], have: Spec, want: Spec, source: Mapping[str, int], target: Mapping[str, int]) -> int:
+    """Elements that `source` holds of `have` and `target` holds of `want`: of an all_to_all or permute, what one has for the other."""
+    return math.prod(n for _, n in _overlap(mesh, sizes, have, want, range(len(have.dims)), source, target).values())
 
 
-def _extent(e: Emitter, spec: Spec, i: int, coordinate: dict[str, int]) -> tuple[int, int]:
+def _overlap(mesh: Mesh, sizes: Mapping[str, int], have: Spec, want: Spec, dims: Iterable[int], source: Mapping[str, int],
+             target: Mapping[str, int]) -> dict[int, tuple[int, int]]:
+    """Per dim: (global start, size) of what `source` has and `target` wants."""
+    out = {}
+    for i in dims:
+        (a, n), (b, m) = mesh.rows(have.dims[i], sizes, source), mesh.rows(want.dims[i], sizes, target)
+        start, stop = max(a, b), min(a + n, b + m)
+        out[i] = (start, stop - start) if stop > start else (a, 0)
+    return out
+
+
+def _extent(e: Emitter, spec: Spec, i: int, coordinate: Mapping[str, int]) -> tuple[int, int]:
     """(start, size) in rows along dim i."""
-    inner = _inner(e, spec, i)
-    start, size = e.mesh.extent(e.sizes[spec.dims[i].factors[0].name], spec.dims[i].axes, coordinate)
-    return start * inner, size * inner
+    return e.mesh.rows(spec.dims[i], e.sizes, coordinate)
 
 
 def _members(e: Emitter, axes: Sequence[str]) -> list[dict[str, int]]:
@@ -103,29 +114,19 @@ def _exchange(e: Emitter, step: Step, args: list[str]) -> str:
     axes = tuple(a for i in changed for a in have.dims[i].axes if a not in want.dims[i].axes) or tuple(
         a for i in changed for a in have.dims[i].axes)
     members = _members(e, e.mesh_order(axes))
-    pieces = [_overlap(e, have, want, changed, e.coordinate, c) for c in members]
-    arrive = [_overlap(e, have, want, changed, c, e.coordinate) for c in members]
+    pieces = [_overlap(e.mesh, e.sizes, have, want, changed, e.coordinate, c) for c in members]
+    arrive = [_overlap(e.mesh, e.sizes, have, want, changed, c, e.coordinate) for c in members]
     mine = {i: _extent(e, have, i, e.coordinate)[0] for i in changed}
     cut = [args[0] + "".join(f".narrow({i}, {start - mine[i]}, {size})" for i, (start, size) in piece.items()) for piece in pieces]
     shape = list(e.shape(have))
     shapes = tuple(tuple(piece[i][1] if i in piece else n for i, n in enumerate(shape)) for piece in arrive)
     dim = next(i for i in changed if len(have.dims[i].axes) >= len(want.dims[i].axes))     # all_to_all: the one that grows here
     order = sorted(range(len(members)), key=lambda j: (arrive[j][dim][0], j))
-    sizes = {math.prod(n for _, n in _overlap(e, have, want, changed, a, b).values()) for a in members for b in members}
-    got = e.collective(e.mesh_order(axes), "all_to_all", cut, f"{shapes}, True" if len(sizes) == 1 else repr(shapes), many=True)
+    even = len({exchanged(e.mesh, e.sizes, have, want, a, b) for a in members for b in members}) == 1
+    got = e.collective(e.mesh_order(axes), "all_to_all", cut, f"{shapes}, True" if even else repr(shapes), many=True)
     if order == list(range(len(members))):
         return f"torch.cat({got}, {dim})"
     return f"torch.cat([p[j] for p in [{got}] for j in {order}], {dim})"
-
-
-def _overlap(e: Emitter, have: Spec, want: Spec, dims: list[int], source: dict[str, int], target: dict[str, int]) -> dict[int, tuple[int, int]]:
-    """Per dim: (global start, size) of what `source` has and `target` wants."""
-    out = {}
-    for i in dims:
-        (a, n), (b, m) = _extent(e, have, i, source), _extent(e, want, i, target)
-        start, stop = max(a, b), min(a + n, b + m)
-        out[i] = (start, stop - start) if stop > start else (a, 0)
-    return out
 
 
 def check_move(op: Op, have: Spec, want: Spec) -> str | None:

@@ -17,7 +17,7 @@ from typing import Iterator, Mapping
 
 from shardlib.cond import COND
 from shardlib.mesh import Mesh
-from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, changed_dims, removed
+from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, changed_dims, exchanged, removed
 from shardlib.program import Op, Program, Step
 from shardlib.scan import SCAN
 from shardlib.spec import Spec
@@ -125,8 +125,8 @@ def cost(op: Op, have: Spec, want: Spec, mesh: Mesh) -> float:
 
 def received(step: Step, mesh: Mesh, sizes: Mapping[str, int], rank: int) -> int:
     """Elements that `rank` receives in a collective step."""
-    local = prod(mesh.local_shape(step.ins[0], sizes, mesh.coordinate(rank)))
-    made = prod(mesh.local_shape(step.outs[0], sizes, mesh.coordinate(rank)))
+    (have,), (want,), me = step.ins, step.outs, mesh.coordinate(rank)
+    local, made = prod(mesh.local_shape(have, sizes, me)), prod(mesh.local_shape(want, sizes, me))
     k = mesh.size(axes_of(step))
     if step.op is ALL_REDUCE:
         return 2 * (k - 1) * local // k
@@ -134,4 +134,4 @@ def received(step: Step, mesh: Mesh, sizes: Mapping[str, int], rank: int) -> int
         return (k - 1) * made
     if step.op is ALL_GATHER:
         return made - local
-    return made - made // k
+    return made - exchanged(mesh, sizes, have, want, me, me)

@@ -6,14 +6,20 @@ from math import prod
 from pathlib import Path
 
 import pytest
+import torch
 
 from shardlib import Layout, Mesh, lower
 from shardlib.api import value_and_grad
-from shardlib.explain import CostModel, Explanation, explain
+from shardlib.distributed.communicators.protocol import Call
+from shardlib.explain import CostModel, Explanation, _call, explain
 from shardlib.models import llama
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, logits_of, loss, next_token
+from shardlib.moves import ALL_TO_ALL, PERMUTE, changed_dims
 from shardlib.params import struct
+from shardlib.program import Step
+from shardlib.project import axes_of, received
+from shardlib.spec import Spec, parse
 
 CONFIG = LlamaConfig(vocab_size=11, d_model=18, num_layers=1, num_kv_heads=3, queries_per_kv=2, head_dim=4, d_ff=7, norm_eps=1e-5,
                      rope_theta=1e4, rope_scaling=None, tied=False, max_context=64)
@@ -85,6 +91,30 @@ def test_layers_multiply() -> None:
     assert times == {("block", 7), ("block_vjp", 7), ("loss_and_grad", 1)}
     assert found.collectives == 7 * 4 + 5
     assert found.bytes == (7 * 4 + 2) * B * T * D * 4 + 3 * B * T * 4
+
+
+@pytest.mark.parametrize("have, want", [("M/tp N", "M N/tp"), ("M N/dp/tp", "M/tp N/dp"), ("M/dp/tp N", "M/tp/dp N"), ("(M/dp/tp N)", "(M/tp/dp N)")])
+@pytest.mark.parametrize("mesh", ["dp=1,tp=2", "dp=2,tp=2", "dp=3,tp=2", "dp=2,tp=3"])
+@pytest.mark.parametrize("m, n", [(12, 6), (7, 5), (6, 9), (1, 6)])
+def test_what_an_exchange_brings(have: str, want: str, mesh: str, m: int, n: int) -> None:
+    """Rank by rank, element by element: what it lacks of what it shall hold. `even` where all members have as much for each other."""
+    mesh, before, after, sizes = Mesh.parse(mesh), parse(have), parse(want), dict(M=m, N=n)
+    op = ALL_TO_ALL if len(changed_dims(before, after)) == 2 else PERMUTE
+    step = Step(op, (before,), (after,), ("x",), ("y",))
+    shape = (m * n,) if have.startswith("(") else (m, n)
+
+    def held(spec: Spec, rank: int) -> set[int]:
+        x = torch.arange(m * n).view(shape)
+        for i, dim in enumerate(spec.dims):
+            inner = n if "(" in have else 1
+            start, size = mesh.extent(x.shape[i] // inner, dim.axes, mesh.coordinate(rank))
+            x = x.narrow(i, start * inner, size * inner)
+        return set(x.flatten().tolist())
+    ranks = range(mesh.world_size)
+    assert [received(step, mesh, sizes, r) for r in ranks] == [len(held(after, r) - held(before, r)) for r in ranks]
+    members = mesh.group(axes_of(step), 0)
+    parts = {len(held(before, a) & held(after, b)) for a in members for b in members}
+    assert _call(step, mesh, sizes, "float32") == Call("all_to_all", None, torch.float32, "cpu", 4 * len(held(before, 0)) if len(parts) == 1 else -1, len(parts) == 1)
 
 
 def test_what_ranks_hold() -> None:
