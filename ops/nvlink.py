@@ -26,10 +26,11 @@ from shardlib.distributed.communicators.protocol import Call, Place
 from shardlib.distributed.flat import Cut
 from shardlib.errors import SpecError, bytes_text
 from shardlib.ops.nvlink_report import Reader, missing
+from shardlib.streams import current_stream
 from shardlib.triton_kernels import exchange
 from shardlib.triton_kernels.all_reduce import one_shot, two_shot
 from shardlib.triton_kernels.lamport import SLOTS
-from shardlib.triton_kernels.launching import Grid, current_stream
+from shardlib.triton_kernels.launching import Grid
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter
 from shardlib.triton_kernels.workspace import Workspace, symmetric_workspace
 
@@ -51,6 +52,8 @@ QUAD = 16
 def nvlink(place: Place) -> NVLink | str:
     """The communicator of the group at `place`, or why it has none; the same on all members, who all call it."""
     reason = place.agree(_reason(place))
+    if reason is None:
+        reason = place.agree(_unreached(place))
     if reason is not None:
         return reason
     try:
@@ -70,13 +73,25 @@ def _reason(place: Place) -> str | None:
     if place.size > MOST_RANKS:
         return f"{place.size} members; at most {MOST_RANKS}"
     here = place.device.index
-    if not all(torch.cuda.can_device_access_peer(here, d) for d in range(torch.cuda.device_count()) if d != here):
-        return f"GPU {here} does not reach the memory of all others"
     sms, free = torch.cuda.get_device_properties(here).multi_processor_count, torch.cuda.mem_get_info(here)[0]
     if sms < SMS:
         return f"GPU {here} has {sms} multiprocessors; the kernels of {CHANNELS} channels want {SMS} to run side by side"
     needed = CHANNELS * SLOTS.value * slot_bytes(place.size)
     return None if free >= needed else f"GPU {here} has {bytes_text(free)} free, {bytes_text(needed)} are needed"
+
+
+def _unreached(place: Place) -> str | None:
+    """Of the members' GPUs that this process sees, as torch numbers them here. Those it does not see show when memory is shared."""
+    here, seen = place.device.index, {_uuid(d): d for d in range(torch.cuda.device_count())}
+    theirs = place.share(_uuid(here))
+    if len(set(theirs)) < place.size:
+        return "members share a GPU"
+    far = [seen[u] for u in theirs if u in seen and seen[u] != here and not torch.cuda.can_device_access_peer(here, seen[u])]
+    return f"GPU {here} does not reach the memory of GPU {far[0]}" if far else None
+
+
+def _uuid(device: int) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def slot_bytes(size: int) -> int:

@@ -40,6 +40,7 @@ from shardlib.distributed.routing import UNMEASURED, Table
 from shardlib.distributed.tensor_dicts import Label, Value, label
 from shardlib.distributed.watchdog import Watchdog
 from shardlib.errors import SpecError
+from shardlib.streams import current_stream
 
 
 _FACTS = {"all_reduce": " {}", "broadcast": " {} from member {}", "all_gather": " to {} along dim {} by {}", "broadcast_message": " from member {}",
@@ -66,6 +67,7 @@ class GroupCoordinator:
         self.router = Router(name, self.world_size, communicators, table, deterministic, declined)
         self.queue: MessageQueue | None = None
         self._watchdog, self._check = watchdog, check
+        self._on_gpu = device.type == "cuda"
         self._seat = watchdog.watch.seat(name, self.ranks) if watchdog else None
         if self._seat:
             self._seat.communicators = self.communicators
@@ -256,6 +258,8 @@ class GroupCoordinator:
         watch, seat = self._watchdog.watch, self._seat
         seat.count = number = seat.count + 1
         watch.now = (seat, number, name, op, None if x is None else x.dtype, count, at, None, monotonic())     # as Watch.begin has it
+        if self._on_gpu:
+            seat.streams.add(current_stream(self.device))
         try:
             if self._check is not None:
                 self._compare(at, name, op, x, facts, args)
@@ -270,6 +274,8 @@ class GroupCoordinator:
         if self._watchdog is None:
             return call(*args)
         self._watchdog.watch.begin(self._seat, name, None, dtype, count, None, self.ranks[member])
+        if self._on_gpu:
+            self._seat.streams.add(current_stream(self.device))
         try:
             return call(*args)
         except RuntimeError as error:
@@ -326,6 +332,8 @@ class GroupCoordinator:
         if self.queue:
             self.queue.leave()
         self.communicators, self._control, self.queue = (), None, None
+        if self._seat:
+            self._seat.communicators, self._seat.streams = (), set()
         self.device_group = self.cpu_group = None
         self.router = Router(self.name, self.world_size, ())
 

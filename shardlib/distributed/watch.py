@@ -22,12 +22,13 @@ import torch
 
 
 class Seat:
-    """One group as this process sits in it. count: the collectives that it has begun."""
-    __slots__ = ("name", "ranks", "count", "communicators")
+    """One group as this process sits in it. count: the collectives that it has begun.  streams: handles of those it has called on."""
+    __slots__ = ("name", "ranks", "count", "communicators", "streams")
 
     def __init__(self, name: str, ranks: Sequence[int]) -> None:
         self.name, self.ranks, self.count = name, tuple(ranks), 0
         self.communicators: Sequence[Any] = ()
+        self.streams: set[int] = set()
 
     def __str__(self) -> str:
         return f"group {self.name} (ranks {' '.join(map(str, self.ranks))})"

@@ -38,6 +38,7 @@ import torch.distributed as dist
 from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.siblings import end_stopped
 from shardlib.distributed.watch import Doing, Moment, Watch
+from shardlib.streams import marks, passed
 
 LINES = 8
 """Ranks that a report names, at most."""
@@ -199,8 +200,8 @@ class Watchdog:
         last = self.watch.last
         if self.device.type != "cuda" or last is None or at - last[-1] < self.limit_s / 4:
             return None
-        if self._marked is None or self._marked[0] is not last or self._marked[1].query():
-            self._marked = (last, torch.cuda.default_stream(self.device).record_event(), at)
+        if self._marked is None or self._marked[0] is not last or all(map(passed, self._marked[1])):
+            self._marked = (last, marks(self.device, {0, *(h for s in self.watch.seats for h in tuple(s.streams))}), at)
         return last if at - last[-1] > self.limit_s and at - self._marked[2] > self.limit_s / 2 else None
 
     def _terminated(self) -> None:

@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 
 from shardlib import Layout, Mesh, SpecError, lower, reshard, sharded
-from shardlib.distributed import connect
+from shardlib.distributed import connect, watchdog as watchdog_module
 from shardlib.distributed.agreement import same_plan
+from shardlib.distributed.communicators.alone import Alone
+from shardlib.distributed.group_coordinator import GroupCoordinator
 from shardlib.distributed.rank_error import wait_until
 from shardlib.distributed.watch import Moment, Seat, Watch
 from shardlib.distributed.watchdog import Scene, State, Watchdog, _first_line, _report_of, _say
@@ -77,6 +79,48 @@ def test_a_communicator_whose_report_fails_does_not_end_the_watchdog() -> None:
     assert _report_of(SimpleNamespace(name="NVLink", report=fails)) == "NVLink: no report: KeyError: 7"
     assert _report_of(SimpleNamespace(name="NVLink", report=lambda: "waits")) == "waits"
     assert _report_of(SimpleNamespace(name="gloo")) is None
+
+
+class Gpu:
+    """Streams of a GPU that come past every mark but those that are `stuck`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at, self.stuck = -1, set()
+        monkeypatch.setattr(watchdog_module, "monotonic", lambda: self.at)
+        monkeypatch.setattr(watchdog_module, "marks", lambda device, handles: sorted(handles))
+        monkeypatch.setattr(watchdog_module, "passed", lambda handle: handle not in self.stuck)
+
+
+@pytest.mark.parametrize("stuck", [0, 7, 9])
+def test_a_gpu_that_does_not_come_past_a_collective(stuck: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the default stream, or one that any group has called on; asked again as long as it does."""
+    gpu, watch = Gpu(monkeypatch), Watch()
+    for handle in (7, 9):
+        watch.seat("tp", (0, 1)).streams.add(handle)
+    watch.last = (watch.seats[0], 1, "all_reduce", "sum", torch.float32, 4, None, None, 0.0)
+    dog = SimpleNamespace(watch=watch, device=torch.device("cuda", 0), limit_s=45.0, _marked=None)
+
+    def found() -> list[float]:
+        """When the watchdog that asks every second has found the collective stuck."""
+        times = []
+        for gpu.at in range(gpu.at + 1, gpu.at + 101):
+            times += [gpu.at] if Watchdog._stuck(dog) is watch.last else []
+        return times
+    assert found() == []
+    gpu.stuck = {stuck}
+    assert found() == list(range(99 + 23, 200))         # limit_s / 2 after the last mark that was passed
+    gpu.stuck = set()
+    assert found() == []
+
+
+def test_a_group_that_is_destroyed_is_no_longer_looked_after() -> None:
+    """What its communicators hold can go, and the streams that it has called on."""
+    watch = Watch()
+    group = GroupCoordinator("tp", (0,), 0, 0, torch.device("cpu"), (Alone(),), Alone(), watchdog=SimpleNamespace(watch=watch))
+    watch.seats[0].streams.add(7)
+    assert [c.name for c in watch.seats[0].communicators] == [Alone.name]
+    group.destroy()
+    assert (watch.seats[0].communicators, watch.seats[0].streams) == ((), set())
 
 
 def test_gloo_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

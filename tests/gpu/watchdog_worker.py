@@ -1,9 +1,10 @@
 """One rank of test_watchdog: rank 1 never comes to a collective that rank 0 has queued on its GPU; rank 0 waits for the result.
 
-    torchrun --nproc-per-node 2 tests/gpu/watchdog_worker.py
+    torchrun --nproc-per-node 2 tests/gpu/watchdog_worker.py default        # or side: on a stream that the default stream does not wait for
 """
 from __future__ import annotations
 
+import sys
 import time
 
 import torch
@@ -22,6 +23,9 @@ with connect(Mesh(tp=2), "cuda", timeout_s=10.0) as runtime:
     graph.replay()
     if runtime.rank == 1:
         time.sleep(3600)
-    total = group.all_reduce(x, at="step 1 of f, model.py:2: N +tp -> N").sum()
-    print(f"rank {runtime.rank} has queued it", flush=True)
-    print(total.item())
+    stream = torch.cuda.Stream() if sys.argv[1] == "side" else torch.cuda.default_stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        total = group.all_reduce(x, at="step 1 of f, model.py:2: N +tp -> N").sum()
+        print(f"rank {runtime.rank} has queued it", flush=True)
+        print(total.item())

@@ -24,7 +24,7 @@ WORLDS = range(2, MOST_RANKS + 1)
 def place(size: int = 2, **how: Any) -> Any:
     """A group as its first member sees it, where all members have the same to say."""
     plain = dict(name="tp", ranks=tuple(range(size)), rank=0, me=0, size=size, hosts=(0,) * size, device=torch.device("cuda", 0),
-                 device_group=None, agree=lambda reason: reason, control=SimpleNamespace(barrier=lambda: None))
+                 device_group=None, agree=lambda reason: reason, share=lambda mine: [f"uuid {m}" for m in range(size)], control=SimpleNamespace(barrier=lambda: None))
     return SimpleNamespace(**{**plain, **how})
 
 
@@ -44,7 +44,7 @@ def test_declines(how: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPa
 def gpu(monkeypatch: pytest.MonkeyPatch, count: int = 1, sms: int = 132, free: int = 10**12) -> None:
     """A machine with GPUs like these."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=sms))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=sms, uuid=f"uuid {device}"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
 
 
@@ -55,16 +55,22 @@ def test_declines_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> No
     assert nvlink.nvlink(place()) == "GPU 0 has 100.0 MB free, 402.7 MB are needed"
 
 
-def test_declines_where_a_gpu_does_not_reach_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu(monkeypatch, count=3)
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, there: there != 2)
-    assert nvlink.nvlink(place()) == "GPU 0 does not reach the memory of all others"
+def test_declines_where_a_gpu_does_not_reach_that_of_a_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as the process sees the members' GPUs; others do not matter."""
+    gpu(monkeypatch, count=4)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, there: there not in (2, 3))
+    monkeypatch.setattr(nvlink, "symmetric_workspace", refuse)
+    for members, reason in (("02", "GPU 0 does not reach the memory of GPU 2"), ("013", "GPU 0 does not reach the memory of GPU 3"),
+                            ("01", "symmetric memory: no such handle"), ("07", "symmetric memory: no such handle"), ("00", "members share a GPU")):
+        assert nvlink.nvlink(place(len(members), share=lambda mine: [f"uuid {m}" for m in members])) == reason
+
+
+def refuse(*where: Any) -> None:
+    raise RuntimeError("no such handle\nException raised from rendezvous")
 
 
 def test_declines_without_symmetric_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the first line of what torch says."""
-    def refuse(*where: Any) -> None:
-        raise RuntimeError("no such handle\nException raised from rendezvous")
     gpu(monkeypatch)
     monkeypatch.setattr(nvlink, "symmetric_workspace", refuse)
     assert nvlink.nvlink(place()) == "symmetric memory: no such handle"
