@@ -9,12 +9,13 @@ measured on H200; of the ways to do a collective, the one whose floor is lowest.
 """
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from typing import Any, Callable
 
 import torch
-from record import RESULTS, commit, hardware, row, versions
+from record import RESULTS, commit, hardware, of_all, row, versions
 
 NAMES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 SIZES = [2 ** k for k in range(11, 27)]
@@ -77,7 +78,7 @@ def measure() -> None:
                 calls = 20 if nbytes <= 4 << 20 else 8
                 us = {who: time_on_gpu(call, group, calls, capturing=True) for who, call in contestants.items()}
                 rows.append(row(f"{name}, {n} GPUs, {x.nbytes} B", "µs", us.pop("ours"), us, floor(name, n, x.nbytes)) | {
-                    "collective": name, "gpus": n, "bytes": x.nbytes, "commit": commit(), "readme": nbytes in README.get(n, ())})
+                    "collective": name, "gpus": n, "bytes": x.nbytes, "readme": nbytes in README.get(n, ())})
                 if runtime.rank == 0:
                     r = rows[-1]
                     print(r["case"], r["ours"], r["peers"], "floor", r["floor"], flush=True)
@@ -89,10 +90,12 @@ def measure() -> None:
 def save(rows: list[dict], n: int, workspace_bytes: int) -> None:
     file = RESULTS / "collectives.json"
     old = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    import datetime
-    record = {"hardware": hardware(), "versions": versions() | {"nccl": ".".join(map(str, torch.cuda.nccl.version()))}, "commit": commit(),
-              "date": datetime.date.today().isoformat(), "workspace_bytes": {**old.get("workspace_bytes", {}), str(n): workspace_bytes},
-              "rows": sorted([r for r in old["rows"] if r["gpus"] != n] + rows, key=lambda r: (r["gpus"], NAMES.index(r["collective"]), r["bytes"]))}
+    for r in rows:
+        r.update(hardware=hardware(), commit=commit())
+    rows = sorted([r for r in old["rows"] if r["gpus"] != n] + rows, key=lambda r: (r["gpus"], NAMES.index(r["collective"]), r["bytes"]))
+    record = {"hardware": of_all(rows, "hardware"), "versions": versions() | {"nccl": ".".join(map(str, torch.cuda.nccl.version()))},
+              "commit": of_all(rows, "commit"), "date": datetime.date.today().isoformat(),
+              "workspace_bytes": {**old.get("workspace_bytes", {}), str(n): workspace_bytes}, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Callable
 
 import torch
-from record import RESULTS, commit, hardware, row, versions
+from record import RESULTS, commit, hardware, of_all, row, versions
 
 from shardlib import Mesh
 from shardlib.distributed import GroupCoordinator, connect
@@ -67,9 +67,9 @@ def save(rows: list[dict], on_gpu: bool, n: int) -> None:
     factors = [max(r["ours"] / r["peers"]["predicted"], r["peers"]["predicted"] / r["ours"]) for r in rows]
     print(f"{len(rows)} calls: off by a factor of {statistics.median(factors):.2f} (median), {max(factors):.2f} (most)")
     kept = [r for r in old if any(r[k] != v for k, v in mine.items())]
-    of_all = {key: "; ".join(sorted({r[key] for r in kept + rows})) for key in ("hardware", "torch", "commit")}
-    record = {"hardware": of_all["hardware"], "versions": {"torch": of_all["torch"]}, "commit": of_all["commit"],
-              "date": datetime.date.today().isoformat(), "rows": kept + rows}
+    rows = kept + rows
+    record = {"hardware": of_all(rows, "hardware"), "versions": {"torch": of_all(rows, "torch")}, "commit": of_all(rows, "commit"),
+              "date": datetime.date.today().isoformat(), "rows": rows}
     file.write_text(json.dumps(record, indent=1) + "\n")
 
 

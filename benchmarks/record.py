@@ -47,6 +47,11 @@ def hardware() -> str:
     return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
 
 
+def of_all(rows: Sequence[dict], key: str) -> str:
+    """What rows of several runs say of themselves: each value once."""
+    return "; ".join(sorted({r[key] for r in rows}))
+
+
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__}
 
