@@ -205,6 +205,7 @@ class Runtime:
         self._coordinators[axes] = self._coordinators[expanded]
         return self._coordinators[axes]
 
+    @torch.inference_mode(False)                        # what communicators allocate is for calls in any mode
     def _new_coordinator(self, axes: tuple[str, ...]) -> GroupCoordinator:
         name, ranks = "/".join(axes) or "()", self.mesh.group(axes, self.rank)
         place = (name, ranks, self.rank, self.local_rank, self.device)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from conformance import Case, check, draw, fixed_cases, moved_failures
+from conformance import COLLECTIVES, Case, check, draw, fixed_cases, moved_failures
 from shardlib.distributed import GroupCoordinator, Runtime
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.communicators.torch_distributed import TorchDistributed
@@ -129,6 +129,22 @@ def tensor_dict_checked(runtime: Runtime, axes: list[str]) -> list[str]:
                              watchdog=runtime._watchdog, check=runtime._places[tuple(axes)])
     return [refusal(lambda: group.broadcast_tensors({"x": torch.ones(1)}, group.rank_in_group)),
             list(group.broadcast_tensors({"x": torch.ones(1)}, 1))]
+
+
+def inference(runtime: Runtime, axes: list[str]) -> list[str]:
+    """Failures of cases that run in inference mode first, in a group that is made there, then in normal mode, and the other way round."""
+    found = []
+    with torch.inference_mode():
+        runtime.create_groups([axes])
+    group = runtime.group(axes)
+    n = group.world_size
+    for first in (True, False):
+        shapes = {name: (3 * n if name == "reduce_scatter" else 3, 1 + first) for name in COLLECTIVES}
+        for case in [Case(name, tuple(axes), "float32", shape, sizes=(3,) * n, rows=((3,) * n,) * n) for name, shape in shapes.items()]:
+            for mode in (first, not first):
+                with torch.inference_mode(mode):
+                    found += [f"inference mode {mode}: {case}: {text}" for text in check(case, group)]
+    return found
 
 
 def barrier(runtime: Runtime, axes: list[str]) -> bool:

@@ -118,6 +118,11 @@ def test_layouts_are_what_they_say(layout: str) -> None:
     assert (x.stride(0) == 0) == (layout == "expanded")
 
 
+def test_calls_in_inference_mode_and_outside_of_it(pool: Pool) -> None:
+    """Nothing that a group keeps from one call to the next is of the mode that it was made in."""
+    assert pool.connect("tp=2", [], 2).run("inference", ["tp"]) == [[]] * 2
+
+
 def test_cases_differ_between_members_and_groups() -> None:
     case = Case("all_reduce", ("tp",), "float32", (3,))
     drawn = {tuple(draw(case.shape, replace(case, seed=seed), key).tolist()) for seed in range(3) for key in range(3)}

@@ -180,8 +180,9 @@ class SharedMemory:
         if key not in self._rows:
             if len(self._rows) >= _REMEMBERED:
                 self._rows.clear()
-            slots = self._slots[self._round % 2]
-            self._rows[key] = [slot[:n * dtype.itemsize].view(dtype) for slot, n in zip(slots, counts)]
+            with torch.inference_mode(False):           # whatever the mode of this call, others will want the rows, too
+                slots = self._slots[self._round % 2]
+                self._rows[key] = [slot[:n * dtype.itemsize].view(dtype) for slot, n in zip(slots, counts)]
         return self._rows[key]
 
     def _meet(self, what: str, round: int, members: Sequence[int]) -> None:
