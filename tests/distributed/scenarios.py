@@ -133,11 +133,13 @@ def tensor_dict_checked(runtime: Runtime, axes: list[str]) -> list[str]:
 
 def inference(runtime: Runtime, axes: list[str]) -> list[str]:
     """Failures of cases that run in inference mode first, in a group that is made there, then in normal mode, and the other way round."""
-    found = []
+    def mode(place: Any) -> str:
+        return f"inference mode {torch.is_inference_mode_enabled()}"
+    runtime._factories = (*runtime._factories, mode)
     with torch.inference_mode():
         runtime.create_groups([axes])
     group = runtime.group(axes)
-    n = group.world_size
+    n, found = group.world_size, [] if group.router.declined["mode"] == "inference mode False" else ["the group is made in inference mode"]
     for first in (True, False):
         shapes = {name: (3 * n if name == "reduce_scatter" else 3, 1 + first) for name in COLLECTIVES}
         for case in [Case(name, tuple(axes), "float32", shape, sizes=(3,) * n, rows=((3,) * n,) * n) for name, shape in shapes.items()]:
