@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from shardlib import Layout, Params, SpecError, compile, einsum, init, param, scan, sharded, stacked
+from shardlib.einsum import EINSUM
 from shardlib.models.decoding import llama_of
 from shardlib.models.llama import Cache, LlamaConfig, next_logits
+from shardlib.pack import Packing, pack
+from shardlib.program import Step
+from shardlib.spec import parse
 
 
 def config_of(kv: int, g: int, h: int, f: int, tied: bool) -> LlamaConfig:
@@ -28,6 +32,18 @@ def test_packed_weights_give_the_same_logits_and_cache(config, t):
     assert not cache.layers.k.any() and not cache.layers.v.any()
     for a, b in ((plain, packed), (plain_cache.layers.k, packed_cache.layers.k), (plain_cache.layers.v, packed_cache.layers.v)):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)     # fp64: some thousand roundings of 1e-16
+
+
+@pytest.mark.parametrize("dtype, strides", [(torch.bfloat16, (1, 12)), (torch.float16, (1, 12)), (torch.float32, (11, 1)), (torch.float64, (11, 1))])
+def test_packed_weights_lie_as_their_dtype_is_read_fastest(dtype, strides):
+    """Of one weight alone, 12 by 11, of three layers, and of two such side by side; the values are those of the weights."""
+    gate, up = (torch.randn(3, 12, 11, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
+    step = Step(EINSUM, (parse("B D"), parse("D F")), (parse("B F"),), ("x", "w"), ("y",))
+    for names in (("w.gate",), ("w.gate", "w.up")):
+        group = Packing("scan", (step,) * len(names), names, names)
+        layers = pack(group, {"w.gate": gate, "w.up": up})
+        assert len(layers) == 3 and torch.equal(torch.stack(layers), torch.cat([gate, up][:len(names)], -1))
+        assert {w.stride() for w in layers} == {strides if strides[0] == 1 else (strides[0] * len(names), 1)}
 
 
 def test_one_matmul_each_for_qkv_and_for_gate_and_up_and_one_rope():
