@@ -10,6 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _packed(*weights: Tensor) -> tuple[Tensor, ...]:
+    """Side by side, a matrix a layer; those of 16 bits lie by columns."""
+    whole = torch.cat(weights, -1)
+    return (whole.mT.contiguous().mT if whole.dtype.itemsize == 2 else whole).unbind(0)
+
+
 class PlainLlama:
     """Weights as `shardlib.models.llama.Llama` holds them, packed; a cache of `slots` for `rows` sequences."""
 
@@ -19,10 +25,8 @@ class PlainLlama:
         self.c, self.embed, self.norm = c, w.embed, w.norm
         self.head = w.embed if w.head is None else w.head
         self.norm1, self.norm2 = layers.norm1.unbind(0), layers.norm2.unbind(0)
-        self.qkv = torch.cat([layers.wq.flatten(2), layers.wk.flatten(2), layers.wv.flatten(2)], -1).unbind(0)
-        self.wo = layers.wo.flatten(1, 3).contiguous().unbind(0)
-        self.gate_up = torch.cat([layers.gate, layers.up], -1).unbind(0)
-        self.down = layers.down.unbind(0)
+        self.qkv = _packed(layers.wq.flatten(2), layers.wk.flatten(2), layers.wv.flatten(2))
+        self.wo, self.gate_up, self.down = _packed(layers.wo.flatten(1, 3)), _packed(layers.gate, layers.up), _packed(layers.down)
         shape = (n, rows, slots, c.num_kv_heads, c.head_dim)
         self.k, self.v = torch.zeros(shape, dtype=w.embed.dtype), torch.zeros(shape, dtype=w.embed.dtype)
         self.ks, self.vs = self.k.unbind(0), self.v.unbind(0)
