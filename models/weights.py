@@ -159,7 +159,7 @@ def _values(entry: TensorEntry, box: Box, files: _Files) -> Tensor:
     """The elements of `box`, whose runs all begin at the same place of a block."""
     runs = list(box.runs())
     ranges = [byte_range(entry, run) for run in runs]
-    raw = torch.empty((len(runs), ranges[0].length), dtype=torch.uint8)
+    raw = torch.empty((len(runs), ranges[0].length), dtype=torch.uint8, device="cpu")
     files.read(entry.file, [r.offset for r in ranges], raw.numpy())
     before = runs[0].start % entry.block
     return _numbers(entry, raw)[:, before:before + runs[0].size].reshape(box.shape)

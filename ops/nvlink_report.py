@@ -25,7 +25,7 @@ class Reader:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.buffer = torch.empty(MOST_WORDS, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.buffer = torch.empty(MOST_WORDS, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
 
     def read(self, words: Tensor, timeout_s: float = 1.0) -> Tensor | None:
         """The words (int32), of which it takes the first `MOST_WORDS`; None if the GPU does not answer."""

@@ -20,7 +20,7 @@ from shardlib.trace import apply
 
 def frequencies(head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None) -> Tensor:
     """Radians per position of each pair, float32. `scaling`: (factor, low_freq_factor, high_freq_factor, original_context)."""
-    inv = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    inv = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim))
     if scaling is None:
         return inv
     factor, low, high, context = scaling

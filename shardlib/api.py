@@ -258,7 +258,7 @@ def _number_of(kind: tuple) -> int:
 
 def _first(leaf: Any) -> Tensor:
     """A tensor of a prepared leaf; an empty one where there are no layers."""
-    return leaf if isinstance(leaf, Tensor) else leaf[0] if leaf else torch.empty(0)
+    return leaf if isinstance(leaf, Tensor) else leaf[0] if leaf else torch.empty(0, device="cpu")
 
 
 def _whole(leaf: Any) -> Tensor:

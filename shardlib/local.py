@@ -75,13 +75,13 @@ def check_local(text: str, f: Callable, sizes: Mapping[str, int], mesh: Mesh, wh
     ins, outs = (tuple(s.resolve(mesh) for s in side) for side in parse_signature(text))
     generator = torch.Generator().manual_seed(0)
     for _ in range(trials):
-        xs = [torch.randn(mesh.local_shape(s.whole(), sizes, {}), generator=generator, dtype=torch.float64) for s in ins]
+        xs = [torch.randn(mesh.local_shape(s.whole(), sizes, {}), generator=generator, dtype=torch.float64, device="cpu") for s in ins]
         pieces = [testing.place(x, s, sizes, mesh, generator) for x, s in zip(xs, ins)]
         dense = _tuple((whole or f)(*(x.requires_grad_() for x in xs)))
         ranks = [_tuple(f(*(p[r].requires_grad_() for p in pieces))) for r in range(mesh.world_size)]
         for i, (want, kind) in enumerate(zip(dense, outs)):
             _same(f"{_name(f)}: result {i + 1}", text, _join([r[i].detach() for r in ranks], kind, sizes, mesh), want.detach())
-        seeds = [torch.randn(d.shape, generator=generator, dtype=torch.float64) for d in dense]
+        seeds = [torch.randn(d.shape, generator=generator, dtype=torch.float64, device="cpu") for d in dense]
         want = torch.autograd.grad(dense, xs, seeds, allow_unused=True)
         busy = [a for a in mesh.axes if any(a in s.split_axes or a in s.owed_axes for s in (*ins, *outs))]
         placed = [testing.place(s, k.owing(), sizes, mesh) for s, k in zip(seeds, outs)]

@@ -41,11 +41,11 @@ def place(x: Tensor, kind: Spec, sizes: Mapping[str, int], mesh: Mesh, generator
     pieces = {c: x for c in combos}
     if len(combos) > 1 and owed[0].kind == "+":
         scale = max(1.0, float(x.abs().nan_to_num(0, 0, 0).max()) if x.numel() else 1.0)
-        drawn = [(scale * torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(x.dtype) for _ in combos[1:]]
+        drawn = [(scale * torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu")).to(x.dtype) for _ in combos[1:]]
         pieces = dict(zip(combos, [x - torch.stack(drawn).sum(0), *drawn]))
     elif len(combos) > 1:
-        winner = torch.randint(len(combos), x.shape, generator=generator)
-        pieces = {c: torch.where(winner == i, x, x - torch.rand(x.shape, generator=generator)) for i, c in enumerate(combos)}
+        winner = torch.randint(len(combos), x.shape, generator=generator, device="cpu")
+        pieces = {c: torch.where(winner == i, x, x - torch.rand(x.shape, generator=generator, device="cpu")) for i, c in enumerate(combos)}
     parts = [pieces[tuple(c[o.axis] for o in owed)][region(kind, sizes, mesh, c)].clone() for c in mesh.coordinates()]
     return [p if _here(c, held) else p.fill_(torch.nan if p.is_floating_point() else 0) for p, c in zip(parts, mesh.coordinates())]
 
@@ -67,7 +67,7 @@ def join(pieces: Sequence[Tensor], kind: Spec, sizes: Mapping[str, int], mesh: M
     copies = []
     for where in itertools.product(*(range(mesh.axes[a]) for a in free)):
         parts: dict[tuple, list[Tensor]] = {}
-        out = torch.zeros(shape, dtype=pieces[0].dtype)
+        out = torch.zeros(shape, dtype=pieces[0].dtype, device=pieces[0].device)
         for c, piece in zip(mesh.coordinates(), pieces):
             if _here(c, held) and all(c[a] == i for a, i in zip(free, where)):
                 spot = region(kind, sizes, mesh, c)

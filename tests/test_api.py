@@ -47,14 +47,29 @@ def arguments() -> tuple[Tensor, Net]:
     return torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), init(Net, SIZES, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("run", [
+RUNS = [
     lambda x, w: net(x, w), lambda x, w: compile(net)(x, w), lambda x, w: step(net)(x, w), lambda x, w: compile(net, Layout(F="tp"), mesh=Mesh(tp=1))(x, w),
     lambda x, w: simulate(net, Layout(F="tp", T="tp"), x, w, mesh=Mesh(tp=2)),
-    lambda x, w: simulate(net, Layout(T="dp", F="tp", D="dp"), x, w, mesh=Mesh(dp=3, tp=2))])
+    lambda x, w: simulate(net, Layout(T="dp", F="tp", D="dp"), x, w, mesh=Mesh(dp=3, tp=2))]
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_every_way_to_run_gives_the_dense_result(run):
     x, w = arguments()
     for got, want in zip(run(x, w), dense(x, w), strict=True):
         assert torch.allclose(got, want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_where_new_tensors_are_by_default_does_not_matter(run):
+    """Every tensor that shardlib makes says its device: a user may load a model within torch.device("cuda")."""
+    x, w = arguments()
+    want = run(x, w)
+    with torch.device("meta"):
+        assert torch.equal(init(Net, SIZES, dtype=torch.float64).layers.up, w.layers.up)
+        got = run(x, w)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_step_mode_shows_types_and_local_tensors_to_the_function():

@@ -56,7 +56,7 @@ def call_of(name: str, communicator: Communicator, group: GroupCoordinator, x: t
 
 def slowest(seconds: Sequence[float], group: GroupCoordinator) -> float:
     """µs: the median over the rounds of the slowest member's time."""
-    times = group.all_gather(torch.tensor(seconds, dtype=torch.float64), 0, (len(seconds),) * group.world_size)
+    times = group.all_gather(torch.tensor(seconds, dtype=torch.float64, device="cpu"), 0, (len(seconds),) * group.world_size)
     return statistics.median(times.view(group.world_size, -1).amax(0).tolist()) * 1e6
 
 

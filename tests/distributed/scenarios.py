@@ -5,8 +5,10 @@ A test names one: `world.run("places", ["tp"])` is a list of what each rank retu
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import permutations
+from typing import Any, Iterator
 
 import torch
 
@@ -131,21 +133,57 @@ def tensor_dict_checked(runtime: Runtime, axes: list[str]) -> list[str]:
             list(group.broadcast_tensors({"x": torch.ones(1)}, 1))]
 
 
-def inference(runtime: Runtime, axes: list[str]) -> list[str]:
-    """Failures of cases that run in inference mode first, in a group that is made there, then in normal mode, and the other way round."""
+class Within:
+    """A group whose collectives are called within a context."""
+
+    def __init__(self, group: GroupCoordinator, context: Any) -> None:
+        self.group, self.context = group, context
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.group, name)
+
+        def within(*args: Any, **options: Any) -> Any:
+            with self.context():
+                return found(*args, **options)
+        return within if name in (*COLLECTIVES, "recv") else found
+
+
+@contextmanager
+def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
+    """Tensors that say nothing else are made of this dtype on this device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+CONTEXTS = {"inference": torch.inference_mode, "no grad": torch.no_grad, "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+            "meta": lambda: defaults(torch.float16, "meta"), "plain": nullcontext}
+
+
+def surroundings(runtime: Runtime, axes: list[str], made: str) -> list[str]:
+    """Failures of cases in each context after each other, in a group that is made in one."""
+    contexts: list[bool] = []
+
     def mode(place: Any) -> str:
         return f"inference mode {torch.is_inference_mode_enabled()}"
     runtime._factories = (*runtime._factories, mode)
-    with torch.inference_mode():
+    with CONTEXTS[made]():
         runtime.create_groups([axes])
     group = runtime.group(axes)
     n, found = group.world_size, [] if group.router.declined["mode"] == "inference mode False" else ["the group is made in inference mode"]
-    for first in (True, False):
-        shapes = {name: (3 * n if name == "reduce_scatter" else 3, 1 + first) for name in COLLECTIVES}
-        for case in [Case(name, tuple(axes), "float32", shape, sizes=(3,) * n, rows=((3,) * n,) * n) for name, shape in shapes.items()]:
-            for mode in (first, not first):
-                with torch.inference_mode(mode):
-                    found += [f"inference mode {mode}: {case}: {text}" for text in check(case, group)]
+    for first, second in permutations(CONTEXTS, 2):
+        for name in COLLECTIVES:
+            shape = (3 * n if name == "reduce_scatter" else 3, 1 + len(found))
+            case = Case(name, tuple(axes), "float32", shape, sizes=(3,) * n, rows=((3,) * n,) * n)
+            for context in (first, second):
+                try:
+                    found += [f"{context} {case}: {text}" for text in check(case, Within(group, CONTEXTS[context]))]
+                except Exception as e:
+                    found += [f"{context} {case}: {e}"]
     return found
 
 

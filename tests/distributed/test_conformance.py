@@ -118,9 +118,10 @@ def test_layouts_are_what_they_say(layout: str) -> None:
     assert (x.stride(0) == 0) == (layout == "expanded")
 
 
-def test_calls_in_inference_mode_and_outside_of_it(pool: Pool) -> None:
-    """Nothing that a group keeps from one call to the next is of the mode that it was made in."""
-    assert pool.connect("tp=2", [], 2).run("inference", ["tp"]) == [[]] * 2
+@pytest.mark.parametrize("made", ["inference", "no grad", "autocast", "meta", "plain"])
+def test_calls_in_any_surroundings(made: str, pool: Pool) -> None:
+    """Nothing that a group keeps from one call to the next is of the mode, or of the default dtype and device, that it was made in."""
+    assert pool.connect("tp=2", [], 2).run("surroundings", ["tp"], made) == [[]] * 2
 
 
 def test_cases_differ_between_members_and_groups() -> None:

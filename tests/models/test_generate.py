@@ -201,6 +201,18 @@ def test_one_model_many_batches(tiny: Known) -> None:
             assert made.new_tokens == sum(map(len, made.tokens)) - sum(map(len, prompts))
 
 
+def test_whatever_tensors_are_by_default(tiny: Known) -> None:
+    """A server may have set a default dtype, and may load models within torch.device("cuda")."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"), connect(Mesh(), "cpu") as runtime:
+            made = Model.load(open_checkpoint(tiny.name), Layout(), runtime).pack().generate(tiny.prompts, NEW, tiny.tokenizer.eos_ids)
+    finally:
+        torch.set_default_dtype(before)
+    assert made.tokens == tiny.tokens
+
+
 BATCHES = """
 import json, sys
 from shardlib import Mesh

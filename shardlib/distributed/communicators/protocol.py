@@ -62,7 +62,7 @@ class Place:
     def share(self, mine: Any) -> list[Any]:
         """Every member's message of plain data, on every member. All members call it."""
         text = torch.frombuffer(bytearray(msgspec.msgpack.encode(mine)), dtype=torch.uint8)
-        lengths = self.control.all_gather(torch.tensor([text.numel()]), (1,) * self.size).tolist()
+        lengths = self.control.all_gather(torch.tensor([text.numel()], device="cpu"), (1,) * self.size).tolist()
         whole = self.control.all_gather(text, lengths)
         return [msgspec.msgpack.decode(piece.numpy().tobytes()) for piece in whole.split_with_sizes(lengths)]
 
