@@ -253,6 +253,9 @@ class GroupCoordinator:
 
     def _run(self, at: object, name: str, op: str | None, x: Tensor | None, count: int, facts: tuple, call: Callable, *args: Any) -> Any:
         """`call(*args)`, known to the watchdog. `facts`: what must be equal on all members, beside the op and the dtype."""
+        if self._on_gpu and torch._C._cuda_getDevice() != self.device.index:
+            with torch.cuda.device(self.device):            # a new thread's is GPU 0, and kernels and NCCL run on the current one
+                return self._run(at, name, op, x, count, facts, call, *args)
         if self._watchdog is None:
             return call(*args)
         watch, seat = self._watchdog.watch, self._seat
@@ -271,6 +274,9 @@ class GroupCoordinator:
 
     def _pass(self, name: str, member: int, dtype: torch.dtype | None, count: int, call: Callable, *args: Any) -> Any:
         """The same for a send or a recv, of which only two members know."""
+        if self._on_gpu and torch._C._cuda_getDevice() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self._pass(name, member, dtype, count, call, *args)
         if self._watchdog is None:
             return call(*args)
         self._watchdog.watch.begin(self._seat, name, None, dtype, count, None, self.ranks[member])

@@ -160,7 +160,7 @@ def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-CONTEXTS = {"inference": torch.inference_mode, "no grad": torch.no_grad, "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+CONTEXTS = {"inference": torch.inference_mode, "no grad": torch.no_grad, "autocast": lambda: torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16),
             "meta": lambda: defaults(torch.float16, "meta"), "plain": nullcontext}
 
 
