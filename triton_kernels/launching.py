@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Hashable, NamedTuple
 
-from shardlib.streams import current_stream
+import torch
 
 _COMPILED: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
@@ -43,4 +43,4 @@ def launch(kernel: Any, key: tuple[Hashable, ...], grid: Grid, arguments: tuple[
             _COMPILED[key] = compiled, tuple(named[n] for n in kernel.arg_names[len(arguments):])
     else:
         compiled, rest = known
-        compiled[blocks, 1, 1](*arguments, *rest, stream=current_stream(arguments[0].device))
+        compiled[blocks, 1, 1](*arguments, *rest, stream=torch._C._cuda_getCurrentRawStream(arguments[0].device.index))
