@@ -2,17 +2,18 @@
 
     torchrun --nproc-per-node 3 -m shardlib.models.generate --model smollm2 --mesh tp=3 --prompt "The capital of France is"
 
-Rank 0 reads the headers and the tokenizer, and tells the others; each rank reads the bytes of its own shards. Progress and
-the plan go to stderr, text to stdout; `--json` prints one object for machines. Bad input ends every rank with a
-non-zero exit code and one line.
+Rank 0 reads the headers and the tokenizer, and tells the others; each rank reads the bytes of its own shards. Progress goes
+to stderr, text to stdout; `--json` prints one object for machines. `--plan` prints every collective of one token to stdout instead.
+Bad input ends every rank with a non-zero exit code and one line.
 
 With `--results FILE` what is finished is kept: started again, by hand or by `torchrun --max-restarts`, the command generates the
 requests that are not in the file yet, to the tokens that they would have had, since a draw depends on the seed, the position and
-the row in its batch alone.
+the row in its batch alone. So the file may come from other meshes and layouts, and from other batches where they leave the rows.
 """
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -30,7 +31,7 @@ from shardlib import Mesh, SpecError
 from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.runtime import Runtime, connect
 from shardlib.errors import bytes_text
-from shardlib.explain import explain
+from shardlib.explain import Explanation, explain
 from shardlib.models.checkpoint import Checkpoint, CheckpointError
 from shardlib.models.decoding import Generated, Model, Sampling, check_prompts
 from shardlib.models.layouts import named_layout
@@ -65,13 +66,15 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is one for each process")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout: tokens, text, tokens_per_second")
-    parser.add_argument("--plan", action="store_true", help="print every collective of one step, with its cost, and end")
-    parser.add_argument("--quiet", action="store_true", help="no progress, no plan")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout: tokens, text, tokens_per_second; or the plan")
+    parser.add_argument("--plan", action="store_true", help="print every collective of one token, with its cost, to stdout, and end")
+    parser.add_argument("--quiet", action="store_true", help="no progress: only errors go to stderr")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):        # a terminal that cannot show an answer must not end the job
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _reporting():
             run(arguments().parse_args(argv))
@@ -93,7 +96,7 @@ def _reporting() -> Iterator[None]:
         yield
     except RankError as error:          # the watchdog has said it
         raise _Reported(str(error)) from None
-    except (SpecError, CheckpointError, OSError, RuntimeError, MemoryError, IndexError) as error:
+    except (SpecError, CheckpointError, OSError, RuntimeError, MemoryError, IndexError, EOFError) as error:
         if _first():
             _report(error)
         raise _Reported(str(error)) from None
@@ -117,17 +120,15 @@ def _report(error: Exception) -> None:
         f"error on rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {text.splitlines()[0]}"
     print(line, file=sys.stderr, flush=True)
     if path := os.environ.get("SHARDLIB_ERROR_FILE"):
-        Path(path).write_text(line + "\n")
+        Path(path).write_text(line + "\n", errors="backslashreplace")
 
 
 def run(options: argparse.Namespace) -> None:
     say = _speaker(options)
     mesh = Mesh.parse(options.mesh)
-    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    sampling = _sampling(options)
     if options.batch is not None and options.batch < 1:
         raise SpecError(f"--batch {options.batch}: at least one prompt at once")
-    if not options.temperature >= 0 or not 0 < options.top_p <= 1:
-        raise SpecError(f"--temperature {options.temperature} --top-p {options.top_p}: temperature is at least 0, top-p above 0 and at most 1")
     layout = named_layout(options.layout, mesh)
     layout.on(mesh)
     with connect(mesh, options.device) as runtime, _reporting():
@@ -147,20 +148,29 @@ def run(options: argparse.Namespace) -> None:
         held = sum(t.numel() * t.element_size() for t in _tensors(model.weights))
         say(f"loaded {bytes_text(held)} of weights on this rank in {time.perf_counter() - began:.1f} s")
         model.pack()
-        _show_plan(model, job["prompts"][:options.batch], options, say, full=options.plan)
+        plan = _plan(model, job["prompts"][:options.batch], sampling, options)
         if options.plan:
-            return
+            return _print_plan(plan, options.json) if request else None
+        _say_plan(plan, say)
         made = []
         for rows in job["batches"]:
             stream = _Stream(request.tokenizer) if request and not options.json and len(job["prompts"]) == 1 else None
             prompts = [job["prompts"][row] for row in rows]
             made.append(model.generate(prompts, options.max_new_tokens, set(job["eos"]), sampling, stream or (lambda new: None)))
-            if stream:
-                stream.end()
             if request:
                 request.keep(rows, made[-1])
+            if stream:
+                stream.end()
         if request:
             _finish(made, request.results.done, options, say)
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    if not options.temperature >= 0 or not 0 < options.top_p <= 1:
+        raise SpecError(f"--temperature {options.temperature} --top-p {options.top_p}: temperature is at least 0, top-p above 0 and at most 1")
+    if abs(options.seed) >= 2 ** 63:
+        raise SpecError(f"--seed {options.seed}: a seed is above -2**63 and below 2**63")
+    return Sampling(options.temperature, options.top_p, options.seed)
 
 
 @dataclass(frozen=True)
@@ -193,12 +203,18 @@ def _prepare(options: argparse.Namespace) -> tuple[_Request | None, dict[str, An
         texts = options.prompt if options.raw else [tokenizer.chat([{"role": "user", "content": text}]) for text in options.prompt]
         prompts = [tokenizer.encode(text) for text in texts]
         check_prompts(prompts, options.max_new_tokens, config_of(checkpoint))
-        decides = (options.model, options.max_new_tokens, options.temperature, options.top_p, options.seed, options.dtype, options.batch)
-        request = _Request(tokenizer, prompts, Results(options.results, [digest(p, decides) for p in prompts]))
+        request = _Request(tokenizer, prompts, Results(None if options.plan else options.results, _digests(prompts, options)))
         return request, {"checkpoint": checkpoint.to_plain(), "prompts": prompts, "eos": sorted(tokenizer.eos_ids),
                          "batches": request.batches(options.batch)}
     except (SpecError, CheckpointError, OSError) as error:
         return None, {"error": str(error)}
+
+
+def _digests(prompts: Sequence[Sequence[int]], options: argparse.Namespace) -> list[str]:
+    """What every request is known by. Greedy tokens depend on no seed, and drawn ones on the row in the batch too."""
+    all_tokens, size = (options.model, options.max_new_tokens, options.dtype), options.batch or len(prompts)
+    draws = (options.temperature, options.top_p, options.seed)
+    return [digest(p, (*all_tokens, *draws, row % size) if options.temperature else all_tokens) for row, p in enumerate(prompts)]
 
 
 def _speaker(options: argparse.Namespace) -> Callable[[str], None]:
@@ -210,14 +226,19 @@ def _tensors(tree: Any) -> Iterable[torch.Tensor]:
     return (t for _, t in leaf_values(tree, ""))
 
 
-def _show_plan(model: Model, prompts: Sequence[Sequence[int]], options: argparse.Namespace, say: Callable[[str], None], full: bool) -> None:
-    """The collectives of one token, by the line that asked for them."""
+def _plan(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, options: argparse.Namespace) -> Explanation:
+    """The collectives of one token, by the line that asked for them. Every rank calls it."""
     sizes = dict(model.config.sizes, B=len(prompts), T=1, S=max(map(len, prompts)) + options.max_new_tokens)
-    found = explain(model.lower(), model.runtime.mesh, sizes, default=options.dtype, runtime=model.runtime)
-    if full:
-        return say(str(found))
-    say(f"plan of one token: {found.collectives} collectives, {bytes_text(found.bytes)} received per rank")
-    for t in found.traffic:
+    return explain(model.lower(sampling), model.runtime.mesh, sizes, default=options.dtype, runtime=model.runtime)
+
+
+def _print_plan(plan: Explanation, as_json: bool) -> None:
+    print(json.dumps(plan.to_json()) if as_json else str(plan).rstrip("\n"), flush=True)
+
+
+def _say_plan(plan: Explanation, say: Callable[[str], None]) -> None:
+    say(f"plan of one token: {plan.collectives} collectives, {bytes_text(plan.bytes)} received per rank")
+    for t in plan.traffic:
         say(f"  {t.where:16} {t.times:3} x {t.op:14} {'/'.join(t.axes)}={t.group_size}  {bytes_text(t.bytes):>8}  {t.before} -> {t.after}")
 
 
@@ -235,7 +256,8 @@ class _Stream:
             self.shown = text
 
     def end(self) -> None:
-        print(flush=True)
+        """Prints what was held back: the bytes of a character that never became whole."""
+        print(self.tokenizer.decode(self.ids)[len(self.shown):], flush=True)
 
 
 def _finish(made: Sequence[Generated], done: Mapping[int, Result], options: argparse.Namespace, say: Callable[[str], None]) -> None:

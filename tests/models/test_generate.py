@@ -1,10 +1,12 @@
 """generate says what Hugging Face transformers says, on every mesh; and ends with one line where it cannot."""
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -189,6 +191,48 @@ def test_a_folder_as_a_command(tiny: Known) -> None:
     assert json.loads(finished.stdout)["completions"] == tiny.answers()
 
 
+def test_the_plan_alone(tiny: Known, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """On stdout, whatever else is silent; of the program that would run; results are left alone."""
+    (tmp_path / "notes.json").write_text('{"my": "precious"}')
+    plan = [*tiny.command, "--plan", "--results", str(tmp_path / "notes.json")]
+    for how, function in (([], "next_token"), (["--temperature", "0.7"], "next_sample")):
+        assert main([*plan, *how, "--json"]) == 0
+        out, err = capfd.readouterr()
+        found = json.loads(out)
+        assert err == "" and (found["program"], found["mesh"], found["traffic"], found["collectives"]) == (function, "", [], 0)
+        assert main([*plan, *how, "--quiet"]) == 0
+        out, err = capfd.readouterr()
+        assert err == "" and out.splitlines()[0].rstrip() == f"{function} on mesh (one rank)"
+        assert main([*plan, *how]) == 0
+        again, err = capfd.readouterr()
+        assert again == out and err.splitlines()[0] == f"1 rank on cpu, mesh (), layout (); reading {tiny.name}"
+    assert (tmp_path / "notes.json").read_text() == '{"my": "precious"}'
+
+
+@pytest.fixture
+def foreign(tiny: Known, tmp_path: Path) -> Known:
+    """`tiny` with a tokenizer that speaks Japanese, and whose first answer ends within a character."""
+    folder = damaged(tmp_path / "foreign", Path(tiny.name))
+    spoken = json.loads((folder / "tokenizer.json").read_text())
+    last = tiny.tokens[1][-1]
+    assert last not in map(tiny.tokenizer.core.token_to_id, "abc")
+    vocab = {token if token in "abc" or id > 38 else "\u00e3" if id == last else chr(0x3042 + id): id for token, id in spoken["model"]["vocab"].items()}
+    spoken["model"]["vocab"], spoken["decoder"] = vocab, {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    (folder / "tokenizer.json").write_text(json.dumps(spoken))
+    return Known(str(folder), tiny.config, tiny.weights, Tokenizer.load(folder), tiny.texts[1:2], tiny.prompts[1:2], tiny.tokens[1:2])
+
+
+def test_what_stdout_cannot_encode(foreign: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is escaped; the answer ends in the bytes that make up no character, as in the JSON."""
+    (answer,) = foreign.answers()
+    assert answer["text"].endswith("\ufffd") and not answer["text"].isascii()
+    for encoding in ("ascii", "utf-8"):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        assert main([*foreign.command, "--quiet", "--results", str(tmp_path / encoding)]) == 0
+        assert sys.stdout.buffer.getvalue() == (answer["text"] + "\n").encode(encoding, "backslashreplace")
+        assert json.loads((tmp_path / encoding).read_text())["text"] == answer["text"]
+
+
 def test_one_model_many_batches(tiny: Known) -> None:
     """Of other sizes each time, as alone; the tokens as they come are the tokens at the end."""
     with connect(Mesh(), "cpu") as runtime:
@@ -265,6 +309,7 @@ def bad(folder: Path, tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
     config = json.loads((folder / "config.json").read_text())
     (alike / "config.json").write_text(json.dumps({**config, "intermediate_size": 30}))
     (mute / "tokenizer.json").unlink()
+    (tmp / "bytes").write_bytes(b'{"request":0,"of":"\xff"}\n')
     good, prompt = ["--model", str(folder), "--raw"], ["--raw", "--prompt", "abc"]
     return [
         ([*prompt, "--model", "nosuch"], "model 'nosuch': not a known name (smollm2), not a folder, not a .gguf file"),
@@ -291,6 +336,12 @@ def bad(folder: Path, tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
         ([*good, "--prompt", "abc", "--layout", "tp+zp"], "layout 'tp+zp': 'zp' is not one of tp, sp, fsdp, cp, and no DIM=AXIS"),
         ([*good, "--prompt", "abc", "--top-p", "0"], "--temperature 0.0 --top-p 0.0: temperature is at least 0, top-p above 0 and at most 1"),
         ([*good, "--prompt", "abc", "--temperature", "nan"], "--temperature nan --top-p 1.0: temperature is at least 0, top-p above 0 and at most 1"),
+        ([*good, "--prompt", "abc", "--seed", "-9223372036854775808"],
+         "--seed -9223372036854775808: a seed is above -2**63 and below 2**63"),
+        ([*good, "--prompt", "abc", "--max-new-tokens", "3", "--results", str(tmp / "none" / "results")],
+         f"{tmp / 'none' / 'results'}: No such file or directory"),
+        ([*good, "--prompt", "abc", "--max-new-tokens", "3", "--results", str(tmp / "bytes")],
+         f"{tmp / 'bytes'}, line 1: 'utf-8' codec can't decode byte 0xff in position 19: invalid start byte"),
         ([*good, "--prompt", "abc", "--dtype", "int8"],
          "argument --dtype: invalid choice: 'int8' (choose from 'float32', 'bfloat16', 'float16'); --help lists the options"),
         ([*good, "--prompt", "abc", "--mesh", "tp2"], "mesh 'tp2': 'tp2' is not NAME=SIZE"),
@@ -316,6 +367,15 @@ def on_two_ranks(cases: Sequence[Sequence[str]], folder: Path) -> list[list[dict
     return [list(made) for made in zip(*(json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)), strict=True)]
 
 
+def test_a_rank_that_rank_0_left(tiny: Known, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rank 0 says itself what befell it; to the others its queue has ended."""
+    def left(options: object) -> None:
+        raise EOFError("message queue over tp: rank 0 has closed it")
+    monkeypatch.setattr("shardlib.models.generate._prepare", left)
+    assert main([*tiny.command, "--quiet"]) == 1
+    assert capfd.readouterr() == ("", "error on rank 0: EOFError: message queue over tp: rank 0 has closed it\n")
+
+
 def test_bad_input_on_two_ranks(bad: list[tuple[list[str], str]], tmp_path: Path) -> None:
     """Every rank ends by itself, within seconds, with an exit status that is not 0; one of them says why, in one line."""
     found = on_two_ranks([["--quiet", "--mesh", "tp=2", *arguments] for arguments, _ in bad], tmp_path)
@@ -334,10 +394,12 @@ def test_a_folder_on_two_ranks(tiny: Known, tmp_path: Path, capfd: pytest.Captur
     cases = [[*tiny.command, "--json", "--mesh", mesh, "--layout", layout] for mesh, layout in (
         ("tp=2", "tp+sp"), ("dp=2", "fsdp"), ("cp=2", "cp"), ("x=2", "V=x,B=x,D=x"), ("dp=1,tp=2", "tp+fsdp"))]
     cases += [[*drawn, "--mesh", mesh] for mesh in ("tp=2", "dp=2")]
-    cases += [[*one, "--mesh", "tp=2", "--quiet"], [*one, "--mesh", "tp=2"], [*one, "--mesh", "tp=2", "--plan"]]
-    *made, drawn_tp, drawn_dp, quiet, shown, plan = on_two_ranks(cases, tmp_path)
-    assert {(m["code"], m["stderr"]) for both in (*made, drawn_tp, drawn_dp, quiet) for m in both} == {(0, "")}
-    assert {both[1]["stdout"] for both in (*made, drawn_tp, drawn_dp, quiet, shown, plan)} == {""}
+    cases += [[*one, "--mesh", "tp=2", "--quiet"], [*one, "--mesh", "tp=2"]]
+    cases += [[*one, "--mesh", "tp=2", "--plan", "--quiet", *how] for how in ([], ["--temperature", "0.7"], ["--temperature", "0.7", "--json"])]
+    *made, drawn_tp, drawn_dp, quiet, shown, plan, drawn_plan, json_plan = on_two_ranks(cases, tmp_path)
+    silent = (*made, drawn_tp, drawn_dp, quiet, plan, drawn_plan, json_plan)
+    assert {(m["code"], m["stderr"]) for both in silent for m in both} == {(0, "")}
+    assert {both[1]["stdout"] for both in (*silent, shown)} == {""}
     assert all(json.loads(both[0]["stdout"])["completions"] == tiny.answers() for both in made)
     assert main(drawn) == 0
     alone = json.loads(capfd.readouterr().out)["completions"]
@@ -354,8 +416,14 @@ def test_a_folder_on_two_ranks(tiny: Known, tmp_path: Path, capfd: pytest.Captur
         f"  {line('return argmax('):16}   1 x all_reduce     tp=2       4 B  B max:tp -> B",
         f"  {line('return argmax('):16}   1 x all_reduce     tp=2       8 B  B max:tp -> B"]
     assert re.fullmatch(rf"{len(token) - len(tiny.prompts[0])} tokens in [0-9.]+ s: [0-9.]+ tokens/s", said[-1])
-    assert [m["code"] for m in plan] == [0, 0] and plan[0]["stdout"] == ""
-    assert [text.split()[:6] for text in plan[0]["stderr"].splitlines() if "all_reduce" in text][1] == [line("a, w.wo)"), "all_reduce", "B", "T", "D", "+tp"]
+    assert [both[0]["stdout"].split("\n")[0].rstrip() for both in (plan, drawn_plan)] == ["next_token on mesh tp=2", "next_sample on mesh tp=2"]
+    assert [text.split()[:6] for text in plan[0]["stdout"].splitlines() if "all_reduce" in text][1] == [line("a, w.wo)"), "all_reduce", "B", "T", "D", "+tp"]
+    found = json.loads(json_plan[0]["stdout"])
+    assert (found["program"], found["mesh"], found["collectives"]) == ("next_sample", "tp=2", 6)
+    assert [(t["op"], t["before"], t["after"], t["times"]) for t in found["traffic"]] == [
+        ("all_reduce", "B T D +tp", "B T D", 1), ("all_reduce", "B T D +tp", "B T D", 2), ("all_reduce", "B T D +tp", "B T D", 2),
+        ("all_gather", "B V/tp", "B V", 1)]
+
 
 
 SLOW = """
@@ -411,6 +479,42 @@ def test_what_is_kept_is_not_generated_again(tiny: Known, tmp_path: Path, capfd:
     assert capfd.readouterr() == ("", f"error: {tmp_path / 'part'}, line 1: a result of other prompts or options; name another file\n")
     assert main([*tiny.command, "--batch", "0", "--quiet"]) == 1
     assert capfd.readouterr() == ("", "error: --batch 0: at least one prompt at once\n")
+
+
+def test_what_is_kept_is_known_by_what_decides_its_tokens(tiny: Known, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy tokens depend on no seed and on no batch; drawn ones on their row."""
+    greedy, drawn = ([*tiny.command, "--json", "--results", str(tmp_path / name), *how]
+                     for name, how in (("greedy", []), ("drawn", ["--temperature", "1.5", "--seed", str(2 ** 63 - 1)])))
+    made, generate = [], Model.generate
+    monkeypatch.setattr(Model, "generate", lambda self, prompts, *rest: made.append(len(prompts)) or generate(self, prompts, *rest))
+    for command, same in ((greedy, (["--batch", "1"], ["--batch", "2", "--seed", "5", "--top-p", "0.5"])), (drawn, (["--batch", "3"], ["--batch", "9"]))):
+        assert main(command) == 0
+        first = json.loads(capfd.readouterr().out)["completions"]
+        for how in same:
+            assert main([*command, *how]) == 0
+            assert json.loads(capfd.readouterr().out)["completions"] == first
+    assert made == [3, 3]
+    assert main([*drawn, "--batch", "2"]) == 1
+    assert capfd.readouterr() == ("", f"error: {tmp_path / 'drawn'}, line 3: a result of other prompts or options; name another file\n")
+
+
+def test_results_are_kept_before_they_are_shown(tiny: Known, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(self: object) -> None:
+        raise OSError("stdout is gone")
+    monkeypatch.setattr("shardlib.models.generate._Stream.end", gone)
+    one = ["--model", tiny.name, "--raw", "--max-new-tokens", str(NEW), "--prompt", tiny.texts[0], "--quiet", "--results", str(tmp_path / "kept")]
+    assert main(one) == 1
+    assert capfd.readouterr() == (tiny.answers()[0]["text"], "error: stdout is gone\n")
+    assert json.loads((tmp_path / "kept").read_text())["tokens"] == tiny.tokens[0]
+
+
+def test_results_that_could_not_be_kept_are_refused_first(tiny: Known, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Model, "load", lambda *arguments: pytest.fail("the weights were read"))
+    for path, said in ((tmp_path / "none" / "results", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert main([*tiny.command, "--quiet", "--results", str(path)]) == 1
+        assert capfd.readouterr() == ("", f"error: {path}: {said}\n")
 
 
 KILLED = """

@@ -30,15 +30,35 @@ def test_results_are_read_again(tmp_path: Path) -> None:
 def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     first = Results(str(path), OF)
-    first.add(0, [1], "x")
+    first.add(0, [1], "x}")
     whole = path.read_bytes()
-    for cut in (whole[:1], whole[:-1]):
-        path.write_bytes(whole + cut)
+    for cut in range(1, len(whole) - 1):
+        path.write_bytes(whole + whole[:cut])
         again = Results(str(path), OF)
         assert again.done == first.done and path.read_bytes() == whole
-    path.write_bytes(whole[:-1])
+    path.write_bytes(whole[:-2])
     Results(str(path), OF).add(1, [2], "y")
     assert [result.request for result in Results(str(path), OF).done.values()] == [1]
+
+
+def test_a_line_that_lacks_its_newline_alone_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    Results(str(path), OF).add(0, [1], "x")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert Results(str(path), OF).done == {0: Result(0, "a", [1], "x")} and path.read_bytes() == whole
+    path.write_bytes(whole[:-1])
+    with pytest.raises(SpecError, match="line 1: a result of other prompts or options; name another file"):
+        Results(str(path), ["b"])
+    assert path.read_bytes() == whole[:-1]
+
+
+def test_a_file_without_a_newline_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    for text in (b'{"my": "precious"}', b"x", b"\xff", b'{"request":0,"of":"b","tokens":[1', b'{"request":0}', b'{"request":7,"of":"', b"[" * 100_000):
+        path.write_bytes(text)
+        assert refusal(path) == f"{path} is no file of results of these prompts and options; name another file"
+        assert path.read_bytes() == text
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -50,6 +70,31 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         path.write_text(text)
         assert refusal(path) == f"{path}, line 1: {said}"
         assert path.read_text() == text
+
+
+def test_what_no_decoder_takes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    for text, said in ((b"\xff\n", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+                       (b'{"request":0,"of":"\xff"}\n', "'utf-8' codec can't decode byte 0xff in position 19: invalid start byte"),
+                       (b'{"x":' + b"[" * 100_000 + b"\n", "maximum recursion depth exceeded while deserializing an object")):
+        path.write_bytes(text)
+        assert refusal(path) == f"{path}, line 1: {said}"
+        assert path.read_bytes() == text
+
+
+def test_results_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    line = '{"request":0,"of":"a","tokens":[1],"text":"x"}\n'
+    path.write_text(line + line)
+    assert Results(str(path), OF).done == {0: Result(0, "a", [1], "x")}
+    path.write_text(line + line.replace("[1]", "[2]"))
+    assert refusal(path) == f"{path}, line 2: another result of request 0 than in a line before; delete one of them"
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    for path, said in ((tmp_path / "none" / "results.jsonl", "No such file or directory"), (tmp_path, "Is a directory"),
+                       (Path("/dev/null"), "Invalid argument")):
+        assert refusal(path) == f"{path}: {said}"
 
 
 def test_without_a_file_they_are_kept_in_memory() -> None:
