@@ -4,12 +4,13 @@
 
 All ranks must choose alike, since the bodies may communicate: the predicate is a scalar that owes nothing, equal on every
 rank. Both bodies are `@sharded` functions with the same arguments and results. Refused: a predicate with dims, or one that
-still owes; bodies whose results differ in type. cond has no derivative yet.
+still owes; bodies whose results differ in type, or, as far as that is known, in dtype. cond has no derivative yet.
 """
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from shardlib.dtypes import fixed_dtypes, unlike
 from shardlib.errors import SpecError
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op, Step
@@ -36,6 +37,8 @@ def cond(predicate: Any, yes: Function, no: Function, *args: Any) -> Any:
     (body, results), (orelse, others) = (trace_results(f, list(args)) for f in (yes, no))
     if [s.labels for _, s in body.result_leaves()] != [s.labels for _, s in orelse.result_leaves()]:
         raise SpecError(f"cond: {yes.__name__} returns {_say(body)}, {no.__name__} returns {_say(orelse)}; both return the same dims")
+    if error := unlike(yes.__name__, no.__name__, fixed_dtypes(body), fixed_dtypes(orelse)):
+        raise error
     flat = [v for a in args for v in ([x for _, x in leaf_values(a, "")] if isinstance(a, Params) else [a])]
     made = apply(COND, (predicate, *flat), ins=(predicate.spec, *(v.spec for v in flat)), outs=[s for _, s in body.result_leaves()],
                  body=body, orelse=orelse)

@@ -10,7 +10,7 @@ import io
 import json
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -19,11 +19,12 @@ from rich.table import Table
 from shardlib.cond import COND
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.runtime import Runtime
+from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import bytes_text
 from shardlib.mesh import Mesh
 from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, exchanged
 from shardlib.program import Program, Step
-from shardlib.project import ITEMSIZE, axes_of, received, value_dtypes
+from shardlib.project import axes_of, check_given, received
 from shardlib.scan import SCAN
 
 
@@ -37,41 +38,47 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Traffic:
-    """One collective of a program. times: how often it runs (scan); bytes: received by the busiest rank, each time."""
+    """One collective of a program. received: bytes by rank, each time; times: how often it runs (scan), where its `branch` is taken (cond)."""
     op: str
     where: str
     function: str
+    branch: str
     before: str
     after: str
     axes: tuple[str, ...]
     group_size: int
     times: int
-    bytes: int
+    received: tuple[int, ...]
     predicted_us: float
     why: str
     communicator: str = ""
     choice: str = ""
 
+    @property
+    def bytes(self) -> int:
+        """Bytes that the busiest rank receives, each time."""
+        return max(self.received)
+
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found. `print` it, or take `to_json()`."""
+    """What `explain` found. `print` it, or take `to_json()`.
+
+    collectives: that one run makes; received: bytes in one run by rank. Of a cond both count the larger branch: they are at most that.
+    """
     program: str
     mesh: str
     traffic: tuple[Traffic, ...]
+    collectives: int
+    received: tuple[int, ...]
     argument_bytes: tuple[int, ...]
     cost_source: str
     unmet: tuple[str, ...] = ()
 
     @property
-    def collectives(self) -> int:
-        """How many collectives one run makes."""
-        return sum(t.times for t in self.traffic)
-
-    @property
     def bytes(self) -> int:
-        """Bytes that the busiest rank receives in one run."""
-        return sum(t.times * t.bytes for t in self.traffic)
+        """Bytes that the busiest rank receives in one run; it need not be the busiest in each collective."""
+        return max(self.received)
 
     @property
     def imbalance(self) -> float:
@@ -81,22 +88,25 @@ class Explanation:
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data."""
-        return {**json.loads(json.dumps(asdict(self))), "collectives": self.collectives, "bytes": self.bytes, "imbalance": self.imbalance}
+        plain = {**asdict(self), "traffic": [{**asdict(t), "bytes": t.bytes} for t in self.traffic], "bytes": self.bytes, "imbalance": self.imbalance}
+        return json.loads(json.dumps(plain))
 
     def __str__(self) -> str:
         out = io.StringIO()
         console = Console(file=out, width=150, force_terminal=False)
         table = Table(title=f"{self.program} on mesh {self.mesh or '(one rank)'}", title_justify="left", box=None, pad_edge=False)
-        routed = any(t.communicator for t in self.traffic)
-        for name in ("line", "collective", "before", "after", "ranks", "times", "bytes", "µs", *(["by"] if routed else []), "why"):
+        routed, branched = any(t.communicator for t in self.traffic), any(t.branch for t in self.traffic)
+        for name in ("line", *(["branch"] if branched else []), "collective", "before", "after", "ranks", "times", "bytes", "µs",
+                     *(["by"] if routed else []), "why"):
             table.add_column(name, justify="right" if name in ("ranks", "times", "bytes", "µs") else "left", overflow="fold")
         for t in self.traffic:
-            table.add_row(t.where, t.op, t.before, t.after, f"{'/'.join(t.axes)}={t.group_size}", str(t.times), bytes_text(t.bytes),
-                          f"{t.predicted_us:.3g}", *([t.communicator] if routed else []), t.why)
+            table.add_row(t.where, *([t.branch] if branched else []), t.op, t.before, t.after, f"{'/'.join(t.axes)}={t.group_size}", str(t.times),
+                          bytes_text(t.bytes), f"{t.predicted_us:.3g}", *([t.communicator] if routed else []), t.why)
         console.print(table)
         for choice in dict.fromkeys(t.choice for t in self.traffic if t.choice):
             console.print(choice)
-        console.print(f"{self.collectives} collectives, {bytes_text(self.bytes)} received per rank and run; times {self.cost_source}")
+        most = "at most " if branched else ""
+        console.print(f"{most}{self.collectives} collectives, {bytes_text(self.bytes)} received per rank and run; times {self.cost_source}")
         console.print(f"arguments: {bytes_text(max(self.argument_bytes))} on the fullest rank, {self.imbalance:.2f} x the mean")
         for line in self.unmet:
             console.print(line)
@@ -109,14 +119,15 @@ def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapp
 
     runtime: says who takes each collective and how long that took when it was measured; all ranks then call this.
     """
+    check_given(program, mesh, sizes, dtypes or {}, default)
     kinds = value_dtypes(program, dtypes or {}, default)
     held = tuple(sum(prod(mesh.local_shape(spec, sizes, c)) * ITEMSIZE[kinds[path]] for path, spec in program.arg_leaves())
                  for c in mesh.coordinates())
-    traffic = tuple(_traffic(program, mesh, sizes, kinds, default, cost, 1))
+    traffic, (collectives, *received) = _Counter(mesh, sizes, default, cost).count(program, kinds)
     source = cost.source
     if runtime is not None:
         traffic, source = _routed(traffic, runtime, cost)
-    return Explanation(program.name, str(mesh), tuple(t for t, _ in traffic), held, source, _unmet(program))
+    return Explanation(program.name, str(mesh), tuple(t for t, _ in traffic), collectives, tuple(received), held, source, _unmet(program))
 
 
 def _routed(traffic: Sequence[tuple[Traffic, Call]], runtime: Runtime, cost: CostModel) -> tuple[tuple[tuple[Traffic, Call], ...], str]:
@@ -141,27 +152,49 @@ def _unmet(program: Program) -> tuple[str, ...]:
     return tuple(f"{dim} is not split over {axis} at {', '.join(dict.fromkeys(found))}: there another dim has it" for (dim, axis), found in places.items())
 
 
-def _traffic(program: Program, mesh: Mesh, sizes: Mapping[str, int], kinds: dict[str, str], default: str, cost: CostModel,
-             times: int) -> Iterator[tuple[Traffic, Call]]:
-    for step in program.steps:
-        if step.op is SCAN:
-            paths = [p for p, _ in step.body.arg_leaves()]
-            inner = value_dtypes(step.body, {p: kinds[n] for p, n in zip(paths, step.inputs)}, default)
-            yield from _traffic(step.body, mesh, sizes, inner, default, cost, times * sizes[step.options["dim"]])
-        elif step.op is COND:
-            for body in step.bodies:
-                paths = [p for p, _ in body.arg_leaves()]
-                inner = value_dtypes(body, {p: kinds[n] for p, n in zip(paths, step.inputs[1:])}, default)
-                yield from _traffic(body, mesh, sizes, inner, default, cost, times)
-        elif step.op in COLLECTIVES and mesh.size(axes_of(step)) > 1:
-            dtype = kinds[step.inputs[0]]
-            yield _row(step, program, mesh, sizes, ITEMSIZE[dtype], cost, times), _call(step, mesh, sizes, dtype)
+@dataclass(frozen=True)
+class _Counter:
+    """Counts what a program sends: its rows, and one run's sum of them: collectives, then bytes received by rank."""
+    mesh: Mesh
+    sizes: Mapping[str, int]
+    default: str
+    cost: CostModel
+
+    def count(self, program: Program, kinds: Mapping[str, str], times: int = 1, branch: str = "") -> tuple[list[tuple[Traffic, Call]], list[int]]:
+        rows, total = [], [0] * (1 + self.mesh.world_size)
+        for step in program.steps:
+            if step.bodies:
+                again = self.sizes[step.options["dim"]] if step.op is SCAN else 1
+                parts = [self.count(body, inner_dtypes(step, body, kinds, self.default), times * again, taken)
+                         for body, taken in zip(step.bodies, _branches(step, branch))]
+                rows += [row for made, _ in parts for row in made]
+                total = [n + again * max(more) for n, *more in zip(total, *(sums for _, sums in parts))]
+            elif step.op in COLLECTIVES and self.mesh.size(axes_of(step, self.mesh)) > 1:
+                dtype = kinds[step.inputs[0]]
+                row = self._row(step, program, ITEMSIZE[dtype], times, branch)
+                rows.append((row, _call(step, self.mesh, self.sizes, dtype)))
+                total = [n + more for n, more in zip(total, (1, *row.received))]
+        return rows, total
+
+    def _row(self, step: Step, program: Program, itemsize: int, times: int, branch: str) -> Traffic:
+        got = tuple(received(step, self.mesh, self.sizes, rank) * itemsize for rank in range(self.mesh.world_size))
+        axes = axes_of(step, self.mesh)
+        return Traffic(step.op.name, str(step.where or ""), program.name, branch, str(step.ins[0]), str(step.outs[0]), axes, self.mesh.size(axes), times,
+                       got, self.cost.latency_us + max(got) / self.cost.bytes_per_us, step.why)
+
+
+def _branches(step: Step, branch: str) -> tuple[str, ...]:
+    """What the rows of a step's bodies say of the branch that they are in; `branch`: of the step itself."""
+    if step.op is not COND:
+        return (branch,)
+    around, on = branch and f"{branch}, ", step.inputs[0]
+    return f"{around}{step.body.name} if {on}", f"{around}{step.orelse.name} if not {on}"
 
 
 def _call(step: Step, mesh: Mesh, sizes: Mapping[str, int], dtype: str) -> Call:
     """What the step asks of a GroupCoordinator, as rank 0 does."""
     (have,), (want,) = step.ins, step.outs
-    members = [mesh.coordinate(r) for r in mesh.group(axes_of(step), 0)]
+    members = [mesh.coordinate(r) for r in mesh.group(axes_of(step, mesh), 0)]
     exchange = step.op in (ALL_TO_ALL, PERMUTE)
     parts = {exchanged(mesh, sizes, have, want, a, b) for a in members for b in members} if exchange else \
         {prod(mesh.local_shape(want if step.op is REDUCE_SCATTER else have, sizes, c)) for c in members}
@@ -169,10 +202,3 @@ def _call(step: Step, mesh: Mesh, sizes: Mapping[str, int], dtype: str) -> Call:
     op = ("max" if any(o.kind == "max" for o in have.owed) else "sum") if step.op in (ALL_REDUCE, REDUCE_SCATTER) else None
     even = len(parts) == 1
     return Call("all_to_all" if exchange else step.op.name, op, getattr(torch, dtype), "cpu", whole if even or not exchange else -1, even)
-
-
-def _row(step: Step, program: Program, mesh: Mesh, sizes: Mapping[str, int], itemsize: int, cost: CostModel, times: int) -> Traffic:
-    n = max(received(step, mesh, sizes, rank) for rank in range(mesh.world_size)) * itemsize
-    axes = axes_of(step)
-    return Traffic(step.op.name, str(step.where or ""), program.name, str(step.ins[0]), str(step.outs[0]), axes, mesh.size(axes), times, n,
-                   cost.latency_us + n / cost.bytes_per_us, step.why)

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Iterator, Mapping
+from typing import Iterator, Mapping, Sequence
 
-from shardlib.cond import COND
+from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
+from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
-from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, changed_dims, exchanged, removed
+from shardlib.moves import ALL_GATHER, ALL_REDUCE, COLLECTIVES, PERMUTE, REDUCE_SCATTER, changed_dims, exchanged, removed
 from shardlib.program import Op, Program, Step
 from shardlib.scan import SCAN
 from shardlib.spec import Spec
-
-ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "bool": 1, "uint8": 1, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,42 @@ class Call:
         return (self.op, self.group, self.dtype, self.shapes, self.root) == (other.op, other.group, other.dtype, other.shapes, other.root)
 
 
-def axes_of(step: Step) -> tuple[str, ...]:
-    """The mesh axes over which a collective step communicates."""
+def axes_of(step: Step, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes over which a collective step communicates, as its group has them: in mesh order, or in that of the split."""
     (have,), (want,) = step.ins, step.outs
-    if step.op in (ALL_REDUCE,):
-        return removed(have, want)
     changed = changed_dims(have, want)
     if step.op is REDUCE_SCATTER:
         return want.dims[changed[0]].axes[len(have.dims[changed[0]].axes):]
     gone = tuple(a for i in changed for a in have.dims[i].axes if a not in want.dims[i].axes)
-    return gone or tuple(a for i in changed for a in have.dims[i].axes)
+    if step.op is ALL_GATHER:
+        return gone
+    axes = removed(have, want) or gone or tuple(a for i in changed for a in have.dims[i].axes)
+    return tuple(a for a in mesh.axes if a in axes)
+
+
+def check_given(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str], default: str = "float32") -> None:
+    """SpecError unless the mesh has the program's axes, `sizes` the dims of what is held and sent, and `dtypes` are some of its arguments'."""
+    if (wrong := next((n for n, size in sizes.items() if type(size) is not int or size < 0), None)) is not None:
+        raise SpecError(f"sizes: {wrong} is {sizes[wrong]!r}; a size is an integer of at least 0")
+    paths, places = [path for path, _ in program.arg_leaves()], [program, *program.bodies()]
+    held = [spec for _, spec in program.arg_leaves()]
+    sent = [spec for p in places for s in p.steps if s.op in COLLECTIVES for spec in (*s.ins, *s.outs)]
+    used = [spec for p in places for s in p.steps for spec in (*s.ins, *s.outs)]
+    if lacking := [a for a in _axes((*held, *used)) if a not in mesh.axes]:
+        raise SpecError(f"{program.name}: unknown axis {lacking[0]}; the mesh has {', '.join(mesh.axes) or 'none'}")
+    scanned = [s.options["dim"] for p in places for s in p.steps if s.op is SCAN]
+    if lacking := [n for n in dict.fromkeys((*(n for spec in (*held, *sent) for n in spec.names), *scanned)) if n not in sizes]:
+        raise SpecError(f"{program.name}: no size of {', '.join(lacking)}; sizes has {', '.join(sizes) or 'none'}: "
+                        f"sizes=dict({', '.join(f'{n}=...' for n in lacking)})")
+    if lacking := [path for path in dtypes if path not in paths]:
+        raise SpecError(f"dtypes: {program.name} has no argument {lacking[0]}; it has {', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}")
+    for what, kind in (("default", default), *((f"dtypes: {path}", kind) for path, kind in dtypes.items())):
+        if kind not in ITEMSIZE:
+            raise SpecError(f"{what} is {kind!r}; a dtype is one of {', '.join(ITEMSIZE)}")
+
+
+def _axes(specs: Sequence[Spec]) -> dict[str, None]:
+    return dict.fromkeys(a for spec in specs for a in (*spec.split_axes, *(o.axis for o in spec.owed)))
 
 
 def project(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None,
@@ -62,76 +87,38 @@ def project(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], d
     return list(_calls(program, mesh, rank, sizes, value_dtypes(program, dtypes or {}, default), default, ""))
 
 
-def _calls(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], dtypes: dict[str, str], default: str, at: str) -> Iterator[Call]:
-    for i, step in enumerate(program.steps):
-        if step.op is SCAN:
-            inner = _inner_dtypes(step, step.body, dtypes, default)
-            for layer in range(sizes[step.options["dim"]]):
-                yield from _calls(step.body, mesh, rank, sizes, inner, default, f"{at}{step.body.name}[{layer}].")
-        elif step.op is COND:
-            for body in step.bodies:        # whichever is taken, all take it: the predicate is whole
-                inner = _inner_dtypes(step, body, dtypes, default, 1)
-                yield from _calls(body, mesh, rank, sizes, inner, default, f"{at}{body.name}.")
-        elif step.op in COLLECTIVES and mesh.size(axes_of(step)) > 1:
-            axes = tuple(a for a in mesh.axes if a in axes_of(step)) if step.op in (ALL_REDUCE, ALL_TO_ALL, PERMUTE) else axes_of(step)
+def _calls(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], dtypes: Mapping[str, str], default: str, at: str) -> Iterator[Call]:
+    for step in program.steps:
+        for body in step.bodies:            # of a cond both: whichever is taken, all take it, since the predicate is whole
+            inner = inner_dtypes(step, body, dtypes, default)
+            for name in [f"{body.name}[{i}]" for i in range(sizes[step.options["dim"]])] if step.op is SCAN else [body.name]:
+                yield from _calls(body, mesh, rank, sizes, inner, default, f"{at}{name}.")
+        if step.op in COLLECTIVES and mesh.size(axes := axes_of(step, mesh)) > 1:
             group = mesh.group(axes, rank)
             shapes = tuple(mesh.local_shape(step.ins[0], sizes, mesh.coordinate(r)) for r in group)
-            yield Call(step.op.name, group, dtypes[step.inputs[0]], prod(mesh.local_shape(step.ins[0], sizes, mesh.coordinate(rank))), shapes,
+            yield Call(step.op.name, group, dtypes[step.inputs[0]], prod(shapes[group.index(rank)]), shapes,
                        step=f"{at}{step.outputs[0]}{f' ({step.where})' if step.where else ''}")
-
-
-def value_dtypes(program: Program, given: Mapping[str, str], default: str) -> dict[str, str]:
-    """The dtype of every value. Arguments that are used as indices are int64 unless `given` says otherwise."""
-    indices = _index_args(program)
-    out = {path: given.get(path, "int64" if path in indices else default) for path, _ in program.arg_leaves()}
-    for step in program.steps:
-        ins = [out[i] for i in step.inputs]
-        if step.body is not None:
-            inner = _inner_dtypes(step, step.body, out, default, int(step.op is COND))
-            made = [inner[n] for n, _ in step.body.result_leaves()]
-        else:
-            made = step.op.dtype(ins, step.options) if step.op.dtype else [ins[0] if ins else default] * len(step.outputs)
-        out.update(zip(step.outputs, (default if d == "float" else d for d in made)))
-    return out
-
-
-def _inner_dtypes(step: Step, body: Program, dtypes: Mapping[str, str], default: str, skip: int = 0) -> dict[str, str]:
-    paths = [p for p, _ in body.arg_leaves()]
-    return value_dtypes(body, {p: dtypes[n] for p, n in zip(paths, step.inputs[skip:])}, default)
-
-
-def _index_args(program: Program) -> set[str]:
-    """The arguments that index something, here or in a body, through whatever moves."""
-    found: set[str] = set()
-    source: dict[str, str] = {}
-    for step in program.steps:
-        if step.op.moves:
-            source[step.outputs[0]] = source.get(step.inputs[0], step.inputs[0])
-        used = [step.inputs[i] for i in step.op.index if i < len(step.inputs)]
-        for body in step.bodies:
-            inner = _index_args(body)
-            used += [n for (p, _), n in zip(body.arg_leaves(), step.inputs[int(step.op is COND):]) if p in inner]
-        found.update(source.get(u, u) for u in used)
-    return found & {p for p, _ in program.arg_leaves()}
 
 
 def cost(op: Op, have: Spec, want: Spec, mesh: Mesh) -> float:
     """What a rank receives in a move, as a fraction of the global tensor, were every axis to divide it evenly."""
     local = 1 / mesh.size(have.split_axes)
-    k = mesh.size(axes_of(Step(op, (have,), (want,), (), ()))) if op in COLLECTIVES else 1
+    k = mesh.size(axes_of(Step(op, (have,), (want,), (), ()), mesh)) if op in COLLECTIVES else 1
     share = {ALL_REDUCE: 2 * (k - 1) / k, ALL_GATHER: k - 1.0, PERMUTE: 1.0 if k > 1 else 0.0}.get(op, (k - 1) / k)
     return share * local
 
 
 def received(step: Step, mesh: Mesh, sizes: Mapping[str, int], rank: int) -> int:
-    """Elements that `rank` receives in a collective step."""
+    """Elements that `rank` receives in a collective step. An all_reduce is counted as a reduce_scatter and an all_gather of even pieces,
+    the least that it can be; of n elements the first n mod k ranks have one more."""
     (have,), (want,), me = step.ins, step.outs, mesh.coordinate(rank)
     local, made = prod(mesh.local_shape(have, sizes, me)), prod(mesh.local_shape(want, sizes, me))
-    k = mesh.size(axes_of(step))
+    group = mesh.group(axes_of(step, mesh), rank)
     if step.op is ALL_REDUCE:
-        return 2 * (k - 1) * local // k
+        piece = local // len(group) + (group.index(rank) < local % len(group))
+        return (len(group) - 1) * piece + local - piece
     if step.op is REDUCE_SCATTER:
-        return (k - 1) * made
+        return (len(group) - 1) * made
     if step.op is ALL_GATHER:
         return made - local
     return made - exchanged(mesh, sizes, have, want, me, me)

@@ -16,7 +16,7 @@ from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.moves import COLLECTIVES
 from shardlib.program import Program
-from shardlib.project import Call, project
+from shardlib.project import Call, check_given, project
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Proof:
 
 def prove(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None) -> Proof:
     """Prove that all ranks issue the same collectives in the same order. SpecError where they do not."""
+    check_given(program, mesh, sizes, dtypes or {})
     check_branches(program)
     return match(mesh, [project(program, mesh, rank, sizes, dtypes) for rank in range(mesh.world_size)])
 

@@ -211,6 +211,8 @@ def _parse(text: str) -> Spec:
     if not _ITEMS.fullmatch(text):
         raise SpecError(f"spec {text!r}: items are separated by blanks, and each parenthesis has its partner")
     items = _ITEM.findall(text)
+    if items[0] == "()" and all(map(_OWED.fullmatch, items[1:])):
+        raise SpecError(f'spec {text!r}: () is the scalar and stands alone; a scalar that owes is written "{" ".join(items[1:])}"')
     ellipsis = items[0] == "..."
     dims: list[Dim] = []
     owed: list[Owed] = []

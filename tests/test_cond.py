@@ -6,12 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shardlib import EXPLICIT, Layout, Mesh, SpecError, compile, cond, einsum, lower, sharded, simulate, step, value_and_grad
-from shardlib.functions import greater, silu, sum
+from shardlib import EXPLICIT, Layout, Mesh, SpecError, compile, cond, einsum, explain, lower, prove, sharded, simulate, step, value_and_grad
+from shardlib.functions import argmax, greater, max, silu, sum
 from shardlib.cond import COND
 from shardlib.parser import check, parse_program
 from shardlib.project import project
-from shardlib.prove import prove
 from shardlib.spec import parse
 
 MESH, LAYOUT, SIZES = Mesh(tp=2), Layout(F="tp"), dict(T=3, D=4, F=5)
@@ -79,3 +78,46 @@ def test_it_has_no_derivative():
     with pytest.raises(SpecError) as error:
         lower(value_and_grad(loss, "up"), LAYOUT, mesh=MESH)
     assert "value_and_grad: cond has no derivative" in str(error.value)
+
+
+@sharded("T D -> T")
+def first(x):
+    return argmax("T D -> T", x)
+
+
+@sharded("T D -> T")
+def largest(x):
+    return max("T D -> T", x)
+
+
+@sharded("T D -> T")
+def positive(y):
+    return greater(largest(y), than=0.0)
+
+
+def branching(yes, no):
+    @sharded("T D -> T")
+    def f(x):
+        return cond(greater(sum("T D -> ()", x), than=0.0), yes, no, x)
+    return f
+
+
+def test_branches_of_different_dtypes_are_refused_at_lowering():
+    with pytest.raises(SpecError) as error:
+        lower(branching(first, positive), Layout(), mesh=MESH)
+    first_line, where = str(error.value).split("          ")
+    assert first_line == "cond: first returns int64, positive returns bool; both return the same dtypes" and where.startswith("test_cond.py:")
+
+
+@pytest.mark.parametrize("call", [prove, explain])
+def test_branches_of_different_dtypes_are_refused_where_those_of_the_arguments_are_known(call):
+    """The largest of x is what x is: of integers an integer, as is its place."""
+    program = lower(branching(first, largest), Layout(), mesh=MESH)
+    with pytest.raises(SpecError) as error:
+        call(program, MESH, SIZES)
+    assert str(error.value).split("          ")[0] == "cond: first returns int64, largest returns float32; both return the same dtypes"
+    with pytest.raises(SpecError) as error:
+        call(program, MESH, SIZES, dict(x="bfloat16"))
+    assert str(error.value).split("          ")[0] == "cond: first returns int64, largest returns bfloat16; both return the same dtypes"
+    call(program, MESH, SIZES, dict(x="int64"))
+    call(lower(branching(first, first), Layout(), mesh=MESH), MESH, SIZES)

@@ -26,6 +26,7 @@ from shardlib.moves import TABLE as MOVES
 from shardlib.ops import TABLE as OPS, attention, causal_mask, rms_norm
 from shardlib.parser import parse_program
 from shardlib.simulate import simulate
+from shardlib.spec import parse
 from shardlib.testing import join, place
 from shardlib.trace import Function
 
@@ -894,7 +895,7 @@ def test_signature_of_another_number_of_arguments():
     ("B +tp max:dp", 'spec "B max:dp +tp": an owed max beside an owed sum has no meaning; reduce one of them first'),
 ])
 def test_specs(text, message):
-    assert said(shardlib.parse, text) == message
+    assert said(parse, text) == message
 
 
 def test_layouts_and_meshes():

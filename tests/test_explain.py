@@ -4,27 +4,34 @@ from __future__ import annotations
 import json
 from math import prod
 from pathlib import Path
+from typing import Callable
 
 import pytest
 import torch
 
-from shardlib import Layout, Mesh, lower
+from shardlib import EXPLICIT, Layout, Mesh, SpecError, all_gather, all_reduce, cond, einsum, lower, prove, rearrange, reduce_scatter, rename, scan, sharded
 from shardlib.api import value_and_grad
 from shardlib.distributed.communicators.protocol import Call
+from shardlib.dtypes import value_dtypes
+from shardlib.emit import Emitter
 from shardlib.explain import CostModel, Explanation, _call, explain
+from shardlib.functions import cast, greater, square, stop_gradient, where
+from shardlib.functions import max as max_over, sum as sum_over
 from shardlib.models import llama
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, logits_of, loss, next_token
-from shardlib.moves import ALL_TO_ALL, PERMUTE, changed_dims
+from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, PERMUTE, REDUCE_SCATTER, changed_dims
+from shardlib.ops import embedding
 from shardlib.params import struct
-from shardlib.program import Step
-from shardlib.project import axes_of, received
+from shardlib.program import Op, Program, Result, Step
+from shardlib.project import axes_of, project, received
 from shardlib.spec import Spec, parse
 
 CONFIG = LlamaConfig(vocab_size=11, d_model=18, num_layers=1, num_kv_heads=3, queries_per_kv=2, head_dim=4, d_ff=7, norm_eps=1e-5,
                      rope_theta=1e4, rope_scaling=None, tied=False, max_context=64)
 B, T, S, D = 2, 5, 8, CONFIG.d_model
 SIZES = dict(CONFIG.sizes, B=B, T=T, S=S)
+TP2, FULL = Mesh(tp=2), dict(L=2, B=3, D=5, V=7)
 
 
 def line(text: str, function: str = "") -> str:
@@ -67,13 +74,14 @@ def test_the_step_of_decoding() -> None:
 
 
 def test_sequence_parallel_counts_the_busiest_rank() -> None:
-    """5 rows on 3 ranks are 2, 2 and 1. Who has 1 gathers 4; who keeps 2 of a sum receives them from the 2 others."""
+    """5 rows on 3 ranks are 2, 2 and 1. Who has 1 gathers 4; who keeps 2 of a sum receives them from the 2 others. No rank does both."""
     found, row = explained(logits_of, "tp=3", "tp+sp"), B * D * 4
     scattered = ("reduce_scatter", "B T D +tp", "B T/tp D", ("tp",), 3, 1, 2 * 2 * row)
     gathered = ("all_gather", "B T/tp D", "B T D", ("tp",), 3, 1, 4 * row)
     assert rows(found) == [(SCORED, *scattered), (line("einsum(\"B T D, D K G H"), *gathered), (ATTENTION, *scattered),
                            (line("gate, up ="), *gathered), (DOWN, *scattered), (line("return einsum(\"B T D, V D", "logits_of"), *gathered)]
-    assert found.bytes == 6 * 4 * row
+    assert [found.traffic[i].received for i in (0, 1)] == [(4 * row, 4 * row, 2 * row), (3 * row, 3 * row, 4 * row)]
+    assert found.received == (21 * row, 21 * row, 18 * row) and found.bytes == 21 * row
 
 
 def test_fsdp_gathers_every_weight_once() -> None:
@@ -112,7 +120,7 @@ def test_what_an_exchange_brings(have: str, want: str, mesh: str, m: int, n: int
         return set(x.flatten().tolist())
     ranks = range(mesh.world_size)
     assert [received(step, mesh, sizes, r) for r in ranks] == [len(held(after, r) - held(before, r)) for r in ranks]
-    members = mesh.group(axes_of(step), 0)
+    members = mesh.group(axes_of(step, mesh), 0)
     parts = {len(held(before, a) & held(after, b)) for a in members for b in members}
     assert _call(step, mesh, sizes, "float32") == Call("all_to_all", None, torch.float32, "cpu", 4 * len(held(before, 0)) if len(parts) == 1 else -1, len(parts) == 1)
 
@@ -136,13 +144,15 @@ def test_json() -> None:
     found = explained(next_token, "dp=2,tp=2", "tp+fsdp")
     plain = found.to_json()
     assert json.loads(json.dumps(plain)) == plain
-    assert sorted(plain) == ["argument_bytes", "bytes", "collectives", "cost_source", "imbalance", "mesh", "program", "traffic", "unmet"]
+    assert sorted(plain) == ["argument_bytes", "bytes", "collectives", "cost_source", "imbalance", "mesh", "program", "received", "traffic", "unmet"]
     assert (plain["program"], plain["mesh"]) == ("next_token", "dp=2,tp=2")
-    assert sum(t["times"] * t["bytes"] for t in plain["traffic"]) == plain["bytes"] == found.bytes
+    assert plain["bytes"] == found.bytes == max(plain["received"])
+    assert plain["received"] == [sum(t["times"] * t["received"][rank] for t in plain["traffic"]) for rank in range(4)]
     assert sum(t["times"] for t in plain["traffic"]) == plain["collectives"] == found.collectives
     assert plain["traffic"][0] | {"predicted_us": 0} == {
-        "op": "all_gather", "where": STEPPED, "function": "next_token", "before": "V/tp D/dp", "after": "V/tp D", "axes": ["dp"], "group_size": 2,
-        "times": 1, "bytes": 6 * D // 2 * 4, "predicted_us": 0, "why": "embedding takes V/tp D", "communicator": "", "choice": ""}
+        "op": "all_gather", "where": STEPPED, "function": "next_token", "branch": "", "before": "V/tp D/dp", "after": "V/tp D", "axes": ["dp"], "group_size": 2,
+        "times": 1, "bytes": 6 * D // 2 * 4, "received": [6 * D // 2 * 4, 5 * D // 2 * 4] * 2,
+        "predicted_us": 0, "why": "embedding takes V/tp D", "communicator": "", "choice": ""}
 
 
 def test_the_table() -> None:
@@ -164,3 +174,159 @@ def test_what_a_layout_could_not_give() -> None:
     lines = [line(text, "heads") for text in ("q = rope(", "k = rope(", "v = einsum(", "a, w.wo)")]
     assert found.unmet == (f"H is not split over tp at {', '.join(lines)}: there another dim has it",)
     assert str(found).rstrip().endswith(found.unmet[0])
+
+
+# -- totals ------------------------------------------------------------------------------------------------------------
+
+def test_the_total_is_that_of_one_rank() -> None:
+    """Of 3 rows rank 1 gathers 2, and rank 0 keeps 2 of the sum: no rank receives both."""
+    @sharded("N/tp, N +tp -> N, N/tp", layout=EXPLICIT)
+    def f(x, y):
+        return all_gather("N/tp -> N", x), reduce_scatter("N +tp -> N/tp", y)
+    found = explain(lower(f, mesh=TP2), TP2, dict(N=3))
+    assert [t.received for t in found.traffic] == [(4, 8), (8, 4)]
+    assert ([t.bytes for t in found.traffic], found.received, found.bytes) == ([8, 8], (12, 12), 12)
+    assert "\n2 collectives, 12 B received per rank and run; times assumed, not measured: 20 µs a collective, 100 GB/s\n" in str(found)
+
+
+@pytest.mark.parametrize("n, k, want", [(1, 4, (12, 4, 4, 4)), (2, 4, (16, 16, 8, 8)), (5, 3, (28, 28, 24)), (0, 2, (0, 0)), (6, 3, (32, 32, 32))])
+def test_an_all_reduce_is_its_pieces(n: int, k: int, want: tuple[int, ...]) -> None:
+    """Someone adds up each element, from k - 1 others, and gives it to all others: 12 B for the only float of 4 ranks."""
+    @sharded("N +tp -> N", layout=EXPLICIT)
+    def f(x):
+        return all_reduce("N +tp -> N", x)
+    mesh = Mesh(tp=k)
+    assert explain(lower(f, mesh=mesh), mesh, dict(N=n)).received == want
+    assert sum(want) == 2 * (k - 1) * n * 4
+
+
+@sharded("N/tp, N +tp -> N", layout=EXPLICIT)
+def gathers(x, y):
+    return all_gather("N/tp -> N", x)
+
+
+@sharded("N/tp, N +tp -> N", layout=EXPLICIT)
+def reduces(x, y):
+    return all_reduce("N +tp -> N", y)
+
+
+@sharded("N/tp, N +tp -> N", layout=EXPLICIT)
+def either(x, y):
+    return cond(greater(all_reduce("+tp -> ()", sum_over("N/tp -> +tp", x)), than=0.5), gathers, reduces, x, y)
+
+
+@sharded("N, N/tp, N +tp -> N", layout=EXPLICIT)
+def layer(c, x, y):
+    return c + cond(greater(sum_over("N -> ()", c), than=0.0), either, gathers, x, y)
+
+
+@sharded("N, L N/tp, N +tp -> N", layout=EXPLICIT)
+def layers(c, xs, y):
+    return scan(layer, c, xs, y)
+
+
+def test_a_cond_counts_its_larger_branch() -> None:
+    found = explain(lower(either, mesh=TP2), TP2, dict(N=3))
+    assert [(t.op, t.function, t.branch, t.received) for t in found.traffic] == [
+        ("all_reduce", "either", "", (4, 4)), ("all_gather", "gathers", "gathers if v3", (4, 8)), ("all_reduce", "reduces", "reduces if not v3", (12, 12))]
+    assert (found.collectives, found.received) == (2, (16, 16))
+    title, head, *body, total, _ = str(found).rstrip().splitlines()
+    assert head.split() == ["line", "branch", "collective", "before", "after", "ranks", "times", "bytes", "µs", "why"]
+    assert body[1].split()[1:5] == ["gathers", "if", "v3", "all_gather"] and body[0].split()[1] == "all_reduce"
+    assert total == "at most 2 collectives, 16 B received per rank and run; times assumed, not measured: 20 µs a collective, 100 GB/s"
+    assert str(explain(lower(gathers, mesh=TP2), TP2, dict(N=3))).splitlines()[-2].startswith("1 collectives, 8 B received per rank and run; ")
+
+
+def test_conds_within_a_cond_within_a_scan() -> None:
+    program = lower(layers, mesh=TP2)
+    found = explain(program, TP2, dict(N=3, L=5))
+    assert [(t.op, t.function, t.branch, t.times, t.received) for t in found.traffic] == [
+        ("all_reduce", "either", "either if v2", 5, (4, 4)), ("all_gather", "gathers", "either if v2, gathers if v3", 5, (4, 8)),
+        ("all_reduce", "reduces", "either if v2, reduces if not v3", 5, (12, 12)), ("all_gather", "gathers", "gathers if not v2", 5, (4, 8))]
+    assert (found.collectives, found.received) == (10, (80, 80))
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("op, have, want, axes", [
+    (ALL_REDUCE, "N +dp +tp", "N", ("tp", "dp")), (PERMUTE, "M/dp/tp N", "M/tp/dp N", ("tp", "dp")), (ALL_TO_ALL, "M/dp/tp N", "M N/dp/tp", ("tp", "dp")),
+    (ALL_GATHER, "M/dp/tp N", "M N", ("dp", "tp")), (REDUCE_SCATTER, "M N +dp +tp", "M/dp/tp N", ("dp", "tp"))])
+def test_rows_name_the_groups_that_the_program_calls(op: Op, have: str, want: str, axes: tuple[str, ...]) -> None:
+    """In the mesh's order where pieces have none; so a runtime makes no groups for explain alone."""
+    mesh, before, after = Mesh(tp=2, dp=2), parse(have), parse(want)
+    program = Program("f", (("x", before),), (Step(op, (before,), (after,), ("x",), ("y",)),), (Result(after, ("y",)),), True)
+    emitter = Emitter(mesh, 0, dict(M=4, N=4))
+    emitter.program(program)
+    assert {t.axes for t in explain(program, mesh, dict(M=4, N=4)).traffic} == {*emitter.groups} == {axes}
+    assert {c.group for c in project(program, mesh, 1, dict(M=4, N=4))} == {mesh.group(axes, 1)}
+
+
+# -- dtypes ------------------------------------------------------------------------------------------------------------
+
+def looked_up(change: Callable) -> Explanation:
+    @sharded("B T, V D -> B T D")
+    def f(ids, table):
+        return rename("B S D -> B T D", embedding("B S, V D -> B S D", change(ids), table))
+    return explain(lower(f, Layout(T="tp"), mesh=TP2), TP2, dict(B=2, T=4, S=4, V=5, D=6))
+
+
+@pytest.mark.parametrize("change", [
+    lambda ids: rename("B T -> B S", ids), lambda ids: rename("B T -> B S", rearrange("T B -> B T", rearrange("B T -> T B", ids))),
+    lambda ids: rename("B T -> B S", stop_gradient(ids)), lambda ids: rename("B T -> B S", ids + ids),
+    lambda ids: rename("B T -> B S", where(greater(ids, than=1), ids, ids)),
+    lambda ids: cond(greater(max_over("B T -> ()", ids), than=2), renamed, renamed, ids)])
+def test_indices_are_int64_through_whatever_keeps_the_dtype(change: Callable) -> None:
+    found = looked_up(change)
+    assert {(t.op, t.bytes) for t in found.traffic if t.before == "B T/tp"} == {("all_gather", 2 * 2 * 8)}
+
+
+@sharded("B T -> B S")
+def renamed(ids):
+    return rename("B T -> B S", ids)
+
+
+def test_what_is_only_looked_like_is_no_index() -> None:
+    """The derivative of a cast asks its operand for its dtype."""
+    @sharded("N -> ()")
+    def loss(x):
+        return sum_over("N -> ()", square(cast(x, "float64")))
+    program = lower(value_and_grad(loss, "x"), Layout(N="tp"), mesh=TP2)
+    assert "cast_like(" in str(program) and value_dtypes(program, {}, "bfloat16")["x"] == "bfloat16"
+
+
+# -- what is missing or wrong ------------------------------------------------------------------------------------------
+
+@sharded("L B D, V D -> B V")
+def summed(x, table):
+    return einsum("B D, V D -> B V", sum_over("L B D -> B D", x), table)
+
+
+@pytest.mark.parametrize("call", [explain, prove])
+@pytest.mark.parametrize("mesh, sizes, dtypes, says", [
+    (TP2, dict(B=2), {}, "summed: no size of L, D, V; sizes has B: sizes=dict(L=..., D=..., V=...)"),
+    (TP2, {}, {}, "summed: no size of L, B, D, V; sizes has none: sizes=dict(L=..., B=..., D=..., V=...)"),
+    (TP2, dict(B=-2), {}, "sizes: B is -2; a size is an integer of at least 0"),
+    (TP2, dict(B=2.0), {}, "sizes: B is 2.0; a size is an integer of at least 0"),
+    (Mesh(dp=2), FULL, {}, "summed: unknown axis tp; the mesh has dp"),
+    (Mesh(), FULL, {}, "summed: unknown axis tp; the mesh has none"),
+    (TP2, FULL, dict(y="bool"), "dtypes: summed has no argument y; it has x, table"),
+    (TP2, FULL, dict(x="int16"), "dtypes: x is 'int16'; a dtype is one of float64, int64, float32, int32, bfloat16, float16, bool, uint8, int8")])
+def test_what_is_not_there_is_said(call: Callable, mesh: Mesh, sizes: dict, dtypes: dict, says: str) -> None:
+    program = lower(summed, Layout(D="tp"), mesh=TP2)
+    with pytest.raises(SpecError) as error:
+        call(program, mesh, sizes, dtypes)
+    assert str(error.value) == says
+
+
+def test_a_default_that_is_no_dtype() -> None:
+    with pytest.raises(SpecError) as error:
+        explain(lower(summed, Layout(D="tp"), mesh=TP2), TP2, FULL, default="int16")
+    assert str(error.value) == "default is 'int16'; a dtype is one of float64, int64, float32, int32, bfloat16, float16, bool, uint8, int8"
+
+
+def test_a_scan_needs_the_number_of_its_layers() -> None:
+    program = lower(layers, mesh=TP2)
+    for call in (explain, prove):
+        with pytest.raises(SpecError) as error:
+            call(program, TP2, dict(N=3))
+        assert str(error.value) == "layers: no size of L; sizes has N: sizes=dict(L=...)"

@@ -6,31 +6,40 @@ left out. A failure shrinks to a program that a person can read; the assertion p
 from __future__ import annotations
 
 import itertools
+import linecache
 import re
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator, Mapping, Sequence
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import assume, event, given, reject, strategies as st
 
+from shardlib import EXPLICIT, all_gather, all_reduce, cond as choose, lower, reduce_scatter, rename as relabel, scan as scan_over, sharded, value_and_grad
+from shardlib.api import Sharded
 from shardlib.arithmetic import ADD
 from shardlib.complete import complete
 from shardlib.cond import COND
 from shardlib.einsum import EINSUM
+from shardlib.emit import Emitter
 from shardlib.errors import SpecError
+from shardlib.explain import explain
+from shardlib.functions import argmax as best_of, greater, logsumexp, sum as total
 from shardlib.grad import value_and_grad_program
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh
-from shardlib.moves import RESHARD
-from shardlib.ops import TABLE
+from shardlib.models.layouts import named_layout
+from shardlib.models.llama import LlamaConfig, loss, next_token
+from shardlib.moves import RESHARD, TABLE as MOVES
+from shardlib.ops import TABLE, embedding as look_up, lowered
 from shardlib.ops.cases import OPS
 from shardlib.oracle import same, types
-from shardlib.parser import check, parse_program
+from shardlib.parser import CORE, check, parse_program
 from shardlib.passes import DEFAULT, PASSES
 from shardlib.program import Op, Program, Result, Step, Struct, leaves
 from shardlib.scan import SCAN
-from shardlib.simulate import simulate
+from shardlib.simulate import perform, simulate
 from shardlib.spec import Dim, Factor, Spec, parse
 from shardlib.testing import join, place
 
@@ -444,6 +453,154 @@ def test_passes_keep_types_and_results(drawn: Drawn) -> None:
         assert [s for _, s in rewritten.result_leaves()] == [s for _, s in program.result_leaves()] and rewritten.args == program.args
         check_equal(drawn, rewritten, run(rewritten, drawn.mesh, drawn.sizes, whole_args(drawn)), want)
         program = rewritten
+
+
+def moved(program: Program, mesh: Mesh, sizes: Mapping[str, int], args: Mapping[str, torch.Tensor]) -> tuple[list[int], int]:
+    """Bytes that each rank received when the program ran, counted at the collectives themselves; and how many rank 0 made."""
+    got, count = [0] * mesh.world_size, 0
+
+    def counted(requests: Sequence[tuple]) -> list[Any]:
+        nonlocal count
+        made, k, count = perform(requests), len(requests), count + (0 in requests[0][0])
+        for at, (rank, (_, method, x, *_), y) in enumerate(zip(requests[0][0], requests, made)):
+            if method == "all_to_all":
+                got[rank] += sum(piece.nbytes for j, piece in enumerate(y) if j != at)
+            elif method == "all_gather":
+                got[rank] += y.nbytes - x.nbytes
+            elif method == "reduce_scatter":
+                got[rank] += (k - 1) * y.nbytes
+            else:
+                piece = len(torch.arange(x.numel()).tensor_split(k)[at])
+                got[rank] += ((k - 1) * piece + x.numel() - piece) * x.itemsize
+        return made
+    with mock.patch("shardlib.simulate.perform", counted):
+        run(program, mesh, sizes, args)
+    return got, count
+
+
+@given(programs())
+def test_explain_says_what_moves(drawn: Drawn) -> None:
+    """Rank by rank; and the groups are those that are called. Branches of a drawn cond send nothing."""
+    program, args = drawn.explicit(), whole_args(drawn)
+    told = {p: str(t.dtype).removeprefix("torch.") for p, t in args.items() if not t.is_floating_point()}
+    found = explain(program, drawn.mesh, drawn.sizes, told, default="float64")
+    received, count = moved(program, drawn.mesh, drawn.sizes, args)
+    assert (found.received, found.collectives, found.bytes) == (tuple(received), count, max(received)), str(drawn)
+    emitter = Emitter(drawn.mesh, 0, drawn.sizes)
+    emitter.program(program)
+    assert {t.axes for t in found.traffic} == {*emitter.groups}, str(drawn)
+
+
+@sharded("N/x, N +y -> N", layout=EXPLICIT)
+def gathers(a, b):
+    return all_gather("N/x -> N", a)
+
+
+@sharded("N/x, N +y -> N", layout=EXPLICIT)
+def reduces(a, b):
+    return all_gather("N/y -> N", reduce_scatter("N +y -> N/y", b))
+
+
+@sharded("N/x, N +y -> N", layout=EXPLICIT)
+def either(a, b):
+    return choose(greater(all_reduce("+x -> ()", total("N/x -> +x", a)), than=0.0), gathers, reduces, a, b)
+
+
+@sharded("N, N/x, N +y -> N", layout=EXPLICIT)
+def layer(c, a, b):
+    return choose(greater(total("N -> ()", c), than=0.0), either, gathers, a, b) + c * -2.0
+
+
+@sharded("N, L N/x, N +y -> N", layout=EXPLICIT)
+def layers(c, a, b):
+    return scan_over(layer, c, a, b)
+
+
+@given(st.integers(0, 9), st.sampled_from(("x=2,y=3", "x=3,y=2", "y=4,x=2", "x=1,y=3")))
+def test_of_a_cond_explain_says_the_larger_branch(n: int, text: str) -> None:
+    mesh, sizes = Mesh.parse(text), dict(N=n, L=3)
+    program = lower(either, mesh=mesh)
+    found, ran = explain(program, mesh, sizes, default="float64"), []
+    for sign in (1.0, -1.0):
+        ran.append(moved(program, mesh, sizes, {name: torch.full((n,), sign, dtype=torch.float64) for name in "ab"}))
+    assert found.received == tuple(max(got) for got in zip(*(got for got, _ in ran))) and found.collectives == max(count for _, count in ran) or n == 0
+
+
+@given(st.lists(st.lists(st.integers(-3, 3), min_size=4, max_size=4), min_size=5, max_size=5), st.sampled_from(("x=2,y=3", "x=3,y=2", "y=4,x=2", "x=1,y=3")))
+def test_of_conds_in_a_scan_explain_says_at_most_what_moves(rows: list[list[int]], text: str) -> None:
+    mesh, sizes = Mesh.parse(text), dict(N=4, L=3)
+    program, (c, *a, b) = lower(layers, mesh=mesh), torch.tensor(rows, dtype=torch.float64)
+    found = explain(program, mesh, sizes, default="float64")
+    got, count = moved(program, mesh, sizes, dict(c=c, a=torch.stack(a), b=b))
+    assert all(have <= most for have, most in zip(got, found.received)) and count <= found.collectives and max(got) <= found.bytes
+
+
+# -- a printed program is Python ---------------------------------------------------------------------------------------
+
+def pasted(program: Program, mesh: Mesh) -> Program:
+    """What Python makes of the program's text."""
+    text = f"from shardlib.ops.lowered import *\n{program}"
+    linecache.cache["pasted"] = (len(text), None, text.splitlines(True), "pasted")
+    made: dict[str, Any] = {"__name__": "pasted"}
+    exec(compile(text, "pasted", "exec", dont_inherit=True), made)
+    return lower([f for f in made.values() if isinstance(f, Sharded)][-1], mesh=mesh, passes=())
+
+
+def numbered(program: Program) -> Program:
+    """The program with the values that it makes numbered: Python does not know what it returns by the name in the return."""
+    names = {name: f"n{i}" for i, name in enumerate(n for s in program.steps for n in s.outputs)}
+    steps = tuple(replace(s, inputs=tuple(names.get(i, i) for i in s.inputs), outputs=tuple(names[o] for o in s.outputs)).rewritten(numbered) for s in program.steps)
+    return replace(program, steps=steps, results=tuple(replace(r, values=tuple(names.get(v, v) for v in r.values)) for r in program.results))
+
+
+@sharded("B V, V D -> B, B, B D")
+def choices(x, table):
+    best = best_of("B V -> B", x)
+    return best, logsumexp("B V -> B", x), choose(greater(total("B V -> ()", x), than=0.0), looked_up, looked_up, best, table) * 2.0 + 1.0
+
+
+@sharded("B, V D -> B D")
+def looked_up(ids, table):
+    return relabel("B E -> B D", look_up("B, V E -> B E", ids, relabel("V D -> V E", table)))
+
+
+CONFIG = LlamaConfig(vocab_size=11, d_model=18, num_layers=2, num_kv_heads=3, queries_per_kv=2, head_dim=4, d_ff=7, norm_eps=1e-5,
+                     rope_theta=1e4, rope_scaling=None, tied=False, max_context=64)
+
+
+@pytest.mark.parametrize("mesh, layout", [("tp=2", "tp"), ("dp=2,tp=2", "tp+sp+fsdp"), ("cp=2,tp=2", "tp+cp")])
+@pytest.mark.parametrize("f", [next_token, value_and_grad(loss)], ids=["next_token", "loss_and_grad"])
+def test_the_printed_programs_of_a_model_are_python(f: Any, mesh: str, layout: str) -> None:
+    made = Mesh.parse(mesh)
+    program = lower(f, named_layout(layout, made), mesh=made, config=CONFIG)
+    assert "rank_of(" in str(program) or "silu_vjp(" in str(program) and "reverse=True" in str(program)
+    assert numbered(pasted(program, made)) == numbered(program)
+
+
+@pytest.mark.parametrize("layout", [Layout(V="x"), Layout(B="x"), Layout(V="x", B="y", D="x"), Layout()])
+def test_what_is_printed_of_argmax_logsumexp_and_cond_is_python(layout: Layout) -> None:
+    mesh = Mesh(x=2, y=2)
+    program = lower(choices, layout, mesh=mesh)
+    assert numbered(pasted(program, mesh)) == numbered(program)
+
+
+def test_every_verb_of_the_language_is_in_shardlib() -> None:
+    import shardlib
+    assert [verb for verb in MOVES if getattr(shardlib, verb, None) is None or verb not in shardlib.__all__] == []
+    assert all(name in lowered.__all__ and callable(getattr(lowered, name)) for name in (*CORE, *TABLE))
+
+    @sharded("M/x/y N -> M/y/x N", layout=EXPLICIT)
+    def f(a):
+        return shardlib.permute("M/x/y N -> M/y/x N", a)
+    assert [s.op.name for s in lower(f, mesh=Mesh(x=2, y=2)).steps] == ["permute"]
+
+
+def test_a_scalar_that_owes_is_written_without_parentheses() -> None:
+    for owed in ("+tp", "+dp +tp", "max:tp"):
+        with pytest.raises(SpecError) as error:
+            parse(f"() {owed}")
+        assert str(error.value) == f"spec '() {owed}': () is the scalar and stands alone; a scalar that owes is written \"{owed}\""
+        assert str(parse(owed)) == owed
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from torch import Tensor
 
 import shardlib
 import shardlib.functions
-from shardlib import EXPLICIT, Layout, Mesh, Params, SpecError, cond, einsum, lower, param, parse, reshard, scan, sharded, stacked, value_and_grad
+from shardlib import EXPLICIT, Layout, Mesh, Params, SpecError, cond, einsum, lower, param, reshard, scan, sharded, stacked, value_and_grad
 from shardlib.functions import argmax, cast, greater, max, mean, silu, softmax
 from shardlib.complete import complete
 from shardlib.emit import Emitter
 from shardlib.ops import TABLE as OPS, rms_norm, rope, rope_table
 from shardlib.parser import check, parse_program
-from shardlib.spec import parse_signature
+from shardlib.spec import parse, parse_signature
 from shardlib.trace import Function
 
 ROOT = Path(__file__).resolve().parents[1]

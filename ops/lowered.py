@@ -1,0 +1,41 @@
+"""Every name that a printed program uses: below `from shardlib.ops.lowered import *` what `lower` prints is Python.
+
+The ops of the language and of models are here as printing calls them, those that only the compiler writes (`rank_of`, `silu_vjp`)
+too. What `parse_program` reads and Python does not: a second class of one name (`Layer__2`), an argument named as an op that is called.
+A function that `local` names is to be imported as it is named.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Callable
+
+from torch import Tensor
+
+from shardlib import EXPLICIT, Params, SpecError, cond, local, param, scan as forward_scan, sharded, stacked
+from shardlib.ops import TABLE
+from shardlib.parser import CORE
+from shardlib.program import Op
+from shardlib.trace import apply
+
+
+def _function(op: Op) -> Callable:
+    def call(*operands: Any, **attrs: Any) -> Any:
+        return apply(op, operands[1:], operands[0], **attrs) if op.takes_text else apply(op, operands, **attrs)
+    call.__name__ = call.__qualname__ = op.name
+    return call
+
+
+def scan(f: Any, carry: Any, stacks: tuple, *constants: Any, reverse: bool = False) -> Any:
+    """`shardlib.scan`; in `reverse`, as backward has it, from the last layer to the first."""
+    if reverse and carry.tracer.runs:
+        raise SpecError("scan: step runs no scan in reverse; lower, compile and simulate do")
+    made = forward_scan(f, carry, stacks, *constants)
+    if reverse:
+        last = carry.tracer.steps[-1]
+        carry.tracer.steps[-1] = replace(last, attrs=tuple(sorted((*last.attrs, ("reverse", True)))))
+    return made
+
+
+_CALLS = {op.name: _function(op) for op in (*CORE.values(), *TABLE.values())}
+globals().update(_CALLS)
+__all__ = ["EXPLICIT", "Params", "Tensor", "cond", "local", "param", "scan", "sharded", "stacked", *_CALLS]
