@@ -5,12 +5,15 @@
 measures every collective of every communicator, in groups of all ranks and of some of their divisors (`axes_of`), from 2 kB to
 64 MB: on GPUs eager and in CUDA graphs. The table goes to the user's cache, where `connect` finds it, or to `--out FILE`. What an earlier
 run with another number of processes has measured stays in it. Times are medians of the slowest member, in µs a call.
+
+Refused before anything is measured: a FILE that cannot be written, or is there and no table. A damaged table in the cache is replaced.
 """
 from __future__ import annotations
 
 import argparse
 import datetime
 import importlib
+import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +24,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 import torch
 
-from shardlib.distributed.communicators.protocol import Call, Communicator
+from shardlib.distributed.communicators.protocol import Call, Communicator, Factory
 from shardlib.distributed.graph_capture import capture_stream
 from shardlib.distributed.group_coordinator import GroupCoordinator
 from shardlib.distributed.launch import Launch
@@ -35,6 +38,8 @@ SIZES = tuple(2 ** k for k in range(11, 27))
 ROUNDS = 7
 QUAD = 16
 """Every member's piece is a multiple of so many bytes: the sizes of groups of 3 are a little smaller."""
+TO_COME = Table("hardware that is being measured", {})
+"""Routes meanwhile: what is measured needs no table, and one that is damaged must not keep it from being replaced."""
 _WHILE = 1_000_000
 """Cycles: some 500 µs."""
 
@@ -206,31 +211,100 @@ def calibrate(runtime: Runtime, sizes: Sequence[int] = SIZES, say: Callable[[str
     return Table.decode(runtime.group(axes).broadcast_message(made.encode(), 0, bytes), "of rank 0")
 
 
+def target(out: Path | None, device: torch.device) -> tuple[Path, Table | None]:
+    """The file that the table goes to, `out` or the user's own, and the table that is there. SpecError where it cannot be written,
+    and where `out` is damaged; a damaged table of the user's own is none."""
+    named = out or own_file(device)
+    if named is None:
+        raise SpecError("calibrate: this user has no home to keep the table in; set XDG_CACHE_HOME, or pass --out FILE")
+    path = Path(os.path.realpath(named))
+    try:
+        if path.exists() and not path.is_file():
+            raise SpecError(f"routing table {path}: it is there, and no file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside(path).touch()
+        beside(path).unlink()
+        text = path.read_bytes() if path.exists() else None
+    except OSError as error:
+        raise SpecError(f"routing table {path}: {error.strerror}") from None
+    try:
+        return path, None if text is None else Table.decode(text, str(path))
+    except SpecError as error:
+        if out is not None:
+            raise
+        print(f"{error}; it is replaced", file=sys.stderr)
+        return path, None
+
+
+def agreed_target(runtime: Runtime, out: Path | None) -> tuple[Path, Table | None] | None:
+    """`target` on rank 0, None elsewhere; SpecError on every rank where there is none."""
+    axes, found, wrong = tuple(runtime.mesh.axes), None, None
+    runtime.create_groups([axes])
+    if runtime.rank == 0:
+        try:
+            found = target(out, runtime.device)
+        except SpecError as error:
+            wrong = str(error)
+    wrong = runtime.group(axes).broadcast_message(wrong, 0, str | None)
+    if wrong is not None:
+        raise SpecError(wrong)
+    return found
+
+
+def beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}")
+
+
+def write(table: Table, path: Path) -> None:
+    """All of it or nothing: it goes to a file beside `path`, which then takes its place."""
+    try:
+        beside(path).write_bytes(table.encode())
+        os.replace(beside(path), path)
+    except OSError as error:
+        raise SpecError(f"routing table {path}: {error.strerror}") from None
+    finally:
+        beside(path).unlink(missing_ok=True)
+
+
+def maker(text: str) -> Factory:
+    """What MODULE:FUNCTION names."""
+    module, _, name = text.partition(":")
+    if not module or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is no MODULE:FUNCTION")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+    if not callable(found):
+        raise argparse.ArgumentTypeError(f"{text}: module {module} has no function {name}")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m shardlib.distributed.calibrate", description="Measure this machine's collectives; start it with torchrun.")
     parser.add_argument("--out", type=Path, help="where to write the table; by default the user's cache")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--max-bytes", type=int, default=SIZES[-1], help="the largest tensor")
-    parser.add_argument("--communicators", nargs="*", default=[], metavar="MODULE:FUNCTION", help="further makers of communicators")
+    parser.add_argument("--communicators", nargs="*", default=[], type=maker, metavar="MODULE:FUNCTION", help="further makers of communicators")
     options = parser.parse_args(arguments)
-    factories = [getattr(importlib.import_module(m), f) for m, f in (name.split(":") for name in options.communicators)]
+    sizes = [s for s in SIZES if s <= options.max_bytes]
+    if not sizes:
+        parser.error(f"argument --max-bytes: {options.max_bytes}: the smallest tensor that is measured has {SIZES[0]} bytes")
     launch = Launch.current()
     if launch.world_size == 1:
         print("calibrate measures what processes say to each other: start it with torchrun --nproc-per-node N", file=sys.stderr)
         return 2
-    sizes = [s for s in SIZES if s <= options.max_bytes]
     try:
-        with connect(Mesh(**axes_of(launch.world_size)), options.device, communicators=factories) as runtime:
+        with connect(Mesh(**axes_of(launch.world_size)), options.device, communicators=options.communicators, table=TO_COME) as runtime:
+            found = agreed_target(runtime, options.out)
             table = calibrate(runtime, sizes, lambda text: print(text, flush=True) if launch.rank == 0 else None)
-            path = options.out or own_file(runtime.device)
+        if found is not None:
+            path, old = found
+            write(merged(old, table), path)
+            print(f"written to {path}")
     except SpecError as error:
         print(error, file=sys.stderr)
         return 2
-    if launch.rank == 0:
-        old = Table.decode(path.read_bytes(), str(path)) if path.is_file() else None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(merged(old, table).encode())
-        print(f"written to {path}")
     return 0
 
 

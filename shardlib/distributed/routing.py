@@ -22,7 +22,7 @@ import platform
 from bisect import bisect
 from functools import lru_cache
 from pathlib import Path
-from typing import Sequence
+from typing import Annotated, Sequence
 
 import msgspec
 import torch
@@ -31,25 +31,36 @@ from shardlib.distributed.communicators.protocol import Call
 from shardlib.errors import SpecError
 
 SHIPPED = Path(__file__).parent / "tables"
+Count = Annotated[int, msgspec.Meta(ge=1, lt=1 << 60)]
+Microseconds = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
 
 
 class Curve(msgspec.Struct, frozen=True):
     """µs of one communicator, at some bytes (rising), of the slowest member of a group of `size`."""
     name: str
-    size: int
+    size: Count
     dtype: str
     capturing: bool
     communicator: str
-    points: tuple[tuple[int, float], ...]
+    points: Annotated[tuple[tuple[Count, Microseconds], ...], msgspec.Meta(min_length=1)]
 
     def us(self, nbytes: int) -> float:
-        """µs at `nbytes`: a line of log against log between two measured sizes, or through the nearest two."""
+        """µs at `nbytes`: a line of log against log between two measured sizes; before the first, its own; beyond the last, the line
+        through the last two, which neither falls nor rises faster than the bytes."""
         (first, us), points = self.points[0], self.points
         if nbytes <= first or len(points) == 1:
             return us
         at = min(bisect([n for n, _ in points], nbytes), len(points) - 1)
         (a, ta), (b, tb) = points[at - 1:at + 1]
-        return ta * (tb / ta) ** (math.log(nbytes / a) / math.log(b / a))
+        if nbytes > b:
+            return tb * (nbytes / b) ** min(1.0, max(0.0, (math.log(tb) - math.log(ta)) / _log(b, a)))
+        x = _log(nbytes, a) / _log(b, a)
+        return ta ** (1 - x) * tb ** x
+
+
+def _log(n: int, a: int) -> float:
+    """log(n / a), above 0 for any n > a."""
+    return math.log1p((n - a) / a)
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -87,11 +98,11 @@ class Table(msgspec.Struct, frozen=True):
         """SpecError where `text` is no table."""
         try:
             table = msgspec.json.decode(text, type=cls)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise SpecError(f"routing table {name}: {error}") from None
         for curve in table.curves:
-            if not curve.points or any(b <= a for (a, _), (b, _) in zip(curve.points, curve.points[1:])) or any(us <= 0 for _, us in curve.points):
-                raise SpecError(f"routing table {name}: {curve.name} by {curve.communicator}: its points are sizes that rise, with µs above 0")
+            if any(b <= a for (a, _), (b, _) in zip(curve.points, curve.points[1:])):
+                raise SpecError(f"routing table {name}: {curve.name} by {curve.communicator}: its points are sizes that rise")
         return table
 
 
@@ -112,24 +123,37 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def own_file(device: torch.device) -> Path:
-    """Where `python -m shardlib.distributed.calibrate` keeps the user's own table of this hardware."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def own_file(device: torch.device) -> Path | None:
+    """Where `python -m shardlib.distributed.calibrate` keeps the user's own table of this hardware; None for a user without a home."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
     digest = hashlib.sha256(hardware(device).encode()).hexdigest()[:12]
     return cache / "shardlib" / f"routes-{digest}.json"
 
 
 def find_table(device: torch.device) -> Table:
-    """The table of this hardware: the file SHARDLIB_ROUTES names, else the user's own, else a shipped one, else an empty one."""
+    """The table of this hardware: the file SHARDLIB_ROUTES names, else the user's own, else a shipped one, else an empty one.
+
+    An own table that may not be read is none. SpecError for a file that is damaged, and for a named one that may not be read.
+    """
     named = os.environ.get("SHARDLIB_ROUTES")
     if named:
-        if not Path(named).is_file():
+        if not os.path.isfile(named):
             raise SpecError(f"SHARDLIB_ROUTES: there is no file {named}")
         return _read(Path(named))
-    for file in (own_file(device), *sorted(SHIPPED.glob("*.json"))):
-        if file.is_file() and (table := _read(file)).hardware == hardware(device):
-            return table
-    return UNMEASURED
+    tables = (_own(device), *map(_read, sorted(SHIPPED.glob("*.json"))))
+    return next((t for t in tables if t is not None and t.hardware == hardware(device)), UNMEASURED)
+
+
+def _own(device: torch.device) -> Table | None:
+    file = own_file(device)
+    try:
+        text = file.read_bytes() if file and os.path.isfile(file) else None
+    except OSError:
+        return None
+    return None if text is None else Table.decode(text, str(file))
 
 
 def _read(file: Path) -> Table:

@@ -1,6 +1,10 @@
 """calibrate: what it measures, that all ranks have the same table, and that calls are routed by it."""
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pool import Pool
 
-from shardlib.distributed.calibrate import SIZES, axes_of, main, measure, merged
+from shardlib.distributed.calibrate import SIZES, axes_of, main, maker, measure, merged, target, write
 from shardlib.distributed.communicators.protocol import Call
-from shardlib.distributed.routing import Curve, Table
+from shardlib.distributed.communicators.shared_memory import shared_memory
+from shardlib.distributed.routing import Curve, Table, own_file
+from shardlib.errors import SpecError
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
 
 
 def test_every_collective_of_every_communicator_in_every_group(pool: Pool) -> None:
@@ -54,3 +63,90 @@ def test_one_process_has_nothing_to_measure(capsys: pytest.CaptureFixture[str], 
     assert main(["--out", str(tmp_path / "table.json")]) == 2
     assert capsys.readouterr().err == "calibrate measures what processes say to each other: start it with torchrun --nproc-per-node N\n"
     assert not list(tmp_path.iterdir())
+
+
+def refusal(out: Path | None) -> str:
+    with pytest.raises(SpecError) as refused:
+        target(out, CPU)
+    return str(refused.value)
+
+
+def test_where_no_table_can_be_written_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged, long = tmp_path / "damaged.json", tmp_path / ("x" * 253)
+    damaged.write_text("{")
+    for out, wrong in ((damaged, "Input data was truncated"), (tmp_path, "it is there, and no file"), (Path("/dev/null"), "it is there, and no file"),
+                       (damaged / "t.json", "File exists"), (long, "File name too long")):
+        assert refusal(out) == f"routing table {out}: {wrong}"
+    assert refusal(Path("/proc/t.json")).startswith("routing table /proc/t.json: ")
+    assert list(tmp_path.iterdir()) == [damaged] and damaged.read_text() == "{"
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert refusal(None) == "calibrate: this user has no home to keep the table in; set XDG_CACHE_HOME, or pass --out FILE"
+
+
+def test_what_is_written_is_found_again_and_nothing_beside_it(tmp_path: Path) -> None:
+    file, link, table = tmp_path / "new" / "t.json", tmp_path / "link", Table("here", {}, (Curve("all_reduce", 2, "float32", False, "gloo", ((1, 1.0),)),))
+    link.symlink_to(file)
+    assert target(link, CPU) == target(file, CPU) == (file, None) and not list(file.parent.iterdir())
+    write(table, file)
+    assert target(link, CPU) == (file, table) and list(file.parent.iterdir()) == [file]
+    with pytest.raises(SpecError) as refused:
+        write(Table("there", {}), tmp_path / "new")
+    assert str(refused.value) == f"routing table {tmp_path / 'new'}: Is a directory"
+    assert sorted(tmp_path.iterdir()) == [link, file.parent]
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (["--communicators", "foo"], "argument --communicators: 'foo' is no MODULE:FUNCTION"),
+    (["--communicators", "foo:"], "argument --communicators: 'foo:' is no MODULE:FUNCTION"),
+    (["--communicators", "no_such:foo"], "argument --communicators: no_such:foo: No module named 'no_such'"),
+    (["--communicators", "..no:foo"], "argument --communicators: ..no:foo: the 'package' argument is required to perform a relative import for '..no'"),
+    (["--communicators", "math:foo"], "argument --communicators: math:foo: module math has no function foo"),
+    (["--communicators", "math:pi"], "argument --communicators: math:pi: module math has no function pi"),
+    (["--max-bytes", "0"], "argument --max-bytes: 0: the smallest tensor that is measured has 2048 bytes"),
+    (["--max-bytes", "-1"], "argument --max-bytes: -1: the smallest tensor that is measured has 2048 bytes"),
+    (["--max-bytes", "2047"], "argument --max-bytes: 2047: the smallest tensor that is measured has 2048 bytes")])
+def test_arguments_that_mean_nothing(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(arguments)
+    assert refused.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"python -m shardlib.distributed.calibrate: error: {text}"
+
+
+def test_a_maker_of_communicators_by_name() -> None:
+    assert maker("shardlib.distributed.communicators.shared_memory:shared_memory") is shared_memory
+
+
+PROGRAM = """
+import contextlib, io, json, os, sys
+from pathlib import Path
+from shardlib.distributed.calibrate import main
+
+runs = []
+for out in ([], ["--out", sys.argv[2]]):
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        code = main(["--device", "cpu", "--max-bytes", "2048", *out])
+    runs.append([code, stdout.getvalue(), stderr.getvalue()])
+Path(sys.argv[1], os.environ["RANK"]).write_text(json.dumps(runs))
+"""
+
+
+def test_a_damaged_table_is_replaced_in_the_cache_and_left_alone_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    mine, other = own_file(CPU), tmp_path / "other.json"
+    mine.parent.mkdir(parents=True)
+    for file in (mine, other):
+        file.write_text("{")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python",
+               sys.executable, "-c", PROGRAM, str(tmp_path), str(other)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SHARDLIB")}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    (cached, named), (cached_1, named_1) = (json.loads((tmp_path / rank).read_text()) for rank in "01")
+    assert (cached[0], cached[1].splitlines()[-1], cached[2]) == (
+        0, f"written to {mine}", f"routing table {mine}: Input data was truncated; it is replaced\n")
+    assert cached_1 == [0, "", ""] and named == named_1 == [2, "", f"routing table {other}: Input data was truncated\n"]
+    assert len(Table.decode(mine.read_bytes(), "").curves) == 9 and list(mine.parent.iterdir()) == [mine] and other.read_text() == "{"

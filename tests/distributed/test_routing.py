@@ -2,20 +2,28 @@
 from __future__ import annotations
 
 import math
+import os
+import pwd
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Iterator
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardlib.distributed import GroupCoordinator
+from shardlib.distributed import GroupCoordinator, Runtime, connect, runtime
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.routing import SHIPPED, UNMEASURED, Curve, Table, find_table, hardware, own_file
 from shardlib.distributed.topology import hosts, identity
 from shardlib.errors import SpecError
+from shardlib.mesh import Mesh
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 CALL = Call("all_reduce", "sum", torch.float32, "cpu", 4096)
 
@@ -102,11 +110,156 @@ def test_tables_are_found_and_read_back(tmp_path: Path, monkeypatch: pytest.Monk
     assert str(refused.value) == f"SHARDLIB_ROUTES: there is no file {tmp_path / 'none.json'}"
 
 
-@pytest.mark.parametrize("points", [(), ((8, 1.0), (4, 2.0)), ((4, 1.0), (4, 2.0)), ((4, 0.0),)])
-def test_points_that_are_no_curve(points: tuple[tuple[int, float], ...]) -> None:
+@given(st.lists(st.tuples(st.integers(1, (1 << 60) - 1), st.floats(0, 1e12, exclude_min=True)), min_size=1, max_size=4, unique_by=lambda p: p[0]).map(sorted),
+       st.integers(1, 1 << 60), st.integers(1, 1 << 60))
+@example([(1024, 1.0), (1025, 2.0)], 1 << 40, 1 << 41)
+@example([(1 << 59, 1.0), ((1 << 59) + 1, 2.0)], (1 << 59) + 2, 1 << 60)
+@example([(1, 1e12), (2, 5e-324)], 3, 1 << 60)
+def test_beyond_the_largest_size_the_time_neither_falls_nor_outruns_the_bytes(points: list[tuple[int, float]], one: int, other: int) -> None:
+    """Of every table that decodes."""
+    (c,) = Table.decode(Table("x", {}, (curve("a", *points),)).encode(), "t.json").curves
+    last, (few, many) = points[-1][0], sorted((one, other))
+    assert 0 <= c.us(one) < math.inf
+    if few >= last:
+        assert c.us(few) * (1 - 1e-9) <= c.us(many) <= c.us(few) * many / few * (1 + 1e-9)
+
+
+def test_beyond_the_largest_size_the_line_goes_on() -> None:
+    assert curve("a", (1, 9.0), (1024, 10.0), (4096, 20.0)).us(16384) == pytest.approx(40.0)
+    assert curve("a", (1024, 1.0), (1025, 2.0)).us(1025 * 10) == pytest.approx(20.0) and curve("a", (1, 3.0), (2, 2.0)).us(1 << 40) == 2.0
+
+
+AT = "at `$.curves[0].points"
+
+
+@pytest.mark.parametrize("points, wrong", [
+    ("[]", "Expected `array` of length >= 1 - at `$.curves[0].points`"),
+    ("[[8, 1.0], [4, 2.0]]", "all_reduce by a: its points are sizes that rise"),
+    ("[[4, 1.0], [4, 2.0]]", "all_reduce by a: its points are sizes that rise"),
+    ("[[0, 1.0], [4, 2.0]]", f"Expected `int` >= 1 - {AT}[0][0]`"),
+    ("[[-4, 1.0], [4, 2.0]]", f"Expected `int` >= 1 - {AT}[0][0]`"),
+    (f"[[4, 1.0], [{10 ** 30}, 2.0]]", f"Expected `int` <= {(1 << 60) - 1} - {AT}[1][0]`"),
+    ("[[4, 0.0]]", f"Expected `float` > 0.0 - {AT}[0][1]`"),
+    ("[[4, -1]]", f"Expected `float` > 0.0 - {AT}[0][1]`"),
+    ("[[4, 1e308]]", f"Expected `float` <= 1000000000000.0 - {AT}[0][1]`"),
+    ("[[4, 1e999]]", f"Number out of range - {AT}[0][1]`"),
+    ("[[4, null]]", f"Expected `float`, got `null` - {AT}[0][1]`"),
+    ("[[4, NaN]]", "JSON is malformed: invalid character (byte 157)")])
+def test_points_that_are_no_curve(points: str, wrong: str) -> None:
+    fields = '"name": "all_reduce", "size": 2, "dtype": "float32", "capturing": false, "communicator": "a"'
     with pytest.raises(SpecError) as refused:
-        Table.decode(Table("x", {}, (curve("a", *points),)).encode(), "t.json")
-    assert str(refused.value) == "routing table t.json: all_reduce by a: its points are sizes that rise, with µs above 0"
+        Table.decode(f'{{"hardware": "x", "provenance": {{}}, "curves": [{{{fields}, "points": {points}}}]}}'.encode(), "t.json")
+    assert str(refused.value) == f"routing table t.json: {wrong}"
+
+
+def test_a_file_that_is_no_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "t.json"
+    monkeypatch.setenv("SHARDLIB_ROUTES", str(file))
+    for text, wrong in ((b'{"hardware": "\xff"}', "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+                        (b'{"more": ' + b"[" * 200_000, "maximum recursion depth exceeded while deserializing an object")):
+        file.write_bytes(text)
+        with pytest.raises(SpecError) as refused:
+            find_table(CPU)
+        assert str(refused.value) == f"routing table {file}: {wrong}"
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this process may not enter, root or not."""
+    folder = tmp_path / "locked"
+    folder.mkdir(0)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(os.getuid())
+    folder.chmod(0o700)
+
+
+def test_an_own_table_in_a_locked_folder_is_none(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SHARDLIB_ROUTES", raising=False)
+    for cache in (locked, locked.parent / ("x" * 300)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        assert find_table(CPU).hardware in (UNMEASURED.hardware, hardware(CPU))
+
+
+def test_an_own_table_that_cannot_be_read_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("SHARDLIB_ROUTES", raising=False)
+    own_file(CPU).parent.mkdir()
+    own_file(CPU).symlink_to("/proc/self/mem")              # a file, whose first byte no process has
+    assert find_table(CPU).hardware in (UNMEASURED.hardware, hardware(CPU))
+
+
+def test_a_user_without_a_home_has_no_own_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SHARDLIB_ROUTES", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert own_file(CPU) is None and find_table(CPU).hardware in (UNMEASURED.hardware, hardware(CPU))
+
+
+def test_whatever_is_wrong_rank_0_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = SimpleNamespace(device=CPU, table=UNMEASURED)
+    monkeypatch.setenv("SHARDLIB_ROUTES", "\udcff")
+    assert Runtime._find_table(here) == (b"", "SHARDLIB_ROUTES: there is no file \\udcff")
+    given = Table("given", {})
+    assert Runtime._find_table(SimpleNamespace(device=CPU, table=given)) == (given.encode(), None)
+    monkeypatch.setattr(runtime, "find_table", {}.__getitem__)
+    assert Runtime._find_table(here) == (b"", "the routing table was not found: KeyError: device(type='cpu')")
+
+
+PROGRAM = """
+import os, sys, torch
+from pathlib import Path
+from shardlib.distributed import connect, runtime
+from shardlib.errors import SpecError
+from shardlib.mesh import Mesh
+
+def meet():
+    try:
+        with connect(Mesh(tp=2), "cpu", 20.0) as r:
+            r.create_groups([("tp",)])
+            return str(r.group(("tp",)).all_reduce(torch.ones(1)).item())
+    except SpecError as error:
+        return str(error)
+
+rank, said = os.environ["RANK"], []
+os.environ["XDG_CACHE_HOME"] = "x" * 300
+said.append(meet())
+if rank == "0":
+    runtime.find_table = {}.__getitem__
+said.append(meet())
+os.environ["SHARDLIB_TIMEOUT_S"] = "nan"
+try:
+    connect(Mesh(tp=2), "cpu")
+except SpecError as error:
+    said.append(str(error))
+Path(sys.argv[1], rank).write_text("\\n".join(said))
+"""
+
+
+def test_no_rank_waits_for_one_without_a_table(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", PROGRAM, str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SHARDLIB")}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    said = ["2.0", "the routing table was not found: KeyError: device(type='cpu')", "SHARDLIB_TIMEOUT_S is 'nan'; it is a number of seconds from 1 to 1e9"]
+    assert [(tmp_path / rank).read_text().split("\n") for rank in "01"] == [said] * 2, done.stderr
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf, 0, -1, 1e-9, 0.99, 1.1e9])
+def test_a_time_in_which_no_job_can_wait(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, text in (({"timeout_s": seconds}, f"connect: timeout_s is {seconds!r}"), ({}, f"SHARDLIB_TIMEOUT_S is {str(seconds)!r}")):
+        monkeypatch.setenv("SHARDLIB_TIMEOUT_S", str(seconds))
+        with pytest.raises(SpecError) as refused:
+            connect(Mesh(), "cpu", **asked)
+        assert str(refused.value) == f"{text}; it is a number of seconds from 1 to 1e9"
+
+
+def test_a_time_that_is_no_number() -> None:
+    for given_, text in (("soon", "'soon'"), ([], "[]"), (1 << 5000, repr(1 << 5000))):
+        with pytest.raises(SpecError) as refused:
+            connect(Mesh(), "cpu", given_)
+        assert str(refused.value) == f"connect: timeout_s is {text}; it is a number of seconds"
 
 
 def test_a_maximum_is_not_predicted_from_sums() -> None:
