@@ -148,6 +148,10 @@ class MessageQueue:
             while live and not writes and not ring and not messages.is_end(self._receive()):
                 pass
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def leave(self) -> None:
         """Gives back the memory and tells nobody on other hosts. Waits for nobody."""
         self._closed = True

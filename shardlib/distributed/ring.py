@@ -10,6 +10,7 @@ and a word is set after the bytes that it counts (see `segment` on the order of 
 """
 from __future__ import annotations
 
+import os
 from typing import Sequence
 
 from shardlib.distributed.communicators.protocol import Place
@@ -31,7 +32,7 @@ class Ring:
     def __init__(self, segment: Segment, place: Place, members: Sequence[int], capacity: int) -> None:
         self.name, self.ranks, self.timeout_s, self.capacity = place.name, place.ranks, place.timeout_s, capacity
         self.writer, *self.readers = members
-        self._segment, self._count = segment, 0
+        self._segment, self._count, self._process = segment, 0, os.getpid()
         self._words = segment.words(0, len(members) * _LINE)
         self._mine = members.index(place.me) * _LINE
         start = ring_bytes(len(self.readers), 0)
@@ -109,7 +110,7 @@ class Ring:
 
     def close(self) -> None:
         """A writer ends the stream; a reader leaves. Waits for nobody."""
-        if self._mine == 0:
+        if self._mine == 0 and self._process == os.getpid():        # a forked child ends nothing
             self._words[_CLOSED] = 1
         self._words = self._data = None
         self._segment.close()

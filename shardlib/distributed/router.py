@@ -35,20 +35,21 @@ class Router:
                  declined: Mapping[str, str] | None = None) -> None:
         self.name, self.size, self.communicators, self.table = name, size, tuple(communicators), table
         self.deterministic, self.declined = deterministic, dict(declined or {})
-        self._known: dict[Call, Communicator] = {}
+        self.known: dict[Call, Communicator] = {}
+        """Who took earlier calls: a look-up by the tuple of what a Call holds saves making one."""
 
     def use(self, table: Table) -> None:
         """From now on routes by another table; all members do so between the same two calls."""
         self.table = table
-        self._known.clear()
+        self.known.clear()
 
     def route(self, call: Call) -> Communicator:
         """The communicator that takes the call. SpecError with every reason where there is none."""
-        known = self._known.get(call)
+        known = self.known.get(call)
         if known is None:
-            if len(self._known) >= REMEMBERED:
-                self._known.clear()
-            known = self._known[call] = self._choose(call)
+            if len(self.known) >= REMEMBERED:
+                self.known.clear()
+            known = self.known[call] = self._choose(call)
         return known
 
     def _choose(self, call: Call) -> Communicator:

@@ -22,6 +22,7 @@ import os
 import sys
 from datetime import timedelta
 from importlib.metadata import entry_points
+from threading import get_ident
 from typing import Any, Callable, Iterable, Sequence
 
 import torch
@@ -49,34 +50,42 @@ TIMEOUT_S = 60.0
 
 
 def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: float | None = None, *,
-            communicators: Sequence[Factory] = (), deterministic: bool = False, check: bool | None = None) -> Runtime:
+            communicators: Sequence[Factory] = (), deterministic: bool = False, check: bool | None = None, table: Table = UNMEASURED) -> Runtime:
     """This process's place on `mesh`, on "cpu" or "cuda" (GPU number LOCAL_RANK); by default on cuda where it can be.
 
     communicators: makers of further communicators beside shared memory, on the CPU, and torch.distributed, which takes every call
     that no other takes.
     deterministic: reduce only with communicators that add up in rank order, rounding once.
-    timeout_s: by default the environment's SHARDLIB_TIMEOUT_S, else TIMEOUT_S.
+    timeout_s: from 1 to 1e9, by default the environment's SHARDLIB_TIMEOUT_S, else TIMEOUT_S.
     check: debug mode, in which the members of a group compare each collective before it runs; by default if SHARDLIB_CHECK is 1.
+    table: rank 0's routes the calls of all; by default the one that `find_table` finds there.
     """
+    asked = ("SHARDLIB_TIMEOUT_S", os.environ.get("SHARDLIB_TIMEOUT_S", TIMEOUT_S)) if timeout_s is None else ("connect: timeout_s", timeout_s)
+    timeout = timedelta(seconds=_seconds(*asked))
     launch = Launch.current()
     launch.check(mesh)
     chosen = _device(device, launch)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    timeout = timedelta(seconds=timeout_s if timeout_s is not None else _seconds(os.environ.get("SHARDLIB_TIMEOUT_S", str(TIMEOUT_S))))
     joins = launch.launched and not dist.is_initialized()
     if joins:
         join_job(timeout)
     built_in = (shared_memory,) if chosen.type == "cpu" else _installed()
-    return Runtime(mesh, launch, chosen, timeout, joins, (*communicators, *built_in), deterministic,
-                   os.environ.get("SHARDLIB_CHECK") == "1" if check is None else check)
+    runtime = Runtime(mesh, launch, chosen, timeout, joins, (*communicators, *built_in), deterministic,
+                      os.environ.get("SHARDLIB_CHECK") == "1" if check is None else check)
+    runtime.table = table
+    return runtime
 
 
-def _seconds(text: str) -> float:
+def _seconds(name: str, given: str | float) -> float:
+    """What is `given` under `name`, as seconds that a job may wait; SpecError for anything else."""
     try:
-        return float(text)
-    except ValueError:
-        raise SpecError(f"SHARDLIB_TIMEOUT_S is {text!r}; it is a number of seconds") from None
+        seconds = float(given)
+    except (TypeError, ValueError, OverflowError):
+        raise SpecError(f"{name} is {given!r}; it is a number of seconds") from None
+    if not 1 <= seconds <= 1e9:
+        raise SpecError(f"{name} is {given!r}; it is a number of seconds from 1 to 1e9")
+    return seconds
 
 
 def _installed() -> tuple[Factory, ...]:
@@ -85,6 +94,8 @@ def _installed() -> tuple[Factory, ...]:
 
 
 _SHARED: dict[Mesh, Runtime] = {}
+_OPEN: set[Runtime] = set()
+"""Those over torch.distributed that this process has not closed. The last one ends it, where `connect` has started it."""
 
 
 def shared_runtime(mesh: Mesh) -> Runtime:
@@ -97,12 +108,16 @@ def shared_runtime(mesh: Mesh) -> Runtime:
 class Runtime:
     """One rank of `mesh` on `device`. Made by `connect`; a context manager that closes itself."""
 
+    owns_torch = False
+    """Whether `connect` has started torch.distributed."""
+
     def __init__(self, mesh: Mesh, launch: Launch, device: torch.device, timeout: timedelta, owns_torch: bool,
                  factories: Sequence[Factory] = (), deterministic: bool = False, check: bool = False) -> None:
         self.mesh, self.device, self.rank, self.local_rank = mesh, device, launch.rank, launch.local_rank
         self.coordinate = mesh.coordinate(self.rank)
         self.hosts, self.table = (0,), UNMEASURED
-        self._owns_torch, self._closed = owns_torch, False
+        self._closed = False
+        Runtime.owns_torch |= owns_torch
         self._timeout, self._factories, self._deterministic, self._check = timeout, tuple(factories), deterministic, check
         self._job: Place | None = None
         self._process_groups = ProcessGroups(device, timeout)
@@ -110,6 +125,8 @@ class Runtime:
         self._places: dict[tuple[str, ...], Place] = {}
         self._watchdog = self._start_watchdog() if mesh.world_size > 1 else None
         self._seat = self._watchdog.watch.seat("job", range(mesh.world_size)) if self._watchdog else None
+        if dist.is_initialized():
+            _OPEN.add(self)
 
     def _start_watchdog(self) -> Watchdog:
         """Over a connection of its own to the store of torch.distributed; each runtime of a process has keys of its own there."""
@@ -124,16 +141,14 @@ class Runtime:
         error = error or (None if self._closed else getattr(sys, "last_value", None))
         atexit.unregister(self._stop_watchdog)
         if self._watchdog:
-            first = str(error).strip().split("\n")[0]
-            self._watchdog.stop("" if isinstance(error, RankError) else f"has raised {type(error).__name__}: {first}" if error else
-                                "has closed its runtime" if self._closed else "has ended")
+            self._watchdog.stop(_parting(error) if error else "has closed its runtime" if self._closed else "has ended")
 
     def _together(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
         """`call(*args)`, which all ranks of the job make, under the watchdog as `what`."""
         if self._watchdog is None:
             return call(*args)
         watch = self._watchdog.watch
-        outer = watch.now
+        outer = watch.mine
         watch.begin(self._seat, what)
         try:
             return call(*args)
@@ -141,7 +156,8 @@ class Runtime:
             raise self._watchdog.failed(error) from error
         finally:
             watch.end()
-            watch.now = outer
+            if outer is not None:
+                watch.calls[get_ident()] = outer
 
     def create_groups(self, products: Iterable[Sequence[str]]) -> None:
         """Makes the group over each product of axes, for all ranks of the mesh. Every rank passes the same products."""
@@ -178,10 +194,12 @@ class Runtime:
         self._job = job
 
     def _find_table(self) -> tuple[bytes, str | None]:
+        """The routing table, or why there is none: whatever it is, the others wait to be told."""
         try:
-            return find_table(self.device).encode(), None
-        except SpecError as error:
-            return b"", str(error)
+            return (find_table(self.device) if self.table == UNMEASURED else self.table).encode(), None
+        except Exception as error:
+            text = str(error) if isinstance(error, SpecError) else f"the routing table was not found: {type(error).__name__}: {error}"
+            return b"", text.encode(errors="backslashreplace").decode()
 
     def group(self, axes: Sequence[str]) -> GroupCoordinator:
         """The group of ranks that differ from this one only along `axes`, the last running fastest."""
@@ -194,7 +212,8 @@ class Runtime:
         All members call it. Worth while where messages are many: one alone is sooner sent than a queue is made.
         """
         group = self.group(axes)
-        if group.world_size > 1 and group.queue is None:
+        group.check_open("open_queue")
+        if group.world_size > 1 and (group.queue is None or group.queue.closed):
             group.queue = MessageQueue(self._places[self._expand(axes)])
         return group.queue
 
@@ -245,8 +264,17 @@ class Runtime:
         for coordinator in self._coordinators.values():
             coordinator.destroy()
         self._process_groups.close()
-        if self._owns_torch:
+        _OPEN.discard(self)
+        if Runtime.owns_torch and not _OPEN:
+            Runtime.owns_torch = False
             dist.destroy_process_group()
+
+    def _forked(self) -> None:
+        """In a child of this process: what it closes, or says, would be the parent's."""
+        atexit.unregister(self._stop_watchdog)
+        self._closed = True
+        for coordinator in self._coordinators.values():
+            coordinator.disown()
 
     def __enter__(self) -> Runtime:
         return self
@@ -255,6 +283,21 @@ class Runtime:
         if error is not None:
             self._stop_watchdog(error)
         self.close()
+
+
+def _parting(error: BaseException) -> str:
+    """How a process left that ends with `error`; a `RankError` has been told."""
+    if isinstance(error, RankError):
+        return ""
+    if isinstance(error, SystemExit) and not error.code:
+        return "has ended"
+    try:
+        return f"has raised {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    except Exception:                                       # no text, or one that cannot be had
+        return f"has raised {type(error).__name__}"
+
+
+os.register_at_fork(after_in_child=lambda: [runtime._forked() for runtime in tuple(_OPEN)])
 
 
 def _device(device: str | torch.device | None, launch: Launch) -> torch.device:

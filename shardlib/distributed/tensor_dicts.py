@@ -11,7 +11,7 @@ next stage says "@pp:1" already. It is text for the reader of the other end, and
 
 Labels travel as one typed message, then the tensors one after another, each whole: that members of another group hold the same
 tensor is nothing that a sender can know. Refused with a `SpecError` which is raised on the receiver, too: dicts in dicts,
-whatever is no tensor, tensors that are sparse, quantized or on some other device, specs that do not fit.
+whatever is no tensor, tensors that are sparse, nested, quantized, fake or on some other device, specs that do not fit.
 """
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from shardlib.distributed.eager import bare, fault
 from shardlib.errors import SpecError
 from shardlib.spec import parse
 
@@ -58,6 +59,7 @@ def label(what: str, tensors: Mapping[str, Value], device: torch.device) -> tupl
         if not isinstance(name, str):
             raise SpecError(f"{what}: a tensor's name is a string, not {name!r}")
         x, spec = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+        x = bare(x) if isinstance(x, Tensor) else x
         wrong = _fault(x, device) or _spec_fault(x, spec)
         if wrong:
             raise SpecError(f"{what}: {name!r} {wrong}")
@@ -72,10 +74,8 @@ def _fault(x: object, device: torch.device) -> str | None:
         return 'is a dict; give its tensors names of their own in the dict that is sent, as "x.y"'
     if not isinstance(x, Tensor):
         return f"is a {type(x).__name__}, not a tensor, nor a pair of a tensor and its spec"
-    if x.is_quantized or x.layout != torch.strided:
-        return f"is {'quantized' if x.is_quantized else str(x.layout).removeprefix('torch.')}; make a dense tensor of it first"
     able = tuple(dict.fromkeys(("cpu", device.type)))
-    return None if x.device.type in able else f"is on {x.device.type}; this group sends tensors on {' and '.join(able)}"
+    return fault(x) or (None if x.device.type in able else f"is on {x.device.type}; this group sends tensors on {' and '.join(able)}")
 
 
 def _spec_fault(x: Tensor, spec: object) -> str | None:

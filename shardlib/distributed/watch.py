@@ -1,4 +1,4 @@
-"""What this process is in: one attribute, assigned before each collective and cleared after it. Nothing is locked.
+"""What this process is in: one entry for each thread, written before each collective and taken out after it. Nothing is locked.
 
 >>> watch = Watch()
 >>> tp = watch.seat("tp", (0, 1))
@@ -14,6 +14,7 @@ one number is one collective. A send and a recv are not counted: only two member
 """
 from __future__ import annotations
 
+from threading import get_ident
 from time import monotonic
 from typing import Any, NamedTuple, Sequence
 
@@ -64,7 +65,7 @@ class Moment(msgspec.Struct, frozen=True):
         many = f"{d.numel} " if d.numel >= 0 else ""
         of = f" of {many}{str(d.dtype).removeprefix('torch.')}" if d.dtype else ""
         call = d.name + (f" {d.op}" if d.op else "") + of
-        return cls(str(d.seat), d.seat.ranks, d.number, call, "" if d.at is None else str(d.at), d.peer)
+        return cls(str(d.seat), d.seat.ranks, d.number, call, "" if d.at is None else encodable(str(d.at)), d.peer)
 
     def __str__(self) -> str:
         what = f"collective {self.number} of {self.group}: {self.call}" if self.peer is None else \
@@ -72,11 +73,16 @@ class Moment(msgspec.Struct, frozen=True):
         return what + (f", at {self.step}" if self.step else "")
 
 
+def encodable(text: str) -> str:
+    """`text` as UTF-8 can have it: file names may hold bytes that are none."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class Watch:
-    """The collective that this process is in (`now`), the one before it (`last`) and the last that failed; `note`: how it left."""
+    """The collectives that this process is in, by thread (`calls`), the one before them (`last`) and the last that failed; `note`: how it left."""
 
     def __init__(self) -> None:
-        self.now: tuple | None = None
+        self.calls: dict[int, tuple] = {}
         self.last: tuple | None = None
         self.failed: tuple | None = None
         self.note = ""
@@ -92,7 +98,18 @@ class Watch:
         """This process calls a collective of `seat`; the fields of `Doing`."""
         if peer is None:
             seat.count += 1
-        self.now = (seat, seat.count, name, op, dtype, numel, at, peer, monotonic())
+        self.calls[get_ident()] = (seat, seat.count, name, op, dtype, numel, at, peer, monotonic())
 
     def end(self) -> None:
-        self.last, self.now = self.now, None
+        """It is over."""
+        self.last = self.calls.pop(get_ident())
+
+    @property
+    def mine(self) -> tuple | None:
+        """The collective that this thread is in."""
+        return self.calls.get(get_ident())
+
+    @property
+    def now(self) -> tuple | None:
+        """The collective that this process is in; the longest, where several threads are in one."""
+        return min(tuple(self.calls.values()), key=lambda call: call[-1], default=None)

@@ -12,6 +12,9 @@ A collective may wait for three quarters of `timeout_s`; the rest is for telling
     it failed            the rank reports at once, and the collective raises a `RankError` with that report
     SIGTERM came         the launcher ends us since another rank has failed: the rank reports where it was, and ends
 
+Whatever befalls these threads, the process ends in time: a store that does not answer, a stderr that nobody reads, an error of theirs.
+A forked child has no part in this, and gives its parent no signals.
+
 The store is on one host. A rank that is cut off from it cannot know who else is gone, and says so: `the store on 192.0.2.1 does not answer`.
 
 A communicator with a method `report() -> str | None` adds a line of its own: what its kernel waits for.
@@ -26,10 +29,12 @@ import signal
 import socket
 import sys
 import threading
+import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic, sleep
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import msgspec
 import torch
@@ -37,12 +42,14 @@ import torch.distributed as dist
 
 from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.siblings import end_stopped
-from shardlib.distributed.watch import Doing, Moment, Watch
+from shardlib.distributed.watch import Doing, Moment, Watch, encodable
 from shardlib.streams import marks, passed
 
 LINES = 8
 """Ranks that a report names, at most."""
 _FAILED, _STOP = 0x80, 0x81     # what wakes the thread, beside the numbers of signals
+_SAYING_S = 1.0
+"""Seconds that a report may take to be written: a pipe that nobody reads takes for ever."""
 
 
 class State(msgspec.Struct, frozen=True):
@@ -105,13 +112,15 @@ class Watchdog:
     def __init__(self, watch: Watch, store: dist.Store, rank: int, world_size: int, timeout_s: float, device: torch.device) -> None:
         self.watch, self.store, self.rank, self.world_size, self.device = watch, store, rank, world_size, device
         self.timeout_s, self.limit_s, self.tick_s = timeout_s, 0.75 * timeout_s, min(1.0, timeout_s / 40)
-        self._beat, self._error, self._report, self._left = 0, "", "", False
+        self._beat, self._failure, self._report, self._left = 0, (None, ""), "", False
         self._told, self._marked, self._waiting = threading.Event(), None, None
         self._asked: float | None = None
         self._mute = f"  the store{_on_host(store)} does not answer"
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
+        self._stopped, self._failing = threading.Event(), threading.Lock()
         self._signals = self._take_signals()
+        _LIVE.add(self)
         self._threads = [threading.Thread(target=f, name=f"shardlib {f.__name__}", daemon=True) for f in (self._watch, self._guard)]
         for thread in self._threads:
             thread.start()
@@ -120,22 +129,23 @@ class Watchdog:
 
     def failed(self, error: BaseException) -> RankError:
         """The error to raise instead of `error`, which ended the collective that runs. Its report is on stderr when this returns."""
-        self._error = _first_line(error)
-        self._told.clear()
-        self._post(_FAILED)
-        if not self._told.wait(5 * self.tick_s + 1) and not self._report:
-            self._tell_alone(f"failed in {Moment.of(self.watch.now)}: {self._error}")
-        self.watch.failed = self.watch.now
-        return RankError(self._report or self._error)
+        with self._failing:
+            mine = self.watch.mine
+            self._failure = mine, f"failed in {Moment.of(mine)}: {_first_line(error)}"
+            self._told.clear()
+            self._post(_FAILED)
+            if not self._told.wait(5 * self.tick_s + 1) and not self._report:
+                self._tell_alone(self._failure[1])
+            self.watch.failed = mine
+            return RankError(self._report or self._failure[1])
 
     def stop(self, note: str) -> None:
         """Ends the thread; other ranks learn that this one `note`, as in "has closed its runtime"; "" where a collective has failed."""
         self.watch.note, self._left = self.watch.note or note, True
         self._post(_STOP)
         self._threads[0].join(2 * self.tick_s + 1)
-        if self._signals and signal.getsignal(signal.SIGTERM) == self._on_term and threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._stopped.set()
+        self._give_signals_back()
 
     def _post(self, byte: int) -> None:
         try:
@@ -156,7 +166,28 @@ class Watchdog:
         signal.signal(signal.SIGTERM, self._on_term)
         return True
 
+    def _give_signals_back(self) -> None:
+        """As far as nobody has taken them since. Another thread cannot: then what they write to stays."""
+        if not self._signals:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            _KEPT.append((self._woken, self._wake))
+            return
+        if (taken := signal.set_wakeup_fd(-1)) not in (-1, self._wake.fileno()):
+            signal.set_wakeup_fd(taken)
+        if signal.getsignal(signal.SIGTERM) == self._on_term:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _forked(self) -> None:
+        """In a child of this process, which shares the socket with it, but has none of its threads."""
+        self._left = True
+        self._stopped.set()
+        self._give_signals_back()
+        self._woken.close()
+        self._wake.close()
+
     def _on_term(self, *_: Any) -> None:
+        self._post(signal.SIGTERM)                  # asyncio takes the descriptor that signals write to, and does not give it back
         if not self._threads[0].is_alive():         # it would have ended the process
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
@@ -168,16 +199,23 @@ class Watchdog:
         if self.device.type == "cuda":
             _leave_captures_alone()
         while _STOP not in woken:
-            self._publish()
-            if _FAILED in woken:
-                self._tell(f"failed in {Moment.of(self.watch.now)}: {self._error}")
-                self._told.set()
-            if signal.SIGTERM in woken and signal.getsignal(signal.SIGTERM) == self._on_term:
-                self._terminated()
-            self._judge()
+            try:
+                self._look(woken)
+            except Exception as error:
+                _say(self.rank, [f"the watchdog: {type(error).__name__}: {error}"])
             ready, _, _ = select.select([self._woken], [], [], self.tick_s)
             woken = self._woken.recv(64) if ready else b""
         self._publish()
+
+    def _look(self, woken: bytes) -> None:
+        self._publish()
+        if _FAILED in woken:
+            mine, head = self._failure
+            self._tell(head, mine)
+            self._told.set()
+        if signal.SIGTERM in woken and signal.getsignal(signal.SIGTERM) == self._on_term:
+            self._terminated()
+        self._judge()
 
     def _judge(self) -> None:
         """Ends the process where its collective takes too long, or another rank has ended the job for that."""
@@ -189,8 +227,10 @@ class Watchdog:
             self._ask(lambda s: s.set("over", str(self.rank)))
         where = Moment.of(mine) if mine else None
         waits = f"has waited {monotonic() - mine[-1]:.0f} s in {where}" if stuck else f"ends in {where}" if mine else f"ends: it {self._state()}"
-        self._tell(waits, mine)
-        self._leave()
+        try:
+            self._tell(waits, mine)
+        finally:
+            self._leave()
 
     def _stuck(self) -> tuple | None:
         """The collective that has taken longer than it may; on a GPU also the last one, where the GPU does not come past it."""
@@ -208,10 +248,12 @@ class Watchdog:
         """Says where the launcher's SIGTERM met us, if that was in a collective, and ends."""
         self._left = True
         self._publish()
-        if self.watch.now is not None and not self._report:
-            self._tell(f"was ended by its launcher (SIGTERM) in {Moment.of(self.watch.now)}")
-        _flush()
-        os._exit(128 + signal.SIGTERM)
+        try:
+            if (now := self.watch.now) is not None and not self._report:
+                self._tell(f"was ended by its launcher (SIGTERM) in {Moment.of(now)}")
+        finally:
+            _flush()
+            os._exit(128 + signal.SIGTERM)
 
     def _leave(self) -> None:
         """Ends the process, after all that live have reported: the first that is gone makes torchrun end the others."""
@@ -219,22 +261,25 @@ class Watchdog:
         until = monotonic() + 3 * self.tick_s
         while monotonic() < until and (self._ask(lambda s: s.add("said", 0)) or self.world_size) < self.world_size:
             sleep(0.02)
-        end_stopped()
-        _flush()
-        os._exit(1)
+        try:
+            end_stopped()
+        finally:
+            _flush()
+            os._exit(1)
 
     def _guard(self) -> None:
-        """Ends the process in time even if the store does not answer, on which the other thread then waits.
+        """Ends the process in time even if the other thread is gone, or waits: for the store, say.
 
         A store that is cut off neither answers nor fails: the timeout of its connection is for keys that it does not have.
         """
-        while self._threads[0].is_alive():
+        while not self._stopped.wait(self.tick_s):
             now, asked, at = self.watch.now, self._asked, monotonic()
             cut_off = asked is not None and at - asked > self.timeout_s / 5
             if now is not None and at - now[-1] > (self.limit_s if cut_off else 0.95 * self.timeout_s):
-                self._tell_alone(f"has waited {at - now[-1]:.0f} s in {Moment.of(now)}")
-                os._exit(1)
-            self._threads[0].join(self.tick_s)
+                try:
+                    self._tell_alone(f"has waited {at - now[-1]:.0f} s in {Moment.of(now)}")
+                finally:
+                    os._exit(1)
 
     # -- reports ---------------------------------------------------------------------------------------------------
 
@@ -276,7 +321,7 @@ class Watchdog:
     def _state(self) -> State:
         watch = self.watch
         now = watch.now or self._waiting or (watch.last if watch.last is watch.failed else None)
-        return State(self._beat, {str(s): s.count for s in watch.seats}, Moment.of(now), Moment.of(watch.last), self._left, watch.note)
+        return State(self._beat, {str(s): s.count for s in watch.seats}, Moment.of(now), Moment.of(watch.last), self._left, encodable(watch.note))
 
     def _publish(self) -> None:
         self._beat += 1
@@ -325,15 +370,48 @@ def _first_line(error: BaseException) -> str:
 def _say(rank: int, lines: list[str]) -> None:
     """Lines on stderr, in one write, so that those of other ranks do not come between. What is not printable is data gone wrong."""
     printable = ("".join(c if c.isprintable() else "?" for c in line) for line in lines)
-    print("".join(f"shardlib [rank {rank}] {line}\n" for line in printable), end="", file=sys.stderr, flush=True)
+    text = "".join(f"shardlib [rank {rank}] {line}\n" for line in printable)
+    _shortly(lambda: print(text, end="", file=sys.stderr, flush=True))
 
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            pass
+        _shortly(stream.flush)
+
+
+def _shortly(write: Callable[[], None]) -> None:
+    """Writes, if that is possible, and waits no longer than _SAYING_S for it; not at all once something has waited that long."""
+    def attempt() -> None:
+        with suppress(OSError, ValueError):
+            write()
+    if not any(thread.is_alive() for thread in _WRITING):
+        _WRITING[:] = [threading.Thread(target=attempt, daemon=True, name="shardlib says")]
+        _WRITING[0].start()
+        _WRITING[0].join(_SAYING_S)
+
+
+_LIVE: weakref.WeakSet[Watchdog] = weakref.WeakSet()
+_KEPT: list[Any] = []
+_WRITING: list[threading.Thread] = []
+_MASKS: list[Any] = []
+
+
+def _before_fork() -> None:
+    """A SIGTERM that comes to a child before it has let go of our socket would tell us to end."""
+    _MASKS.append(signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}))
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _MASKS.pop())
+
+
+def _after_fork_in_child() -> None:
+    for dog in tuple(_LIVE):
+        dog._forked()
+    _after_fork()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def _report_of(communicator: Any) -> str | None:

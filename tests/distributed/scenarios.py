@@ -4,16 +4,22 @@ A test names one: `world.run("places", ["tp"])` is a list of what each rank retu
 """
 from __future__ import annotations
 
+import os
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any, Iterator
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from conformance import COLLECTIVES, Case, check, draw, fixed_cases, moved_failures
-from shardlib.distributed import GroupCoordinator, Runtime
+from shardlib.distributed import GroupCoordinator, Runtime, connect
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.communicators.torch_distributed import TorchDistributed
 from shardlib.errors import SpecError
@@ -111,7 +117,8 @@ def tensor_dict_misuse(runtime: Runtime, axes: list[str]) -> list[Any]:
     bad: list[Any] = [
         {"x": x, "cache": {"k": x}}, [x], {3: x}, {"x": [x]}, {"x": (x, "B T", "B T")}, {"x": x.to_sparse()}, {"x": x.to("meta")},
         {"x": torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)}, {"x": (x, "B B")}, {"x": (x, "B T D")}, {"x": (x, "... B T D")},
-        {"x": (x, 3)}, {"\ud800": x}]
+        {"x": (x, 3)}, {"x": torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged)}, {"x": (torch.nested.nested_tensor([x, x[:1]]), "B T")},
+        {"x": FakeTensorMode().from_tensor(x)}, {"\ud800": x}]
 
     def attempt(given: Any) -> str:
         if group.rank_in_group == 0:
@@ -212,7 +219,153 @@ def misuse(runtime: Runtime, axes: list[str]) -> list[str]:
         lambda: group.all_to_all((x,), ((3, 2), (3, 2))),
         lambda: group.all_to_all((x, x.int()), ((3, 2), (3, 2))),
         lambda: group.broadcast(x, 2),
-        lambda: group.all_reduce(x.to("meta")))]
+        lambda: group.all_reduce(x.to("meta")),
+        lambda: group.reduce_scatter(x, 0, (4, -1)),
+        lambda: group.all_gather(x, 0, (3.0, 3.0)),
+        lambda: group.gather(x, 0, 1.0, (3, 3)),
+        lambda: group.all_to_all((x, x), ((-3, -2), (3, 2))),
+        lambda: group.all_to_all((x, x), ((3, 2.0), (3, 2))),
+        lambda: group.all_to_all((x, x), ((5,), (5,))),
+        lambda: group.recv((-1,), torch.float32, 1 - group.rank_in_group),
+        lambda: group.broadcast(x, 1.0),
+        lambda: group.all_reduce(x.to_sparse()),
+        lambda: group.broadcast(x.to_sparse_csr(), 0),
+        lambda: group.all_reduce(torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged)),
+        lambda: group.all_to_all((torch.nested.nested_tensor([x, x[:1]]), x), ((3, 2), (3, 2))),
+        lambda: group.all_gather(torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), 0, (3, 3)))]
+
+
+def numpy_sizes(runtime: Runtime, axes: list[str]) -> list[Any]:
+    """What calls give whose sizes are numpy's integers, and then Python's."""
+    group, x = runtime.group(axes), torch.arange(4.0) + runtime.rank
+
+    def all_of_them(number: Any) -> list[Any]:
+        two = (number(2), number(2))
+        return [group.all_gather(x[:2], number(0), two).tolist(), group.reduce_scatter(x, number(0), two).tolist(),
+                [y.tolist() for y in group.all_to_all(x.split(2), [(two[0],), (two[0],)])], group.broadcast(x, number(1)).tolist()]
+    return [all_of_them(number) for number in (np.int64, int, np.int32)]
+
+
+MOVES = {"all_reduce": lambda g, x: g.all_reduce(x), "all_reduce max": lambda g, x: g.all_reduce(x, "max"),
+         "large all_reduce": lambda g, x: g.all_reduce(x.repeat(30_000))[:4], "broadcast": lambda g, x: g.broadcast(x, 0),
+         "all_gather": lambda g, x: g.all_gather(x.view(2, 2), 1, (2, 2)), "reduce_scatter": lambda g, x: g.reduce_scatter(x.view(2, 2), 1, (1, 1)),
+         "all_to_all": lambda g, x: g.all_to_all([x, x * 2], [x.shape, x.shape])[0], "gather": lambda g, x: g.gather(x, 0, 0, (4, 4)),
+         "send": lambda g, x: g.send(x, 1) if g.is_first_rank else g.recv(x.shape, x.dtype, 0),
+         "tensors": lambda g, x: g.broadcast_tensors({"x": x, "y": (x, "D")} if g.is_first_rank else None, 0)["x"],
+         "message": lambda g, x: torch.tensor(float(g.broadcast_message(3, 0))), "barrier": lambda g, x: g.barrier()}
+"""Calls on a group of two, of a tensor of four elements."""
+
+
+def transformed(runtime: Runtime, axes: list[str]) -> list[str]:
+    """What is wrong with calls within torch.func and forward-mode AD: values are those of a plain call, nothing flows through, and the group lives on."""
+    runtime.create_groups([axes])
+    group, x, found = runtime.group(axes), torch.arange(1.0, 5) + runtime.rank, []
+
+    def other(y: Any) -> Any:
+        return torch.ones(()) if y is None else y
+
+    def sure(name: str, got: Any, want: Any) -> None:
+        if not torch.equal(got, want):
+            found.append(f"{name}: {got.tolist()}, expected {want.tolist()}")
+
+    def tangent(call: Any) -> Any:
+        with forward_ad.dual_level():
+            y = call(group, forward_ad.make_dual(x, x * 10))
+            return None if y is None else forward_ad.unpack_dual(y).tangent
+    for turn in range(2):
+        for name, call in MOVES.items():
+            if turn:                                                        # first of all within the transforms: they make what later calls find
+                want = other(call(group, x))
+            else:
+                torch.func.grad(lambda x: (other(call(group, x)) * x.sum()).sum())(x)
+                want = other(call(group, x))
+            sure(f"grad, {name}", torch.func.grad(lambda x: (other(call(group, x)) * x.sum()).sum())(x), want.sum().expand(4))
+            sure(f"grad of another, {name}", torch.func.grad(lambda v: (other(call(group, x)) * v).sum())(torch.ones(())), want.sum())
+            sure(f"jvp, {name}", torch.func.jvp(lambda x: other(call(group, x)) * x.sum(), (x,), (torch.ones(4),))[1], want * 4)
+            sure(f"jacfwd, {name}", torch.func.jacfwd(lambda x: other(call(group, x)) * x.sum())(x), want.unsqueeze(-1).expand(*want.shape, 4))
+            sure(f"vmap of others, {name}", torch.vmap(lambda v: v * other(call(group, x)))(torch.ones(3)), want.expand(3, *want.shape))
+            found += [f"{name}: a tangent"] if tangent(call) is not None else []
+            sure(f"afterwards, {name}", other(call(group, x)), want)
+    refused = [refusal(lambda: torch.vmap(lambda x: MOVES[name](group, x))(torch.ones(3, 4))) for name in ("all_reduce", "all_gather", "all_to_all")]
+    told = refusal(lambda: torch.vmap(lambda x: group.broadcast_tensors({"x": x} if group.is_first_rank else None, 0))(torch.ones(3, 4)))
+    traced = refusal(lambda: make_fx(lambda x: group.all_reduce(x) + 1)(x))
+    sure("functionalize", torch.func.functionalize(lambda x: group.all_reduce(x.clone().add_(1)) + 1)(x), torch.tensor([6.0, 8, 10, 12]))
+    sure("after all", group.all_reduce(torch.ones(4)), torch.full((4,), 2.0))
+    return [*found, *refused, told, traced]
+
+
+def compiled(runtime: Runtime, axes: list[str]) -> list[str]:
+    """What is wrong with calls from compiled code, of several shapes, static and dynamic; and what fullgraph=True says."""
+    group, found = runtime.group(axes), []
+    for name, call in MOVES.items():
+        for dynamic in (None, True, False):
+            torch.compiler.reset()
+            step = torch.compile(lambda x: (x * 2, call(group, x + 1), x - 1), backend="eager", dynamic=dynamic)
+            for shift in range(3):
+                x = torch.arange(4.0) + shift + runtime.rank
+                (before, got, after), want = step(x), call(group, x + 1)
+                good = got is None if want is None else torch.equal(got, want)
+                found += [] if good and torch.equal(before, x * 2) and torch.equal(after, x - 1) else [f"{name}: {got}, expected {want}"]
+    for dynamic in (None, True):
+        torch.compiler.reset()
+        steps = [torch.compile(call, backend="eager", dynamic=dynamic) for call in (
+            lambda x: group.all_reduce(x * 2) + 1, lambda x: group.all_gather(x * 2, 0, (x.shape[0],) * 2) + 1,
+            lambda x: group.reduce_scatter(x * 2, 0, (x.shape[0] - 1, 1)) + 1, lambda x: group.all_to_all([x, x], [x.shape, x.shape])[0] + 1)]
+        for n in (4, 7, 9, 20_000, 3):
+            got = [step(torch.full((n,), 1.0)) for step in steps]
+            want = [torch.full((n,), 5.0), torch.full((2 * n,), 3.0), torch.full(((n - 1, 1)[group.rank_in_group],), 5.0), torch.full((n,), 2.0)]
+            found += [f"{n} elements, dynamic {dynamic}: result {i}" for i, (g, w) in enumerate(zip(got, want)) if not torch.equal(g, w)]
+    try:
+        torch.compile(lambda x: group.all_reduce(x), backend="eager", fullgraph=True)(torch.ones(4))
+    except Exception as error:
+        found.append("a collective is not traced" if "reason: a collective is not traced" in str(error) else str(error))
+    return found
+
+
+def faked(runtime: Runtime, axes: list[str]) -> list[str]:
+    """What fake tensors are told, and that neither they nor the mode leave anything behind."""
+    runtime.create_groups([axes])
+    group, mode, texts = runtime.group(axes), FakeTensorMode(), []
+    with mode:
+        fake = torch.ones(4)
+
+    def inside(call: Any) -> Any:
+        with mode:
+            return call()
+    for around in (lambda call: call(), inside):
+        texts += [refusal(lambda: around(lambda: MOVES[name](group, fake))) for name in ("all_reduce", "all_gather", "broadcast", "all_to_all")]
+        given = {"x": fake} if group.is_first_rank else None
+        texts.append(refusal(lambda: around(lambda: group.broadcast_tensors(given, 0))))
+    for name in ("all_reduce", "all_reduce max", "broadcast", "gather", "send", "tensors", "barrier"):
+        call, x = MOVES[name], torch.arange(4.0) + runtime.rank
+        got, want = inside(lambda: call(group, x)), call(group, x)
+        if not (got is None if want is None else type(got) is torch.Tensor and torch.equal(got, want)):
+            texts.append(f"{name} in the mode: {got}, expected {want}")
+    return texts
+
+
+UNCOPIED = ("float4_e2m1fn_x2", *(f"{u}int{n}" for u in ("", "u") for n in range(1, 8)))
+
+
+def uncopied_dtypes(runtime: Runtime, axes: list[str]) -> list[str]:
+    """What is wrong with moves of dtypes that torch does not copy: their bytes must come as those of uint8 do."""
+    group, found = runtime.group(axes), []
+    me, n = group.rank_in_group, group.world_size
+    calls = {
+        "all_gather 0": lambda x: group.all_gather(x, 0, (4,) * n), "all_gather 1": lambda x: group.all_gather(x, 1, (4,) * n),
+        "all_gather of uneven ones": lambda x: group.all_gather(x[:, me:], -1, tuple(4 - m for m in range(n))),
+        "all_gather of a transposed one": lambda x: group.all_gather(x.t(), 1, (4,) * n), "gather": lambda x: group.gather(x, 0, 1, (4,) * n),
+        "broadcast": lambda x: group.broadcast(x, 0), "broadcast of one": lambda x: group.broadcast(x[1:2, 1:2], 0),
+        "all_to_all": lambda x: torch.stack([y.view(torch.uint8) for y in group.all_to_all([x.t()] * n, [(4, 4)] * n)]),
+        "tensors": lambda x: group.broadcast_tensors({"x": x.t()} if me == 0 else None, 0)["x"],
+        "send": lambda x: None if n == 1 else group.send(x.t(), 1) if me == 0 else group.recv((4, 4), x.dtype, 0) if me == 1 else None}
+    for dtype in UNCOPIED:
+        for name, call in calls.items():
+            x = torch.arange(16, dtype=torch.uint8).view(4, 4) + 16 * me
+            got, want = call(x.view(getattr(torch, dtype))), call(x)
+            if not (got is None if want is None else torch.equal(got.view(torch.uint8), want) and str(got.dtype) in (f"torch.{dtype}", "torch.uint8")):
+                found.append(f"{name} of {dtype}: {got}, expected {want}")
+    return [*found, refusal(lambda: group.all_reduce(torch.ones(2, dtype=torch.uint8).view(torch.uint1)))]
 
 
 def life(runtime: Runtime) -> list[str]:
@@ -223,6 +376,38 @@ def life(runtime: Runtime) -> list[str]:
              refusal(lambda: runtime.group(("dp", "dp")))]
     group.destroy()
     return [*texts, refusal(lambda: group.all_reduce(torch.ones(1))), refusal(group.barrier)]
+
+
+def forked(runtime: Runtime, axes: list[str]) -> list[Any]:
+    """A child that calls, closes the queue and the runtime, and ends; what is left of them here."""
+    group, queue = runtime.group(axes), runtime.open_queue(axes)
+    if (child := os.fork()) == 0:
+        found = refusal(lambda: group.all_reduce(torch.ones(1)))
+        queue.close()
+        runtime.close()
+        os._exit(0 if found == f"all_reduce over {group.name}: the group was destroyed" else 1)
+    status = os.waitpid(child, 0)[1]
+    return [status, group.all_reduce(torch.ones(1)).item(), group.broadcast_message("still there", 0), runtime._watchdog._threads[0].is_alive()]
+
+
+def queue_again(runtime: Runtime, axes: list[str]) -> list[Any]:
+    """Messages after a queue was closed, and in the next one; after `destroy` there is none."""
+    group = runtime.group(axes)
+    with runtime.open_queue(axes):
+        got = [group.broadcast_message("first", 0)]
+    got += [group.broadcast_message("without", 0), runtime.open_queue(axes).closed, group.broadcast_message("again", 0)]
+    group.destroy()
+    return [*got, refusal(lambda: runtime.open_queue(axes)), refusal(lambda: group.broadcast_message("x", 0))]
+
+
+def two_runtimes(runtime: Runtime, axes: list[str]) -> list[Any]:
+    """Another runtime of this process, which goes on when the first is closed; the last one ends torch.distributed."""
+    other = connect(runtime.mesh, "cpu")
+    other.create_groups([axes])
+    runtime.close()
+    got = [other.group(axes).all_reduce(torch.ones(1)).item(), dist.is_initialized()]
+    other.close()
+    return [*got, dist.is_initialized()]
 
 
 def hang(runtime: Runtime) -> None:

@@ -118,6 +118,31 @@ def test_layouts_are_what_they_say(layout: str) -> None:
     assert (x.stride(0) == 0) == (layout == "expanded")
 
 
+BATCHED = "differs from sample to sample of torch.vmap; call the collective outside of it"
+FAKE = "is a FakeTensor; only plain tensors can be sent"
+
+
+def test_nothing_flows_through_a_collective_and_no_transform_stays_in_it(pool: Pool) -> None:
+    assert pool.connect("tp=2", [], 2).run("transformed", ["tp"]) == [
+        [*(f"{name} over tp: the tensor {BATCHED}" for name in ("all_reduce", "all_gather", "all_to_all")), f"broadcast_tensors over tp: 'x' {BATCHED}",
+         "all_reduce over tp: make_fx cannot trace a collective"]] * 2
+
+
+def test_compiled_code_calls_collectives_as_they_stand(pool: Pool) -> None:
+    assert pool.connect("tp=2", [("tp",)], 2).run("compiled", ["tp"]) == [["a collective is not traced"]] * 2
+
+
+def test_fake_tensors_are_refused_and_leave_nothing_behind(pool: Pool) -> None:
+    told = [*(f"{name} over tp: the tensor {FAKE}" for name in ("all_reduce", "all_gather", "broadcast", "all_to_all")), f"broadcast_tensors over tp: 'x' {FAKE}"]
+    assert pool.connect("tp=2", [], 2).run("faked", ["tp"]) == [told * 2] * 2
+
+
+@pytest.mark.parametrize("mesh, size", [("tp=1", 1), ("tp=3", 3)])
+def test_dtypes_that_torch_does_not_copy_are_moved(mesh: str, size: int, pool: Pool) -> None:
+    text = "sum of uint1 over ranks: not defined; convert it to another dtype first"
+    assert pool.connect(mesh, [("tp",)], size).run("uncopied_dtypes", ["tp"]) == [[text]] * size
+
+
 @pytest.mark.parametrize("made", ["inference", "no grad", "autocast", "meta", "plain"])
 def test_calls_in_any_surroundings(made: str, pool: Pool) -> None:
     """Nothing that a group keeps from one call to the next is of the mode, or of the default dtype and device, that it was made in."""

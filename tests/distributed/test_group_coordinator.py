@@ -63,12 +63,39 @@ MISUSE = [
     "all_to_all over tp: pieces of several dtypes; convert them to one",
     "broadcast over tp: no member 2 in a group of 2",
     "all_reduce over tp: shared memory takes tensors on cpu, not on meta; torch.distributed (gloo) takes tensors on cpu, not on meta",
+    "reduce_scatter over tp: sizes (4, -1) along dim 0 are not all whole numbers of 0 or more",
+    "all_gather over tp: sizes (3.0, 3.0) along dim 0 are not all whole numbers of 0 or more",
+    "gather over tp: sizes (3, 3) along dim 1.0 are not all whole numbers of 0 or more",
+    "all_to_all over tp: the sizes of shape (-3, -2) are not all whole numbers of 0 or more",
+    "all_to_all over tp: the sizes of shape (3, 2.0) are not all whole numbers of 0 or more",
+    "all_to_all over tp: member {me} keeps its piece of 6 elements; shape (5,) has 5",
+    "recv over tp: the sizes of shape (-1,) are not all whole numbers of 0 or more",
+    "broadcast over tp: no member 1.0 in a group of 2",
+    "all_reduce over tp: the tensor is sparse_coo; make a dense tensor of it first",
+    "broadcast over tp: the tensor is sparse_csr; make a dense tensor of it first",
+    "all_reduce over tp: the tensor is jagged; make a dense tensor of it first",
+    "all_to_all over tp: the tensor is nested; make a dense tensor of it first",
+    "all_gather over tp: the tensor is quantized; make a dense tensor of it first",
 ]
 
 
 def test_misuse_is_refused_before_anything_is_sent(pair: World) -> None:
     assert pair.run("misuse", ["tp"]) == [[text.format(me=me) for text in MISUSE] for me in range(2)]
     assert pair.run("barrier", ["tp"]) == [True, True]
+
+
+def test_sizes_may_be_integers_of_numpy(pair: World) -> None:
+    for me, answer in enumerate(pair.run("numpy_sizes", ["tp"])):
+        mine = [[1.0, 3.0], [5.0, 7.0]][me]
+        assert answer == [[[0.0, 1.0, 1.0, 2.0], mine, [[2.0 * me, 2.0 * me + 1], [2.0 * me + 1, 2.0 * me + 2]], [1.0, 2.0, 3.0, 4.0]]] * 3
+
+
+def test_a_group_of_one_keeps_the_shape_of_its_piece() -> None:
+    group = GroupCoordinator("tp", (0,), 0, 0, torch.device("cpu"), (Alone(),), Alone())
+    with pytest.raises(SpecError) as refused:
+        group.all_to_all([torch.ones(4)], [(5,)])
+    assert str(refused.value) == "all_to_all over tp: member 0 keeps its piece of 4 elements; shape (5,) has 5"
+    assert group.all_to_all([torch.ones(4)], [(2, 2)])[0].shape == (2, 2)
 
 
 class Picky(Alone):

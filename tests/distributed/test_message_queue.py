@@ -234,6 +234,12 @@ def test_a_death_on_another_host_is_named(dead: int) -> None:
                                f"RankError: {NAME}: rank 0 has died, left, or not answered within 2 s"]
 
 
+def test_a_queue_that_was_closed_is_none(pool: Pool) -> None:
+    """Messages go on without it, and another may be made, until the group is destroyed."""
+    assert pool.connect("tp=2", [("tp",)], 2).run("queue_again", ["tp"]) == [[
+        "first", "without", False, "again", "open_queue over tp: the group was destroyed", "control message over tp: the group was destroyed"]] * 2
+
+
 def test_messages_of_a_group_go_through_its_queue(pool: Pool) -> None:
     world = pool.connect("dp=2,tp=2", [("tp",), ("dp", "tp")], 4)
     for axes in (["tp"], ["dp", "tp"]):

@@ -13,6 +13,8 @@ from pool import Pool
 
 from shardlib.distributed import connect
 from shardlib.distributed.launch import Launch
+from shardlib.distributed.rank_error import RankError
+from shardlib.distributed.runtime import _parting
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 
@@ -93,6 +95,27 @@ def test_life_of_groups(pool: Pool) -> None:
 def test_worlds_come_and_go_in_the_same_processes(pool: Pool) -> None:
     for mesh, n in (("tp=2", 2), ("tp=4", 4), ("tp=2", 2)):
         assert pool.connect(mesh, [("tp",)], n).run("barrier", ["tp"]) == [True] * n
+
+
+def test_a_forked_child_has_no_part_in_the_job(pool: Pool) -> None:
+    """Its calls are refused, and neither the queue nor the watchdog of its parent ends with it."""
+    assert pool.connect("tp=2", [("tp",)], 2).run("forked", ["tp"]) == [[0, 2.0, "still there", True]] * 2
+
+
+def test_a_runtime_goes_on_when_the_one_that_began_is_closed(pool: Pool) -> None:
+    assert pool.connect("tp=2", [("tp",)], 2).run("two_runtimes", ["tp"]) == [[2.0, True, False]] * 2
+
+
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise KeyError("no words")
+
+
+@pytest.mark.parametrize("error, said", [
+    (ValueError(" bad\nvalue"), "has raised ValueError: bad"), (ValueError(), "has raised ValueError"), (Wordless(), "has raised Wordless"),
+    (SystemExit(0), "has ended"), (SystemExit(), "has ended"), (SystemExit(3), "has raised SystemExit: 3"), (RankError("told"), "")])
+def test_how_a_rank_has_left(error: BaseException, said: str) -> None:
+    assert _parting(error) == said
 
 
 def test_a_closed_runtime_makes_no_groups() -> None:

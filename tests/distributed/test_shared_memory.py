@@ -180,6 +180,33 @@ def test_a_member_that_leaves_is_named_and_what_it_gave_is_there() -> None:
                                [ones, "broadcast over tp: not possible any more; the group was destroyed"]]
 
 
+@pytest.mark.parametrize("name", module.TAKES)
+def test_an_error_before_others_can_see_the_call_leaves_the_group_as_it_was(name: str) -> None:
+    def body(place: Place) -> list[Any]:
+        made, texts = shared_memory(place), []
+        real, module.torch.Tensor.copy_ = module.torch.Tensor.copy_, lambda *_: 1 / 0
+        if place.me == 0 or name != "broadcast":
+            for _ in range(3):
+                try:
+                    CALLS[name](made) if name != "broadcast" else made.broadcast(torch.ones(3), 0)
+                except ZeroDivisionError as error:
+                    texts.append(str(error))
+        module.torch.Tensor.copy_ = real
+        return [len(texts), [made.all_reduce(torch.full((3,), 1.0 + place.me), "sum").tolist() for _ in range(3)]]
+    assert family(2, body) == [[3, [[3.0] * 3] * 3], [3 * (name != "broadcast"), [[3.0] * 3] * 3]]
+
+
+def test_after_an_error_that_comes_later_no_call_is_possible() -> None:
+    def body(place: Place) -> str:
+        made, real = shared_memory(place), module.reduce_pieces
+        module.reduce_pieces = lambda *_: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            CALLS["all_reduce"](made)
+        module.reduce_pieces = real
+        return said(lambda: CALLS["all_gather"](made))
+    assert family(2, body) == ["all_gather over tp: not possible any more; all_reduce over tp ended with ZeroDivisionError"] * 2
+
+
 def test_after_an_interrupt_no_call_is_possible() -> None:
     def body(place: Place) -> str:
         made = shared_memory(place)

@@ -69,6 +69,9 @@ REFUSED = [
     "'x' has 2 dims; its spec \"B T D\" has 3",
     "'x' has 2 dims; its spec \"... B T D\" has 3",
     "'x' has a spec of type int, not a string",
+    "'x' is jagged; make a dense tensor of it first",
+    "'x' is nested; make a dense tensor of it first",
+    "'x' is a FakeTensor; only plain tensors can be sent",
     "a message holds plain data only: 'utf-8' codec can't encode character '\\ud800' in position 0: surrogates not allowed",
 ]
 

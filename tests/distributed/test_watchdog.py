@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +81,13 @@ def test_a_communicator_whose_report_fails_does_not_end_the_watchdog() -> None:
     assert _report_of(SimpleNamespace(name="NVLink", report=fails)) == "NVLink: no report: KeyError: 7"
     assert _report_of(SimpleNamespace(name="NVLink", report=lambda: "waits")) == "waits"
     assert _report_of(SimpleNamespace(name="gloo")) is None
+
+
+def script(text: str, *arguments: str) -> tuple[int, str, str]:
+    """A process's exit status, and what it has printed."""
+    done = subprocess.run([sys.executable, "-c", text, *arguments], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+    return done.returncode, done.stdout, done.stderr
 
 
 class Gpu:
@@ -166,6 +175,138 @@ def test_sigterm_is_taken_only_where_nobody_has_it() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def test_signals_are_given_back_as_far_as_nobody_has_taken_them() -> None:
+    """A descriptor that stays behind would be that of the next file that is opened."""
+    dog = watchdog(dist.HashStore())
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    dog.stop("")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert signal.set_wakeup_fd(-1) == -1
+    dog = watchdog(dist.HashStore())
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    signal.set_wakeup_fd(there.fileno())
+    dog.stop("")
+    assert signal.set_wakeup_fd(-1) == there.fileno() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    dog = watchdog(dist.HashStore())
+    (stopper := Thread(target=dog.stop, args=("",))).start()
+    stopper.join()
+    assert signal.set_wakeup_fd(-1) == dog._wake.fileno()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_what_is_not_utf8_is_said_nevertheless() -> None:
+    """Names of files need not be: text that cannot be sent would silence a rank."""
+    store = dist.HashStore()
+    dog = watchdog(store)
+    dog.watch.begin(dog.watch.seat("tp", (0, 1)), "barrier", at="step 1 of f, caf\udce9.py:3")
+    dog.stop("has raised ValueError: caf\udce9")
+    state = dog._states()[0]
+    assert (state.note, state.now.step) == ("has raised ValueError: caf\\udce9", "step 1 of f, caf\\udce9.py:3")
+
+
+def test_an_error_of_the_watchdog_does_not_end_it(capfd: pytest.CaptureFixture[str]) -> None:
+    dog = watchdog(dist.HashStore())
+    dog._judge = lambda: {}["no such"]
+    dog._post(0)
+    said: list[str] = []
+    assert wait_until(lambda: said.append(capfd.readouterr().err) or "the watchdog" in "".join(said), 10.0, lambda: None)
+    assert "".join(said).startswith("shardlib [rank 0] the watchdog: KeyError: 'no such'\n") and dog._threads[0].is_alive()
+    dog.stop("")
+
+
+def test_each_thread_is_in_a_collective_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    """The one that fails is the one that is reported; the oldest is the one that is waited for."""
+    dog = watchdog(dist.HashStore())
+    mine, other = dog.watch.seat("tp", (0, 1)), dog.watch.seat("dp", (0, 1))
+    dog.watch.begin(mine, "barrier")
+    errors: list[str] = []
+
+    def fail() -> None:
+        dog.watch.begin(other, "all_reduce")
+        errors.append(str(dog.failed(RuntimeError("peer is gone"))))
+        dog.watch.end()
+    (thread := Thread(target=fail)).start()
+    thread.join()
+    assert errors[0].startswith("failed in collective 1 of group dp (ranks 0 1): all_reduce: peer is gone\n")
+    assert Moment.of(dog.watch.now) == Moment.of(dog.watch.mine) and dog.watch.now[0] is mine and dog.watch.last[0] is other
+    dog.watch.end()
+    dog.stop("")
+    assert dog.watch.now is None
+
+
+CHILDREN = """
+import multiprocessing, os, signal, sys, threading, time, torch, torch.distributed as dist
+from shardlib.distributed.watch import Watch
+from shardlib.distributed.watchdog import Watchdog
+
+dog = Watchdog(Watch(), dist.HashStore(), 0, 2, 8.0, torch.device("cpu"))
+with multiprocessing.get_context("fork").Pool(2) as pool:           # ends its workers by SIGTERM
+    print(pool.map(abs, [-1, 2]))
+if (child := os.fork()) == 0:
+    dog.stop("has ended")
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+if (child := os.fork()) == 0:
+    time.sleep(3600)
+os.kill(child, signal.SIGTERM)
+print(os.WTERMSIG(os.waitpid(child, 0)[1]))
+time.sleep(1.0)
+print(sorted(t.name for t in threading.enumerate() if "shardlib" in t.name))
+dog.stop("has ended")
+"""
+
+
+def test_what_forked_children_do_and_suffer_is_theirs() -> None:
+    assert script(CHILDREN)[:2] == (0, "[1, 2]\n0\n15\n['shardlib _guard', 'shardlib _watch']\n")
+
+
+ASYNC = """
+import asyncio, os, signal, time, torch, torch.distributed as dist
+from shardlib.distributed.watch import Watch
+from shardlib.distributed.watchdog import Watchdog
+
+dog = Watchdog(Watch(), dist.HashStore(), 0, 2, 40.0, torch.device("cpu"))
+
+async def serve():
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, print)
+
+asyncio.run(serve())
+print("served", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(30)
+"""
+
+
+def test_sigterm_ends_the_process_after_asyncio_has_had_the_signals() -> None:
+    assert script(ASYNC) == (128 + signal.SIGTERM, "served\n", "")
+
+
+UNREAD = """
+import fcntl, os, sys, time, torch, torch.distributed as dist
+from shardlib.distributed.watch import Watch
+from shardlib.distributed.watchdog import Watchdog
+
+read, write = os.pipe()
+if sys.argv[1] == "full":
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(write, b"x" * 4096)
+else:
+    os.close(read)
+os.dup2(write, 2)
+watch = Watch()
+watch.begin(watch.seat("tp", (0, 1)), "barrier")
+dog = Watchdog(watch, dist.HashStore(), 0, 1, 2.0, torch.device("cpu"))
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize("how", ["full", "closed"])
+def test_a_stderr_that_nobody_reads_holds_nobody_up(how: str) -> None:
+    """As a pager, or `2>&1 | head`, leaves it."""
+    assert script(UNREAD, how)[:2] == (1, "")
+
+
 MUTE = """
 import sys, time, torch
 from shardlib.distributed.watch import Watch
@@ -183,9 +324,7 @@ print(dog.failed(RuntimeError("peer is gone"))) if len(sys.argv) > 2 else time.s
 
 def mute(*arguments: str) -> tuple[int, str, str]:
     """A rank in a collective, whose store takes what it is told and never answers."""
-    done = subprocess.run([sys.executable, "-c", MUTE, *arguments], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
-    return done.returncode, done.stdout, done.stderr
+    return script(MUTE, *arguments)
 
 
 def test_a_store_that_does_not_answer_holds_nobody_up() -> None:

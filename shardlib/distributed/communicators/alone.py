@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shardlib.distributed.communicators.protocol import Call
+from shardlib.distributed.flat import copy
 from shardlib.errors import SpecError
 
 
@@ -30,19 +31,19 @@ class Alone:
         return x.clone()
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        return x.clone()
+        return copy(x)
 
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], op: str) -> Tensor:
         return x.clone()
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
-        return x.clone()
+        return copy(x)
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
-        return x.clone()
+        return copy(x)
 
     def gather(self, x: Tensor, root: int, counts: Sequence[int]) -> Tensor | None:
-        return x.clone()
+        return copy(x)
 
     def send(self, x: Tensor, to: int) -> None:
         raise SpecError("send: a group of one has nobody to send to")

@@ -16,7 +16,8 @@ an all_gather, so that each member adds up only its share.
 
 Not made where members run on several hosts, where /dev/shm is too small, and where `segment` says that there is no sharing.
 Refused by `supports`: other collectives, other devices, more than MOST bytes. A peer that died, has left or does not come is a
-`RankError` which names it. After one, or an interrupt, this member refuses further calls: its rounds are no longer the others'.
+`RankError` which names it. After one, or another error once others can see that this member has begun, it refuses further calls: its rounds
+are no longer the others'.
 """
 from __future__ import annotations
 
@@ -101,12 +102,16 @@ class SharedMemory:
         return self._whole("broadcast", self._broadcast, given, root).view(x.dtype).view(x.shape)
 
     def _whole(self, what: str, body: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """What `body` returns. If it does not get that far, this member's rounds no longer are those of the others."""
+        """What `body` returns. Where it fails before it has set this member's word, others have seen nothing, and the round is still to come."""
         if self._lost:
             raise RankError(f"{what} over {self.group}: not possible any more; {self._lost}")
+        before = self._round
         try:
             return body(what, *arguments)
         except BaseException as error:
+            if self._words is not None and self._words[self.me * _LINE] == before and not isinstance(error, RankError):
+                self._round = before
+                raise
             self._lost = str(error) if isinstance(error, RankError) else f"{what} over {self.group} ended with {type(error).__name__}"
             raise
 

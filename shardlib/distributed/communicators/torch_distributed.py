@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardlib.distributed.communicators.protocol import Call
+from shardlib.distributed.flat import copy
 from shardlib.distributed.reduction import reduce_pieces
 
 GATHER_BYTES = {"gloo": 1 << 20, "nccl": 32 << 20}
@@ -131,7 +132,7 @@ class TorchDistributed:
         return out if self.me == root else None
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
-        out = x.clone() if self.me == root else torch.empty_like(x)
+        out = copy(x) if self.me == root else torch.empty_like(x)
         dist.broadcast(_movable(out), group_src=self.places[root], group=self.group)
         return out
 
