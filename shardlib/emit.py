@@ -81,9 +81,6 @@ class Emitter:
         """(start, size) of this rank's piece of the dim `name` split over `axes`."""
         return self.mesh.extent(self.sizes[name], axes, self.coordinate)
 
-    def mesh_order(self, axes: Sequence[str]) -> tuple[str, ...]:
-        return tuple(a for a in self.mesh.axes if a in axes)
-
     def use(self, helper: Callable) -> str:
         """The name under which generated code calls `helper`; a user's function gets one of ours."""
         known = next((n for n, h in self.helpers.items() if h is helper), None)

@@ -22,9 +22,9 @@ from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import bytes_text
 from shardlib.mesh import Mesh
-from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, exchanged
+from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, axes_of, exchanged
 from shardlib.program import Program, Step
-from shardlib.project import axes_of, check_given, received
+from shardlib.project import check_given, received
 from shardlib.scan import SCAN
 
 

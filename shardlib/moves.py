@@ -37,6 +37,19 @@ def removed(have: Spec, want: Spec) -> tuple[str, ...]:
     return tuple(o.axis for o in have.owed if o not in want.owed)
 
 
+def axes_of(step: Step, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes over which a collective step communicates, as its group has them: in mesh order, or in that of the split."""
+    (have,), (want,) = step.ins, step.outs
+    changed = changed_dims(have, want)
+    if step.op is REDUCE_SCATTER:
+        return want.dims[changed[0]].axes[len(have.dims[changed[0]].axes):]
+    gone = tuple(a for i in changed for a in have.dims[i].axes if a not in want.dims[i].axes)
+    if step.op is ALL_GATHER:
+        return gone
+    axes = removed(have, want) or gone or tuple(a for i in changed for a in have.dims[i].axes)
+    return tuple(a for a in mesh.axes if a in axes)
+
+
 def exchanged(mesh: Mesh, sizes: Mapping[str, int], have: Spec, want: Spec, source: Mapping[str, int], target: Mapping[str, int]) -> int:
     """Elements that `source` holds of `have` and `target` holds of `want`: of an all_to_all or permute, what one has for the other."""
     return math.prod(n for _, n in _overlap(mesh, sizes, have, want, range(len(have.dims)), source, target).values())
@@ -86,15 +99,15 @@ def _owe(e: Emitter, step: Step, args: list[str]) -> str:
 
 
 def _all_reduce(e: Emitter, step: Step, args: list[str]) -> str:
-    gone = removed(step.ins[0], step.outs[0])
-    kind = next(o.kind for o in step.ins[0].owed if o.axis in gone)
-    return e.collective(e.mesh_order(gone), "all_reduce", [args[0]], repr("sum" if kind == "+" else "max"))
+    axes = axes_of(step, e.mesh)
+    kind = next(o.kind for o in step.ins[0].owed if o.axis in axes)
+    return e.collective(axes, "all_reduce", [args[0]], repr("sum" if kind == "+" else "max"))
 
 
 def _reduce_scatter(e: Emitter, step: Step, args: list[str]) -> str:
     (have,), (want,) = step.ins, step.outs
     (i,) = changed_dims(have, want)
-    axes = want.dims[i].axes[len(have.dims[i].axes):]
+    axes = axes_of(step, e.mesh)
     sizes = tuple(_extent(e, want, i, c)[1] for c in _members(e, axes))
     kind = next(o.kind for o in have.owed if o.axis in axes)
     return e.collective(axes, "reduce_scatter", [args[0]], f"{i}, {sizes}, {('sum' if kind == '+' else 'max')!r}")
@@ -103,7 +116,7 @@ def _reduce_scatter(e: Emitter, step: Step, args: list[str]) -> str:
 def _all_gather(e: Emitter, step: Step, args: list[str]) -> str:
     (have,), (want,) = step.ins, step.outs
     (i,) = changed_dims(have, want)
-    axes = have.dims[i].axes[len(want.dims[i].axes):]
+    axes = axes_of(step, e.mesh)
     return e.collective(axes, "all_gather", [args[0]], f"{i}, {tuple(_extent(e, have, i, c)[1] for c in _members(e, axes))}")
 
 
@@ -111,9 +124,8 @@ def _exchange(e: Emitter, step: Step, args: list[str]) -> str:
     """Each rank cuts what it has by what the others want, and joins what it gets: both along one dim or along two."""
     (have,), (want,) = step.ins, step.outs
     changed = changed_dims(have, want)
-    axes = tuple(a for i in changed for a in have.dims[i].axes if a not in want.dims[i].axes) or tuple(
-        a for i in changed for a in have.dims[i].axes)
-    members = _members(e, e.mesh_order(axes))
+    axes = axes_of(step, e.mesh)
+    members = _members(e, axes)
     pieces = [_overlap(e.mesh, e.sizes, have, want, changed, e.coordinate, c) for c in members]
     arrive = [_overlap(e.mesh, e.sizes, have, want, changed, c, e.coordinate) for c in members]
     mine = {i: _extent(e, have, i, e.coordinate)[0] for i in changed}
@@ -123,7 +135,7 @@ def _exchange(e: Emitter, step: Step, args: list[str]) -> str:
     dim = next(i for i in changed if len(have.dims[i].axes) >= len(want.dims[i].axes))     # all_to_all: the one that grows here
     order = sorted(range(len(members)), key=lambda j: (arrive[j][dim][0], j))
     even = len({exchanged(e.mesh, e.sizes, have, want, a, b) for a in members for b in members}) == 1
-    got = e.collective(e.mesh_order(axes), "all_to_all", cut, f"{shapes}, True" if even else repr(shapes), many=True)
+    got = e.collective(axes, "all_to_all", cut, f"{shapes}, True" if even else repr(shapes), many=True)
     if order == list(range(len(members))):
         return f"torch.cat({got}, {dim})"
     return f"torch.cat([p[j] for p in [{got}] for j in {order}], {dim})"

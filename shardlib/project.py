@@ -18,7 +18,7 @@ from typing import Iterator, Mapping, Sequence
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
-from shardlib.moves import ALL_GATHER, ALL_REDUCE, COLLECTIVES, PERMUTE, REDUCE_SCATTER, changed_dims, exchanged, removed
+from shardlib.moves import ALL_GATHER, ALL_REDUCE, COLLECTIVES, PERMUTE, REDUCE_SCATTER, axes_of, exchanged
 from shardlib.program import Op, Program, Step
 from shardlib.scan import SCAN
 from shardlib.spec import Spec
@@ -41,19 +41,6 @@ class Call:
     def same(self, other: Call) -> bool:
         """Whether two members of a group call the same collective."""
         return (self.op, self.group, self.dtype, self.shapes, self.root) == (other.op, other.group, other.dtype, other.shapes, other.root)
-
-
-def axes_of(step: Step, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes over which a collective step communicates, as its group has them: in mesh order, or in that of the split."""
-    (have,), (want,) = step.ins, step.outs
-    changed = changed_dims(have, want)
-    if step.op is REDUCE_SCATTER:
-        return want.dims[changed[0]].axes[len(have.dims[changed[0]].axes):]
-    gone = tuple(a for i in changed for a in have.dims[i].axes if a not in want.dims[i].axes)
-    if step.op is ALL_GATHER:
-        return gone
-    axes = removed(have, want) or gone or tuple(a for i in changed for a in have.dims[i].axes)
-    return tuple(a for a in mesh.axes if a in axes)
 
 
 def check_given(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str], default: str = "float32") -> None:
