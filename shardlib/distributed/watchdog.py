@@ -27,83 +27,24 @@ import re
 import select
 import signal
 import socket
-import sys
 import threading
 import weakref
-from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic, sleep
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import msgspec
 import torch
 import torch.distributed as dist
 
 from shardlib.distributed.rank_error import RankError
+from shardlib.distributed.saying import flush, say
+from shardlib.distributed.scene import Scene, State
 from shardlib.distributed.siblings import end_stopped
 from shardlib.distributed.watch import Doing, Moment, Watch, encodable
 from shardlib.streams import marks, passed
 
-LINES = 8
-"""Ranks that a report names, at most."""
 _FAILED, _STOP = 0x80, 0x81     # what wakes the thread, beside the numbers of signals
-_SAYING_S = 1.0
-"""Seconds that a report may take to be written: a pipe that nobody reads takes for ever."""
-
-
-class State(msgspec.Struct, frozen=True):
-    """What a rank says of itself. beat: grows as long as it lives; counts: collectives it has begun, by group.
-
-    now: the collective that it is in, or that failed it.  left: it says no more; note: why, unless `now` did it.
-    """
-    beat: int = 0
-    counts: dict[str, int] = {}
-    now: Moment | None = None
-    last: Moment | None = None
-    left: bool = False
-    note: str = ""
-
-    def __str__(self) -> str:
-        if self.now and not self.note:
-            return f"is in {self.now}"
-        last = f"; its last was {self.last}" if self.last else ", and has called none" if not self.note else ""
-        return (self.note or "is in no collective") + last
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What one rank knows when it reports: its own collective, every rank's state, and who says nothing any more."""
-    rank: int
-    mine: Moment | None
-    states: Mapping[int, State]
-    silent: Mapping[int, str]
-
-    def absent(self) -> list[int]:
-        """The ranks of this rank's collective that are not in it, and all that are silent or have left."""
-        waited = () if self.mine is None else self.mine.ranks if self.mine.peer is None else (self.mine.peer,)
-        gone = [r for r, s in self.states.items() if r in self.silent or s.note]
-        return sorted({r for r in waited if r != self.rank and not self._is_there(self.states[r])} | {*gone} - {self.rank})
-
-    def _is_there(self, state: State) -> bool:
-        mine = self.mine
-        if mine.peer is not None:
-            return state.now is not None and state.now.peer == self.rank
-        same = state.now is None or (state.now.group, state.now.number) != (mine.group, mine.number) or state.now.call == mine.call
-        return state.counts.get(mine.group, 0) >= mine.number and same
-
-    def lines(self) -> list[str]:
-        """One line a rank: those that this rank waits for, or if it waits for none, those that wait."""
-        ranks = self.absent()
-        if self.mine is None:
-            ranks = sorted({*ranks, *(r for r, s in self.states.items() if s.now is not None and r != self.rank)})
-        said = [f"  rank {r} {self._say(r)}" for r in ranks[:LINES]] + ([f"  and {len(ranks) - LINES} more ranks"] if len(ranks) > LINES else [])
-        return said or ["  all its ranks are there" if self.mine else "  no rank is in a collective"]
-
-    def _say(self, rank: int) -> str:
-        if rank not in self.silent:
-            return str(self.states[rank])
-        return f"is silent: {self.silent[rank]}; when last heard of it {str(self.states[rank]).replace('is in', 'was in', 1)}"
 
 
 class Watchdog:
@@ -202,7 +143,7 @@ class Watchdog:
             try:
                 self._look(woken)
             except Exception as error:
-                _say(self.rank, [f"the watchdog: {type(error).__name__}: {error}"])
+                say(self.rank, [f"the watchdog: {type(error).__name__}: {error}"])
             ready, _, _ = select.select([self._woken], [], [], self.tick_s)
             woken = self._woken.recv(64) if ready else b""
         self._publish()
@@ -252,7 +193,7 @@ class Watchdog:
             if (now := self.watch.now) is not None and not self._report:
                 self._tell(f"was ended by its launcher (SIGTERM) in {Moment.of(now)}")
         finally:
-            _flush()
+            flush()
             os._exit(128 + signal.SIGTERM)
 
     def _leave(self) -> None:
@@ -264,7 +205,7 @@ class Watchdog:
         try:
             end_stopped()
         finally:
-            _flush()
+            flush()
             os._exit(1)
 
     def _guard(self) -> None:
@@ -286,15 +227,15 @@ class Watchdog:
     def _tell(self, head: str, mine: tuple | None = None) -> None:
         """The report: its first line at once, the others after a look at who still lives."""
         mine = mine or self.watch.now
-        _say(self.rank, [head])
+        say(self.rank, [head])
         lines = self._scene(Moment.of(mine)).lines() if self._ask(lambda s: s.check(["over"]) is not None) else [self._mute]
         lines += [f"  {text}" for c in (Doing(*mine).seat.communicators if mine else ()) if (text := _report_of(c))]
-        _say(self.rank, lines)
+        say(self.rank, lines)
         self._report = "\n".join([head, *lines])
 
     def _tell_alone(self, head: str) -> None:
         """The report of a rank whose store does not answer."""
-        _say(self.rank, [head, self._mute])
+        say(self.rank, [head, self._mute])
         self._report = f"{head}\n{self._mute}"
 
     def _scene(self, mine: Moment | None) -> Scene:
@@ -367,32 +308,16 @@ def _first_line(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-def _say(rank: int, lines: list[str]) -> None:
-    """Lines on stderr, in one write, so that those of other ranks do not come between. What is not printable is data gone wrong."""
-    printable = ("".join(c if c.isprintable() else "?" for c in line) for line in lines)
-    text = "".join(f"shardlib [rank {rank}] {line}\n" for line in printable)
-    _shortly(lambda: print(text, end="", file=sys.stderr, flush=True))
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        _shortly(stream.flush)
-
-
-def _shortly(write: Callable[[], None]) -> None:
-    """Writes, if that is possible, and waits no longer than _SAYING_S for it; not at all once something has waited that long."""
-    def attempt() -> None:
-        with suppress(OSError, ValueError):
-            write()
-    if not any(thread.is_alive() for thread in _WRITING):
-        _WRITING[:] = [threading.Thread(target=attempt, daemon=True, name="shardlib says")]
-        _WRITING[0].start()
-        _WRITING[0].join(_SAYING_S)
+def _report_of(communicator: Any) -> str | None:
+    """What it says of itself, if it does. Nothing that goes wrong in it may end the thread that ends the job."""
+    try:
+        return getattr(communicator, "report", lambda: None)()
+    except Exception as error:
+        return f"{communicator.name}: no report: {type(error).__name__}: {error}"
 
 
 _LIVE: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 _KEPT: list[Any] = []
-_WRITING: list[threading.Thread] = []
 _MASKS: list[Any] = []
 
 
@@ -412,11 +337,3 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
-
-
-def _report_of(communicator: Any) -> str | None:
-    """What it says of itself, if it does. Nothing that goes wrong in it may end the thread that ends the job."""
-    try:
-        return getattr(communicator, "report", lambda: None)()
-    except Exception as error:
-        return f"{communicator.name}: no report: {type(error).__name__}: {error}"

@@ -20,8 +20,10 @@ from shardlib.distributed.agreement import same_plan
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.group_coordinator import GroupCoordinator
 from shardlib.distributed.rank_error import wait_until
+from shardlib.distributed.saying import say
+from shardlib.distributed.scene import Scene, State
 from shardlib.distributed.watch import Moment, Seat, Watch
-from shardlib.distributed.watchdog import Scene, State, Watchdog, _first_line, _report_of, _say
+from shardlib.distributed.watchdog import Watchdog, _first_line, _report_of
 from shardlib.emit import Emitter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,7 +138,7 @@ def test_gloo_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     text = "[/source/pair.cc:553] Connection closed by peer [127.0.0.1]:9. This is typically caused by a remote worker crashing. Check\nthe logs"
     assert _first_line(RuntimeError(text)) == "Connection closed by peer [127.0.0.1]:9"
     assert _first_line(RuntimeError()) == "RuntimeError"
-    _say(3, ["a\x1b[31m\nb"])
+    say(3, ["a\x1b[31m\nb"])
     assert capsys.readouterr().err == "shardlib [rank 3] a?[31m?b\n"
 
 
