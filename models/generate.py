@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from shardlib import Mesh, SpecError
 from shardlib.distributed.rank_error import RankError
-from shardlib.distributed.runtime import Runtime, connect
+from shardlib.distributed.runtime import connect
 from shardlib.errors import bytes_text
 from shardlib.explain import Explanation, explain
 from shardlib.models.checkpoint import Checkpoint, CheckpointError

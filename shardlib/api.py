@@ -18,7 +18,7 @@ from shardlib.mesh import Mesh, current_mesh
 from shardlib.passes import DEFAULT, rewrite
 from shardlib.pack import pack, packings
 from shardlib.params import Params, fill, flat, leaf_values, present, unflat
-from shardlib.program import Program, Struct, leaves
+from shardlib.program import Program, leaves
 from shardlib.scan import SCAN
 from shardlib.simulate import simulate as simulate_ranks
 from shardlib.spec import Spec

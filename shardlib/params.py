@@ -19,7 +19,7 @@ import math
 import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Callable, Iterator, Mapping, Sequence, dataclass_transform
+from typing import Any, Callable, Iterator, Mapping, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch import Tensor
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.program import Struct
-from shardlib.spec import Dim, Factor, Spec, heading, nameable, parse
+from shardlib.spec import Dim, Spec, heading, nameable, parse
 
 INITS = ("normal", "ones", "zeros")
 

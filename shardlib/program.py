@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from shardlib.errors import SpecError
 from shardlib.rules import Rule
-from shardlib.spec import Spec, nameable
+from shardlib.spec import Spec
 
 if TYPE_CHECKING:
     from shardlib.emit import Emitter

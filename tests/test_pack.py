@@ -85,7 +85,6 @@ def test_a_donated_cache_that_is_prepared_is_returned_as_it_came():
 
 def test_prepared_arguments_of_equal_shapes_share_a_program():
     config = config_of(3, 2, 4, 11, True)
-    w = init(llama_of(config), config.sizes)
     zero = torch.zeros(1, dtype=torch.int64)
     step = compile(next_logits, Layout(), sizes=config.sizes, donate=("cache",), config=config)
     for slots, dtype in ((9, torch.float32), (9, torch.float32), (11, torch.float32), (9, torch.float64)):

@@ -15,7 +15,7 @@ from torch import Tensor
 import shardlib
 import shardlib.functions
 from shardlib import EXPLICIT, Layout, Mesh, Params, SpecError, cond, einsum, lower, param, reshard, scan, sharded, stacked, value_and_grad
-from shardlib.functions import argmax, cast, greater, max, mean, silu, softmax
+from shardlib.functions import argmax, cast, greater, mean, silu, softmax
 from shardlib.complete import complete
 from shardlib.emit import Emitter
 from shardlib.ops import TABLE as OPS, rms_norm, rope, rope_table

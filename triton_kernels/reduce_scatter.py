@@ -5,7 +5,6 @@ each share is pushed to its owner. The protocol is `lamport`.
 """
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

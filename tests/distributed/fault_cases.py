@@ -15,7 +15,7 @@ from typing import Callable
 
 import torch
 
-from shardlib import Layout, Mesh, compile, reshard, sharded
+from shardlib import Mesh, compile, reshard, sharded
 from shardlib.distributed import Runtime, connect
 
 TIMEOUT_S = 10.0

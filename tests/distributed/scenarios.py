@@ -173,7 +173,6 @@ CONTEXTS = {"inference": torch.inference_mode, "no grad": torch.no_grad, "autoca
 
 def surroundings(runtime: Runtime, axes: list[str], made: str) -> list[str]:
     """Failures of cases in each context after each other, in a group that is made in one."""
-    contexts: list[bool] = []
 
     def mode(place: Any) -> str:
         return f"inference mode {torch.is_inference_mode_enabled()}"

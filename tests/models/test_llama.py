@@ -13,7 +13,7 @@ from simulated import configs, line, placements, run, tree
 
 from shardlib import Layout, Mesh, SpecError, lower
 from shardlib.models.decoding import weight_types
-from shardlib.models.llama import Cache, LlamaConfig, RopeScaling, logits_of, next_logits
+from shardlib.models.llama import Cache, LlamaConfig, logits_of, next_logits
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
 from shardlib.models.model_files import open_checkpoint
