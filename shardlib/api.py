@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from shardlib import testing
 from shardlib.complete import complete
 from shardlib.distributed.runtime import Runtime, shared_runtime
+from shardlib.dtypes import value_dtypes
 from shardlib.emit import Emitter, bind_sizes, load
 from shardlib.errors import SpecError
 from shardlib.grad import value_and_grad_program
@@ -161,9 +162,11 @@ class Compiled:
         """What runs the program for arguments like these, and what makes its results of the leaves that this returns."""
         program = self.lower(*(None if isinstance(a, Prepared) else a for a in args))
         given: dict[str, Any] = {}
-        for (name, tree), arg in zip(program.args, args, strict=False):
-            given.update(arg.shapes if isinstance(arg, Prepared) else
-                         zip([p for p, _ in leaves(name, tree)], [tuple(v.shape) for v in _flat(arg)]))
+        plain = [(p, v) for (name, tree), arg in zip(program.args, args) if not isinstance(arg, Prepared)
+                 for (p, _), v in zip(leaves(name, tree), _flat(arg))]
+        for arg in args:
+            given.update(arg.shapes if isinstance(arg, Prepared) else {})
+        given.update((p, tuple(v.shape)) for p, v in plain)
         if missing := [p for p, _ in program.arg_leaves() if p not in given]:
             raise SpecError(f"{program.name} is called without {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}")
         mesh, rank = self.runtime.mesh, self.runtime.rank
@@ -171,6 +174,7 @@ class Compiled:
         floats = [v.dtype for a in args for v in map(_first, a.flat if isinstance(a, Prepared) else _flat(a)) if v.is_floating_point()]
         e = Emitter(mesh, rank, sizes, donate=self.donate, dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."),
                     prepared=[a.name for a in args if isinstance(a, Prepared)])
+        value_dtypes(program, _dtypes(plain), e.dtype)
         self.runtime.compare_plans(program.name, _plan_text(program, mesh, sizes, e.dtype))
         source = self.sources[key] = e.program(program)
         for a in args:
@@ -221,10 +225,15 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
     program, results = _lower(f, layout, mesh, None, args, static)
     whole = {path: v for (name, tree), arg in zip(program.args, args, strict=True) for (path, _), v in zip(leaves(name, tree), _flat(arg))}
     sizes = bind_sizes(program, {p: tuple(v.shape) for p, v in whole.items()}, {}, mesh, None)
+    value_dtypes(program, _dtypes(whole.items()), "float32")
     placed = {path: testing.place(whole[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
     outs = simulate_ranks(program, mesh, [{p: shards[r] for p, shards in placed.items()} for r in range(mesh.world_size)], sizes, log)
     joined = [testing.join([out[str(i)] for out in outs], kind, sizes, mesh, tolerance=1e-4) for i, (_, kind) in enumerate(program.result_leaves())]
     return _rebuild(joined, results)
+
+
+def _dtypes(leaves: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    return {path: str(v.dtype).removeprefix("torch.") for path, v in leaves}
 
 
 def _rebuild(flat: Sequence[Tensor], results: Sequence[Any]) -> Any:

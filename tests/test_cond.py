@@ -121,3 +121,12 @@ def test_branches_of_different_dtypes_are_refused_where_those_of_the_arguments_a
     assert str(error.value).split("          ")[0] == "cond: first returns int64, largest returns bfloat16; both return the same dtypes"
     call(program, MESH, SIZES, dict(x="int64"))
     call(lower(branching(first, first), Layout(), mesh=MESH), MESH, SIZES)
+
+
+@pytest.mark.parametrize("run", [lambda f, x: compile(f)(x), lambda f, x: simulate(f, Layout(T="tp"), x, mesh=MESH)])
+def test_branches_of_different_dtypes_are_refused_before_they_run(run):
+    x = torch.tensor([[1.0, 3.0], [2.0, 0.0]])
+    with pytest.raises(SpecError) as error:
+        run(branching(first, largest), x)
+    assert str(error.value).split("          ")[0] == "cond: first returns int64, largest returns float32; both return the same dtypes"
+    assert run(branching(first, largest), x.long()).tolist() == [1, 0] and run(branching(largest, largest), x).tolist() == [3.0, 2.0]
