@@ -1,4 +1,4 @@
-"""One step of an 8-rank MLP (TP x DP): the simulator, one process, beside 8 gloo processes on the same machine."""
+"""One step of an 8-rank MLP (TP x DP): the simulator, one process, beside 8 processes on the same machine, which meet in shared memory."""
 from __future__ import annotations
 
 import os
@@ -54,7 +54,7 @@ def simulated() -> float:
 
 
 def worker() -> None:
-    """One of 8 gloo processes; rank 0 prints the median ms of a step."""
+    """One of 8 processes; rank 0 prints the median ms of a step."""
     with connect(MESH, "cpu") as runtime:
         step = compile(mlp, LAYOUT, runtime=runtime, sizes=SIZES)
         kinds = arg_types(step.lower(), "w")
@@ -73,7 +73,7 @@ def main() -> None:
     found = subprocess.run([str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "8", __file__, "worker"], capture_output=True, text=True,
                            check=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
-    write("simulator", [row("8-rank MLP step (dp=2, tp=4)", "ms", simulated(), {"8 gloo processes": float(found.stdout.split()[-1])})])
+    write("simulator", [row("8-rank MLP step (dp=2, tp=4)", "ms", simulated(), {"8 processes through shared memory": float(found.stdout.split()[-1])})])
 
 
 if __name__ == "__main__":
