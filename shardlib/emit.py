@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from shardlib.cond import COND
 from shardlib.errors import SpecError
-from shardlib.mesh import Mesh
+from shardlib.mesh import Mesh, check_sizes
 from shardlib.pack import Packing, emit_packed, packings
 from shardlib.program import Program, Step
 from shardlib.rearrange import RENAME
@@ -298,8 +298,7 @@ def bind_sizes(program: Program, shapes: Mapping[str, Sequence[int]], known: Map
 
     With a `coordinate`, shapes are those of its shards: a split dim then takes its size from `known` or from another argument.
     """
-    if (wrong := next((n for n, size in known.items() if type(size) is not int or size < 0), None)) is not None:
-        raise SpecError(f"sizes: {wrong} is {known[wrong]!r}; a size is an integer of at least 0")
+    check_sizes(known)
     sizes, binder = dict(known), {n: "sizes" for n in known}
     later: list[tuple[str, Spec, int, int]] = []
     for path, spec in program.arg_leaves():
@@ -319,8 +318,7 @@ def bind_sizes(program: Program, shapes: Mapping[str, Sequence[int]], known: Map
         dim = spec.dims[i]
         if missing := [f.name for f in dim.factors if f.name not in sizes]:
             raise SpecError(f"{program.name}: {path} holds only a piece of {missing[0]}; say its global size: sizes=dict({missing[0]}=...)")
-        here = dim.size if not dim.factors else prod(sizes[f.name] for f in dim.factors) if coordinate is None else \
-            mesh.extent(sizes[dim.factors[0].name], dim.axes, coordinate)[1] * prod(sizes[f.name] for f in dim.factors[1:])
+        here = dim.size if not dim.factors else prod(sizes[f.name] for f in dim.factors) if coordinate is None else mesh.rows(dim, sizes, coordinate)[1]
         if here != n:
             raise SpecError(f"{program.name}: {path} has {n} rows of {dim}; with {', '.join(f'{f.name}={sizes[f.name]}' for f in dim.factors)} "
                             f"this rank holds {here}")

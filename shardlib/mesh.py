@@ -168,6 +168,12 @@ class Mesh:
         return tuple(self.rows(d, sizes, coordinate)[1] for d in spec.dims)
 
 
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """SpecError unless all sizes of dims are integers of at least 0."""
+    if (wrong := next((n for n, size in sizes.items() if type(size) is not int or size < 0), None)) is not None:
+        raise SpecError(f"sizes: {wrong} is {sizes[wrong]!r}; a size is an integer of at least 0")
+
+
 def current_mesh(mesh: Mesh | None = None) -> Mesh:
     """`mesh`, else the one of the enclosing `with mesh:`, else the mesh of one rank."""
     return mesh or _AMBIENT.get() or Mesh()

@@ -198,10 +198,9 @@ def global_index(spec: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: M
     """The row-major global index (int64) of every element that `coordinate` holds."""
     index = torch.zeros((), dtype=torch.int64, device="cpu")
     for dim in spec.dims:
-        inner = math.prod(sizes[f.name] for f in dim.factors[1:])
-        first = sizes[dim.factors[0].name] if dim.factors else dim.size
-        start, size = mesh.extent(first, dim.axes, coordinate)
-        index = index[..., None] * (first * inner) + torch.arange(start * inner, (start + size) * inner, device="cpu")
+        whole = math.prod(sizes[f.name] for f in dim.factors) if dim.factors else dim.size
+        start, size = mesh.rows(dim, sizes, coordinate)
+        index = index[..., None] * whole + torch.arange(start, start + size, device="cpu")
     return index
 
 

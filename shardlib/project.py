@@ -17,7 +17,7 @@ from typing import Iterator, Mapping, Sequence
 
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import SpecError
-from shardlib.mesh import Mesh
+from shardlib.mesh import Mesh, check_sizes
 from shardlib.moves import ALL_GATHER, ALL_REDUCE, COLLECTIVES, PERMUTE, REDUCE_SCATTER, axes_of, exchanged
 from shardlib.program import Op, Program, Step
 from shardlib.scan import SCAN
@@ -45,8 +45,7 @@ class Call:
 
 def check_given(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str], default: str = "float32") -> None:
     """SpecError unless the mesh has the program's axes, `sizes` the dims of what is held and sent, and `dtypes` are some of its arguments'."""
-    if (wrong := next((n for n, size in sizes.items() if type(size) is not int or size < 0), None)) is not None:
-        raise SpecError(f"sizes: {wrong} is {sizes[wrong]!r}; a size is an integer of at least 0")
+    check_sizes(sizes)
     paths, places = [path for path, _ in program.arg_leaves()], [program, *program.bodies()]
     held = [spec for _, spec in program.arg_leaves()]
     sent = [spec for p in places for s in p.steps if s.op in COLLECTIVES for spec in (*s.ins, *s.outs)]

@@ -24,14 +24,7 @@ from shardlib.spec import Owed, Spec
 
 def region(kind: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: Mapping[str, int]) -> tuple[slice, ...]:
     """The slices of the global tensor that `coordinate` holds."""
-    out = []
-    for dim in kind.dims:
-        inner = 1
-        for f in dim.factors[1:]:
-            inner *= sizes[f.name]
-        start, size = mesh.extent(sizes[dim.factors[0].name] if dim.factors else dim.size, dim.axes, coordinate)
-        out.append(slice(start * inner, (start + size) * inner))
-    return tuple(out)
+    return tuple(slice(start, start + size) for start, size in (mesh.rows(dim, sizes, coordinate) for dim in kind.dims))
 
 
 def place(x: Tensor, kind: Spec, sizes: Mapping[str, int], mesh: Mesh, generator: torch.Generator | None = None) -> list[Tensor]:

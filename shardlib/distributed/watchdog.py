@@ -188,8 +188,8 @@ class Watchdog:
     def _terminated(self) -> None:
         """Says where the launcher's SIGTERM met us, if that was in a collective, and ends."""
         self._left = True
-        self._publish()
         try:
+            self._publish()
             if (now := self.watch.now) is not None and not self._report:
                 self._tell(f"was ended by its launcher (SIGTERM) in {Moment.of(now)}")
         finally:
