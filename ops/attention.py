@@ -66,7 +66,7 @@ def _whole(step: Step) -> tuple[str, ...]:
 
 
 def _offset(e: Any, step: Step) -> int:
-    return e.extent(step.ins[0].labels[1], step.ins[0].dims[1].axes)[0]
+    return e.rows(step.ins[0].dims[1])[0]
 
 
 def _emit(e: Any, step: Step, args: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Calls of every op, for the tests of the typing rules and the table of them in the docs."""
 from __future__ import annotations
 
+from math import prod
 from typing import Any, Mapping
 
 import torch
@@ -40,9 +41,9 @@ def mask(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, b
 
 
 def index(below: str, room: str = "") -> Draw:
-    """Integers below the size of a dim, less that of `room`, plus 1."""
+    """Integers below the size of a dim, or of a group of dims; less that of `room`, plus 1."""
     def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
-        return torch.randint(sizes[below] - sizes[room] + 1 if room else sizes[below], shape, generator=g)
+        return torch.randint(prod(sizes[n] for n in below.split()) - (sizes[room] - 1 if room else 0), shape, generator=g)
     return draw
 
 
@@ -84,9 +85,10 @@ CASES: tuple[Case, ...] = (
     _case("softmax", "B T D -> B T D", along="T"), _case("softmax_vjp", "B T D, B T D -> B T D", along="T"),
     _case("logsumexp", "B V T -> B T"), _case("exp_minus", "B V, B, B -> B V"), _case("finite", "B -> B", infinite),
     _case("sum_exp", "B V, B -> B", constants=(1,)), _case("log_plus", "B T, B T -> B T", positive, constants=(1,)),
-    _case("argmax", "B T V -> B T"), _case("rank_of", "B V, B -> B", normal, largest), _case("from_rank", "B -> B", index("V"), of="V"),
+    _case("argmax", "B T V -> B T"), _case("argmax", "B (K H) -> B"), _case("rank_of", "B V, B -> B", normal, largest), _case("rank_of", "B (K H), B -> B", normal, largest), _case("from_rank", "B -> B", index("V")),
     _case("rearrange", "B T D -> D B T"), _case("rearrange", "B K H -> B (K H)"), _case("rearrange", "T (K H) -> K T H"),
     _case("rearrange", "B T (K H) -> (B T) K H"), _case("rename", "B T -> B S"),
+    _case("rename", "B (T H) -> B S"), _case("rename", "S B -> (T H) B"), _case("rename", "B (T H) -> B (G D)"),
     _case("attention", f"{_Q}, {_K}, {_V} -> {_OUT}"), _case("attention", f"{_Q}, {_K}, {_V}, {_MASK} -> {_OUT}", *_MASKED),
     _case("attention", f"{_Q}, {_K}, {_K} -> {_Q}", complete=False),
     _case("attention_vjp", f"{_Q}, {_K}, {_V}, {_OUT} -> {_Q}, {_K}, {_V}"),
@@ -100,5 +102,7 @@ CASES: tuple[Case, ...] = (
     _case("sample", "B V, B -> B", normal, index("S"), temperature=0.7, top_p=0.9, seed=3),
     _case("embedding", "B T, V D -> B T D", index("V")), _case("embedding_vjp", "B T, B T D -> V D", index("V")),
     _case("take", "B T D, B -> B D", normal, index("T")), _case("take", "B V, B -> B", normal, index("V")),
+    _case("take", "B (K H), B -> B", normal, index("K H")), _case("take_vjp", "B, B -> B (K H)", index("K H")),
+    _case("embedding", "B, (K H) D -> B D", index("K H")), _case("embedding_vjp", "B, B D -> (K H) D", index("K H")),
     _case("take_vjp", "B, B D -> B T D", index("T")), _case("take_vjp", "B, B -> B V", index("V")),
 )

@@ -37,7 +37,7 @@ def _write(e: Any, step: Step, args: list[str]) -> str:
 
 def _mask(e: Any, step: Step, args: list[str]) -> str:
     (out,) = step.outs
-    (offset, t), (first, s) = (e.extent(out.labels[i], out.dims[i].axes) for i in (1, 2))
+    (offset, t), (first, s) = map(e.rows, out.dims[1:])
     return f"{e.use(slots_seen)}({args[0]}, {offset}, {t}, {first}, {s})"
 
 

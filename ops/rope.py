@@ -68,7 +68,7 @@ def _table(e: Any, step: Step, args: list[str]) -> str:
         raise SpecError(f"rope_table: {out.labels[2]} is {e.sizes[out.labels[2]]}; its halves are turned in pairs, so it is even")
     name = f"inv{len(e.constants)}"
     e.constants[name] = frequencies(e.sizes[out.labels[2]], step.options["theta"], step.options["scaling"])
-    offset, length = e.extent(out.labels[1], out.dims[1].axes)
+    offset, length = e.rows(out.dims[1])
     return f"{e.use(rope_angles)}({args[0]}, {offset}, {length}, {name}, torch.{e.dtype})"
 
 

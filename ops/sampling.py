@@ -31,8 +31,8 @@ def draw(logits: Tensor, position: Tensor, first_row: int, temperature: float, t
 
 
 def _emit(e: Any, step: Step, args: list[str]) -> str:
-    o, (rows, _) = step.options, step.ins[0].labels
-    return f"{e.use(draw)}({', '.join(args)}, {e.extent(rows, step.ins[0].axes(rows))[0]}, {o['temperature']!r}, {o['top_p']!r}, {o['seed']!r})"
+    o, (rows, _) = step.options, step.ins[0].dims
+    return f"{e.use(draw)}({', '.join(args)}, {e.rows(rows)[0]}, {o['temperature']!r}, {o['top_p']!r}, {o['seed']!r})"
 
 
 SAMPLE = Op("sample", keywords={"temperature": number, "top_p": number, "seed": number}, rule=lambda s: Rule(whole=s.ins[0].names[1:]), emit=_emit, index=(1,), dtype=lambda d, o: ["int64"], constant=True)

@@ -64,7 +64,7 @@ def _embed(e: Any, step: Step, args: list[str]) -> str:
     table = step.ins[1]
     if e.mesh.size(table.dims[0].axes) == 1:
         return f"F.embedding({args[0]}, {args[1]})"
-    return f"{e.use(rows_of)}({args[0]}, {args[1]}, {e.extent(table.labels[0], table.dims[0].axes)[0]}, {e.sizes[table.labels[0]]})"
+    return f"{e.use(rows_of)}({args[0]}, {args[1]}, {e.rows(table.dims[0])[0]}, {e.count(table.dims[0])})"
 
 
 def _embed_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
@@ -73,8 +73,8 @@ def _embed_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
 
 def _embed_back(e: Any, step: Step, args: list[str]) -> str:
     (out,) = step.outs
-    start, size = e.extent(out.labels[0], out.dims[0].axes)
-    return f"{e.use(rows_vjp)}({args[0]}, {args[1]}, {start}, {size}, {e.sizes[out.labels[0]]})"
+    start, size = e.rows(out.dims[0])
+    return f"{e.use(rows_vjp)}({args[0]}, {args[1]}, {start}, {size}, {e.count(out.dims[0])})"
 
 
 def _gone(x: Any, out: Any) -> str:
@@ -93,7 +93,7 @@ def _take(e: Any, step: Step, args: list[str]) -> str:
         shape = tuple(1 if i == dim else n for i, n in enumerate(e.shape(x)))
         return f"{args[0]}.gather({dim}, {_index(args[1], index, x)}.expand({shape})).squeeze({dim})"
     return (f"{e.use(pick)}({args[0]}, {_index(args[1], index, x)}, {dim}, "
-            f"{e.extent(name, x.axes(name))[0]}, {e.sizes[name]})")
+            f"{e.rows(x.dims[dim])[0]}, {e.count(x.dims[dim])})")
 
 
 def _take_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
@@ -103,15 +103,16 @@ def _take_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
 def _take_back(e: Any, step: Step, args: list[str]) -> str:
     (x,), (index, g) = step.outs, step.ins
     name = _gone(x, g)
-    start, size = e.extent(name, x.axes(name))
-    return f"{e.use(pick_vjp)}({_index(args[0], index, x)}, {args[1]}, {x.labels.index(name)}, {start}, {size}, {e.sizes[name]})"
+    dim = x.dim(name)
+    start, size = e.rows(dim)
+    return f"{e.use(pick_vjp)}({_index(args[0], index, x)}, {args[1]}, {x.dims.index(dim)}, {start}, {size}, {e.count(dim)})"
 
 
-EMBEDDING = Op("embedding", rule=lambda s: Rule(linear=((1,),), sums=s.ins[1].names[:1]), emit=_embed, vjp=_embed_vjp, index=(0,),
+EMBEDDING = Op("embedding", rule=lambda s: Rule(linear=((1,),), sums=s.ins[1].dims[0].names), emit=_embed, vjp=_embed_vjp, index=(0,),
                dtype=lambda d, o: [d[1]])
 EMBEDDING_VJP = Op("embedding_vjp", rule=lambda s: Rule(linear=((1,),), sums=s.ins[0].names), emit=_embed_back, index=(0,),
                    dtype=lambda d, o: [d[1]])
-TAKE = Op("take", rule=lambda s: Rule(linear=((0,),), sums=(_gone(*_pair(s)),)), emit=_take, vjp=_take_vjp, index=(1,))
+TAKE = Op("take", rule=lambda s: Rule(linear=((0,),), sums=s.ins[0].dim(_gone(*_pair(s))).names), emit=_take, vjp=_take_vjp, index=(1,))
 TAKE_VJP = Op("take_vjp", rule=lambda s: Rule(linear=((1,),)), emit=_take_back, index=(0,), dtype=lambda d, o: [d[1]])
 
 

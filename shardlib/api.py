@@ -11,7 +11,7 @@ from shardlib import testing
 from shardlib.complete import complete
 from shardlib.distributed.runtime import Runtime, shared_runtime
 from shardlib.dtypes import value_dtypes
-from shardlib.emit import Emitter, bind_sizes, load
+from shardlib.emit import Emitter, load
 from shardlib.errors import SpecError
 from shardlib.grad import value_and_grad_program
 from shardlib.layout import Layout
@@ -22,6 +22,7 @@ from shardlib.params import Params, fill, flat, leaf_values, present, unflat
 from shardlib.program import Program, leaves
 from shardlib.scan import SCAN
 from shardlib.simulate import simulate as simulate_ranks
+from shardlib.sizes import bind_sizes
 from shardlib.spec import Spec
 from shardlib.step import run_steps
 from shardlib.trace import Function, trace_results

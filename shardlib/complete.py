@@ -19,7 +19,7 @@ from shardlib.mesh import Mesh
 from shardlib.messages import changed_carry, refusal, split_stack, unlike, unlike_result, unlike_return, wrong_move
 from shardlib.moves import check_move
 from shardlib.program import Program, Result, Step, Struct, leaves
-from shardlib.rearrange import RENAME
+from shardlib.rearrange import RENAME, renamed, whole_in_rename
 from shardlib.rules import RuleError, natural
 from shardlib.scan import SCAN
 from shardlib.spec import Spec
@@ -202,14 +202,19 @@ class Completer(Builder):
         self._note(step, [name], made)
 
     def _rename(self, step: Step, name: str, layout: Layout) -> None:
-        want = self._alone(step.outs[0], layout)
+        """A dim keeps its axes under its new name; one that is a group on one side alone is whole, and split, if at all, after."""
+        named = step.outs[0]
+        products = {d.label for d in whole_in_rename(self.types[name], named)}
+        want = named.resolve(self.mesh) if layout == EXPLICIT else self._alone(named, layout)
+        made = want if layout == EXPLICIT else self._alone(named.pinned(products), layout)
+        source = Spec(tuple(d.split(m.axes) for d, m in zip(self.types[name].dims, made.dims)), made.owed)
         if layout == EXPLICIT:
-            want = step.outs[0].resolve(self.mesh)
-        source = Spec(tuple(d.split(w.axes) for d, w in zip(self.types[name].dims, want.dims)), want.owed)
-        if layout == EXPLICIT and source != self.types[name]:
-            raise unlike(step, 0, source, self)
-        placed = self.move(name, source, f"rename to {want}")
-        (self.now[step.outputs[0]],) = self.add(RENAME, [placed], [want], step.outputs)
+            renamed(step.ins[0].resolve(self.mesh), named), renamed(want, step.ins[0])
+            if source != self.types[name]:
+                raise unlike(step, 0, source, self)
+        placed = self.move(name, source, f"rename to {made}")
+        (there,) = self.add(RENAME, [placed], [made], step.outputs)
+        self.now[step.outputs[0]] = self.move(there, want, f"the layout keeps {named.whole()} as {want}")
 
     def _cond(self, step: Step, inputs: list[str], layout: Layout) -> None:
         whole = self.types[inputs[0]].owing()

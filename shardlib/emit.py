@@ -17,12 +17,11 @@ import torch.nn.functional as F
 
 from shardlib.cond import COND
 from shardlib.errors import SpecError
-from shardlib.mesh import Mesh, check_sizes
+from shardlib.mesh import Mesh
 from shardlib.pack import Packing, emit_packed, packings
 from shardlib.program import Program, Step
-from shardlib.rearrange import RENAME
 from shardlib.scan import SCAN
-from shardlib.spec import Spec
+from shardlib.spec import Dim, Spec
 from shardlib.variables import reuse
 
 
@@ -75,11 +74,15 @@ class Emitter:
 
     def opened_shape(self, spec: Spec) -> tuple[int, ...]:
         """The local shape with groups taken apart."""
-        return tuple(self.extent(f.name, f.axes)[1] for d in spec.dims for f in d.factors)
+        return tuple(self.rows(Dim((f,)))[1] for d in spec.dims for f in d.factors)
 
-    def extent(self, name: str, axes: Sequence[str]) -> tuple[int, int]:
-        """(start, size) of this rank's piece of the dim `name` split over `axes`."""
-        return self.mesh.extent(self.sizes[name], axes, self.coordinate)
+    def rows(self, dim: Dim) -> tuple[int, int]:
+        """(start, size) of this rank's piece of `dim`, a group's in rows of the group."""
+        return self.mesh.rows(dim, self.sizes, self.coordinate)
+
+    def count(self, *dims: Dim) -> int:
+        """The global size of `dims` together."""
+        return prod(self.sizes[n] for d in dims for n in d.names)
 
     def use(self, helper: Callable) -> str:
         """The name under which generated code calls `helper`; a user's function gets one of ours."""
@@ -290,46 +293,3 @@ def load(source: str, helpers: Mapping[str, Callable], groups: Mapping[str, Any]
     space: dict[str, Any] = {"torch": torch, "F": F, **helpers, **groups}
     exec(compile(source, file, "exec"), space)
     return space["main"]
-
-
-def bind_sizes(program: Program, shapes: Mapping[str, Sequence[int]], known: Mapping[str, int], mesh: Mesh,
-               coordinate: Mapping[str, int] | None) -> dict[str, int]:
-    """The global size of every dim, from the arguments' shapes and `known`. SpecError for a conflict, naming both binders.
-
-    With a `coordinate`, shapes are those of its shards: a split dim then takes its size from `known` or from another argument.
-    """
-    check_sizes(known)
-    sizes, binder = dict(known), {n: "sizes" for n in known}
-    later: list[tuple[str, Spec, int, int]] = []
-    for path, spec in program.arg_leaves():
-        shape = tuple(shapes[path])
-        if len(shape) != len(spec.dims):
-            raise SpecError(f"{program.name}: {path} has {len(shape)} dims, its spec {spec} has {len(spec.dims)}")
-        for i, (dim, n) in enumerate(zip(spec.dims, shape)):
-            if len(dim.factors) == 1 and (coordinate is None or mesh.size(dim.axes) == 1):
-                name = dim.label
-                if sizes.setdefault(name, n) != n:
-                    raise SpecError(f"{program.name}: {name} is {sizes[name]} by {binder[name]}, and {n} by {path}")
-                binder.setdefault(name, path)
-            else:
-                later.append((path, spec, i, n))
-    _bind_renamed(program, sizes)
-    for path, spec, i, n in later:
-        dim = spec.dims[i]
-        if missing := [f.name for f in dim.factors if f.name not in sizes]:
-            raise SpecError(f"{program.name}: {path} holds only a piece of {missing[0]}; say its global size: sizes=dict({missing[0]}=...)")
-        here = dim.size if not dim.factors else prod(sizes[f.name] for f in dim.factors) if coordinate is None else mesh.rows(dim, sizes, coordinate)[1]
-        if here != n:
-            raise SpecError(f"{program.name}: {path} has {n} rows of {dim}; with {', '.join(f'{f.name}={sizes[f.name]}' for f in dim.factors)} "
-                            f"this rank holds {here}")
-    return sizes
-
-
-def _bind_renamed(program: Program, sizes: dict[str, int]) -> None:
-    for step in program.steps:
-        if step.op is RENAME:
-            for old, new in zip(step.ins[0].names, step.outs[0].names):
-                if old in sizes:
-                    sizes.setdefault(new, sizes[old])
-        for body in step.bodies:
-            _bind_renamed(body, sizes)

@@ -119,7 +119,7 @@ def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapp
 
     runtime: says who takes each collective and how long that took when it was measured; all ranks then call this.
     """
-    check_given(program, mesh, sizes, dtypes or {}, default)
+    sizes = check_given(program, mesh, sizes, dtypes or {}, default)
     kinds = value_dtypes(program, dtypes or {}, default)
     held = tuple(sum(prod(mesh.local_shape(spec, sizes, c)) * ITEMSIZE[kinds[path]] for path, spec in program.arg_leaves())
                  for c in mesh.coordinates())

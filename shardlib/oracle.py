@@ -32,8 +32,9 @@ from torch import Tensor
 from shardlib.emit import Emitter, load
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Program, Result, Step
-from shardlib.rearrange import RENAME
+from shardlib.rearrange import RENAME, by_factor, renamed
 from shardlib.rules import RuleError, natural
+from shardlib.sizes import Sizes
 from shardlib.spec import Dim, Owed, Spec, parse_signature
 from shardlib.testing import NotReplicated, join, place
 
@@ -96,8 +97,7 @@ class Case:
     def rule(self, ins: Sequence[Spec], made: Splits | None = None) -> tuple[Spec, ...]:
         """What the rule says the results are, dims in `made` split so. RuleError where it refuses."""
         if self.op is RENAME:
-            (x,), (out,) = ins, self.outs
-            return (Spec(tuple(d.split(f.axes) for d, f in zip(out.dims, x.dims)), x.owed),)
+            return (renamed(*ins, *self.outs),)
         outs = tuple(s.split(made or {}) for s in self.outs) if self.op.takes_text else self.op.infer(ins, dict(self.attrs))
         return natural(self.op.name, self.op.rule(self.step(ins, outs)), ins, outs)
 
@@ -165,7 +165,7 @@ class Trial:
     def __init__(self, case: Case, mesh: Mesh, sizes: Mapping[str, int], seed: int = 0) -> None:
         self.case, self.mesh, self.sizes = case, mesh, dict(sizes)
         if case.op is RENAME:
-            self.sizes |= {new: sizes[old] for old, new in zip(case.ins[0].names, case.outs[0].names)}
+            self.sizes = _renamed_sizes(case, sizes)
         self.emitters = [Emitter(mesh, rank, self.sizes, dtype="float64") for rank in range(mesh.world_size)]
         self._codes: dict[tuple[bool, str], Callable] = {}
         self.generator = torch.Generator().manual_seed(seed)
@@ -279,6 +279,16 @@ class Trial:
             if not right[j]:
                 return []
         return right
+
+
+def _renamed_sizes(case: Case, sizes: Mapping[str, int]) -> dict[str, int]:
+    """`sizes`, with those names fitted to the others that a rename gives to a dim, or whose dim it takes apart."""
+    pairs = list(zip(case.ins[0].dims, case.outs[0].dims))
+    fitted = {n for old, new in pairs for n in (new if by_factor(old, new) else min(old, new, key=lambda d: len(d.names))).names}
+    fitting = Sizes("case", {n: size for n, size in sizes.items() if n not in fitted})
+    fitting.rename(case.step(case.ins, case.outs))
+    fitting.settle()
+    return {**sizes, **fitting.of}
 
 
 def disagreements(case: Case, mesh: Mesh, sizes: Mapping[str, int], kinds: Sequence[str] = ("+",), seeds: int = 3,

@@ -17,10 +17,11 @@ from typing import Iterator, Mapping, Sequence
 
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import SpecError
-from shardlib.mesh import Mesh, check_sizes
+from shardlib.mesh import Mesh
 from shardlib.moves import ALL_GATHER, ALL_REDUCE, COLLECTIVES, PERMUTE, REDUCE_SCATTER, axes_of, exchanged
 from shardlib.program import Op, Program, Step
 from shardlib.scan import SCAN
+from shardlib.sizes import complete_sizes
 from shardlib.spec import Spec
 
 
@@ -43,9 +44,10 @@ class Call:
         return (self.op, self.group, self.dtype, self.shapes, self.root) == (other.op, other.group, other.dtype, other.shapes, other.root)
 
 
-def check_given(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str], default: str = "float32") -> None:
-    """SpecError unless the mesh has the program's axes, `sizes` the dims of what is held and sent, and `dtypes` are some of its arguments'."""
-    check_sizes(sizes)
+def check_given(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str], default: str = "float32") -> dict[str, int]:
+    """All sizes that follow from `sizes`. SpecError unless the mesh has the program's axes, `sizes` the dims of what is held and sent,
+    and `dtypes` are some of its arguments'."""
+    sizes = complete_sizes(program, sizes)
     paths, places = [path for path, _ in program.arg_leaves()], [program, *program.bodies()]
     held = [spec for _, spec in program.arg_leaves()]
     sent = [spec for p in places for s in p.steps if s.op in COLLECTIVES for spec in (*s.ins, *s.outs)]
@@ -61,6 +63,7 @@ def check_given(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: 
     for what, kind in (("default", default), *((f"dtypes: {path}", kind) for path, kind in dtypes.items())):
         if kind not in ITEMSIZE:
             raise SpecError(f"{what} is {kind!r}; a dtype is one of {', '.join(ITEMSIZE)}")
+    return sizes
 
 
 def _axes(specs: Sequence[Spec]) -> dict[str, None]:

@@ -32,7 +32,7 @@ class Proof:
 
 def prove(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None) -> Proof:
     """Prove that all ranks issue the same collectives in the same order. SpecError where they do not."""
-    check_given(program, mesh, sizes, dtypes or {})
+    sizes = check_given(program, mesh, sizes, dtypes or {})
     check_branches(program)
     return match(mesh, [project(program, mesh, rank, sizes, dtypes) for rank in range(mesh.world_size)])
 

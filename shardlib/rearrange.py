@@ -3,6 +3,9 @@
 A merged dim keeps its factors in its type: `rearrange("B T K/tp G H -> B T (K/tp G H)", q)` is split in whole units of
 K, and taking it apart again is its inverse; both are free, and both pass a sum that is owed. Refused: a group whose
 later factor is split (its rows on a rank would be strided), dims lost or made.
+
+A rename is free where both sides have as many factors, each taking the next one's name. Between a group and a name (or a
+constant) it is one of products, and the dim is whole: (K/a G) of 3 x 4 is 8 and 4 rows on two ranks, N/a would be 6 and 6.
 """
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Sequence
 
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step
-from shardlib.rules import Rule
-from shardlib.spec import parse_signature
+from shardlib.rules import Rule, RuleError
+from shardlib.spec import Dim, Spec, parse_signature
 from shardlib.trace import apply
 
 if TYPE_CHECKING:
@@ -30,13 +33,36 @@ def _emit(e: Emitter, step: Step, args: list[str]) -> str:
 
 
 def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
-    return [b.call(REARRANGE, [ct[0]], outs=(step.ins[0].owing(),))]
+    """Back, with what becomes a later factor of a group whole."""
+    inner = {n for d in step.ins[0].dims for n in d.names[1:]}
+    have = b.types[ct[0]]
+    ready = b.move(ct[0], have.split({d.label: d.axes for d in have.dims if d.names[0] not in inner}))
+    return [b.call(REARRANGE, [ready], outs=(step.ins[0].owing(),))]
+
+
+def by_factor(old: Dim, new: Dim) -> bool:
+    """Whether a rename of `old` to `new` names each factor anew; else what is named is the product, and the dim is whole."""
+    return len(old.factors) == len(new.factors) > 0
+
+
+def whole_in_rename(old: Spec, new: Spec) -> tuple[Dim, ...]:
+    """The dims of `new` that are whole where `old` is renamed to it."""
+    return tuple(d for was, d in zip(old.dims, new.dims) if not by_factor(was, d))
+
+
+def renamed(have: Spec, named: Spec) -> Spec:
+    """The type of a value of type `have` under the names of `named`. RuleError for a split dim whose pieces it would change."""
+    for old, new in zip(have.dims, named.dims):
+        if old.axes and not by_factor(old, new):
+            raise RuleError(f"rename: {old} is split over {'/'.join(old.axes)}; its pieces are not those of {new.label}", 0, old.label)
+    return Spec(tuple(new.split(old.axes) for old, new in zip(have.dims, named.dims)), have.owed)
 
 
 def _rename_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
-    kind = b.types[ct[0]]
-    back = tuple(d.split(k.axes) for d, k in zip(step.ins[0].dims, kind.dims))
-    return list(b.add(RENAME, [ct[0]], [type(kind)(back, kind.owed)]))
+    have, back = b.types[ct[0]], step.ins[0]
+    whole = whole_in_rename(back, have)
+    ready = b.move(ct[0], have.split({d.label: d.axes for d in have.dims if d not in whole}))
+    return list(b.add(RENAME, [ready], [renamed(b.types[ready], back)]))
 
 
 REARRANGE = Op("rearrange", rule=lambda s: Rule(linear=((0,),)), emit=_emit, vjp=_vjp)
@@ -53,7 +79,7 @@ def rearrange(text: str, x: Any) -> Any:
 
 
 def rename(text: str, x: Any) -> Any:
-    """The same tensor, its dims under other names, by position: rename("B T K H -> B S K H", k)."""
+    """The same tensor, its dims under other names, by position: rename("B T K H -> B S K H", k), rename("B (Y X) D -> B N D", x)."""
     ins, outs = parse_signature(text)
     if len(ins) != 1 or len(outs) != 1 or None in (*ins, *outs) or len(ins[0].dims) != len(outs[0].dims):
         raise SpecError(f'rename "{text}": one spec on each side, with as many dims')

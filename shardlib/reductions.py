@@ -64,10 +64,10 @@ def _max(e: Emitter, step: Step, args: list[str]) -> str:
 
 
 def amax(x: Any, dims: tuple[int, ...]) -> Any:
-    """The maximum over `dims`; -inf (or the least integer) where there is nothing, NaN where there is one."""
+    """The maximum over `dims`; the least of its dtype (-inf, False) where there is nothing, NaN where there is one."""
     if any(x.shape[d] == 0 for d in dims):
         shape = [n for i, n in enumerate(x.shape) if i not in dims]
-        low = float("-inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
+        low = float("-inf") if x.is_floating_point() else False if x.dtype == torch.bool else torch.iinfo(x.dtype).min
         return x.new_full(shape, low)
     return x.amax(dims) if dims else x.clone()
 
@@ -151,26 +151,38 @@ def _spread_argmax(b: Any, step: Step, x: str) -> str:
     small = step.outs[0]
     top = b.settle(b.call(MAX, [x], outs=(small,)))
     back = b.settle(b.call(RANK_OF, [x, top], outs=(small,)))
-    return b.call(FROM_RANK, [back], of=_gone(step)[0])
+    return b.call(FROM_RANK, [back])
 
 
 def _rank_of(e: Emitter, step: Step, args: list[str]) -> str:
-    (name,) = _gone(step)
-    start, _ = e.extent(name, step.ins[0].axes(name))
+    (i,) = _dims(step)
+    start, _ = e.rows(step.ins[0].dims[i])
     x, top = args
-    return f"{e.use(rank_of)}({x}, {_narrow_to_wide(top, step.ins[1], step.ins[0])}, {_dims(step)[0]}, {start}, {e.sizes[name]})"
+    return f"{e.use(rank_of)}({x}, {_narrow_to_wide(top, step.ins[1], step.ins[0])}, {i}, {start}, {_not_empty(e, step)})"
 
 
 def rank_of(x: Any, top: Any, dim: int, start: int, n: int) -> Any:
-    """n - 1 - i for the first i with x[i] = top (NaN equals NaN), i counted from `start`; -1 where there is none."""
+    """-i for the first i of n with x[i] = top (NaN equals NaN), i counted from `start`; -n where there is none."""
     index = torch.arange(start, start + x.shape[dim], device=x.device).view([-1 if i == dim else 1 for i in range(x.ndim)])
-    return amax(torch.where((x == top) | (x.isnan() & top.isnan()), n - 1 - index, -1), (dim,))
+    return amax(torch.where((x == top) | (x.isnan() & top.isnan()), -index, -n), (dim,))
 
 
-ARGMAX = Op("argmax", rule=lambda s: Rule(whole=_gone(s)), emit=lambda e, s, a: f"{a[0]}.argmax({_dims(s)[0]})",
-            distribute=_spread_argmax, dtype=lambda d, o: ["int64"])
+def _not_empty(e: Emitter, step: Step) -> int:
+    """The size of the dim that argmax runs over. SpecError for 0."""
+    dim = step.ins[0].dims[_dims(step)[0]]
+    if not e.count(dim):
+        raise SpecError(f"argmax: {dim.label} is 0; nothing is the largest of nothing")
+    return e.count(dim)
+
+
+def _argmax(e: Emitter, step: Step, args: list[str]) -> str:
+    _not_empty(e, step)
+    return f"{args[0]}.argmax({_dims(step)[0]})"
+
+
+ARGMAX = Op("argmax", rule=lambda s: Rule(whole=_gone(s)), emit=_argmax, distribute=_spread_argmax, dtype=lambda d, o: ["int64"])
 RANK_OF = Op("rank_of", rule=lambda s: Rule(maxes=_gone(s)), emit=_rank_of, dtype=lambda d, o: ["int64"])
-FROM_RANK = Op("from_rank", keywords={"of": nameable}, rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{e.sizes[s.options['of']] - 1} - {a[0]}")
+FROM_RANK = Op("from_rank", rule=lambda s: Rule(linear=((0,),)), infer=_first, emit=lambda e, s, a: f"-{a[0]}")
 
 
 def _call(op: Op, text: str, x: Any, lost: int | None = None) -> Any:

@@ -24,7 +24,7 @@ import keyword
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Mapping
+from typing import TYPE_CHECKING, Collection, Mapping
 
 from shardlib.errors import SpecError
 
@@ -74,6 +74,10 @@ class Dim:
         if len(self.factors) == 1:
             return self.factors[0].name
         return f"({' '.join(f.name for f in self.factors)})" if self.factors else str(self.size)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f.name for f in self.factors)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -166,6 +170,11 @@ class Spec:
     def owing(self, *owed: Owed | str) -> Spec:
         """The same dims, owing exactly `owed`; a plain axis name stands for a sum."""
         return replace(self, owed=tuple(o if isinstance(o, Owed) else Owed("+", o) for o in owed))
+
+    def pinned(self, labels: Collection[str]) -> Spec:
+        """The same dims, those in `labels` whole on purpose."""
+        return replace(self, dims=tuple(d if d.label not in labels or not d.factors else
+                                        replace(d, factors=(Factor(d.factors[0].name, (), True), *d.factors[1:])) for d in self.dims))
 
     def whole(self) -> Spec:
         """The same dims with nothing split and nothing owed."""

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from shardlib.complete import Completer
 from shardlib.distributed.runtime import Runtime
-from shardlib.emit import Emitter, bind_sizes, load
+from shardlib.emit import Emitter, load
 from shardlib.errors import SpecError
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op, Program, Result, Step, Where, leaves
 from shardlib.rearrange import RENAME
+from shardlib.sizes import Sizes, bound
 from shardlib.spec import Spec
 from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, user_frame
 
@@ -30,9 +31,9 @@ class Stepper(Tracer):
     """Executes each op as it is called. `recipes`: what was worked out before, at the same sizes."""
     runs = True
 
-    def __init__(self, runtime: Runtime, layout: Layout, sizes: Mapping[str, int], dtype: str, recipes: dict) -> None:
+    def __init__(self, runtime: Runtime, layout: Layout, sizes: Sizes, dtype: str, recipes: dict) -> None:
         super().__init__()
-        self.runtime, self.base, self.sizes, self.dtype, self.recipes = runtime, layout, dict(sizes), dtype, recipes
+        self.runtime, self.base, self.sizes, self.dtype, self.recipes = runtime, layout, sizes, dtype, recipes
 
     def value(self, kind: Spec, local: Tensor, param: bool = False) -> Value:
         """A value with data: `key` is what recipes know it by."""
@@ -67,11 +68,12 @@ class Stepper(Tracer):
         elif ins is None:
             ins = tuple(v.spec.whole() for v in operands)
             outs = op.infer(ins, attrs)
-        if op is RENAME:
-            self.sizes.update({new: self.sizes[old] for old, new in zip(ins[0].names, outs[0].names)})
         made = tuple(f"o{i}" for i in range(len(outs)))
         step = Step(op, ins, outs, names, made, tuple(sorted(attrs.items())), where=Where.of(frame), said=said)
-        completer = Completer(Program("step", (), (step,), ()), layout, self.runtime.mesh, self.sizes)
+        if op is RENAME:
+            self.sizes.rename(step)
+            self.sizes.settle()
+        completer = Completer(Program("step", (), (step,), ()), layout, self.runtime.mesh, self.sizes.of)
         for name, x in zip(names, operands):
             completer.now[name] = completer.declare(name, x.spec)
             completer.params |= {name} if x.id == PARAM else set()
@@ -79,7 +81,7 @@ class Stepper(Tracer):
         kinds = tuple(completer.types[completer.now[o]] for o in made)
         program = Program("step", tuple((n, x.spec) for n, x in zip(names, operands)), tuple(completer.steps),
                           tuple(Result(k, (completer.now[o],)) for k, o in zip(kinds, made)), True)
-        e = Emitter(self.runtime.mesh, self.runtime.rank, self.sizes, dtype=self.dtype)
+        e = Emitter(self.runtime.mesh, self.runtime.rank, self.sizes.of, dtype=self.dtype)
         source = e.program(program)
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
@@ -132,10 +134,10 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
     trees = [(name, _complete(tree, layout, mesh)) for name, tree in argument_trees(f, args)]
     given = {path: v for (name, tree), arg in zip(trees, args) for (path, _), v in zip(leaves(name, tree), _tensors(arg))}
     program = Program(f.__name__, tuple(trees), (), (), True)
-    bound = bind_sizes(program, {p: tuple(v.shape) for p, v in given.items()}, sizes, mesh, runtime.coordinate)
+    known = bound(program, {p: tuple(v.shape) for p, v in given.items()}, sizes, mesh, runtime.coordinate)
     floats = [v.dtype for v in given.values() if v.is_floating_point()]
-    stepper = Stepper(runtime, layout, bound, str(floats[0] if floats else torch.float32).removeprefix("torch."),
-                      recipes.setdefault(tuple(bound.items()), {}))
+    known, found = recipes.setdefault(tuple(known.of.items()), (known, {}))
+    stepper = Stepper(runtime, layout, known, str(floats[0] if floats else torch.float32).removeprefix("torch."), found)
     values = []
     for (name, tree), arg in zip(trees, args):
         kinds = dict(leaves(name, tree))

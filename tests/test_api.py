@@ -87,7 +87,8 @@ def test_step_mode_shows_types_and_local_tensors_to_the_function():
 def test_sizes_in_conflict_name_both_binders():
     with pytest.raises(SpecError) as error:
         net(torch.randn(3, 4), init(Net, dict(SIZES, D=6)))
-    assert str(error.value) == "net: D is 4 by x, and 6 by w.layers.up"
+    line = net.fn.__code__.co_firstlineno
+    assert str(error.value) == f"net: D is 4 by x, and 6 by w.layers.up          test_api.py:{line}"
 
 
 def test_a_launch_of_one_process_has_a_mesh_of_one_rank():

@@ -30,7 +30,7 @@ from shardlib.spec import Spec, parse
 CONFIG = LlamaConfig(vocab_size=11, d_model=18, num_layers=1, num_kv_heads=3, queries_per_kv=2, head_dim=4, d_ff=7, norm_eps=1e-5,
                      rope_theta=1e4, rope_scaling=None, tied=False, max_context=64)
 B, T, S, D = 2, 5, 8, CONFIG.d_model
-SIZES = dict(CONFIG.sizes, B=B, T=T, S=S)
+SIZES = dict(CONFIG.sizes, B=B, T=T, S=S)           # of a step; without a cache, keys are the queries' tokens: S is T
 TP2, FULL = Mesh(tp=2), dict(L=2, B=3, D=5, V=7)
 
 
@@ -47,7 +47,7 @@ SCORED, STEPPED = line("x = embedding(", "logits_of"), line("x = embedding(", "n
 
 def explained(f: object, mesh: str, layout: str, default: str = "float32", **options: object) -> Explanation:
     made = Mesh.parse(mesh)
-    return explain(lower(f, named_layout(layout, made), mesh=made, config=CONFIG), made, SIZES, default=default, **options)
+    return explain(lower(f, named_layout(layout, made), mesh=made, config=CONFIG), made, SIZES if f is next_token else {**SIZES, "S": T}, default=default, **options)
 
 
 def rows(found: Explanation) -> list[tuple]:
@@ -170,7 +170,7 @@ def test_the_table() -> None:
 
 def test_what_a_layout_could_not_give() -> None:
     """The heads have the axis; where no head is, H has it."""
-    found = explain(lower(logits_of, Layout(K="tp", H="tp"), mesh=Mesh(tp=2), config=CONFIG), Mesh(tp=2), SIZES)
+    found = explain(lower(logits_of, Layout(K="tp", H="tp"), mesh=Mesh(tp=2), config=CONFIG), Mesh(tp=2), {**SIZES, "S": T})
     lines = [line(text, "heads") for text in ("q = rope(", "k = rope(", "v = einsum(", "a, w.wo)")]
     assert found.unmet == (f"H is not split over tp at {', '.join(lines)}: there another dim has it",)
     assert str(found).rstrip().endswith(found.unmet[0])

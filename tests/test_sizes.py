@@ -1,0 +1,294 @@
+"""Every dim name has one size in a whole program: random chains of renames and rearranges against plain torch, and every contradiction."""
+from __future__ import annotations
+
+import linecache
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Callable
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from torch import Tensor
+
+from shardlib import EXPLICIT, Layout, Mesh, Params, SpecError, compile, cond, explain, lower, param, prove, rearrange, rename, scan, sharded, simulate, stacked, step
+from shardlib import value_and_grad
+from shardlib.functions import argmax, greater, max, mean, square, sum
+from shardlib.ops import take
+from shardlib.parser import parse_program
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def said(run: Callable, *args, **kwargs) -> str:
+    """The first line of the error, without the line that it ends with; "at the rename" where it names a line that has one."""
+    with pytest.raises(SpecError) as error:
+        run(*args, **kwargs)
+    first = str(error.value).split("\n")[0].split("          ")[0]
+    return re.sub(r"at test_sizes.py:(\d+)", lambda m: f"at {'the rename' if 'rename(' in linecache.getline(__file__, int(m[1])) else m[1]}", first)
+
+
+# -- the issue's own --------------------------------------------------------------------------------------------------
+
+@sharded("B Y X D -> B D")
+def pool(x):
+    return mean("B N D -> B D", rename("B (Y X) D -> B N D", rearrange("B Y X D -> B (Y X) D", x)))
+
+
+@sharded("B T D, B S D -> B D")
+def beside(x, other):
+    return mean("B S D -> B D", rename("B T D -> B S D", x)) + 0 * sum("B S D -> B D", other)
+
+
+@pytest.mark.parametrize("layout", (Layout(), Layout(N="tp"), Layout(Y="tp"), Layout(X="tp", Y="tp"), Layout(D="tp")))
+def test_a_group_is_renamed_to_the_product_of_its_factors(layout):
+    x = torch.rand(2, 3, 4, 5, dtype=torch.float64)
+    assert torch.allclose(simulate(pool, layout, x, mesh=Mesh(tp=2)), x.mean((1, 2)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("run", (
+    lambda x, y: simulate(beside, Layout(), x, y, mesh=Mesh(tp=2)), lambda x, y: compile(beside)(x, y), lambda x, y: step(beside)(x, y)))
+def test_a_rename_that_contradicts_an_argument(run):
+    x, other = torch.rand(2, 5, 3), torch.rand(2, 8, 3)
+    assert said(run, x, other) == (
+        'beside: S is 8 by other, and 5 by rename "B T D -> B S D" at the rename, since T is 5 by x')
+    assert run(x, torch.rand(2, 5, 3)).shape == (2, 3)
+
+
+# -- every pair of binders --------------------------------------------------------------------------------------------
+
+class Cells(Params):
+    u: Tensor = param("N D")
+
+
+class Stack(Params):
+    layers: Cells = stacked("L", Cells)
+
+
+@sharded("B Y X D, * -> B Y X D")
+def cell(x, w: Cells):
+    y = rename("B (Y X) D -> B N D", rearrange("B Y X D -> B (Y X) D", x)) * w.u
+    return rearrange("B (Y X) D -> B Y X D", rename("B N D -> B (Y X) D", y))
+
+
+@sharded("B Y X D, * -> B Y X D")
+def net(x, w: Stack):
+    return scan(cell, x, w.layers)
+
+
+@sharded("B T -> B")
+def long(x):
+    return sum("B S -> B", rename("B T -> B S", x))
+
+
+@sharded("B T -> B")
+def short(x):
+    return sum("B T -> B", x)
+
+
+@sharded("B T, B S -> B")
+def chosen(x, y):
+    return cond(greater(sum("B T -> ()", x), than=0.0), long, short, x) + sum("B S -> B", y)
+
+
+@sharded("B (K G), K -> B K G")
+def apart(x, k):
+    return rearrange("B (K G) -> B K G", x) * k
+
+
+@sharded("B 4, B K -> B K")
+def constant(x, y):
+    return rename("B 4 -> B K", x) + y
+
+
+def test_a_rename_in_the_body_of_a_scan_binds_the_program():
+    x = torch.rand(2, 3, 4, 5)
+    w = Stack(layers=Cells(u=torch.rand(2, 12, 5)))
+    want = x * w.layers.u[0].view(3, 4, 5) * w.layers.u[1].view(3, 4, 5)
+    for layout in (Layout(), Layout(Y="tp"), Layout(N="tp"), Layout(N="tp", Y="tp"), Layout(X="tp")):
+        assert torch.allclose(simulate(net, layout, x, w, mesh=Mesh(tp=2)), want, rtol=1e-6)
+    wrong = Stack(layers=Cells(u=torch.rand(2, 11, 5)))
+    assert said(net, x, wrong) == (
+        'net: N is 11 by w.layers.u, and 12 by rename "B (Y X) D -> B N D" at the rename, since Y is 3 by x and X is 4 by x')
+
+
+def test_a_rename_in_a_branch_binds_the_program():
+    x = torch.rand(2, 5)
+    assert torch.allclose(chosen(x, x), 2 * x.sum(1))
+    assert said(chosen, x, torch.rand(2, 6)) == (
+        'chosen: S is 6 by y, and 5 by rename "B T -> B S" at the rename, since T is 5 by x')
+
+
+def test_a_group_that_an_argument_holds():
+    x, k = torch.rand(2, 12), torch.rand(3)
+    assert torch.allclose(apart(x, k), x.view(2, 3, 4) * k[:, None])
+    assert said(apart, x, torch.rand(5)) == (
+        "apart: there are 12 rows by x, since K is 5 by k; no G makes (K G) of it")
+    run = compile(apart, sizes=dict(G=3))
+    assert said(run, x, k) == "apart: (K G) is 9, since K is 3 by k and G is 3 by sizes, and 12 by x"
+
+
+def test_a_group_whose_factors_nobody_says():
+    @sharded("B (K G) -> B")
+    def total(x):
+        return sum("B (K G) -> B", x)
+    assert said(total, torch.rand(2, 12)) == "total: x holds (K G) as one dim; say the size of K: sizes=dict(K=...)"
+    assert compile(total, sizes=dict(K=3))(torch.ones(2, 12)).tolist() == [12, 12]
+
+
+def test_a_constant_dim():
+    x = torch.rand(2, 4)
+    for layout in (Layout(), Layout(K="tp")):
+        assert torch.allclose(simulate(constant, layout, x, x, mesh=Mesh(tp=3)), 2 * x)
+    assert said(constant, x, torch.rand(2, 5)) == 'constant: K is 5 by y, and 4 by rename "B 4 -> B K" at the rename'
+    assert said(constant, torch.rand(2, 5), x) == "constant: x has 5 rows where its spec B 4 says 4"
+
+
+def test_sizes_that_a_program_is_asked_about():
+    """`explain` and `prove` take what follows by a rename, and refuse what contradicts it."""
+    @sharded("B T D -> B S/1 D")
+    def named(x):
+        return rename("B T D -> B S D", x)
+    mesh = Mesh(tp=2)
+    program = lower(named, Layout(S="tp"), mesh=mesh)
+    assert explain(program, mesh, dict(B=2, T=5, D=3)).bytes == explain(program, mesh, dict(B=2, T=5, D=3, S=5)).bytes > 0
+    for ask in (explain, prove):
+        assert said(ask, program, mesh, dict(B=2, T=5, D=3, S=6)) == (
+            'named: S is 6 by sizes, and 5 by rename "B T D -> B S D" at the rename, since T is 5 by sizes')
+
+
+# -- the type of a renamed group --------------------------------------------------------------------------------------
+
+def test_explicit_text_cannot_relabel_the_pieces_of_a_group():
+    def program(text: str):
+        return sharded(text, layout=EXPLICIT)(lambda x: rename(text, x))
+    assert said(lower, program("B (K/tp G) -> B N/tp"), mesh=Mesh(tp=2)) == (
+        "rename: (K/tp G) is split over tp; its pieces are not those of N")
+    assert said(lower, program("B N/tp -> B (K/tp G)"), mesh=Mesh(tp=2)) == (
+        "rename: N/tp is split over tp; its pieces are not those of (K G)")
+    assert str(lower(program("B (K/tp G) -> B (M/tp N)"), mesh=Mesh(tp=2)).results[0].tree) == "B (M/tp N)"
+
+
+# -- random chains ----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Chain:
+    """A random program of renames and rearranges, and what it means. `dims`: of the value so far, each a tuple of names."""
+    sizes: dict[str, int]
+    dims: list[tuple[str, ...]]
+    steps: list[tuple[str, str]] = field(default_factory=list)
+
+    @staticmethod
+    def spec(dims) -> str:
+        return " ".join(d[0] if len(d) == 1 else f"({' '.join(d)})" for d in dims)
+
+    def to(self, op: str, dims: list[tuple[str, ...]]) -> None:
+        self.steps.append((op, f"{self.spec(self.dims)} -> {self.spec(dims)}"))
+        self.dims = dims
+
+    def rename(self, draw, fresh) -> None:
+        """One dim under another name; a group under one, or under as many."""
+        i = draw(st.integers(0, len(self.dims) - 1))
+        old = self.dims[i]
+        new = tuple(next(fresh) for _ in old) if draw(st.booleans()) else (next(fresh),)
+        total = math.prod(self.sizes[n] for n in old)
+        self.sizes.update(zip(new, [self.sizes[n] for n in old] if len(new) == len(old) else [total]))
+        self.to("rename", [*self.dims[:i], new, *self.dims[i + 1:]])
+
+    def rearrange(self, draw, fresh) -> None:
+        """All names in another order, some neighbours merged."""
+        names, dims = draw(st.permutations([n for d in self.dims for n in d])), []
+        while names:
+            count = draw(st.integers(1, min(2, len(names))))
+            dims, names = [*dims, tuple(names[:count])], names[count:]
+        self.to("rearrange", dims)
+
+
+@st.composite
+def chains(draw) -> Chain:
+    fresh = (f"N{i}" for i in range(100))
+    names = [next(fresh) for _ in range(draw(st.integers(2, 4)))]
+    chain = Chain({n: draw(st.sampled_from((0, 1, 2, 3, 5))) for n in names}, [(n,) for n in names])
+    chain.rearrange(draw, fresh)
+    for _ in range(draw(st.integers(1, 5))):
+        draw(st.sampled_from((chain.rename, chain.rearrange)))(draw, fresh)
+    return chain
+
+
+@st.composite
+def layouts(draw, names) -> Layout:
+    return Layout({n: draw(st.sampled_from((("x",), ("y",), ("x", "y"), ("y", "x")))) for n in draw(st.permutations(sorted(names)))[:draw(st.integers(0, 4))]})
+
+
+@given(st.data())
+def test_chains_of_renames_and_rearranges(data):
+    """Value and gradient of random chains under random layouts are those of plain torch; contradicting arguments are refused."""
+    chain = data.draw(chains())
+    first = [(n,) for n in list(chain.sizes)[:len(chain.steps[0][1].split("->")[0].split())]]
+    text = f"{Chain.spec(first)}, {Chain.spec(chain.dims)} -> ()"
+
+    @sharded(text)
+    def program(x, y):
+        for op, what in chain.steps:
+            x = {"rename": rename, "rearrange": rearrange}[op](what, x)
+        return sum(f"{Chain.spec(chain.dims)} -> ()", square(x) * y)
+    x = torch.randn([chain.sizes[n] for n, in first], dtype=torch.float64)
+    shape = [math.prod(chain.sizes[n] for n in d) for d in chain.dims]
+    y = torch.randn(shape, dtype=torch.float64)
+    dense = x.clone().requires_grad_()
+    (chained(chain, dense).square() * y).sum().backward()
+    mesh = Mesh(x=2, y=3)
+    layout = data.draw(layouts(chain.sizes))
+    value, grad = simulate(value_and_grad(program, "x"), layout, x, y, mesh=mesh)
+    assert torch.allclose(value, (chained(chain, x).square() * y).sum()) and torch.allclose(grad, dense.grad)
+    explicit = lower(program, layout, mesh=mesh)
+    assert parse_program(str(explicit)) == explicit
+    i = data.draw(st.integers(0, len(shape) - 1))
+    wrong = torch.randn([n + (j == i) for j, n in enumerate(shape)], dtype=torch.float64)
+    if len(chain.dims[i]) == 1:
+        assert said(simulate, program, layout, x, wrong, mesh=mesh).startswith("program: ")
+
+
+def chained(chain: Chain, x: Tensor) -> Tensor:
+    """The same in plain torch, element by element of the names' grid."""
+    names = [n for n in list(chain.sizes)[:x.ndim]]
+    for op, what in chain.steps:
+        left, right = (side.split() for side in what.replace("(", "").replace(")", "").split("->"))
+        if op == "rearrange":
+            x = x.reshape([chain.sizes[n] for n in left]).permute([left.index(n) for n in right])
+        names = right
+    return x.reshape([math.prod(chain.sizes[n] for n in d) for d in chain.dims])
+
+
+# -- ops over a group -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("layout", (Layout(), Layout(Y="tp"), Layout(X="tp"), Layout(Y="tp", B="tp"), Layout(B="tp")))
+def test_argmax_and_take_over_a_group(layout):
+    @sharded("B Y X, B -> B, B")
+    def best(x, at):
+        merged = rearrange("B Y X -> B (Y X)", x)
+        return argmax("B (Y X) -> B", merged), take("B (Y X), B -> B", merged, at)
+    x, at = torch.randn(2, 5, 3), torch.tensor([14, 7])
+    x[0, 1, 2] = x[0, 4, 0] = 9.0
+    first, taken = simulate(best, layout, x, at, mesh=Mesh(tp=3))
+    assert first.tolist() == [5, int(x[1].flatten().argmax())]
+    assert taken.tolist() == [x[0, 4, 2].item(), x[1, 2, 1].item()]
+
+
+def test_argmax_of_nothing():
+    @sharded("B V -> B")
+    def best(x):
+        return argmax("B V -> B", x)
+    for layout in (Layout(), Layout(V="tp")):
+        assert said(simulate, best, layout, torch.ones(2, 0), mesh=Mesh(tp=2)) == (
+            "argmax: V is 0; nothing is the largest of nothing")
+
+
+def test_max_of_bool_on_an_empty_piece():
+    @sharded("B Y -> B")
+    def some(x):
+        return max("B Y -> B", greater(x, than=0.0))
+    x = torch.tensor([[-1.0, 1.0], [-1.0, -1.0]])
+    for tp in (1, 2, 3):
+        assert simulate(some, Layout(Y="tp"), x, mesh=Mesh(tp=tp)).tolist() == [True, False]
