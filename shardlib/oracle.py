@@ -29,6 +29,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from shardlib.dtypes import step_dtypes
 from shardlib.emit import Emitter, load
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Program, Result, Step
@@ -166,7 +167,6 @@ class Trial:
         self.case, self.mesh, self.sizes = case, mesh, dict(sizes)
         if case.op is RENAME:
             self.sizes |= {new: sizes[old] for old, new in zip(case.ins[0].names, case.outs[0].names)}
-        self.emitters = [Emitter(mesh, rank, self.sizes, dtype="float64") for rank in range(mesh.world_size)]
         self._codes: dict[tuple[bool, str], Callable] = {}
         self.generator = torch.Generator().manual_seed(seed)
         self.whole: list[Tensor] = []
@@ -174,6 +174,8 @@ class Trial:
             for i, spec in enumerate(case.ins):
                 draw = case.draws[i] if i < len(case.draws) else normal
                 self.whole.append(draw(self.shape(spec), self.sizes, self.generator, self.whole))
+            self.dtypes = {f"x{i}": str(x.dtype).removeprefix("torch.") for i, x in enumerate(self.whole)}
+            self.emitters = [Emitter(mesh, rank, self.sizes, given=self.dtypes) for rank in range(mesh.world_size)]
             self._truth()
         except (RuntimeError, IndexError, ValueError) as error:
             raise NoSuchCall(str(error)) from error
@@ -187,7 +189,7 @@ class Trial:
     def _truth(self) -> None:
         case, one = self.case, Mesh()
         outs = case.rule(case.ins)
-        main = self.code(Emitter(one, 0, self.sizes, dtype="float64"), case.ins, outs)
+        main = self.code(Emitter(one, 0, self.sizes, given=self.dtypes), case.ins, outs)
         given = [x.clone().requires_grad_(i in case.differentiable) for i, x in enumerate(self.whole)]
         made = main(*given)
         self.results = [y.detach() for y in made]
@@ -208,12 +210,13 @@ class Trial:
         """The generated function of a rank, which says on what it depends: the op's own text."""
         step = self.case.step(ins, outs)
         e.constants.clear()
+        e.dtypes.update(zip(step.outputs, step_dtypes(step, [e.dtypes[i] for i in step.inputs])))
         text = self.case.op.emit(e, step, [f"a{i}" for i in range(len(ins))])
         key = (e.mesh is self.mesh, text)
         if key not in self._codes:
             args = tuple(zip(step.inputs, ins))
             program = Program("case", args, (step,), tuple(Result(s, (n,)) for s, n in zip(outs, step.outputs)), True)
-            writer = Emitter(e.mesh, e.rank, self.sizes, dtype="float64")
+            writer = Emitter(e.mesh, e.rank, self.sizes, given=self.dtypes)
             source = writer.program(program)
             self._codes[key] = load(source, {**writer.helpers, **writer.constants}, {}, str(self.case))
         return self._codes[key]
