@@ -1,0 +1,261 @@
+"""The dtype policy: every op, at all dtypes of its operands, gives what the policy says, and what is said of it before it runs.
+
+The policy is written here once more, as a table in torch's terms, and held against the dtypes that are computed and against what the
+generated code gives: on one rank and on pieces, forward and in gradients. Values are held against the op in float64.
+"""
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Iterator, Sequence
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import assume, given, strategies as st
+from torch import Tensor, float16, float32, float64, bfloat16, int8, int16, int32, int64, uint8
+
+from shardlib import Layout, Mesh, Params, SpecError, compile, einsum, explain, lower, param, scan, sharded, simulate, stacked, step, value_and_grad
+from shardlib import simulate as run_simulated
+from shardlib.complete import complete
+from shardlib.dtypes import value_dtypes
+from shardlib.emit import Emitter, load
+from shardlib.functions import cast, logsumexp, mean, softmax, sum, where
+from shardlib.grad import value_and_grad_program
+from shardlib.ops import TABLE, rms_norm, rope, rope_table
+from shardlib.ops.cases import CASES
+from shardlib.oracle import Case, normal
+from shardlib.parser import parse_program
+from shardlib.passes import rewrite
+from shardlib.program import Program, Result, Step
+from shardlib.project import project
+from shardlib.reductions import SUM
+from shardlib.simulate import perform, simulate as run_ranks
+from shardlib.spec import Spec
+from shardlib.testing import join, place
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = dict(B=3, T=4, D=4, F=2, K=2, G=2, H=4, V=5, S=6)
+FLOATS = (float32, bfloat16, float16, float64)
+KINDS = (*FLOATS, int64, int32, int8, torch.bool)
+Dtypes = Sequence[torch.dtype]
+
+
+# -- the policy --------------------------------------------------------------------------------------------------------
+
+def widest(*kinds: torch.dtype) -> torch.dtype:
+    out = kinds[0]
+    for kind in kinds[1:]:
+        out = torch.promote_types(out, kind)
+    return out
+
+
+def fraction(*kinds: torch.dtype) -> torch.dtype:
+    return kind if (kind := widest(*kinds)).is_floating_point else float32
+
+
+def total(*kinds: torch.dtype) -> torch.dtype:
+    return kind if (kind := widest(*kinds)).is_floating_point else int64
+
+
+def first(x: torch.dtype, *others: torch.dtype) -> torch.dtype:
+    return x
+
+
+GIVES: dict[str, Any] = {           # of the dtypes of all operands; what is missing gives the widest of those that are no index
+    **dict.fromkeys(("div", "mean", "reciprocal", "scale"), fraction), **dict.fromkeys(("sum", "einsum"), total),
+    **dict.fromkeys(("rms_norm", "rope", "rope_vjp", "update_cache", "from_rank", "ones_like", "zeros_like"), first),
+    **dict.fromkeys(("greater", "less", "causal_mask"), lambda *kinds: torch.bool), "rope_table": lambda start: float32,
+    **dict.fromkeys(("argmax", "rank_of", "sample"), lambda *kinds: int64), "rms_norm_vjp": lambda x, w, g: (x, w),
+    "cast": lambda x: float64, "cast_like": lambda x, like: like if like.is_floating_point else x, "widen": lambda x: widest(x, float32),
+    "attention_vjp": lambda q, k, v, *rest: (widest(q, k, v, rest[-1]),) * 3,
+}
+TAKES_ANY = {"add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "mean", "max", "spread", "cast", "cast_like", "widen", "where",
+             "stop_gradient", "ones_like", "zeros_like", "rearrange", "rename", "take", "take_vjp", "embedding", "embedding_vjp", "update_cache"}
+TAKES_NUMBERS = {"sub", "greater", "less", "relu", "square", "argmax", "rank_of", "from_rank"}
+MASKS = {("where", 0), ("attention", 3)}
+LIKES = {("cast_like", 1), ("ones_like", 0), ("zeros_like", 0)}
+
+
+def is_index(case: Case, i: int) -> bool:
+    return i in case.op.index and (case.op.name, i) not in MASKS | LIKES and not case.op.name.startswith("rope")
+
+
+def is_mask(case: Case, i: int) -> bool:
+    return (case.op.name, i) in MASKS or i in case.indices and case.op.name == "attention_vjp"
+
+
+def gives(case: Case, kinds: Dtypes) -> tuple[torch.dtype, ...] | None:
+    """The dtypes of the results, or None where the call is refused."""
+    name = case.op.name
+    for i, kind in enumerate(kinds):
+        if is_mask(case, i):
+            legal = kind == torch.bool
+        elif is_index(case, i) or case.op.name == "rope_table":
+            legal = not kind.is_floating_point and kind != torch.bool
+        else:
+            legal = name in TAKES_ANY or kind.is_floating_point or name in TAKES_NUMBERS and kind != torch.bool
+        if not legal:
+            return None
+    if name in ("scale", "shift"):
+        return (fraction(*kinds),) if isinstance(dict(case.attrs)["by"], float) else (widest(*kinds, int64) if kinds[0] == torch.bool else kinds[0],)
+    if name == "spread":
+        return (fraction(*kinds) if dict(case.attrs).get("mean") else kinds[0],)
+    made = GIVES[name](*kinds) if name in GIVES else widest(*(k for i, k in enumerate(kinds) if i not in case.op.index))
+    return made if isinstance(made, tuple) else (made,) * len(case.outs)
+
+
+# -- one call at given dtypes ------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an op, its operands drawn and then rounded to `kinds`."""
+    case: Case
+    kinds: tuple[torch.dtype, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        renamed = {new: SIZES[old] for s, o in zip(self.case.ins, self.case.outs) for old, new in zip(s.names, o.names)} if self.case.op.name == "rename" else {}
+        return {**SIZES, **renamed}
+
+    def operands(self) -> list[Tensor]:
+        g, made = torch.Generator().manual_seed(0), []
+        for i, (spec, kind) in enumerate(zip(self.case.ins, self.kinds)):
+            draw = self.case.draws[i] if i < len(self.case.draws) else normal
+            x = draw(Mesh().local_shape(spec, self.sizes, {}), self.sizes, g, made)
+            made.append(x)
+        return [x.to(kind) if x.dtype in (torch.bool, int64) or kind.is_floating_point else (x > 0 if kind == torch.bool else x.round()).to(kind)
+                for x, kind in zip(made, self.kinds)]
+
+    def program(self, layout: Layout = Layout(), mesh: Mesh = Mesh(), reduced: bool = False) -> Program:
+        """The call as a program, completed; `reduced`: to the sum of its first result in float64, a scalar."""
+        case = self.case
+        steps = [case.step(case.ins, case.outs)]
+        results = [Result(s, (n,)) for s, n in zip(case.outs, steps[0].outputs)]
+        if reduced:
+            steps.append(Step(SUM, (case.outs[0],), (Spec(),), ("y0",), ("total",)))
+            results = [Result(Spec(), ("total",))]
+        args = tuple((f"x{i}", s) for i, s in enumerate(case.ins))
+        return complete(Program("call", args, tuple(steps), tuple(results)), layout, mesh)
+
+
+def names(kinds: Dtypes) -> dict[str, str]:
+    return {f"x{i}": str(kind)[6:] for i, kind in enumerate(kinds)}
+
+
+def run(program: Program, mesh: Mesh, sizes: dict[str, int], operands: Sequence[Tensor]) -> list[Tensor]:
+    placed = [place(x, kind, sizes, mesh) for x, (_, kind) in zip(operands, program.arg_leaves())]
+    outs = run_ranks(program, mesh, [{f"x{i}": p[r] for i, p in enumerate(placed)} for r in range(mesh.world_size)], sizes)
+    return [join([o[str(i)] for o in outs], kind, sizes, mesh, 0.1) for i, (_, kind) in enumerate(program.result_leaves())]
+
+
+def far(got: Tensor, want: Tensor, roundings: float = 8) -> float:
+    """How far `got` is off `want`, relative to what so many roundings of its dtype may do."""
+    eps = torch.finfo(got.dtype).eps if got.is_floating_point() else 1e-9
+    finite = torch.isfinite(want)
+    assert torch.equal(torch.isfinite(got), finite), "not finite in other places"
+    got, want = got.double()[finite], want.double()[finite]
+    return float((got - want).abs().max() / (roundings * eps * max(1.0, float(want.abs().max())))) if want.numel() else 0.0
+
+
+def choices(case: Case) -> Iterator[tuple[torch.dtype, ...]]:
+    """All dtypes of two operands; of more, all of one beside others of float32 or bfloat16. Masks of derivatives were checked before."""
+    if len(case.ins) < 3:
+        yield from itertools.product(KINDS, repeat=len(case.ins))
+        return
+    for base in (float32, bfloat16):
+        rest = tuple(torch.bool if is_mask(case, i) else int64 if is_index(case, i) else base for i in range(len(case.ins)))
+        for i, kind in itertools.product([i for i in range(len(case.ins)) if (case.op.name, i) != ("attention_vjp", 3)], KINDS):
+            yield (*rest[:i], kind, *rest[i + 1:])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_an_op_gives_is_what_the_policy_says(case: Case) -> None:
+    ran, program = 0, Call(case, ()).program()
+    for kinds in choices(case):
+        call, want = Call(case, kinds), gives(case, kinds)
+        if want is None:
+            with pytest.raises(SpecError, match=rf"{case.op.name}: x\d is "):
+                value_dtypes(program, names(kinds))
+            continue
+        said = value_dtypes(program, names(kinds))
+        assert [said[n] for n, _ in program.result_leaves()] == [str(k)[6:] for k in want], kinds
+        e = Emitter(Mesh(), 0, call.sizes, given=names(kinds))
+        main = load(e.program(program), {**e.helpers, **e.constants}, {}, "call")
+        made = main(*call.operands())
+        assert [y.dtype for y in made] == [*want], kinds
+        ran += 1
+    assert ran
+
+
+EXACT = ("sample", "argmax", "rank_of", "from_rank", "greater", "less", "causal_mask", "finite")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.op.name not in EXACT], ids=str)
+def test_an_op_computes_in_the_dtype_that_it_gives(case: Case) -> None:
+    """Of operands of two float dtypes: the narrow ones alone are rounded, before; the result is that of float64 up to its own roundings."""
+    for one, other in itertools.permutations(FLOATS, 2):
+        kinds = tuple(torch.bool if is_mask(case, i) else int64 if is_index(case, i) or case.op.name == "rope_table" else (one, other)[i % 2]
+                      for i in range(len(case.ins)))
+        call = Call(case, kinds)
+        xs = call.operands()
+        exact = Call(case, tuple(float64 if k.is_floating_point else k for k in kinds))
+        want = run(exact.program(), Mesh(), call.sizes, [x.double() if x.is_floating_point() else x for x in xs])
+        made = run(call.program(), Mesh(), call.sizes, xs)
+        assert all(far(a, b) < 1 for a, b in zip(made, want)), kinds
+
+
+# -- forward and gradient, on one rank and on pieces -------------------------------------------------------------------
+
+@st.composite
+def calls(draw: st.DrawFn, differentiable: bool = False) -> tuple[Call, Layout]:
+    case = draw(st.sampled_from([c for c in CASES if not differentiable or c.differentiable and len(c.outs) == 1]))
+    index, others = st.sampled_from((int64, int32, int16, uint8)), st.sampled_from(FLOATS if differentiable else KINDS)
+    kinds = tuple(torch.bool if is_mask(case, i) else draw(index if is_index(case, i) or case.op.name == "rope_table" else others)
+                  for i in range(len(case.ins)))
+    assume(gives(case, kinds))
+    dims = [n for s in case.ins for n in s.names]
+    return Call(case, kinds), Layout(**{draw(st.sampled_from(dims)): "tp"} if dims else {})
+
+
+def in_pieces(call: Call, layout: Layout, reduced: bool = False) -> Program:
+    """The call's program where the layout has it: an example that types on whole operands alone is none."""
+    try:
+        return call.program(layout, Mesh(tp=2), reduced)
+    except SpecError:
+        assume(False)
+        raise
+
+
+@given(calls())
+def test_dtypes_are_those_of_the_policy_on_pieces(drawn: tuple[Call, Layout]) -> None:
+    """And what is sent has the dtype that `prove`, `explain` and routing read."""
+    call, layout = drawn
+    program, sent = in_pieces(call, layout), []
+
+    def watched(requests: Sequence[tuple]) -> list[Any]:
+        operand = requests[0][2]
+        sent.append(str((operand[0] if isinstance(operand, tuple) else operand).dtype)[6:])
+        return perform(requests)
+    xs = call.operands()
+    with mock.patch("shardlib.simulate.perform", watched):
+        made = run(program, Mesh(tp=2), call.sizes, xs)
+    assert tuple(y.dtype for y in made) == gives(call.case, call.kinds), program
+    assert sent == [c.dtype for c in project(program, Mesh(tp=2), 0, call.sizes, names(call.kinds))], program
+    if call.case.op.name not in ("sample", "argmax", "rank_of"):
+        want = run(call.program(), Mesh(), call.sizes, xs)
+        assert all(far(a, b) < 1 if a.is_floating_point() else torch.equal(a, b) for a, b in zip(made, want)), program
+
+
+@given(calls(differentiable=True))
+def test_gradients_have_the_dtypes_of_their_values(drawn: tuple[Call, Layout]) -> None:
+    call, layout = drawn
+    wrt, xs, made = [f"x{i}" for i in call.case.differentiable], call.operands(), []
+    for mesh, forward in ((Mesh(tp=2), in_pieces(call, layout, reduced=True)), (Mesh(), call.program(reduced=True))):
+        program = rewrite(value_and_grad_program(forward, wrt, mesh, dtypes=names(call.kinds)), mesh)
+        said = value_dtypes(program, names(call.kinds))
+        made.append(run(program, mesh, call.sizes, xs))
+        assert [g.dtype for g in made[-1][1:]] == [call.kinds[i] for i in call.case.differentiable], program
+        assert [str(y.dtype)[6:] for y in made[-1]] == [said[n] for n, _ in program.result_leaves()], program
+        assert parse_program(str(program), TABLE) == program
+    assert all(far(a, b, 16) < 1 for a, b in zip(*(m[1:] for m in made))), program
