@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardlib.complete import Completer
 from shardlib.distributed.runtime import Runtime
-from shardlib.dtypes import changed
+from shardlib.dtypes import ITEMSIZE, changed, step_dtypes, value_dtypes
 from shardlib.emit import Emitter, bind_sizes, load
 from shardlib.errors import SpecError
 from shardlib.layout import Layout
@@ -24,6 +24,7 @@ from shardlib.spec import Spec
 from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, user_frame
 
 
+KNOWN = frozenset(getattr(torch, name) for name in ITEMSIZE)
 PARAM = -2       # the id of values that are parameters: they follow an activation's split, others do not
 
 
@@ -72,6 +73,8 @@ class Stepper(Tracer):
             self.sizes.update({new: self.sizes[old] for old, new in zip(ins[0].names, outs[0].names)})
         made = tuple(f"o{i}" for i in range(len(outs)))
         step = Step(op, ins, outs, names, made, tuple(sorted(attrs.items())), where=Where.of(frame), said=said)
+        given = {n: str(x.local.dtype).removeprefix("torch.") for n, x in zip(names, operands)}
+        step_dtypes(step, [*given.values()])
         completer = Completer(Program("step", (), (step,), ()), layout, self.runtime.mesh, self.sizes)
         for name, x in zip(names, operands):
             completer.now[name] = completer.declare(name, x.spec)
@@ -80,7 +83,6 @@ class Stepper(Tracer):
         kinds = tuple(completer.types[completer.now[o]] for o in made)
         program = Program("step", tuple((n, x.spec) for n, x in zip(names, operands)), tuple(completer.steps),
                           tuple(Result(k, (completer.now[o],)) for k, o in zip(kinds, made)), True)
-        given = {n: str(x.local.dtype).removeprefix("torch.") for n, x in zip(names, operands)}
         e = Emitter(self.runtime.mesh, self.runtime.rank, self.sizes, given=given)
         source = e.program(program)
         self.runtime.create_groups(list(e.groups))
@@ -136,6 +138,8 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
     trees = [(name, _complete(tree, layout, mesh)) for name, tree in argument_trees(f, args)]
     given = {path: v for (name, tree), arg in zip(trees, args) for (path, _), v in zip(leaves(name, tree), _tensors(arg))}
     program = Program(f.__name__, tuple(trees), (), (), True)
+    if any(v.dtype not in KNOWN for v in given.values()):
+        value_dtypes(program, {path: str(v.dtype).removeprefix("torch.") for path, v in given.items()})
     bound = bind_sizes(program, {p: tuple(v.shape) for p, v in given.items()}, sizes, mesh, runtime.coordinate)
     stepper = Stepper(runtime, layout, bound, recipes.setdefault(tuple(bound.items()), {}))
     values = []
