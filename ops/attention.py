@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardlib.dtypes import widest
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
@@ -46,13 +47,14 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
 
 
 def attend_vjp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The cotangents of q, k and v."""
+    """The cotangents of q, k and v; the softmax and its derivative in at least float32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
     scale = max(1, q.shape[-1]) ** -0.5
     score = torch.einsum("btkgh,bskh->bkgts", q, k) * scale
-    p = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
-    dv = torch.einsum("bkgts,btkgh->bskh", p, g)
-    dp = torch.einsum("btkgh,bskh->bkgts", g, v)
-    ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
+    p = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1, dtype=wide)
+    dv = torch.einsum("bkgts,btkgh->bskh", p.to(g.dtype), g)
+    dp = torch.einsum("btkgh,bskh->bkgts", g, v).to(wide)
+    ds = (p * (dp - (dp * p).sum(-1, keepdim=True)) * scale).to(q.dtype)
     return torch.einsum("bkgts,bskh->btkgh", ds, k), torch.einsum("bkgts,btkgh->bskh", ds, q), dv
 
 
@@ -72,7 +74,7 @@ def _offset(e: Any, step: Step) -> int:
 def _emit(e: Any, step: Step, args: list[str]) -> str:
     if len(args) == 4:
         b, t, heads, g, h = e.shape(step.ins[0])
-        added = e.hoist(args[3], f"{e.use(bias)}({{x}}, {g}, torch.{e.dtype})")
+        added = e.hoist(args[3], f"{e.use(bias)}({{x}}, {g}, torch.{widest(*(e.dtypes[n] for n in step.inputs[:3]))})")
         if t == 1 and min(b, heads, g, *e.shape(step.ins[1])) > 0:
             k, v = (f"{x}.transpose(1, 2)" for x in args[1:3])
             return e.view(f"F.scaled_dot_product_attention({e.view(args[0], (b, heads, g, h))}, {k}, {v}, attn_mask={added})", e.shape(step.outs[0]))
@@ -84,6 +86,12 @@ def _emit_vjp(e: Any, step: Step, args: list[str]) -> str:
     if len(args) == 5:
         return f"{e.use(attend_vjp)}({', '.join(args)})"
     return f"{e.use(attend_causal_vjp)}({', '.join(args)}, {_offset(e, step)})"
+
+
+def _reads_vjp(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | None]:
+    q, k, v, *mask, g = dtypes
+    kind = widest(q, k, v, g)
+    return [kind, kind, kind, *mask, kind]
 
 
 def _rule_vjp(step: Step) -> Rule:
@@ -99,8 +107,8 @@ def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [*made, *[None] * (len(step.inputs) - 3)]
 
 
-ATTENTION = Op("attention", rule=lambda s: Rule(linear=((2,),), whole=_whole(s)), emit=_emit, vjp=_vjp, index=(3,))
-ATTENTION_VJP = Op("attention_vjp", rule=_rule_vjp, emit=_emit_vjp, dtype=lambda d, o: d[:3])
+ATTENTION = Op("attention", rule=lambda s: Rule(linear=((2,),), whole=_whole(s)), emit=_emit, vjp=_vjp, index=(3,), takes=("float", "float", "float", "mask"))
+ATTENTION_VJP = Op("attention_vjp", rule=_rule_vjp, emit=_emit_vjp, takes=("float", "float", "float", "any", "float"), reads=_reads_vjp)
 
 
 def attention(text: str, q: Any, k: Any, v: Any, mask: Any = None) -> Any:

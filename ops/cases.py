@@ -74,7 +74,7 @@ CASES: tuple[Case, ...] = (
     _case("scale", "B D -> B D", by=-2.5), _case("shift", "B D -> B D", by=1.5), _case("shift", "B D -> B D", by=0),
     _case("reciprocal", "B D -> B D", positive),
     *(case for name in UNARY for case in _unary(name)),
-    _case("cast", "B D -> B D", single, dtype="float64", tolerance=1e-5), _case("cast_like", "B D, B D -> B D", single, tolerance=1e-5),
+    _case("widen", "B D -> B D"), _case("cast", "B D -> B D", single, dtype="float64", tolerance=1e-5), _case("cast_like", "B D, B D -> B D", single, tolerance=1e-5),
     _case("where", "B T, B T, B T -> B T", mask), _case("where", "T, B T, T -> B T", mask),
     _case("greater", "B D -> B D", than=0.5), _case("less", "B D -> B D", than=-0.5),
     _case("stop_gradient", "B D -> B D"), _case("ones_like", "B D -> B D"), _case("zeros_like", "B D -> B D"),

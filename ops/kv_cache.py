@@ -42,7 +42,7 @@ def _mask(e: Any, step: Step, args: list[str]) -> str:
 
 
 UPDATE_CACHE = Op("update_cache", rule=lambda s: Rule(linear=((0, 1),), whole=(s.ins[0].names[1], s.ins[1].names[1])), emit=_write,
-                  index=(2,), updates=0)
+                  index=(2,), updates=0, reads=lambda d, o: [d[0], d[0], "int64"])
 CAUSAL_MASK = Op("causal_mask", rule=lambda s: Rule(), emit=_mask, index=(0,), dtype=lambda d, o: ["bool"])
 
 

@@ -1,5 +1,7 @@
 """rms_norm: x / sqrt(mean(x^2) + eps) * w, over the last dim (Zhang and Sennrich 2019).
 
+The result has x's dtype: what is computed, in at least float32 and the widest of both, is rounded once.
+
 On one axis: the last dim is whole; `x` owes nothing; other dims may be split; an owed `w` gives an owed result.
 """
 from __future__ import annotations
@@ -9,6 +11,7 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor
 
+from shardlib.dtypes import as_they_come, widest
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
@@ -23,7 +26,11 @@ def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
 
 
 def _emit(e: Any, step: Step, args: list[str]) -> str:
-    return f"F.rms_norm({args[0]}, ({e.shape(step.ins[1])[0]},), {args[1]}, {step.options['eps']!r})"
+    (x, w), shape = (e.dtypes[n] for n in step.inputs), f"({e.shape(step.ins[1])[0]},)"
+    if x == w:
+        return f"F.rms_norm({args[0]}, {shape}, {args[1]}, {step.options['eps']!r})"
+    wide = f".to(torch.{widest(x, w, 'float32')})"
+    return f"F.rms_norm({args[0]}{wide}, {shape}, {args[1]}{wide}, {step.options['eps']!r}).to(torch.{x})"
 
 
 def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
@@ -32,7 +39,7 @@ def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
 
 def rms_norm_vjp(x: Tensor, w: Tensor, g: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The cotangents of x and w; sums in at least float32."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
     xw, gw = x.to(wide), g.to(wide)
     scale = torch.rsqrt(xw.pow(2).mean(-1, keepdim=True) + eps)
     normed, gx = xw * scale, gw * w.to(wide)
@@ -40,11 +47,12 @@ def rms_norm_vjp(x: Tensor, w: Tensor, g: Tensor, eps: float) -> tuple[Tensor, T
     return dx.to(x.dtype), (gw * normed)[None].flatten(0, -2).sum(0).to(w.dtype)
 
 
-RMS_NORM = Op("rms_norm", keywords={"eps": number}, rule=lambda s: Rule(linear=((1,),), whole=s.ins[1].names), infer=_infer, emit=_emit, vjp=_vjp)
+RMS_NORM = Op("rms_norm", keywords={"eps": number}, rule=lambda s: Rule(linear=((1,),), whole=s.ins[1].names), infer=_infer, emit=_emit, vjp=_vjp,
+              takes=("float",), reads=as_they_come, dtype=lambda d, o: d[:1])
 RMS_NORM_VJP = Op("rms_norm_vjp", keywords={"eps": number}, infer=lambda ins, attrs: (ins[0], ins[1]),
                   rule=lambda s: Rule(linear=((1,), (2,)), whole=s.ins[1].names, sums=s.ins[0].names[:-1], uses=((0, 1, 2), (0, 2))),
                   emit=lambda e, s, a: f"{e.use(rms_norm_vjp)}({', '.join(a)}, {s.options['eps']!r})",
-                  dtype=lambda d, o: [d[0], d[1]])
+                  takes=("float",), reads=as_they_come, dtype=lambda d, o: [d[0], d[1]])
 
 
 def rms_norm(x: Any, w: Any, eps: float = 1e-6) -> Any:

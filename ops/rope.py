@@ -2,7 +2,7 @@
 
 `rope_table("B -> B T/1 H", start, ...)` makes cosines (first half of H) and sines (second half) of the positions
 start[b] + t. `rope("B T K G H, B T H -> B T K G H", q, table)` turns each pair (i, i + H/2) by its angle. rope is linear in
-its first operand; H is whole.
+its first operand; H is whole. The table has the dtype that it is asked for; the result has x's, computed in the wider of both.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor
 
+from shardlib.dtypes import FLOATS, as_they_come, widest
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
@@ -69,7 +70,7 @@ def _table(e: Any, step: Step, args: list[str]) -> str:
     name = f"inv{len(e.constants)}"
     e.constants[name] = frequencies(e.sizes[out.labels[2]], step.options["theta"], step.options["scaling"])
     offset, length = e.rows(out.dims[1])
-    return f"{e.use(rope_angles)}({args[0]}, {offset}, {length}, {name}, torch.{e.dtype})"
+    return f"{e.use(rope_angles)}({args[0]}, {offset}, {length}, {name}, torch.{step.options.get('dtype') or 'float32'})"
 
 
 def _rope(prepare: Any) -> Any:
@@ -78,9 +79,11 @@ def _rope(prepare: Any) -> Any:
         index = ", ".join(":" if n in table.labels else "None" for n in x.labels)
         turn, half = e.hoist(args[1], f"{e.use(prepare)}({{x}}[{index}])", parts=2), e.shape(x)[-1] // 2
         cos, _, sin = turn.partition(", ")
+        (have, wide) = e.dtypes[step.inputs[0]], widest(*(e.dtypes[n] for n in step.inputs))
+        end = "" if have == wide else f".to(torch.{have})"
         if args[0].isidentifier() and cos.isidentifier():
-            return f"torch.addcmul({args[0]} * {cos}, {args[0]}.roll({half}, -1), {sin})"      # `rotate`, in place of a call
-        return f"{e.use(rotate)}({args[0]}, ({turn}), {half})"
+            return f"torch.addcmul({args[0]} * {cos}, {args[0]}.roll({half}, -1), {sin}){end}"      # `rotate`, in place of a call
+        return f"{e.use(rotate)}({args[0]}, ({turn}), {half}){end}"
     return emit
 
 
@@ -96,14 +99,19 @@ def _scaling(value: object) -> bool:
     return value is None or isinstance(value, tuple) and len(value) == 4 and all(map(number, value))
 
 
-ROPE_TABLE = Op("rope_table", keywords={"theta": number, "scaling": _scaling}, rule=lambda s: Rule(whole=s.outs[0].names[2:]), emit=_table, index=(0,), dtype=lambda d, o: ["float"])
-ROPE = Op("rope", rule=_rule, emit=_rope(turns), vjp=_vjp, index=(1,), joins=True)
-ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(back_turns), index=(1,))
+def _of_x(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | None]:
+    return [dtypes[0]]
 
 
-def rope_table(text: str, start: Any, *, theta: float, scaling: tuple[float, float, float, int] | None = None) -> Any:
-    """Cosines and sines for positions start[b] + t: rope_table("B -> B T/1 H", start, theta=1e4)."""
-    return apply(ROPE_TABLE, (start,), text, theta=float(theta), scaling=scaling)
+ROPE_TABLE = Op("rope_table", keywords={"theta": number, "scaling": _scaling, "dtype": lambda v: v is None or v in FLOATS},
+                rule=lambda s: Rule(whole=s.outs[0].names[2:]), emit=_table, index=(0,), dtype=lambda d, o: [o.get("dtype") or "float32"])
+ROPE = Op("rope", rule=_rule, emit=_rope(turns), vjp=_vjp, index=(1,), joins=True, takes=("float",), reads=as_they_come, dtype=_of_x)
+ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(back_turns), index=(1,), takes=("float",), reads=as_they_come, dtype=_of_x)
+
+
+def rope_table(text: str, start: Any, *, theta: float, scaling: tuple[float, float, float, int] | None = None, dtype: str = "float32") -> Any:
+    """Cosines and sines for positions start[b] + t, computed in float32: rope_table("B -> B T/1 H", start, theta=1e4)."""
+    return apply(ROPE_TABLE, (start,), text, theta=float(theta), scaling=scaling, dtype=dtype)
 
 
 def rope(text: str, x: Any, table: Any) -> Any:

@@ -35,7 +35,7 @@ def _emit(e: Any, step: Step, args: list[str]) -> str:
     return f"{e.use(draw)}({', '.join(args)}, {e.rows(rows)[0]}, {o['temperature']!r}, {o['top_p']!r}, {o['seed']!r})"
 
 
-SAMPLE = Op("sample", keywords={"temperature": number, "top_p": number, "seed": number}, rule=lambda s: Rule(whole=s.ins[0].names[1:]), emit=_emit, index=(1,), dtype=lambda d, o: ["int64"], constant=True)
+SAMPLE = Op("sample", keywords={"temperature": number, "top_p": number, "seed": number}, rule=lambda s: Rule(whole=s.ins[0].names[1:]), emit=_emit, index=(1,), takes=("float", "index"), dtype=lambda d, o: ["int64"], constant=True)
 
 
 def sample(text: str, logits: Any, position: Any, *, temperature: float, top_p: float = 1.0, seed: int = 0) -> Any:

@@ -45,23 +45,24 @@ def sharded(signature: str, *, layout: Layout | None = None) -> Callable[[Callab
 
 
 def lower(f: Function | ValueAndGrad, layout: Layout | None = None, *args: Any, mesh: Mesh | None = None,
-          sizes: Mapping[str, int] | None = None, passes: Sequence[str] = DEFAULT, **static: Any) -> Program:
+          sizes: Mapping[str, int] | None = None, passes: Sequence[str] = DEFAULT, dtypes: Mapping[str, str] | None = None, **static: Any) -> Program:
     """The explicit program of `f` under `layout`: what every rank will do. `print` it to read it.
 
     `args`: instances of the pytrees that `f` takes, where an annotation does not say enough (an optional field that is absent).
+    dtypes: of arguments by path; gradients of arguments of several dtypes need casts, which are written where these are known.
     """
-    return _lower(f, layout, current_mesh(mesh), sizes, args, static, passes)[0]
+    return _lower(f, layout, current_mesh(mesh), sizes, args, static, passes, dtypes)[0]
 
 
 def _lower(f: Function, layout: Layout | None, mesh: Mesh, sizes: Mapping[str, int] | None, args: Sequence[Any],
-           static: Mapping[str, Any], passes: Sequence[str] = DEFAULT) -> tuple[Program, tuple[Any, ...]]:
+           static: Mapping[str, Any], passes: Sequence[str] = DEFAULT, dtypes: Mapping[str, str] | None = None) -> tuple[Program, tuple[Any, ...]]:
     if isinstance(f, ValueAndGrad):
         program, results = _lower(f.f, layout, mesh, sizes, args, static, passes)
         hints = f.f.hints()
         like = dict(zip(f.arg_names, [*args, *[None] * len(f.arg_names)]))
         grads = tuple(like[n] if isinstance(like.get(n), Params) else hints.get(n) if isinstance(hints.get(n), type) and issubclass(hints[n], Params)
                       else None for n in f.wrt)
-        return rewrite(value_and_grad_program(program, f.wrt, mesh, f.regather), mesh, passes), (*results, *grads)
+        return rewrite(value_and_grad_program(program, f.wrt, mesh, f.regather, dtypes), mesh, passes), (*results, *grads)
     traced, results = trace_results(f, args, dict(static))
     program = complete(traced, f.layout if f.layout is not None else layout or Layout(), mesh, sizes)
     return rewrite(program, mesh, passes), results
@@ -107,9 +108,13 @@ class Compiled:
         news = {i: a for i, a in enumerate(args) if isinstance(a, Params) and (i not in self._likes or present(a) != present(self._likes[i]))}
         if self.program is None or news:
             self._likes |= news
-            likes = [self._likes.get(i) for i in range(len(self.f.arg_names))]
-            self.program, self._results = _lower(self.f, self.layout, self.runtime.mesh, self.sizes, likes, self.static)
+            self.program = self._lower()
         return self.program
+
+    def _lower(self, dtypes: Mapping[str, str] | None = None) -> Program:
+        likes = [self._likes.get(i) for i in range(len(self.f.arg_names))]
+        program, self._results = _lower(self.f, self.layout, self.runtime.mesh, self.sizes, likes, self.static, dtypes=dtypes)
+        return program
 
     def prepare(self, name: str, weights: Params | dict[str, Tensor], like: Params | None = None) -> Prepared:
         """The argument `name`, in the form in which this program runs fastest; pass it in place of `weights`.
@@ -125,7 +130,8 @@ class Compiled:
             raise SpecError(f"prepare: {name} has the leaves {', '.join(paths)}; given are {', '.join(given)}")
         leaves = {p: given.pop(p) for p in paths}
         shapes = {p: tuple(v.shape) for p, v in leaves.items()}
-        groups = packings(program, {name})
+        dtypes = _dtypes(leaves.items())
+        groups = packings(program, {name}, dtypes)
         packed = {path: group for group in groups for path in group.outer_paths}
         scanned = {n for s in program.steps if s.op is SCAN for n in s.inputs[1:1 + s.options["stacked"]]}
         made = {packed[p].name if p in packed else p: () for p in leaves}
@@ -136,8 +142,7 @@ class Compiled:
             else:
                 leaf = leaves.pop(key)
                 made[key] = leaf.unbind(0) if key in scanned else leaf
-        dtypes = tuple(_first(leaf).dtype for leaf in made.values())
-        return Prepared(name, tuple(made.values()), shapes, tuple(made), _number_of((name, dtypes, *made, *shapes.items())))
+        return Prepared(name, tuple(made.values()), shapes, dtypes, tuple(made), _number_of((name, *made, *shapes.items(), *dtypes.items())))
 
     def __call__(self, *args: Any) -> Any:
         values, key = [], [*self.sizes.values()]        # shards of equal shapes may be of wholes of different sizes
@@ -151,7 +156,7 @@ class Compiled:
                 key += [v.shape for v in leaves_of]
                 if isinstance(a, Params):
                     key.append(present(a))
-                key.append(leaves_of[0].dtype if leaves_of else None)
+                key += [v.dtype for v in leaves_of]
         key = tuple(key)
         variant = self._variants.get(key)
         if variant is None:
@@ -163,20 +168,23 @@ class Compiled:
         """What runs the program for arguments like these, and what makes its results of the leaves that this returns."""
         program = self.lower(*(None if isinstance(a, Prepared) else a for a in args))
         given: dict[str, Any] = {}
+        dtypes: dict[str, str] = {}
         plain = [(p, v) for (name, tree), arg in zip(program.args, args) if not isinstance(arg, Prepared)
                  for (p, _), v in zip(leaves(name, tree), _flat(arg))]
         for arg in args:
             given.update(arg.shapes if isinstance(arg, Prepared) else {})
+            dtypes.update(arg.dtypes if isinstance(arg, Prepared) else {})
+        dtypes |= _dtypes(plain)
         given.update((p, tuple(v.shape)) for p, v in plain)
         if missing := [p for p, _ in program.arg_leaves() if p not in given]:
             raise SpecError(f"{program.name} is called without {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}")
+        if isinstance(self.f, ValueAndGrad):
+            program = self.program = self._lower(dtypes)
         mesh, rank = self.runtime.mesh, self.runtime.rank
         sizes = bind_sizes(program, given, self.sizes, mesh, mesh.coordinate(rank))
-        floats = [v.dtype for a in args for v in map(_first, a.flat if isinstance(a, Prepared) else _flat(a)) if v.is_floating_point()]
-        e = Emitter(mesh, rank, sizes, donate=self.donate, dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."),
-                    prepared=[a.name for a in args if isinstance(a, Prepared)])
-        value_dtypes(program, _dtypes(plain), e.dtype)
-        self.runtime.compare_plans(program.name, _plan_text(program, mesh, sizes, e.dtype))
+        e = Emitter(mesh, rank, sizes, donate=self.donate, given=dtypes, prepared=[a.name for a in args if isinstance(a, Prepared)])
+        value_dtypes(program, dtypes)
+        self.runtime.compare_plans(program.name, _plan_text(program, mesh, sizes, dtypes))
         source = self.sources[key] = e.program(program)
         for a in args:
             if isinstance(a, Prepared) and a.parts != (parts := tuple(p for p in e.arguments(program) if p.split(".")[0] == a.name)):
@@ -202,9 +210,9 @@ class Compiled:
         return finish
 
 
-def _plan_text(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtype: str) -> str:
+def _plan_text(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> str:
     """What must be equal on all ranks that run a program together: all but each rank's own pieces."""
-    return f"mesh {mesh}\nsizes {' '.join(f'{n}={size}' for n, size in sorted(sizes.items()))}\nfloats {dtype}\n{program}"
+    return f"mesh {mesh}\nsizes {' '.join(f'{n}={size}' for n, size in sorted(sizes.items()))}\ndtypes {' '.join(dtypes.values())}\n{program}"
 
 
 def step(f: Function, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,
@@ -223,10 +231,11 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
     `log` receives (ranks, collective, elements) of everything that was communicated.
     """
     mesh = current_mesh(mesh)
-    program, results = _lower(f, layout, mesh, None, args, static)
+    named = {path: v for name, a in zip(f.arg_names, args) for path, v in (leaf_values(a, name) if isinstance(a, Params) else [(name, a)])}
+    program, results = _lower(f, layout, mesh, None, args, static, dtypes=_dtypes(named.items()))
     whole = {path: v for (name, tree), arg in zip(program.args, args, strict=True) for (path, _), v in zip(leaves(name, tree), _flat(arg))}
     sizes = bind_sizes(program, {p: tuple(v.shape) for p, v in whole.items()}, {}, mesh, None)
-    value_dtypes(program, _dtypes(whole.items()), "float32")
+    value_dtypes(program, _dtypes(whole.items()))
     placed = {path: testing.place(whole[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
     outs = simulate_ranks(program, mesh, [{p: shards[r] for p, shards in placed.items()} for r in range(mesh.world_size)], sizes, log)
     joined = [testing.join([out[str(i)] for out in outs], kind, sizes, mesh, tolerance=1e-4) for i, (_, kind) in enumerate(program.result_leaves())]
@@ -248,13 +257,14 @@ def _rebuild(flat: Sequence[Tensor], results: Sequence[Any]) -> Any:
 class Prepared:
     """A pytree argument as `Compiled.prepare` made it.
 
-    flat: its leaves; stacked ones as a tuple of layers.  shapes: of the leaves it was made from, by path.
+    flat: its leaves; stacked ones as a tuple of layers.  shapes, dtypes: of the leaves it was made from, by path.
     parts: what each of `flat` is: a path, or the paths that are packed in it.
     number: equal for arguments of one name, equal parts, dtypes and shapes.
     """
     name: str
     flat: tuple[Any, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
     parts: tuple[str, ...]
     number: int
 
@@ -264,11 +274,6 @@ _NUMBERS: dict[tuple, int] = {}
 
 def _number_of(kind: tuple) -> int:
     return _NUMBERS.setdefault(kind, len(_NUMBERS))
-
-
-def _first(leaf: Any) -> Tensor:
-    """A tensor of a prepared leaf; an empty one where there are no layers."""
-    return leaf if isinstance(leaf, Tensor) else leaf[0] if leaf else torch.empty(0, device="cpu")
 
 
 def _whole(leaf: Any) -> Tensor:

@@ -2,11 +2,14 @@
 
 On one axis: `+` and `-` take two sums that are both owed, or two values that owe nothing; `*` is multilinear; `/` is
 linear in its numerator. A number added counts as whole, except 0.
+
+A number of Python widens no dtype: integers stay integers under whole numbers, and become float32 under fractions and `/`.
 """
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
+from shardlib.dtypes import fractional, reading
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
@@ -64,24 +67,28 @@ def _div_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
 
 
 _BOTH = Rule(linear=((0, 1),))
-ADD = Op("add", rule=lambda s: _BOTH, emit=_emit, infer=_infer("add"), vjp=_add_vjp)
-SUB = Op("sub", rule=lambda s: _BOTH, emit=_emit, infer=_infer("sub"), vjp=_add_vjp)
-MUL = Op("mul", rule=lambda s: Rule(linear=((0,), (1,))), emit=_emit, infer=_infer("mul"), vjp=_mul_vjp)
-DIV = Op("div", rule=lambda s: Rule(linear=((0,),)), emit=_emit, infer=_infer("div"), vjp=_div_vjp)
+ADD = Op("add", rule=lambda s: _BOTH, emit=_emit, infer=_infer("add"), vjp=_add_vjp, promotes=True)
+SUB = Op("sub", rule=lambda s: _BOTH, emit=_emit, infer=_infer("sub"), vjp=_add_vjp, takes=("number",), promotes=True)
+MUL = Op("mul", rule=lambda s: Rule(linear=((0,), (1,))), emit=_emit, infer=_infer("mul"), vjp=_mul_vjp, promotes=True)
+DIV = Op("div", rule=lambda s: Rule(linear=((0,),)), emit=_emit, infer=_infer("div"), vjp=_div_vjp, reads=reading(fractional), promotes=True)
 
 
 def _same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
     return (ins[0],)
 
 
+def _reads(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | None]:
+    return [fractional(dtypes[0]) if isinstance(attrs["by"], float) else "int64" if dtypes[0] == "bool" else dtypes[0]]
+
+
 SCALE = Op("scale", keywords={"by": number}, rule=lambda s: Rule(linear=((0,),)), infer=_same,
-           emit=lambda e, s, a: f"{a[0]} * {s.options['by']!r}",
+           emit=lambda e, s, a: f"{a[0]} * {s.options['by']!r}", reads=_reads,
            vjp=lambda b, s, ct: [b.scale(ct[0], s.options["by"])])
 SHIFT = Op("shift", keywords={"by": number}, rule=lambda s: Rule(linear=((0,),) if s.options["by"] == 0 else ()), infer=_same,
-           emit=lambda e, s, a: f"{a[0]} + {s.options['by']!r}",
+           emit=lambda e, s, a: f"{a[0]} + {s.options['by']!r}", reads=_reads,
            vjp=lambda b, s, ct: [ct[0]])
 RECIPROCAL = Op("reciprocal", rule=lambda s: Rule(), infer=_same,
-                emit=lambda e, s, a: f"torch.reciprocal({a[0]})",
+                emit=lambda e, s, a: f"torch.reciprocal({a[0]})", reads=reading(fractional),
                 vjp=lambda b, s, ct: [b.scale(b.call(MUL, [ct[0], b.call(MUL, [s.outputs[0], s.outputs[0]])]), -1.0)])
 
 
@@ -95,7 +102,7 @@ def with_number(name: str, by: float, left: bool) -> list[tuple[Op, dict[str, An
     if name == "add":
         return [(SHIFT, {"by": by})]
     if name == "sub":
-        return [(SCALE, {"by": -1.0}), (SHIFT, {"by": by})] if left else [(SHIFT, {"by": -by})]
+        return [(SCALE, {"by": -1}), (SHIFT, {"by": by})] if left else [(SHIFT, {"by": -by})]
     if name == "mul":
         return [(SCALE, {"by": by})]
     if left:

@@ -10,8 +10,10 @@ from typing import Any, Sequence
 
 from shardlib.arithmetic import DIV, SCALE
 from shardlib.convert import plan
+from shardlib.dtypes import FLOATS
 from shardlib.einsum import EINSUM
 from shardlib.mesh import Mesh
+from shardlib.pointwise import CAST, CAST_LIKE
 from shardlib.program import Op, Program, Step, Where
 from shardlib.reductions import SPREAD
 from shardlib.rules import natural
@@ -26,6 +28,7 @@ class Builder:
         self.mesh = mesh
         self.taken = {*RESERVED, *(taken or ())}
         self.types: dict[str, Spec] = {}
+        self.dtypes: dict[str, str | None] = {}     # as far as they are known, where that is of use
         self.steps: list[Step] = []
         self.source: dict[str, str] = {}            # converted value -> the value it was converted from, at the root
         self._converted: dict[tuple[str, Spec], str] = {}
@@ -95,6 +98,13 @@ class Builder:
 
     def scale(self, name: str, by: float) -> str:
         return self.call(SCALE, [name], by=by)
+
+    def like(self, name: str, value: str) -> str:
+        """`name` in the dtype of `value`; where both are known it need not be asked for it."""
+        have, want = self.dtypes.get(name), self.dtypes.get(value)
+        if have is None or want not in FLOATS:
+            return self.call(CAST_LIKE, [name, value])
+        return name if have == want else self.call(CAST, [name], dtype=want)
 
     def quotient(self, a: str, b: str) -> str:
         return self.call(DIV, [a, b])

@@ -18,6 +18,7 @@ from shardlib.layout import EXPLICIT, Layout, pins
 from shardlib.mesh import Mesh
 from shardlib.messages import changed_carry, refusal, split_stack, unlike, unlike_result, unlike_return, wrong_move
 from shardlib.moves import check_move
+from shardlib.pointwise import CAST_LIKE, WIDEN
 from shardlib.program import Program, Result, Step, Struct, leaves
 from shardlib.rearrange import RENAME, renamed, whole_in_rename
 from shardlib.rules import RuleError, natural
@@ -42,6 +43,7 @@ class Completer(Builder):
         self.notes: dict[tuple[str, str], str] = {}  # (value, owed axis) -> since when
         self.params: set[str] = set()
         self.unmet: dict[tuple[str, str, str], None] = {}
+        self.rounded: dict[str, str] = {}           # a statistic of the program as written -> the value whose dtype it gets
 
     def run(self) -> Program:
         self.where = self.program.where
@@ -110,7 +112,8 @@ class Completer(Builder):
             want = self._alone(spec, layout) if step.op.takes_text else self.types[name]
             if explicit and self.types[name] != want:
                 raise unlike_result(step, self.types[name], want, self, step.op.rule(step))
-            self.now[written] = self.move(name, want, f"the layout keeps {spec.whole()} as {want}")
+            name = self.move(name, want, f"the layout keeps {spec.whole()} as {want}")
+            self.now[written] = self.call(CAST_LIKE, [name, self.rounded[written]]) if written in self.rounded else name
 
     def _may_follow(self, name: str, want: Spec) -> bool:
         return self.source.get(name, name) in self.params
@@ -160,6 +163,9 @@ class Completer(Builder):
             raise refusal(step, here, rule, self) from None
         if pieces:
             return (step.op.distribute(self, here, placed[0]),)
+        if step.op.statistic and layout != EXPLICIT and set(kinds[0].owed) - set(ins[0].owed):
+            self.rounded[step.outputs[0]] = placed[0]
+            placed = [self.call(WIDEN, placed)]
         made = self.add(step.op, placed, kinds, step.outputs if not set(step.outputs) & set(self.types) else None, attrs=step.attrs)
         self._note(step, placed, made)
         return made

@@ -25,7 +25,7 @@ def _emit(e: Emitter, step: Step, args: list[str]) -> str:
     raise AssertionError("cond is written by the emitter itself")
 
 
-COND = Op("cond", rule=lambda step: Rule(), emit=_emit, index=(0,))
+COND = Op("cond", rule=lambda step: Rule(), emit=_emit, index=(0,), takes=("any",))
 
 
 def cond(predicate: Any, yes: Function, no: Function, *args: Any) -> Any:

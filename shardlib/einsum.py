@@ -13,6 +13,7 @@ import string
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
+from shardlib.dtypes import counted, reading
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
@@ -63,7 +64,7 @@ def _emit(e: Emitter, step: Step, args: list[str]) -> str:
     return contraction([list(s.labels) for s in step.ins], list(step.outs[0].labels), args, shapes)
 
 
-EINSUM = Op("einsum", rule=_rule, emit=_emit, vjp=_vjp)
+EINSUM = Op("einsum", rule=_rule, emit=_emit, vjp=_vjp, reads=reading(counted))
 
 
 def contraction(ins: list[list[str]], out: list[str], args: list[str], size: Mapping[str, int]) -> str:

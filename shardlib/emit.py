@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from shardlib.cond import COND
+from shardlib.dtypes import inner_dtypes, read_dtypes, value_dtypes, widest
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.pack import Packing, emit_packed, packings
+from shardlib.pointwise import CAST_LIKE, WIDEN
 from shardlib.program import Program, Step
 from shardlib.scan import SCAN
 from shardlib.spec import Dim, Spec
@@ -44,12 +46,12 @@ class Emitter:
     """Writes one rank's code.
 
     sizes: the global size of every dim.  yields: collectives become requests (the simulator).
-    donate: arguments whose buffers the results may reuse.  dtype: of the floats that ops make.
+    donate: arguments whose buffers the results may reuse.  given: the dtypes of arguments, where they are not float32, int64 or bool.
     prepared: arguments that come as `Compiled.prepare` made them: weights packed, stacked ones as a sequence of layers.
     """
 
     def __init__(self, mesh: Mesh, rank: int, sizes: Mapping[str, int], yields: bool = False, donate: Sequence[str] = (),
-                 dtype: str = "float32", prepared: Sequence[str] = ()) -> None:
+                 given: Mapping[str, str] | None = None, prepared: Sequence[str] = ()) -> None:
         self.mesh, self.rank, self.sizes, self.yields, self.donate = mesh, rank, sizes, yields, frozenset(donate)
         self.coordinate = mesh.coordinate(rank)
         self.groups: dict[tuple[str, ...], str] = {}
@@ -57,7 +59,8 @@ class Emitter:
         self.constants: dict[str, torch.Tensor] = {}
         self.plan: dict[str, PlanStep] = {}                 # name in the code -> the collective that is called there
         self._where: tuple[str, Step] | None = None         # the program and the step that is being written
-        self.dtype = dtype
+        self.given = dict(given or {})
+        self.dtypes: dict[str, Any] = dict(self.given)      # of the values of the program that is being written
         self.variables = 0
         self.in_place: set[str] = set()
         self.prepared = frozenset(prepared)
@@ -128,14 +131,14 @@ class Emitter:
 
     def program(self, program: Program) -> str:
         """The source of a module whose function `main` takes the program's argument leaves and returns its result leaves."""
-        self.packs = packings(program, set(self.prepared))
+        self.packs = packings(program, set(self.prepared), self.given)
         args = self.arguments(program)
         names = {path: f"a{i}" for i, path in enumerate(args)}
         updated, uses = _updated(program), _uses(program)
         donated = {path for path, _ in program.arg_leaves() if path.split(".")[0] in self.donate}
         updated -= {path for path in updated - donated if path.split(".")[0] in self.prepared}
         lines = [f"{names[p]} = {names[p]}.clone()" for p in names if p in updated - donated and uses[p] == 1]
-        lines += self._block(program, names, donated | updated, {})
+        lines += self._block(program, names, donated | updated, {}, value_dtypes(program, self.given))
         results = [names[n] for n, _ in program.result_leaves()]
         argument = {variable: path for path, variable in names.items() if path in args}
         self.returned = tuple(argument.get(variable) for variable in results)
@@ -154,9 +157,16 @@ class Emitter:
         self.variables += 1
         return f"v{self.variables}"
 
-    def _block(self, program: Program, names: dict[str, str], owned: set[str], packs: Mapping[str, Packing]) -> list[str]:
+    def read(self, variable: str, have: str, want: str) -> str:
+        """`variable`, of dtype `have`, in the dtype `want`."""
+        return variable if have == want else self.hoist(variable, f"{{x}}.to(torch.{want})")
+
+    def _block(self, program: Program, names: dict[str, str], owned: set[str], packs: Mapping[str, Packing],
+               dtypes: dict[str, Any]) -> list[str]:
         """The lines of a program's steps. `names`: value -> variable, gets what the steps make. `owned`: values whose buffers may
-        be reused, where nothing else uses them. `packs`: packings of this body, by the name of the value that is the packed weight."""
+        be reused, where nothing else uses them. `packs`: packings of this body, by the name of the value that is the packed weight.
+        `dtypes`: of the program's values."""
+        around, self.dtypes = self.dtypes, dtypes
         group_of = {s.outputs[0]: (arg, group) for arg, group in packs.items() for s in group.steps}
         uses = _uses(program)
         lines: list[str] = []
@@ -172,22 +182,36 @@ class Emitter:
                 lines += self._cond(step, names)
             else:
                 self._where = program.name, step
-                lines.append(self._line(step, names, owned, uses))
+                lines += self._line(step, names, owned, uses)
                 self._where = None
+        self.dtypes = around
         return lines
 
-    def _line(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> str:
+    def _line(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> list[str]:
         self.in_place = {i for i in step.inputs if i in owned and uses[i] == 1}
-        text = self._text(step, [names[i] for i in step.inputs])
+        args = self._operands(step, [names[i] for i in step.inputs])
+        text = self._text(step, args)
+        if step.op in (CAST_LIKE, WIDEN) and text == args[0]:
+            names[step.outputs[0]] = text           # it has that dtype already
+            return []
         if step.op.updates is not None:
             owned.add(step.outputs[0])
         if len(step.outputs) == 1 and (view := _VIEW.search(text)) and uses.get(step.outputs[0], 0) == 1:
             variable = self.variable()
             names[step.outputs[0]] = variable + view.group()
-            return f"{variable} = {text[:view.start()]}"
+            return [f"{variable} = {text[:view.start()]}"]
         for out in step.outputs:
             names[out] = self.variable()
-        return f"{', '.join(names[o] for o in step.outputs)} = {text}"
+        return [f"{', '.join(names[o] for o in step.outputs)} = {text}"]
+
+    def _operands(self, step: Step, args: list[str]) -> list[str]:
+        """The operands in the dtypes in which the op reads them, where torch would not read them so itself."""
+        have = [self.dtypes[i] for i in step.inputs]
+        want = read_dtypes(step, have)
+        counting = [i for i in range(len(args)) if i not in step.op.index]
+        if step.op.promotes and all(step.ins[i].dims for i in counting) and widest(*(have[i] for i in counting)) == want[counting[0]]:
+            return args
+        return [self.read(*of) for of in zip(args, have, want)]
 
     def _text(self, step: Step, args: list[str]) -> str:
         """What the op says. SpecError where a size is not known, or the op cannot be called with these dims."""
@@ -206,7 +230,7 @@ class Emitter:
         lines = []
         for head, body in zip((f"if bool({names[step.inputs[0]]}):", "else:"), step.bodies):
             inner = {path: names[i] for (path, _), i in zip(body.arg_leaves(), step.inputs[1:])}
-            block = self._block(body, inner, set(), {})
+            block = self._block(body, inner, set(), {}, inner_dtypes(step, body, self.dtypes))
             block += [f"{v} = {inner[n]}" for v, (n, _) in zip(made, body.result_leaves())]
             lines += [head, *_indented(block or ["pass"])]
         names.update(zip(step.outputs, made))
@@ -228,7 +252,8 @@ class Emitter:
         slices = [inner[p] for p in stacked]
         around = self.invariant, self.hoisted
         self.invariant, self.hoisted = frozenset(inner[p] for p in leaves[1 + count:]), {}
-        block = self._block(body, inner, set(kept.values()), packs)
+        dtypes = inner_dtypes(step, body, self.dtypes)
+        block = self._block(body, inner, set(kept.values()), packs, dtypes)
         hoisted, (self.invariant, self.hoisted) = self.hoisted, around
         lines = [f"{made} = {self.hoist(variable, template, made.count(',') + 1)}" for (variable, template), made in hoisted.items()]
         reverse = "[::-1]" if step.options.get("reverse") else ""
@@ -246,7 +271,9 @@ class Emitter:
                 names[made] = lists[out]                # a body may return a value twice
             else:
                 names[made] = lists[out]
-                lines.append(f"{lists[out]} = torch.stack({lists[out]}{reverse}) if {lists[out]} else {carry}.new_zeros({(0, *self.shape(kind))})")
+                other = f", dtype=torch.{dtypes[out]}" if dtypes[out] != dtypes[results[0][0]] else ""
+                lines.append(f"{lists[out]} = torch.stack({lists[out]}{reverse}) if {lists[out]} else "
+                             f"{carry}.new_zeros({(0, *self.shape(kind))}{other})")
         return lines
 
 

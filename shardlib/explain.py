@@ -123,7 +123,7 @@ def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapp
     kinds = value_dtypes(program, dtypes or {}, default)
     held = tuple(sum(prod(mesh.local_shape(spec, sizes, c)) * ITEMSIZE[kinds[path]] for path, spec in program.arg_leaves())
                  for c in mesh.coordinates())
-    traffic, (collectives, *received) = _Counter(mesh, sizes, default, cost).count(program, kinds)
+    traffic, (collectives, *received) = _Counter(mesh, sizes, cost).count(program, kinds)
     source = cost.source
     if runtime is not None:
         traffic, source = _routed(traffic, runtime, cost)
@@ -157,7 +157,6 @@ class _Counter:
     """Counts what a program sends: its rows, and one run's sum of them: collectives, then bytes received by rank."""
     mesh: Mesh
     sizes: Mapping[str, int]
-    default: str
     cost: CostModel
 
     def count(self, program: Program, kinds: Mapping[str, str], times: int = 1, branch: str = "") -> tuple[list[tuple[Traffic, Call]], list[int]]:
@@ -165,7 +164,7 @@ class _Counter:
         for step in program.steps:
             if step.bodies:
                 again = self.sizes[step.options["dim"]] if step.op is SCAN else 1
-                parts = [self.count(body, inner_dtypes(step, body, kinds, self.default), times * again, taken)
+                parts = [self.count(body, inner_dtypes(step, body, kinds), times * again, taken)
                          for body, taken in zip(step.bodies, _branches(step, branch))]
                 rows += [row for made, _ in parts for row in made]
                 total = [n + again * max(more) for n, *more in zip(total, *(sums for _, sums in parts))]

@@ -2,17 +2,18 @@
 
 A move is the identity on what its value denotes, so it needs no derivative: the cotangents of a value and of all it was
 converted to are added up at the value itself, and the sum is converted to the type that is wanted there, split like the
-value and owing nothing. That one law makes all_gather and reduce_scatter each other's backward, leaves a cotangent that is
+value and owing nothing, in its dtype. That one law makes all_gather and reduce_scatter each other's backward, leaves a cotangent that is
 already settled alone, and brings every gradient home in its parameter's own spec. A value that was gathered is gathered
 again (`regather`), so that backward keeps no whole copy of what is split.
 """
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Sequence
+from typing import Any, Mapping, Sequence
 
 from shardlib.arithmetic import ADD
 from shardlib.builder import Builder
+from shardlib.dtypes import inner_dtypes, step_dtypes, value_dtypes
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Program, Result, Step, Struct, leaves
@@ -23,18 +24,20 @@ from shardlib.scan import SCAN
 from shardlib.spec import Spec
 from shardlib.trace import fresh
 
-ONES_LIKE = Op("ones_like", rule=lambda s: Rule(), infer=lambda ins, attrs: (ins[0],), index=(0,),
+ONES_LIKE = Op("ones_like", rule=lambda s: Rule(), infer=lambda ins, attrs: (ins[0],), index=(0,), takes=("any",),
                emit=lambda e, s, a: f"torch.ones_like({a[0]})")
-ZEROS_LIKE = Op("zeros_like", rule=lambda s: Rule(linear=((0,),)), infer=lambda ins, attrs: (ins[0].owing(),), index=(0,),
+ZEROS_LIKE = Op("zeros_like", rule=lambda s: Rule(linear=((0,),)), infer=lambda ins, attrs: (ins[0].owing(),), index=(0,), takes=("any",),
                 emit=lambda e, s, a: f"torch.zeros_like({a[0]})")
 TABLE = {"ones_like": ONES_LIKE, "zeros_like": ZEROS_LIKE}
 REGATHER = ("all", "weights", "nothing")
 
 
-def value_and_grad_program(program: Program, wrt: Sequence[str], mesh: Mesh, regather: str = "all") -> Program:
+def value_and_grad_program(program: Program, wrt: Sequence[str], mesh: Mesh, regather: str = "all",
+                           dtypes: Mapping[str, str] | None = None) -> Program:
     """The explicit program that returns the scalar of `program`, then its gradients by the arguments `wrt`, each in its spec.
 
     regather: what backward gathers again rather than keep: "all", "weights" (activations are kept gathered), "nothing".
+    dtypes: of the arguments; where they differ, cotangents are cast to their values'.
     """
     if regather not in REGATHER:
         raise SpecError(f"value_and_grad: regather is {regather!r}; it is one of {', '.join(REGATHER)}")
@@ -48,7 +51,7 @@ def value_and_grad_program(program: Program, wrt: Sequence[str], mesh: Mesh, reg
     active = {path for n, tree in program.args if n in wrt for path, _ in leaves(n, tree)}
     (loss,) = program.results[0].values
     params = {path for n, tree in program.args if isinstance(tree, Struct) for path, _ in leaves(n, tree)}
-    back = _Backward(program, active, mesh, regather, params)
+    back = _Backward(program, active, mesh, regather, params, value_dtypes(program, dtypes or {}, None))
     back.contribute(loss, back.call(ONES_LIKE, [loss]))
     back.run()
     results = [Result(Spec(), (loss,))]
@@ -61,8 +64,10 @@ def value_and_grad_program(program: Program, wrt: Sequence[str], mesh: Mesh, reg
 class _Backward(Builder):
     """The backward steps of one body. `forward` is its forward steps, scans made to keep what backward needs."""
 
-    def __init__(self, program: Program, active: set[str], mesh: Mesh, regather: str, params: set[str]) -> None:
+    def __init__(self, program: Program, active: set[str], mesh: Mesh, regather: str, params: set[str],
+                 dtypes: dict[str, str | None]) -> None:
         super().__init__(mesh, {*program.types()})
+        self.dtypes = dtypes
         self.program, self.regather, self.params = program, regather, params
         self.types.update(program.types())
         self.forward = list(program.steps)
@@ -74,6 +79,11 @@ class _Backward(Builder):
                 self.root[step.outputs[0]] = self.root.get(step.inputs[0], step.inputs[0])
             if any(i in self.active for j, i in enumerate(step.inputs) if j not in step.op.index):
                 self.active.update(step.outputs)
+
+    def add(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec], *args: Any, **more: Any) -> tuple[str, ...]:
+        made = super().add(op, inputs, outs, *args, **more)
+        self.dtypes.update(zip(made, step_dtypes(self.steps[-1], [self.dtypes[i] for i in inputs])))
+        return made
 
     def contribute(self, name: str, cotangent: str) -> None:
         """Add a cotangent of `name`, whatever its type: it denotes the same for all that `name` was converted from."""
@@ -119,7 +129,7 @@ class _Backward(Builder):
             here = replace(step, inputs=tuple(self.available(i) for i in step.inputs), outputs=tuple(self.available(o) for o in step.outputs))
             for name, ct in zip(step.inputs, step.op.vjp(self, here, cotangents)):
                 if ct is not None and name in self.active:
-                    self.contribute(name, ct)
+                    self.contribute(name, self.like(ct, name) if self.dtypes[ct] and self.dtypes[name] else ct)
 
     def available(self, name: str) -> str:
         """`name` as backward has it: kept, or converted again from what it was converted from."""
@@ -138,8 +148,9 @@ class _Backward(Builder):
         params = {p for p, n in outer.items() if self.root.get(n, n) in self.params}
         if any(o in self.given for o in step.outputs[1:]):
             raise SpecError("value_and_grad: the loss depends on what scan stacks; only its carry has a gradient yet")
-        inner = _Backward(body, active, self.mesh, self.regather, params)
+        inner = _Backward(body, active, self.mesh, self.regather, params, inner_dtypes(step, body, self.dtypes))
         seed = inner.declare("g", _settled(inner.types[body.results[0].values[0]]))
+        inner.dtypes[seed] = inner.dtypes[body.results[0].values[0]]
         inner.contribute(body.results[0].values[0], seed)
         inner.run()
         stacked, constants = paths[1:1 + count], paths[1 + count:]
@@ -154,6 +165,7 @@ class _Backward(Builder):
         made = tuple(self._fresh(f"{k}_kept") for k in kept)
         forward = replace(forward, outputs=(*step.outputs, *made), outs=(*step.outs, *stack([inner.types[k] for k in kept])))
         self.types.update(zip(made, stack([inner.types[k] for k in kept])))
+        self.dtypes.update(zip(made, (inner.dtypes[k] for k in kept)))
         trees = dict(body.args)
         backward = Program(
             f"{body.name}_vjp", (("g", _settled(inner.types[paths[0]])), *(a for a in body.args[1:] if _inside(a, stacked)),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shardlib import testing
+from shardlib.dtypes import as_they_come
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
@@ -34,14 +35,14 @@ def local(text: str, f: Callable, *operands: Any) -> Any:
 @lru_cache(maxsize=None)
 def local_op(f: Callable) -> Op:
     """The op that runs `f`. Its types are those of its text: nothing is completed, nothing follows."""
-    return Op("local", rule=lambda s: Rule(), asserted=True, function=f, vjp=_vjp,
+    return Op("local", rule=lambda s: Rule(), asserted=True, function=f, vjp=_vjp, reads=as_they_come,
               emit=lambda e, s, a: f"{e.use(f)}({', '.join(a)})")
 
 
 @lru_cache(maxsize=None)
 def local_vjp_op(f: Callable) -> Op:
     return Op("local_vjp", rule=lambda s: Rule(), asserted=True, function=f,
-              emit=lambda e, s, a: f"{e.use(local_vjp)}({e.use(f)}, {len(s.outs)}, {', '.join(a)})", dtype=lambda d, o: d)
+              emit=lambda e, s, a: f"{e.use(local_vjp)}({e.use(f)}, {len(s.outs)}, {', '.join(a)})", reads=as_they_come, dtype=lambda d, o: d)
 
 
 def local_vjp(f: Callable, count: int, *args: Tensor) -> Any:

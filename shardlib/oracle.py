@@ -29,6 +29,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from shardlib.dtypes import step_dtypes
 from shardlib.emit import Emitter, load
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Program, Result, Step
@@ -90,6 +91,17 @@ class Case:
         """The operands that have cotangents."""
         fixed = (*self.op.index, *self.indices, *self.constants)
         return tuple(i for i in range(len(self.ins)) if i not in fixed) if self.op.vjp else ()
+
+    def fitting(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """`sizes`, with those names fitted to the others that a rename gives to a dim, or whose dim it takes apart."""
+        if self.op is not RENAME:
+            return dict(sizes)
+        pairs = list(zip(self.ins[0].dims, self.outs[0].dims))
+        fitted = {n for old, new in pairs for n in (new if by_factor(old, new) else min(old, new, key=lambda d: len(d.names))).names}
+        known = Sizes("case", {n: size for n, size in sizes.items() if n not in fitted})
+        known.rename(self.step(self.ins, self.outs))
+        known.settle()
+        return {**sizes, **known.of}
 
     def step(self, ins: Sequence[Spec], outs: Sequence[Spec]) -> Step:
         return Step(self.op, tuple(ins), tuple(outs), tuple(f"x{i}" for i in range(len(ins))), tuple(f"y{i}" for i in range(len(outs))), self.attrs)
@@ -163,10 +175,7 @@ class Trial:
     """One case on one mesh at given sizes, with data drawn by `seed`, and its truth: the op on whole operands."""
 
     def __init__(self, case: Case, mesh: Mesh, sizes: Mapping[str, int], seed: int = 0) -> None:
-        self.case, self.mesh, self.sizes = case, mesh, dict(sizes)
-        if case.op is RENAME:
-            self.sizes = _renamed_sizes(case, sizes)
-        self.emitters = [Emitter(mesh, rank, self.sizes, dtype="float64") for rank in range(mesh.world_size)]
+        self.case, self.mesh, self.sizes = case, mesh, case.fitting(sizes)
         self._codes: dict[tuple[bool, str], Callable] = {}
         self.generator = torch.Generator().manual_seed(seed)
         self.whole: list[Tensor] = []
@@ -174,6 +183,8 @@ class Trial:
             for i, spec in enumerate(case.ins):
                 draw = case.draws[i] if i < len(case.draws) else normal
                 self.whole.append(draw(self.shape(spec), self.sizes, self.generator, self.whole))
+            self.dtypes = {f"x{i}": str(x.dtype).removeprefix("torch.") for i, x in enumerate(self.whole)}
+            self.emitters = [Emitter(mesh, rank, self.sizes, given=self.dtypes) for rank in range(mesh.world_size)]
             self._truth()
         except (RuntimeError, IndexError, ValueError) as error:
             raise NoSuchCall(str(error)) from error
@@ -187,7 +198,7 @@ class Trial:
     def _truth(self) -> None:
         case, one = self.case, Mesh()
         outs = case.rule(case.ins)
-        main = self.code(Emitter(one, 0, self.sizes, dtype="float64"), case.ins, outs)
+        main = self.code(Emitter(one, 0, self.sizes, given=self.dtypes), case.ins, outs)
         given = [x.clone().requires_grad_(i in case.differentiable) for i, x in enumerate(self.whole)]
         made = main(*given)
         self.results = [y.detach() for y in made]
@@ -208,12 +219,13 @@ class Trial:
         """The generated function of a rank, which says on what it depends: the op's own text."""
         step = self.case.step(ins, outs)
         e.constants.clear()
+        e.dtypes.update(zip(step.outputs, step_dtypes(step, [e.dtypes[i] for i in step.inputs])))
         text = self.case.op.emit(e, step, [f"a{i}" for i in range(len(ins))])
         key = (e.mesh is self.mesh, text)
         if key not in self._codes:
             args = tuple(zip(step.inputs, ins))
             program = Program("case", args, (step,), tuple(Result(s, (n,)) for s, n in zip(outs, step.outputs)), True)
-            writer = Emitter(e.mesh, e.rank, self.sizes, dtype="float64")
+            writer = Emitter(e.mesh, e.rank, self.sizes, given=self.dtypes)
             source = writer.program(program)
             self._codes[key] = load(source, {**writer.helpers, **writer.constants}, {}, str(self.case))
         return self._codes[key]
@@ -279,16 +291,6 @@ class Trial:
             if not right[j]:
                 return []
         return right
-
-
-def _renamed_sizes(case: Case, sizes: Mapping[str, int]) -> dict[str, int]:
-    """`sizes`, with those names fitted to the others that a rename gives to a dim, or whose dim it takes apart."""
-    pairs = list(zip(case.ins[0].dims, case.outs[0].dims))
-    fitted = {n for old, new in pairs for n in (new if by_factor(old, new) else min(old, new, key=lambda d: len(d.names))).names}
-    fitting = Sizes("case", {n: size for n, size in sizes.items() if n not in fitted})
-    fitting.rename(case.step(case.ins, case.outs))
-    fitting.settle()
-    return {**sizes, **fitting.of}
 
 
 def disagreements(case: Case, mesh: Mesh, sizes: Mapping[str, int], kinds: Sequence[str] = ("+",), seeds: int = 3,

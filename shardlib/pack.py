@@ -36,8 +36,8 @@ class Packing:
         return "|".join(self.outer_paths)
 
 
-def packings(program: Program, prepared: set[str]) -> list[Packing]:
-    """The packings of `program`, whose arguments `prepared` come packed."""
+def packings(program: Program, prepared: set[str], dtypes: Mapping[str, str]) -> list[Packing]:
+    """The packings of `program`, whose arguments `prepared` come packed; `dtypes`: of the weights, by path."""
     uses: dict[str, int] = {}
     for step in program.steps:
         for name in step.inputs:
@@ -48,11 +48,11 @@ def packings(program: Program, prepared: set[str]) -> list[Packing]:
             paths = [p for p, _ in step.body.arg_leaves()]
             stacked = {p: n for p, n in list(zip(paths, step.inputs))[1:1 + step.options["stacked"]]
                        if n.split(".")[0] in prepared and uses[n] == 1}
-            found += _of_body(step, stacked)
+            found += _of_body(step, stacked, dtypes)
     return found
 
 
-def _of_body(scan: Step, stacked: Mapping[str, str]) -> list[Packing]:
+def _of_body(scan: Step, stacked: Mapping[str, str], dtypes: Mapping[str, str]) -> list[Packing]:
     groups: dict[tuple, list[tuple[Step, str]]] = {}
     used = [i for s in scan.body.steps for i in s.inputs]
     for step in scan.body.steps:
@@ -62,7 +62,7 @@ def _of_body(scan: Step, stacked: Mapping[str, str]) -> list[Packing]:
             right = tuple(n for n in w.labels if n not in x.labels)
             left = tuple(n for n in x.labels if n not in w.labels)
             if inner and right and x.labels == left + inner and w.labels == inner + right and step.outs[0].labels == left + right:
-                groups.setdefault((step.inputs[0], inner), []).append((step, step.inputs[1]))
+                groups.setdefault((step.inputs[0], inner, dtypes.get(stacked[step.inputs[1]])), []).append((step, step.inputs[1]))
     return [Packing(scan.outputs[0], tuple(s for s, _ in g), tuple(p for _, p in g), tuple(stacked[p] for _, p in g)) for g in groups.values()]
 
 
@@ -92,9 +92,10 @@ def emit_packed(e: Emitter, group: Packing, body: Program, names: dict[str, str]
     shape = e.shape(first.ins[0])
     inner = sum(n in first.ins[1].labels for n in first.ins[0].labels)
     left = len(shape) - inner
-    x = names[first.inputs[0]]
+    have, kind = e.dtypes[first.inputs[0]], e.dtypes[first.outputs[0]]
+    x, weight = e.read(names[first.inputs[0]], have, kind), e.read(weight, e.dtypes[first.inputs[1]], kind)
     flat = (*shape[:left], prod(shape[left:]))
-    operand = x if inner == 1 else e.view(x, flat) if ".view(" in x else f"{x}.reshape({flat})"
+    operand = x if inner == 1 else e.view(x, flat) if ".view(" in x and have == kind else f"{x}.reshape({flat})"
     product = f"torch.matmul({operand}, {weight})"
     if len(group.steps) == 1:
         names[first.outputs[0]] = e.variable()

@@ -2,13 +2,14 @@
 
 Each row of `UNARY` is an op: the plain-torch expression of its value, and of its derivative in terms of the cotangent
 `g`, the operand `x` and the result `y`. All are nonlinear: of a sum that is still owed they are refused. Their
-derivatives are linear in `g`, so a cotangent may be owed.
+derivatives are linear in `g`, so a cotangent may be owed. `relu` and `square` take integers, too.
 """
 from __future__ import annotations
 
 from typing import Any, Callable, Sequence
 
 from shardlib.arithmetic import align, broadcast
+from shardlib.dtypes import FLOATS, as_they_come, widest
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
@@ -26,6 +27,7 @@ UNARY: dict[str, tuple[str, str]] = {
     "rsqrt": ("torch.rsqrt({x})", "-0.5 * {g} * {y} ** 3"),
     "square": ("torch.square({x})", "2 * {g} * {x}"),
 }
+OF_INTEGERS = ("relu", "square")
 PRODUCTS = ("exp", "square")        # their derivative is linear in its first operand, too
 
 
@@ -37,11 +39,12 @@ def _unary(name: str, value: str, slope: str) -> tuple[Op, Op]:
     from_result = "{y}" in slope
     linear = ((0,), (1,)) if name in PRODUCTS else ((1,),)
     backward = Op(f"{name}_vjp", rule=lambda s: Rule(linear=linear), infer=_infer,
-                  emit=lambda e, s, a: "(" + slope.format(x=a[0], y=a[0], g=a[1]) + ")")
+                  emit=lambda e, s, a: "(" + slope.format(x=a[0], y=a[0], g=a[1]) + ")", takes=("float",))
 
     def vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
         return [b.call(backward, [step.outputs[0] if from_result else step.inputs[0], ct[0]])]
-    forward = Op(name, rule=lambda s: Rule(), infer=_infer, vjp=vjp, emit=lambda e, s, a: value.format(x=a[0]))
+    forward = Op(name, rule=lambda s: Rule(), infer=_infer, vjp=vjp, emit=lambda e, s, a: value.format(x=a[0]),
+                 takes=("number" if name in OF_INTEGERS else "float",))
     return forward, backward
 
 
@@ -58,23 +61,28 @@ def _function(name: str) -> Callable[[Any], Any]:
 
 silu, gelu, relu, tanh, sigmoid, exp, log, rsqrt, square = (_function(n) for n in UNARY)
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+def _cast_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+    return [b.like(ct[0], step.inputs[0]), *[None] * (len(step.inputs) - 1)]
 
 
-def _cast_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
-    return [b.call(CAST_LIKE, [ct[0], step.inputs[0]])]
+def _to(e: Any, step: Step, args: list[str]) -> str:
+    """The first operand in the dtype of the result."""
+    have, want = e.dtypes[step.inputs[0]], e.dtypes[step.outputs[0]]
+    return args[0] if have == want else f"{args[0]}.to(torch.{want})"
 
 
-CAST = Op("cast", keywords={"dtype": lambda v: v in DTYPES}, rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast_vjp,
+CAST = Op("cast", keywords={"dtype": lambda v: v in FLOATS}, rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast_vjp,
           emit=lambda e, s, a: f"{a[0]}.to(torch.{s.options['dtype']})", dtype=lambda d, o: [o["dtype"]])
-CAST_LIKE = Op("cast_like", rule=lambda s: Rule(linear=((0,),), uses=((0,),)), infer=_infer, index=(1,),
-               emit=lambda e, s, a: f"{a[0]}.to({a[1]}.dtype)", dtype=lambda d, o: [d[1]])
+CAST_LIKE = Op("cast_like", rule=lambda s: Rule(linear=((0,),), uses=((0,),)), infer=_infer, vjp=_cast_vjp, index=(1,), emit=_to,
+               takes=("any",), reads=as_they_come, dtype=lambda d, o: [d[1] if d[1] in FLOATS else d[1] and d[0]])
+WIDEN = Op("widen", rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast_vjp, emit=_to, reads=as_they_come,
+           dtype=lambda d, o: [widest(d[0], "float32")])
 
 
 def cast(x: Any, dtype: str) -> Any:
     """`x` in another floating-point dtype: "float32", "bfloat16", "float16" or "float64". A sum may be owed."""
-    if dtype not in DTYPES:
-        raise SpecError(f"cast: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype not in FLOATS:
+        raise SpecError(f"cast: {dtype!r} is not one of {', '.join(FLOATS)}")
     return apply(CAST, (x,), dtype=dtype)
 
 
@@ -94,7 +102,7 @@ def _where_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
 
 
 WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=_where_infer, emit=_where_emit, vjp=_where_vjp, index=(0,),
-           dtype=lambda d, o: [d[1]])
+           takes=("mask", "any"), promotes=True)
 
 
 def where(mask: Any, a: Any, b: Any) -> Any:
@@ -110,7 +118,7 @@ def stop_gradient(x: Any) -> Any:
     return apply(STOP_GRADIENT, (x,))
 
 
-COMPARE = {name: Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=_infer, constant=True, dtype=lambda d, o: ["bool"],
+COMPARE = {name: Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=_infer, constant=True, takes=("number",), dtype=lambda d, o: ["bool"],
                     emit=lambda e, s, a, sign=sign: f"({a[0]} {sign} {s.options['than']!r})")
            for name, sign in (("greater", ">"), ("less", "<"))}
 
@@ -125,4 +133,4 @@ def less(x: Any, than: float) -> Any:
     return apply(COMPARE["less"], (x,), than=than)
 
 
-TABLE = {**OPS, **COMPARE, "cast": CAST, "cast_like": CAST_LIKE, "where": WHERE, "stop_gradient": STOP_GRADIENT}
+TABLE = {**OPS, **COMPARE, "cast": CAST, "cast_like": CAST_LIKE, "widen": WIDEN, "where": WHERE, "stop_gradient": STOP_GRADIENT}

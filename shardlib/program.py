@@ -51,9 +51,14 @@ class Op:
     updates:     the operand whose buffer the result may reuse, if any.
     distribute(b, step, x): the same over pieces, for an operand split along the dim the op runs over.
     constant:    its results have no gradient, and none is missed.
+    statistic:   over a split dim, declarative text lets it owe in at least float32, and rounds what was settled.
     joins:       it acts on the last dim of its first operand, alike for all others: operands joined along those may share a call.
     asserted:    its types are those of its text, unchecked (`local`); `function` is what it runs.
-    dtype(dtypes, attrs): the results' dtypes; by default all results have the first operand's.
+    takes:       what each operand may hold, the last for all further ones: "any", "number" (no mask), "float", "index", "mask"; by
+                 default the operands in `index` hold indices and the others any.
+    reads(dtypes, attrs): the dtypes in which the operands are read; by default the widest of those that are no index (`shardlib.dtypes`).
+    dtype(dtypes, attrs): the results' dtypes; by default that in which the operands are read.
+    promotes:    torch itself reads the operands so, those without dims excepted.
     """
     name: str
     rule: Callable[[Step], Rule]
@@ -63,7 +68,11 @@ class Op:
     moves: bool = False
     index: tuple[int, ...] = ()
     updates: int | None = None
+    takes: tuple[str, ...] = ()
+    reads: Callable | None = None
     dtype: Callable | None = None
+    statistic: bool = False
+    promotes: bool = False
     distribute: Callable | None = None
     constant: bool = False
     joins: bool = False

@@ -73,15 +73,15 @@ def _axes(specs: Sequence[Spec]) -> dict[str, None]:
 def project(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None,
             default: str = "float32") -> list[Call]:
     """The collectives of `rank`, scans unrolled. `dtypes`: of arguments by path, where they are not the default or int64 indices."""
-    return list(_calls(program, mesh, rank, sizes, value_dtypes(program, dtypes or {}, default), default, ""))
+    return list(_calls(program, mesh, rank, sizes, value_dtypes(program, dtypes or {}, default), ""))
 
 
-def _calls(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], dtypes: Mapping[str, str], default: str, at: str) -> Iterator[Call]:
+def _calls(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], dtypes: Mapping[str, str], at: str) -> Iterator[Call]:
     for step in program.steps:
         for body in step.bodies:            # of a cond both: whichever is taken, all take it, since the predicate is whole
-            inner = inner_dtypes(step, body, dtypes, default)
+            inner = inner_dtypes(step, body, dtypes)
             for name in [f"{body.name}[{i}]" for i in range(sizes[step.options["dim"]])] if step.op is SCAN else [body.name]:
-                yield from _calls(body, mesh, rank, sizes, inner, default, f"{at}{name}.")
+                yield from _calls(body, mesh, rank, sizes, inner, f"{at}{name}.")
         if step.op in COLLECTIVES and mesh.size(axes := axes_of(step, mesh)) > 1:
             group = mesh.group(axes, rank)
             shapes = tuple(mesh.local_shape(step.ins[0], sizes, mesh.coordinate(r)) for r in group)

@@ -2,7 +2,8 @@
 
 Their spec string says the dims that remain: `mean("B T -> ()", x)`. A split dim that is summed leaves a sum owed, one
 that is maxed leaves a max owed. softmax, logsumexp and argmax need their dim whole, or take the distributed form: the
-same over the pieces, joined by small reductions, each of them a step of the program.
+same over the pieces, joined by small reductions, each of them a step of the program. Of bfloat16 and float16, what is summed up
+inside of an op is summed in float32, and rounded once.
 """
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Sequence
 
 import torch
 
+from shardlib.dtypes import counted, fractional, narrow, reading
 from shardlib.errors import SpecError
+from shardlib.pointwise import CAST_LIKE, WIDEN
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec, nameable, parse_signature
@@ -32,7 +35,20 @@ def _sum(e: Emitter, step: Step, args: list[str]) -> str:
     return f"{args[0]}.sum({_dims(step)})" if _dims(step) else f"{args[0]}.clone()"
 
 
+def _rounded(e: Emitter, step: Step) -> str:
+    """The end of an expression in float32: its rounding to the step's dtype; nothing where that is not narrow."""
+    kind = e.dtypes[step.outputs[0]]
+    return f".to(torch.{kind})" if narrow(kind) else ""
+
+
+def _wide(e: Emitter, step: Step, arg: str) -> str:
+    """An operand in float32, where it is narrow."""
+    return f"{arg}.to(torch.float32)" if _rounded(e, step) else arg
+
+
 def _mean(e: Emitter, step: Step, args: list[str]) -> str:
+    if (end := _rounded(e, step)) and _dims(step) and _count(e, step):
+        return f"({args[0]}.sum({_dims(step)}, dtype=torch.float32) / {_count(e, step)}){end}"
     return f"{_sum(e, step, args)} / {_count(e, step)}" if _count(e, step) else f"{_sum(e, step, args)} * float('nan')"
 
 
@@ -72,9 +88,11 @@ def amax(x: Any, dims: tuple[int, ...]) -> Any:
     return x.amax(dims) if dims else x.clone()
 
 
-SUM = Op("sum", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_sum, vjp=lambda b, s, ct: [b.spread(ct[0], s.ins[0])])
-MEAN = Op("mean", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_mean, vjp=_mean_vjp)
-SPREAD = Op("spread", keywords={"mean": lambda v: v in (None, True)}, rule=lambda s: Rule(linear=((0,),)), emit=_spread, vjp=None)
+SUM = Op("sum", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_sum, vjp=lambda b, s, ct: [b.spread(ct[0], s.ins[0])],
+         reads=reading(counted))
+MEAN = Op("mean", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_mean, vjp=_mean_vjp, reads=reading(fractional), statistic=True)
+SPREAD = Op("spread", keywords={"mean": lambda v: v in (None, True)}, rule=lambda s: Rule(linear=((0,),)), emit=_spread, vjp=None,
+            reads=lambda d, o: [fractional(d[0]) if o.get("mean") else d[0]])
 MAX = Op("max", rule=lambda s: Rule(maxes=_gone(s)), emit=_max)
 
 
@@ -89,7 +107,15 @@ def _softmax_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
 def _softmax_backward(e: Emitter, step: Step, args: list[str]) -> str:
     y, g = args
     i = step.ins[0].labels.index(_along(step))
+    if _rounded(e, step):
+        return f"{e.use(softmax_vjp)}({y}, {g}, {i})"
     return f"{y} * ({g} - ({g} * {y}).sum({i}, keepdim=True))"
+
+
+def softmax_vjp(y: Any, g: Any, dim: int) -> Any:
+    """The cotangent of what softmax made y of, computed in float32."""
+    wide, g = y.float(), g.float()
+    return (wide * (g - (g * wide).sum(dim, keepdim=True))).to(y.dtype)
 
 
 def _first(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
@@ -102,10 +128,10 @@ def _has_dim(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
     return (ins[0],)
 
 
-SOFTMAX = Op("softmax", keywords={"along": nameable}, rule=lambda s: Rule(whole=(_along(s),)), infer=_has_dim, vjp=_softmax_vjp,
+SOFTMAX = Op("softmax", takes=("float",), keywords={"along": nameable}, rule=lambda s: Rule(whole=(_along(s),)), infer=_has_dim, vjp=_softmax_vjp,
              emit=lambda e, s, a: f"{a[0]}.softmax({s.ins[0].labels.index(_along(s))})")
 SOFTMAX_VJP = Op("softmax_vjp", keywords={"along": nameable}, rule=lambda s: Rule(linear=((1,),), whole=(_along(s),)), infer=_has_dim,
-                 emit=_softmax_backward)
+                 emit=_softmax_backward, takes=("float",))
 
 
 def _logsumexp_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
@@ -119,12 +145,22 @@ def _narrow_to_wide(arg: str, narrow: Spec, wide: Spec) -> str:
 def _exp_minus(e: Emitter, step: Step, args: list[str]) -> str:
     x, m, g = args
     wide = step.ins[0]
-    return f"({x} - {_narrow_to_wide(m, step.ins[1], wide)}).exp() * {_narrow_to_wide(g, step.ins[2], wide)}"
+    text = f"({_wide(e, step, x)} - {_narrow_to_wide(m, step.ins[1], wide)}).exp() * {_narrow_to_wide(g, step.ins[2], wide)}"
+    return f"({text}){end}" if (end := _rounded(e, step)) else text
 
 
 def _sum_exp(e: Emitter, step: Step, args: list[str]) -> str:
     x, m = args
-    return f"({x} - {_narrow_to_wide(m, step.ins[1], step.ins[0])}).exp().sum({_dims(step)})"
+    return f"({_wide(e, step, x)} - {_narrow_to_wide(m, step.ins[1], step.ins[0])}).exp().sum({_dims(step)}){_rounded(e, step)}"
+
+
+def _logsumexp(e: Emitter, step: Step, args: list[str]) -> str:
+    return f"{_wide(e, step, args[0])}.logsumexp({_dims(step)}){_rounded(e, step)}"
+
+
+def _log_plus(e: Emitter, step: Step, args: list[str]) -> str:
+    text = f"{_wide(e, step, args[0])}.log() + {args[1]}"
+    return f"({text}){end}" if (end := _rounded(e, step)) else text
 
 
 def _spread_logsumexp(b: Any, step: Step, x: str) -> str:
@@ -132,17 +168,17 @@ def _spread_logsumexp(b: Any, step: Step, x: str) -> str:
     small = step.outs[0]
     top = b.settle(b.call(MAX, [x], outs=(small,)))
     top = b.call(FINITE, [top])
-    total = b.settle(b.call(SUM_EXP, [x, top], outs=(small,)))
-    return b.call(LOG_PLUS, [total, top])
+    total = b.settle(b.call(SUM_EXP, [b.call(WIDEN, [x]), top], outs=(small,)))
+    return b.call(CAST_LIKE, [b.call(LOG_PLUS, [total, top]), x])
 
 
 LOGSUMEXP = Op("logsumexp", rule=lambda s: Rule(whole=_gone(s)), vjp=_logsumexp_vjp,
-               emit=lambda e, s, a: f"{a[0]}.logsumexp({_dims(s)})", distribute=_spread_logsumexp)
-EXP_MINUS = Op("exp_minus", rule=lambda s: Rule(linear=((2,),)), infer=_first, emit=_exp_minus)
-FINITE = Op("finite", rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{a[0]}.masked_fill({a[0]}.isinf(), 0)")
-SUM_EXP = Op("sum_exp", rule=lambda s: Rule(sums=_gone(s)), emit=_sum_exp,
+               emit=_logsumexp, distribute=_spread_logsumexp, takes=("float",))
+EXP_MINUS = Op("exp_minus", rule=lambda s: Rule(linear=((2,),)), infer=_first, emit=_exp_minus, takes=("float",))
+FINITE = Op("finite", rule=lambda s: Rule(), infer=_first, takes=("float",), emit=lambda e, s, a: f"{a[0]}.masked_fill({a[0]}.isinf(), 0)")
+SUM_EXP = Op("sum_exp", rule=lambda s: Rule(sums=_gone(s)), emit=_sum_exp, takes=("float",),
              vjp=lambda b, s, ct: [b.call(EXP_MINUS, [s.inputs[0], s.inputs[1], ct[0]]), None])
-LOG_PLUS = Op("log_plus", rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{a[0]}.log() + {a[1]}",
+LOG_PLUS = Op("log_plus", rule=lambda s: Rule(), infer=_first, emit=_log_plus, takes=("float",),
               vjp=lambda b, s, ct: [b.quotient(ct[0], s.inputs[0]), None])
 
 
@@ -180,9 +216,9 @@ def _argmax(e: Emitter, step: Step, args: list[str]) -> str:
     return f"{args[0]}.argmax({_dims(step)[0]})"
 
 
-ARGMAX = Op("argmax", rule=lambda s: Rule(whole=_gone(s)), emit=_argmax, distribute=_spread_argmax, dtype=lambda d, o: ["int64"])
-RANK_OF = Op("rank_of", rule=lambda s: Rule(maxes=_gone(s)), emit=_rank_of, dtype=lambda d, o: ["int64"])
-FROM_RANK = Op("from_rank", rule=lambda s: Rule(linear=((0,),)), infer=_first, emit=lambda e, s, a: f"-{a[0]}")
+ARGMAX = Op("argmax", rule=lambda s: Rule(whole=_gone(s)), emit=_argmax, distribute=_spread_argmax, takes=("number",), dtype=lambda d, o: ["int64"])
+RANK_OF = Op("rank_of", rule=lambda s: Rule(maxes=_gone(s)), emit=_rank_of, takes=("number",), dtype=lambda d, o: ["int64"])
+FROM_RANK = Op("from_rank", takes=("number",), rule=lambda s: Rule(linear=((0,),)), infer=_first, emit=lambda e, s, a: f"-{a[0]}")
 
 
 def _call(op: Op, text: str, x: Any, lost: int | None = None) -> Any:

@@ -21,10 +21,9 @@ def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]],
 
     `log` receives (rank, group ranks, method, numel) of every collective.
     """
-    ranks, floats = [], [t.dtype for t in args[0].values() if t.is_floating_point()]
-    dtype = str(floats[0] if floats else torch.float32).removeprefix("torch.")
+    ranks, given = [], {path: str(t.dtype).removeprefix("torch.") for path, t in args[0].items()}
     for rank in range(mesh.world_size):
-        e = Emitter(mesh, rank, sizes, yields=True, dtype=dtype)
+        e = Emitter(mesh, rank, sizes, yields=True, given=given)
         source = e.program(program)
         groups = {name: mesh.group(axes, rank) for axes, name in e.groups.items()}
         main = load(source, {**e.helpers, **e.constants}, groups, f"{program.name} rank {rank}")

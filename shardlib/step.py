@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shardlib.complete import Completer
 from shardlib.distributed.runtime import Runtime
+from shardlib.dtypes import ITEMSIZE, changed, step_dtypes, value_dtypes
 from shardlib.emit import Emitter, load
 from shardlib.errors import SpecError
 from shardlib.layout import Layout
@@ -24,6 +25,7 @@ from shardlib.spec import Spec
 from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, user_frame
 
 
+KNOWN = frozenset(getattr(torch, name) for name in ITEMSIZE)
 PARAM = -2       # the id of values that are parameters: they follow an activation's split, others do not
 
 
@@ -31,9 +33,9 @@ class Stepper(Tracer):
     """Executes each op as it is called. `recipes`: what was worked out before, at the same sizes."""
     runs = True
 
-    def __init__(self, runtime: Runtime, layout: Layout, sizes: Sizes, dtype: str, recipes: dict) -> None:
+    def __init__(self, runtime: Runtime, layout: Layout, sizes: Sizes, recipes: dict) -> None:
         super().__init__()
-        self.runtime, self.base, self.sizes, self.dtype, self.recipes = runtime, layout, sizes, dtype, recipes
+        self.runtime, self.base, self.sizes, self.recipes = runtime, layout, sizes, recipes
 
     def value(self, kind: Spec, local: Tensor, param: bool = False) -> Value:
         """A value with data: `key` is what recipes know it by."""
@@ -44,7 +46,7 @@ class Stepper(Tracer):
     def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any]) -> Any:
         """Execute one call."""
         try:
-            key = (op, text or ins, outs, self.layout, *[x.key for x in operands], *attrs.items())
+            key = (op, text or ins, outs, self.layout, *[x.key for x in operands], *[x.local.dtype for x in operands], *attrs.items())
             function, made = self.recipes[key]
         except (KeyError, AttributeError):
             function, made = self._recipe(op, operands, text, ins, outs, attrs, self.layout if self.layout is not None else self.base)
@@ -70,6 +72,8 @@ class Stepper(Tracer):
             outs = op.infer(ins, attrs)
         made = tuple(f"o{i}" for i in range(len(outs)))
         step = Step(op, ins, outs, names, made, tuple(sorted(attrs.items())), where=Where.of(frame), said=said)
+        given = {n: str(x.local.dtype).removeprefix("torch.") for n, x in zip(names, operands)}
+        step_dtypes(step, [*given.values()])
         if op is RENAME:
             self.sizes.rename(step)
             self.sizes.settle()
@@ -81,7 +85,7 @@ class Stepper(Tracer):
         kinds = tuple(completer.types[completer.now[o]] for o in made)
         program = Program("step", tuple((n, x.spec) for n, x in zip(names, operands)), tuple(completer.steps),
                           tuple(Result(k, (completer.now[o],)) for k, o in zip(kinds, made)), True)
-        e = Emitter(self.runtime.mesh, self.runtime.rank, self.sizes.of, dtype=self.dtype)
+        e = Emitter(self.runtime.mesh, self.runtime.rank, self.sizes.of, given=given)
         source = e.program(program)
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
@@ -96,8 +100,10 @@ class Stepper(Tracer):
         first = next(v for s in stacks for v in _values(s))
         dim, rows = first.spec.dims[0], []
         for i in range(first.local.shape[0]):
-            out = f(carry, *(self._slice(s, i) for s in stacks), *constants, **static)
+            out, before = f(carry, *(self._slice(s, i) for s in stacks), *constants, **static), carry.local.dtype
             carry, *ys = out if isinstance(out, tuple) else (out,)
+            if error := changed(f.__name__, *(str(kind).removeprefix("torch.") for kind in (before, carry.local.dtype))):
+                raise error
             rows.append(ys)
 
         def stacked(values: Sequence[Value]) -> Value:
@@ -134,10 +140,11 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
     trees = [(name, _complete(tree, layout, mesh)) for name, tree in argument_trees(f, args)]
     given = {path: v for (name, tree), arg in zip(trees, args) for (path, _), v in zip(leaves(name, tree), _tensors(arg))}
     program = Program(f.__name__, tuple(trees), (), (), True)
+    if any(v.dtype not in KNOWN for v in given.values()):
+        value_dtypes(program, {path: str(v.dtype).removeprefix("torch.") for path, v in given.items()})
     known = bound(program, {p: tuple(v.shape) for p, v in given.items()}, sizes, mesh, runtime.coordinate)
-    floats = [v.dtype for v in given.values() if v.is_floating_point()]
     known, found = recipes.setdefault(tuple(known.of.items()), (known, {}))
-    stepper = Stepper(runtime, layout, known, str(floats[0] if floats else torch.float32).removeprefix("torch."), found)
+    stepper = Stepper(runtime, layout, known, found)
     values = []
     for (name, tree), arg in zip(trees, args):
         kinds = dict(leaves(name, tree))

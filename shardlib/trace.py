@@ -57,7 +57,7 @@ class Value:
     def __rmul__(self, other): return _arithmetic("mul", other, self)
     def __truediv__(self, other): return _arithmetic("div", self, other)
     def __rtruediv__(self, other): return _arithmetic("div", other, self)
-    def __neg__(self): return _arithmetic("mul", self, -1.0)
+    def __neg__(self): return _arithmetic("mul", self, -1)
 
     def __bool__(self) -> bool:
         raise SpecError("if: a traced value has no truth; a branch on data would let ranks part ways; use where(mask, a, b)")

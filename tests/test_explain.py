@@ -310,7 +310,7 @@ def summed(x, table):
     (Mesh(dp=2), FULL, {}, "summed: unknown axis tp; the mesh has dp"),
     (Mesh(), FULL, {}, "summed: unknown axis tp; the mesh has none"),
     (TP2, FULL, dict(y="bool"), "dtypes: summed has no argument y; it has x, table"),
-    (TP2, FULL, dict(x="int16"), "dtypes: x is 'int16'; a dtype is one of float64, int64, float32, int32, bfloat16, float16, bool, uint8, int8")])
+    (TP2, FULL, dict(x="uint16"), "dtypes: x is 'uint16'; a dtype is one of float64, int64, float32, int32, bfloat16, float16, int16, bool, uint8, int8")])
 def test_what_is_not_there_is_said(call: Callable, mesh: Mesh, sizes: dict, dtypes: dict, says: str) -> None:
     program = lower(summed, Layout(D="tp"), mesh=TP2)
     with pytest.raises(SpecError) as error:
@@ -320,8 +320,8 @@ def test_what_is_not_there_is_said(call: Callable, mesh: Mesh, sizes: dict, dtyp
 
 def test_a_default_that_is_no_dtype() -> None:
     with pytest.raises(SpecError) as error:
-        explain(lower(summed, Layout(D="tp"), mesh=TP2), TP2, FULL, default="int16")
-    assert str(error.value) == "default is 'int16'; a dtype is one of float64, int64, float32, int32, bfloat16, float16, bool, uint8, int8"
+        explain(lower(summed, Layout(D="tp"), mesh=TP2), TP2, FULL, default="uint16")
+    assert str(error.value) == "default is 'uint16'; a dtype is one of float64, int64, float32, int32, bfloat16, float16, int16, bool, uint8, int8"
 
 
 def test_a_scan_needs_the_number_of_its_layers() -> None:
