@@ -94,3 +94,18 @@ def test_what_is_written_and_read(body, donate) -> None:
     for a, b in zip(got, (carry, *map(torch.stack, zip(*stacks))), strict=True):
         assert torch.allclose(a, b, rtol=1e-14, atol=0)
     assert bool(donate) or torch.equal(given, caches)
+
+
+@sharded("B T H, L B S H, B -> B T H, L B S H, L B S H")
+def keeps_the_stack(x, caches, start):
+    x, after = scan(reads_what_is, x, caches, start)
+    return x, caches * 2.0, after
+
+
+@pytest.mark.parametrize("donate", [(), ("caches",)], ids=["kept", "donated"])
+def test_a_stack_that_is_used_elsewhere_stays(donate) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, caches, start = torch.randn(2, 2, 3, generator=g), torch.randn(3, 2, 5, 3, generator=g), torch.tensor([0, 3])
+    given = caches.clone()
+    _, before, after = compile(keeps_the_stack, Layout(), donate=donate)(x, given, start)
+    assert torch.equal(before, caches * 2) and torch.equal(given, caches) and torch.equal(after[0], written(caches[0], x, start))
