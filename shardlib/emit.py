@@ -290,15 +290,14 @@ def _uses(program: Program) -> dict[str, int]:
 
 
 def _updates(program: Program, name: str) -> str | None:
-    """The argument whose buffer `name` is an update of, if it is one and the argument is used no further."""
-    made = {out: s for s in program.steps for out in s.outputs}
-    while name in made:
-        step = made[name]
+    """The argument whose buffer `name` is an update of, if it is one, and nothing else uses the argument or an update on the way."""
+    made, uses, chain = {out: s for s in program.steps for out in s.outputs}, _uses(program), [name]
+    while chain[-1] in made:
+        step = made[chain[-1]]
         if step.op.updates is None:
             return None
-        name = step.inputs[step.op.updates]
-    uses = sum(s.inputs.count(name) for s in program.steps) + [n for n, _ in program.result_leaves()].count(name)
-    return name if uses == 1 else None
+        chain.append(step.inputs[step.op.updates])
+    return chain[-1] if all(uses[n] == 1 for n in chain[1:] or chain) else None
 
 
 def _updated(program: Program) -> set[str]:

@@ -35,7 +35,7 @@ INITS = ("normal", "ones", "zeros")
 def param(spec: str, *, init: str = "normal", scale: float | None = None) -> Any:
     """A field holding a tensor with dims `spec`; drawn by `init` ("normal", "ones", "zeros").
 
-    `scale`: standard deviation of "normal"; by default 1/sqrt(first dim's size).
+    `scale`: standard deviation of "normal"; by default 1/sqrt(first dim's size), of a group all of it, 1 for a scalar.
     """
     if init not in INITS:
         raise SpecError(f"param({spec!r}): init is {init!r}; it is one of {', '.join(INITS)}")
@@ -166,8 +166,7 @@ def init(like: type[Params] | Params, sizes: Mapping[str, int], types: Mapping[s
         if meta["init"] != "normal":
             return torch.full(shape, float(meta["init"] == "ones"), dtype=dtype, device=device)
         drawn = normal(kind, sizes, mesh, coordinate, zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1))
-        inner = meta["spec"].dims[0]
-        fan = sizes.get(inner.label, inner.size or 1)
+        fan = math.prod(mesh.local_shape(Spec(meta["spec"].dims[:1]).whole(), sizes, {}))
         return (drawn * (meta["scale"] if meta["scale"] is not None else 1 / math.sqrt(max(fan, 1)))).to(device, dtype)
     return fill(like, path, leaf)
 

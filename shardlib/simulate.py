@@ -64,13 +64,18 @@ def _numel(x: Any) -> int:
 
 
 def perform(requests: Sequence[tuple]) -> list[Any]:
-    """One collective: the members' requests (group, method, operand, *extra), and what each gets."""
+    """One collective: the members' requests (group, method, operand, *extra), and what each gets. SpecError where they do not fit."""
     method, n = requests[0][1], len(requests)
     if any(r[1] != method for r in requests):
         raise SpecError(f"the ranks part ways: {', '.join(sorted({r[1] for r in requests}))} in one group at once")
     xs = [r[2] for r in requests]
+    told = [r[4:] if method == "all_to_all" else r[3:] for r in requests]           # each has shapes of its own in an all_to_all
+    if any(t != told[0] for t in told):
+        raise SpecError(f"{method}: the ranks say {' and '.join(map(str, dict.fromkeys(told)))} of one collective")
+    if len(dtypes := dict.fromkeys(p.dtype for x in xs for p in (x if method == "all_to_all" else (x,)))) > 1:
+        raise SpecError(f"{method}: the ranks bring {' and '.join(str(d).removeprefix('torch.') for d in dtypes)}")
     if method == "all_to_all":
-        return [tuple(xs[j][i].clone() for j in range(n)) for i in range(n)]
+        return _exchange(xs, [r[3] for r in requests], told[0] == (True,))
     if method == "all_gather":
         dim, sizes = requests[0][3:5]
         if [x.shape[dim] for x in xs] != list(sizes):
@@ -83,6 +88,17 @@ def perform(requests: Sequence[tuple]) -> list[Any]:
         return [total.clone() for _ in range(n)]
     dim, sizes = requests[0][3:5]
     return [piece.clone() for piece in total.split(list(sizes), dim)]
+
+
+def _exchange(xs: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]], even: bool) -> list[tuple[Tensor, ...]]:
+    """Piece i of member j is what member i gets from j: of the shape that it expects, and where they are `even`, as large as all others."""
+    got = [tuple(x[i].clone() for x in xs) for i in range(len(xs))]
+    for member, (pieces, expected) in enumerate(zip(got, shapes)):
+        if (come := tuple(tuple(p.shape) for p in pieces)) != expected:
+            raise SpecError(f"all_to_all: member {member} expects pieces of shapes {expected}; {come} come")
+    if even and len({p.numel() for pieces in got for p in pieces}) > 1:
+        raise SpecError(f"all_to_all: pieces of {[[p.numel() for p in x] for x in xs]} elements are not even")
+    return got
 
 
 def _reduce(xs: Sequence[Tensor], kind: str) -> Tensor:

@@ -135,3 +135,48 @@ def test_a_pytree_with_other_fields_set_is_another_program():
     for _ in range(2):
         for w, want in ((Parts(a=one, b=one), 12.0), (Parts(a=one, c=one), 102.0), (Parts(a=one, b=one, c=one), 112.0), (Parts(b=one), 11.0)):
             assert run(x, w).tolist() == [want] * 2
+
+
+class Layers(Params):
+    parts: Parts = stacked("L", Parts)
+    last: Parts = stacked("M", Parts)
+
+
+@sharded("D, * -> D")
+def deeply_weighed(x, w: Layers):
+    return scan(weighed, scan(weighed, x, w.parts), w.last)
+
+
+def test_a_pytree_whose_inner_fields_differ_is_another_program():
+    """The same fields are set at the top, and as many leaves."""
+    x, one = torch.zeros(2), torch.ones(2, 2)
+    run = compile(deeply_weighed)
+    for _ in range(2):
+        for w, want in ((Layers(parts=Parts(a=one), last=Parts(b=one)), 22.0), (Layers(parts=Parts(b=one), last=Parts(a=one)), 22.0),
+                        (Layers(parts=Parts(b=one), last=Parts(c=one)), 220.0), (Layers(parts=Parts(a=one), last=Parts(c=one)), 202.0)):
+            assert run(x, w).tolist() == [want] * 2
+
+
+def test_parameters_are_drawn_as_their_fields_say():
+    """By default by 1/sqrt of the first dim, without the dim along which they are stacked."""
+    class Kinds(Params):
+        plain: Tensor = param("D N")
+        grouped: Tensor = param("(K H) N")
+        wide: Tensor = param("D N", scale=3.0)
+        none: Tensor = param("D N", scale=0.0)
+        scalar: Tensor = param("()")
+        ones: Tensor = param("D", init="ones")
+        zeros: Tensor = param("D", init="zeros")
+
+    class Many(Params):
+        layers: Kinds = stacked("L", Kinds)
+        odd: Tensor = param("4 N")
+    w = init(Many, dict(L=3, D=16, K=64, H=2, N=1024), dtype=torch.float64)
+    for drawn, std in ((w.layers.plain, 1 / 4), (w.layers.grouped, 1 / 128 ** 0.5), (w.layers.wide, 3.0), (w.odd, 1 / 2)):
+        n = drawn.numel()
+        assert abs(float(drawn.mean())) < 4 * std / n ** 0.5 and abs(float(drawn.var()) / std ** 2 - 1) < 4 * (2 / n) ** 0.5
+        rows = drawn.reshape(-1, 1024)
+        assert len({float(row[0]) for row in rows}) == len(rows)
+    assert w.layers.scalar.shape == (3,) and bool(w.layers.scalar.all()) and float(w.layers.scalar.abs().max()) < 6
+    assert not w.layers.none.any() and bool((w.layers.ones == 1).all()) and not w.layers.zeros.any()
+    assert not torch.equal(w.layers.plain * 12, w.layers.wide)                      # each field draws its own

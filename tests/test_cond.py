@@ -5,12 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
-from shardlib import EXPLICIT, Layout, Mesh, SpecError, compile, cond, einsum, explain, lower, prove, sharded, simulate, step, value_and_grad
+from shardlib import EXPLICIT, Layout, Mesh, Params, SpecError, compile, cond, einsum, explain, lower, param, prove, scan, sharded, simulate, step, value_and_grad
 from shardlib.functions import argmax, greater, max, silu, sum
 from shardlib.cond import COND
 from shardlib.parser import check, parse_program
+from shardlib.ops import rms_norm
 from shardlib.project import project
+from shardlib.prove import check_branches
 from shardlib.spec import parse
 
 MESH, LAYOUT, SIZES = Mesh(tp=2), Layout(F="tp"), dict(T=3, D=4, F=5)
@@ -69,6 +72,74 @@ def test_a_predicate_that_owes_is_rejected_by_the_type_check_and_by_the_proof():
     with pytest.raises(SpecError) as error:
         lower(owing, mesh=MESH)
     assert "cond: the predicate is +tp; ranks that see different pieces of it would part ways" in str(error.value)
+
+
+@sharded("T D, D F, F D -> T D")
+def much_deeper(x, up, down):
+    return cond(greater(sum("T D -> ()", x), than=0.0), deep, shallow, x, up, down)
+
+
+@sharded("T D, L D F, F D -> T D")
+def stacked_deep(x, up, down):
+    return scan(deep, x, up, down)
+
+
+@sharded("T D, L D F, F D -> T D")
+def stacked_shallow(x, up, down):
+    return x
+
+
+@sharded("T D, L D F, F D -> T D")
+def layers(x, up, down):
+    return cond(greater(sum("T D -> ()", x), than=0.0), stacked_deep, stacked_shallow, x, up, down)
+
+
+@sharded("T D, D F, F D -> T D")
+def nested(x, up, down):
+    return cond(greater(sum("T D -> ()", x), than=0.0), shallow, much_deeper, x, up, down)
+
+
+@pytest.mark.parametrize("f", [layers, nested])
+def test_the_proof_finds_collectives_wherever_they_are_in_a_branch(f):
+    """In a scan of it, in a branch of it."""
+    program = lower(f, LAYOUT, mesh=MESH)
+    prove(program, MESH, dict(SIZES, L=2))
+    at = next(i for i, s in enumerate(program.steps) if s.op is COND)
+    bad = replace(program.steps[at], ins=(parse("+tp"), *program.steps[at].ins[1:]))
+    mutant = replace(program, steps=(*program.steps[:at], bad, *program.steps[at + 1:]))
+    with pytest.raises(SpecError) as error:
+        prove(mutant, MESH, dict(SIZES, L=2))
+    assert str(error.value).startswith("cond on v2, which is +tp: ranks that see different pieces of it part ways")
+    harmless = replace(bad, body=replace(bad.body, steps=()), orelse=replace(bad.orelse, steps=()))
+    check_branches(replace(program, steps=(harmless,)))
+
+
+class Norm(Params):
+    weight: Tensor = param("D")
+
+
+@sharded("T D, D -> T D")
+def normed(x, weight):
+    return rms_norm(x, weight)
+
+
+@sharded("T D, D -> T D")
+def scaled(x, weight):
+    return rms_norm(x, weight) * -2.0
+
+
+@sharded("T D, * -> T D")
+def normed_or_scaled(x, w: Norm):
+    return cond(greater(sum("T D -> ()", x), than=0.0), normed, scaled, x, w.weight)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("layout", [Layout(T="dp", D="dp"), Layout(T=("dp", "tp"), D="tp")])
+def test_a_parameter_is_one_in_a_branch_too(layout, sign):
+    """It is gathered where an op wants it whole."""
+    x, w = tensors(sign)[0], Norm(weight=torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    want = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w.weight * (1 if sign > 0 else -2)
+    assert torch.allclose(simulate(normed_or_scaled, layout, x, w, mesh=Mesh(dp=2, tp=2)), want, rtol=1e-12)
 
 
 def test_it_has_no_derivative():

@@ -10,6 +10,7 @@ from shardlib import Layout, Params, SpecError, compile, einsum, init, param, sc
 from shardlib.einsum import EINSUM
 from shardlib.models.decoding import llama_of
 from shardlib.models.llama import Cache, LlamaConfig, next_logits
+from shardlib.ops import rope
 from shardlib.pack import Packing, pack
 from shardlib.program import Step
 from shardlib.spec import parse
@@ -149,3 +150,37 @@ def test_what_was_prepared_for_another_program_runs_right_or_is_refused():
         with pytest.raises(SpecError) as error:
             other(x, ready)
         assert "w was prepared for a program that packs it otherwise" in str(error.value)
+
+
+class Turned(Params):
+    q: Tensor = param("D K H")
+    angles: Tensor = param("D H")
+    k: Tensor = param("D K H")
+
+
+class TurnedStack(Params):
+    layers: Turned = stacked("L", Turned)
+
+
+@sharded("B T D, * -> B T D")
+def turned(x, w: Turned):
+    """The table of the turn is itself made by a weight that is packed with those of q and k."""
+    q, k = einsum("B T D, D K H -> B T K H", x, w.q), einsum("B T D, D K H -> B T K H", x, w.k)
+    table = einsum("B T D, D H -> B T H", x, w.angles)
+    q, k = rope("B T K H, B T H -> B T K H", q, table), rope("B T K H, B T H -> B T K H", k, table)
+    return einsum("B T K H, B T K H, B T D -> B T D", q, k, x)
+
+
+@sharded("B T D, * -> B T D")
+def all_turned(x, w: TurnedStack):
+    return scan(turned, x, w.layers)
+
+
+def test_what_joins_and_what_it_is_joined_by_may_come_of_one_matmul():
+    w = init(TurnedStack, dict(L=2, D=4, K=3, H=2), dtype=torch.float64)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    run = compile(all_turned, sizes=dict(L=2, D=4, K=3, H=2))
+    want = run(x, w)
+    assert torch.allclose(run(x, run.prepare("w", w)), want, rtol=1e-12)
+    (source,) = [s for s in run.sources.values() if "torch.matmul" in s and ".split(" in s]
+    assert source.count("torch.matmul") >= 1

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from math import prod
+from typing import Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +17,10 @@ from hypothesis import given, settings, strategies as st
 from shardlib.convert import Move, plan
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
-from shardlib.moves import COLLECTIVES, OWE, SHARD, check_move
+from shardlib.moves import ALL_TO_ALL, COLLECTIVES, OWE, PERMUTE, SHARD, check_move
 from shardlib.oracle import dual, types
 from shardlib.program import Op, Program, Result, Step
-from shardlib.simulate import simulate
+from shardlib.simulate import perform, simulate
 from shardlib.spec import Spec, parse
 from shardlib.testing import join, place
 
@@ -124,6 +126,23 @@ def test_a_move_that_types_relabels_its_value(op: Op) -> None:
             torch.testing.assert_close(carried(x, have, (Move(op, have, want, 0.0),), sizes, mesh), x, rtol=0, atol=1e-12)
             typed += 1
     assert typed >= 4
+
+
+def test_an_exchange_says_that_it_is_even_on_every_rank_or_on_none() -> None:
+    """Communicators are chosen by it."""
+    mesh, kinds, said = MESHES[1], types(parse("T D"), ("x", "y")), set()
+
+    def looked_at(requests: Sequence[tuple]) -> list:
+        if requests[0][1] == "all_to_all":
+            even = len({piece.numel() for r in requests for piece in r[2]}) == 1
+            assert [r[4:] for r in requests] == [(True,) if even else ()] * len(requests)
+            said.add(even)
+        return perform(requests)
+    with mock.patch("shardlib.simulate.perform", looked_at):
+        for op, have, want, (rows, columns) in itertools.product((ALL_TO_ALL, PERMUTE), kinds, kinds, ((5, 4), (4, 5), (4, 4), (12, 6))):
+            if check_move(op, have, want) is None:
+                carried(numbers(dict(T=rows, D=columns)), have, (Move(op, have, want, 0.0),), dict(T=rows, D=columns), mesh)
+    assert said == {True, False}
 
 
 # -- the same each time ------------------------------------------------------------------------------------------------

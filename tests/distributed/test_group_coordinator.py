@@ -1,9 +1,12 @@
 """What a GroupCoordinator says of itself, its messages and its refusals, on real ranks."""
 from __future__ import annotations
 
+from typing import Any, Callable
+
 import pytest
 import torch
 from pool import Pool, World
+from torch import Tensor
 
 from shardlib.distributed import GroupCoordinator, connect
 from shardlib.distributed.communicators.alone import Alone
@@ -126,6 +129,54 @@ def test_a_refusal_lists_every_reason_once() -> None:
     with pytest.raises(SpecError) as refused:
         group.all_reduce(torch.ones(3))
     assert str(refused.value) == "all_reduce over tp: picky takes at most 8 bytes, not 12; shy takes nothing"
+
+
+class Asked(Alone):
+    """Takes nothing, and notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def supports(self, call: Call) -> str | None:
+        self.calls.append(call)
+        return "noted"
+
+
+def asked(me: int, collective: Callable[[GroupCoordinator], object]) -> Call:
+    """What the members' communicators are asked, by member `me` of two."""
+    noted = Asked()
+    group = GroupCoordinator("tp", (0, 1), me, 0, torch.device("cpu"), (noted,), Alone())
+    with pytest.raises(SpecError, match=r"^\w+ over tp: noted$"):
+        collective(group)
+    return noted.calls[0]
+
+
+def of_rows(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.int16)
+
+
+CALLS: list[tuple[Callable[[GroupCoordinator, int], object], str, str | None, int, bool]] = [
+    (lambda g, n: g.all_gather(of_rows(n, 4), 0, (3, 2)), "all_gather", None, 40, False),
+    (lambda g, n: g.all_gather(of_rows(4, n), 1, (3, 2)), "all_gather", None, 40, False),
+    (lambda g, n: g.all_gather(of_rows(3, 4), 0, (3, 3)), "all_gather", None, 48, True),
+    (lambda g, n: g.gather(of_rows(n, 4), 1, 0, (3, 2)), "gather", None, 40, False),
+    (lambda g, n: g.gather(of_rows(3, 4), 1, 0, (3, 3)), "gather", None, 48, True),
+    (lambda g, n: g.reduce_scatter(of_rows(5, 4), 0, (3, 2), "max"), "reduce_scatter", "max", 40, False),
+    (lambda g, n: g.reduce_scatter(of_rows(4, 6), 1, (3, 3)), "reduce_scatter", "sum", 48, True),
+    (lambda g, n: g.all_to_all([of_rows(3, 4) if n == 3 else of_rows(1, 4), of_rows(2, 4)], [(n, 4), (1 if n == 3 else 2, 4)]), "all_to_all", None, -1, False),
+    (lambda g, n: g.all_to_all([of_rows(3, 4)] * 2, [(3, 4)] * 2), "all_to_all", None, -1, False),
+    (lambda g, n: g.all_to_all([of_rows(3, 4)] * 2, [(3, 4)] * 2, True), "all_to_all", None, 48, True),
+    (lambda g, n: g.all_reduce(of_rows(5, 4), "max"), "all_reduce", "max", 40, True),
+    (lambda g, n: g.all_reduce(of_rows(5, 4)), "all_reduce", "sum", 40, True),
+    (lambda g, n: g.broadcast(of_rows(5, 4), 1), "broadcast", None, 40, True),
+    (lambda g, n: g.send(of_rows(5, 4), 1) if n == 3 else g.recv((5, 4), torch.int16, 0), "send", None, 40, True)]
+"""A collective by the member with n = 3 rows, and by that with 2; and what its communicators must be asked: name, op, bytes, even."""
+
+
+@pytest.mark.parametrize("collective, name, op, nbytes, even", CALLS)
+def test_all_members_ask_their_communicators_the_same(collective: Any, name: str, op: str | None, nbytes: int, even: bool) -> None:
+    """Whatever their own pieces: members that choose different communicators would wait for each other."""
+    assert [asked(me, lambda group: collective(group, 3 - me)) for me in (0, 1)] == [Call(name, op, torch.int16, "cpu", nbytes, even, False)] * 2
 
 
 def test_nobody_sends_to_itself() -> None:

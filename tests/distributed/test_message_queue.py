@@ -245,3 +245,24 @@ def test_messages_of_a_group_go_through_its_queue(pool: Pool) -> None:
     for axes in (["tp"], ["dp", "tp"]):
         assert world.run("queued_messages", axes) == [[True, ["a", 1], "y", "x" * 3_000_000,
             "a message holds plain data only: Encoding objects of type type is unsupported", True]] * 4
+
+
+def test_a_forked_child_that_closes_the_queue_does_not_end_it() -> None:
+    """As one does that ends: a worker of a data loader, say."""
+    def body(place: Place) -> str:
+        queue = MessageQueue(place)
+        if place.me == 0:
+            if (child := os.fork()) == 0:
+                queue.close()
+                os._exit(0)
+            os.waitpid(child, 0)
+            place.share(None)
+            queue.put("still open")
+            place.share(None)
+            queue.close()
+            return said(lambda: queue.put(1))
+        place.share(None)
+        got = said(queue.get)
+        place.share(None)
+        return f"{got}; {said(queue.get)}"
+    assert family(2, body) == [f"SpecError: {NAME}: it was closed", f"'still open'; EOFError: {NAME}: rank 0 has closed it"]

@@ -15,9 +15,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardlib.distributed import GroupCoordinator, Runtime, connect, runtime
+from shardlib.distributed import GroupCoordinator, Runtime, connect, routing, runtime
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.communicators.protocol import Call
+from shardlib.distributed.router import REMEMBERED
 from shardlib.distributed.routing import SHIPPED, UNMEASURED, Curve, Table, find_table, hardware, own_file
 from shardlib.distributed.topology import hosts, identity
 from shardlib.errors import SpecError
@@ -70,6 +71,26 @@ def test_a_choice_says_why() -> None:
     assert other.router.choice(CALL) == ("b", None, "b, the first that takes it; no nvlink: members run on 2 hosts")
 
 
+def test_another_table_holds_for_calls_that_were_made_before() -> None:
+    one, other = (Table("x", {}, (curve("a", (1024, a)), curve("b", (1024, 7.0)))) for a in (5.0, 9.0))
+    g = group(Named("a"), Named("b"), table=one)
+    x, asked = torch.ones(1024), []
+    for table in (one, other, one):
+        g.router.use(table)
+        asked.append((g.router.route(CALL).name, g.route("all_reduce", x, "sum").name, g.router.choice(CALL).us))
+    assert asked == [("a", "a", 5.0), ("b", "b", 7.0), ("a", "a", 5.0)]
+
+
+def test_what_is_remembered_is_told_apart_by_all_that_a_call_says() -> None:
+    """And forgotten before it is too much."""
+    g = group(Named("small", most=8), Named("any"))
+    for nbytes in (8, 9, 8, 9):
+        assert g.router.route(CALL._replace(nbytes=nbytes)).name == ("small" if nbytes == 8 else "any")
+    for nbytes in range(2 * REMEMBERED):
+        g.router.route(CALL._replace(nbytes=nbytes))
+    assert 0 < len(g.router.known) <= REMEMBERED
+
+
 def test_only_what_adds_in_rank_order_is_deterministic() -> None:
     table = Table("x", {}, (curve("fast", (1024, 5.0)), curve("exact", (1024, 50.0))))
     fast, exact = Named("fast", deterministic=False), Named("exact")
@@ -96,6 +117,16 @@ def test_tables_are_found_and_read_back(tmp_path: Path, monkeypatch: pytest.Monk
     own_file(CPU).parent.mkdir()
     own_file(CPU).write_bytes(mine.encode())
     assert find_table(CPU) == mine
+    (shipped := tmp_path / "shipped").mkdir()
+    monkeypatch.setattr(routing, "SHIPPED", shipped)
+    theirs, foreign = Table(hardware(CPU), {"date": "2025-01-01"}), Table("elsewhere", {})
+    (shipped / "a.json").write_bytes(foreign.encode())
+    (shipped / "b.json").write_bytes(theirs.encode())
+    assert find_table(CPU) == mine                                      # measured here, before what came with the package
+    own_file(CPU).write_bytes(foreign.encode())
+    assert find_table(CPU) == theirs
+    (shipped / "b.json").unlink()
+    assert find_table(CPU) == UNMEASURED
     other = tmp_path / "other.json"
     other.write_bytes(Table("elsewhere", {}).encode())
     monkeypatch.setenv("SHARDLIB_ROUTES", str(other))

@@ -125,3 +125,15 @@ def test_a_dtype_of_another_torch_is_named() -> None:
     assert str(refused.value) == f"'x' is of dtype float3_e1m1, which this torch {torch.__version__} does not have"
     with pytest.raises(SpecError):
         Label("x", "load", (2,), True).room(CPU)
+
+
+@pytest.mark.parametrize("ndim, spec, fits", [(0, "...", True), (0, "... D", False), (1, "...", True), (1, "... D", True), (3, "... D", True), (1, "... B D", False),
+                                              (0, "()", True), (1, "()", False), (1, "D", True), (2, "D", False), (2, "T/tp D +x", True)])
+def test_a_spec_that_fits_its_tensor(ndim: int, spec: str, fits: bool) -> None:
+    """A name for each dim; "..." stands for any number of them, none included."""
+    x = torch.ones((2,) * ndim)
+    if fits:
+        assert label("put", {"x": (x, spec)}, CPU)[0][0].spec == spec
+    else:
+        with pytest.raises(SpecError, match=f"^put: 'x' has {ndim} dims; its spec "):
+            label("put", {"x": (x, spec)}, CPU)

@@ -148,6 +148,7 @@ def test_states_travel_through_the_store() -> None:
     try:
         seat = dog.watch.seat("tp", (0, 1))
         dog.watch.begin(seat, "barrier")
+        assert (dog.limit_s, dog.tick_s) == (30.0, 1.0)
         wait_until(lambda: dog._states()[0].counts == {TP: 1}, 10.0, dog._publish)     # what its thread has begun to write may come after ours
         state = dog._states()[0]
         assert (state.counts, str(state)) == ({TP: 1}, f"is in collective 1 of {TP}: barrier") and dog._states()[1] == State()
@@ -333,6 +334,23 @@ def test_a_store_that_does_not_answer_holds_nobody_up() -> None:
     assert mute("1") == (1, "", (
         f"shardlib [rank 0] has waited 1 s in collective 1 of {TP}: barrier, at step 1 of f, m.py:1: N +tp -> N\n"
         "shardlib [rank 0]   the store does not answer\n"))
+
+
+@pytest.mark.parametrize("asked, ends", [(None, 38), (0.0, 30)])
+def test_a_rank_that_is_cut_off_from_its_store_ends_sooner(asked: float | None, ends: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40 s: when the store has not answered since `asked`, as soon as a thread that could ask it would have judged; else after that one."""
+    clock, said = [0.0], []
+    monkeypatch.setattr(watchdog_module, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watchdog_module.os, "_exit", lambda status: clock.append(status))
+    watch = SimpleNamespace(now=(Seat("tp", [0, 1]), 1, "barrier", None, None, -1, None, None, 0.0))
+
+    def waits(tick: float) -> bool:
+        """A second passes; true, the watchdog is stopped, once the process has ended."""
+        clock[0] += 1.0
+        return len(clock) > 1
+    dog = SimpleNamespace(_stopped=SimpleNamespace(wait=waits), tick_s=1.0, watch=watch, _asked=asked, timeout_s=40.0, limit_s=30.0, _tell_alone=said.append)
+    Watchdog._guard(dog)
+    assert said == [f"has waited {ends + 1} s in collective 1 of {TP}: barrier"] and clock[1:] == [1]
 
 
 def test_what_failed_is_said_without_the_store() -> None:

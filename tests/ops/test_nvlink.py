@@ -1,21 +1,24 @@
 """What the communicator over NVLink decides before any kernel runs: whether there is one, what it takes, and how it launches."""
 from __future__ import annotations
 
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from torch import Tensor
 
 from shardlib.distributed.communicators.protocol import Call
+from shardlib.distributed.flat import Cut
 from shardlib.ops import nvlink
 from shardlib.ops.nvlink import BLOCK_REGISTERS, CAPACITY, CHANNELS, GRIDS, MOST_BLOCKS, MOST_RANKS, ONE_SHOT, QUAD, SMS, NVLink, grid_of, slot_bytes
 from shardlib.ops.nvlink_report import Reader, missing
 from shardlib.triton_kernels import exchange
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS, STATE_WORDS
 from shardlib.triton_kernels.launching import Grid
+from shardlib.triton_kernels.reduce_scatter import reduce_scatter_reference
 from shardlib.triton_kernels.workspace import Workspace
 
 WORLDS = range(2, MOST_RANKS + 1)
@@ -212,6 +215,39 @@ def test_exchanges_run_at_once_and_fit_their_slot(world: int, count: int, gather
 def test_slots_are_whole_quads(size: int) -> None:
     """Else the second slot of an arena would begin within one. Offsets into an arena are counted in 32 bits."""
     assert slot_bytes(size) % QUAD == 0 and SLOTS.value * slot_bytes(size) < 2**31
+
+
+shapes = st.lists(st.sampled_from((1, 2, 3, 4, 8)), min_size=1, max_size=4).map(tuple)
+
+
+@given(st.integers(2, 3), shapes, st.integers(0, 3), st.sampled_from((torch.float32, torch.bfloat16)), st.data())
+@example(2, (4, 2), 1, torch.float32, None)         # a row of the whole is a quad, one of a piece is half of one
+def test_pieces_are_cut_and_joined_along_any_dim(world: int, shape: tuple[int, ...], dim: int, dtype: torch.dtype, data: Any) -> None:
+    """What each rank gives its kernels is what they ask for: quads that lie side by side. What it gets is what torch makes of the pieces."""
+    dim %= len(shape)
+    pieces = [torch.arange(prod(shape), dtype=torch.float32).add(1000 * r).to(dtype).view(shape) for r in range(world)]
+    wholes = [torch.cat(pieces, dim) * (r + 1) for r in range(world)]
+    cut = Cut.of(shape, dim, (shape[dim],) * world)
+    me = 0 if data is None else data.draw(st.integers(0, world - 1))
+
+    def gathered(x: Tensor, workspace: Any, grid: Grid, line: int) -> Tensor:
+        assert x.is_contiguous() and x.ndim == 2 and x.shape[1] * x.itemsize % QUAD == 0
+        return exchange.all_gather_reference([piece.reshape(x.shape) for piece in pieces])
+
+    def scattered(x: Tensor, workspace: Any, grid: Grid) -> Tensor:
+        assert x.is_contiguous() and x.shape[1] == world and x.shape[2] * x.itemsize % QUAD == 0
+        flat = x.shape[0] == 1
+        return reduce_scatter_reference([(cut.split(w) if flat else w).reshape(x.shape) for w in wholes], me)
+    if prod(shape) * dtype.itemsize % QUAD:
+        return                                                                      # `supports` has refused it
+    made = NVLink(place(world, rank=me, me=me, device=torch.device("cpu")), [SimpleNamespace(arena=torch.empty(0))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nvlink, "current_stream", lambda device: 7)
+        patch.setattr(exchange, "all_gather", gathered)
+        patch.setattr(nvlink, "reduce_scatter", scattered)
+        assert torch.equal(made.all_gather_cut(pieces[me], cut), torch.cat(pieces, dim))
+        want = sum(w.float() for w in wholes).to(dtype).split(shape[dim], dim)[me]
+        assert torch.equal(made.reduce_scatter_cut(wholes[me], cut, "sum"), want)
 
 
 def test_a_tensor_within_a_quad_is_copied() -> None:

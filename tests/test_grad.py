@@ -1,0 +1,60 @@
+"""What backward gathers again, and what it keeps: counted; and the gradients, against torch.autograd."""
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardlib import Layout, Mesh, Params, einsum, lower, param, scan, sharded, simulate, stacked, value_and_grad
+from shardlib.functions import silu, sum
+from shardlib.moves import ALL_GATHER
+
+MESH = Mesh(dp=2, tp=2)
+
+
+class Layer(Params):
+    up: Tensor = param("D F")
+
+
+class Net(Params):
+    layers: Layer = stacked("L", Layer)
+    down: Tensor = param("F D")
+
+
+@sharded("T D, *, F D/1 -> T D")
+def layer(x, w: Layer, down):
+    """`down` comes with D whole; T has the axis of its F, so that it is gathered here once more."""
+    return x + einsum("T F, F D -> T D", silu(einsum("T D, D F -> T F", x, w.up)), down)
+
+
+@sharded("T D, * -> ()")
+def loss(x, w: Net):
+    y = scan(layer, x, w.layers, w.down)
+    return sum("T D -> ()", y * y)
+
+
+LAYOUT = Layout(T="tp", F="tp", D="dp")
+
+
+@pytest.mark.parametrize("regather, gathers", [("all", 3), ("weights", 3), ("nothing", 1)])
+def test_a_parameter_that_is_gathered_before_a_scan_is_one_within_it(regather: str, gathers: int) -> None:
+    """Kept gathered, each layer would hold the whole of it. One gather brings its gradient home; the others are of the two weights."""
+    program = lower(value_and_grad(loss, regather=regather), LAYOUT, mesh=MESH)
+    (backward,) = (p for p in program.bodies() if p.name == "layer_vjp")
+    assert Counter(s.op for s in backward.steps)[ALL_GATHER] == gathers
+
+
+@pytest.mark.parametrize("regather", ["all", "weights", "nothing"])
+def test_gradients_are_those_of_torch(regather: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, up, down = (torch.randn(*s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((5, 3), (2, 3, 7), (7, 3)))
+    y = x
+    for w in up:
+        y = y + torch.nn.functional.silu(y @ w) @ down
+    (want := (y * y).sum()).backward()
+    net = Net(layers=Layer(up=up.detach()), down=down.detach())
+    value, dx, dw = simulate(value_and_grad(loss, ("x", "w"), regather=regather), LAYOUT, x.detach(), net, mesh=MESH)
+    for got, meant in ((value, want.detach()), (dx, x.grad), (dw.layers.up, up.grad), (dw.down, down.grad)):
+        assert torch.allclose(got, meant, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,111 @@
+"""Updates in place: whatever a program writes into a cache, and reads of it before and after, is what plain torch makes of copies."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardlib import Layout, compile, einsum, scan, sharded
+from shardlib.ops import update_cache
+
+WRITE = "B S H, B T H, B -> B S H"
+
+
+def written(cache: Tensor, rows: Tensor, start: Tensor) -> Tensor:
+    out = cache.clone()
+    for b, s in enumerate(start.tolist()):
+        out[b, s:s + rows.shape[1]] = rows[b]
+    return out
+
+
+@sharded("B T H, B S H, B -> B T H, B S H")
+def reads_what_was(x, cache, start):
+    after = update_cache(WRITE, cache, x, start)
+    return x + einsum("B S H, B T H -> B T H", cache, x), after
+
+
+@sharded("B T H, B S H, B -> B T H, B S H")
+def reads_what_is(x, cache, start):
+    after = update_cache(WRITE, cache, x, start)
+    return x + einsum("B S H, B T H -> B T H", after, x), after
+
+
+@sharded("B T H, B S H, B -> B T H, B S H")
+def writes_twice(x, cache, start):
+    after = update_cache(WRITE, cache, x, start)
+    return x * 0.5, update_cache(WRITE, after, x * 2.0, start * 0)
+
+
+@sharded("B T H, B S H, B -> B T H, B S H")
+def reads_between(x, cache, start):
+    after = update_cache(WRITE, cache, x, start)
+    return x + einsum("B S H, B T H -> B T H", after, x), update_cache(WRITE, after, x * 2.0, start * 0)
+
+
+@sharded("B T H, B S H, B -> B T H, B S H, B S H")
+def returns_both(x, cache, start):
+    after = update_cache(WRITE, cache, x, start)
+    return x * 0.5, after, update_cache(WRITE, after, x * 2.0, start * 0)
+
+
+@sharded("B T H, B S H, B -> B T H, B S H, B S H")
+def returns_what_was(x, cache, start):
+    return x * 0.5, cache, update_cache(WRITE, cache, x, start)
+
+
+def body_meant(f, x: Tensor, cache: Tensor, start: Tensor) -> tuple[Tensor, ...]:
+    after = written(cache, x, start)
+    last = written(after, x * 2, start * 0)
+    return {reads_what_was: lambda: (x + cache.sum(1, keepdim=True) * x, after),
+            reads_what_is: lambda: (x + after.sum(1, keepdim=True) * x, after),
+            writes_twice: lambda: (x * 0.5, last),
+            reads_between: lambda: (x + after.sum(1, keepdim=True) * x, last),
+            returns_both: lambda: (x * 0.5, after, last),
+            returns_what_was: lambda: (x * 0.5, cache, after)}[f]()
+
+
+BODIES = (reads_what_was, reads_what_is, writes_twice, reads_between, returns_both, returns_what_was)
+
+
+def layers_of(body, results: int):
+    @sharded("B T H, L B S H, B -> B T H" + ", L B S H" * results)
+    def layers(x, caches, start):
+        return scan(body, x, caches, start)
+    return layers
+
+
+@pytest.mark.parametrize("donate", [(), ("cache", "caches")], ids=["kept", "donated"])
+@pytest.mark.parametrize("body", BODIES, ids=lambda f: f.__name__)
+def test_what_is_written_and_read(body, donate) -> None:
+    """In a program by itself, and layer by layer. A caller that has not given its cache up finds it as it was."""
+    g = torch.Generator().manual_seed(0)
+    x, start = torch.randn(2, 2, 3, generator=g, dtype=torch.float64), torch.tensor([0, 3])
+    caches = torch.randn(3, 2, 5, 3, generator=g, dtype=torch.float64)
+    want = body_meant(body, x, caches[0], start)
+    given = caches[0].clone()
+    got = compile(body, Layout(), donate=[n for n in donate if n == "cache"])(x, given, start)
+    assert all(torch.allclose(a, b, rtol=1e-14, atol=0) for a, b in zip(got, want, strict=True)) and (bool(donate) or torch.equal(given, caches[0]))
+    carry, stacks = x, []
+    for cache in caches:
+        carry, *rest = body_meant(body, carry, cache, start)
+        stacks.append(rest)
+    given = caches.clone()
+    got = compile(layers_of(body, len(want) - 1), Layout(), donate=[n for n in donate if n == "caches"])(x, given, start)
+    for a, b in zip(got, (carry, *map(torch.stack, zip(*stacks))), strict=True):
+        assert torch.allclose(a, b, rtol=1e-14, atol=0)
+    assert bool(donate) or torch.equal(given, caches)
+
+
+@sharded("B T H, L B S H, B -> B T H, L B S H, L B S H")
+def keeps_the_stack(x, caches, start):
+    x, after = scan(reads_what_is, x, caches, start)
+    return x, caches * 2.0, after
+
+
+@pytest.mark.parametrize("donate", [(), ("caches",)], ids=["kept", "donated"])
+def test_a_stack_that_is_used_elsewhere_stays(donate) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, caches, start = torch.randn(2, 2, 3, generator=g), torch.randn(3, 2, 5, 3, generator=g), torch.tensor([0, 3])
+    given = caches.clone()
+    _, before, after = compile(keeps_the_stack, Layout(), donate=donate)(x, given, start)
+    assert torch.equal(before, caches * 2) and torch.equal(given, caches) and torch.equal(after[0], written(caches[0], x, start))
