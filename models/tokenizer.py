@@ -12,7 +12,8 @@ Be kind.<|im_end|>
 Hi<|im_end|>
 <|im_start|>assistant
 
-The names of special tokens in a text stand for those tokens: clean what users write where that matters. Refused with a
+The names of special tokens in a text stand for those tokens: clean what users write where that matters. A text gets the
+special tokens that the model wants around it; what `chat` gives has them already, and takes no more. Refused with a
 `CheckpointError`: damaged vocabularies, and in GGUF files SentencePiece vocabularies and unknown pre-tokenizers.
 """
 from __future__ import annotations
@@ -34,12 +35,19 @@ ENDS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_i
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
+class Chat(str):
+    """The text of a chat: its special tokens are in it. Cut it, or add to it, and it is a text as any other."""
+
+
 class Tokenizer:
     """A vocabulary, the ids that end a text, and the chat template. Make one with `Tokenizer.load`."""
 
     def __init__(self, core: tokenizers.Tokenizer, eos_ids: Iterable[int], template: ChatTemplate | None,
                  bos: str | None = None) -> None:
-        self.core, self.template, self.bos = core, template, bos
+        core.no_truncation()        # a file may have kept these from training
+        core.no_padding()
+        self.core, self.template, self.bos = core, template, core.token_to_id(bos or "")
+        self.begins = self.bos is not None and core.encode("").ids[:1] == [self.bos]
         self.eos_ids = set(eos_ids)
 
     @classmethod
@@ -57,8 +65,10 @@ class Tokenizer:
 
         A byte for which the vocabulary has no token is dropped: SmolLM2 has none for six control characters.
         """
-        begun = self.bos is not None and text.startswith(self.bos)
-        return self.core.encode(text, add_special_tokens=not begun).ids
+        if isinstance(text, Chat):
+            return self.core.encode(text, add_special_tokens=False).ids
+        ids = self.core.encode(text).ids
+        return ids[1:] if self.begins and ids[1:2] == [self.bos] else ids
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of `ids`; special tokens are left out unless `special`."""
@@ -85,14 +95,14 @@ class Tokenizer:
         """What the ids from `begin` on add to the text of those before."""
         return self.decode(ids, special)[len(self.decode(ids[:begin], special)):]
 
-    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> Chat:
         """The text of a chat: messages of "role" and "content", then the beginning of the answer.
 
         CheckpointError where the model has no chat template.
         """
         if self.template is None:
             raise CheckpointError("the model has no chat template")
-        return self.template.render(messages, add_generation_prompt)
+        return Chat(self.template.render(messages, add_generation_prompt))
 
 
 def from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:

@@ -1,6 +1,7 @@
 """Tokenizers against a byte-level BPE of thirty lines, written from the description and not from the package."""
 import json
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,10 +11,9 @@ import regex
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import decoders, pre_tokenizers, processors
+from tokenizers.models import BPE, WordLevel
 
-from shardlib.models.chat_template import ChatTemplate
 from shardlib.models.checkpoint import CheckpointError
 from shardlib.models.gguf_header import read_gguf_header
 from shardlib.models.gguf_vocabulary import LLAMA3, build_bpe
@@ -307,6 +307,48 @@ def test_where_a_folder_keeps_its_chat_template(tmp_path):
     assert Tokenizer.load(path).chat([]) == "own file"
 
 
+def saved(path: Path, change: Callable[[tokenizers.Tokenizer], object], **config: object) -> Tokenizer:
+    """A tokenizer.json that says more than a vocabulary: `change` is made before it is saved."""
+    core = tokenizers.Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4}, "c"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.add_special_tokens(["<s>", "</s>"])
+    change(core)
+    path.mkdir()
+    core.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", **config}))
+    return Tokenizer.load(path)
+
+
+def around(core: tokenizers.Tokenizer) -> None:
+    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+
+
+def test_what_a_file_keeps_from_training_is_off(tmp_path):
+    assert saved(tmp_path / "cut", lambda core: core.enable_truncation(2)).encode("a b a b") == [2, 3, 2, 3]
+    assert saved(tmp_path / "cut, long", lambda core: core.enable_truncation(2, stride=1, direction="left")).encode("a b a b") == [2, 3, 2, 3]
+    assert saved(tmp_path / "fill", lambda core: core.enable_padding(length=8, pad_id=1, pad_token="</s>")).encode("a b") == [2, 3]
+
+
+def test_a_chat_has_its_special_tokens_and_a_text_gets_them(tmp_path):
+    tokenizer = saved(tmp_path / "m", around, chat_template="{{ messages[0].content }}")
+    chat = tokenizer.chat([{"role": "user", "content": "a b"}])
+    assert chat == "a b" and tokenizer.encode(chat) == [2, 3]
+    assert tokenizer.encode("a b") == tokenizer.encode(chat + "") == [0, 2, 3, 1]
+    assert tokenizer.encode("<s>a b") == [0, 2, 3, 1] and tokenizer.encode("<s><s>a b") == [0, 0, 2, 3, 1]
+    assert tokenizer.encode("") == [0, 1] and tokenizer.encode("a <s>") == [0, 2, 0, 1]
+    assert saved(tmp_path / "n", lambda core: None).encode("<s><s>a") == [0, 0, 2]
+
+
+def test_a_template_is_compiled_when_a_chat_needs_it(tmp_path):
+    tokenizer = saved(tmp_path / "m", around, chat_template="{% for %}")
+    assert tokenizer.encode("a") == [0, 2, 1]
+    with pytest.raises(CheckpointError) as caught:
+        tokenizer.chat([])
+    assert str(caught.value) == "the chat template is not valid: Expected an expression, got 'end of statement block'"
+    metadata = {**small(), "tokenizer.chat_template": ["no text"]}
+    assert from_metadata(metadata, "m").encode("ab") == [metadata["tokenizer.ggml.tokens"].index("ab")]
+
+
 def test_a_stream_keeps_the_blanks_of_sentencepiece(tmp_path):
     """Its decoder takes the blank from the first word it sees, and must not do so in the middle of a text."""
     core = tokenizers.Tokenizer(BPE({"▁a": 0, "▁b": 1, "c": 2}, []))
@@ -329,35 +371,7 @@ def test_damaged_folders(tmp_path):
     assert str(caught.value) == f"{path}: No such file or directory"
 
 
-# -- chat templates ----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("source, message", [
-    ("{% for %}", "the chat template is not valid: Expected an expression, got 'end of statement block'"),
-    ("x" * 100_001, "the chat template is no text of at most 100000 characters"),
-    (["x"], "the chat template is no text of at most 100000 characters"),
-    ("{{ raise_exception('roles must alternate') }}", "the chat template failed: roles must alternate"),
-    ("{{ messages.__class__.__mro__ }}", "the chat template failed: access to attribute '__class__' of 'list' object is unsafe."),
-    ("{{ messages.append(1) }}", "the chat template failed: access to attribute 'append' of 'list' object is unsafe."),
-    ("{% for i in range(10**9) %}{% endfor %}", "the chat template failed: Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000)."),
-    ("{{ 1 // 0 }}", "the chat template failed: integer division or modulo by zero"),
-])
-def test_templates_that_are_refused(source, message):
-    with pytest.raises(CheckpointError) as caught:
-        ChatTemplate(source, {}).render([])
-    assert str(caught.value) == message
-
-
-def test_messages_that_are_none(tmp_path):
-    template = ChatTemplate("{{ messages }}", {})
-    for message in ({"role": "user"}, {"role": "user", "content": 3}, {"content": "x"}):
-        with pytest.raises(CheckpointError) as caught:
-            template.render([message])
-        assert str(caught.value) == f"a message of a chat has a text as role and a text as content; this one is {message}"
+def test_a_model_without_a_chat_template(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         Tokenizer.load(write(tmp_path / "m.gguf", small())).chat([])
     assert str(caught.value) == "the model has no chat template"
-
-
-def test_what_templates_may_use():
-    source = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}{{ strftime_now('%Y') | length }}"
-    assert ChatTemplate(source, {}).render([{"role": "user", "content": "é<"}] * 2) == '{"role": "user", "content": "é<"}4'
