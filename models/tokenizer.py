@@ -26,12 +26,10 @@ import tokenizers
 from shardlib.models.chat_template import MAX_TEMPLATE, ChatTemplate
 from shardlib.models.checkpoint import CheckpointError
 from shardlib.models.gguf_header import read_gguf_header
-from shardlib.models.gguf_vocabulary import build_bpe, special_token
+from shardlib.models.gguf_vocabulary import read_vocabulary
 from shardlib.models.json_file import read_json
 from shardlib.models.model_files import find_model
 
-# As in llama.cpp: a GGUF file names one token that ends a text; these end one too, where the vocabulary has them.
-ENDS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -47,7 +45,7 @@ class Tokenizer:
         core.no_truncation()        # a file may have kept these from training
         core.no_padding()
         self.core, self.template, self.bos = core, template, core.token_to_id(bos or "")
-        self.begins = self.bos is not None and core.encode("").ids[:1] == [self.bos]
+        self.around = core.encode("").ids
         self.eos_ids = set(eos_ids)
 
     @classmethod
@@ -68,7 +66,8 @@ class Tokenizer:
         if isinstance(text, Chat):
             return self.core.encode(text, add_special_tokens=False).ids
         ids = self.core.encode(text).ids
-        return ids[1:] if self.begins and ids[1:2] == [self.bos] else ids
+        begun = len(ids) > len(self.around) and self.around[:1] == ids[1:2] == [self.bos]
+        return ids[1:] if begun else ids
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of `ids`; special tokens are left out unless `special`."""
@@ -107,14 +106,10 @@ class Tokenizer:
 
 def from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     """The tokenizer of a GGUF file's metadata; `where` names the file in errors."""
-    core = build_bpe(metadata, where)
-    named = {kind: special_token(metadata, kind, where) for kind in ("bos", "eos", "eot", "eom", "unk", "pad")}
-    eos_ids = [core.token_to_id(token) for token in (*ENDS, named["eos"], named["eot"], named["eom"]) if token]
-    tokens = {name + "_token": token for name, token in named.items() if token}
+    core, named, ends = read_vocabulary(metadata, where)
     source = metadata.get("tokenizer.chat_template")
-    template = None if source is None else ChatTemplate(source, tokens)
-    bos = named["bos"] if metadata.get("tokenizer.ggml.add_bos_token") else None
-    return Tokenizer(core, (id for id in eos_ids if id is not None), template, bos)
+    template = None if source is None else ChatTemplate(source, {kind + "_token": token for kind, token in named.items()})
+    return Tokenizer(core, map(core.token_to_id, ends), template, named.get("bos"))
 
 
 def _from_folder(folder: Path) -> Tokenizer:
