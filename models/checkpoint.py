@@ -13,6 +13,7 @@ Refused with a `CheckpointError`: tensors that overlap, or that lie outside of t
 """
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Iterable
@@ -24,6 +25,15 @@ MAX_HEADER = 100_000_000    # bytes; the limit of the safetensors format, and te
 
 class CheckpointError(ValueError):
     """A model file that is missing, damaged, or of a kind that is not implemented."""
+
+
+class CheckpointWarning(UserWarning):
+    """Files of a model that contradict each other, or leave out what they should say: one line, with what was done."""
+
+
+def note(text: str) -> None:
+    """Say `text` as a CheckpointWarning; `generate` prints it on its first rank."""
+    warnings.warn(text, CheckpointWarning, stacklevel=2)
 
 
 @dataclass(frozen=True)

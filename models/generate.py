@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,7 +33,7 @@ from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.runtime import connect
 from shardlib.errors import bytes_text
 from shardlib.explain import Explanation, explain
-from shardlib.models.checkpoint import Checkpoint, CheckpointError
+from shardlib.models.checkpoint import Checkpoint, CheckpointError, CheckpointWarning
 from shardlib.models.decoding import Generated, Model, Sampling, check_prompts
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama_config import config_of
@@ -138,7 +139,8 @@ def run(options: argparse.Namespace) -> None:
         say(f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {runtime.device.type}, mesh {str(mesh) or '()'}, layout {str(layout) or '()'}; reading {options.model}")
         job, request = None, None
         if runtime.rank == 0:
-            request, job = _prepare(options)
+            with _saying(say):
+                request, job = _prepare(options)
         job = runtime.group(world).broadcast_message(job, 0) if world else job
         if "error" in job:
             raise SpecError(job["error"])
@@ -220,6 +222,19 @@ def _digests(prompts: Sequence[Sequence[int]], options: argparse.Namespace) -> l
 def _speaker(options: argparse.Namespace) -> Callable[[str], None]:
     quiet = options.quiet or options.json or os.environ.get("RANK", "0") != "0"
     return lambda text: None if quiet else print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _saying(say: Callable[[str], None]) -> Iterator[None]:
+    """What the files of a model leave open becomes a line of the command."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        say(f"note: {message}") if issubclass(category, CheckpointWarning) else shown(message, category, *rest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CheckpointWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _tensors(tree: Any) -> Iterable[torch.Tensor]:

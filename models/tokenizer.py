@@ -12,7 +12,8 @@ Be kind.<|im_end|>
 Hi<|im_end|>
 <|im_start|>assistant
 
-The names of special tokens in a text stand for those tokens: clean what users write where that matters. Refused with a
+The names of special tokens in a text stand for those tokens: clean what users write where that matters. A text gets the
+special tokens that the model wants around it; what `chat` gives has them already, and takes no more. Refused with a
 `CheckpointError`: damaged vocabularies, and in GGUF files SentencePiece vocabularies and unknown pre-tokenizers.
 """
 from __future__ import annotations
@@ -25,13 +26,15 @@ import tokenizers
 from shardlib.models.chat_template import MAX_TEMPLATE, ChatTemplate
 from shardlib.models.checkpoint import CheckpointError
 from shardlib.models.gguf_header import read_gguf_header
-from shardlib.models.gguf_vocabulary import build_bpe, special_token
+from shardlib.models.gguf_vocabulary import read_vocabulary
 from shardlib.models.json_file import read_json
 from shardlib.models.model_files import find_model
 
-# As in llama.cpp: a GGUF file names one token that ends a text; these end one too, where the vocabulary has them.
-ENDS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Chat(str):
+    """The text of a chat: its special tokens are in it. Cut it, or add to it, and it is a text as any other."""
 
 
 class Tokenizer:
@@ -39,7 +42,10 @@ class Tokenizer:
 
     def __init__(self, core: tokenizers.Tokenizer, eos_ids: Iterable[int], template: ChatTemplate | None,
                  bos: str | None = None) -> None:
-        self.core, self.template, self.bos = core, template, bos
+        core.no_truncation()        # a file may have kept these from training
+        core.no_padding()
+        self.core, self.template, self.bos = core, template, core.token_to_id(bos or "")
+        self.around = core.encode("").ids
         self.eos_ids = set(eos_ids)
 
     @classmethod
@@ -57,8 +63,11 @@ class Tokenizer:
 
         A byte for which the vocabulary has no token is dropped: SmolLM2 has none for six control characters.
         """
-        begun = self.bos is not None and text.startswith(self.bos)
-        return self.core.encode(text, add_special_tokens=not begun).ids
+        if isinstance(text, Chat):
+            return self.core.encode(text, add_special_tokens=False).ids
+        ids = self.core.encode(text).ids
+        begun = len(ids) > len(self.around) and self.around[:1] == ids[1:2] == [self.bos]
+        return ids[1:] if begun else ids
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of `ids`; special tokens are left out unless `special`."""
@@ -85,26 +94,22 @@ class Tokenizer:
         """What the ids from `begin` on add to the text of those before."""
         return self.decode(ids, special)[len(self.decode(ids[:begin], special)):]
 
-    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> Chat:
         """The text of a chat: messages of "role" and "content", then the beginning of the answer.
 
         CheckpointError where the model has no chat template.
         """
         if self.template is None:
             raise CheckpointError("the model has no chat template")
-        return self.template.render(messages, add_generation_prompt)
+        return Chat(self.template.render(messages, add_generation_prompt))
 
 
 def from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     """The tokenizer of a GGUF file's metadata; `where` names the file in errors."""
-    core = build_bpe(metadata, where)
-    named = {kind: special_token(metadata, kind, where) for kind in ("bos", "eos", "eot", "eom", "unk", "pad")}
-    eos_ids = [core.token_to_id(token) for token in (*ENDS, named["eos"], named["eot"], named["eom"]) if token]
-    tokens = {name + "_token": token for name, token in named.items() if token}
+    core, named, ends = read_vocabulary(metadata, where)
     source = metadata.get("tokenizer.chat_template")
-    template = None if source is None else ChatTemplate(source, tokens)
-    bos = named["bos"] if metadata.get("tokenizer.ggml.add_bos_token") else None
-    return Tokenizer(core, (id for id in eos_ids if id is not None), template, bos)
+    template = None if source is None else ChatTemplate(source, {kind + "_token": token for kind, token in named.items()})
+    return Tokenizer(core, map(core.token_to_id, ends), template, named.get("bos"))
 
 
 def _from_folder(folder: Path) -> Tokenizer:

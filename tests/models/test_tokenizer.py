@@ -1,22 +1,21 @@
-"""Tokenizers against a byte-level BPE of thirty lines, written from the description and not from the package."""
+"""Tokenizers against the oracle in bpe_oracle, and against transformers."""
 import json
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-import gguf
 import pytest
-import regex
 import tokenizers
+from bpe_oracle import GPT2, Oracle, small, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import decoders, pre_tokenizers, processors
+from tokenizers.models import BPE, WordLevel
 
-from shardlib.models.chat_template import ChatTemplate
 from shardlib.models.checkpoint import CheckpointError
 from shardlib.models.gguf_header import read_gguf_header
-from shardlib.models.gguf_vocabulary import LLAMA3, build_bpe
+from shardlib.models.gguf_vocabulary import LLAMA3, read_vocabulary
 from shardlib.models.model_files import find_model
 from shardlib.models.tokenizer import Tokenizer, from_metadata
 
@@ -30,61 +29,6 @@ TEXTS = ["Hello world", "It is 2025, 12:30.", "  two  blanks 1  \n\n\ttab ", "do
          "def f(x):\n    return x**2  # ok\n", "<|im_start|>user\nHi<|im_end|>\n", "<|im_start", "a\x00b\ufffd\u200bc", "\r\n\r\n a"]
 texts = st.one_of(st.text(max_size=40), st.text(alphabet="ab 1²½\n\t'stlé東🦜.,-_<|>", max_size=40),
                   st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<|endoftext|>", " ", "1", "23", "Hello", "don't", "\n", "é"]), max_size=12).map("".join))
-
-
-# -- the oracle --------------------------------------------------------------------------------------------------------
-
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def byte_letters() -> list[str]:
-    """The letter that stands for each byte: itself where it can be seen, else the next from U+0100 on."""
-    seen = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
-    rest = iter(range(0x100, 0x200))
-    return [chr(b) if b in seen else chr(next(rest)) for b in range(256)]
-
-
-class Oracle:
-    """Special tokens first, then digits apart (SmolLM2), then the words of GPT-2, then merges by rank."""
-
-    def __init__(self, metadata: dict, rules: tuple[str, ...]) -> None:
-        tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-        self.ids = {token: id for id, token in enumerate(tokens)}
-        self.ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(metadata["tokenizer.ggml.merges"])}
-        self.special = [token for token, kind in zip(tokens, kinds) if kind == 3]
-        self.rules, self.letters = rules, byte_letters()
-
-    def encode(self, text: str) -> list[int]:
-        parts = regex.split("(" + "|".join(map(regex.escape, self.special)) + ")", text)
-        return [id for part in parts if part for id in ([self.ids[part]] if part in self.special else self.plain(part))]
-
-    def plain(self, text: str) -> list[int]:
-        words = [text]
-        for rule in self.rules:
-            words = [piece for word in words for piece in pieces(rule, word)]
-        letters = [[self.letters[b] for b in word.encode()] for word in words]
-        return [self.ids[token] for word in letters for token in self.merge([letter for letter in word if letter in self.ids])]
-
-    def knows(self, text: str) -> bool:
-        """Whether each byte has a token. SmolLM2 drops six control characters, and F1 and F2."""
-        return all(self.letters[b] in self.ids for b in text.encode())
-
-    def merge(self, parts: list[str]) -> list[str]:
-        while True:
-            ranked = [(self.ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in self.ranks]
-            if not ranked:
-                return parts
-            i = min(ranked)[1]
-            parts = [*parts[:i], parts[i] + parts[i + 1], *parts[i + 2:]]
-
-
-def pieces(rule: str, text: str) -> list[str]:
-    """The matches of a rule, and what lies between them."""
-    out, end = [], 0
-    for match in regex.finditer(rule, text):
-        out += [text[end:match.start()], match.group()]
-        end = match.end()
-    return [piece for piece in (*out, text[end:]) if piece]
 
 
 @lru_cache
@@ -162,16 +106,8 @@ def test_digits_are_words_of_their_own():
 
 # -- small vocabularies ------------------------------------------------------------------------------------------------
 
-def small(**changes) -> dict:
-    letters = sorted(byte_letters())
-    tokens = ["<s>", "</s>", "<user>", *letters, "ab", "12", "123", "Ġab", "xyz"]
-    found = dict(model="gpt2", pre="smollm", tokens=tokens, token_type=[3, 3, 4] + [1] * (len(tokens) - 3), merges=["a b", "Ġ ab", "1 2", "12 3"], bos_token_id=0, eos_token_id=1)
-    return {f"tokenizer.ggml.{key}": value for key, value in {**found, **changes}.items() if value is not None}
-
-
 @pytest.mark.parametrize("pre, text, tokens", [
     ("gpt-2", "ab ab12345", ["ab", "Ġab", "123", "4", "5"]),
-    (None, "ab ab12345", ["ab", "Ġab", "123", "4", "5"]),
     ("smollm", "ab ab12345", ["ab", "Ġab", "1", "2", "3", "4", "5"]),
     ("llama-bpe", "ab ab12345", ["ab", "Ġab", "123", "4", "5"]),
     ("llama-bpe", "ab!\n\n12", ["ab", "!", "Ċ", "Ċ", "12"]),
@@ -179,7 +115,7 @@ def small(**changes) -> dict:
     ("gpt-2", "xyz", ["x", "y", "z"]),
 ])
 def test_rules(pre, text, tokens):
-    assert build_bpe(small(pre=pre), "m").encode(text).tokens == tokens
+    assert read_vocabulary(small(pre=pre, add_bos_token=False), "m").core.encode(text).tokens == tokens
 
 
 @settings(max_examples=200, deadline=None)
@@ -188,18 +124,7 @@ def test_llama_3_against_the_oracle(text):
     metadata = small(pre="llama-bpe", tokens=small()["tokenizer.ggml.tokens"][:-1], token_type=small()["tokenizer.ggml.token_type"][:-1])
     oracle = Oracle(metadata, (LLAMA3,))
     oracle.special.append("<user>")
-    assert build_bpe(metadata, "m").encode(text).ids == oracle.encode(text)
-
-
-def write(path: Path, metadata: dict, template: str | None = None) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in metadata.items():
-        add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool, list: writer.add_array}[type(value)]
-        add(key, value)
-    if template:
-        writer.add_chat_template(template)
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-    return path
+    assert read_vocabulary(metadata, "m").core.encode(text).ids == [0, *oracle.encode(text)]
 
 
 def test_the_token_that_begins_a_text_stands_there_once(tmp_path):
@@ -211,10 +136,10 @@ def test_the_token_that_begins_a_text_stands_there_once(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(model="llama"), "the tokenizer is 'llama' with pre-tokenizer 'smollm', which is not implemented; known are 'gpt2' with gpt-2, smollm, "
-                          "starcoder, refact, command-r, llama-bpe"),
-    (dict(pre="qwen9"), "the tokenizer is 'gpt2' with pre-tokenizer 'qwen9', which is not implemented; known are 'gpt2' with gpt-2, smollm, "
-                        "starcoder, refact, command-r, llama-bpe"),
+    (dict(model="llama"), "the tokenizer is 'llama' with pre-tokenizer 'smollm', which is not implemented; known are 'gpt2' with default, gpt-2, "
+                          "smollm, starcoder, refact, command-r, smaug-bpe, llama-bpe, llama3, llama-v3"),
+    (dict(pre="qwen9"), "the tokenizer is 'gpt2' with pre-tokenizer 'qwen9', which is not implemented; known are 'gpt2' with default, gpt-2, "
+                        "smollm, starcoder, refact, command-r, smaug-bpe, llama-bpe, llama3, llama-v3"),
     (dict(tokens=["a", "a"]), "tokenizer.ggml.tokens is no list of different texts"),
     (dict(tokens=7), "tokenizer.ggml.tokens is no list of different texts"),
     (dict(token_type=[1]), "tokenizer.ggml.token_type does not give a type for each of 264 tokens"),
@@ -222,6 +147,7 @@ def test_the_token_that_begins_a_text_stands_there_once(tmp_path):
     (dict(merges=None), "tokenizer.ggml.merges is no list of pairs"),
     (dict(merges=["a zz"]), "the tokenizers package refuses the vocabulary: Error while initializing BPE: Token `zz` out of vocabulary"),
     (dict(eos_token_id=264), "tokenizer.ggml.eos_token_id is 264; there are 264 tokens"),
+    (dict(add_bos_token=1), "tokenizer.ggml.add_bos_token is 1; it must be true or false"),
     (dict(eos_token_id="1"), "tokenizer.ggml.eos_token_id is '1'; there are 264 tokens"),
 ])
 def test_damaged_vocabularies(change, message, tmp_path):
@@ -234,6 +160,7 @@ def test_damaged_vocabularies(change, message, tmp_path):
 JUNK = [None, True, 0, -1, 1 << 40, 0.5, math.nan, "", "x", [], [1], ["", ""], [[]], {}, {"content": 3}]
 
 
+@pytest.mark.filterwarnings("ignore::shardlib.models.checkpoint.CheckpointWarning")
 @pytest.mark.parametrize("key", [*small(), "tokenizer.chat_template", "tokenizer.ggml.add_bos_token"])
 def test_values_of_any_kind_in_a_gguf_file(key):
     """They mean something, or there is an error of ours."""
@@ -307,6 +234,48 @@ def test_where_a_folder_keeps_its_chat_template(tmp_path):
     assert Tokenizer.load(path).chat([]) == "own file"
 
 
+def saved(path: Path, change: Callable[[tokenizers.Tokenizer], object], **config: object) -> Tokenizer:
+    """A tokenizer.json that says more than a vocabulary: `change` is made before it is saved."""
+    core = tokenizers.Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4}, "c"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.add_special_tokens(["<s>", "</s>"])
+    change(core)
+    path.mkdir()
+    core.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", **config}))
+    return Tokenizer.load(path)
+
+
+def around(core: tokenizers.Tokenizer) -> None:
+    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+
+
+def test_what_a_file_keeps_from_training_is_off(tmp_path):
+    assert saved(tmp_path / "cut", lambda core: core.enable_truncation(2)).encode("a b a b") == [2, 3, 2, 3]
+    assert saved(tmp_path / "cut, long", lambda core: core.enable_truncation(2, stride=1, direction="left")).encode("a b a b") == [2, 3, 2, 3]
+    assert saved(tmp_path / "fill", lambda core: core.enable_padding(length=8, pad_id=1, pad_token="</s>")).encode("a b") == [2, 3]
+
+
+def test_a_chat_has_its_special_tokens_and_a_text_gets_them(tmp_path):
+    tokenizer = saved(tmp_path / "m", around, chat_template="{{ messages[0].content }}")
+    chat = tokenizer.chat([{"role": "user", "content": "a b"}])
+    assert chat == "a b" and tokenizer.encode(chat) == [2, 3]
+    assert tokenizer.encode("a b") == tokenizer.encode(chat + "") == [0, 2, 3, 1]
+    assert tokenizer.encode("<s>a b") == [0, 2, 3, 1] and tokenizer.encode("<s><s>a b") == [0, 0, 2, 3, 1]
+    assert tokenizer.encode("") == [0, 1] and tokenizer.encode("a <s>") == [0, 2, 0, 1]
+    assert saved(tmp_path / "n", lambda core: None).encode("<s><s>a") == [0, 0, 2]
+
+
+def test_a_template_is_compiled_when_a_chat_needs_it(tmp_path):
+    tokenizer = saved(tmp_path / "m", around, chat_template="{% for %}")
+    assert tokenizer.encode("a") == [0, 2, 1]
+    with pytest.raises(CheckpointError) as caught:
+        tokenizer.chat([])
+    assert str(caught.value) == "the chat template is not valid: Expected an expression, got 'end of statement block'"
+    metadata = {**small(), "tokenizer.chat_template": ["no text"]}
+    assert from_metadata(metadata, "m").encode("ab") == [metadata["tokenizer.ggml.tokens"].index("ab")]
+
+
 def test_a_stream_keeps_the_blanks_of_sentencepiece(tmp_path):
     """Its decoder takes the blank from the first word it sees, and must not do so in the middle of a text."""
     core = tokenizers.Tokenizer(BPE({"▁a": 0, "▁b": 1, "c": 2}, []))
@@ -329,35 +298,7 @@ def test_damaged_folders(tmp_path):
     assert str(caught.value) == f"{path}: No such file or directory"
 
 
-# -- chat templates ----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("source, message", [
-    ("{% for %}", "the chat template is not valid: Expected an expression, got 'end of statement block'"),
-    ("x" * 100_001, "the chat template is no text of at most 100000 characters"),
-    (["x"], "the chat template is no text of at most 100000 characters"),
-    ("{{ raise_exception('roles must alternate') }}", "the chat template failed: roles must alternate"),
-    ("{{ messages.__class__.__mro__ }}", "the chat template failed: access to attribute '__class__' of 'list' object is unsafe."),
-    ("{{ messages.append(1) }}", "the chat template failed: access to attribute 'append' of 'list' object is unsafe."),
-    ("{% for i in range(10**9) %}{% endfor %}", "the chat template failed: Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000)."),
-    ("{{ 1 // 0 }}", "the chat template failed: integer division or modulo by zero"),
-])
-def test_templates_that_are_refused(source, message):
-    with pytest.raises(CheckpointError) as caught:
-        ChatTemplate(source, {}).render([])
-    assert str(caught.value) == message
-
-
-def test_messages_that_are_none(tmp_path):
-    template = ChatTemplate("{{ messages }}", {})
-    for message in ({"role": "user"}, {"role": "user", "content": 3}, {"content": "x"}):
-        with pytest.raises(CheckpointError) as caught:
-            template.render([message])
-        assert str(caught.value) == f"a message of a chat has a text as role and a text as content; this one is {message}"
+def test_a_model_without_a_chat_template(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         Tokenizer.load(write(tmp_path / "m.gguf", small())).chat([])
     assert str(caught.value) == "the model has no chat template"
-
-
-def test_what_templates_may_use():
-    source = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}{{ strftime_now('%Y') | length }}"
-    assert ChatTemplate(source, {}).render([{"role": "user", "content": "é<"}] * 2) == '{"role": "user", "content": "é<"}4'
