@@ -24,18 +24,23 @@ from shardlib.scan import SCAN
 from shardlib.simulate import simulate as simulate_ranks
 from shardlib.spec import Spec
 from shardlib.step import run_steps
-from shardlib.trace import Function, trace_results
+from shardlib.trace import Function, definition, trace_results, tracing
 
 
 class Sharded(Function):
     """What `@sharded` makes. Called on tensors it compiles itself for the mesh in force, and runs."""
 
     def outside(self, args: Sequence[Any], static: dict[str, Any]) -> Any:
-        cache = self.__dict__.setdefault("_compiled", {})
-        key = (current_mesh(), tuple(sorted(static.items(), key=lambda kv: kv[0])))
-        if key not in cache:
-            cache[key] = compile(self, mesh=current_mesh(), **static)
-        return cache[key](*args)
+        return _compiled_here(self, static)(*args)
+
+
+def _compiled_here(f: Sharded | ValueAndGrad, static: dict[str, Any]) -> Compiled:
+    """`f` compiled for the mesh in force, once."""
+    cache = f.__dict__.setdefault("_compiled", {})
+    key = (current_mesh(), tuple(sorted(static.items())))
+    if key not in cache:
+        cache[key] = compile(f, mesh=current_mesh(), **static)
+    return cache[key]
 
 
 def sharded(signature: str, *, layout: Layout | None = None) -> Callable[[Callable], Sharded]:
@@ -73,14 +78,45 @@ class ValueAndGrad:
         self.f, self.wrt, self.regather = f, wrt, regather
         self.__name__, self.layout, self.arg_names = f"{f.__name__}_and_grad", f.layout, f.arg_names
 
+    def __call__(self, *args: Any, **static: Any) -> Any:
+        if tracing():
+            raise SpecError(f"value_and_grad: the gradients of {self.f.__name__} are a program of their own, and no part of another")
+        return _compiled_here(self, static)(*args)
+
+    def check_dtypes(self, dtypes: Mapping[str, str]) -> None:
+        """SpecError where a gradient is wanted by a tensor that is not of floating point. `dtypes`: of the arguments' leaves, by path."""
+        wrong = next((path for path, kind in dtypes.items() if path.split(".")[0] in self.wrt and not getattr(torch, kind).is_floating_point), None)
+        if wrong:
+            raise SpecError(f"value_and_grad: {wrong} is {dtypes[wrong]}; only floating-point tensors have gradients").at(definition(self.f))
+
 
 def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *, regather: str = "all") -> ValueAndGrad:
-    """What computes the scalar `f` and its gradients by the arguments `wrt` (by default: its pytrees), each in the argument's spec.
+    """What computes the scalar `f` and its gradients: it takes what `f` takes, and returns the value, then a gradient for each
+    argument that `wrt` names, in the order of `wrt`. A gradient has the spec and the dtype of its argument, the one by a pytree is
+    a pytree of its class. By default `wrt` is all pytrees of `f`, in the order of its signature.
+
+    >>> from shardlib import Params, param, sharded
+    >>> from shardlib.functions import sum
+    >>> class Weights(Params):
+    ...     a: Tensor = param("D")
+    >>> @sharded("D, * -> ()")
+    ... def loss(x, w: Weights):
+    ...     return sum("D -> ()", 2 * x + 3 * w.a)
+    >>> value, of_w, of_x = value_and_grad(loss, wrt=["w", "x"])(torch.ones(2), Weights(a=torch.ones(2)))
+    >>> of_w, of_x
+    (Weights(a=tensor([3., 3.])), tensor([2., 2.]))
 
     regather: what backward gathers again instead of keeping it: "all", "weights" or "nothing". More memory, fewer all_gathers.
+    Refused: a name that is no argument, or comes twice; no name; a tensor of integers; an `f` that returns more than one scalar.
     """
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt) if wrt is not None else tuple(
-        n for n, spec in zip(f.arg_names, f.ins) if spec is None)
+    pytrees = [n for n, spec in zip(f.arg_names, f.ins) if spec is None]
+    names = tuple(pytrees) if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    unknown = next((n for n in names if n not in f.arg_names), None)
+    twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
+    wrong = (f"{f.__name__} has no argument {unknown}" if unknown is not None else f"wrt names {twice} twice" if twice else
+             f"{f.__name__} takes no pytree, by which gradients are where wrt is not given" if wrt is None else "wrt is empty")
+    if unknown is not None or twice or not names:
+        raise SpecError(f"value_and_grad: {wrong}; the arguments are {', '.join(f.arg_names)}").at(definition(f))
     return ValueAndGrad(f, names, regather)
 
 
@@ -174,6 +210,8 @@ class Compiled:
         floats = [v.dtype for a in args for v in map(_first, a.flat if isinstance(a, Prepared) else _flat(a)) if v.is_floating_point()]
         e = Emitter(mesh, rank, sizes, donate=self.donate, dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."),
                     prepared=[a.name for a in args if isinstance(a, Prepared)])
+        if isinstance(self.f, ValueAndGrad):
+            self.f.check_dtypes(_dtypes(plain))
         value_dtypes(program, _dtypes(plain), e.dtype)
         self.runtime.compare_plans(program.name, _plan_text(program, mesh, sizes, e.dtype))
         source = self.sources[key] = e.program(program)
@@ -206,14 +244,17 @@ def _plan_text(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtype: st
     return f"mesh {mesh}\nsizes {' '.join(f'{n}={size}' for n, size in sorted(sizes.items()))}\nfloats {dtype}\n{program}"
 
 
-def step(f: Function, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,
+def step(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,
          sizes: Mapping[str, int] | None = None, **static: Any) -> Callable:
     """`f` op by op on this rank, for a debugger: a breakpoint in it sees types (`x.spec`) and this rank's tensors (`x.local`).
 
-    Called like what `compile` makes: with shards, giving shards.
+    Called like what `compile` makes: with shards, giving shards. Of a `value_and_grad`, its function runs op by op, after all of it has run compiled.
     """
     there, recipes = runtime or shared_runtime(current_mesh(mesh)), {}
-    return lambda *args: run_steps(f, layout or Layout(), there, args, sizes or {}, static, recipes)
+    if not isinstance(f, ValueAndGrad):
+        return lambda *args: run_steps(f, layout or Layout(), there, args, sizes or {}, static, recipes)
+    whole, lines = compile(f, layout, runtime=there, sizes=sizes, **static), step(f.f, layout, runtime=there, sizes=sizes, **static)
+    return lambda *args: (whole(*args), lines(*args))[0]
 
 
 def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh: Mesh | None = None, log: list | None = None, **static: Any) -> Any:
@@ -225,6 +266,8 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
     program, results = _lower(f, layout, mesh, None, args, static)
     whole = {path: v for (name, tree), arg in zip(program.args, args, strict=True) for (path, _), v in zip(leaves(name, tree), _flat(arg))}
     sizes = bind_sizes(program, {p: tuple(v.shape) for p, v in whole.items()}, {}, mesh, None)
+    if isinstance(f, ValueAndGrad):
+        f.check_dtypes(_dtypes(whole.items()))
     value_dtypes(program, _dtypes(whole.items()), "float32")
     placed = {path: testing.place(whole[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
     outs = simulate_ranks(program, mesh, [{p: shards[r] for p, shards in placed.items()} for r in range(mesh.world_size)], sizes, log)
@@ -278,7 +321,7 @@ def _flat(arg: Any) -> list[Any]:
     return flat(arg) if isinstance(arg, Params) else [arg]
 
 
-def compile(f: Function, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,    # noqa: A001
+def compile(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,    # noqa: A001
             sizes: Mapping[str, int] | None = None, donate: Sequence[str] = (), **static: Any) -> Compiled:
     """`f` for the ranks of a mesh. `sizes`: global sizes of dims that no argument holds whole. `donate`: arguments whose
     buffers the results may reuse (a KV cache); the caller does not use them again."""
