@@ -13,6 +13,7 @@ from shardlib.distributed.runtime import Runtime, shared_runtime
 from shardlib.dtypes import value_dtypes
 from shardlib.emit import Emitter, bind_sizes, load
 from shardlib.errors import SpecError
+from shardlib.failures import Lines, explain_failure
 from shardlib.grad import value_and_grad_program
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh, current_mesh
@@ -132,7 +133,7 @@ class Compiled:
         self.donate, self.static = tuple(donate), dict(static)
         self.program: Program | None = None
         self.sources: dict[tuple, str] = {}
-        self._variants: dict[tuple, tuple[Callable, Callable]] = {}
+        self._variants: dict[tuple, tuple[Callable, Callable, Lines]] = {}
         self._results: tuple[Any, ...] = ()
         self._likes: dict[int, Params] = {}         # argument -> a pytree like the one it takes
 
@@ -191,11 +192,16 @@ class Compiled:
         variant = self._variants.get(key)
         if variant is None:
             variant = self._variants[key] = self._build(args, key)
-        run, results = variant
-        return results(run(*values), args)
+        run, results, lines = variant
+        try:
+            leaves_made = run(*values)
+        except Exception as error:
+            explain_failure(error, lines)
+            raise
+        return results(leaves_made, args)
 
-    def _build(self, args: Sequence[Any], key: tuple) -> tuple[Callable, Callable]:
-        """What runs the program for arguments like these, and what makes its results of the leaves that this returns."""
+    def _build(self, args: Sequence[Any], key: tuple) -> tuple[Callable, Callable, Lines]:
+        """What runs the program for arguments like these, what makes its results of the leaves that this returns, and what its lines are."""
         program = self.lower(*(None if isinstance(a, Prepared) else a for a in args))
         given: dict[str, Any] = {}
         plain = [(p, v) for (name, tree), arg in zip(program.args, args) if not isinstance(arg, Prepared)
@@ -221,7 +227,8 @@ class Compiled:
                                 f"and here {', '.join(parts)}; prepare it with this one")
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
-        return load(source, {**e.helpers, **e.constants, **e.plan}, groups, program.name), self._finish(program, e.returned, args)
+        run = load(source, {**e.helpers, **e.constants, **e.plan}, groups, program.name)
+        return run, self._finish(program, e.returned, args), {run.__code__.co_filename: e.lines}
 
     def _finish(self, program: Program, returned: Sequence[str | None], args: Sequence[Any]) -> Callable:
         """What puts result leaves together. A prepared argument that is updated in place, all of it, is returned as it came."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardlib.emit import Emitter, load
 from shardlib.errors import SpecError
+from shardlib.failures import explain_failure
 from shardlib.mesh import Mesh
 from shardlib.program import Program
 
@@ -21,15 +22,20 @@ def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]],
 
     `log` receives (rank, group ranks, method, numel) of every collective.
     """
-    ranks, floats = [], [t.dtype for t in args[0].values() if t.is_floating_point()]
+    ranks, lines, floats = [], {}, [t.dtype for t in args[0].values() if t.is_floating_point()]
     dtype = str(floats[0] if floats else torch.float32).removeprefix("torch.")
     for rank in range(mesh.world_size):
         e = Emitter(mesh, rank, sizes, yields=True, dtype=dtype)
         source = e.program(program)
         groups = {name: mesh.group(axes, rank) for axes, name in e.groups.items()}
         main = load(source, {**e.helpers, **e.constants}, groups, f"{program.name} rank {rank}")
+        lines[main.__code__.co_filename] = e.lines
         ranks.append(main(*(args[rank][path] for path, _ in program.arg_leaves())))
-    outs = run_ranks(ranks, log)
+    try:
+        outs = run_ranks(ranks, log)
+    except Exception as error:
+        explain_failure(error, lines)
+        raise
     return [{f"{i}": v for i, v in enumerate(out)} for out in outs]
 
 

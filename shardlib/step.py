@@ -15,12 +15,13 @@ from shardlib.complete import Completer
 from shardlib.distributed.runtime import Runtime
 from shardlib.emit import Emitter, bind_sizes, load
 from shardlib.errors import SpecError
+from shardlib.failures import Lines, explain_failure
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op, Program, Result, Step, Where, leaves
 from shardlib.rearrange import RENAME
 from shardlib.spec import Spec
-from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, user_frame
+from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, user_frame, user_line
 
 
 PARAM = -2       # the id of values that are parameters: they follow an activation's split, others do not
@@ -44,18 +45,22 @@ class Stepper(Tracer):
         """Execute one call."""
         try:
             key = (op, text or ins, outs, self.layout, *[x.key for x in operands], *attrs.items())
-            function, made = self.recipes[key]
+            function, made, lines = self.recipes[key]
         except (KeyError, AttributeError):
-            function, made = self._recipe(op, operands, text, ins, outs, attrs, self.layout if self.layout is not None else self.base)
-            self.recipes[key] = function, made
-        results = function(*[x.local for x in operands])
+            function, made, lines = self._recipe(op, operands, text, ins, outs, attrs, self.layout if self.layout is not None else self.base)
+            self.recipes[key] = function, made, lines
+        try:
+            results = function(*[x.local for x in operands])
+        except Exception as error:
+            explain_failure(error, lines, Where.of(user_frame()))
+            raise
         if len(made) == 1:
             value = Value(self, -1, made[0])
             value.local, value.key = results[0], made[0].text
             return value
         return tuple(self.value(k, t) for k, t in zip(made, results))
 
-    def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any], layout: Layout) -> tuple[Callable, tuple[Spec, ...]]:
+    def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any], layout: Layout) -> tuple[Callable, tuple[Spec, ...], Lines]:
         for i, x in enumerate(operands):
             if not isinstance(x, Value) or x.tracer is not self:
                 raise SpecError(f"{op.name}: operand {i + 1} is no tensor of this function; pass tensors in as arguments")
@@ -83,7 +88,8 @@ class Stepper(Tracer):
         source = e.program(program)
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
-        return load(source, {**e.helpers, **e.constants, **e.plan}, groups, op.name), kinds
+        function = load(source, {**e.helpers, **e.constants, **e.plan}, groups, op.name)
+        return function, kinds, {function.__code__.co_filename: e.lines}
 
     def whole(self, value: Value) -> Tensor:
         """The scalar `value`, with what it owes paid."""
@@ -145,7 +151,10 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
         else:
             values.append(made[name])
     with active(stepper):
-        results = f.fn(*values, **static)
+        try:
+            results = f.fn(*values, **static)
+        except SpecError as error:
+            raise error.at(user_line(error)) from error.__cause__
         given_back = results if isinstance(results, tuple) else (results,)
         out = tuple(_locals(v) if spec is None else stepper.run(RESHARD, (v,), None, (v.spec,), (spec,), {}).local
                     for spec, v in zip(f.outs, given_back, strict=True))
