@@ -1,8 +1,9 @@
 """The functions one calls on a sharded function: lower, compile, and calling it."""
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from shardlib.scan import SCAN
 from shardlib.simulate import simulate as simulate_ranks
 from shardlib.spec import Spec
 from shardlib.step import run_steps
+from shardlib.surroundings import any_autocast, refuse_gradients, without_autocast
 from shardlib.trace import Function, definition, trace_results, tracing
 
 
@@ -136,6 +138,7 @@ class Compiled:
         self._variants: dict[tuple, tuple[Callable, Callable, Lines]] = {}
         self._results: tuple[Any, ...] = ()
         self._likes: dict[int, Params] = {}         # argument -> a pytree like the one it takes
+        self._apart = runtime.mesh.world_size > 1 and not isinstance(f, ValueAndGrad)       # torch.autograd would miss other ranks
 
     def lower(self, *args: Any) -> Program:
         """The explicit program; `args` say which pytrees it takes, as for `lower`. What an earlier call has said need not be said again;
@@ -176,6 +179,11 @@ class Compiled:
         return Prepared(name, tuple(made.values()), shapes, tuple(made), _number_of((name, dtypes, *made, *shapes.items())))
 
     def __call__(self, *args: Any) -> Any:
+        if any_autocast():
+            with without_autocast():
+                return self(*args)
+        if self._apart and torch.is_grad_enabled():
+            refuse_gradients(self.f.__name__, self._leaves(args))
         values, key = [], [*self.sizes.values()]        # shards of equal shapes may be of wholes of different sizes
         for a in args:
             if type(a) is Prepared:
@@ -199,6 +207,11 @@ class Compiled:
             explain_failure(error, lines)
             raise
         return results(leaves_made, args)
+
+    def _leaves(self, args: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+        """The tensors of the arguments, and what each is called."""
+        for name, arg in zip(self.f.arg_names, args):
+            yield from zip(arg.parts, arg.flat) if isinstance(arg, Prepared) else leaf_values(arg, name) if isinstance(arg, Params) else [(name, arg)]
 
     def _build(self, args: Sequence[Any], key: tuple) -> tuple[Callable, Callable, Lines]:
         """What runs the program for arguments like these, what makes its results of the leaves that this returns, and what its lines are."""
@@ -228,7 +241,8 @@ class Compiled:
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
         run = load(source, {**e.helpers, **e.constants, **e.plan}, groups, program.name)
-        return run, self._finish(program, e.returned, args), {run.__code__.co_filename: e.lines}
+        lines = {run.__code__.co_filename: e.lines}
+        return torch.no_grad()(run) if isinstance(self.f, ValueAndGrad) else run, self._finish(program, e.returned, args), lines
 
     def _finish(self, program: Program, returned: Sequence[str | None], args: Sequence[Any]) -> Callable:
         """What puts result leaves together. A prepared argument that is updated in place, all of it, is returned as it came."""
@@ -261,7 +275,7 @@ def step(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh
     if not isinstance(f, ValueAndGrad):
         return lambda *args: run_steps(f, layout or Layout(), there, args, sizes or {}, static, recipes)
     whole, lines = compile(f, layout, runtime=there, sizes=sizes, **static), step(f.f, layout, runtime=there, sizes=sizes, **static)
-    return lambda *args: (whole(*args), lines(*args))[0]
+    return torch.no_grad()(lambda *args: (whole(*args), lines(*args))[0])
 
 
 def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh: Mesh | None = None, log: list | None = None, **static: Any) -> Any:
@@ -277,7 +291,8 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
         f.check_dtypes(_dtypes(whole.items()))
     value_dtypes(program, _dtypes(whole.items()), "float32")
     placed = {path: testing.place(whole[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
-    outs = simulate_ranks(program, mesh, [{p: shards[r] for p, shards in placed.items()} for r in range(mesh.world_size)], sizes, log)
+    with torch.no_grad() if isinstance(f, ValueAndGrad) else nullcontext():
+        outs = simulate_ranks(program, mesh, [{p: shards[r] for p, shards in placed.items()} for r in range(mesh.world_size)], sizes, log)
     joined = [testing.join([out[str(i)] for out in outs], kind, sizes, mesh, tolerance=1e-4) for i, (_, kind) in enumerate(program.result_leaves())]
     return _rebuild(joined, results)
 

@@ -15,6 +15,7 @@ from shardlib.errors import SpecError
 from shardlib.failures import explain_failure
 from shardlib.mesh import Mesh
 from shardlib.program import Program
+from shardlib.surroundings import without_autocast
 
 
 def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]], sizes: Mapping[str, int], log: list | None = None) -> list[dict[str, Tensor]]:
@@ -32,7 +33,8 @@ def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]],
         lines[main.__code__.co_filename] = e.lines
         ranks.append(main(*(args[rank][path] for path, _ in program.arg_leaves())))
     try:
-        outs = run_ranks(ranks, log)
+        with without_autocast():
+            outs = run_ranks(ranks, log)
     except Exception as error:
         explain_failure(error, lines)
         raise

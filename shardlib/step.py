@@ -21,6 +21,7 @@ from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op, Program, Result, Step, Where, leaves
 from shardlib.rearrange import RENAME
 from shardlib.spec import Spec
+from shardlib.surroundings import refuse_gradients, without_autocast
 from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, user_frame, user_line
 
 
@@ -137,6 +138,8 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
     layout = (f.layout if f.layout is not None else layout).on(mesh)
     trees = [(name, _complete(tree, layout, mesh)) for name, tree in argument_trees(f, args)]
     given = {path: v for (name, tree), arg in zip(trees, args) for (path, _), v in zip(leaves(name, tree), _tensors(arg))}
+    if mesh.world_size > 1:
+        refuse_gradients(f.__name__, given.items())
     program = Program(f.__name__, tuple(trees), (), (), True)
     bound = bind_sizes(program, {p: tuple(v.shape) for p, v in given.items()}, sizes, mesh, runtime.coordinate)
     floats = [v.dtype for v in given.values() if v.is_floating_point()]
@@ -150,7 +153,7 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
             values.append(fill(arg, name, lambda path, made=made: made[path]))
         else:
             values.append(made[name])
-    with active(stepper):
+    with active(stepper), without_autocast():
         try:
             results = f.fn(*values, **static)
         except SpecError as error:
