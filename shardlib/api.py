@@ -1,8 +1,9 @@
 """The functions one calls on a sharded function: lower, compile, and calling it."""
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from shardlib.distributed.runtime import Runtime, shared_runtime
 from shardlib.dtypes import value_dtypes
 from shardlib.emit import Emitter, load
 from shardlib.errors import SpecError
+from shardlib.failures import Lines, explain_failure
 from shardlib.grad import value_and_grad_program
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh, current_mesh
@@ -25,18 +27,24 @@ from shardlib.simulate import simulate as simulate_ranks
 from shardlib.sizes import bind_sizes
 from shardlib.spec import Spec
 from shardlib.step import run_steps
-from shardlib.trace import Function, trace_results
+from shardlib.surroundings import any_autocast, refuse_gradients, without_autocast
+from shardlib.trace import Function, definition, trace_results, tracing
 
 
 class Sharded(Function):
     """What `@sharded` makes. Called on tensors it compiles itself for the mesh in force, and runs."""
 
     def outside(self, args: Sequence[Any], static: dict[str, Any]) -> Any:
-        cache = self.__dict__.setdefault("_compiled", {})
-        key = (current_mesh(), tuple(sorted(static.items(), key=lambda kv: kv[0])))
-        if key not in cache:
-            cache[key] = compile(self, mesh=current_mesh(), **static)
-        return cache[key](*args)
+        return _compiled_here(self, static)(*args)
+
+
+def _compiled_here(f: Sharded | ValueAndGrad, static: dict[str, Any]) -> Compiled:
+    """`f` compiled for the mesh in force, once."""
+    cache = f.__dict__.setdefault("_compiled", {})
+    key = (current_mesh(), tuple(sorted(static.items())))
+    if key not in cache:
+        cache[key] = compile(f, mesh=current_mesh(), **static)
+    return cache[key]
 
 
 def sharded(signature: str, *, layout: Layout | None = None) -> Callable[[Callable], Sharded]:
@@ -75,14 +83,45 @@ class ValueAndGrad:
         self.f, self.wrt, self.regather = f, wrt, regather
         self.__name__, self.layout, self.arg_names = f"{f.__name__}_and_grad", f.layout, f.arg_names
 
+    def __call__(self, *args: Any, **static: Any) -> Any:
+        if tracing():
+            raise SpecError(f"value_and_grad: the gradients of {self.f.__name__} are a program of their own, and no part of another")
+        return _compiled_here(self, static)(*args)
+
+    def check_dtypes(self, dtypes: Mapping[str, str]) -> None:
+        """SpecError where a gradient is wanted by a tensor that is not of floating point. `dtypes`: of the arguments' leaves, by path."""
+        wrong = next((path for path, kind in dtypes.items() if path.split(".")[0] in self.wrt and not getattr(torch, kind).is_floating_point), None)
+        if wrong:
+            raise SpecError(f"value_and_grad: {wrong} is {dtypes[wrong]}; only floating-point tensors have gradients").at(definition(self.f))
+
 
 def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *, regather: str = "all") -> ValueAndGrad:
-    """What computes the scalar `f` and its gradients by the arguments `wrt` (by default: its pytrees), each in the argument's spec.
+    """What computes the scalar `f` and its gradients: it takes what `f` takes, and returns the value, then a gradient for each
+    argument that `wrt` names, in the order of `wrt`. A gradient has the spec and the dtype of its argument, the one by a pytree is
+    a pytree of its class. By default `wrt` is all pytrees of `f`, in the order of its signature.
+
+    >>> from shardlib import Params, param, sharded
+    >>> from shardlib.functions import sum
+    >>> class Weights(Params):
+    ...     a: Tensor = param("D")
+    >>> @sharded("D, * -> ()")
+    ... def loss(x, w: Weights):
+    ...     return sum("D -> ()", 2 * x + 3 * w.a)
+    >>> value, of_w, of_x = value_and_grad(loss, wrt=["w", "x"])(torch.ones(2), Weights(a=torch.ones(2)))
+    >>> of_w, of_x
+    (Weights(a=tensor([3., 3.])), tensor([2., 2.]))
 
     regather: what backward gathers again instead of keeping it: "all", "weights" or "nothing". More memory, fewer all_gathers.
+    Refused: a name that is no argument, or comes twice; no name; a tensor of integers; an `f` that returns more than one scalar.
     """
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt) if wrt is not None else tuple(
-        n for n, spec in zip(f.arg_names, f.ins) if spec is None)
+    pytrees = [n for n, spec in zip(f.arg_names, f.ins) if spec is None]
+    names = tuple(pytrees) if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    unknown = next((n for n in names if n not in f.arg_names), None)
+    twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
+    wrong = (f"{f.__name__} has no argument {unknown}" if unknown is not None else f"wrt names {twice} twice" if twice else
+             f"{f.__name__} takes no pytree, by which gradients are where wrt is not given" if wrt is None else "wrt is empty")
+    if unknown is not None or twice or not names:
+        raise SpecError(f"value_and_grad: {wrong}; the arguments are {', '.join(f.arg_names)}").at(definition(f))
     return ValueAndGrad(f, names, regather)
 
 
@@ -98,9 +137,10 @@ class Compiled:
         self.donate, self.static = tuple(donate), dict(static)
         self.program: Program | None = None
         self.sources: dict[tuple, str] = {}
-        self._variants: dict[tuple, tuple[Callable, Callable]] = {}
+        self._variants: dict[tuple, tuple[Callable, Callable, Lines]] = {}
         self._results: tuple[Any, ...] = ()
         self._likes: dict[int, Params] = {}         # argument -> a pytree like the one it takes
+        self._apart = runtime.mesh.world_size > 1 and not isinstance(f, ValueAndGrad)       # torch.autograd would miss other ranks
 
     def lower(self, *args: Any) -> Program:
         """The explicit program; `args` say which pytrees it takes, as for `lower`. What an earlier call has said need not be said again;
@@ -145,6 +185,11 @@ class Compiled:
         return Prepared(name, tuple(made.values()), shapes, dtypes, tuple(made), _number_of((name, *made, *shapes.items(), *dtypes.items())))
 
     def __call__(self, *args: Any) -> Any:
+        if any_autocast():
+            with without_autocast():
+                return self(*args)
+        if self._apart and torch.is_grad_enabled():
+            refuse_gradients(self.f.__name__, self._leaves(args))
         values, key = [], [*self.sizes.values()]        # shards of equal shapes may be of wholes of different sizes
         for a in args:
             if type(a) is Prepared:
@@ -161,11 +206,21 @@ class Compiled:
         variant = self._variants.get(key)
         if variant is None:
             variant = self._variants[key] = self._build(args, key)
-        run, results = variant
-        return results(run(*values), args)
+        run, results, lines = variant
+        try:
+            leaves_made = run(*values)
+        except Exception as error:
+            explain_failure(error, lines)
+            raise
+        return results(leaves_made, args)
 
-    def _build(self, args: Sequence[Any], key: tuple) -> tuple[Callable, Callable]:
-        """What runs the program for arguments like these, and what makes its results of the leaves that this returns."""
+    def _leaves(self, args: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+        """The tensors of the arguments, and what each is called."""
+        for name, arg in zip(self.f.arg_names, args):
+            yield from zip(arg.parts, arg.flat) if isinstance(arg, Prepared) else leaf_values(arg, name) if isinstance(arg, Params) else [(name, arg)]
+
+    def _build(self, args: Sequence[Any], key: tuple) -> tuple[Callable, Callable, Lines]:
+        """What runs the program for arguments like these, what makes its results of the leaves that this returns, and what its lines are."""
         program = self.lower(*(None if isinstance(a, Prepared) else a for a in args))
         given: dict[str, Any] = {}
         dtypes: dict[str, str] = {}
@@ -179,6 +234,7 @@ class Compiled:
         if missing := [p for p, _ in program.arg_leaves() if p not in given]:
             raise SpecError(f"{program.name} is called without {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}")
         if isinstance(self.f, ValueAndGrad):
+            self.f.check_dtypes(dtypes)
             program = self.program = self._lower(dtypes)
         mesh, rank = self.runtime.mesh, self.runtime.rank
         sizes = bind_sizes(program, given, self.sizes, mesh, mesh.coordinate(rank))
@@ -192,7 +248,9 @@ class Compiled:
                                 f"and here {', '.join(parts)}; prepare it with this one")
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
-        return load(source, {**e.helpers, **e.constants, **e.plan}, groups, program.name), self._finish(program, e.returned, args)
+        run = load(source, {**e.helpers, **e.constants, **e.plan}, groups, program.name)
+        lines = {run.__code__.co_filename: e.lines}
+        return torch.no_grad()(run) if isinstance(self.f, ValueAndGrad) else run, self._finish(program, e.returned, args), lines
 
     def _finish(self, program: Program, returned: Sequence[str | None], args: Sequence[Any]) -> Callable:
         """What puts result leaves together. A prepared argument that is updated in place, all of it, is returned as it came."""
@@ -215,14 +273,17 @@ def _plan_text(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: M
     return f"mesh {mesh}\nsizes {' '.join(f'{n}={size}' for n, size in sorted(sizes.items()))}\ndtypes {' '.join(dtypes.values())}\n{program}"
 
 
-def step(f: Function, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,
+def step(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,
          sizes: Mapping[str, int] | None = None, **static: Any) -> Callable:
     """`f` op by op on this rank, for a debugger: a breakpoint in it sees types (`x.spec`) and this rank's tensors (`x.local`).
 
-    Called like what `compile` makes: with shards, giving shards.
+    Called like what `compile` makes: with shards, giving shards. Of a `value_and_grad`, its function runs op by op, after all of it has run compiled.
     """
     there, recipes = runtime or shared_runtime(current_mesh(mesh)), {}
-    return lambda *args: run_steps(f, layout or Layout(), there, args, sizes or {}, static, recipes)
+    if not isinstance(f, ValueAndGrad):
+        return lambda *args: run_steps(f, layout or Layout(), there, args, sizes or {}, static, recipes)
+    whole, lines = compile(f, layout, runtime=there, sizes=sizes, **static), step(f.f, layout, runtime=there, sizes=sizes, **static)
+    return torch.no_grad()(lambda *args: (whole(*args), lines(*args))[0])
 
 
 def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh: Mesh | None = None, log: list | None = None, **static: Any) -> Any:
@@ -232,12 +293,15 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
     """
     mesh = current_mesh(mesh)
     named = {path: v for name, a in zip(f.arg_names, args) for path, v in (leaf_values(a, name) if isinstance(a, Params) else [(name, a)])}
+    if isinstance(f, ValueAndGrad):
+        f.check_dtypes(_dtypes(named.items()))
     program, results = _lower(f, layout, mesh, None, args, static, dtypes=_dtypes(named.items()))
     whole = {path: v for (name, tree), arg in zip(program.args, args, strict=True) for (path, _), v in zip(leaves(name, tree), _flat(arg))}
     sizes = bind_sizes(program, {p: tuple(v.shape) for p, v in whole.items()}, {}, mesh, None)
     value_dtypes(program, _dtypes(whole.items()))
     placed = {path: testing.place(whole[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
-    outs = simulate_ranks(program, mesh, [{p: shards[r] for p, shards in placed.items()} for r in range(mesh.world_size)], sizes, log)
+    with torch.no_grad() if isinstance(f, ValueAndGrad) else nullcontext():
+        outs = simulate_ranks(program, mesh, [{p: shards[r] for p, shards in placed.items()} for r in range(mesh.world_size)], sizes, log)
     joined = [testing.join([out[str(i)] for out in outs], kind, sizes, mesh, tolerance=1e-4) for i, (_, kind) in enumerate(program.result_leaves())]
     return _rebuild(joined, results)
 
@@ -284,7 +348,7 @@ def _flat(arg: Any) -> list[Any]:
     return flat(arg) if isinstance(arg, Params) else [arg]
 
 
-def compile(f: Function, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,    # noqa: A001
+def compile(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,    # noqa: A001
             sizes: Mapping[str, int] | None = None, donate: Sequence[str] = (), **static: Any) -> Compiled:
     """`f` for the ranks of a mesh. `sizes`: global sizes of dims that no argument holds whole. `donate`: arguments whose
     buffers the results may reuse (a KV cache); the caller does not use them again."""

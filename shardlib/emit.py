@@ -40,6 +40,7 @@ class PlanStep:
 
 
 _VIEW = re.compile(r"\.view\([0-9, ]+\)$")
+_MARK = re.compile(r"  # step (\d+)$")          # at the end of lines that are being written: which step they are of
 
 
 class Emitter:
@@ -61,6 +62,8 @@ class Emitter:
         self._where: tuple[str, Step] | None = None         # the program and the step that is being written
         self.given = dict(given or {})
         self.dtypes: dict[str, Any] = dict(self.given)      # of the values of the program that is being written
+        self._written: list[Step | None] = []               # the steps that have lines
+        self.lines: tuple[Step | None, ...] = ()            # of each line of the source, the step that it is of
         self.variables = 0
         self.in_place: set[str] = set()
         self.prepared = frozenset(prepared)
@@ -68,6 +71,7 @@ class Emitter:
         self.returned: tuple[str | None, ...] = ()          # the argument that each result leaf is, updated in place
         self.invariant: frozenset[str] = frozenset()        # variables that are the same in every round of the current loop
         self.hoisted: dict[tuple[str, str], str] = {}       # (variable, template) -> what it is before the loop
+        self._hoisting: dict[str, Step | None] = {}                # by what is hoisted, the step that asked for it
 
     # -- what ops ask for ------------------------------------------------------------------------------------------
 
@@ -102,7 +106,8 @@ class Emitter:
         if variable not in self.invariant:
             return template.format(x=variable)
         if (variable, template) not in self.hoisted:
-            self.hoisted[variable, template] = ", ".join(self.variable() for _ in range(parts))
+            self.hoisted[variable, template] = made = ", ".join(self.variable() for _ in range(parts))
+            self._hoisting[made] = self._where[1] if self._where else None
         return self.hoisted[variable, template]
 
     def view(self, text: str, shape: Sequence[int]) -> str:
@@ -145,7 +150,10 @@ class Emitter:
         lines = reuse([*lines, f"return ({', '.join(results)}{',' if len(results) == 1 else ''})"])
         if self.yields:
             lines.insert(0, "if False: yield")
-        return "\n".join([f"def main({', '.join(names[a] for a in args)}):", *_indented(lines)]) + "\n"
+        lines = [f"def main({', '.join(names[a] for a in args)}):", *_indented(lines)]
+        marks = [_MARK.search(line) for line in lines]
+        self.lines = tuple(self._written[int(mark[1])] if mark else None for mark in marks)
+        return "\n".join(line[:mark.start()] if mark else line for line, mark in zip(lines, marks)) + "\n"
 
     def arguments(self, program: Program) -> list[str]:
         """What `main` takes, in order: leaves by path, packed weights by their packing's name."""
@@ -166,26 +174,32 @@ class Emitter:
         """The lines of a program's steps. `names`: value -> variable, gets what the steps make. `owned`: values whose buffers may
         be reused, where nothing else uses them. `packs`: packings of this body, by the name of the value that is the packed weight.
         `dtypes`: of the program's values."""
-        around, self.dtypes = self.dtypes, dtypes
+        outside, self.dtypes = self.dtypes, dtypes
         group_of = {s.outputs[0]: (arg, group) for arg, group in packs.items() for s in group.steps}
         uses = _uses(program)
         lines: list[str] = []
         for step in program.steps:
             if step.outputs[0] in names:
                 continue                    # a packing has made it already
+            around, self._where = self._where, (program.name, step)
             if step.outputs[0] in group_of:
                 arg, group = group_of[step.outputs[0]]
-                lines += emit_packed(self, group, program, names, names[arg], uses)
+                made = emit_packed(self, group, program, names, names[arg], uses)
             elif step.op is SCAN:
-                lines += self._scan(step, names, owned, uses)
+                made = self._scan(step, names, owned, uses)
             elif step.op is COND:
-                lines += self._cond(step, names)
+                made = self._cond(step, names)
             else:
-                self._where = program.name, step
-                lines += self._line(step, names, owned, uses)
-                self._where = None
-        self.dtypes = around
+                made = self._line(step, names, owned, uses)
+            self._where = around
+            lines += self._marked(step, made)
+        self.dtypes = outside
         return lines
+
+    def _marked(self, step: Step | None, lines: Sequence[str]) -> list[str]:
+        """The lines as those of `step`, but for those of the steps inside of it."""
+        self._written.append(step)
+        return [line if _MARK.search(line) else f"{line}  # step {len(self._written) - 1}" for line in lines]
 
     def _line(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> list[str]:
         self.in_place = {i for i in step.inputs if i in owned and uses[i] == 1}
@@ -255,7 +269,8 @@ class Emitter:
         dtypes = inner_dtypes(step, body, self.dtypes)
         block = self._block(body, inner, set(kept.values()), packs, dtypes)
         hoisted, (self.invariant, self.hoisted) = self.hoisted, around
-        lines = [f"{made} = {self.hoist(variable, template, made.count(',') + 1)}" for (variable, template), made in hoisted.items()]
+        lines = [line for (variable, template), made in hoisted.items() for line in self._marked(
+            self._hoisting[made], [f"{made} = {self.hoist(variable, template, made.count(',') + 1)}"])]
         reverse = "[::-1]" if step.options.get("reverse") else ""
         lists = {out: self.variable() for out, _ in results[1:] if out not in kept}
         block += [f"{made}.append({inner[out]})" for out, made in lists.items()] + [f"{carry} = {inner[results[0][0]]}"]

@@ -34,7 +34,7 @@ REGATHER = ("all", "weights", "nothing")
 
 def value_and_grad_program(program: Program, wrt: Sequence[str], mesh: Mesh, regather: str = "all",
                            dtypes: Mapping[str, str] | None = None) -> Program:
-    """The explicit program that returns the scalar of `program`, then its gradients by the arguments `wrt`, each in its spec.
+    """The explicit program that returns the scalar of `program`, then its gradients by the arguments `wrt`, in that order, each in its spec.
 
     regather: what backward gathers again rather than keep: "all", "weights" (activations are kept gathered), "nothing".
     dtypes: of the arguments; where they differ, cotangents are cast to their values'.
@@ -44,21 +44,17 @@ def value_and_grad_program(program: Program, wrt: Sequence[str], mesh: Mesh, reg
     if [spec.text for _, spec in program.result_leaves()] != ["()"]:
         raise SpecError(f"value_and_grad: {program.name} returns {', '.join(str(s) for _, s in program.result_leaves())}; "
                         f"it must return one scalar, ()").at(program.where)
-    names = [n for n, _ in program.args]
-    for name in wrt:
-        if name not in names:
-            raise SpecError(f"value_and_grad: {program.name} has no argument {name}; it has {', '.join(names)}").at(program.where)
-    active = {path for n, tree in program.args if n in wrt for path, _ in leaves(n, tree)}
+    trees, indices = dict(program.args), value_dtypes(program, {}, None)
+    active = {path for n in wrt for path, _ in leaves(n, trees[n])}
+    if path := next((path for n in wrt for path, _ in leaves(n, trees[n]) if indices[path]), None):
+        raise SpecError(f"value_and_grad: {program.name} takes indices in {path}; there is no gradient by them").at(program.where)
     (loss,) = program.results[0].values
     params = {path for n, tree in program.args if isinstance(tree, Struct) for path, _ in leaves(n, tree)}
     back = _Backward(program, active, mesh, regather, params, value_dtypes(program, dtypes or {}, None))
     back.contribute(loss, back.call(ONES_LIKE, [loss]))
     back.run()
-    results = [Result(Spec(), (loss,))]
-    for name, tree in program.args:
-        if name in wrt:
-            results.append(Result(tree, tuple(back.total(path) for path, _ in leaves(name, tree))))
-    return Program(f"{program.name}_and_grad", program.args, (*back.forward, *back.steps), tuple(results), True, program.where)
+    results = [Result(trees[name], tuple(back.total(path) for path, _ in leaves(name, trees[name]))) for name in wrt]
+    return Program(f"{program.name}_and_grad", program.args, (*back.forward, *back.steps), (Result(Spec(), (loss,)), *results), True, program.where)
 
 
 class _Backward(Builder):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from shardlib.complete import Completer
 
 ROWS = 4        # operands in one message
-_WORDS = {"scale": "mul", "reciprocal": "div"}
+WORDS = {"scale": "mul", "shift": "add", "reciprocal": "div"}       # how users write the ops that are named otherwise
 
 
 def message(first: str, rows: Sequence[tuple[str, object, str]], caret: str | None, code: Sequence[str], where: object) -> SpecError:
@@ -41,7 +41,7 @@ def refusal(step: Step, here: Step, rule: Rule, at: Completer) -> SpecError:
 
 def _rule_error(step: Step, rule: Rule, names: Sequence[str]) -> RuleError:
     try:
-        natural(_WORDS.get(step.op.name, step.op.name), rule, step.ins, step.outs, names)
+        natural(WORDS.get(step.op.name, step.op.name), rule, step.ins, step.outs, names)
     except RuleError as error:
         return error
     raise AssertionError(f"{step.op.name} is not refused")
@@ -167,7 +167,7 @@ def _owed_since(name: str, kind: Spec, at: Completer) -> str:
 def _made(value: str, at: Completer) -> str:
     """Which call made a value."""
     made = next((s for s in at.program.steps if value in s.outputs), None)
-    return f"made by {_WORDS.get(made.op.name, made.op.name)} at {made.where}" if made and made.where else ""
+    return f"made by {WORDS.get(made.op.name, made.op.name)} at {made.where}" if made and made.where else ""
 
 
 def _paid(value: str, axis: str, at: Completer) -> str:

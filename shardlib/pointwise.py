@@ -110,7 +110,7 @@ def where(mask: Any, a: Any, b: Any) -> Any:
     return apply(WHERE, (mask, a, b))
 
 
-STOP_GRADIENT = Op("stop_gradient", rule=lambda s: Rule(linear=((0,),)), infer=_infer, emit=lambda e, s, a: a[0], constant=True)
+STOP_GRADIENT = Op("stop_gradient", rule=lambda s: Rule(linear=((0,),)), infer=_infer, emit=lambda e, s, a: f"{a[0]}.detach()", constant=True)
 
 
 def stop_gradient(x: Any) -> Any:

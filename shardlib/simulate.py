@@ -12,8 +12,10 @@ from torch import Tensor
 
 from shardlib.emit import Emitter, load
 from shardlib.errors import SpecError
+from shardlib.failures import explain_failure
 from shardlib.mesh import Mesh
 from shardlib.program import Program
+from shardlib.surroundings import without_autocast
 
 
 def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]], sizes: Mapping[str, int], log: list | None = None) -> list[dict[str, Tensor]]:
@@ -21,14 +23,20 @@ def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]],
 
     `log` receives (rank, group ranks, method, numel) of every collective.
     """
-    ranks, given = [], {path: str(t.dtype).removeprefix("torch.") for path, t in args[0].items()}
+    ranks, lines, given = [], {}, {path: str(t.dtype).removeprefix("torch.") for path, t in args[0].items()}
     for rank in range(mesh.world_size):
         e = Emitter(mesh, rank, sizes, yields=True, given=given)
         source = e.program(program)
         groups = {name: mesh.group(axes, rank) for axes, name in e.groups.items()}
         main = load(source, {**e.helpers, **e.constants}, groups, f"{program.name} rank {rank}")
+        lines[main.__code__.co_filename] = e.lines
         ranks.append(main(*(args[rank][path] for path, _ in program.arg_leaves())))
-    outs = run_ranks(ranks, log)
+    try:
+        with without_autocast():
+            outs = run_ranks(ranks, log)
+    except Exception as error:
+        explain_failure(error, lines)
+        raise
     return [{f"{i}": v for i, v in enumerate(out)} for out in outs]
 
 

@@ -16,13 +16,15 @@ from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, changed, step_dtypes, value_dtypes
 from shardlib.emit import Emitter, load
 from shardlib.errors import SpecError
+from shardlib.failures import Lines, explain_failure
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op, Program, Result, Step, Where, leaves
 from shardlib.rearrange import RENAME
 from shardlib.sizes import Sizes, bound
 from shardlib.spec import Spec
-from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, user_frame
+from shardlib.surroundings import refuse_gradients, without_autocast
+from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, user_frame, user_line
 
 
 KNOWN = frozenset(getattr(torch, name) for name in ITEMSIZE)
@@ -47,18 +49,22 @@ class Stepper(Tracer):
         """Execute one call."""
         try:
             key = (op, text or ins, outs, self.layout, *[x.key for x in operands], *[x.local.dtype for x in operands], *attrs.items())
-            function, made = self.recipes[key]
+            function, made, lines = self.recipes[key]
         except (KeyError, AttributeError):
-            function, made = self._recipe(op, operands, text, ins, outs, attrs, self.layout if self.layout is not None else self.base)
-            self.recipes[key] = function, made
-        results = function(*[x.local for x in operands])
+            function, made, lines = self._recipe(op, operands, text, ins, outs, attrs, self.layout if self.layout is not None else self.base)
+            self.recipes[key] = function, made, lines
+        try:
+            results = function(*[x.local for x in operands])
+        except Exception as error:
+            explain_failure(error, lines, Where.of(user_frame()))
+            raise
         if len(made) == 1:
             value = Value(self, -1, made[0])
             value.local, value.key = results[0], made[0].text
             return value
         return tuple(self.value(k, t) for k, t in zip(made, results))
 
-    def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any], layout: Layout) -> tuple[Callable, tuple[Spec, ...]]:
+    def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any], layout: Layout) -> tuple[Callable, tuple[Spec, ...], Lines]:
         for i, x in enumerate(operands):
             if not isinstance(x, Value) or x.tracer is not self:
                 raise SpecError(f"{op.name}: operand {i + 1} is no tensor of this function; pass tensors in as arguments")
@@ -89,7 +95,8 @@ class Stepper(Tracer):
         source = e.program(program)
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
-        return load(source, {**e.helpers, **e.constants, **e.plan}, groups, op.name), kinds
+        function = load(source, {**e.helpers, **e.constants, **e.plan}, groups, op.name)
+        return function, kinds, {function.__code__.co_filename: e.lines}
 
     def whole(self, value: Value) -> Tensor:
         """The scalar `value`, with what it owes paid."""
@@ -139,6 +146,8 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
     layout = (f.layout if f.layout is not None else layout).on(mesh)
     trees = [(name, _complete(tree, layout, mesh)) for name, tree in argument_trees(f, args)]
     given = {path: v for (name, tree), arg in zip(trees, args) for (path, _), v in zip(leaves(name, tree), _tensors(arg))}
+    if mesh.world_size > 1:
+        refuse_gradients(f.__name__, given.items())
     program = Program(f.__name__, tuple(trees), (), (), True)
     if any(v.dtype not in KNOWN for v in given.values()):
         value_dtypes(program, {path: str(v.dtype).removeprefix("torch.") for path, v in given.items()})
@@ -153,8 +162,11 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
             values.append(fill(arg, name, lambda path, made=made: made[path]))
         else:
             values.append(made[name])
-    with active(stepper):
-        results = f.fn(*values, **static)
+    with active(stepper), without_autocast():
+        try:
+            results = f.fn(*values, **static)
+        except SpecError as error:
+            raise error.at(user_line(error)) from error.__cause__
         given_back = results if isinstance(results, tuple) else (results,)
         out = tuple(_locals(v) if spec is None else stepper.run(RESHARD, (v,), None, (v.spec,), (spec,), {}).local
                     for spec, v in zip(f.outs, given_back, strict=True))

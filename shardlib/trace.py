@@ -106,15 +106,15 @@ class Function:
             if any(s is not None and s.ellipsis for s in (*self.ins, *self.outs)):
                 raise SpecError(f'{fn.__name__}: the signature "{signature}" has "..."; a signature names every dim')
         except SpecError as error:
-            raise error.at(_definition(self)) from None
+            raise error.at(definition(self)) from None
         self.__name__, self.__doc__, self.__wrapped__ = fn.__name__, fn.__doc__, fn
         parameters = inspect.signature(fn).parameters.values()
         self.arg_names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
         if bad := next((n for n in self.arg_names if not nameable(n)), None):
-            raise SpecError(f"{fn.__name__}: {bad!r} is no name for an argument; use letters, digits and _").at(_definition(self))
+            raise SpecError(f"{fn.__name__}: {bad!r} is no name for an argument; use letters, digits and _").at(definition(self))
         if len(self.arg_names) != len(self.ins):
             raise SpecError(f'{fn.__name__}: the signature "{signature}" names {len(self.ins)} arguments, the function takes '
-                            f'{len(self.arg_names)} ({", ".join(self.arg_names)}); static ones come after a "*,"').at(_definition(self))
+                            f'{len(self.arg_names)} ({", ".join(self.arg_names)}); static ones come after a "*,"').at(definition(self))
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         tracer = _ACTIVE.get()
@@ -230,7 +230,12 @@ def trace_results(f: Function, args: Sequence[Any] = (), static: dict[str, Any] 
     except SpecError as error:
         raise error.at(user_line(error)) from None
     given = _results(f, results)
-    return tracer.finish(f.__name__, trees, given, _definition(f)), tuple(value for _, value in given)
+    return tracer.finish(f.__name__, trees, given, definition(f)), tuple(value for _, value in given)
+
+
+def tracing() -> bool:
+    """Whether a @sharded function is being traced, or run op by op."""
+    return _ACTIVE.get() is not None
 
 
 @contextmanager
@@ -281,7 +286,7 @@ def _results(f: Function, results: Any) -> list[tuple[Any, Any]]:
     try:
         return _checked_results(f, results)
     except SpecError as error:
-        raise error.at(_definition(f)) from None
+        raise error.at(definition(f)) from None
 
 
 def _checked_results(f: Function, results: Any) -> list[tuple[Any, Any]]:
@@ -301,7 +306,8 @@ def _checked_results(f: Function, results: Any) -> list[tuple[Any, Any]]:
     return out
 
 
-def _definition(f: Function) -> Where:
+def definition(f: Function) -> Where:
+    """The line on which `f` begins."""
     code = f.fn.__code__
     return Where(code.co_filename, code.co_firstlineno)
 
