@@ -143,6 +143,11 @@ class Runtime:
         if self._watchdog:
             self._watchdog.stop(_parting(error) if error else "has closed its runtime" if self._closed else "has ended")
 
+    def end_others(self, error: BaseException) -> None:
+        """The other ranks end at once with the first line of `error`, which this one is about to raise and they cannot know of."""
+        if self._watchdog is not None:
+            self._watchdog.end_others(_parting(error))
+
     def _together(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
         """`call(*args)`, which all ranks of the job make, under the watchdog as `what`."""
         if self._watchdog is None:

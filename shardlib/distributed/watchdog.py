@@ -10,6 +10,7 @@ A collective may wait for three quarters of `timeout_s`; the rest is for telling
 
     it waited too long   all ranks report, and end with exit status 1
     it failed            the rank reports at once, and the collective raises a `RankError` with that report
+    one rank's data      it raises an error that no other can know of (`end_others`); these end at once, with its first line
     SIGTERM came         the launcher ends us since another rank has failed: the rank reports where it was, and ends
 
 Whatever befalls these threads, the process ends in time: a store that does not answer, a stderr that nobody reads, an error of theirs.
@@ -44,7 +45,7 @@ from shardlib.distributed.siblings import end_stopped
 from shardlib.distributed.watch import Doing, Moment, Watch, encodable
 from shardlib.streams import marks, passed
 
-_FAILED, _STOP = 0x80, 0x81     # what wakes the thread, beside the numbers of signals
+_FAILED, _STOP, _RAISED = 0x80, 0x81, 0x82      # what wakes the thread, beside the numbers of signals
 
 
 class Watchdog:
@@ -54,6 +55,7 @@ class Watchdog:
         self.watch, self.store, self.rank, self.world_size, self.device = watch, store, rank, world_size, device
         self.timeout_s, self.limit_s, self.tick_s = timeout_s, 0.75 * timeout_s, min(1.0, timeout_s / 40)
         self._beat, self._failure, self._report, self._left = 0, (None, ""), "", False
+        self._raised = ""                           # how this rank has ended the job, if it has
         self._told, self._marked, self._waiting = threading.Event(), None, None
         self._asked: float | None = None
         self._mute = f"  the store{_on_host(store)} does not answer"
@@ -79,6 +81,14 @@ class Watchdog:
                 self._tell_alone(self._failure[1])
             self.watch.failed = mine
             return RankError(self._report or self._failure[1])
+
+    def end_others(self, note: str) -> None:
+        """Ends the other ranks, which say at once that this one `note`, as in "has raised ValueError: ..."; it goes on, to raise that."""
+        with self._failing:
+            self.watch.note = self._raised = encodable(note)
+            self._told.clear()
+            self._post(_RAISED)
+            self._told.wait(5 * self.tick_s + 1)
 
     def stop(self, note: str) -> None:
         """Ends the thread; other ranks learn that this one `note`, as in "has closed its runtime"; "" where a collective has failed."""
@@ -154,24 +164,35 @@ class Watchdog:
             mine, head = self._failure
             self._tell(head, mine)
             self._told.set()
+        if _RAISED in woken:
+            self._ask(lambda s: s.set("over", f"rank {self.rank} {self._raised}"))
+            self._let_all_say()
+            self._told.set()
         if signal.SIGTERM in woken and signal.getsignal(signal.SIGTERM) == self._on_term:
             self._terminated()
         self._judge()
 
     def _judge(self) -> None:
-        """Ends the process where its collective takes too long, or another rank has ended the job for that."""
-        stuck, over = self._stuck(), self._ask(lambda s: int(s.get("over")) if s.check(["over"]) else None)
+        """Ends the process where its collective takes too long, or another rank has ended the job for that or for an error of its own."""
+        stuck, over = self._stuck(), self._over()
         if stuck is None and over is None:
             return
         mine = self._waiting = stuck or self.watch.now
         if over is None:
-            self._ask(lambda s: s.set("over", str(self.rank)))
+            self._ask(lambda s: s.set("over", ""))
         where = Moment.of(mine) if mine else None
         waits = f"has waited {monotonic() - mine[-1]:.0f} s in {where}" if stuck else f"ends in {where}" if mine else f"ends: it {self._state()}"
         try:
-            self._tell(waits, mine)
+            if over:
+                self._tell_why(over)
+            else:
+                self._tell(waits, mine)
         finally:
             self._leave()
+
+    def _over(self) -> str | None:
+        """Why another rank has ended the job: "" where a collective took too long. None where none has."""
+        return None if self._raised else self._ask(lambda s: s.get("over").decode() if s.check(["over"]) else None)
 
     def _stuck(self) -> tuple | None:
         """The collective that has taken longer than it may; on a GPU also the last one, where the GPU does not come past it."""
@@ -190,7 +211,9 @@ class Watchdog:
         self._left = True
         try:
             self._publish()
-            if (now := self.watch.now) is not None and not self._report:
+            if over := self._over():
+                self._tell_why(over)
+            elif (now := self.watch.now) is not None and not self._report:
                 self._tell(f"was ended by its launcher (SIGTERM) in {Moment.of(now)}")
         finally:
             flush()
@@ -198,15 +221,19 @@ class Watchdog:
 
     def _leave(self) -> None:
         """Ends the process, after all that live have reported: the first that is gone makes torchrun end the others."""
-        self._ask(lambda s: s.add("said", 1))
-        until = monotonic() + 3 * self.tick_s
-        while monotonic() < until and (self._ask(lambda s: s.add("said", 0)) or self.world_size) < self.world_size:
-            sleep(0.02)
+        self._let_all_say()
         try:
             end_stopped()
         finally:
             flush()
             os._exit(1)
+
+    def _let_all_say(self) -> None:
+        """Waits, some ticks at most, until all ranks have said why the job ends."""
+        self._ask(lambda s: s.add("said", 1))
+        until = monotonic() + 3 * self.tick_s
+        while monotonic() < until and (self._ask(lambda s: s.add("said", 0)) or self.world_size) < self.world_size:
+            sleep(0.02)
 
     def _guard(self) -> None:
         """Ends the process in time even if the other thread is gone, or waits: for the store, say.
@@ -232,6 +259,11 @@ class Watchdog:
         lines += [f"  {text}" for c in (Doing(*mine).seat.communicators if mine else ()) if (text := _report_of(c))]
         say(self.rank, lines)
         self._report = "\n".join([head, *lines])
+
+    def _tell_why(self, over: str) -> None:
+        """The report of a rank that another one has ended."""
+        self._report = f"ends: {over}"
+        say(self.rank, [self._report, f"  it {self._state()}"])
 
     def _tell_alone(self, head: str) -> None:
         """The report of a rank whose store does not answer."""
