@@ -1,12 +1,13 @@
 """Operators of models, one file each: typing rule, what it does on local tensors, derivative."""
-from shardlib.ops import attention as _attention, kv_cache, rms_norm as _rms_norm, rope as _rope, sampling, take as _take
+from shardlib.ops import attention as _attention, cross_entropy as _cross_entropy, kv_cache, rms_norm as _rms_norm, rope as _rope, sampling, take as _take
 from shardlib.ops.attention import attention
+from shardlib.ops.cross_entropy import cross_entropy
 from shardlib.ops.kv_cache import causal_mask, update_cache
 from shardlib.ops.rms_norm import rms_norm
 from shardlib.ops.rope import rope, rope_table
 from shardlib.ops.sampling import sample
-from shardlib.ops.take import cross_entropy, embedding, take
+from shardlib.ops.take import embedding, take
 
-TABLE = {**_attention.TABLE, **kv_cache.TABLE, **_rms_norm.TABLE, **_rope.TABLE, **sampling.TABLE, **_take.TABLE}
+TABLE = {**_attention.TABLE, **_cross_entropy.TABLE, **kv_cache.TABLE, **_rms_norm.TABLE, **_rope.TABLE, **sampling.TABLE, **_take.TABLE}
 
 __all__ = ["attention", "causal_mask", "cross_entropy", "embedding", "rms_norm", "rope", "rope_table", "sample", "take", "update_cache"]

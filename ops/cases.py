@@ -47,6 +47,16 @@ def index(below: str, room: str = "") -> Draw:
     return draw
 
 
+def labels(ignored: int | None) -> Draw:
+    """Integers below the size of V; every other one stands for none, if that is something."""
+    def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+        out = index("V")(shape, sizes, g, before)
+        if ignored is not None:
+            out.view(-1)[::2] = ignored
+        return out
+    return draw
+
+
 def largest(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
     """The maximum of the first operand along its last dim."""
     return before[0].amax(-1)
@@ -104,5 +114,13 @@ CASES: tuple[Case, ...] = (
     _case("take", "B T D, B -> B D", normal, index("T")), _case("take", "B V, B -> B", normal, index("V")),
     _case("take", "B (K H), B -> B", normal, index("K H")), _case("take_vjp", "B, B -> B (K H)", index("K H")),
     _case("embedding", "B, (K H) D -> B D", index("K H")), _case("embedding_vjp", "B, B D -> (K H) D", index("K H")),
+    _case("cross_entropy", "B T V, B T -> B T", normal, index("V")),
+    _case("cross_entropy", "B V T, B T -> B T", normal, labels(-1), ignore_index=-1),
+    _case("cross_entropy_vjp", "B T V, B, B T -> B T V", normal, index("V")),
+    _case("cross_entropy_vjp", "B T V, B T, B T -> B T V", normal, labels(1), ignore_index=1),
+    _case("label_sums", "B V, B, B -> B, B", normal, index("V"), constants=(2,)),
+    _case("label_sums", "B V T, B T, B T -> B T, B T", normal, labels(1), constants=(2,), ignore_index=1),
+    _case("label_sums_vjp", "B V, B, B, B, B -> B V", normal, index("V")),
+    _case("label_sums_vjp", "B V, B, B, B, B -> B V", normal, labels(1), ignore_index=1),
     _case("take_vjp", "B, B D -> B T D", index("T")), _case("take_vjp", "B, B -> B V", index("V")),
 )

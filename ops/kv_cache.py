@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shardlib.errors import SpecError
+from shardlib.index_check import IndexSite
 from shardlib.ops.rope import positions
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
@@ -18,9 +19,13 @@ from shardlib.spec import parse_signature
 from shardlib.trace import apply
 
 
-def slots(start: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """start[b] + t, of `shape`."""
+def slots(start: Tensor, shape: tuple[int, ...], site: IndexSite) -> Tensor:
+    """start[b] + t, of `shape`. A slot that is not there is the nearest one, where the error comes later."""
     now = positions(start, 0, shape[1])
+    if shape[1]:
+        site.look(start)
+    if site.seen is not None:
+        now = now.clamp(0, site.size - 1)
     return now.view(now.shape + (1,) * (len(shape) - 2)).expand(shape)
 
 
@@ -31,7 +36,8 @@ def slots_seen(start: Tensor, offset: int, t: int, first: int, s: int) -> Tensor
 
 def _write(e: Any, step: Step, args: list[str]) -> str:
     cache = args[0] if step.inputs[0] in e.in_place else f"{args[0]}.clone()"
-    where = e.hoist(args[2], f"{e.use(slots)}({{x}}, {e.shape(step.ins[1])})")
+    site = e.index_site(step, 2, args[2], step.ins[0].dims[1], "start", rows=step.ins[1].dims[1])
+    where = e.hoist(args[2], f"{e.use(slots)}({{x}}, {e.shape(step.ins[1])}, {site})")
     return f"{cache}.scatter_(1, {where}, {args[1]})"
 
 

@@ -1,7 +1,8 @@
 """Lookups: `embedding` picks rows of a table, `take` one entry along a dim.
 
 On one axis: both are linear in what they pick from; a split table dim (`V/tp`) is legal, rows outside of the own range
-are zero and the result owes. An index outside of the whole table raises IndexError, as dense lookup does.
+are zero and the result owes. An index outside of the whole table is an error (`shardlib.index_check`); where that comes later,
+its row is zero until then.
 """
 from __future__ import annotations
 
@@ -12,59 +13,79 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardlib.errors import SpecError
+from shardlib.index_check import IndexSite
 from shardlib.program import Op, Step
-from shardlib.reductions import logsumexp
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
 from shardlib.trace import apply
 
 
-def _local(index: Tensor, start: int, size: int, total: int) -> tuple[Tensor, Tensor]:
-    """Positions in the own range, clamped, and which of them are inside. IndexError for an index outside of 0 to total - 1."""
-    if index.device.type == "cpu" and index.numel() and (int(index.min()) < 0 or int(index.max()) >= total):
-        raise IndexError(f"index {int(index.min())} to {int(index.max())} is out of range for a dim of {total}")
-    here = index - start
-    inside = (here >= 0) & (here < size)
-    return here.clamp(0, max(size - 1, 0)), inside
+def local(index: Tensor, start: int, size: int, site: IndexSite) -> tuple[Tensor, Tensor]:
+    """Positions in the own range, clamped, and which of them are inside."""
+    site.look(index)
+    here = index - start if start else index
+    near = here.clamp(0, max(size - 1, 0))
+    return near, near == here if size else torch.zeros_like(here, dtype=torch.bool)
 
 
-def rows_of(ids: Tensor, table: Tensor, start: int, total: int) -> Tensor:
+def rows_of(ids: Tensor, table: Tensor, start: int, site: IndexSite) -> Tensor:
     """Rows ids - start of the own part of a table; zero where they are another rank's."""
-    here, inside = _local(ids, start, table.shape[0], total)
+    if site.torch_looks(ids, table.shape[0]):
+        try:
+            return F.embedding(ids, table)
+        except IndexError as error:
+            raise site.instead_of(error, ids) from None
+    here, inside = local(ids, start, table.shape[0], site)
     if table.shape[0] == 0:
         return table.new_zeros((*ids.shape, table.shape[1]))
-    return F.embedding(here, table) * inside[..., None].to(table.dtype)
+    return torch.where(inside[..., None], F.embedding(here, table), 0)
 
 
-def rows_vjp(ids: Tensor, g: Tensor, start: int, size: int, total: int) -> Tensor:
+def rows_vjp(ids: Tensor, g: Tensor, start: int, size: int, site: IndexSite) -> Tensor:
     """The cotangent of the table's own rows."""
-    here, inside = _local(ids, start, size, total)
     out = g.new_zeros((size, g.shape[-1]))
-    return out.index_add_(0, here[inside], g[inside])
+    if site.torch_looks(ids, size):
+        try:
+            return out.index_add_(0, ids.reshape(-1), g.reshape(ids.numel(), g.shape[-1]))
+        except (IndexError, RuntimeError) as error:
+            raise site.instead_of(error, ids) from None
+    here, inside = local(ids, start, size, site)
+    if site.seen is None:
+        return out.index_add_(0, here[inside], g[inside])
+    return out.index_add_(0, here.reshape(-1), torch.where(inside[..., None], g, 0).reshape(ids.numel(), g.shape[-1])) if size else out
 
 
-def pick(x: Tensor, index: Tensor, dim: int, start: int, total: int) -> Tensor:
+def pick(x: Tensor, index: Tensor, dim: int, start: int, site: IndexSite) -> Tensor:
     """x at `index` along `dim`; `index` has the dims of x, with 1 at `dim` and where it has none."""
-    here, inside = _local(index, start, x.shape[dim], total)
     shape = [1 if i == dim else n for i, n in enumerate(x.shape)]
+    if site.torch_looks(index, x.shape[dim]):
+        try:
+            return x.gather(dim, index.expand(shape)).squeeze(dim)
+        except (IndexError, RuntimeError) as error:
+            raise site.instead_of(error, index) from None
+    here, inside = local(index, start, x.shape[dim], site)
     if x.shape[dim] == 0:
         return x.new_zeros([n for i, n in enumerate(shape) if i != dim])
-    return torch.where(inside, x.gather(dim, here.expand(shape)), torch.zeros((), dtype=x.dtype, device=x.device)).squeeze(dim)
+    return torch.where(inside, x.gather(dim, here.expand(shape)), 0).squeeze(dim)
 
 
-def pick_vjp(index: Tensor, g: Tensor, dim: int, start: int, size: int, total: int) -> Tensor:
+def pick_vjp(index: Tensor, g: Tensor, dim: int, start: int, size: int, site: IndexSite) -> Tensor:
     """The cotangent of x: g at `index` along `dim`, zero elsewhere."""
-    here, inside = _local(index, start, size, total)
     g = g.unsqueeze(dim)
     out = g.new_zeros([size if i == dim else n for i, n in enumerate(g.shape)])
-    return out.scatter_add_(dim, here.expand(g.shape), g * inside) if size else out
+    if site.torch_looks(index, size):
+        try:
+            return out.scatter_(dim, index.expand(g.shape), g)
+        except (IndexError, RuntimeError) as error:
+            raise site.instead_of(error, index) from None
+    here, inside = local(index, start, size, site)
+    return out.scatter_(dim, here.expand(g.shape), torch.where(inside, g, 0)) if size else out
 
 
 def _embed(e: Any, step: Step, args: list[str]) -> str:
     table = step.ins[1]
-    if e.mesh.size(table.dims[0].axes) == 1:
-        return f"F.embedding({args[0]}, {args[1]})"
-    return f"{e.use(rows_of)}({args[0]}, {args[1]}, {e.rows(table.dims[0])[0]}, {e.count(table.dims[0])})"
+    site = e.index_site(step, 0, args[0], table.dims[0], "ids")
+    return f"{e.use(rows_of)}({args[0]}, {args[1]}, {e.rows(table.dims[0])[0]}, {site})"
 
 
 def _embed_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
@@ -74,7 +95,7 @@ def _embed_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
 def _embed_back(e: Any, step: Step, args: list[str]) -> str:
     (out,) = step.outs
     start, size = e.rows(out.dims[0])
-    return f"{e.use(rows_vjp)}({args[0]}, {args[1]}, {start}, {size}, {e.count(out.dims[0])})"
+    return f"{e.use(rows_vjp)}({args[0]}, {args[1]}, {start}, {size}, {e.index_site(step, 0, args[0], out.dims[0], 'ids', op='embedding')})"
 
 
 def _gone(x: Any, out: Any) -> str:
@@ -89,11 +110,8 @@ def _take(e: Any, step: Step, args: list[str]) -> str:
     x, index = step.ins
     name = _gone(x, step.outs[0])
     dim = x.labels.index(name)
-    if e.mesh.size(x.axes(name)) == 1:
-        shape = tuple(1 if i == dim else n for i, n in enumerate(e.shape(x)))
-        return f"{args[0]}.gather({dim}, {_index(args[1], index, x)}.expand({shape})).squeeze({dim})"
-    return (f"{e.use(pick)}({args[0]}, {_index(args[1], index, x)}, {dim}, "
-            f"{e.rows(x.dims[dim])[0]}, {e.count(x.dims[dim])})")
+    site = e.index_site(step, 1, args[1], x.dims[dim], "index")
+    return f"{e.use(pick)}({args[0]}, {_index(args[1], index, x)}, {dim}, {e.rows(x.dims[dim])[0]}, {site})"
 
 
 def _take_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
@@ -105,7 +123,8 @@ def _take_back(e: Any, step: Step, args: list[str]) -> str:
     name = _gone(x, g)
     dim = x.dim(name)
     start, size = e.rows(dim)
-    return f"{e.use(pick_vjp)}({_index(args[0], index, x)}, {args[1]}, {x.dims.index(dim)}, {start}, {size}, {e.count(dim)})"
+    site = e.index_site(step, 0, args[0], dim, "index", op="take")
+    return f"{e.use(pick_vjp)}({_index(args[0], index, x)}, {args[1]}, {x.dims.index(dim)}, {start}, {size}, {site})"
 
 
 EMBEDDING = Op("embedding", rule=lambda s: Rule(linear=((1,),), sums=s.ins[1].dims[0].names), emit=_embed, vjp=_embed_vjp, index=(0,),
@@ -136,12 +155,6 @@ def take(text: str, x: Any, index: Any) -> Any:
         raise SpecError(f'take "{text}": the specs are those of "B T D, B -> B D": the result lacks one dim of the first operand, '
                         f'and has those of the index')
     return apply(TAKE, (x, index), text)
-
-
-def cross_entropy(text: str, logits: Any, labels: Any) -> Any:
-    """-log softmax(logits)[label], per token: cross_entropy("B T V, B T -> B T", logits, labels). V may be split."""
-    left, right = text.split("->")
-    return logsumexp(f"{left.split(',')[0]} -> {right}", logits) - take(text, logits, labels)
 
 
 TABLE = {op.name: op for op in (EMBEDDING, EMBEDDING_VJP, TAKE, TAKE_VJP)}

@@ -16,6 +16,7 @@ from shardlib.emit import Emitter, load
 from shardlib.errors import SpecError
 from shardlib.failures import Lines, explain_failure
 from shardlib.grad import value_and_grad_program
+from shardlib.index_check import IndexFlags
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh, current_mesh
 from shardlib.passes import DEFAULT, rewrite
@@ -139,6 +140,7 @@ class Compiled:
         self.sources: dict[tuple, str] = {}
         self._variants: dict[tuple, tuple[Callable, Callable, Lines]] = {}
         self._results: tuple[Any, ...] = ()
+        self._flags = IndexFlags(runtime.device, lambda error: runtime.end_others(error))
         self._likes: dict[int, Params] = {}         # argument -> a pytree like the one it takes
         self._apart = runtime.mesh.world_size > 1 and not isinstance(f, ValueAndGrad)       # torch.autograd would miss other ranks
 
@@ -214,6 +216,11 @@ class Compiled:
             raise
         return results(leaves_made, args)
 
+    def check(self) -> None:
+        """SpecError if an index was out of range in any call so far. It waits for the device; each call looks by itself as far as it can
+        without waiting. On the CPU every call raises at once."""
+        self._flags.check()
+
     def _leaves(self, args: Sequence[Any]) -> Iterator[tuple[str, Any]]:
         """The tensors of the arguments, and what each is called."""
         for name, arg in zip(self.f.arg_names, args):
@@ -250,7 +257,8 @@ class Compiled:
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
         run = load(source, {**e.helpers, **e.constants, **e.plan}, groups, program.name)
         lines = {run.__code__.co_filename: e.lines}
-        return torch.no_grad()(run) if isinstance(self.f, ValueAndGrad) else run, self._finish(program, e.returned, args), lines
+        run = self._flags.around(torch.no_grad()(run) if isinstance(self.f, ValueAndGrad) else run, e.index_sites())
+        return run, self._finish(program, e.returned, args), lines
 
     def _finish(self, program: Program, returned: Sequence[str | None], args: Sequence[Any]) -> Callable:
         """What puts result leaves together. A prepared argument that is updated in place, all of it, is returned as it came."""

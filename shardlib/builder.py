@@ -33,6 +33,7 @@ class Builder:
         self.source: dict[str, str] = {}            # converted value -> the value it was converted from, at the root
         self._converted: dict[tuple[str, Spec], str] = {}
         self.where: Where | None = None
+        self.called: dict[str, str] = {}            # value -> the user's variable that holds it
 
     def declare(self, name: str, kind: Spec) -> str:
         """An argument."""
@@ -44,7 +45,9 @@ class Builder:
             body: Program | None = None, orelse: Program | None = None, why: str = "", base: str = "") -> tuple[str, ...]:
         """A step whose result types are known."""
         outputs = tuple(names or (fresh(base, self.taken) for _ in outs))
-        self.steps.append(Step(op, tuple(self.types[i] for i in inputs), tuple(outs), tuple(inputs), outputs, attrs, body, orelse, self.where, why))
+        said = tuple(self.called.get(self.source.get(i, i), "") for i in inputs) if op.index else ()
+        self.steps.append(Step(op, tuple(self.types[i] for i in inputs), tuple(outs), tuple(inputs), outputs, attrs, body, orelse, self.where, why,
+                               said=said))
         self.types.update(zip(outputs, outs))
         return outputs
 

@@ -90,6 +90,7 @@ class Completer(Builder):
         """Complete one step as written: what it needs is added, and what it makes is known in `now`."""
         layout = (step.layout if step.layout is not None else self.layout).on(self.mesh)
         inputs = [self.now[i] for i in step.inputs]
+        self.called.update((self.source.get(i, i), word) for i, word in zip(inputs, step.said) if word)
         if step.op is SCAN:
             return self._scan(step, inputs, layout)
         if step.op is COND:
@@ -162,7 +163,7 @@ class Completer(Builder):
         except RuleError:
             raise refusal(step, here, rule, self) from None
         if pieces:
-            return (step.op.distribute(self, here, placed[0]),)
+            return (step.op.distribute(self, replace(here, inputs=tuple(placed)), placed[0]),)
         if step.op.statistic and layout != EXPLICIT and set(kinds[0].owed) - set(ins[0].owed):
             self.rounded[step.outputs[0]] = placed[0]
             placed = [self.call(WIDEN, placed)]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from shardlib.cond import COND
 from shardlib.dtypes import inner_dtypes, read_dtypes, value_dtypes, widest
 from shardlib.errors import SpecError
+from shardlib.index_check import IndexSite
 from shardlib.mesh import Mesh
 from shardlib.pack import Packing, emit_packed, packings
 from shardlib.pointwise import CAST_LIKE, WIDEN
@@ -56,10 +57,11 @@ class Emitter:
         self.mesh, self.rank, self.sizes, self.yields, self.donate = mesh, rank, sizes, yields, frozenset(donate)
         self.coordinate = mesh.coordinate(rank)
         self.groups: dict[tuple[str, ...], str] = {}
-        self.helpers: dict[str, Callable] = {}
+        self.helpers: dict[str, Callable | IndexSite] = {}  # what generated code has by name
         self.constants: dict[str, torch.Tensor] = {}
         self.plan: dict[str, PlanStep] = {}                 # name in the code -> the collective that is called there
         self._where: tuple[str, Step] | None = None         # the program and the step that is being written
+        self.sites: dict[tuple, str] = {}                   # (op, variable that is an index, dim, ..) -> its site's name in the code
         self.given = dict(given or {})
         self.dtypes: dict[str, Any] = dict(self.given)      # of the values of the program that is being written
         self._written: list[Step | None] = []               # the steps that have lines
@@ -97,6 +99,25 @@ class Emitter:
         name = known or (helper.__name__ if helper.__module__.startswith("shardlib.") else f"u{len(self.helpers)}")
         self.helpers[name] = helper
         return name
+
+    def index_site(self, step: Step, operand: int, variable: str, dim: Dim, argument: str, *, op: str = "", rows: Dim | None = None,
+                   ignored: int | None = None, hint: str = "") -> str:
+        """The name in generated code of the place where `variable`, an operand of the step, is an index into `dim`.
+
+        argument: what it is called where the user has no name for it.  op: what the user has called, if not the step's own.
+        rows, ignored, hint: as an `IndexSite` has them.
+        """
+        key = op or step.op.name, variable, dim, rows, ignored
+        if key not in self.sites:
+            said, name = step.said[operand] if step.said else "", f"i{len(self.sites)}"
+            site = IndexSite(key[0], said or argument, dim.label, self.count(dim), (rows.label, self.count(rows)) if rows else ("", 1), ignored,
+                             step.where, hint)
+            self.sites[key], self.helpers[name] = name, site
+        return self.sites[key]
+
+    def index_sites(self) -> list[IndexSite]:
+        """The places of the program where something is looked up by an index."""
+        return [self.helpers[name] for name in self.sites.values()]
 
     def hoist(self, variable: str, template: str, parts: int = 1) -> str:
         """`template` applied to `variable`: once before the loop, where the variable is the same in every layer.
@@ -327,7 +348,7 @@ def _updated(program: Program) -> set[str]:
     return {p for p, _ in program.arg_leaves()} & out
 
 
-def load(source: str, helpers: Mapping[str, Callable], groups: Mapping[str, Any], title: str) -> Callable:
+def load(source: str, helpers: Mapping[str, Any], groups: Mapping[str, Any], title: str) -> Callable:
     """The function `main` of generated source; its lines are known to tracebacks."""
     file = f"<shardlib {title} {abs(hash(source)):x}>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)

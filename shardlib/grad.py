@@ -110,6 +110,7 @@ class _Backward(Builder):
         for at in range(len(self.program.steps) - 1, -1, -1):
             step = self.program.steps[at]
             self.where = step.where
+            self.called.update((i, word) for i, word in zip(step.inputs, step.said) if word)
             if step.op.moves or not any(o in self.given for o in step.outputs):
                 continue
             if step.op is SCAN:

@@ -84,6 +84,7 @@ class Stepper(Tracer):
             self.sizes.rename(step)
             self.sizes.settle()
         completer = Completer(Program("step", (), (step,), ()), layout, self.runtime.mesh, self.sizes.of)
+        completer.where = step.where
         for name, x in zip(names, operands):
             completer.now[name] = completer.declare(name, x.spec)
             completer.params |= {name} if x.id == PARAM else set()
@@ -96,6 +97,8 @@ class Stepper(Tracer):
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
         function = load(source, {**e.helpers, **e.constants, **e.plan}, groups, op.name)
+        for site in e.index_sites():
+            site.tell = self.runtime.end_others
         return function, kinds, {function.__code__.co_filename: e.lines}
 
     def whole(self, value: Value) -> Tensor:

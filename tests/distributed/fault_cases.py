@@ -15,8 +15,9 @@ from typing import Callable
 
 import torch
 
-from shardlib import Mesh, compile, reshard, sharded
+from shardlib import Mesh, SpecError, compile, reshard, sharded
 from shardlib.distributed import Runtime, connect
+from shardlib.ops import cross_entropy
 
 TIMEOUT_S = 10.0
 
@@ -29,6 +30,11 @@ def turn(x):
 @sharded("M/tp N -> M/1 N")
 def collect(x):
     return reshard("M/tp N -> M N", x)
+
+
+@sharded("M/tp N, M/tp -> M/1")
+def losses(x, labels):
+    return cross_entropy("M/tp N, M/tp -> M/tp", x, labels)
 
 
 class Job:
@@ -100,6 +106,20 @@ def raising(job: Job) -> None:
         job.fault()
         raise ValueError("no such file")
     job.run()
+
+
+def bad_label(job: Job) -> None:
+    """Rank 1 alone has a label that does not exist. Its process lives on, so that nothing but its word ends the others."""
+    program, labels = compile(losses, runtime=job.runtime, sizes={"M": 2 * job.size}), torch.tensor([0, 1])
+    program(torch.zeros(2, 5), labels)
+    if job.rank == 1:
+        labels[1] = 7
+        job.fault()
+    try:
+        program(torch.zeros(2, 5), labels)
+    except SpecError as error:
+        print(f"raised SpecError: {error}", file=sys.stderr, flush=True)
+        time.sleep(3600)
 
 
 def wrong_group(job: Job) -> None:
@@ -175,7 +195,7 @@ def no_watchdog(job: Job) -> None:
 
 
 CASES: dict[str, Callable[[Job], None]] = {f.__name__: f for f in (
-    late, missing, killed, killed_in_memory, stopped, stopped_in_memory, raising, wrong_group, wrong_size, wrong_order, checked_size, checked_pieces,
+    late, missing, killed, killed_in_memory, stopped, stopped_in_memory, raising, bad_label, wrong_group, wrong_size, wrong_order, checked_size, checked_pieces,
     checked_step, other_plan, other_program, no_plan, no_watchdog)} | {"checked_order": wrong_order}
 
 

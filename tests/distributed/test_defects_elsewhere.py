@@ -20,6 +20,7 @@ from shardlib.distributed import GroupCoordinator
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.communicators.shared_memory import TAKES
 from shardlib.distributed.segment import unsupported
+from shardlib.index_check import IndexSite
 from shardlib.mesh import Mesh
 
 GLOO, SHARED = "torch.distributed (gloo)", "shared memory"
@@ -129,4 +130,5 @@ def test_an_embedding_begins_where_its_uneven_shard_begins() -> None:
     mesh, table, ids = Mesh(tp=3), torch.arange(14.0).view(7, 2), torch.arange(7)
     shards = [mesh.extent(7, ("tp",), {"tp": c}) for c in range(3)]
     assert shards == [(0, 3), (3, 2), (5, 2)]
-    assert torch.equal(sum(rows_of(ids, table[start:start + size], start, 7) for start, size in shards), table)
+    site = IndexSite("embedding", "ids", "V", 7)
+    assert torch.equal(sum(rows_of(ids, table[start:start + size], start, site) for start, size in shards), table)

@@ -71,12 +71,22 @@ def stopped(call: str) -> tuple[str, ...]:
             report(2, f"ends: it {IDLE}", f"  rank 0 is in collective 3 of {TP}: {call}", silent))
 
 
+LABEL = "cross_entropy: labels holds 7, outside of 0 to 4 (N=5)          fault_cases.py:N"
+
+
+def ended(rank: int) -> str:
+    """What a rank says that another one's bad label has ended."""
+    return report(rank, f"ends: rank 1 has raised SpecError: {LABEL}",
+                  f"  it is in collective 4 of {TP}: all_gather of 6 float32, at step 1 of losses, fault_cases.py:N: M/tp -> M")
+
+
 EXPECTED = {
     "late": ("", "", ""),
     "missing": (report(0, WAITS + TURN, f"  rank 1 {IDLE}"), report(1, f"ends: it {IDLE}", f"  rank 0 {IN_TURN}", f"  rank 2 {IN_TURN}"),
                 report(2, WAITS + TURN, f"  rank 1 {IDLE}")),
     "stopped": stopped(TURN),
     "stopped_in_memory": stopped(COLLECT),
+    "bad_label": (ended(0), f"raised SpecError: {LABEL}", ended(2)),
     "wrong_group": (
         report(0, f"waits in collective 3 of group tp (ranks 0 1): {PAIR}", "  rank 1 is in collective 1 of group dp (ranks 1 3): all_to_all of float32"),
         report(1, "waits in collective 1 of group dp (ranks 1 3): all_to_all of float32", "  rank 3 is in collective 1 of group dp (ranks 1 3): barrier"),

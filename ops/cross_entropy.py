@@ -1,0 +1,161 @@
+"""Cross entropy: for each row of logits the log of the sum of their exps, less the logit at the row's label.
+
+`cross_entropy("B T V, B T -> B T", logits, labels)`, in nats. One op, which computes in float32 where the logits have 16 bits, and
+whose result is float32 then: losses are there to be added up, and one rounded to bfloat16 is off by up to 1/512 of itself before the
+first addition. Its gradient has the dtype of the logits and is rounded once. Rows whose label is `ignore_index` have loss 0 and
+gradient 0, whatever their logits are; the mean over the others divides by their number:
+
+    losses = cross_entropy("B T V, B T -> B T", logits, labels, ignore_index=-100)
+    count = sum("B T -> ()", cast(greater(labels, -1), "float32"))
+    loss = sum("B T -> ()", losses) / count
+
+Where V is split, no logits move. Ranks join a maximum and two sums of the size of the losses, in float32:
+
+    top = max("B T V/tp -> B T max:tp", logits)                                                     then all_reduce
+    total, label = label_sums("B T V/tp, B T, B T -> B T +tp, B T +tp", logits, labels, top)        then all_reduce
+    loss = log(total) - label
+
+and its derivative reads the logits once, without anything of their size being kept for it.
+"""
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shardlib.arithmetic import SUB
+from shardlib.dtypes import Dtypes, widest
+from shardlib.errors import SpecError
+from shardlib.index_check import IndexSite
+from shardlib.ops.take import local, pick
+from shardlib.pointwise import OPS as UNARY
+from shardlib.program import Op, Step
+from shardlib.reductions import MAX
+from shardlib.rules import Rule
+from shardlib.spec import Dim, Spec, parse_signature
+from shardlib.trace import apply
+
+
+def wide(x: Tensor) -> Tensor:
+    """x, in float32 where it has 16 bits."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def token_losses(x: Tensor, labels: Tensor, dim: int, site: IndexSite) -> Tensor:
+    """-log softmax(x) at the label; `labels` has the dims of x, with 1 at `dim` and where it has none."""
+    losses = -pick(wide(x).log_softmax(dim), labels, dim, 0, site)
+    return _filled(losses, site.without(labels.squeeze(dim)), 0)
+
+
+def token_losses_vjp(x: Tensor, labels: Tensor, g: Tensor, dim: int, site: IndexSite) -> Tensor:
+    """g (softmax(x) - 1 at the label)."""
+    g = g.unsqueeze(dim)
+    return _add_at(wide(x).softmax(dim) * g, labels, -g, dim, 0, site).to(x.dtype)
+
+
+def label_sums(x: Tensor, labels: Tensor, top: Tensor, dim: int, start: int, first: bool, site: IndexSite) -> tuple[Tensor, Tensor]:
+    """Of the own logits: the sum of exp(x - top), and x - top at the label, zero where that is another rank's.
+
+    Over all ranks a row without a label has the sums 1 and 0, whose loss is 0. first: whether this rank is the one that holds the 1.
+    """
+    above, without = wide(x) - wide(top).unsqueeze(dim), site.without(labels.squeeze(dim))
+    return _filled(above.exp().sum(dim), without, int(first)), _filled(pick(above, labels, dim, start, site), without, 0)
+
+
+def label_sums_vjp(x: Tensor, labels: Tensor, top: Tensor, total: Tensor, label: Tensor, dim: int, start: int, first: bool, site: IndexSite) -> Tensor:
+    """The cotangent of the own logits, of those of `label_sums`: exp(x - top) total, and label at the label."""
+    above = wide(x) - wide(top).unsqueeze(dim)
+    return _add_at(above.exp_() * total.unsqueeze(dim), labels, label.unsqueeze(dim), dim, start, site).to(x.dtype)
+
+
+def _filled(x: Tensor, mask: Tensor | None, value: int) -> Tensor:
+    return x if mask is None else x.masked_fill(mask, value)
+
+
+def _add_at(x: Tensor, labels: Tensor, g: Tensor, dim: int, start: int, site: IndexSite) -> Tensor:
+    """x, to which g is added, in place, at the own labels; zero in rows without a label."""
+    here, inside = local(labels, start, x.shape[dim], site)
+    if x.shape[dim]:
+        here = here.expand(g.shape)
+        x.scatter_(dim, here, x.gather(dim, here) + torch.where(inside, g, 0))
+    without = site.without(labels)
+    return x if without is None else x.masked_fill_(without, 0)
+
+
+# -- as ops ------------------------------------------------------------------------------------------------------------
+
+def _over(step: Step) -> Dim:
+    """The dim of the logits, the first operand, that labels, the second one, run over."""
+    small = step.outs[0] if len(step.outs[0].dims) < len(step.ins[0].dims) else step.ins[-1]
+    return next(d for d in step.ins[0].dims if d.label not in small.labels)
+
+
+def _along(arg: str, narrow: Spec, like: Spec) -> str:
+    """A variable with the dims of `like`, 1 where it has none."""
+    index = [":" if n in narrow.labels else "None" for n in like.labels]
+    return f"{arg}[{', '.join(index)}]" if "None" in index else arg
+
+
+def _over_logits(helper: Any, pieces: bool) -> Any:
+    """Code of a helper that takes logits and labels; and, where V may be split, where this rank's piece begins and whether it is the first."""
+    def emit(e: Any, step: Step, args: list[str]) -> str:
+        (x, labels, *_), (logits, index, *rest), dim = step.ins, args, _over(step)
+        ignored = step.options.get("ignore_index")
+        site = e.index_site(step, 1, index, dim, "labels", op="cross_entropy", ignored=ignored,
+                            hint="; ignore_index={value} leaves such rows out" if ignored is None else "")
+        place = [e.rows(dim)[0], not any(e.coordinate[a] for a in dim.axes)] if pieces else []
+        return f"{e.use(helper)}({', '.join(map(str, [logits, _along(index, labels, x), *rest, x.dims.index(dim), *place, site]))})"
+    return emit
+
+
+def _reads(dtypes: Dtypes, attrs: Mapping[str, Any]) -> Dtypes:
+    return [dtypes[0], dtypes[1] and "int64", *dtypes[2:]]
+
+
+def _as_logits(dtypes: Dtypes, attrs: Mapping[str, Any]) -> Dtypes:
+    return dtypes[:1]
+
+
+def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+    return [b.call(CROSS_ENTROPY_VJP, [*step.inputs, ct[0]], outs=(step.ins[0].owing(),), **step.options), None]
+
+
+def _label_sums_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+    return [b.call(LABEL_SUMS_VJP, [*step.inputs, *ct], outs=(step.ins[0].owing(),), **step.options), None, None]
+
+
+def _over_pieces(b: Any, step: Step, x: str) -> str:
+    """Cross entropy over a split V."""
+    labels, small = step.inputs[1], step.outs[0]
+    top = b.settle(b.call(MAX, [x], outs=(small,)))
+    total, label = map(b.settle, b.call(LABEL_SUMS, [x, labels, top], outs=(small, small), **step.options))
+    return b.call(SUB, [b.call(UNARY["log"], [total]), label])
+
+
+IGNORE = {"ignore_index": lambda value: value is None or isinstance(value, int) and not isinstance(value, bool)}
+LABELLED = dict(keywords=IGNORE, index=(1,), takes=("float", "index", "float"), reads=_reads)
+CROSS_ENTROPY = Op("cross_entropy", rule=lambda s: Rule(whole=_over(s).names), emit=_over_logits(token_losses, pieces=False), vjp=_vjp,
+                   distribute=_over_pieces, dtype=lambda d, o: [widest(d[0], "float32")], **LABELLED)
+CROSS_ENTROPY_VJP = Op("cross_entropy_vjp", rule=lambda s: Rule(linear=((2,),), whole=_over(s).names),
+                       emit=_over_logits(token_losses_vjp, pieces=False), dtype=_as_logits, **LABELLED)
+LABEL_SUMS = Op("label_sums", rule=lambda s: Rule(sums=_over(s).names), emit=_over_logits(label_sums, pieces=True), vjp=_label_sums_vjp,
+                dtype=lambda d, o: [widest(d[0], "float32")] * 2, **LABELLED)
+LABEL_SUMS_VJP = Op("label_sums_vjp", rule=lambda s: Rule(linear=((3, 4),)), emit=_over_logits(label_sums_vjp, pieces=True),
+                    dtype=_as_logits, **LABELLED)
+
+
+def cross_entropy(text: str, logits: Any, labels: Any, *, ignore_index: int | None = None) -> Any:
+    """-log softmax(logits)[label] of every row: cross_entropy("B T V, B T -> B T", logits, labels). V may be split.
+
+    ignore_index: the label of rows whose loss and gradient are 0; None: there are none.
+    """
+    ins, outs = parse_signature(text)
+    if len(ins) != 2 or len(outs) != 1 or None in (*ins, *outs) or len(ins[0].labels) != len(outs[0].labels) + 1 \
+            or [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels) or any(n not in outs[0].labels for n in ins[1].labels):
+        raise SpecError(f'cross_entropy "{text}": the specs are those of "B T V, B T -> B T": the losses lack one dim of the logits, and have '
+                        f'those of the labels')
+    return apply(CROSS_ENTROPY, (logits, labels), text, **({} if ignore_index is None else {"ignore_index": ignore_index}))
+
+
+TABLE = {op.name: op for op in (CROSS_ENTROPY, CROSS_ENTROPY_VJP, LABEL_SUMS, LABEL_SUMS_VJP)}
