@@ -78,7 +78,7 @@ def _add_at(x: Tensor, labels: Tensor, g: Tensor, dim: int, start: int, site: In
     here, inside = local(labels, start, x.shape[dim], site)
     if x.shape[dim]:
         here = here.expand(g.shape)
-        x.scatter_(dim, here, x.gather(dim, here) + torch.where(inside, g, 0))
+        x.scatter_(dim, here, x.gather(dim, here) + torch.where(inside, g, 0).to(x.dtype))
     without = site.without(labels)
     return x if without is None else x.masked_fill_(without, 0)
 
@@ -140,7 +140,7 @@ CROSS_ENTROPY = Op("cross_entropy", rule=lambda s: Rule(whole=_over(s).names), e
 CROSS_ENTROPY_VJP = Op("cross_entropy_vjp", rule=lambda s: Rule(linear=((2,),), whole=_over(s).names),
                        emit=_over_logits(token_losses_vjp, pieces=False), dtype=_as_logits, **LABELLED)
 LABEL_SUMS = Op("label_sums", rule=lambda s: Rule(sums=_over(s).names), emit=_over_logits(label_sums, pieces=True), vjp=_label_sums_vjp,
-                dtype=lambda d, o: [widest(d[0], "float32")] * 2, **LABELLED)
+                dtype=lambda d, o: [widest(d[0], d[2], "float32")] * 2, **LABELLED)
 LABEL_SUMS_VJP = Op("label_sums_vjp", rule=lambda s: Rule(linear=((3, 4),)), emit=_over_logits(label_sums_vjp, pieces=True),
                     dtype=_as_logits, **LABELLED)
 

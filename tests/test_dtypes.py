@@ -68,6 +68,8 @@ GIVES: dict[str, Any] = {           # of the dtypes of all operands; what is mis
     **dict.fromkeys(("argmax", "rank_of", "sample"), lambda *kinds: int64), "rms_norm_vjp": lambda x, w, g: (x, w),
     "cast": lambda x: float64, "cast_like": lambda x, like: like if like.is_floating_point else x, "widen": lambda x: widest(x, float32),
     "attention_vjp": lambda q, k, v, *rest: (widest(q, k, v, rest[-1]),) * 3,
+    "cross_entropy": lambda x, labels: widest(x, float32), "label_sums": lambda x, labels, top: (widest(x, top, float32),) * 2,
+    **dict.fromkeys(("cross_entropy_vjp", "label_sums_vjp"), first),
 }
 TAKES_ANY = {"add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "mean", "max", "spread", "cast", "cast_like", "widen", "where",
              "stop_gradient", "ones_like", "zeros_like", "rearrange", "rename", "take", "take_vjp", "embedding", "embedding_vjp", "update_cache"}
