@@ -7,7 +7,8 @@
 - What an op gives does not depend on how its operands are split, nor on values that are no operand of it: made tables take `dtype=`.
 - `rms_norm` and `rope` give x's dtype: they compute in the widest of their operands, norms in at least float32, and round once. A cache
   keeps its dtype: what is written is rounded to it.
-- Statistics (means, sums of exp, squares) of narrow floats are float32 inside an op, which rounds once, at its end. Where declarative
+- Statistics (means, sums of exp, squares) of narrow floats are float32 inside an op, which rounds once, at its end; losses, which are
+  there to be added up (`cross_entropy`), stay float32. Where declarative
   text lets a dim be split, the op is printed as `widen`, the op, which owes in float32, what settles it, `cast_like`. What `sum`,
   `einsum`, and any op of explicit text owes, travels in the value's dtype.
 - A cotangent has the dtype of its value. So has the carry of a scan, in every round; both branches of a cond give the same dtypes.
