@@ -46,6 +46,9 @@ test: $(VENV)/.test ## every test that needs no GPU
 test-gpu: $(VENV)/.test ## the tests that need GPUs
 	$(BIN)/python -m pytest --import-mode=importlib -q tests/gpu $(ARGS)
 
+mutants: $(VENV)/.test ## break the code in each way of tests/mutants/table.py: whose tests do not notice?
+	$(BIN)/python tests/mutants $(ARGS)
+
 bench: $(VENV)/.bench ## measure, and write the figures to benchmarks/
 	$(BIN)/python benchmarks $(ARGS)
 
@@ -100,4 +103,4 @@ for line in sys.stdin:
 endef
 export REUSE
 
-.PHONY: help demo test test-gpu bench clean distclean
+.PHONY: help demo test test-gpu mutants bench clean distclean

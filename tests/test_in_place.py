@@ -109,3 +109,20 @@ def test_a_stack_that_is_used_elsewhere_stays(donate) -> None:
     given = caches.clone()
     _, before, after = compile(keeps_the_stack, Layout(), donate=donate)(x, given, start)
     assert torch.equal(before, caches * 2) and torch.equal(given, caches) and torch.equal(after[0], written(caches[0], x, start))
+
+
+@sharded("B T H, B S H, B -> B T H, B S H")
+def by_its_own_start(x, cache, start):
+    return x * 0.5, update_cache(WRITE, cache, x, start)
+
+
+@sharded("B T H, L B S H, L B -> B T H, L B S H")
+def starts_of_layers(x, caches, starts):
+    return scan(by_its_own_start, x, (caches, starts))
+
+
+def test_what_differs_by_layer_is_not_worked_out_before_the_loop() -> None:
+    x, caches, starts = torch.ones(2, 2, 3), torch.zeros(3, 2, 5, 3), torch.tensor([[0, 3], [1, 2], [3, 0]])
+    _, after = compile(starts_of_layers, Layout())(x, caches, starts)
+    for i, (cache, start) in enumerate(zip(caches, starts)):
+        assert torch.equal(after[i], written(cache, x * 0.5 ** i, start))

@@ -20,6 +20,7 @@ from shardlib.mesh import Mesh
 from shardlib.moves import ALL_TO_ALL, COLLECTIVES, OWE, PERMUTE, SHARD, check_move
 from shardlib.oracle import dual, types
 from shardlib.program import Op, Program, Result, Step
+from shardlib.project import cost, received as elements_received
 from shardlib.simulate import perform, simulate
 from shardlib.spec import Spec, parse
 from shardlib.testing import join, place
@@ -98,6 +99,19 @@ def test_only_reductions_of_what_is_owed_and_exchanges_cost_anything() -> None:
         if reachable(have, want):
             for move in plan(have, want, MESHES[0]):
                 assert (move.received > 0) == (move.op in COLLECTIVES)
+
+
+@pytest.mark.parametrize("mesh", (MESHES[1], Mesh(x=4, y=3)), ids=str)
+def test_what_a_move_costs_is_what_each_rank_receives(mesh: Mesh) -> None:
+    """Of sizes that the axes divide; of a permute at most that. Merged moves cost what the two did, or what the one does."""
+    sizes, seen = dict(T=24, D=24), set()
+    for have, want in PAIRS:
+        for move in plan(have, want, mesh) if reachable(have, want) else ():
+            got = elements_received(Step(move.op, (move.have,), (move.want,), (), ()), mesh, sizes, 0) if move.op in COLLECTIVES else 0
+            for told in (move.received, cost(move.op, move.have, move.want, mesh)):
+                assert abs(told * 24 * 24 - got) < 1e-9 or move.op is PERMUTE and told * 24 * 24 > got, str(move)
+            seen.add(move.op)
+    assert seen == {*MOVES}
 
 
 @pytest.mark.parametrize("have, want, moves", (
