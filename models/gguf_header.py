@@ -9,20 +9,24 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 GGUF lists dims innermost first; a `TensorEntry` lists them outermost first, as everybody else. The reader of the gguf
 package is not used: it believes the counts in the file, and a damaged one takes all memory. Here every count is held
-against the bytes that are left. Refused with a `CheckpointError`: a file cut short, big-endian files, version 1, a model
-in several files.
+against the bytes that are left. A tensor of a type that is not known is one block of bytes: only a weight that needs it
+stumbles over it. Refused with a `CheckpointError`: a file cut short, big-endian files, version 1, a model in several files,
+a Git LFS pointer.
 """
 from __future__ import annotations
 
 import os
 import struct
+from bisect import bisect_right
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from shardlib.models.checkpoint import MAX_HEADER, CheckpointError, TensorEntry, check_places
+from shardlib.models.lfs import BEGIN, check_fetched
 
 SCALARS = {GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
            GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q",
@@ -43,6 +47,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """The header of the file."""
     try:
         with open(path, "rb") as file:
+            check_fetched(file.read(len(BEGIN)), path)
+            file.seek(0)
             return _header(_Cursor(file, str(path)))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
@@ -140,26 +146,37 @@ def _tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, TensorEnt
         raise cursor.error(f"general.alignment is {alignment!r}, not a power of two")
     listed = [_listed(cursor) for _ in range(count)]
     start = -(-cursor.at // alignment) * alignment
+    ends = sorted({cursor.size - start, *(offset for *_, offset in listed)})
     tensors: dict[str, TensorEntry] = {}
     for name, shape, kind, offset in listed:
-        block, block_bytes = GGML_QUANT_SIZES[kind]
+        dtype, block, block_bytes = _stored(kind, prod(shape), _next(ends, offset) - offset)
         if name in tensors:
             raise cursor.error(f"tensor {name[:200]} appears twice")
-        if shape[-1] % block:
-            raise cursor.error(f"tensor {name[:200]} of shape {shape} has rows that are no whole blocks of {block} ({kind.name})")
-        tensors[name] = TensorEntry(name, cursor.path, start + offset, shape, kind.name, block, block_bytes)
+        if shape[-1] % block and dtype in GGMLQuantizationType.__members__:
+            raise cursor.error(f"tensor {name[:200]} of shape {shape} has rows that are no whole blocks of {block} ({dtype})")
+        tensors[name] = TensorEntry(name, cursor.path, start + offset, shape, dtype, block, block_bytes)
     check_places(tensors.values(), start, cursor.size)
     return tensors
 
 
-def _listed(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+def _next(ends: list[int], offset: int) -> int:
+    """The first of the sorted `ends` behind `offset`, or that itself."""
+    i = bisect_right(ends, offset)
+    return ends[i] if i < len(ends) else offset
+
+
+def _stored(kind: int, count: int, room: int) -> tuple[str, int, int]:
+    """The name of a type, and its block; of one that is not known, all `count` elements, in the room to the next tensor."""
+    if kind in GGML_QUANT_SIZES:
+        return GGMLQuantizationType(kind).name, *GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    return f"type {kind}", max(1, count), room
+
+
+def _listed(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name = cursor.string("the name of a tensor")
     what = f"tensor {name[:200]}"
     num_dims = cursor.number("I", what)
     if not 1 <= num_dims <= MAX_DIMS:
         raise cursor.error(f"{what} has {num_dims} dims; 1 to {MAX_DIMS} are legal")
     *dims, kind, offset = cursor.unpack(f"{num_dims}QIQ", what)
-    try:
-        return name, tuple(reversed(dims)), GGMLQuantizationType(kind), offset
-    except ValueError:
-        raise cursor.error(f"{what} has unknown type {kind}") from None
+    return name, tuple(reversed(dims)), kind, offset

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from shardlib.models.checkpoint import MAX_HEADER, CheckpointError
+from shardlib.models.lfs import check_fetched
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file. CheckpointError when it is missing, too long, or no JSON object."""
+    """The object in the file. CheckpointError when it is missing, a Git LFS pointer, too long, or no JSON object."""
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_HEADER + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
+    check_fetched(text, path)
     if len(text) > MAX_HEADER:
         raise CheckpointError(f"{path}: more than {MAX_HEADER} bytes, the longest JSON that is read")
     return parse_json(text, str(path))

@@ -66,12 +66,15 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
 
 
 def _hf_rope(said: _Said) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
-    found = said.fields.get("rope_parameters") or said.fields.get("rope_scaling") or {}
+    """Base and scaling, from `rope_scaling` and `rope_theta` (transformers 4) or from `rope_parameters` (5)."""
+    found = said.fields.get("rope_scaling") or said.fields.get("rope_parameters") or {}
     if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
         raise said.error("its rotary embedding is not one set of numbers for all layers, which is not implemented")
-    before = {"rope_theta": said.fields.get("rope_theta", 10000.0), "rope_type": found.get("type", "default")}
-    rope = _Said({**before, **found}, said.where)
+    length = said.fields.get("original_max_position_embeddings")
+    before = {"rope_theta": said.fields.get("rope_theta", 10000.0), "rope_type": found.get("type", "default"),
+              "original_max_position_embeddings": said.fields.get("max_position_embeddings")}
+    after = {} if length is None else {"original_max_position_embeddings": length}
+    rope = _Said({**before, **found, **after}, said.where)
     rope.only("rope_type", "default", "llama3")
     rope.only("partial_rotary_factor", 1, default=1)
     theta = rope.number("rope_theta")

@@ -7,7 +7,7 @@
 ('gguf', 272)
 
 A model is a known name, a .gguf file, or a Hugging Face folder: config.json, tokenizer.json, and model.safetensors or
-model.safetensors.index.json. Refused with a `CheckpointError`: what is not there, and checkpoints in Python's pickle
+model.safetensors.index.json. Where files contradict each other, `shardlib.models.contradictions` decides. Refused with a `CheckpointError`: what is not there, and checkpoints in Python's pickle
 format (.bin, .pt), which can run code of their author when they are read.
 """
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from shardlib.models.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from shardlib.models.checkpoint import Checkpoint, CheckpointError, TensorEntry, note
+from shardlib.models.contradictions import settled
 from shardlib.models.gguf_header import read_gguf_header
 from shardlib.models.json_file import read_json
 from shardlib.models.safetensors_header import read_safetensors_header
@@ -38,15 +39,15 @@ def find_model(name: str | Path) -> Path:
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
-    """The headers of the model `name`; of its weights, nothing is read."""
+    """The headers of the model `name`. Of its weights, only a head is read that config.json says is the embedding."""
     path = find_model(name)
     if path.is_dir():
         config = read_json(path / "config.json")
         tensors = _folder(path)
-        return Checkpoint("huggingface", _sizes(tensors), tensors, config)
+        return settled(Checkpoint("huggingface", _sizes(tensors), tensors, config), str(path / "config.json"))
     header = read_gguf_header(path)
     metadata = {key: value for key, value in header.metadata.items() if not key.startswith("tokenizer.")}
-    return Checkpoint("gguf", _sizes(header.tensors), header.tensors, metadata)
+    return settled(Checkpoint("gguf", _sizes(header.tensors), header.tensors, metadata), str(path))
 
 
 def _inside(name: str, package: str) -> Path:
@@ -62,10 +63,12 @@ def _inside(name: str, package: str) -> Path:
 
 def _folder(folder: Path) -> dict[str, TensorEntry]:
     """The tensors of a Hugging Face folder."""
+    if (folder / "model.safetensors").is_file():
+        if (folder / INDEX).is_file():
+            note(f"{folder}: both model.safetensors and {INDEX} are in it; model.safetensors is read")
+        return read_safetensors_header(folder / "model.safetensors")
     if (folder / INDEX).is_file():
         return _indexed(folder)
-    if (folder / "model.safetensors").is_file():
-        return read_safetensors_header(folder / "model.safetensors")
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLES:
             raise _pickle(path)

@@ -4,8 +4,9 @@
 
 https://github.com/huggingface/safetensors#format
 
-Refused with a `CheckpointError`, before anything is allocated: a header longer than the file, a shape that does not fit
-its offsets, tensors that overlap or lie outside of the file.
+A tensor of a dtype that is not known is one block of bytes: only a weight that needs it stumbles over it. Refused with a
+`CheckpointError`, before anything is allocated: a header longer than the file, a shape that does not fit its offsets,
+tensors that overlap or lie outside of the file, a Git LFS pointer.
 """
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from typing import Any
 
 from shardlib.models.checkpoint import MAX_HEADER, CheckpointError, TensorEntry, check_places
 from shardlib.models.json_file import parse_json
+from shardlib.models.lfs import BEGIN, check_fetched
 
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
                  "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
-MAX_DIMS = 8
+MAX_DIMS, MAX_NAME = 8, 40
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
@@ -27,7 +29,10 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            begin = file.read(len(BEGIN))
+            check_fetched(begin, path)
+            length = int.from_bytes(begin[:8], "little")
+            file.seek(8)
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise CheckpointError(f"{path}: a file of {size} bytes whose header claims {length}; it is damaged or cut short")
             text = file.read(length)
@@ -44,15 +49,16 @@ def _entry(name: str, found: Any, file: str, start: int) -> TensorEntry:
     if not isinstance(found, dict) or set(found) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} has no dtype, shape and data_offsets; the header is damaged")
     dtype, shape, offsets = found["dtype"], _counts(found["shape"]), _counts(found["data_offsets"])
-    if not isinstance(dtype, str) or dtype not in ELEMENT_BYTES:
-        raise CheckpointError(f"{where} has dtype {str(dtype)[:40]}, which is not implemented; "
-                              f"known are {', '.join(ELEMENT_BYTES)}")
-    if shape is None or offsets is None or len(shape) > MAX_DIMS or len(offsets) != 2:
+    if not isinstance(dtype, str) or len(dtype) > MAX_NAME:
+        raise CheckpointError(f"{where} has no name as dtype, but {str(dtype)[:40]}; the header is damaged")
+    if shape is None or offsets is None or len(shape) > MAX_DIMS or len(offsets) != 2 or offsets[1] < offsets[0]:
         raise CheckpointError(f"{where} has a damaged shape or damaged data_offsets")
-    needed, given = prod(shape) * ELEMENT_BYTES[dtype], offsets[1] - offsets[0]
+    count, given = prod(shape), offsets[1] - offsets[0]
+    block, block_bytes = (1, ELEMENT_BYTES[dtype]) if dtype in ELEMENT_BYTES else (max(1, count), given)
+    needed = count // block * block_bytes
     if needed != given:
         raise CheckpointError(f"{where}, {dtype} of shape {shape}, needs {needed} bytes; its data_offsets give {given}")
-    return TensorEntry(name, file, start + offsets[0], shape, dtype, 1, ELEMENT_BYTES[dtype])
+    return TensorEntry(name, file, start + offsets[0], shape, dtype, block, block_bytes)
 
 
 def _counts(value: Any) -> tuple[int, ...] | None:

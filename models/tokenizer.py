@@ -28,6 +28,7 @@ from shardlib.models.checkpoint import CheckpointError
 from shardlib.models.gguf_header import read_gguf_header
 from shardlib.models.gguf_vocabulary import read_vocabulary
 from shardlib.models.json_file import read_json
+from shardlib.models.lfs import check_fetched
 from shardlib.models.model_files import find_model
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -142,8 +143,10 @@ def _template(folder: Path, config: Mapping[str, Any]) -> Any:
     """The source of the chat template: in a file of its own, or in tokenizer_config.json, there perhaps one of several."""
     path, source = folder / "chat_template.jinja", config.get("chat_template")
     if path.exists():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(MAX_TEMPLATE + 1)
+        with open(path, "rb") as file:
+            text = file.read(4 * MAX_TEMPLATE + 4)
+        check_fetched(text, path)
+        return text.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
     if isinstance(source, list):
         return next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
     return source

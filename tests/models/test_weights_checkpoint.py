@@ -6,13 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from tokenizers.models import BPE
 
 from shardlib.models.checkpoint import CheckpointError
 from shardlib.models.gguf_header import read_gguf_header
 from shardlib.models.json_file import read_json
 from shardlib.models.model_files import find_model, open_checkpoint
 from shardlib.models.safetensors_header import read_safetensors_header
+from shardlib.models.tokenizer import Tokenizer
 
 
 def refusal(function: Callable, *args: object) -> str:
@@ -46,14 +49,16 @@ def test_a_safetensors_header(tmp_path):
     ({"a": tensor((1 << 62, 4))}, "tensor a, BF16 of shape (4611686018427387904, 4), needs 36893488147419103232 bytes; its data_offsets give 16"),
     ({"a": tensor((2, 4), (8, 24))}, "tensor a lies in bytes 82 to 98, outside of the file's data, which is 74 to 90; the file is damaged or cut short"),
     ({"a": tensor((4,), (0, 8)), "b": tensor((4,), (4, 12))}, "tensor b lies in bytes 137 to 145, which overlaps tensor a; the file is damaged"),
-    ({"a": tensor((2, 4), (16, 0))}, "tensor a, BF16 of shape (2, 4), needs 16 bytes; its data_offsets give -16"),
+    ({"a": tensor((2, 4), (16, 0))}, "tensor a has a damaged shape or damaged data_offsets"),
     ({"a": tensor((-2, -4))}, "tensor a has a damaged shape or damaged data_offsets"),
     ({"a": tensor((2.0, 4))}, "tensor a has a damaged shape or damaged data_offsets"),
     ({"a": tensor((True, 8))}, "tensor a has a damaged shape or damaged data_offsets"),
     ({"a": tensor((1,) * 9)}, "tensor a has a damaged shape or damaged data_offsets"),
     ({"a": tensor((2, 4), (0, 16, 16))}, "tensor a has a damaged shape or damaged data_offsets"),
-    ({"a": tensor(dtype="F4")}, "tensor a has dtype F4, which is not implemented; known are F64, F32, F16, BF16, I64, I32, I16, I8, U64, U32, U16, "
-                                "U8, BOOL, F8_E4M3, F8_E5M2"),
+    ({"a": tensor(dtype=4)}, "tensor a has no name as dtype, but 4; the header is damaged"),
+    ({"a": tensor(dtype="F" * 41)}, "tensor a has no name as dtype, but " + "F" * 40 + "; the header is damaged"),
+    ({"a": tensor((0, 4), dtype="F4")}, "tensor a, F4 of shape (0, 4), needs 0 bytes; its data_offsets give 16"),
+    ({"a": tensor((4,), (0, 8), dtype="F4"), "b": tensor((2,), (6, 10))}, "tensor b lies in bytes 137 to 141, which overlaps tensor a; the file is damaged"),
     ({"a": {"dtype": "BF16"}}, "tensor a has no dtype, shape and data_offsets; the header is damaged"),
     ({"a": []}, "tensor a has no dtype, shape and data_offsets; the header is damaged"),
     ([], "JSON, but not an object"),
@@ -65,6 +70,15 @@ def test_a_safetensors_header(tmp_path):
 def test_damaged_safetensors_headers(header, message, tmp_path):
     path = safetensors(tmp_path / "m", header)
     assert refusal(read_safetensors_header, path).replace(str(path) + ": ", "", 1) == message
+
+
+def test_tensors_of_any_dtype_may_lie_in_a_file(tmp_path):
+    """They are as long as their offsets say: of six bits an element, of kinds that nobody knew."""
+    path = safetensors(tmp_path / "m", {"scale": tensor((4, 2), (0, 6), "F6_E2M3"), "none": tensor((0,), (6, 6), "F4"), "new": tensor((), (6, 9), "X24"),
+                                        "a": tensor((3,), (9, 15))}, bytes(15))
+    found, start = read_safetensors_header(path), path.stat().st_size - 15
+    assert {name: (entry.offset - start, entry.num_bytes, entry.shape, entry.dtype) for name, entry in found.items()} == {
+        "scale": (0, 6, (4, 2), "F6_E2M3"), "none": (6, 0, (0,), "F4"), "new": (6, 3, (), "X24"), "a": (9, 6, (3,), "BF16")}
 
 
 @pytest.mark.parametrize("length", [1 << 20, 1 << 40, (1 << 64) - 1])
@@ -155,7 +169,8 @@ def array(key: str, kind: int, count: int, items: bytes) -> bytes:
     (dict(pairs=[text("split.count") + struct.pack("<IH", 2, 4)]), "one of several files of a model; join them first with: llama-gguf-split --merge"),
     (dict(tensors=[info("a", ())]), "tensor a has 0 dims; 1 to 4 are legal"),
     (dict(tensors=[info("a", (1,) * 5)]), "tensor a has 5 dims; 1 to 4 are legal"),
-    (dict(tensors=[info("a", (4,), kind=99)]), "tensor a has unknown type 99"),
+    (dict(tensors=[info("a", (4,), kind=99, offset=96)]), "tensor a lies in bytes 160 to 160, outside of the file's data, which is 64 to 128; "
+                                                          "the file is damaged or cut short"),
     (dict(tensors=[info("a", (4,)), info("a", (4,), offset=32)]), "tensor a appears twice"),
     (dict(tensors=[info("a", (48, 2), kind=8)]), "tensor a of shape (2, 48) has rows that are no whole blocks of 32 (Q8_0)"),
     (dict(tensors=[info("a", (17,))]), "tensor a lies in bytes 64 to 132, outside of the file's data, which is 64 to 128; the file is damaged or cut short"),
@@ -177,6 +192,15 @@ def test_a_gguf_header(tmp_path):
     assert refusal(read_gguf_header, tmp_path / "none.gguf") == f"{tmp_path / 'none.gguf'}: No such file or directory"
     (tmp_path / "text.gguf").write_text("a file of another kind")
     assert refusal(read_gguf_header, tmp_path / "text.gguf") == f"{tmp_path / 'text.gguf'}: not a GGUF file"
+
+
+def test_tensors_of_any_type_may_lie_in_a_gguf_file(tmp_path):
+    """One of a type that nobody knew reaches to the next tensor, or to the end."""
+    tensors = [info("new", (3, 5), kind=99), info("w", (8,), offset=32), info("newer", (7,), kind=1 << 30, offset=64)]
+    path = gguf_file(tmp_path / "m.gguf", tensors=tensors, data=75)
+    found, start = read_gguf_header(path).tensors, path.stat().st_size - 75
+    assert {name: (entry.offset - start, entry.num_bytes, entry.shape, entry.dtype) for name, entry in found.items()} == {
+        "new": (0, 32, (5, 3), "type 99"), "w": (32, 32, (8,), "F32"), "newer": (64, 11, (7,), "type 1073741824")}
 
 
 def test_every_type_of_ggml_has_a_size():
@@ -229,6 +253,23 @@ def test_damaged_indices(index, message, tmp_path):
 def test_an_index_that_names_a_missing_file(tmp_path):
     path = folder(tmp_path / "m", model__safetensors__index__json={"weight_map": {"a": "y.safetensors"}})
     assert refusal(open_checkpoint, path) == f"{path / 'y.safetensors'}: No such file or directory"
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name, read", [
+    ("config.json", open_checkpoint), ("model.safetensors", open_checkpoint), ("model.safetensors.index.json", open_checkpoint),
+    ("x.safetensors", open_checkpoint), ("tokenizer.json", Tokenizer.load), ("tokenizer_config.json", Tokenizer.load),
+    ("chat_template.jinja", Tokenizer.load), ("m.gguf", open_checkpoint), ("m.gguf", Tokenizer.load)])
+def test_a_pointer_of_git_lfs_is_called_one(name, read, tmp_path):
+    """A repository cloned without its large files."""
+    core = tokenizers.Tokenizer(BPE({"a": 0}, []))
+    path = folder(tmp_path / "m", model__safetensors__index__json={"weight_map": {"a": "x.safetensors"}}, tokenizer__json=core.to_str().encode())
+    safetensors(path / "x.safetensors", {"a": tensor()})
+    (path / name).write_bytes(POINTER)
+    assert refusal(read, path / name if name == "m.gguf" else path) == (
+        f"{path / name}: a Git LFS pointer, in place of the file itself; in its repository, run\n  git lfs pull")
 
 
 def test_json_of_any_length_is_not_read(tmp_path):
