@@ -8,6 +8,7 @@ Launch(rank=0, world_size=1, local_rank=0, local_world_size=1, launched=False)
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from time import sleep
@@ -16,7 +17,7 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
-from shardlib.distributed.rank_error import wait_until
+from shardlib.distributed.rank_error import RankError, wait_until
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 
@@ -39,9 +40,10 @@ class Launch:
         """The Launch that torchrun's variables write; one process alone where RANK is missing."""
         if "RANK" not in environment:
             return cls()
-        rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
-        return cls(rank, world_size, _number(environment, "LOCAL_RANK", rank),
-                   _number(environment, "LOCAL_WORLD_SIZE", world_size), launched=True)
+        world_size = _number(environment, "WORLD_SIZE", 1)
+        rank = _number(environment, "RANK", 0, world_size - 1)
+        local_world_size = _number(environment, "LOCAL_WORLD_SIZE", 1, world_size, default=world_size)
+        return cls(rank, world_size, _number(environment, "LOCAL_RANK", 0, local_world_size - 1, default=rank), local_world_size, launched=True)
 
     @classmethod
     def current(cls) -> Launch:
@@ -64,10 +66,35 @@ class Launch:
 
 
 def join_job(timeout: timedelta) -> None:
-    """Starts torch.distributed with the other processes of the launch, over gloo. RuntimeError where some do not come within `timeout`."""
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    """Starts torch.distributed with the other processes of the launch, over gloo. RuntimeError where some do not come within `timeout`,
+    SpecError where MASTER_ADDR or MASTER_PORT cannot be."""
+    store, rank, world_size = _store(os.environ, timeout)
     name = _meet(store, rank, world_size, timeout.total_seconds())
     dist.init_process_group("gloo", store=dist.PrefixStore(f"shardlib/{name}", store), rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _store(environment: Mapping[str, str], timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store that rank 0 keeps at MASTER_ADDR and MASTER_PORT, the rank, and the number of ranks."""
+    host = environment.get("MASTER_ADDR", "")
+    if not host:
+        raise SpecError(_half("MASTER_ADDR", host))
+    port = _number(environment, "MASTER_PORT", 1, 65535)
+    try:
+        return next(dist.rendezvous("env://", timeout=timeout))
+    except (RuntimeError, ValueError, OSError) as error:
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        if unknown := _unknown(host):
+            raise SpecError(f"MASTER_ADDR is {host!r}, which is no host: {unknown}") from error
+        raise RankError(f"connect: the ranks have not met at MASTER_ADDR={host}, MASTER_PORT={port}: {said}") from error
+
+
+def _unknown(host: str) -> str | None:
+    """Why a name is no host's. It is asked only after a while in vain: where hosts come up together a name may be late."""
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None
 
 
 def _meet(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
@@ -108,11 +135,20 @@ def _ask(store: dist.Store, rank: int, word: str, timeout_s: float) -> str | lis
     return name
 
 
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environment.get(name, "" if default is None else str(default))
-    if not text.isdecimal():
-        raise SpecError(f"RANK is set, but {name} is {text!r}; start with torchrun, or unset RANK")
+def _number(environment: Mapping[str, str], name: str, least: int, most: int | None = None, default: int | None = None) -> int:
+    """What a variable says, a number from `least` to `most`; `default`, which is not looked at, where it is not set."""
+    text = environment.get(name, "")
+    if name not in environment and default is not None:
+        return default
+    if not (text.isascii() and text.isdecimal()):
+        raise SpecError(_half(name, text))
+    if int(text) < least or most is not None and int(text) > most:
+        raise SpecError(f"{name} is {text!r}; it is {f'{least} or more' if most is None else least if most == least else f'from {least} to {most}'}")
     return int(text)
+
+
+def _half(name: str, text: str) -> str:
+    return f"RANK is set, but {name} is {text!r}; start with torchrun, or unset RANK"
 
 
 def _count(n: int, one: str, many: str) -> str:

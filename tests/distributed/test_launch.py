@@ -1,14 +1,17 @@
-"""How processes meet in a store in which others, now dead, have met before."""
+"""How processes meet in a store in which others, now dead, have met before; and the variables by which they are started."""
 from __future__ import annotations
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Iterator, Sequence
+from datetime import timedelta
+from typing import Iterator, Mapping, Sequence
 
 import pytest
 import torch.distributed as dist
 
-from shardlib.distributed.launch import _meet
-from shardlib.distributed.rank_error import wait_until
+from shardlib.distributed.launch import Launch, _meet, _store
+from shardlib.distributed.rank_error import RankError, wait_until
+from shardlib.errors import SpecError
 
 
 @pytest.fixture
@@ -45,3 +48,53 @@ def test_who_is_missing_is_named(pool: ThreadPoolExecutor) -> None:
         first = come(pool, dist.HashStore(), ranks, 0.2)[0]
         said[ranks] = str(first.exception())
     assert said == {(0,): "connect: waited 0.2 s for ranks 1 2", (0, 1): "connect: waited 0.2 s for rank 2", (1,): "connect: waited 0.2 s for rank 0"}
+
+
+FIRST = {"RANK": "0", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize("changed, says", [
+    ({"RANK": "x"}, "RANK is set, but RANK is 'x'; start with torchrun, or unset RANK"),
+    ({"RANK": ""}, "RANK is set, but RANK is ''; start with torchrun, or unset RANK"),
+    ({"RANK": "-1"}, "RANK is set, but RANK is '-1'; start with torchrun, or unset RANK"),
+    ({"RANK": "\u0663"}, "RANK is set, but RANK is '\u0663'; start with torchrun, or unset RANK"),
+    ({"RANK": "2"}, "RANK is '2'; it is from 0 to 1"), ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK is '1'; it is 0"),
+    ({"WORLD_SIZE": ""}, "RANK is set, but WORLD_SIZE is ''; start with torchrun, or unset RANK"),
+    ({"WORLD_SIZE": "2.0"}, "RANK is set, but WORLD_SIZE is '2.0'; start with torchrun, or unset RANK"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'; it is 1 or more"),
+    ({"LOCAL_RANK": "one"}, "RANK is set, but LOCAL_RANK is 'one'; start with torchrun, or unset RANK"),
+    ({"LOCAL_RANK": "2"}, "LOCAL_RANK is '2'; it is from 0 to 1"), ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK is '1'; it is 0"),
+    ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'; it is from 1 to 2"), ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE is '3'; it is from 1 to 2")])
+def test_a_launcher_that_says_what_cannot_be(changed: Mapping[str, str], says: str) -> None:
+    with pytest.raises(SpecError) as error:
+        Launch.from_environment({**FIRST, **changed})
+    assert str(error.value) == says
+
+
+@pytest.mark.parametrize("address, says", [
+    ({}, "RANK is set, but MASTER_ADDR is ''; start with torchrun, or unset RANK"),
+    ({"MASTER_ADDR": "", "MASTER_PORT": "29500"}, "RANK is set, but MASTER_ADDR is ''; start with torchrun, or unset RANK"),
+    ({"MASTER_ADDR": "localhost"}, "RANK is set, but MASTER_PORT is ''; start with torchrun, or unset RANK"),
+    ({"MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "RANK is set, but MASTER_PORT is 'http'; start with torchrun, or unset RANK"),
+    ({"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}, "MASTER_PORT is '0'; it is from 1 to 65535"),
+    ({"MASTER_ADDR": "localhost", "MASTER_PORT": "65536"}, "MASTER_PORT is '65536'; it is from 1 to 65535")])
+def test_an_address_that_cannot_be(address: Mapping[str, str], says: str) -> None:
+    with pytest.raises(SpecError) as error:
+        _store({**FIRST, **address}, timedelta(seconds=1))
+    assert str(error.value) == says
+
+
+@pytest.mark.parametrize("host, kind, says", [
+    ("no.such.host.invalid", SpecError, "MASTER_ADDR is 'no.such.host.invalid', which is no host: "),
+    ("localhost", RankError, "connect: the ranks have not met at MASTER_ADDR=localhost, MASTER_PORT=9: ")])
+def test_an_address_where_nobody_is(monkeypatch: pytest.MonkeyPatch, host: str, kind: type[Exception], says: str) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+
+    def fail(*_: object, **__: object) -> None:
+        raise dist.DistNetworkError("The client socket has timed out\nand more")
+    monkeypatch.setattr(dist, "rendezvous", fail)
+    with pytest.raises(kind) as error:
+        _store(os.environ, timedelta(seconds=1))
+    assert str(error.value).startswith(says) and "\n" not in str(error.value)
+    assert kind is SpecError or str(error.value) == f"{says}The client socket has timed out"
