@@ -297,14 +297,14 @@ def test_a_statistic_over_a_split_dim_is_printed_as_widened_settled_and_rounded(
         '    return v8\n')
 
 
-@pytest.mark.parametrize("mesh", (ONE, TWO), ids=str)
+@pytest.mark.parametrize("layout", (Layout(), Layout(T="tp", V="tp")), ids=str)
 @pytest.mark.parametrize("kind", (float16, bfloat16))
-def test_statistics_are_rounded_once(mesh: Mesh, kind: torch.dtype) -> None:
+def test_statistics_are_rounded_once(layout: Layout, kind: torch.dtype) -> None:
     """To the number that float64 is rounded to; a mean does not overflow where its sum does."""
     x = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)).to(kind) * 3 + 5
-    assert simulate(average, Layout(T="tp"), torch.full((4, 4096), 8.0, dtype=float16), mesh=mesh).item() == 8.0
-    assert torch.equal(simulate(average, Layout(T="tp"), x, mesh=mesh), x.double().mean().to(kind))
-    assert torch.equal(simulate(normaliser, Layout(V="tp"), x, mesh=mesh), x.double().logsumexp(1).to(kind))
+    assert simulate(average, layout, torch.full((4, 4096), 8.0, dtype=float16), mesh=TWO).item() == 8.0
+    assert torch.equal(simulate(average, layout, x, mesh=TWO), x.double().mean().to(kind))
+    assert torch.equal(simulate(normaliser, layout, x, mesh=TWO), x.double().logsumexp(1).to(kind))
 
 
 @pytest.mark.parametrize("f", (average, normaliser))
@@ -359,6 +359,19 @@ def test_integers_stay_integers() -> None:
     for made in (simulate(f, Layout(), n, mesh=ONE), compile(f)(n), step(f)(n)):
         assert [y.tolist() for y in made[:3]] == [(-n).tolist(), (7 - n).tolist(), (n * 3 - 1).tolist()]
         assert [y.dtype for y in made] == [int64, int64, int64, float32]
+
+
+def test_torchs_default_dtype_has_no_say() -> None:
+    @sharded("B, B -> B, B, B, ()")
+    def f(n, m):
+        return n / m, 1 / n, n * 0.5, mean("B -> ()", n)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(bfloat16)
+        made = compile(f)(torch.tensor([1, 2]), torch.tensor([3, 4]))
+    finally:
+        torch.set_default_dtype(before)
+    assert [y.dtype for y in made] == [float32] * 4 and torch.equal(made[0], torch.tensor([1 / 3, 0.5]))
 
 
 def test_no_other_argument_has_a_say() -> None:
