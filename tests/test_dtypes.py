@@ -21,7 +21,7 @@ from shardlib.dtypes import value_dtypes
 from shardlib.emit import Emitter, load
 from shardlib.functions import cast, greater, logsumexp, mean, softmax, sum, where
 from shardlib.grad import value_and_grad_program
-from shardlib.ops import TABLE, rms_norm, rope, rope_table
+from shardlib.ops import TABLE, attention, rms_norm, rope, rope_table
 from shardlib.ops.cases import CASES
 from shardlib.oracle import Case, normal
 from shardlib.parser import parse_program
@@ -336,6 +336,22 @@ def test_the_derivative_of_softmax_is_as_exact_as_torchs() -> None:
     plain = lambda x: x.softmax(1) * w.to(x.dtype)      # noqa: E731
     (exact,), (theirs,) = torchs(float64, plain, x), torchs(bfloat16, plain, x)
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() and (ours - exact).norm() <= 1.1 * (theirs - exact).norm()
+
+
+def test_the_derivative_of_attention_is_as_exact_as_torchs() -> None:
+    """Of torch's own attention in bfloat16, against float64, where scores are large."""
+    @sharded("B T K G H, B S K H, B S K H, B T K G H -> ()")
+    def f(q, k, v, w):
+        return sum("B T K G H -> ()", attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v) * w)
+
+    def plain(q, k, v):
+        rows = torch.nn.functional.scaled_dot_product_attention(q[:, :, :, 0].transpose(1, 2), *(x.transpose(1, 2) for x in (k, v)), is_causal=True)
+        return rows.transpose(1, 2)[:, :, :, None] * w.to(q.dtype)
+    g = torch.Generator().manual_seed(0)
+    q, k, v, w = ((3 * torch.randn(shape, generator=g)).bfloat16() for shape in ((2, 48, 2, 1, 16), (2, 48, 2, 16), (2, 48, 2, 16), (2, 48, 2, 1, 16)))
+    ours = simulate(value_and_grad(f, ("q", "k", "v")), Layout(), q, k, v, w, mesh=ONE)[1:]
+    for mine, exact, theirs in zip(ours, torchs(float64, plain, q, k, v), torchs(bfloat16, plain, q, k, v)):
+        assert mine.dtype == bfloat16 and (mine - exact).norm() <= 2 * (theirs - exact).norm()
 
 
 @sharded("B T, () -> B T")
