@@ -47,10 +47,10 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
 
 
 def attend_vjp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The cotangents of q, k and v; the softmax and its derivative in at least float32."""
+    """The cotangents of q, k and v; scores, the softmax and its derivative in at least float32."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = max(1, q.shape[-1]) ** -0.5
-    score = torch.einsum("btkgh,bskh->bkgts", q, k) * scale
+    score = torch.einsum("btkgh,bskh->bkgts", q.to(wide), k.to(wide)) * scale
     p = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1, dtype=wide)
     dv = torch.einsum("bkgts,btkgh->bskh", p.to(g.dtype), g)
     dp = torch.einsum("btkgh,bskh->bkgts", g, v).to(wide)

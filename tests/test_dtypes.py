@@ -21,7 +21,7 @@ from shardlib.dtypes import value_dtypes
 from shardlib.emit import Emitter, load
 from shardlib.functions import cast, greater, logsumexp, mean, softmax, sum, where
 from shardlib.grad import value_and_grad_program
-from shardlib.ops import TABLE, rms_norm, rope, rope_table
+from shardlib.ops import TABLE, attention, rms_norm, rope, rope_table
 from shardlib.ops.cases import CASES
 from shardlib.oracle import Case, normal
 from shardlib.parser import parse_program
@@ -299,14 +299,14 @@ def test_a_statistic_over_a_split_dim_is_printed_as_widened_settled_and_rounded(
         '    return v8\n')
 
 
-@pytest.mark.parametrize("mesh", (ONE, TWO), ids=str)
+@pytest.mark.parametrize("layout", (Layout(), Layout(T="tp", V="tp")), ids=str)
 @pytest.mark.parametrize("kind", (float16, bfloat16))
-def test_statistics_are_rounded_once(mesh: Mesh, kind: torch.dtype) -> None:
+def test_statistics_are_rounded_once(layout: Layout, kind: torch.dtype) -> None:
     """To the number that float64 is rounded to; a mean does not overflow where its sum does."""
     x = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)).to(kind) * 3 + 5
-    assert simulate(average, Layout(T="tp"), torch.full((4, 4096), 8.0, dtype=float16), mesh=mesh).item() == 8.0
-    assert torch.equal(simulate(average, Layout(T="tp"), x, mesh=mesh), x.double().mean().to(kind))
-    assert torch.equal(simulate(normaliser, Layout(V="tp"), x, mesh=mesh), x.double().logsumexp(1).to(kind))
+    assert simulate(average, layout, torch.full((4, 4096), 8.0, dtype=float16), mesh=TWO).item() == 8.0
+    assert torch.equal(simulate(average, layout, x, mesh=TWO), x.double().mean().to(kind))
+    assert torch.equal(simulate(normaliser, layout, x, mesh=TWO), x.double().logsumexp(1).to(kind))
 
 
 @pytest.mark.parametrize("f", (average, normaliser))
@@ -340,6 +340,22 @@ def test_the_derivative_of_softmax_is_as_exact_as_torchs() -> None:
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() and (ours - exact).norm() <= 1.1 * (theirs - exact).norm()
 
 
+def test_the_derivative_of_attention_is_as_exact_as_torchs() -> None:
+    """Of torch's own attention in bfloat16, against float64, where scores are large."""
+    @sharded("B T K G H, B S K H, B S K H, B T K G H -> ()")
+    def f(q, k, v, w):
+        return sum("B T K G H -> ()", attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v) * w)
+
+    def plain(q, k, v):
+        rows = torch.nn.functional.scaled_dot_product_attention(q[:, :, :, 0].transpose(1, 2), *(x.transpose(1, 2) for x in (k, v)), is_causal=True)
+        return rows.transpose(1, 2)[:, :, :, None] * w.to(q.dtype)
+    g = torch.Generator().manual_seed(0)
+    q, k, v, w = ((3 * torch.randn(shape, generator=g)).bfloat16() for shape in ((2, 48, 2, 1, 16), (2, 48, 2, 16), (2, 48, 2, 16), (2, 48, 2, 1, 16)))
+    ours = simulate(value_and_grad(f, ("q", "k", "v")), Layout(), q, k, v, w, mesh=ONE)[1:]
+    for mine, exact, theirs in zip(ours, torchs(float64, plain, q, k, v), torchs(bfloat16, plain, q, k, v)):
+        assert mine.dtype == bfloat16 and (mine - exact).norm() <= 2 * (theirs - exact).norm()
+
+
 @sharded("B T, () -> B T")
 def scaled(x, s):
     return x * s + where(greater(x, than=0.0), x, x - s)
@@ -361,6 +377,19 @@ def test_integers_stay_integers() -> None:
     for made in (simulate(f, Layout(), n, mesh=ONE), compile(f)(n), step(f)(n)):
         assert [y.tolist() for y in made[:3]] == [(-n).tolist(), (7 - n).tolist(), (n * 3 - 1).tolist()]
         assert [y.dtype for y in made] == [int64, int64, int64, float32]
+
+
+def test_torchs_default_dtype_has_no_say() -> None:
+    @sharded("B, B -> B, B, B, ()")
+    def f(n, m):
+        return n / m, 1 / n, n * 0.5, mean("B -> ()", n)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(bfloat16)
+        made = compile(f)(torch.tensor([1, 2]), torch.tensor([3, 4]))
+    finally:
+        torch.set_default_dtype(before)
+    assert [y.dtype for y in made] == [float32] * 4 and torch.equal(made[0], torch.tensor([1 / 3, 0.5]))
 
 
 def test_no_other_argument_has_a_say() -> None:
