@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step, number
+from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.trace import apply
 
@@ -96,9 +97,34 @@ def _scaling(value: object) -> bool:
     return value is None or isinstance(value, tuple) and len(value) == 4 and all(map(number, value))
 
 
-ROPE_TABLE = Op("rope_table", keywords={"theta": number, "scaling": _scaling}, rule=lambda s: Rule(whole=s.outs[0].names[2:]), emit=_table, index=(0,), dtype=lambda d, o: ["float"])
-ROPE = Op("rope", rule=_rule, emit=_rope(turns), vjp=_vjp, index=(1,), joins=True)
-ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(back_turns), index=(1,))
+def _table_reference(d: Dims, start: Tensor) -> Tensor:
+    """Radians of a pair by its wavelength: long ones (by Llama 3) turn `factor` times slower, short ones as they did, blended between."""
+    _, time, name = d.step.outs[0].names
+    half = d.count(name) // 2
+    pair = d.index(name).double() % half
+    radians = d.options["theta"] ** (-pair / half)
+    if d.options["scaling"] is not None:
+        factor, low, high, context = d.options["scaling"]
+        turns_in_context = context * radians / (2 * math.pi)
+        short = ((turns_in_context - low) / (high - low)).clamp(0, 1)
+        radians = radians * (short + (1 - short) / factor)
+    angle = (start + d.index(time)) * radians
+    return torch.where(d.index(name) < half, angle.cos(), angle.sin())
+
+
+def _rope_reference(d: Dims, x: Tensor, table: Tensor) -> Tensor:
+    """Each pair is a complex number, multiplied by cos + i sin."""
+    at = d.names.index(d.step.ins[1].names[-1])
+    turned = torch.complex(*x.chunk(2, at)) * torch.complex(*table.chunk(2, at))
+    return torch.cat((turned.real, turned.imag), at)
+
+
+ROPE_TABLE = Op("rope_table", keywords={"theta": number, "scaling": _scaling}, rule=lambda s: Rule(whole=s.outs[0].names[2:]), emit=_table, index=(0,), dtype=lambda d, o: ["float"],
+                reference=_table_reference)
+ROPE = Op("rope", rule=_rule, emit=_rope(turns), vjp=_vjp, index=(1,), joins=True,
+          reference=_rope_reference)
+ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(back_turns), index=(1,),
+              reference=lambda d, g, table: d.vjp(lambda d, x: _rope_reference(d, x, table), (torch.zeros_like(g),), g, d.step.ins[0]))
 
 
 def rope_table(text: str, start: Any, *, theta: float, scaling: tuple[float, float, float, int] | None = None) -> Any:

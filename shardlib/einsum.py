@@ -63,7 +63,8 @@ def _emit(e: Emitter, step: Step, args: list[str]) -> str:
     return contraction([list(s.labels) for s in step.ins], list(step.outs[0].labels), args, shapes)
 
 
-EINSUM = Op("einsum", rule=_rule, emit=_emit, vjp=_vjp)
+EINSUM = Op("einsum", rule=_rule, emit=_emit, vjp=_vjp,
+            reference=lambda d, *xs: d.sum(math.prod(xs)))
 
 
 def contraction(ins: list[list[str]], out: list[str], args: list[str], size: Mapping[str, int]) -> str:

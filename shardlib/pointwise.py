@@ -6,7 +6,11 @@ derivatives are linear in `g`, so a cotangent may be owed.
 """
 from __future__ import annotations
 
+import math
 from typing import Any, Callable, Sequence
+
+import torch
+from torch import Tensor
 
 from shardlib.arithmetic import align, broadcast
 from shardlib.errors import SpecError
@@ -27,6 +31,19 @@ UNARY: dict[str, tuple[str, str]] = {
     "square": ("torch.square({x})", "2 * {g} * {x}"),
 }
 PRODUCTS = ("exp", "square")        # their derivative is linear in its first operand, too
+REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x * (1 + torch.tanh(x / 2)) / 2,
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "relu": lambda x: torch.where(x <= 0, 0, x),
+    "tanh": lambda x: 2 * torch.sigmoid(2 * x) - 1,
+    "sigmoid": lambda x: (1 + torch.tanh(x / 2)) / 2,
+    "exp": lambda x: math.e ** x,
+    "log": lambda x: torch.log2(x) * math.log(2),
+    "rsqrt": lambda x: x ** -0.5,
+    "square": lambda x: x * x,
+}
+INVERSES: dict[str, Callable[[Tensor], Tensor]] = {         # of those whose derivative is told the result
+    "tanh": torch.atanh, "sigmoid": torch.logit, "exp": torch.log, "rsqrt": lambda y: y ** -2}
 
 
 def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
@@ -34,14 +51,17 @@ def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
 
 
 def _unary(name: str, value: str, slope: str) -> tuple[Op, Op]:
-    from_result = "{y}" in slope
+    from_result, function = "{y}" in slope, REFERENCES[name]
+    operand = INVERSES.get(name, lambda x: x)
     linear = ((0,), (1,)) if name in PRODUCTS else ((1,),)
     backward = Op(f"{name}_vjp", rule=lambda s: Rule(linear=linear), infer=_infer,
-                  emit=lambda e, s, a: "(" + slope.format(x=a[0], y=a[0], g=a[1]) + ")")
+                  emit=lambda e, s, a: "(" + slope.format(x=a[0], y=a[0], g=a[1]) + ")",
+                  reference=lambda d, x, g: d.vjp(lambda d, x: function(x), (operand(x),), g, d.step.ins[0]))
 
     def vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
         return [b.call(backward, [step.outputs[0] if from_result else step.inputs[0], ct[0]])]
-    forward = Op(name, rule=lambda s: Rule(), infer=_infer, vjp=vjp, emit=lambda e, s, a: value.format(x=a[0]))
+    forward = Op(name, rule=lambda s: Rule(), infer=_infer, vjp=vjp, emit=lambda e, s, a: value.format(x=a[0]),
+                 reference=lambda d, x: function(x))
     return forward, backward
 
 
@@ -66,9 +86,11 @@ def _cast_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
 
 
 CAST = Op("cast", keywords={"dtype": lambda v: v in DTYPES}, rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast_vjp,
-          emit=lambda e, s, a: f"{a[0]}.to(torch.{s.options['dtype']})", dtype=lambda d, o: [o["dtype"]])
+          emit=lambda e, s, a: f"{a[0]}.to(torch.{s.options['dtype']})", dtype=lambda d, o: [o["dtype"]],
+          reference=lambda d, x: x)
 CAST_LIKE = Op("cast_like", rule=lambda s: Rule(linear=((0,),), uses=((0,),)), infer=_infer, index=(1,),
-               emit=lambda e, s, a: f"{a[0]}.to({a[1]}.dtype)", dtype=lambda d, o: [d[1]])
+               emit=lambda e, s, a: f"{a[0]}.to({a[1]}.dtype)", dtype=lambda d, o: [d[1]],
+               reference=lambda d, x, like: x)
 
 
 def cast(x: Any, dtype: str) -> Any:
@@ -94,7 +116,8 @@ def _where_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
 
 
 WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=_where_infer, emit=_where_emit, vjp=_where_vjp, index=(0,),
-           dtype=lambda d, o: [d[1]])
+           dtype=lambda d, o: [d[1]],
+           reference=lambda d, mask, a, b: a.masked_fill(~mask, 0) + b.masked_fill(mask, 0))
 
 
 def where(mask: Any, a: Any, b: Any) -> Any:
@@ -102,7 +125,8 @@ def where(mask: Any, a: Any, b: Any) -> Any:
     return apply(WHERE, (mask, a, b))
 
 
-STOP_GRADIENT = Op("stop_gradient", rule=lambda s: Rule(linear=((0,),)), infer=_infer, emit=lambda e, s, a: a[0], constant=True)
+STOP_GRADIENT = Op("stop_gradient", rule=lambda s: Rule(linear=((0,),)), infer=_infer, emit=lambda e, s, a: a[0], constant=True,
+                   reference=lambda d, x: x.detach())
 
 
 def stop_gradient(x: Any) -> Any:
@@ -111,8 +135,9 @@ def stop_gradient(x: Any) -> Any:
 
 
 COMPARE = {name: Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=_infer, constant=True, dtype=lambda d, o: ["bool"],
-                    emit=lambda e, s, a, sign=sign: f"({a[0]} {sign} {s.options['than']!r})")
-           for name, sign in (("greater", ">"), ("less", "<"))}
+                    emit=lambda e, s, a, sign=sign: f"({a[0]} {sign} {s.options['than']!r})",
+                    reference=lambda d, x, side=side: (x - d.options["than"]).sign() == side)
+           for name, sign, side in (("greater", ">", 1), ("less", "<", -1))}
 
 
 def greater(x: Any, than: float) -> Any:

@@ -54,6 +54,7 @@ class Op:
     joins:       it acts on the last dim of its first operand, alike for all others: operands joined along those may share a call.
     asserted:    its types are those of its text, unchecked (`local`); `function` is what it runs.
     dtype(dtypes, attrs): the results' dtypes; by default all results have the first operand's.
+    reference(d, *xs): what it means, in float64 by the names of its dims, another way than `emit` has it: see `shardlib.reference`.
     """
     name: str
     rule: Callable[[Step], Rule]
@@ -70,6 +71,7 @@ class Op:
     asserted: bool = False
     keywords: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     function: Callable | None = None
+    reference: Callable | None = None
 
     @property
     def takes_text(self) -> bool:

@@ -6,9 +6,11 @@ same over the pieces, joined by small reductions, each of them a step of the pro
 """
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Sequence
 
 import torch
+from torch import Tensor
 
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step
@@ -18,6 +20,7 @@ from shardlib.trace import apply
 
 if TYPE_CHECKING:
     from shardlib.emit import Emitter
+    from shardlib.reference import Dims
 
 
 def _gone(step: Step) -> tuple[str, ...]:
@@ -34,6 +37,10 @@ def _sum(e: Emitter, step: Step, args: list[str]) -> str:
 
 def _mean(e: Emitter, step: Step, args: list[str]) -> str:
     return f"{_sum(e, step, args)} / {_count(e, step)}" if _count(e, step) else f"{_sum(e, step, args)} * float('nan')"
+
+
+def _made(step: Step) -> tuple[str, ...]:
+    return tuple(n for n in step.outs[0].names if n not in step.ins[0].names)
 
 
 def _count(e: Emitter, step: Step) -> int:
@@ -72,14 +79,27 @@ def amax(x: Any, dims: tuple[int, ...]) -> Any:
     return x.amax(dims) if dims else x.clone()
 
 
-SUM = Op("sum", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_sum, vjp=lambda b, s, ct: [b.spread(ct[0], s.ins[0])])
-MEAN = Op("mean", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_mean, vjp=_mean_vjp)
-SPREAD = Op("spread", keywords={"mean": lambda v: v in (None, True)}, rule=lambda s: Rule(linear=((0,),)), emit=_spread, vjp=None)
-MAX = Op("max", rule=lambda s: Rule(maxes=_gone(s)), emit=_max)
+def _fold_max(d: Dims, x: Tensor) -> Tensor:
+    low = float("-inf") if x.is_floating_point() else False if x.dtype == torch.bool else torch.iinfo(x.dtype).min
+    return d.fold(torch.maximum, low, x)
+
+
+SUM = Op("sum", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_sum, vjp=lambda b, s, ct: [b.spread(ct[0], s.ins[0])],
+         reference=lambda d, x: d.sum(x))
+MEAN = Op("mean", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_mean, vjp=_mean_vjp,
+          reference=lambda d, x: d.sum(x) / d.count(*d.gone))
+SPREAD = Op("spread", keywords={"mean": lambda v: v in (None, True)}, rule=lambda s: Rule(linear=((0,),)), emit=_spread, vjp=None,
+            reference=lambda d, x: x / d.count(*_made(d.step)) if d.options.get("mean") else x)
+MAX = Op("max", rule=lambda s: Rule(maxes=_gone(s)), emit=_max,
+         reference=_fold_max)
 
 
 def _along(step: Step) -> str:
     return step.options["along"]
+
+
+def _softmax(d: Dims, x: Tensor) -> Tensor:
+    return math.e ** (x - d.fold(torch.logaddexp, float("-inf"), x, _along(d.step)))
 
 
 def _softmax_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
@@ -103,9 +123,11 @@ def _has_dim(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
 
 
 SOFTMAX = Op("softmax", keywords={"along": nameable}, rule=lambda s: Rule(whole=(_along(s),)), infer=_has_dim, vjp=_softmax_vjp,
-             emit=lambda e, s, a: f"{a[0]}.softmax({s.ins[0].labels.index(_along(s))})")
+             emit=lambda e, s, a: f"{a[0]}.softmax({s.ins[0].labels.index(_along(s))})",
+             reference=lambda d, x: _softmax(d, x))
 SOFTMAX_VJP = Op("softmax_vjp", keywords={"along": nameable}, rule=lambda s: Rule(linear=((1,),), whole=(_along(s),)), infer=_has_dim,
-                 emit=_softmax_backward)
+                 emit=_softmax_backward,
+                 reference=lambda d, y, g: d.vjp(_softmax, (y.log(),), g, d.step.ins[0]))
 
 
 def _logsumexp_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
@@ -137,13 +159,18 @@ def _spread_logsumexp(b: Any, step: Step, x: str) -> str:
 
 
 LOGSUMEXP = Op("logsumexp", rule=lambda s: Rule(whole=_gone(s)), vjp=_logsumexp_vjp,
-               emit=lambda e, s, a: f"{a[0]}.logsumexp({_dims(s)})", distribute=_spread_logsumexp)
-EXP_MINUS = Op("exp_minus", rule=lambda s: Rule(linear=((2,),)), infer=_first, emit=_exp_minus)
-FINITE = Op("finite", rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{a[0]}.masked_fill({a[0]}.isinf(), 0)")
+               emit=lambda e, s, a: f"{a[0]}.logsumexp({_dims(s)})", distribute=_spread_logsumexp,
+               reference=lambda d, x: d.fold(torch.logaddexp, float("-inf"), x))
+EXP_MINUS = Op("exp_minus", rule=lambda s: Rule(linear=((2,),)), infer=_first, emit=_exp_minus,
+               reference=lambda d, x, m, g: g * math.e ** (x - m))
+FINITE = Op("finite", rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{a[0]}.masked_fill({a[0]}.isinf(), 0)",
+            reference=lambda d, x: torch.where(x.abs() == float("inf"), 0, x))
 SUM_EXP = Op("sum_exp", rule=lambda s: Rule(sums=_gone(s)), emit=_sum_exp,
-             vjp=lambda b, s, ct: [b.call(EXP_MINUS, [s.inputs[0], s.inputs[1], ct[0]]), None])
+             vjp=lambda b, s, ct: [b.call(EXP_MINUS, [s.inputs[0], s.inputs[1], ct[0]]), None],
+             reference=lambda d, x, m: d.sum(math.e ** (x - m)))
 LOG_PLUS = Op("log_plus", rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{a[0]}.log() + {a[1]}",
-              vjp=lambda b, s, ct: [b.quotient(ct[0], s.inputs[0]), None])
+              vjp=lambda b, s, ct: [b.quotient(ct[0], s.inputs[0]), None],
+              reference=lambda d, x, m: m + torch.log2(x) * math.log(2))
 
 
 def _spread_argmax(b: Any, step: Step, x: str) -> str:
@@ -167,10 +194,19 @@ def rank_of(x: Any, top: Any, dim: int, start: int, n: int) -> Any:
     return amax(torch.where((x == top) | (x.isnan() & top.isnan()), n - 1 - index, -1), (dim,))
 
 
+def _first_of(d: Dims, x: Tensor, top: Tensor) -> Tensor:
+    """The first index at which x is `top`; the size of the dim where there is none."""
+    here = (x == top) | (x != x) & (top != top)
+    return d.fold(torch.minimum, d.count(*d.gone), torch.where(here, d.index(*d.gone), d.count(*d.gone)))
+
+
 ARGMAX = Op("argmax", rule=lambda s: Rule(whole=_gone(s)), emit=lambda e, s, a: f"{a[0]}.argmax({_dims(s)[0]})",
-            distribute=_spread_argmax, dtype=lambda d, o: ["int64"])
-RANK_OF = Op("rank_of", rule=lambda s: Rule(maxes=_gone(s)), emit=_rank_of, dtype=lambda d, o: ["int64"])
-FROM_RANK = Op("from_rank", keywords={"of": nameable}, rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{e.sizes[s.options['of']] - 1} - {a[0]}")
+            distribute=_spread_argmax, dtype=lambda d, o: ["int64"],
+            reference=lambda d, x: _first_of(d, x, _fold_max(d, x)))
+RANK_OF = Op("rank_of", rule=lambda s: Rule(maxes=_gone(s)), emit=_rank_of, dtype=lambda d, o: ["int64"],
+             reference=lambda d, x, top: d.count(*d.gone) - 1 - _first_of(d, x, top))
+FROM_RANK = Op("from_rank", keywords={"of": nameable}, rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{e.sizes[s.options['of']] - 1} - {a[0]}",
+               reference=lambda d, x: d.count(d.options["of"]) - 1 - x)
 
 
 def _call(op: Op, text: str, x: Any, lost: int | None = None) -> Any:
