@@ -113,9 +113,9 @@ def _table_reference(d: Dims, start: Tensor) -> Tensor:
 
 
 def _rope_reference(d: Dims, x: Tensor, table: Tensor) -> Tensor:
-    """Each pair is a complex number, multiplied by cos + i sin."""
+    """Each pair is a complex number, multiplied by cos + i sin. The table is a constant."""
     at = d.names.index(d.step.ins[1].names[-1])
-    turned = torch.complex(*x.chunk(2, at)) * torch.complex(*table.chunk(2, at))
+    turned = torch.complex(*x.chunk(2, at)) * torch.complex(*table.detach().chunk(2, at))
     return torch.cat((turned.real, turned.imag), at)
 
 
