@@ -35,6 +35,8 @@ def bias(mask: Tensor, g: int, dtype: torch.dtype) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q k / sqrt(h) + bias) v of local tensors; the queries of one kv head run as more rows of it."""
+    if q.shape[-1] == 0:
+        q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1))       # a product over nothing is 0: all keys that are seen weigh the same
     b, t, heads, g, h = q.shape
     if q.numel() == 0 or k.shape[1] == 0:
         return q.new_zeros((b, t, heads, g, v.shape[-1]))

@@ -100,7 +100,9 @@ def _scaling(value: object) -> bool:
 def _table_reference(d: Dims, start: Tensor) -> Tensor:
     """Radians of a pair by its wavelength: long ones (by Llama 3) turn `factor` times slower, short ones as they did, blended between."""
     _, time, name = d.step.outs[0].names
-    half = d.count(name) // 2
+    half, odd = divmod(d.count(name), 2)
+    if odd:
+        raise ValueError(f"{name} is not made of two halves")
     pair = d.index(name).double() % half
     radians = d.options["theta"] ** (-pair / half)
     if d.options["scaling"] is not None:
@@ -115,7 +117,8 @@ def _table_reference(d: Dims, start: Tensor) -> Tensor:
 def _rope_reference(d: Dims, x: Tensor, table: Tensor) -> Tensor:
     """Each pair is a complex number, multiplied by cos + i sin. The table is a constant."""
     at = d.names.index(d.step.ins[1].names[-1])
-    turned = torch.complex(*x.chunk(2, at)) * torch.complex(*table.detach().chunk(2, at))
+    x, table = (torch.complex(*t.unflatten(at, (2, d.sizes[d.names[at]] // 2)).unbind(at)) for t in (x, table.detach()))
+    turned = x * table
     return torch.cat((turned.real, turned.imag), at)
 
 

@@ -21,7 +21,7 @@ the reference's. A rule is sound and complete when it accepts exactly what `judg
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+import random
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Callable, Iterator, Mapping, Sequence
@@ -279,17 +279,21 @@ class Trial:
         return right
 
 
+def some(found: Sequence, most: int | None, case: Case) -> list:
+    """At most so many of what was found for `case`, drawn: the same ones every time."""
+    return list(found) if most is None or len(found) <= most else random.Random(str(case)).sample(found, most)
+
+
 def disagreements(case: Case, mesh: Mesh, sizes: Mapping[str, int], kinds: Sequence[str] = ("+",), seeds: int = 3,
-                  count: Counter | None = None) -> list[str]:
+                  most: int | None = None) -> list[str]:
     """Where the rule of `case` and the truth differ, over all combinations of types of its operands on the axes of `mesh`.
 
-    A rejection is justified when one of `seeds` draws of data shows every typing wrong. `count` receives how many
-    combinations were tried, accepted and rejected.
+    A rejection is justified when one of `seeds` draws of data shows every typing wrong. `most`: of those that the rule
+    rejects, only so many are tried.
     """
     trials, found = [Trial(case, mesh, sizes, seed) for seed in range(seeds if case.complete else 1)], []
-    count = Counter() if count is None else count
-    for ins, made, outs in verdicts(case, tuple(mesh.axes), tuple(kinds)):
-        count["accepted" if outs is not None else "rejected"] += 1
+    every = verdicts(case, tuple(mesh.axes), tuple(kinds))
+    for ins, made, outs in (*(v for v in every if v[2] is not None), *some([v for v in every if v[2] is None], most, case)):
         text = f"{case.op.name} on {mesh}: {', '.join(map(str, ins))} -> "
         if outs is not None:
             problems = (trials[0].wrong(trials[0].run(ins, outs), ins, outs, j) for j in range(len(outs)))

@@ -200,9 +200,15 @@ def _first_of(d: Dims, x: Tensor, top: Tensor) -> Tensor:
     return d.fold(torch.minimum, d.count(*d.gone), torch.where(here, d.index(*d.gone), d.count(*d.gone)))
 
 
+def _argmax_reference(d: Dims, x: Tensor) -> Tensor:
+    if not d.count(*d.gone):
+        raise IndexError("nothing is the largest of nothing")
+    return _first_of(d, x, _fold_max(d, x))
+
+
 ARGMAX = Op("argmax", rule=lambda s: Rule(whole=_gone(s)), emit=lambda e, s, a: f"{a[0]}.argmax({_dims(s)[0]})",
             distribute=_spread_argmax, dtype=lambda d, o: ["int64"],
-            reference=lambda d, x: _first_of(d, x, _fold_max(d, x)))
+            reference=_argmax_reference)
 RANK_OF = Op("rank_of", rule=lambda s: Rule(maxes=_gone(s)), emit=_rank_of, dtype=lambda d, o: ["int64"],
              reference=lambda d, x, top: d.count(*d.gone) - 1 - _first_of(d, x, top))
 FROM_RANK = Op("from_rank", keywords={"of": nameable}, rule=lambda s: Rule(), infer=_first, emit=lambda e, s, a: f"{e.sizes[s.options['of']] - 1} - {a[0]}",
