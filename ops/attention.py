@@ -1,10 +1,11 @@
 """Grouped-query attention: `B T K G H, B S K H, B S K H [, B T S] -> B T K G H`, with S, the key time, its own letter.
 
 On one axis: B and K on all operands; T and G on q alone; S and H whole. Only v may owe a sum. Without a mask it is causal,
-query t seeing keys s <= t; with one, it sees where the mask is true.
+query t seeing keys s <= t; with one, it sees where the mask is true. A query that sees nothing gives zeros, and no gradient.
 """
 from __future__ import annotations
 
+import math
 from typing import Any, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from shardlib.dtypes import widest
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step
+from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
 from shardlib.trace import apply
@@ -34,6 +36,8 @@ def bias(mask: Tensor, g: int, dtype: torch.dtype) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q k / sqrt(h) + bias) v of local tensors; the queries of one kv head run as more rows of it."""
+    if q.shape[-1] == 0:
+        q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1))       # a product over nothing is 0: all keys that are seen weigh the same
     b, t, heads, g, h = q.shape
     if q.numel() == 0 or k.shape[1] == 0:
         return q.new_zeros((b, t, heads, g, v.shape[-1]))
@@ -47,11 +51,16 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
 
 
 def attend_vjp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The cotangents of q, k and v; scores, the softmax and its derivative in at least float32."""
+    """The cotangents of q, k and v; scores, the softmax and its derivative in at least float32.
+
+    A query that sees nothing has a weight on all keys, which are finite then, and no cotangent.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
-    scale = max(1, q.shape[-1]) ** -0.5
+    scale, seen = max(1, q.shape[-1]) ** -0.5, mask.any(-1)
+    g = g.masked_fill(~seen[:, :, None, None, None], 0)
+    unseen = torch.zeros(seen.shape, dtype=wide, device=q.device).masked_fill_(seen, float("-inf"))
     score = torch.einsum("btkgh,bskh->bkgts", q.to(wide), k.to(wide)) * scale
-    p = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1, dtype=wide)
+    p = torch.where(mask[:, None, None], score, unseen[:, None, None, :, None]).softmax(-1)
     dv = torch.einsum("bkgts,btkgh->bskh", p.to(g.dtype), g)
     dp = torch.einsum("btkgh,bskh->bkgts", g, v).to(wide)
     ds = (p * (dp - (dp * p).sum(-1, keepdim=True)) * scale).to(q.dtype)
@@ -107,8 +116,24 @@ def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [*made, *[None] * (len(step.inputs) - 3)]
 
 
-ATTENTION = Op("attention", rule=lambda s: Rule(linear=((2,),), whole=_whole(s)), emit=_emit, vjp=_vjp, index=(3,), takes=("float", "float", "float", "mask"))
-ATTENTION_VJP = Op("attention_vjp", rule=_rule_vjp, emit=_emit_vjp, takes=("float", "float", "float", "any", "float"), reads=_reads_vjp)
+def _reference(d: Dims, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean of v over the keys that a query sees, weighted by exp(q k / sqrt(h)); 0 where it sees none."""
+    (*_, time, _, _, head), (*_, key, _, _) = (s.names for s in d.step.ins[:2])
+    mask = d.index(key) <= d.index(time) if mask is None else mask
+    weight = torch.where(mask, torch.exp(d.sum(q * k, head) / math.sqrt(max(1, d.count(head)))), 0)
+    total = d.sum(weight, key)
+    return d.sum(weight * v, key) / torch.where(total == 0, 1, total)
+
+
+def _reference_vjp(d: Dims, q: Tensor, k: Tensor, v: Tensor, *mask_and_g: Tensor) -> tuple[Tensor, ...]:
+    *mask, g = mask_and_g
+    return d.vjp(_reference, (q, k, v, *mask), g, d.step.ins[-1])
+
+
+ATTENTION = Op("attention", rule=lambda s: Rule(linear=((2,),), whole=_whole(s)), emit=_emit, vjp=_vjp, index=(3,), takes=("float", "float", "float", "mask"),
+               reference=_reference)
+ATTENTION_VJP = Op("attention_vjp", rule=_rule_vjp, emit=_emit_vjp, takes=("float", "float", "float", "any", "float"), reads=_reads_vjp,
+                   reference=_reference_vjp)
 
 
 def attention(text: str, q: Any, k: Any, v: Any, mask: Any = None) -> Any:

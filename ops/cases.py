@@ -15,11 +15,24 @@ from shardlib.pointwise import UNARY
 from shardlib.program import Op
 
 OPS: dict[str, Op] = {**CORE, **BINARY, "scale": SCALE, "shift": SHIFT, **TABLE}
-POSITIVE = ("log", "rsqrt")
+ROUNDED = {"float32": 1e-6, "bfloat16": 2e-2}        # tolerances: some roundings to the dtype, those of owed pieces included
+
+
+def between(low: float, high: float) -> Draw:
+    """Uniform numbers."""
+    def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=g, dtype=torch.float64)
+    return draw
 
 
 def positive(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
-    return torch.rand(shape, generator=g, dtype=torch.float64) + 0.5
+    return between(0.5, 1.5)(shape, sizes, g, before)
+
+
+def shares(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+    """Positive numbers that sum to 1 along dim 1, as softmax gives."""
+    x = positive(shape, sizes, g, before)
+    return x / x.sum(1, keepdim=True)
 
 
 def infinite(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
@@ -63,13 +76,19 @@ def largest(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator
 
 
 def _case(name: str, text: str, *draws: Draw, indices: tuple[int, ...] = (), constants: tuple[int, ...] = (), complete: bool = True,
-          tolerance: float = 1e-9, **attrs: Any) -> Case:
+          tolerance: float = Case.tolerance, **attrs: Any) -> Case:
     return Case(OPS[name], text, tuple(sorted(attrs.items())), draws, indices, constants, complete, tolerance)
 
 
+# What a function takes, and what its derivative does: for some, the function's result.
+_RANGES: dict[str, tuple[Draw, Draw]] = {
+    "log": (positive, positive), "rsqrt": (positive, positive), "exp": (normal, positive), "sigmoid": (normal, between(0.1, 0.9)),
+    "tanh": (normal, between(-0.9, 0.9))}
+
+
 def _unary(name: str) -> list[Case]:
-    draw = positive if name in POSITIVE else normal
-    return [_case(name, "B D -> B D", draw), _case(f"{name}_vjp", "B D, B D -> B D", draw)]
+    operand, result = _RANGES.get(name, (normal, normal))
+    return [_case(name, "B D -> B D", operand), _case(f"{name}_vjp", "B D, B D -> B D", result)]
 
 
 _Q, _K, _V, _MASK, _OUT = "B T K G H", "B S K H", "B S K V", "B T S", "B T K G V"
@@ -84,7 +103,9 @@ CASES: tuple[Case, ...] = (
     _case("scale", "B D -> B D", by=-2.5), _case("shift", "B D -> B D", by=1.5), _case("shift", "B D -> B D", by=0),
     _case("reciprocal", "B D -> B D", positive),
     *(case for name in UNARY for case in _unary(name)),
-    _case("widen", "B D -> B D"), _case("cast", "B D -> B D", single, dtype="float64", tolerance=1e-5), _case("cast_like", "B D, B D -> B D", single, tolerance=1e-5),
+    _case("widen", "B D -> B D"), _case("cast", "B D -> B D", single, dtype="float64", tolerance=ROUNDED["float32"]),
+    *(_case("cast", "B D -> B D", dtype=dtype, tolerance=tolerance) for dtype, tolerance in ROUNDED.items()),
+    _case("cast_like", "B D, B D -> B D", single, tolerance=ROUNDED["float32"]), _case("cast_like", "B D, B D -> B D", normal, single, tolerance=ROUNDED["float32"]),
     _case("where", "B T, B T, B T -> B T", mask), _case("where", "T, B T, T -> B T", mask),
     _case("greater", "B D -> B D", than=0.5), _case("less", "B D -> B D", than=-0.5),
     _case("stop_gradient", "B D -> B D"), _case("ones_like", "B D -> B D"), _case("zeros_like", "B D -> B D"),
@@ -92,7 +113,7 @@ CASES: tuple[Case, ...] = (
     _case("mean", "B T D -> B"), _case("mean", "B (K H) -> B"), _case("mean", "B D -> ()"),
     _case("max", "B T D -> B"), _case("max", "B D -> ()"),
     _case("spread", "B -> B T D"), _case("spread", "T -> B T", mean=True), _case("spread", "B -> B (K H)"),
-    _case("softmax", "B T D -> B T D", along="T"), _case("softmax_vjp", "B T D, B T D -> B T D", along="T"),
+    _case("softmax", "B T D -> B T D", along="T"), _case("softmax_vjp", "B T D, B T D -> B T D", shares, along="T"),
     _case("logsumexp", "B V T -> B T"), _case("exp_minus", "B V, B, B -> B V"), _case("finite", "B -> B", infinite),
     _case("sum_exp", "B V, B -> B", constants=(1,)), _case("log_plus", "B T, B T -> B T", positive, constants=(1,)),
     _case("argmax", "B T V -> B T"), _case("argmax", "B (K H) -> B"), _case("rank_of", "B V, B -> B", normal, largest), _case("rank_of", "B (K H), B -> B", normal, largest), _case("from_rank", "B -> B", index("V")),
@@ -107,7 +128,8 @@ CASES: tuple[Case, ...] = (
     _case("update_cache", "B S K H, B T K H, B -> B S K H", normal, normal, index("S", "T")), _case("causal_mask", "B -> B T S", index("S")),
     _case("rms_norm", "B T D, D -> B T D", eps=1e-6), _case("rms_norm", "D, D -> D", eps=1e-6),
     _case("rms_norm_vjp", "B T D, D, B T D -> B T D, D", eps=1e-6), _case("rms_norm_vjp", "D, D, D -> D, D", eps=1e-6),
-    _case("rope_table", "B -> B T H", index("S"), theta=10.0, scaling=None), _case("rope", "B T K H, B T H -> B T K H"),
+    *(_case("rope_table", "B -> B T H", index("S"), theta=10.0, scaling=scaling, tolerance=ROUNDED["float32"]) for scaling in (None, (4.0, 1.0, 2.0, 9))),
+    _case("rope", "B T K H, B T H -> B T K H"),
     _case("rope_vjp", "B T K H, B T H -> B T K H"),
     _case("sample", "B V, B -> B", normal, index("S"), temperature=0.7, top_p=0.9, seed=3),
     _case("embedding", "B T, V D -> B T D", index("V")), _case("embedding_vjp", "B T, B T D -> V D", index("V")),

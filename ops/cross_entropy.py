@@ -19,6 +19,7 @@ and its derivative reads the logits once, without anything of their size being k
 """
 from __future__ import annotations
 
+import math
 from typing import Any, Mapping, Sequence
 
 import torch
@@ -32,6 +33,7 @@ from shardlib.ops.take import local, pick
 from shardlib.pointwise import OPS as UNARY
 from shardlib.program import Op, Step
 from shardlib.reductions import MAX
+from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Dim, Spec, parse_signature
 from shardlib.trace import apply
@@ -133,16 +135,46 @@ def _over_pieces(b: Any, step: Step, x: str) -> str:
     return b.call(SUB, [b.call(UNARY["log"], [total]), label])
 
 
+def _at_label(d: Dims, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which logits are at their row's label, and which rows have one."""
+    ignored = d.options.get("ignore_index")
+    return d.index(*_over(d.step).names) == labels, labels == labels if ignored is None else labels != ignored
+
+
+def _reference(d: Dims, x: Tensor, labels: Tensor) -> Tensor:
+    """The log of how much likelier all indices together are than the label."""
+    at, labelled = _at_label(d, labels)
+    odds = x - d.sum(torch.where(at, x, 0), *_over(d.step).names)
+    return torch.where(labelled, d.fold(torch.logaddexp, float("-inf"), torch.where(labelled, odds, 0)), 0)
+
+
+def _sums_reference(d: Dims, x: Tensor, labels: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    (at, labelled), over = _at_label(d, labels), _over(d.step).names
+    above = torch.where(labelled, x - top, 0)
+    return torch.where(labelled, d.sum(math.e ** above, *over), 1), d.sum(torch.where(at & labelled, above, 0), *over)
+
+
+def _sums_reference_vjp(d: Dims, x: Tensor, labels: Tensor, top: Tensor, *g: Tensor) -> tuple[Tensor, ...]:
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        made = [y.expand(c.shape) for y, c in zip(_sums_reference(d, x, labels, top.detach()), g)]
+    return torch.autograd.grad(made, [x], g)
+
+
 IGNORE = {"ignore_index": lambda value: value is None or isinstance(value, int) and not isinstance(value, bool)}
 LABELLED = dict(keywords=IGNORE, index=(1,), takes=("float", "index", "float"), reads=_reads)
 CROSS_ENTROPY = Op("cross_entropy", rule=lambda s: Rule(whole=_over(s).names), emit=_over_logits(token_losses, pieces=False), vjp=_vjp,
-                   distribute=_over_pieces, dtype=lambda d, o: [widest(d[0], "float32")], **LABELLED)
+                   distribute=_over_pieces, dtype=lambda d, o: [widest(d[0], "float32")], **LABELLED,
+                   reference=_reference)
 CROSS_ENTROPY_VJP = Op("cross_entropy_vjp", rule=lambda s: Rule(linear=((2,),), whole=_over(s).names),
-                       emit=_over_logits(token_losses_vjp, pieces=False), dtype=_as_logits, **LABELLED)
+                       emit=_over_logits(token_losses_vjp, pieces=False), dtype=_as_logits, **LABELLED,
+                       reference=lambda d, x, labels, g: d.vjp(_reference, (x, labels), g, d.step.ins[2]))
 LABEL_SUMS = Op("label_sums", rule=lambda s: Rule(sums=_over(s).names), emit=_over_logits(label_sums, pieces=True), vjp=_label_sums_vjp,
-                dtype=lambda d, o: [widest(d[0], d[2], "float32")] * 2, **LABELLED)
+                dtype=lambda d, o: [widest(d[0], d[2], "float32")] * 2, **LABELLED,
+                reference=_sums_reference)
 LABEL_SUMS_VJP = Op("label_sums_vjp", rule=lambda s: Rule(linear=((3, 4),)), emit=_over_logits(label_sums_vjp, pieces=True),
-                    dtype=_as_logits, **LABELLED)
+                    dtype=_as_logits, **LABELLED,
+                    reference=_sums_reference_vjp)
 
 
 def cross_entropy(text: str, logits: Any, labels: Any, *, ignore_index: int | None = None) -> Any:

@@ -14,6 +14,7 @@ from shardlib.errors import SpecError
 from shardlib.index_check import IndexSite
 from shardlib.ops.rope import positions
 from shardlib.program import Op, Step
+from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
 from shardlib.trace import apply
@@ -47,9 +48,22 @@ def _mask(e: Any, step: Step, args: list[str]) -> str:
     return f"{e.use(slots_seen)}({args[0]}, {offset}, {t}, {first}, {s})"
 
 
+def _update_reference(d: Dims, cache: Tensor, rows: Tensor, start: Tensor) -> Tensor:
+    slot, time = d.step.ins[0].names[1], d.step.ins[1].names[1]
+    written = d.index(slot) == start + d.index(time)
+    return torch.where(d.sum(written, time) > 0, d.sum(rows * written, time), cache)
+
+
+def _mask_reference(d: Dims, start: Tensor) -> Tensor:
+    _, time, slot = d.step.outs[0].names
+    return start + d.index(time) - d.index(slot) >= 0
+
+
 UPDATE_CACHE = Op("update_cache", rule=lambda s: Rule(linear=((0, 1),), whole=(s.ins[0].names[1], s.ins[1].names[1])), emit=_write,
-                  index=(2,), updates=0, reads=lambda d, o: [d[0], d[0], "int64"])
-CAUSAL_MASK = Op("causal_mask", rule=lambda s: Rule(), emit=_mask, index=(0,), dtype=lambda d, o: ["bool"])
+                  index=(2,), updates=0, reads=lambda d, o: [d[0], d[0], "int64"],
+                  reference=_update_reference)
+CAUSAL_MASK = Op("causal_mask", rule=lambda s: Rule(), emit=_mask, index=(0,), dtype=lambda d, o: ["bool"],
+                 reference=_mask_reference)
 
 
 def update_cache(text: str, cache: Any, rows: Any, start: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from shardlib.dtypes import as_they_come, widest
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step, number
+from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec
 from shardlib.trace import apply
@@ -47,12 +48,19 @@ def rms_norm_vjp(x: Tensor, w: Tensor, g: Tensor, eps: float) -> tuple[Tensor, T
     return dx.to(x.dtype), (gw * normed)[None].flatten(0, -2).sum(0).to(w.dtype)
 
 
+def _reference(d: Dims, x: Tensor, w: Tensor) -> Tensor:
+    (name,) = d.step.ins[1].names
+    return x * w / torch.sqrt(d.sum(x * x, name) / d.count(name) + d.options["eps"])
+
+
 RMS_NORM = Op("rms_norm", keywords={"eps": number}, rule=lambda s: Rule(linear=((1,),), whole=s.ins[1].names), infer=_infer, emit=_emit, vjp=_vjp,
-              takes=("float",), reads=as_they_come, dtype=lambda d, o: d[:1])
+              takes=("float",), reads=as_they_come, dtype=lambda d, o: d[:1],
+              reference=_reference)
 RMS_NORM_VJP = Op("rms_norm_vjp", keywords={"eps": number}, infer=lambda ins, attrs: (ins[0], ins[1]),
                   rule=lambda s: Rule(linear=((1,), (2,)), whole=s.ins[1].names, sums=s.ins[0].names[:-1], uses=((0, 1, 2), (0, 2))),
                   emit=lambda e, s, a: f"{e.use(rms_norm_vjp)}({', '.join(a)}, {s.options['eps']!r})",
-                  takes=("float",), reads=as_they_come, dtype=lambda d, o: [d[0], d[1]])
+                  takes=("float",), reads=as_they_come, dtype=lambda d, o: [d[0], d[1]],
+                  reference=lambda d, x, w, g: d.vjp(_reference, (x, w), g, d.step.ins[2]))
 
 
 def rms_norm(x: Any, w: Any, eps: float = 1e-6) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from shardlib.dtypes import FLOATS, as_they_come, widest
 from shardlib.errors import SpecError
 from shardlib.program import Op, Step, number
+from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.trace import apply
 
@@ -99,14 +100,42 @@ def _scaling(value: object) -> bool:
     return value is None or isinstance(value, tuple) and len(value) == 4 and all(map(number, value))
 
 
+def _table_reference(d: Dims, start: Tensor) -> Tensor:
+    """Radians of a pair by its wavelength: long ones (by Llama 3) turn `factor` times slower, short ones as they did, blended between."""
+    _, time, name = d.step.outs[0].names
+    half, odd = divmod(d.count(name), 2)
+    if odd:
+        raise ValueError(f"{name} is not made of two halves")
+    pair = d.index(name).double() % half
+    radians = d.options["theta"] ** (-pair / half)
+    if d.options["scaling"] is not None:
+        factor, low, high, context = d.options["scaling"]
+        turns_in_context = context * radians / (2 * math.pi)
+        short = ((turns_in_context - low) / (high - low)).clamp(0, 1)
+        radians = radians * (short + (1 - short) / factor)
+    angle = (start + d.index(time)) * radians
+    return torch.where(d.index(name) < half, angle.cos(), angle.sin())
+
+
+def _rope_reference(d: Dims, x: Tensor, table: Tensor) -> Tensor:
+    """Each pair is a complex number, multiplied by cos + i sin. The table is a constant."""
+    at = d.names.index(d.step.ins[1].names[-1])
+    x, table = (torch.complex(*t.unflatten(at, (2, d.sizes[d.names[at]] // 2)).unbind(at)) for t in (x, table.detach()))
+    turned = x * table
+    return torch.cat((turned.real, turned.imag), at)
+
+
 def _of_x(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | None]:
     return [dtypes[0]]
 
 
 ROPE_TABLE = Op("rope_table", keywords={"theta": number, "scaling": _scaling, "dtype": lambda v: v is None or v in FLOATS},
-                rule=lambda s: Rule(whole=s.outs[0].names[2:]), emit=_table, index=(0,), dtype=lambda d, o: [o.get("dtype") or "float32"])
-ROPE = Op("rope", rule=_rule, emit=_rope(turns), vjp=_vjp, index=(1,), joins=True, takes=("float",), reads=as_they_come, dtype=_of_x)
-ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(back_turns), index=(1,), takes=("float",), reads=as_they_come, dtype=_of_x)
+                rule=lambda s: Rule(whole=s.outs[0].names[2:]), emit=_table, index=(0,), dtype=lambda d, o: [o.get("dtype") or "float32"],
+                reference=_table_reference)
+ROPE = Op("rope", rule=_rule, emit=_rope(turns), vjp=_vjp, index=(1,), joins=True, takes=("float",), reads=as_they_come, dtype=_of_x,
+          reference=_rope_reference)
+ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(back_turns), index=(1,), takes=("float",), reads=as_they_come, dtype=_of_x,
+              reference=lambda d, g, table: d.vjp(lambda d, x: _rope_reference(d, x, table), (torch.zeros_like(g),), g, d.step.ins[0]))
 
 
 def rope_table(text: str, start: Any, *, theta: float, scaling: tuple[float, float, float, int] | None = None, dtype: str = "float32") -> Any:

@@ -5,6 +5,7 @@
 """
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from shardlib.errors import SpecError
 from shardlib.params import uniform
 from shardlib.program import Op, Step, number
+from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
 from shardlib.trace import apply
@@ -35,7 +37,26 @@ def _emit(e: Any, step: Step, args: list[str]) -> str:
     return f"{e.use(draw)}({', '.join(args)}, {e.rows(rows)[0]}, {o['temperature']!r}, {o['top_p']!r}, {o['seed']!r})"
 
 
-SAMPLE = Op("sample", keywords={"temperature": number, "top_p": number, "seed": number}, rule=lambda s: Rule(whole=s.ins[0].names[1:]), emit=_emit, index=(1,), takes=("float", "index"), dtype=lambda d, o: ["int64"], constant=True)
+def likeliest(p: list[float], top_p: float) -> list[int]:
+    """The fewest indices that make up `top_p` of `p`, the likeliest first, the lower one first among equals."""
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    below = itertools.accumulate((p[i] for i in order), initial=0.0)
+    return [i for i, sum in zip(order, below) if sum < top_p]
+
+
+def _reference(d: Dims, logits: Tensor, position: Tensor) -> Tensor:
+    """The index at which the likeliest, one after the other, exceed a share u of what they make up together."""
+    def one(row: int, logits: Tensor, position: Tensor) -> int:
+        p = (logits.double() / d.options["temperature"]).softmax(-1).tolist()
+        kept = likeliest(p, d.options["top_p"])
+        u = float(uniform(position * 2 ** 20 + row, d.options["seed"])) * sum(p[i] for i in kept)
+        return next((i for i, upto in zip(kept, itertools.accumulate(p[i] for i in kept)) if upto > u), kept[-1])
+    rows = zip(d.close(logits, d.step.ins[0]), d.close(position, d.step.ins[1]))
+    return d.open(torch.tensor([one(i, *row) for i, row in enumerate(rows)], dtype=torch.int64), d.step.outs[0])
+
+
+SAMPLE = Op("sample", keywords={"temperature": number, "top_p": number, "seed": number}, rule=lambda s: Rule(whole=s.ins[0].names[1:]), emit=_emit, index=(1,), takes=("float", "index"), dtype=lambda d, o: ["int64"], constant=True,
+            reference=_reference)
 
 
 def sample(text: str, logits: Any, position: Any, *, temperature: float, top_p: float = 1.0, seed: int = 0) -> Any:

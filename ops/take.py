@@ -15,6 +15,7 @@ from torch import Tensor
 from shardlib.errors import SpecError
 from shardlib.index_check import IndexSite
 from shardlib.program import Op, Step
+from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
 from shardlib.trace import apply
@@ -127,12 +128,26 @@ def _take_back(e: Any, step: Step, args: list[str]) -> str:
     return f"{e.use(pick_vjp)}({_index(args[0], index, x)}, {args[1]}, {x.dims.index(dim)}, {start}, {size}, {site})"
 
 
+def _reference(d: Dims, x: Tensor, index: Tensor) -> Tensor:
+    """The sum of x where the one dim that goes is at `index`."""
+    return d.sum(torch.where(d.index(*d.gone) == index, x, 0))
+
+
+def _back(d: Dims, index: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    x = d.open(g.new_zeros([d.count(n) for n in d.step.outs[0].names]), d.step.outs[0])
+    return d.vjp(_reference, (x, index), g, d.step.ins[1])
+
+
 EMBEDDING = Op("embedding", rule=lambda s: Rule(linear=((1,),), sums=s.ins[1].dims[0].names), emit=_embed, vjp=_embed_vjp, index=(0,),
-               dtype=lambda d, o: [d[1]])
+               dtype=lambda d, o: [d[1]],
+               reference=lambda d, ids, table: _reference(d, table, ids))
 EMBEDDING_VJP = Op("embedding_vjp", rule=lambda s: Rule(linear=((1,),), sums=s.ins[0].names), emit=_embed_back, index=(0,),
-                   dtype=lambda d, o: [d[1]])
-TAKE = Op("take", rule=lambda s: Rule(linear=((0,),), sums=s.ins[0].dim(_gone(*_pair(s))).names), emit=_take, vjp=_take_vjp, index=(1,))
-TAKE_VJP = Op("take_vjp", rule=lambda s: Rule(linear=((1,),)), emit=_take_back, index=(0,), dtype=lambda d, o: [d[1]])
+                   dtype=lambda d, o: [d[1]],
+                   reference=_back)
+TAKE = Op("take", rule=lambda s: Rule(linear=((0,),), sums=s.ins[0].dim(_gone(*_pair(s))).names), emit=_take, vjp=_take_vjp, index=(1,),
+          reference=_reference)
+TAKE_VJP = Op("take_vjp", rule=lambda s: Rule(linear=((1,),)), emit=_take_back, index=(0,), dtype=lambda d, o: [d[1]],
+              reference=_back)
 
 
 def _pair(step: Step) -> tuple[Any, Any]:

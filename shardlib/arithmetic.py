@@ -67,10 +67,14 @@ def _div_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
 
 
 _BOTH = Rule(linear=((0, 1),))
-ADD = Op("add", rule=lambda s: _BOTH, emit=_emit, infer=_infer("add"), vjp=_add_vjp, promotes=True)
-SUB = Op("sub", rule=lambda s: _BOTH, emit=_emit, infer=_infer("sub"), vjp=_add_vjp, takes=("number",), promotes=True)
-MUL = Op("mul", rule=lambda s: Rule(linear=((0,), (1,))), emit=_emit, infer=_infer("mul"), vjp=_mul_vjp, promotes=True)
-DIV = Op("div", rule=lambda s: Rule(linear=((0,),)), emit=_emit, infer=_infer("div"), vjp=_div_vjp, reads=reading(fractional), promotes=True)
+ADD = Op("add", rule=lambda s: _BOTH, emit=_emit, infer=_infer("add"), vjp=_add_vjp, promotes=True,
+         reference=lambda d, x, y: x + y)
+SUB = Op("sub", rule=lambda s: _BOTH, emit=_emit, infer=_infer("sub"), vjp=_add_vjp, takes=("number",), promotes=True,
+         reference=lambda d, x, y: -y + x)
+MUL = Op("mul", rule=lambda s: Rule(linear=((0,), (1,))), emit=_emit, infer=_infer("mul"), vjp=_mul_vjp, promotes=True,
+         reference=lambda d, x, y: x * y)
+DIV = Op("div", rule=lambda s: Rule(linear=((0,),)), emit=_emit, infer=_infer("div"), vjp=_div_vjp, reads=reading(fractional), promotes=True,
+         reference=lambda d, x, y: x * y ** -1)
 
 
 def _same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
@@ -83,13 +87,16 @@ def _reads(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | No
 
 SCALE = Op("scale", keywords={"by": number}, rule=lambda s: Rule(linear=((0,),)), infer=_same,
            emit=lambda e, s, a: f"{a[0]} * {s.options['by']!r}", reads=_reads,
-           vjp=lambda b, s, ct: [b.scale(ct[0], s.options["by"])])
+           vjp=lambda b, s, ct: [b.scale(ct[0], s.options["by"])],
+           reference=lambda d, x: d.options["by"] * x)
 SHIFT = Op("shift", keywords={"by": number}, rule=lambda s: Rule(linear=((0,),) if s.options["by"] == 0 else ()), infer=_same,
            emit=lambda e, s, a: f"{a[0]} + {s.options['by']!r}", reads=_reads,
-           vjp=lambda b, s, ct: [ct[0]])
+           vjp=lambda b, s, ct: [ct[0]],
+           reference=lambda d, x: d.options["by"] + x)
 RECIPROCAL = Op("reciprocal", rule=lambda s: Rule(), infer=_same,
                 emit=lambda e, s, a: f"torch.reciprocal({a[0]})", reads=reading(fractional),
-                vjp=lambda b, s, ct: [b.scale(b.call(MUL, [ct[0], b.call(MUL, [s.outputs[0], s.outputs[0]])]), -1.0)])
+                vjp=lambda b, s, ct: [b.scale(b.call(MUL, [ct[0], b.call(MUL, [s.outputs[0], s.outputs[0]])]), -1.0)],
+                reference=lambda d, x: 1 / x)
 
 
 def with_number(name: str, by: float, left: bool) -> list[tuple[Op, dict[str, Any]]]:

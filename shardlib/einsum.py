@@ -64,7 +64,8 @@ def _emit(e: Emitter, step: Step, args: list[str]) -> str:
     return contraction([list(s.labels) for s in step.ins], list(step.outs[0].labels), args, shapes)
 
 
-EINSUM = Op("einsum", rule=_rule, emit=_emit, vjp=_vjp, reads=reading(counted))
+EINSUM = Op("einsum", rule=_rule, emit=_emit, vjp=_vjp, reads=reading(counted),
+            reference=lambda d, *xs: d.sum(math.prod(xs)))
 
 
 def contraction(ins: list[list[str]], out: list[str], args: list[str], size: Mapping[str, int]) -> str:

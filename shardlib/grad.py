@@ -25,9 +25,11 @@ from shardlib.spec import Spec
 from shardlib.trace import fresh
 
 ONES_LIKE = Op("ones_like", rule=lambda s: Rule(), infer=lambda ins, attrs: (ins[0],), index=(0,), takes=("any",),
-               emit=lambda e, s, a: f"torch.ones_like({a[0]})")
+               emit=lambda e, s, a: f"torch.ones_like({a[0]})",
+               reference=lambda d, x: x.new_ones(()))
 ZEROS_LIKE = Op("zeros_like", rule=lambda s: Rule(linear=((0,),)), infer=lambda ins, attrs: (ins[0].owing(),), index=(0,), takes=("any",),
-                emit=lambda e, s, a: f"torch.zeros_like({a[0]})")
+                emit=lambda e, s, a: f"torch.zeros_like({a[0]})",
+                reference=lambda d, x: x.new_zeros(()))
 TABLE = {"ones_like": ONES_LIKE, "zeros_like": ZEROS_LIKE}
 REGATHER = ("all", "weights", "nothing")
 

@@ -6,7 +6,11 @@ derivatives are linear in `g`, so a cotangent may be owed. `relu` and `square` t
 """
 from __future__ import annotations
 
+import math
 from typing import Any, Callable, Sequence
+
+import torch
+from torch import Tensor
 
 from shardlib.arithmetic import align, broadcast
 from shardlib.dtypes import FLOATS, as_they_come, widest
@@ -29,6 +33,19 @@ UNARY: dict[str, tuple[str, str]] = {
 }
 OF_INTEGERS = ("relu", "square")
 PRODUCTS = ("exp", "square")        # their derivative is linear in its first operand, too
+REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x * (1 + torch.tanh(x / 2)) / 2,
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "relu": lambda x: torch.where(x <= 0, 0, x),
+    "tanh": lambda x: 2 * torch.sigmoid(2 * x) - 1,
+    "sigmoid": lambda x: (1 + torch.tanh(x / 2)) / 2,
+    "exp": lambda x: math.e ** x,
+    "log": lambda x: torch.log2(x) * math.log(2),
+    "rsqrt": lambda x: x ** -0.5,
+    "square": lambda x: x * x,
+}
+INVERSES: dict[str, Callable[[Tensor], Tensor]] = {         # of those whose derivative is told the result
+    "tanh": torch.atanh, "sigmoid": torch.logit, "exp": torch.log, "rsqrt": lambda y: y ** -2}
 
 
 def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
@@ -36,15 +53,18 @@ def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
 
 
 def _unary(name: str, value: str, slope: str) -> tuple[Op, Op]:
-    from_result = "{y}" in slope
+    from_result, function = "{y}" in slope, REFERENCES[name]
+    operand = INVERSES.get(name, lambda x: x)
     linear = ((0,), (1,)) if name in PRODUCTS else ((1,),)
     backward = Op(f"{name}_vjp", rule=lambda s: Rule(linear=linear), infer=_infer,
-                  emit=lambda e, s, a: "(" + slope.format(x=a[0], y=a[0], g=a[1]) + ")", takes=("float",))
+                  emit=lambda e, s, a: "(" + slope.format(x=a[0], y=a[0], g=a[1]) + ")", takes=("float",),
+                  reference=lambda d, x, g: d.vjp(lambda d, x: function(x), (operand(x),), g, d.step.ins[0]))
 
     def vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
         return [b.call(backward, [step.outputs[0] if from_result else step.inputs[0], ct[0]])]
     forward = Op(name, rule=lambda s: Rule(), infer=_infer, vjp=vjp, emit=lambda e, s, a: value.format(x=a[0]),
-                 takes=("number" if name in OF_INTEGERS else "float",))
+                 takes=("number" if name in OF_INTEGERS else "float",),
+                 reference=lambda d, x: function(x))
     return forward, backward
 
 
@@ -72,11 +92,14 @@ def _to(e: Any, step: Step, args: list[str]) -> str:
 
 
 CAST = Op("cast", keywords={"dtype": lambda v: v in FLOATS}, rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast_vjp,
-          emit=lambda e, s, a: f"{a[0]}.to(torch.{s.options['dtype']})", dtype=lambda d, o: [o["dtype"]])
+          emit=lambda e, s, a: f"{a[0]}.to(torch.{s.options['dtype']})", dtype=lambda d, o: [o["dtype"]],
+          reference=lambda d, x: x)
 CAST_LIKE = Op("cast_like", rule=lambda s: Rule(linear=((0,),), uses=((0,),)), infer=_infer, vjp=_cast_vjp, index=(1,), emit=_to,
-               takes=("any",), reads=as_they_come, dtype=lambda d, o: [d[1] if d[1] in FLOATS else d[1] and d[0]])
+               takes=("any",), reads=as_they_come, dtype=lambda d, o: [d[1] if d[1] in FLOATS else d[1] and d[0]],
+               reference=lambda d, x, like: x)
 WIDEN = Op("widen", rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast_vjp, emit=_to, reads=as_they_come,
-           dtype=lambda d, o: [widest(d[0], "float32")])
+           dtype=lambda d, o: [widest(d[0], "float32")],
+           reference=lambda d, x: x)
 
 
 def cast(x: Any, dtype: str) -> Any:
@@ -102,7 +125,8 @@ def _where_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
 
 
 WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=_where_infer, emit=_where_emit, vjp=_where_vjp, index=(0,),
-           takes=("mask", "any"), promotes=True)
+           takes=("mask", "any"), promotes=True,
+           reference=lambda d, mask, a, b: a.masked_fill(~mask, 0) + b.masked_fill(mask, 0))
 
 
 def where(mask: Any, a: Any, b: Any) -> Any:
@@ -110,7 +134,8 @@ def where(mask: Any, a: Any, b: Any) -> Any:
     return apply(WHERE, (mask, a, b))
 
 
-STOP_GRADIENT = Op("stop_gradient", rule=lambda s: Rule(linear=((0,),)), infer=_infer, emit=lambda e, s, a: f"{a[0]}.detach()", constant=True)
+STOP_GRADIENT = Op("stop_gradient", rule=lambda s: Rule(linear=((0,),)), infer=_infer, emit=lambda e, s, a: f"{a[0]}.detach()", constant=True,
+                   reference=lambda d, x: x.detach())
 
 
 def stop_gradient(x: Any) -> Any:

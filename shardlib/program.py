@@ -59,6 +59,7 @@ class Op:
     reads(dtypes, attrs): the dtypes in which the operands are read; by default the widest of those that are no index (`shardlib.dtypes`).
     dtype(dtypes, attrs): the results' dtypes; by default that in which the operands are read.
     promotes:    torch itself reads the operands so, those without dims excepted.
+    reference(d, *xs): what it means, in float64 by the names of its dims, another way than `emit` has it: see `shardlib.reference`.
     """
     name: str
     rule: Callable[[Step], Rule]
@@ -79,6 +80,7 @@ class Op:
     asserted: bool = False
     keywords: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     function: Callable | None = None
+    reference: Callable | None = None
 
     @property
     def takes_text(self) -> bool:

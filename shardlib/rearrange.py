@@ -65,8 +65,10 @@ def _rename_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
     return list(b.add(RENAME, [ready], [renamed(b.types[ready], back)]))
 
 
-REARRANGE = Op("rearrange", rule=lambda s: Rule(linear=((0,),)), emit=_emit, vjp=_vjp)
-RENAME = Op("rename", rule=lambda s: Rule(linear=((0,),)), emit=lambda e, s, a: a[0], vjp=_rename_vjp)
+REARRANGE = Op("rearrange", rule=lambda s: Rule(linear=((0,),)), emit=_emit, vjp=_vjp,
+               reference=lambda d, x: x)
+RENAME = Op("rename", rule=lambda s: Rule(linear=((0,),)), emit=lambda e, s, a: a[0], vjp=_rename_vjp,
+            reference=lambda d, x: d.open(d.close(x, d.step.ins[0]), d.step.outs[0]))
 
 
 def rearrange(text: str, x: Any) -> Any:

@@ -7,9 +7,11 @@ inside of an op is summed in float32, and rounded once.
 """
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Sequence
 
 import torch
+from torch import Tensor
 
 from shardlib.dtypes import counted, fractional, narrow, reading
 from shardlib.errors import SpecError
@@ -21,6 +23,7 @@ from shardlib.trace import apply
 
 if TYPE_CHECKING:
     from shardlib.emit import Emitter
+    from shardlib.reference import Dims
 
 
 def _gone(step: Step) -> tuple[str, ...]:
@@ -50,6 +53,10 @@ def _mean(e: Emitter, step: Step, args: list[str]) -> str:
     if (end := _rounded(e, step)) and _dims(step) and _count(e, step):
         return f"({args[0]}.sum({_dims(step)}, dtype=torch.float32) / {_count(e, step)}){end}"
     return f"{_sum(e, step, args)} / {_count(e, step)}" if _count(e, step) else f"{_sum(e, step, args)} * float('nan')"
+
+
+def _made(step: Step) -> tuple[str, ...]:
+    return tuple(n for n in step.outs[0].names if n not in step.ins[0].names)
 
 
 def _count(e: Emitter, step: Step) -> int:
@@ -88,16 +95,29 @@ def amax(x: Any, dims: tuple[int, ...]) -> Any:
     return x.amax(dims) if dims else x.clone()
 
 
+def _fold_max(d: Dims, x: Tensor) -> Tensor:
+    low = float("-inf") if x.is_floating_point() else False if x.dtype == torch.bool else torch.iinfo(x.dtype).min
+    return d.fold(torch.maximum, low, x)
+
+
 SUM = Op("sum", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_sum, vjp=lambda b, s, ct: [b.spread(ct[0], s.ins[0])],
-         reads=reading(counted))
-MEAN = Op("mean", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_mean, vjp=_mean_vjp, reads=reading(fractional), statistic=True)
+         reads=reading(counted),
+         reference=lambda d, x: d.sum(x))
+MEAN = Op("mean", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_mean, vjp=_mean_vjp, reads=reading(fractional), statistic=True,
+          reference=lambda d, x: d.sum(x) / d.count(*d.gone))
 SPREAD = Op("spread", keywords={"mean": lambda v: v in (None, True)}, rule=lambda s: Rule(linear=((0,),)), emit=_spread, vjp=None,
-            reads=lambda d, o: [fractional(d[0]) if o.get("mean") else d[0]])
-MAX = Op("max", rule=lambda s: Rule(maxes=_gone(s)), emit=_max)
+            reads=lambda d, o: [fractional(d[0]) if o.get("mean") else d[0]],
+            reference=lambda d, x: x / d.count(*_made(d.step)) if d.options.get("mean") else x)
+MAX = Op("max", rule=lambda s: Rule(maxes=_gone(s)), emit=_max,
+         reference=_fold_max)
 
 
 def _along(step: Step) -> str:
     return step.options["along"]
+
+
+def _softmax(d: Dims, x: Tensor) -> Tensor:
+    return math.e ** (x - d.fold(torch.logaddexp, float("-inf"), x, _along(d.step)))
 
 
 def _softmax_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
@@ -129,9 +149,11 @@ def _has_dim(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
 
 
 SOFTMAX = Op("softmax", takes=("float",), keywords={"along": nameable}, rule=lambda s: Rule(whole=(_along(s),)), infer=_has_dim, vjp=_softmax_vjp,
-             emit=lambda e, s, a: f"{a[0]}.softmax({s.ins[0].labels.index(_along(s))})")
+             emit=lambda e, s, a: f"{a[0]}.softmax({s.ins[0].labels.index(_along(s))})",
+             reference=lambda d, x: _softmax(d, x))
 SOFTMAX_VJP = Op("softmax_vjp", keywords={"along": nameable}, rule=lambda s: Rule(linear=((1,),), whole=(_along(s),)), infer=_has_dim,
-                 emit=_softmax_backward, takes=("float",))
+                 emit=_softmax_backward, takes=("float",),
+                 reference=lambda d, y, g: d.vjp(_softmax, (y.log(),), g, d.step.ins[0]))
 
 
 def _logsumexp_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
@@ -173,13 +195,18 @@ def _spread_logsumexp(b: Any, step: Step, x: str) -> str:
 
 
 LOGSUMEXP = Op("logsumexp", rule=lambda s: Rule(whole=_gone(s)), vjp=_logsumexp_vjp,
-               emit=_logsumexp, distribute=_spread_logsumexp, takes=("float",))
-EXP_MINUS = Op("exp_minus", rule=lambda s: Rule(linear=((2,),)), infer=_first, emit=_exp_minus, takes=("float",))
-FINITE = Op("finite", rule=lambda s: Rule(), infer=_first, takes=("float",), emit=lambda e, s, a: f"{a[0]}.masked_fill({a[0]}.isinf(), 0)")
+               emit=_logsumexp, distribute=_spread_logsumexp, takes=("float",),
+               reference=lambda d, x: d.fold(torch.logaddexp, float("-inf"), x))
+EXP_MINUS = Op("exp_minus", rule=lambda s: Rule(linear=((2,),)), infer=_first, emit=_exp_minus, takes=("float",),
+               reference=lambda d, x, m, g: g * math.e ** (x - m))
+FINITE = Op("finite", rule=lambda s: Rule(), infer=_first, takes=("float",), emit=lambda e, s, a: f"{a[0]}.masked_fill({a[0]}.isinf(), 0)",
+            reference=lambda d, x: torch.where(x.abs() == float("inf"), 0, x))
 SUM_EXP = Op("sum_exp", rule=lambda s: Rule(sums=_gone(s)), emit=_sum_exp, takes=("float",),
-             vjp=lambda b, s, ct: [b.call(EXP_MINUS, [s.inputs[0], s.inputs[1], ct[0]]), None])
+             vjp=lambda b, s, ct: [b.call(EXP_MINUS, [s.inputs[0], s.inputs[1], ct[0]]), None],
+             reference=lambda d, x, m: d.sum(math.e ** (x - m)))
 LOG_PLUS = Op("log_plus", rule=lambda s: Rule(), infer=_first, emit=_log_plus, takes=("float",),
-              vjp=lambda b, s, ct: [b.quotient(ct[0], s.inputs[0]), None])
+              vjp=lambda b, s, ct: [b.quotient(ct[0], s.inputs[0]), None],
+              reference=lambda d, x, m: m + torch.log2(x) * math.log(2))
 
 
 def _spread_argmax(b: Any, step: Step, x: str) -> str:
@@ -203,6 +230,18 @@ def rank_of(x: Any, top: Any, dim: int, start: int, n: int) -> Any:
     return amax(torch.where((x == top) | (x.isnan() & top.isnan()), -index, -n), (dim,))
 
 
+def _first_of(d: Dims, x: Tensor, top: Tensor) -> Tensor:
+    """The first index at which x is `top`; the size of the dim where there is none."""
+    here = (x == top) | (x != x) & (top != top)
+    return d.fold(torch.minimum, d.count(*d.gone), torch.where(here, d.index(*d.gone), d.count(*d.gone)))
+
+
+def _argmax_reference(d: Dims, x: Tensor) -> Tensor:
+    if not d.count(*d.gone):
+        raise IndexError("nothing is the largest of nothing")
+    return _first_of(d, x, _fold_max(d, x))
+
+
 def _not_empty(e: Emitter, step: Step) -> int:
     """The size of the dim that argmax runs over. SpecError for 0."""
     dim = step.ins[0].dims[_dims(step)[0]]
@@ -216,9 +255,12 @@ def _argmax(e: Emitter, step: Step, args: list[str]) -> str:
     return f"{args[0]}.argmax({_dims(step)[0]})"
 
 
-ARGMAX = Op("argmax", rule=lambda s: Rule(whole=_gone(s)), emit=_argmax, distribute=_spread_argmax, takes=("number",), dtype=lambda d, o: ["int64"])
-RANK_OF = Op("rank_of", rule=lambda s: Rule(maxes=_gone(s)), emit=_rank_of, takes=("number",), dtype=lambda d, o: ["int64"])
-FROM_RANK = Op("from_rank", takes=("number",), rule=lambda s: Rule(linear=((0,),)), infer=_first, emit=lambda e, s, a: f"-{a[0]}")
+ARGMAX = Op("argmax", rule=lambda s: Rule(whole=_gone(s)), emit=_argmax, distribute=_spread_argmax, takes=("number",), dtype=lambda d, o: ["int64"],
+            reference=_argmax_reference)
+RANK_OF = Op("rank_of", rule=lambda s: Rule(maxes=_gone(s)), emit=_rank_of, takes=("number",), dtype=lambda d, o: ["int64"],
+             reference=lambda d, x, top: -_first_of(d, x, top))
+FROM_RANK = Op("from_rank", takes=("number",), rule=lambda s: Rule(linear=((0,),)), infer=_first, emit=lambda e, s, a: f"-{a[0]}",
+               reference=lambda d, x: x * -1)
 
 
 def _call(op: Op, text: str, x: Any, lost: int | None = None) -> Any:
