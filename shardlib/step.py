@@ -89,7 +89,7 @@ class Stepper(Tracer):
         source = e.program(program)
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
-        return load(source, {**e.helpers, **e.constants, **e.plan}, groups, op.name), kinds
+        return load(source, e.space(self.runtime.device), groups, op.name), kinds
 
     def whole(self, value: Value) -> Tensor:
         """The scalar `value`, with what it owes paid."""
