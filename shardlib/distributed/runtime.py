@@ -170,6 +170,14 @@ class Runtime:
         for axes in wanted:
             self.group(axes)
 
+    def replays(self, title: str) -> Callable[[Callable[[], bool]], None]:
+        """What tells the watchdog of each replay of the captured step `title`, before its launch, and when it is over."""
+        if self._watchdog is None:
+            return lambda passed: None
+        watch, seat = self._watchdog.watch, self._watchdog.watch.replays(title, range(self.mesh.world_size))
+        seat.communicators = [c for group in dict.fromkeys(self._coordinators.values()) for c in group.communicators]
+        return lambda passed: watch.launch(seat, passed)
+
     def compare_plans(self, title: str, plan: str) -> None:
         """SpecError, the same on all ranks, unless all of them come here with the text `plan`. Every rank calls it."""
         if self.mesh.world_size > 1:
