@@ -43,7 +43,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
-    return attend(q, k, v, bias(causal(q, k, offset), q.shape[3], q.dtype))
+    """Query t sees keys s <= offset + t. From the beginning no mask is made: torch's own causal form is top-left aligned, as this one is."""
+    b, t, heads, g, h = q.shape
+    if offset or t != k.shape[1] or q.numel() == 0:
+        return attend(q, k, v, bias(causal(q, k, offset), g, q.dtype))
+    k, v = (x if g == 1 else x.repeat_interleave(g, 2) for x in (k, v))
+    out = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+    return out.transpose(1, 2).unflatten(2, (heads, g))
 
 
 def attend_vjp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The functions one calls on a sharded function: lower, compile, and calling it."""
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
@@ -103,6 +104,12 @@ class Compiled:
         self._variants: dict[tuple, tuple[Callable, Callable]] = {}
         self._results: tuple[Any, ...] = ()
         self._likes: dict[int, Params] = {}         # argument -> a pytree like the one it takes
+
+    def at(self, **sizes: int) -> Compiled:
+        """The same where dims have these global sizes; what has been made for some of them is made for all."""
+        made = copy(self)
+        made.sizes = {**self.sizes, **sizes}
+        return made
 
     def lower(self, *args: Any) -> Program:
         """The explicit program; `args` say which pytrees it takes, as for `lower`. What an earlier call has said need not be said again;
