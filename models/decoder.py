@@ -110,6 +110,10 @@ class Decoder:
         """Whether a bucket of this size has its graph."""
         return (slots.size, self.capacity) in self._graphs
 
+    def cache_bytes(self, rows: int, length: int) -> int:
+        """Of the keys and values of so many rows on this rank, each `length` long."""
+        return sum(map(prod, self._shapes(rows, length).values())) * self.buffer.dtype.itemsize
+
     def compact(self, slots: Slots, smaller: Smaller) -> None:
         """Moves the rows that live on to the front, each on its own rank."""
         source = self._tensor(smaller.source)
@@ -194,9 +198,12 @@ class Decoder:
         start, count = self.runtime.mesh.extent(size, kind.dims[1].axes, self.runtime.coordinate)
         return start // count
 
-    def _views(self, size: int, capacity: int) -> dict[str, Tensor]:
+    def _shapes(self, size: int, capacity: int) -> dict[str, tuple[int, ...]]:
         sizes, mesh, here = {**self.sizes, "B": size, "S": capacity}, self.runtime.mesh, self.runtime.coordinate
-        shapes = {path: mesh.local_shape(kind, sizes, here) for path, kind in self._kinds(size, capacity).items()}
+        return {path: mesh.local_shape(kind, sizes, here) for path, kind in self._kinds(size, capacity).items()}
+
+    def _views(self, size: int, capacity: int) -> dict[str, Tensor]:
+        shapes = self._shapes(size, capacity)
         if self._made != self.buffer.made or not self.buffer.room(shapes):
             self._graphs.clear()                        # they, and what they hold, first
             self._caches.clear()

@@ -20,6 +20,7 @@ from shardlib.models.decoder import CacheBuffer, Decoder
 from shardlib.models.llama import Cache, Llama, LlamaConfig, next_logits, next_token, prompt_logits, prompt_token
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
+from shardlib.models.random_weights import random_weights, shape_of
 from shardlib.models.slots import Slots
 from shardlib.ops import sample
 from shardlib.params import fill, leaf_values, struct
@@ -81,6 +82,13 @@ class Model:
         shards = load(checkpoint, types, runtime.mesh, runtime.coordinate, dtype, runtime.device)
         return cls(config, fill(llama_of(config), "", lambda path: shards.pop(path[1:])), layout, runtime, dtype)
 
+    @classmethod
+    def random(cls, name: str, layout: Layout, runtime: Runtime, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Model:
+        """A model of the published shape `name`, its weights drawn on this rank's device: to measure without a download."""
+        config = shape_of(name)
+        drawn = random_weights(config, weight_types(config, layout, runtime.mesh), runtime.mesh, runtime.coordinate, dtype, runtime.device, seed)
+        return cls(config, fill(llama_of(config), "", lambda path: drawn.pop(path[1:])), layout, runtime, dtype)
+
     def pack(self) -> Model:
         """The same model with its weights in the form that runs fastest. Each plain weight is let go as soon as it is packed."""
         step, weights = self._step(Sampling()), self.weights
@@ -109,7 +117,8 @@ class Model:
             self._steps[sampling, first] = made
         return self._steps[sampling, first]
 
-    def _decoder(self, sampling: Sampling, graph: bool) -> Decoder:
+    def decoder(self, sampling: Sampling = Sampling(), graph: bool = True) -> Decoder:
+        """The device's side of `generate`, step by step: to measure."""
         if (sampling, graph) not in self._decoders:
             function, _ = self._function(sampling)
             self._decoders[sampling, graph] = Decoder(
@@ -126,7 +135,7 @@ class Model:
         """
         check_prompts(prompts, max_new_tokens, self.config)
         graph = self.runtime.device.type == "cuda" if graph is None else graph
-        decoder, tokens, ended = self._decoder(sampling, graph), [list(p) for p in prompts], set()
+        decoder, tokens, ended = self.decoder(sampling, graph), [list(p) for p in prompts], set()
         began, flying = time.perf_counter(), deque()
         with torch.inference_mode():
             slots = decoder.begin(prompts, max_new_tokens, sorted(eos_ids))

@@ -90,7 +90,7 @@ def test_captured_tokens_are_the_eager_ones(one: Model, batch: tuple, chunk: int
 
 def test_prompts_make_few_sizes(one: Model) -> None:
     """One graph for each bucket and capacity, whatever the prompts are."""
-    made = one._decoder(Sampling(), True)
+    made = one.decoder(Sampling(), True)
     made._graphs.clear()
     for length in range(1, 11):
         for rows in (3, 4):
@@ -123,7 +123,7 @@ def test_nothing_is_launched_before_the_step_before_the_last_is_known(one: Model
 
 
 def test_an_ended_row_keeps_its_place(one: Model) -> None:
-    made = one._decoder(Sampling(), True)
+    made = one.decoder(Sampling(), True)
     with torch.inference_mode():
         slots = made.begin([[1, 2, 3], [4]], 8, [])
         made.live[1] = False
