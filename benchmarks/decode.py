@@ -52,23 +52,22 @@ def by_hand(model: Model, rows: int, sums: str, group: dist.ProcessGroup | None)
 
 
 def kernels(model: Model, rows: int) -> dict[str, list[float]]:
-    """name -> [µs a step, launches a step] of every kernel of one replay, the longest first."""
-    decoder = model.decoder()
+    """name -> [µs a step, launches a step] of every kernel of the last of a few replays, the longest first. Ranks have met by then."""
+    decoder, replays = model.decoder(), 4
     with torch.inference_mode():
         slots = decoder.begin([[1] * PROMPT] * rows, NEW, [])
-        for _ in range(3):
-            decoder.advance(slots)
+        decoder.advance(slots)
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            decoder.advance(slots)
+            for _ in range(replays):
+                decoder.advance(slots)
             torch.cuda.synchronize()
-    found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    times: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            entry = found[re.sub(r"<.*", "", event.name)[:60]]
-            entry[0] += event.time_range.elapsed_us()
-            entry[1] += 1
-    return {name: [round(us, 1), n] for name, (us, n) in sorted(found.items(), key=lambda item: -item[1][0])}
+            times[re.sub(r"<[^(]*", "", event.name).removeprefix("void ").removeprefix("at::native::")[:70]].append((event.time_range.start, event.time_range.elapsed_us()))
+    last = {name: [us for _, us in sorted(found)[-(len(found) // replays):]] for name, found in times.items() if len(found) >= replays}
+    return {name: [round(sum(us), 1), len(us)] for name, us in sorted(last.items(), key=lambda item: -sum(item[1]))}
 
 
 def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list[str], rate: float) -> tuple[list[dict], dict]:
@@ -76,7 +75,7 @@ def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list
     model = Model.random(shape, named_layout("tp", mesh), runtime).pack()
     group = None
     if mesh.world_size > 1:
-        group = dist.new_group(list(range(mesh.world_size)))
+        group = dist.new_group(list(range(mesh.world_size)), backend="nccl")
     rows, profiles = [], {}
     for batch in batches:
         m: Measured = measure(model, batch, PROMPT, NEW, rate)

@@ -6,6 +6,7 @@ position: what it writes into the cache lies beyond what it has, in its own slot
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from typing import Callable, Iterator, Mapping, Sequence
 
@@ -22,7 +23,18 @@ from shardlib.spec import Spec
 
 PROMPT_TOKENS, LATER_TOKENS = 1 << 15, 1 << 12
 """Tokens of all rows that go through the model at once: at the beginning of prompts, and after it, where attention takes a mask."""
+CAPTURED_TOKENS = 1 << 13
+"""Up to which a prompt's beginning is captured, when its size comes for the second time: its launches take longer than its work."""
 SMALLEST_CHUNK, ENDS = 16, 16
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A captured beginning of prompts: what it reads, what it gives."""
+    ids: Tensor
+    last: Tensor
+    chosen: Tensor
+    graph: Graph
 
 
 class CacheBuffer:
@@ -57,6 +69,7 @@ class Decoder:
         self.runtime, self.buffer, self.graph = runtime, cache, graph
         self.capacity, self._made, self._turn = 0, 0, 0
         self._graphs: dict[tuple[int, int], Graph] = {}
+        self._beginnings: dict[tuple[int, ...], Beginning | None] = {}      # None: has come once
         self._caches: dict[tuple[int, int], object] = {}
         self._allocate(0, ENDS)
 
@@ -145,9 +158,31 @@ class Decoder:
         for begin, count in self._chunks(size, max(map(len, rows))):
             ids = self._tensor([[*p[begin:begin + count], *[0] * (count - len(p[begin:begin + count]))] for p in rows])
             last = (lengths - 1 - begin).clamp(0, count - 1)
-            self._run(begin == 0, size, self.capacity, ids, torch.full_like(lengths, begin), last, chosen)
+            if self.graph and begin == 0 and ids.numel() <= CAPTURED_TOKENS:
+                self._begin_prompts(ids, last, chosen)
+            else:
+                self._run(begin == 0, size, self.capacity, ids, torch.full_like(lengths, begin), last, chosen)
             here = (lengths > begin) & (lengths <= begin + count)
             self.tokens[:size] = torch.where(here, chosen, self.tokens[:size])
+
+    def _begin_prompts(self, ids: Tensor, last: Tensor, chosen: Tensor) -> None:
+        """As `_run` does; from the second time on by a graph."""
+        (size, count), capacity = ids.shape, self.capacity
+        key = size, capacity, count
+        if key not in self._beginnings:
+            self._beginnings[key] = None
+            self._run(True, size, capacity, ids, self.zeros[:size], last, chosen)
+            return
+        made = self._beginnings[key]
+        if made is None:
+            graph = Graph(f"{self.name}, the beginning of {size} rows of {count} in {capacity}",
+                          lambda: self._run(True, size, capacity, ids, self.zeros[:size], last, chosen), self.runtime)
+            self._beginnings[key] = Beginning(ids, last, chosen, graph)
+            return
+        made.ids.copy_(ids)
+        made.last.copy_(last)
+        made.graph.replay()
+        chosen.copy_(made.chosen)
 
     def _chunks(self, size: int, longest: int) -> Iterator[tuple[int, int]]:
         """(begin, length) of each: of few lengths, so that few programs are made."""
@@ -175,11 +210,16 @@ class Decoder:
     def _allocate(self, rows: int, ends: int) -> None:
         """The state of so many slots; graphs on smaller buffers are let go."""
         device = self.runtime.device
-        self._graphs.clear()
+        self._forget()
         self.ids, self.position, self.row, self.tokens, self.zeros = torch.zeros((5, rows), dtype=torch.int64, device=device)
         self.live = torch.zeros(rows, dtype=torch.bool, device=device)
         self.ends = torch.full((ends,), -1, dtype=torch.int64, device=device)
         self.hosts = torch.zeros((2, rows), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+
+    def _forget(self) -> None:
+        """Lets go the graphs on buffers that are no more."""
+        self._graphs.clear()
+        self._beginnings.clear()
 
     def _tensor(self, values: Sequence) -> Tensor:
         return torch.tensor(values, device=self.runtime.device)
@@ -205,7 +245,7 @@ class Decoder:
     def _views(self, size: int, capacity: int) -> dict[str, Tensor]:
         shapes = self._shapes(size, capacity)
         if self._made != self.buffer.made or not self.buffer.room(shapes):
-            self._graphs.clear()                        # they, and what they hold, first
+            self._forget()                              # they, and what they hold, first
             self._caches.clear()
         views = self.buffer.views(shapes)
         self._made = self.buffer.made

@@ -83,7 +83,8 @@ def _emit(e: Any, step: Step, args: list[str]) -> str:
         added = e.hoist(args[3], f"{e.use(bias)}({{x}}, {g}, torch.{widest(*(e.dtypes[n] for n in step.inputs[:3]))})")
         if t == 1 and min(b, heads, g, *e.shape(step.ins[1])) > 0:
             k, v = (f"{x}.transpose(1, 2)" for x in args[1:3])
-            return e.view(f"F.scaled_dot_product_attention({e.view(args[0], (b, heads, g, h))}, {k}, {v}, attn_mask={added})", e.shape(step.outs[0]))
+            out = f"F.scaled_dot_product_attention({e.view(args[0], (b, heads, g, h))}, {k}, {v}, attn_mask={added}).contiguous()"
+            return e.view(out, e.shape(step.outs[0]))       # some kernels of CUDA give the queries of a head one after another
         return f"{e.use(attend)}({', '.join(args[:3])}, {added})"
     return f"{e.use(attend_causal)}({', '.join(args)}, {_offset(e, step)})"
 

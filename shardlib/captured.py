@@ -15,7 +15,8 @@ want gradients, and ranks that come to record different graphs.
 """
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+from functools import partial
+from typing import Any, Callable, NoReturn, Sequence
 
 import torch
 from torch import Tensor
@@ -37,28 +38,42 @@ class Graph:
     """
 
     def __init__(self, title: str, call: Callable[[], None], runtime: Runtime) -> None:
-        self.title, self.replay = title, call
+        self.title, self._call = title, call
+        self._graph: torch.cuda.CUDAGraph | None = None
         runtime.compare_plans(f"the graph of {title}", title)
         if runtime.device.type != "cuda":
             call()
             return
-        self._graph, pool = new_graph(runtime.device)
+        graph, pool = new_graph(runtime.device)
         with on_capture_stream(runtime.device) as stream:
             call()
             try:
-                with torch.cuda.graph(self._graph, pool, stream, "thread_local"):
+                with torch.cuda.graph(graph, pool, stream, "thread_local"):
                     call()
             except RankError:
                 raise
             except RuntimeError as error:
                 raise SpecError(f"{title} cannot be captured: {str(error).splitlines()[0]}; compile it without graph=True") from error
-        self.replay, self._begin = self._launch, runtime.replays(title)
+        self._graph = graph
+        self._begin = runtime.replays(title, self)
 
-    def _launch(self) -> None:
+    def replay(self) -> None:
+        if self._graph is None:
+            self._call()
+            return
         ends: list[torch.cuda.Event] = []
         self._begin(lambda: bool(ends) and passed(ends[0]))
         self._graph.replay()
         ends.append(torch.cuda.current_stream().record_event())
+
+    def close(self) -> None:
+        """Lets go what was recorded; it cannot be replayed any more."""
+        self._graph.reset()
+        self._graph, self._call = None, partial(_closed, self.title)
+
+
+def _closed(title: str) -> NoReturn:
+    raise SpecError(f"{title}: the runtime is closed; connect again")
 
 
 class Captures:

@@ -179,6 +179,7 @@ class Cuda:
     def new(self) -> Any:
         class Made:
             replay = staticmethod(lambda: self.log.append("replay"))
+            reset = staticmethod(lambda: self.log.append("reset"))
         return Made()
 
     def pool(self) -> tuple[int, int]:
@@ -217,7 +218,7 @@ class Rank:
     def compare_plans(self, title: str, plan: str) -> None:
         self.compared.append((title, plan))
 
-    def replays(self, title: str) -> Any:
+    def replays(self, title: str, graph: Any) -> Any:
         seat = self.watch.replays(title, (0, 1))
         return lambda passed: self.watch.launch(seat, passed)
 
@@ -269,8 +270,20 @@ def test_what_cannot_be_captured(cuda: Cuda) -> None:
     assert str(refused.value) == "f of 3 cannot be captured: operation not permitted when stream is capturing; compile it without graph=True"
 
 
-def test_one_rank_of_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without other ranks nothing is watched; the runtime offers it all the same."""
+def test_a_graph_ends_with_its_runtime(cuda: Cuda) -> None:
+    """Before the groups do: NCCL waits for graphs that hold its calls. One that nobody holds is gone already."""
     with connect(Mesh(), "cpu") as runtime:
-        runtime.replays("f")(lambda: True)
+        runtime.device = torch.device("cuda", 0)
+        graph, _ = Graph("f", lambda: None, runtime), Graph("g", lambda: None, runtime)
+        del _
+        runtime.device = torch.device("cpu")
+        assert "reset" not in cuda.log
+    assert cuda.log.count("reset") == 1
+    with pytest.raises(SpecError) as refused:
+        graph.replay()
+    assert str(refused.value) == "f: the runtime is closed; connect again"
+
+
+def test_one_rank_of_the_runtime() -> None:
+    with connect(Mesh(), "cpu") as runtime:
         assert compile(double, Layout(), runtime=runtime, graph=True)(torch.ones(2)).tolist() == [2, 2]

@@ -89,14 +89,15 @@ def test_captured_tokens_are_the_eager_ones(one: Model, batch: tuple, chunk: int
 
 
 def test_prompts_make_few_sizes(one: Model) -> None:
-    """One graph for each bucket and capacity, whatever the prompts are."""
+    """One graph for each bucket and capacity, whatever the prompts are; of their beginnings, where a size comes again."""
     made = one.decoder(Sampling(), True)
-    made._graphs.clear()
+    made._forget()
     for length in range(1, 11):
         for rows in (3, 4):
             one.generate([[1] * length] * rows, 6, graph=True)
     assert sorted(made._graphs) == [(4, 8), (4, 16)] and made.capacity == 16
     one.generate([[1] * 40], 6, graph=True)
+    assert {key: held is not None for key, held in made._beginnings.items()} == {(4, 8, 8): True, (4, 16, 16): True, (1, 48, 48): False}
     assert made.capacity == CONFIG.max_context and list(made._chunks(4, 40)) == [(0, 48)] and [*made._chunks(4096, 40)] == [(0, 16), (16, 16), (32, 16)]
 
 
