@@ -1,27 +1,34 @@
 """Batch generation: prefill once, then one token at a time for every unfinished prompt.
 
 Prompts of unequal length are padded on the right. Each row has its own position: what padding wrote into the cache is
-overwritten before any query may see it.
+overwritten before any query may see it. What is on the device is the `Decoder`'s; what is decided, by tokens alone, is decided here.
 """
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Callable, Collection, Sequence
 
 import torch
 
 from shardlib import Layout, Mesh, SpecError, compile, lower, sharded
-from shardlib.api import shard_of
-from shardlib.api import arg_types
+from shardlib.api import Compiled
 from shardlib.distributed.runtime import Runtime
 from shardlib.models.checkpoint import Checkpoint
-from shardlib.models.llama import Cache, Llama, LlamaConfig, next_logits, next_token
+from shardlib.models.decoder import CacheBuffer, Decoder
+from shardlib.models.llama import Cache, Llama, LlamaConfig, next_logits, next_token, prompt_logits, prompt_token
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
+from shardlib.models.random_weights import random_weights, shape_of
+from shardlib.models.slots import Slots
 from shardlib.ops import sample
-from shardlib.params import fill, init, leaf_values, struct
+from shardlib.params import fill, leaf_values, struct
 from shardlib.program import Program
+from shardlib.trace import Function
+
+WORTH_MOVING, WORTH_CAPTURING = 4, 256
+"""Steps that must be to come for rows to be moved into a smaller bucket; where that has no graph yet, for one to be captured, too."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,22 @@ class Sampling:
     seed: int = 0
 
 
-@sharded("B T/1, *, *, B, B -> B/1, *")
-def next_sample(ids, w: Llama, cache: Cache, start, last, *, config, sampling):
-    """One drawn token a row, by (seed, position, row)."""
+@sharded("B T/1, *, *, B, B, B -> B/1, *")
+def next_sample(ids, w: Llama, cache: Cache, start, last, row, *, config, sampling):
+    """One drawn token a row, by (seed, position, number of the row)."""
     logits, cache = next_logits(ids, w, cache, start, last, config=config)
-    return sample("B V, B -> B", logits, start + last, temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed), cache
+    return drawn(logits, start + last, row, sampling), cache
+
+
+@sharded("B T/1, *, *, B, B, B -> B/1, *")
+def prompt_sample(ids, w: Llama, cache: Cache, start, last, row, *, config, sampling):
+    """The same after a prompt's beginning."""
+    logits, cache = prompt_logits(ids, w, cache, start, last, config=config)
+    return drawn(logits, start + last, row, sampling), cache
+
+
+def drawn(logits, position, row, sampling):
+    return sample("B V, B, B -> B", logits, position, row, temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed)
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,9 @@ class Model:
 
     def __init__(self, config: LlamaConfig, weights: Llama, layout: Layout, runtime: Runtime, dtype: torch.dtype) -> None:
         self.config, self.weights, self.layout, self.runtime, self.dtype = config, weights, layout, runtime, dtype
-        self._steps: dict[Sampling, object] = {}
+        self._steps: dict[tuple[Sampling, bool], Compiled] = {}
+        self._decoders: dict[tuple[Sampling, bool], Decoder] = {}
+        self._cache = CacheBuffer(dtype, runtime.device)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, layout: Layout, runtime: Runtime, dtype: torch.dtype = torch.float32) -> Model:
@@ -62,12 +82,20 @@ class Model:
         shards = load(checkpoint, types, runtime.mesh, runtime.coordinate, dtype, runtime.device)
         return cls(config, fill(llama_of(config), "", lambda path: shards.pop(path[1:])), layout, runtime, dtype)
 
+    @classmethod
+    def random(cls, name: str, layout: Layout, runtime: Runtime, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Model:
+        """A model of the published shape `name`, its weights drawn on this rank's device: to measure without a download."""
+        config = shape_of(name)
+        drawn = random_weights(config, weight_types(config, layout, runtime.mesh), runtime.mesh, runtime.coordinate, dtype, runtime.device, seed)
+        return cls(config, fill(llama_of(config), "", lambda path: drawn.pop(path[1:])), layout, runtime, dtype)
+
     def pack(self) -> Model:
         """The same model with its weights in the form that runs fastest. Each plain weight is let go as soon as it is packed."""
         step, weights = self._step(Sampling()), self.weights
         leaves = dict(leaf_values(weights, "w"))
         self.weights = weights = None
         self.weights = step.prepare("w", leaves, llama_of(self.config))
+        self._decoders.clear()
         return self
 
     def lower(self, sampling: Sampling = Sampling()) -> Program:
@@ -75,53 +103,70 @@ class Model:
         function, static = self._function(sampling)
         return lower(function, self.layout, None, llama_of(self.config), mesh=self.runtime.mesh, **static)
 
-    def _function(self, sampling: Sampling) -> tuple:
+    def _function(self, sampling: Sampling, first: bool = False) -> tuple[Function, dict[str, object]]:
+        """The program of a step, or of the beginning of prompts, and what it is made with."""
         if sampling.temperature == 0:
-            return next_token, {"config": self.config}
-        return next_sample, {"config": self.config, "sampling": sampling}
+            return prompt_token if first else next_token, {"config": self.config}
+        return prompt_sample if first else next_sample, {"config": self.config, "sampling": sampling}
 
-    def _step(self, sampling: Sampling) -> object:
-        if sampling not in self._steps:
-            function, static = self._function(sampling)
-            self._steps[sampling] = compile(function, self.layout, runtime=self.runtime, sizes=self.config.sizes, donate=("cache",), **static)
-        return self._steps[sampling]
+    def _step(self, sampling: Sampling, first: bool = False) -> Compiled:
+        if (sampling, first) not in self._steps:
+            function, static = self._function(sampling, first)
+            made = compile(function, self.layout, runtime=self.runtime, sizes=self.config.sizes, donate=("cache",), **static)
+            made.lower(None, llama_of(self.config))
+            self._steps[sampling, first] = made
+        return self._steps[sampling, first]
+
+    def decoder(self, sampling: Sampling = Sampling(), graph: bool = True) -> Decoder:
+        """The device's side of `generate`, step by step: to measure."""
+        if (sampling, graph) not in self._decoders:
+            function, _ = self._function(sampling)
+            self._decoders[sampling, graph] = Decoder(
+                function.__name__, lambda first, rows, capacity: self._step(sampling, first).at(B=rows, S=capacity), sampling.temperature > 0,
+                self.weights, self.config.sizes, self.config.max_context, self.runtime, self._cache, graph)
+        return self._decoders[sampling, graph]
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int] = (), sampling: Sampling = Sampling(),
-                 on_tokens: Callable[[list[int | None]], None] = lambda new: None) -> Generated:
-        """Continue every prompt by up to `max_new_tokens`. `on_tokens` gets each step's new token per row, None where a row is done."""
-        check_prompts(prompts, max_new_tokens, self.config)
-        rows, mesh, here = len(prompts), self.runtime.mesh, self.runtime.coordinate
-        longest = max(map(len, prompts))
-        step = self._step(sampling)
-        step.sizes.update(B=rows, S=longest + max_new_tokens)
-        program = step.lower(None, llama_of(self.config))
-        kinds = arg_types(program, "cache")
-        cache = step.prepare("cache", init(Cache, {**self.config.sizes, **step.sizes}, kinds, mesh=mesh, coordinate=here, dtype=self.dtype,
-                                           path="cache", device=self.runtime.device))
-        types = dict(program.args)
+                 on_tokens: Callable[[list[int | None]], None] = lambda new: None, graph: bool | None = None) -> Generated:
+        """Continue every prompt by up to `max_new_tokens`. `on_tokens` gets each step's new token per row, None where a row is done.
 
-        def local(name: str, values: object) -> torch.Tensor:
-            return shard_of(torch.tensor(values, device=self.runtime.device), types[name], mesh, here)
-        ids = local("ids", [[*p, *[0] * (longest - len(p))] for p in prompts])
-        start, last = [0] * rows, [len(p) - 1 for p in prompts]
-        tokens = [list(p) for p in prompts]
-        live = [True] * rows
-        made, began = 0, time.perf_counter()
+        graph: each step is the replay of a CUDA graph, of a bucket of rows and a capacity of the cache, rounded up; by default on GPUs.
+        The host then follows one step behind: all ranks decide what comes after step n + 1 by the tokens of step n, which are the same.
+        """
+        check_prompts(prompts, max_new_tokens, self.config)
+        graph = self.runtime.device.type == "cuda" if graph is None else graph
+        decoder, tokens, ended = self.decoder(sampling, graph), [list(p) for p in prompts], set()
+        began, flying = time.perf_counter(), deque()
         with torch.inference_mode():
-            for _ in range(max_new_tokens):
-                chosen, cache = step(ids, self.weights, cache, local("start", start), local("last", last))
-                new = chosen.tolist()
-                for row in range(rows):
-                    if live[row]:
-                        tokens[row].append(new[row])
-                        made += 1
-                on_tokens([new[row] if live[row] else None for row in range(rows)])
-                live = [ok and token not in eos_ids for ok, token in zip(live, new)]
-                if not any(live):
-                    break
-                start, last = [s + n + 1 for s, n in zip(start, last)], [0] * rows
-                ids = local("ids", [[n] for n in new])
+            slots = decoder.begin(prompts, max_new_tokens, sorted(eos_ids))
+            flying.append((slots, decoder.fetch(slots)))
+            launched = 1
+            while len(ended) < len(prompts) and (flying or launched < max_new_tokens):
+                if len(flying) <= graph and launched < max_new_tokens:
+                    decoder.advance(slots)
+                    flying.append((slots, decoder.fetch(slots)))
+                    launched += 1
+                    continue
+                new = _by_row(*flying.popleft(), len(prompts))
+                on_tokens([None if row in ended else new[row] for row in range(len(prompts))])
+                for row in {*range(len(prompts))} - ended:
+                    tokens[row].append(new[row])
+                ended |= {row for row in range(len(prompts)) if row not in ended and new[row] in eos_ids}
+                smaller = slots.without(ended) if graph and ended else None
+                if smaller and max_new_tokens - launched >= (WORTH_MOVING if decoder.captured(smaller.slots) else WORTH_CAPTURING):
+                    decoder.compact(slots, smaller)
+                    slots = smaller.slots
+        made = sum(map(len, tokens)) - sum(map(len, prompts))
         return Generated(tokens, made, time.perf_counter() - began)
+
+
+def _by_row(slots: Slots, fetched: Callable[[], list[int]], rows: int) -> list[int | None]:
+    """The token of each row, once it has come; None where the row has no slot any more."""
+    new: list[int | None] = [None] * rows
+    for row, token in zip(slots.rows, fetched()):
+        if row is not None:
+            new[row] = token
+    return new
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: LlamaConfig) -> None:

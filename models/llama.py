@@ -1,6 +1,6 @@
-"""Llama, one page: the weights, one block, and the three programs made of it.
+"""Llama, one page: the weights, one block, and the programs made of it.
 
-B batch  T query time  S key time (cache slots)  D d_model  L layers
+B batch  T query time  S key time (cache slots)  P key time in a prompt  D d_model  L layers
 K kv heads  G queries per kv head  H head_dim  F d_ff  V vocab
 
 No line here knows of ranks or meshes. `Layout(K="tp", F="tp", V="tp")` makes it tensor parallel, `T="tp"` after that
@@ -107,6 +107,16 @@ def cached_block(x, w: Block, cache: KeyValue, start, angles, mask, *, config):
     return rest(x, a, w, config), KeyValue(k=k, v=v)
 
 
+@sharded("B T D, *, *, B, B T/1 H -> B T D, *")
+def prompt_block(x, w: Block, cache: KeyValue, start, angles, *, config):
+    """The same where nothing is in the cache yet: attention is causal among the new tokens, and no mask is made."""
+    q, k, v = heads(x, w, angles, config)
+    kept = KeyValue(k=update_cache("B S K H, B T K H, B -> B S K H", cache.k, k, start),
+                    v=update_cache("B S K H, B T K H, B -> B S K H", cache.v, v, start))
+    k, v = rename("B T K H -> B P K H", k), rename("B T K H -> B P K H", v)
+    return rest(x, attention("B T K G H, B P K H, B P K H -> B T K G H", q, k, v), w, config), kept
+
+
 def angles_at(start, config):
     scaling = config.rope_scaling and (config.rope_scaling.factor, config.rope_scaling.low_freq_factor,
                                        config.rope_scaling.high_freq_factor, config.rope_scaling.original_context)
@@ -115,18 +125,37 @@ def angles_at(start, config):
 
 @sharded("B T/1, *, *, B, B -> B V/1, *")
 def next_logits(ids, w: Llama, cache: Cache, start, last, *, config):
-    """Logits after ids[b, last[b]], where ids[b, t] stands at position start[b] + t. Prefill and decode are this."""
+    """Logits after ids[b, last[b]], where ids[b, t] stands at position start[b] + t."""
     x = embedding("B T, V D -> B T D", ids, w.embed)
     angles, mask = angles_at(start, config), causal_mask("B -> B T/1 S/1", start)
     x, layers = scan(cached_block, x, (w.layers, cache.layers), start, angles, mask, config=config)
+    return logits_at(x, w, last, config), Cache(layers=layers)
+
+
+@sharded("B T/1, *, *, B, B -> B V/1, *")
+def prompt_logits(ids, w: Llama, cache: Cache, start, last, *, config):
+    """The same at the beginning of prompts: `start` is 0 everywhere."""
+    x = embedding("B T, V D -> B T D", ids, w.embed)
+    x, layers = scan(prompt_block, x, (w.layers, cache.layers), start, angles_at(start, config), config=config)
+    return logits_at(x, w, last, config), Cache(layers=layers)
+
+
+def logits_at(x, w, last, config):
     h = take("B T D, B -> B D", rms_norm(x, w.norm, config.norm_eps), last)
-    return einsum("B D, V D -> B V", h, w.embed if w.head is None else w.head), Cache(layers=layers)
+    return einsum("B D, V D -> B V", h, w.embed if w.head is None else w.head)
 
 
 @sharded("B T/1, *, *, B, B -> B/1, *")
 def next_token(ids, w: Llama, cache: Cache, start, last, *, config):
     """The greedy choice among the same logits, made without gathering them."""
     logits, cache = next_logits(ids, w, cache, start, last, config=config)
+    return argmax("B V -> B", logits), cache
+
+
+@sharded("B T/1, *, *, B, B -> B/1, *")
+def prompt_token(ids, w: Llama, cache: Cache, start, last, *, config):
+    """The greedy choice after a prompt's beginning."""
+    logits, cache = prompt_logits(ids, w, cache, start, last, config=config)
     return argmax("B V -> B", logits), cache
 
 

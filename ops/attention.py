@@ -47,7 +47,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
-    return attend(q, k, v, bias(causal(q, k, offset), q.shape[3], q.dtype))
+    """Query t sees keys s <= offset + t. From the beginning no mask is made: torch's own causal form is top-left aligned, as this one is."""
+    b, t, heads, g, h = q.shape
+    if offset or t != k.shape[1] or q.numel() == 0:
+        return attend(q, k, v, bias(causal(q, k, offset), g, q.dtype))
+    k, v = (x if g == 1 else x.repeat_interleave(g, 2) for x in (k, v))
+    out = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+    return out.transpose(1, 2).unflatten(2, (heads, g))
 
 
 def attend_vjp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +92,8 @@ def _emit(e: Any, step: Step, args: list[str]) -> str:
         added = e.hoist(args[3], f"{e.use(bias)}({{x}}, {g}, torch.{widest(*(e.dtypes[n] for n in step.inputs[:3]))})")
         if t == 1 and min(b, heads, g, *e.shape(step.ins[1])) > 0:
             k, v = (f"{x}.transpose(1, 2)" for x in args[1:3])
-            return e.view(f"F.scaled_dot_product_attention({e.view(args[0], (b, heads, g, h))}, {k}, {v}, attn_mask={added})", e.shape(step.outs[0]))
+            out = f"F.scaled_dot_product_attention({e.view(args[0], (b, heads, g, h))}, {k}, {v}, attn_mask={added}).contiguous()"
+            return e.view(out, e.shape(step.outs[0]))       # some kernels of CUDA give the queries of a head one after another
         return f"{e.use(attend)}({', '.join(args[:3])}, {added})"
     return f"{e.use(attend_causal)}({', '.join(args)}, {_offset(e, step)})"
 

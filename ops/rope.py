@@ -43,7 +43,7 @@ def positions(start: Tensor, offset: int, length: int) -> Tensor:
 
 def rope_angles(start: Tensor, offset: int, length: int, inv: Tensor, dtype: torch.dtype) -> Tensor:
     """(b, t, h): cosines, then sines, of (start[b] + offset + t) * inv."""
-    angle = positions(start, offset, length)[..., None].float() * inv.to(start.device)
+    angle = positions(start, offset, length)[..., None].float() * inv
     return torch.cat((angle.cos(), angle.sin()), -1).to(dtype)
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shardlib import testing
+from shardlib.captured import Captures, conditional
 from shardlib.complete import complete
 from shardlib.distributed.runtime import Runtime, shared_runtime
 from shardlib.dtypes import value_dtypes
@@ -22,7 +24,7 @@ from shardlib.mesh import Mesh, current_mesh
 from shardlib.passes import DEFAULT, rewrite
 from shardlib.pack import pack, packings
 from shardlib.params import Params, fill, flat, leaf_values, present, unflat
-from shardlib.program import Program, leaves
+from shardlib.program import Program, Step, leaves
 from shardlib.scan import SCAN
 from shardlib.simulate import simulate as simulate_ranks
 from shardlib.sizes import bind_sizes
@@ -133,16 +135,23 @@ class Compiled:
     """
 
     def __init__(self, f: Function, layout: Layout | None, runtime: Runtime, sizes: Mapping[str, int], donate: Sequence[str],
-                 static: Mapping[str, Any]) -> None:
+                 static: Mapping[str, Any], graph: bool | str = False) -> None:
         self.f, self.layout, self.runtime, self.sizes = f, layout, runtime, dict(sizes)
         self.donate, self.static = tuple(donate), dict(static)
         self.program: Program | None = None
         self.sources: dict[tuple, str] = {}
+        self.graph, self._captures = graph, None
         self._variants: dict[tuple, tuple[Callable, Callable, Lines]] = {}
         self._results: tuple[Any, ...] = ()
         self._flags = IndexFlags(runtime.device, lambda error: runtime.end_others(error))
         self._likes: dict[int, Params] = {}         # argument -> a pytree like the one it takes
         self._apart = runtime.mesh.world_size > 1 and not isinstance(f, ValueAndGrad)       # torch.autograd would miss other ranks
+
+    def at(self, **sizes: int) -> Compiled:
+        """The same where dims have these global sizes; what has been made for some of them is made for all."""
+        made = copy(self)
+        made.sizes = {**self.sizes, **sizes}
+        return made
 
     def lower(self, *args: Any) -> Program:
         """The explicit program; `args` say which pytrees it takes, as for `lower`. What an earlier call has said need not be said again;
@@ -151,12 +160,20 @@ class Compiled:
         if self.program is None or news:
             self._likes |= news
             self.program = self._lower()
+            self._captures = Captures(self.runtime) if self.graph and not self._refuses(conditional(self.program)) else None
         return self.program
 
     def _lower(self, dtypes: Mapping[str, str] | None = None) -> Program:
         likes = [self._likes.get(i) for i in range(len(self.f.arg_names))]
         program, self._results = _lower(self.f, self.layout, self.runtime.mesh, self.sizes, likes, self.static, dtypes=dtypes)
         return program
+
+    def _refuses(self, branch: Step | None) -> bool:
+        """Whether `branch` keeps the program from being captured. SpecError where it was to be."""
+        if branch and self.graph is True:
+            raise SpecError(f'cond: a graph is recorded once and cannot branch on data; compile {self.program.name} with graph="auto", '
+                            "which runs it eagerly").at(branch.where)
+        return branch is not None
 
     def prepare(self, name: str, weights: Params | dict[str, Tensor], like: Params | None = None) -> Prepared:
         """The argument `name`, in the form in which this program runs fastest; pass it in place of `weights`.
@@ -255,10 +272,13 @@ class Compiled:
                                 f"and here {', '.join(parts)}; prepare it with this one")
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
-        run = load(source, {**e.helpers, **e.constants, **e.plan}, groups, program.name)
+        run = load(source, e.space(self.runtime.device), groups, program.name)
         lines = {run.__code__.co_filename: e.lines}
-        run = self._flags.around(torch.no_grad()(run) if isinstance(self.f, ValueAndGrad) else run, e.index_sites())
-        return run, self._finish(program, e.returned, args), lines
+        run = torch.no_grad()(run) if isinstance(self.f, ValueAndGrad) else run
+        if self._captures is not None:
+            copied = [isinstance(a, Tensor) for a in args for _ in (a.flat if isinstance(a, Prepared) else _flat(a))]
+            run = self._captures.around(program.name, key, run, copied)
+        return self._flags.around(run, e.index_sites()), self._finish(program, e.returned, args), lines
 
     def _finish(self, program: Program, returned: Sequence[str | None], args: Sequence[Any]) -> Callable:
         """What puts result leaves together. A prepared argument that is updated in place, all of it, is returned as it came."""
@@ -357,11 +377,14 @@ def _flat(arg: Any) -> list[Any]:
 
 
 def compile(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,    # noqa: A001
-            sizes: Mapping[str, int] | None = None, donate: Sequence[str] = (), **static: Any) -> Compiled:
+            sizes: Mapping[str, int] | None = None, donate: Sequence[str] = (), graph: bool | str = False, **static: Any) -> Compiled:
     """`f` for the ranks of a mesh. `sizes`: global sizes of dims that no argument holds whole. `donate`: arguments whose
-    buffers the results may reuse (a KV cache); the caller does not use them again."""
+    buffers the results may reuse (a KV cache); the caller does not use them again. `graph=True`: on GPUs each call is the replay of a
+    CUDA graph, recorded on first use for its shapes (see `captured`); "auto" leaves out functions that cannot be recorded."""
+    if graph not in (True, False, "auto"):
+        raise SpecError(f'compile: graph is {graph!r}; it is True, False or "auto"')
     runtime = runtime or shared_runtime(current_mesh(mesh))
-    return Compiled(f, layout, runtime, sizes or {}, donate, static)
+    return Compiled(f, layout, runtime, sizes or {}, donate, static, graph)
 
 
 def arg_types(program: Program, name: str) -> dict[str, Spec]:

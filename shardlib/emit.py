@@ -153,6 +153,10 @@ class Emitter:
         self.plan[name] = PlanStep(len(self.plan) + 1, title, str(step.where or ""), step.text)
         return f", at={name}"
 
+    def space(self, device: torch.device) -> dict[str, Any]:
+        """What the code names beside its groups, on `device` once and for all: a copy in each step would stop a capture, and wait."""
+        return {**self.helpers, **{name: made.to(device) for name, made in self.constants.items()}, **self.plan}
+
     # -- programs --------------------------------------------------------------------------------------------------
 
     def program(self, program: Program) -> str:

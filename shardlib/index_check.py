@@ -94,13 +94,13 @@ class IndexSite:
 
 
 class IndexFlags:
-    """What a device has noted of the indices of one function's calls. Only `check` waits for it. On the CPU there are none.
+    """What a device has noted of the indices of one function's calls. Only `check` waits for it. On the CPU, and where tensors hold nothing, there are none.
 
     tell: hears of an error before it is raised.
     """
 
     def __init__(self, device: torch.device, tell: Callable[[SpecError], None]) -> None:
-        self.device, self.tell, self.at_once = device, tell, device.type == "cpu"
+        self.device, self.tell, self.at_once = device, tell, device.type in ("cpu", "meta")
         self._flags: list[_Flag] = []
 
     def around(self, run: Callable, sites: Sequence[IndexSite]) -> Callable:

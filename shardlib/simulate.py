@@ -24,11 +24,12 @@ def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]],
     `log` receives (rank, group ranks, method, numel) of every collective.
     """
     ranks, lines, given = [], {}, {path: str(t.dtype).removeprefix("torch.") for path, t in args[0].items()}
+    device = next((t.device for t in args[0].values()), torch.device("cpu"))
     for rank in range(mesh.world_size):
         e = Emitter(mesh, rank, sizes, yields=True, given=given)
         source = e.program(program)
         groups = {name: mesh.group(axes, rank) for axes, name in e.groups.items()}
-        main = load(source, {**e.helpers, **e.constants}, groups, f"{program.name} rank {rank}")
+        main = load(source, e.space(device), groups, f"{program.name} rank {rank}")
         lines[main.__code__.co_filename] = e.lines
         ranks.append(main(*(args[rank][path] for path, _ in program.arg_leaves())))
     try:

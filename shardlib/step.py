@@ -96,7 +96,7 @@ class Stepper(Tracer):
         source = e.program(program)
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
-        function = load(source, {**e.helpers, **e.constants, **e.plan}, groups, op.name)
+        function = load(source, e.space(self.runtime.device), groups, op.name)
         for site in e.index_sites():
             site.tell = self.runtime.end_others
         return function, kinds, {function.__code__.co_filename: e.lines}

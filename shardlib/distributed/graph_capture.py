@@ -12,6 +12,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Iterator
+from weakref import WeakSet
 
 import torch
 
@@ -30,3 +31,15 @@ def on_capture_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
     with torch.cuda.stream(stream):
         yield stream
     around.wait_stream(stream)
+
+
+_POOLS: dict[torch.device, tuple[tuple[int, int], WeakSet]] = {}
+
+
+def new_graph(device: torch.device) -> tuple[torch.cuda.CUDAGraph, tuple[int, int]]:
+    """A graph, and the memory pool that it shares with all others that live: they are replayed one after another."""
+    pool, graphs = _POOLS.get(device, (None, ()))
+    if not graphs:                                          # torch lets a pool go with the last of its graphs, for good
+        pool, graphs = _POOLS[device] = torch.cuda.graph_pool_handle(), WeakSet()
+    graphs.add(made := torch.cuda.CUDAGraph())
+    return made, pool

@@ -24,6 +24,7 @@ from datetime import timedelta
 from importlib.metadata import entry_points
 from threading import get_ident
 from typing import Any, Callable, Iterable, Sequence
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -123,6 +124,7 @@ class Runtime:
         self._process_groups = ProcessGroups(device, timeout)
         self._coordinators: dict[tuple[str, ...], GroupCoordinator] = {}
         self._places: dict[tuple[str, ...], Place] = {}
+        self._graphs: WeakSet[Any] = WeakSet()
         self._watchdog = self._start_watchdog() if mesh.world_size > 1 else None
         self._seat = self._watchdog.watch.seat("job", range(mesh.world_size)) if self._watchdog else None
         if dist.is_initialized():
@@ -174,6 +176,18 @@ class Runtime:
         self._process_groups.create(self.mesh.group(axes, rank) for axes in wanted for rank in range(self.mesh.world_size))
         for axes in wanted:
             self.group(axes)
+
+    def replays(self, title: str, graph: Any) -> Callable[[Callable[[], bool]], None]:
+        """What tells the watchdog of each replay of the captured step `title`, before its launch, and when it is over.
+
+        `graph.close()` is called before the groups are destroyed: NCCL waits for graphs that hold its calls.
+        """
+        self._graphs.add(graph)
+        if self._watchdog is None:
+            return lambda passed: None
+        watch, seat = self._watchdog.watch, self._watchdog.watch.replays(title, range(self.mesh.world_size))
+        seat.communicators = [c for group in dict.fromkeys(self._coordinators.values()) for c in group.communicators]
+        return lambda passed: watch.launch(seat, passed)
 
     def compare_plans(self, title: str, plan: str) -> None:
         """SpecError, the same on all ranks, unless all of them come here with the text `plan`. Every rank calls it."""
@@ -266,6 +280,8 @@ class Runtime:
             return
         self._closed = True
         self._stop_watchdog()
+        for graph in tuple(self._graphs):
+            graph.close()
         for coordinator in self._coordinators.values():
             coordinator.destroy()
         self._process_groups.close()

@@ -11,15 +11,28 @@ collective 1 of group tp (ranks 0 1): all_reduce sum of 4 float32, at step 2 of 
 
 A `Moment` is the same for other processes: plain data. Collectives are counted per group, so that on the members of a group
 one number is one collective. A send and a recv are not counted: only two members know of them.
+
+The replay of a CUDA graph is an entry of its own, and the device's: it begins before the launch, and ends when the device has come past it.
+
+>>> replays, done = watch.replays("next_token, 8 rows", (0, 1)), []
+>>> watch.launch(replays, lambda: bool(done))
+>>> print(Moment.of(watch.now))
+replay 1 of next_token, 8 rows (ranks 0 1)
+>>> done.append("the event has passed")
+>>> watch.now is None
+True
 """
 from __future__ import annotations
 
 from threading import get_ident
 from time import monotonic
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import msgspec
 import torch
+
+
+REPLAY = "replay"
 
 
 class Seat:
@@ -33,6 +46,14 @@ class Seat:
 
     def __str__(self) -> str:
         return f"group {self.name} (ranks {' '.join(map(str, self.ranks))})"
+
+
+class Replays(Seat):
+    """The replays of one captured step, which `name` says."""
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} (ranks {' '.join(map(str, self.ranks))})"
 
 
 class Doing(NamedTuple):
@@ -68,7 +89,8 @@ class Moment(msgspec.Struct, frozen=True):
         return cls(str(d.seat), d.seat.ranks, d.number, call, "" if d.at is None else encodable(str(d.at)), d.peer)
 
     def __str__(self) -> str:
-        what = f"collective {self.number} of {self.group}: {self.call}" if self.peer is None else \
+        what = f"replay {self.number} of {self.group}" if self.call == REPLAY else \
+            f"collective {self.number} of {self.group}: {self.call}" if self.peer is None else \
             f"{self.call} {'to' if self.call.startswith('send') else 'from'} rank {self.peer} in {self.group}"
         return what + (f", at {self.step}" if self.step else "")
 
@@ -79,10 +101,11 @@ def encodable(text: str) -> str:
 
 
 class Watch:
-    """The collectives that this process is in, by thread (`calls`), the one before them (`last`) and the last that failed; `note`: how it left."""
+    """The collectives that this process is in, by thread (`calls`), the replays that its device is in (`launched`), the one before them (`last`) and the last that failed; `note`: how it left."""
 
     def __init__(self) -> None:
         self.calls: dict[int, tuple] = {}
+        self.launched: list[tuple[tuple, Callable[[], bool]]] = []      # replays, oldest first, and whether the device has come past each
         self.last: tuple | None = None
         self.failed: tuple | None = None
         self.note = ""
@@ -92,6 +115,18 @@ class Watch:
         """The place of this process in a group, to begin collectives with."""
         self.seats.append(made := Seat(name, ranks))
         return made
+
+    def replays(self, title: str, ranks: Sequence[int]) -> Replays:
+        """The place of this process in the replays of a captured step."""
+        self.seats.append(made := Replays(title, ranks))
+        return made
+
+    def launch(self, seat: Replays, passed: Callable[[], bool]) -> None:
+        """The device is about to be given a replay, which is over once `passed()`."""
+        seat.count += 1
+        while self.launched and self.launched[0][1]():
+            (self.last, _), self.launched = self.launched[0], self.launched[1:]
+        self.launched = [*self.launched, ((seat, seat.count, REPLAY, None, None, -1, None, None, monotonic()), passed)]
 
     def begin(self, seat: Seat, name: str, op: str | None = None, dtype: torch.dtype | None = None, numel: int = -1,
               at: object = None, peer: int | None = None) -> None:
@@ -111,5 +146,6 @@ class Watch:
 
     @property
     def now(self) -> tuple | None:
-        """The collective that this process is in; the longest, where several threads are in one."""
-        return min(tuple(self.calls.values()), key=lambda call: call[-1], default=None)
+        """The collective that this process is in, or the replay; the longest, where it is in several."""
+        running = [doing for doing, over in self.launched if not over()]
+        return min((*tuple(self.calls.values()), *running), key=lambda call: call[-1], default=None)

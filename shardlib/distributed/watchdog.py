@@ -240,6 +240,8 @@ class Watchdog:
 
         A store that is cut off neither answers nor fails: the timeout of its connection is for keys that it does not have.
         """
+        if self.device.type == "cuda":
+            _leave_captures_alone()
         while not self._stopped.wait(self.tick_s):
             now, asked, at = self.watch.now, self._asked, monotonic()
             cut_off = asked is not None and at - asked > self.timeout_s / 5

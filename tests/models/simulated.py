@@ -12,9 +12,9 @@ from torch import Tensor
 from shardlib import Layout, Mesh, Params, lower
 from shardlib.api import shard_of
 from shardlib.models import llama
-from shardlib.models.decoding import Sampling, next_sample
+from shardlib.models.decoding import Sampling, next_sample, prompt_sample
 from shardlib.models.layouts import named_layout
-from shardlib.models.llama import Cache, Llama, LlamaConfig, RopeScaling, next_token
+from shardlib.models.llama import Cache, Llama, LlamaConfig, RopeScaling, next_token, prompt_token
 from shardlib.params import fill, init, leaf_values
 from shardlib.program import Program
 from shardlib.project import project
@@ -81,10 +81,12 @@ def generate(weights: Llama, config: LlamaConfig, layout: Layout, mesh: Mesh, pr
              eos_ids: Collection[int] = (), sampling: Sampling = Sampling()) -> list[list[int]]:
     """What `decoding.Model.generate` says under the same names, by the same programs, with all ranks in this process."""
     static = {"config": config, **({"sampling": sampling} if sampling.temperature else {})}
-    program = lower(next_sample if sampling.temperature else next_token, layout, None, weights, mesh=mesh, **static)
+    functions = (prompt_sample, next_sample) if sampling.temperature else (prompt_token, next_token)
+    programs = [lower(f, layout, None, weights, mesh=mesh, **static) for f in functions]
     longest, rows = max(map(len, prompts)), len(prompts)
     sizes = dict(config.sizes, B=rows, S=longest + max_new_tokens)
-    leaves = dict(program.arg_leaves())
+    leaves = dict(programs[0].arg_leaves())
+    assert leaves == dict(programs[1].arg_leaves())
     cache = dict(leaf_values(init(Cache, sizes, path="cache", dtype=weights.embed.dtype), "cache"))
     whole = {**dict(leaf_values(weights, "w")), **cache}
     state = [{path: shard_of(t, leaves[path], mesh, c) for path, t in whole.items()} for c in mesh.coordinates()]
@@ -92,9 +94,9 @@ def generate(weights: Llama, config: LlamaConfig, layout: Layout, mesh: Mesh, pr
     start, last = torch.zeros(rows, dtype=torch.int64), torch.tensor([len(p) - 1 for p in prompts])
     tokens, live = [list(p) for p in prompts], [True] * rows
     for at in range(max_new_tokens):
-        here = {"ids": ids, "start": start, "last": last}
+        here = {"ids": ids, "start": start, "last": last, **({"row": torch.arange(rows)} if sampling.temperature else {})}
         placed = [{**held, **{n: shard_of(t, leaves[n], mesh, c) for n, t in here.items()}} for held, c in zip(state, mesh.coordinates())]
-        ran = execute(program, mesh, placed, {**sizes, "T": ids.shape[1]}, proven=at < 2)
+        ran = execute(programs[at > 0], mesh, placed, {**sizes, "T": ids.shape[1]}, proven=at < 2)
         chosen = ran.results[0]
         for rank, held in enumerate(state):
             held.update(zip(cache, (pieces[rank] for pieces in ran.held[1:])))

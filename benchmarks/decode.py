@@ -1,0 +1,132 @@
+"""Generation on GPUs: ms a decode step of published Llama shapes, beside the same step written by hand, and where its time goes.
+
+    torchrun --nproc-per-node 4 benchmarks/decode.py --mesh tp=4 --shapes llama3-8b,llama3-70b
+    python benchmarks/decode.py --shapes llama3-8b
+
+128-token prompts, 128 new tokens, bf16. Each row of results/decode.json: `ours` is the device's time of a step, one replay after another;
+`peers` the hand-written program (`plain_decode.py`) with each way of adding up, in the same run; `floor` the bytes of weights and live
+cache over the measured read rate; with ms between tokens of `generate`, of the whole call over its tokens, and to the first token. Rows
+of other cards and meshes stay. results/decode_kernels.json: µs a step by kernel, from a profile of one replay.
+"""
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+from plain_decode import SUMS, PlainDecode
+from record import RESULTS, commit, hardware, versions
+
+from shardlib import Mesh
+from shardlib.distributed.runtime import Runtime, connect
+from shardlib.models.bench_generate import Measured, measure, ms_of, read_rate
+from shardlib.models.decoding import Model
+from shardlib.models.layouts import named_layout
+
+PROMPT, NEW, STEPS = 128, 128, 64
+
+
+def by_hand(model: Model, rows: int, sums: str, group: dist.ProcessGroup | None) -> tuple[float, list[int]]:
+    """ms a step of the hand-written program, and tokens that it chooses after token 1 in every row."""
+    plain = PlainDecode(model, rows, 256, sums, group)
+    with torch.inference_mode():
+        plain.ids.fill_(1)
+        graph = plain.capture()
+        plain.position.fill_(PROMPT)
+        times = sorted(ms_of(graph.replay, STEPS, model.runtime.device) for _ in range(3))
+        plain.ids.fill_(1)
+        plain.position.zero_()
+        chosen = []
+        for _ in range(8):
+            graph.replay()
+            chosen.append(int(plain.ids[0]))
+    return times[1], chosen
+
+
+def kernels(model: Model, rows: int) -> dict[str, list[float]]:
+    """name -> [µs a step, launches a step] of every kernel of the last of a few replays, the longest first. Ranks have met by then."""
+    decoder, replays = model.decoder(), 4
+    with torch.inference_mode():
+        slots = decoder.begin([[1] * PROMPT] * rows, NEW, [])
+        decoder.advance(slots)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(replays):
+                decoder.advance(slots)
+            torch.cuda.synchronize()
+    times: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[re.sub(r"<[^(]*", "", event.name).removeprefix("void ").removeprefix("at::native::")[:70]].append((event.time_range.start, event.time_range.elapsed_us()))
+    last = {name: [us for _, us in sorted(found)[-(len(found) // replays):]] for name, found in times.items() if len(found) >= replays}
+    return {name: [round(sum(us), 1), len(us)] for name, us in sorted(last.items(), key=lambda item: -sum(item[1]))}
+
+
+def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list[str], rate: float) -> tuple[list[dict], dict]:
+    """Rows of one shape, and its kernels."""
+    model = Model.random(shape, named_layout("tp", mesh), runtime).pack()
+    group = None
+    if mesh.world_size > 1:
+        group = dist.new_group(list(range(mesh.world_size)), backend="nccl")
+    rows, profiles = [], {}
+    for batch in batches:
+        m: Measured = measure(model, batch, PROMPT, NEW, rate)
+        peers, tokens = {}, {}
+        for how in sums if group else ["nccl"]:
+            try:
+                peers[f"by hand, {how}" if group else "by hand"], tokens[how] = by_hand(model, batch, how, group)
+            except RuntimeError as error:
+                peers[f"by hand, {how}"] = None
+                print(f"{how}: {str(error).splitlines()[0]}", flush=True)
+        ours = model.generate([[1]] * batch, 8).tokens[0][1:]
+        rows.append({"case": f"{shape}, tp={mesh.world_size}, batch {batch}", "unit": "ms/step", "ours": round(m.step_ms, 4),
+                     "peers": {k: v and round(v, 4) for k, v in peers.items()}, "floor": round(m.floor_ms, 4), "token_ms": round(m.token_ms, 4),
+                     "call_ms": round(m.call_ms, 4), "first_ms": round(m.first_ms, 2), "bytes_per_second": round(rate / 1e12, 3),
+                     "same_tokens": {how: sum(a == b for a, b in zip(ours, t)) for how, t in tokens.items()}})
+        if runtime.rank == 0:
+            print(json.dumps(rows[-1]), flush=True)
+        if batch in (1, 128):
+            profiles[f"{shape}, tp={mesh.world_size}, batch {batch}"] = kernels(model, batch)
+    return rows, profiles
+
+
+def merge(path: Path, new: list[dict], key: Callable[[dict], object]) -> None:
+    """The rows of a file, those that were measured again replaced."""
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    keys = {key(r) for r in new}
+    path.write_text(json.dumps({"rows": [r for r in old if key(r) not in keys] + new}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mesh", default="")
+    parser.add_argument("--shapes", default="llama3-8b")
+    parser.add_argument("--batch", default="1,8,32,128")
+    parser.add_argument("--sums", default=",".join(SUMS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    mesh = Mesh.parse(options.mesh)
+    with connect(mesh, "cuda") as runtime:
+        rate = read_rate(runtime.device)
+        facts = {"hardware": hardware(), "versions": versions(), "commit": os.environ.get("COMMIT") or commit(), "date": datetime.date.today().isoformat()}
+        for shape in options.shapes.split(","):
+            rows, profiles = run(runtime, shape, mesh, [int(b) for b in options.batch.split(",")], options.sums.split(","), rate)
+            if runtime.rank == 0:
+                options.out.mkdir(exist_ok=True)
+                merge(options.out / "decode.json", [{**r, **facts} for r in rows], lambda r: (r["case"], r["hardware"]))
+                merge(options.out / "decode_kernels.json", [{"case": case, **facts, "us_and_launches": found} for case, found in profiles.items()],
+                      lambda r: (r["case"], r["hardware"]))
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""The device's side of generation: ids, positions, row numbers, end flags and the cache, and the step that takes them further.
+
+All of them lie in buffers that stay where they are, those of a smaller bucket in the front of them: a captured step reads and writes
+them there, and feeds the next one without the host. A row that has ended, or a slot that has no row, keeps its token and its
+position: what it writes into the cache lies beyond what it has, in its own slot. Nothing here decides anything: see `decoding`.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shardlib.api import Compiled, Prepared, arg_types, shard_of
+from shardlib.captured import Graph
+from shardlib.distributed.runtime import Runtime
+from shardlib.models.llama import Cache
+from shardlib.models.slots import Slots, Smaller, round_up
+from shardlib.params import fill, leaf_values
+from shardlib.spec import Spec
+
+PROMPT_TOKENS, LATER_TOKENS = 1 << 15, 1 << 12
+"""Tokens of all rows that go through the model at once: at the beginning of prompts, and after it, where attention takes a mask."""
+CAPTURED_TOKENS = 1 << 13
+"""Up to which a prompt's beginning is captured, when its size comes for the second time: its launches take longer than its work."""
+SMALLEST_CHUNK, ENDS = 16, 16
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A captured beginning of prompts: what it reads, what it gives."""
+    ids: Tensor
+    last: Tensor
+    chosen: Tensor
+    graph: Graph
+
+
+class CacheBuffer:
+    """One piece of memory a leaf, of which every batch takes the front: it grows, and is then another. `made` counts them."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device, self.made = dtype, device, 0
+        self._flat: dict[str, Tensor] = {}
+
+    def room(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Whether there is room for leaves of these shapes, layer by layer."""
+        return all(p in self._flat and self._flat[p].shape[1] >= prod(shape[1:]) for p, shape in shapes.items())
+
+    def views(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """path -> this rank's stacked leaf (L B S K H) of this shape: of each layer the front of what there is."""
+        if not self.room(shapes):
+            self._flat.clear()
+            self._flat = {p: torch.zeros((shape[0], prod(shape[1:])), dtype=self.dtype, device=self.device) for p, shape in shapes.items()}
+            self.made += 1
+        return {p: self._flat[p][:, :prod(shape[1:])].unflatten(1, shape[1:]) for p, shape in shapes.items()}
+
+
+class Decoder:
+    """Generates for one batch after another. steps: the compiled program for (at the beginning of prompts, rows, capacity).
+
+    draws: whether it takes the rows' numbers.  graph: steps are captured, in buckets of rows and capacities; else sizes are exact.
+    """
+
+    def __init__(self, name: str, steps: Callable[[bool, int, int], Compiled], draws: bool, weights: Prepared, sizes: Mapping[str, int],
+                 most: int, runtime: Runtime, cache: CacheBuffer, graph: bool) -> None:
+        self.name, self.steps, self.draws, self.weights, self.sizes, self.most = name, steps, draws, weights, sizes, most
+        self.runtime, self.buffer, self.graph = runtime, cache, graph
+        self.capacity, self._made, self._turn = 0, 0, 0
+        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._beginnings: dict[tuple[int, ...], Beginning | None] = {}      # None: has come once
+        self._caches: dict[tuple[int, int], object] = {}
+        self._allocate(0, ENDS)
+
+    # -- a batch -----------------------------------------------------------------------------------------------------
+
+    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Sequence[int]) -> Slots:
+        """Takes the prompts in, and chooses their first tokens."""
+        longest = max(map(len, prompts))
+        self.capacity = min(round_up(longest + max_new_tokens), self.most) if self.graph else longest + max_new_tokens
+        slots = Slots.of(len(prompts), self._ranks(len(prompts))) if self.graph else Slots(tuple(range(len(prompts))))
+        if slots.size > len(self.ids) or len(eos_ids) > len(self.ends):
+            self._allocate(max(slots.size, len(self.ids)), max(round_up(len(eos_ids)), len(self.ends)))
+        rows = [[0] if row is None else prompts[row] for row in slots.rows]
+        state = {name: getattr(self, name)[:slots.size] for name in ("ids", "position", "row", "live", "tokens")}
+        state["position"].copy_(self._tensor([len(p) for p in rows]))
+        state["row"].copy_(self._tensor([row or 0 for row in slots.rows]))
+        state["live"].copy_(self._tensor([row is not None for row in slots.rows]))
+        self.ends.copy_(self._tensor([*eos_ids, *[-1] * (len(self.ends) - len(eos_ids))]))
+        self._prefill(slots.size, rows)
+        state["ids"].copy_(state["tokens"])
+        self._mark_ends(slots.size)
+        return slots
+
+    def advance(self, slots: Slots) -> None:
+        """One more token for every row that lives."""
+        key = slots.size, self.capacity
+        if not self.graph:
+            self._step(*key)
+        elif key in self._graphs:
+            self._graphs[key].replay()
+        else:
+            self._graphs[key] = Graph(f"{self.name}, {slots.size} rows of {self.capacity}", lambda: self._step(*key), self.runtime)
+
+    def fetch(self, slots: Slots) -> Callable[[], list[int]]:
+        """What waits for the tokens that were chosen last, one a slot. At most two of them wait at a time."""
+        tokens = self.tokens[:slots.size]
+        if not tokens.is_cuda:
+            made = tokens.tolist()
+            return lambda: made
+        self._turn = 1 - self._turn
+        host = self.hosts[self._turn][:slots.size]
+        host.copy_(tokens, non_blocking=True)
+        event = torch.cuda.current_stream(tokens.device).record_event()
+
+        def wait() -> list[int]:
+            event.synchronize()
+            return host.tolist()
+        return wait
+
+    def captured(self, slots: Slots) -> bool:
+        """Whether a bucket of this size has its graph."""
+        return (slots.size, self.capacity) in self._graphs
+
+    def cache_bytes(self, rows: int, length: int) -> int:
+        """Of the keys and values of so many rows on this rank, each `length` long."""
+        return sum(map(prod, self._shapes(rows, length).values())) * self.buffer.dtype.itemsize
+
+    def compact(self, slots: Slots, smaller: Smaller) -> None:
+        """Moves the rows that live on to the front, each on its own rank."""
+        source = self._tensor(smaller.source)
+        for held in (self.ids, self.position, self.row, self.live):
+            held[:len(source)] = held[source]
+        if moves := smaller.moves[self._block(slots.size)]:
+            to, origin = (self._tensor(column) for column in zip(*moves))
+            for leaf in self._views(slots.size, self.capacity).values():
+                for layer in leaf.unbind(0):
+                    layer.index_copy_(0, to, layer.index_select(0, origin))
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def _step(self, size: int, capacity: int) -> None:
+        """Feeds the last tokens, and puts those that follow in their place: all of it on the device."""
+        self._run(False, size, capacity, self.ids[:size, None], self.position[:size], self.zeros[:size], self.tokens[:size])
+        self.position[:size].add_(self.live[:size])
+        self._mark_ends(size)
+        torch.where(self.live[:size], self.tokens[:size], self.ids[:size], out=self.ids[:size])
+
+    def _mark_ends(self, size: int) -> None:
+        self.live[:size].logical_and_((self.tokens[:size, None] != self.ends).all(-1))
+
+    def _prefill(self, size: int, rows: Sequence[Sequence[int]]) -> None:
+        """The prompts chunk by chunk, padded on the right: what padding writes is overwritten before a query may see it."""
+        lengths, chosen = self._tensor([len(p) for p in rows]), torch.zeros_like(self.tokens[:size])
+        for leaf in self._views(size, self.capacity).values():
+            leaf.zero_()                                # a slot that is masked counts as 0 times what lies there: it must not be a NaN
+        for begin, count in self._chunks(size, max(map(len, rows))):
+            ids = self._tensor([[*p[begin:begin + count], *[0] * (count - len(p[begin:begin + count]))] for p in rows])
+            last = (lengths - 1 - begin).clamp(0, count - 1)
+            if self.graph and begin == 0 and ids.numel() <= CAPTURED_TOKENS:
+                self._begin_prompts(ids, last, chosen)
+            else:
+                self._run(begin == 0, size, self.capacity, ids, torch.full_like(lengths, begin), last, chosen)
+            here = (lengths > begin) & (lengths <= begin + count)
+            self.tokens[:size] = torch.where(here, chosen, self.tokens[:size])
+
+    def _begin_prompts(self, ids: Tensor, last: Tensor, chosen: Tensor) -> None:
+        """As `_run` does; from the second time on by a graph."""
+        (size, count), capacity = ids.shape, self.capacity
+        key = size, capacity, count
+        if key not in self._beginnings:
+            self._beginnings[key] = None
+            self._run(True, size, capacity, ids, self.zeros[:size], last, chosen)
+            return
+        made = self._beginnings[key]
+        if made is None:
+            graph = Graph(f"{self.name}, the beginning of {size} rows of {count} in {capacity}",
+                          lambda: self._run(True, size, capacity, ids, self.zeros[:size], last, chosen), self.runtime)
+            self._beginnings[key] = Beginning(ids, last, chosen, graph)
+            return
+        made.ids.copy_(ids)
+        made.last.copy_(last)
+        made.graph.replay()
+        chosen.copy_(made.chosen)
+
+    def _chunks(self, size: int, longest: int) -> Iterator[tuple[int, int]]:
+        """(begin, length) of each: of few lengths, so that few programs are made."""
+        begin = 0
+        while begin < longest:
+            most = max(SMALLEST_CHUNK, round_up((PROMPT_TOKENS if begin == 0 else LATER_TOKENS) // size))
+            count = min(max(SMALLEST_CHUNK, round_up(longest - begin)) if self.graph else longest - begin, most, self.capacity - begin)
+            yield begin, count
+            begin += count
+
+    def _run(self, first: bool, size: int, capacity: int, ids: Tensor, start: Tensor, last: Tensor, out: Tensor) -> None:
+        """One call of a program on this rank's shards of whole tensors; the tokens that it chooses go to `out`."""
+        step, cache = self.steps(first, size, capacity), self._cache(size, capacity)
+        given = {"ids": ids, "start": start, "last": last, **({"row": self.row[:size]} if self.draws else {})}
+        types, mesh, here = dict(step.program.args), self.runtime.mesh, self.runtime.coordinate
+        given = {name: shard_of(x, types[name], mesh, here) for name, x in given.items()}
+        chosen, after = step(given["ids"], self.weights, cache, *list(given.values())[1:])
+        out.copy_(chosen)
+        if after is not cache:                          # a layout under which it is not updated in place
+            for path, x in self._views(size, capacity).items():
+                x.copy_(dict(leaf_values(after, "cache"))[path])
+
+    # -- buffers -----------------------------------------------------------------------------------------------------
+
+    def _allocate(self, rows: int, ends: int) -> None:
+        """The state of so many slots; graphs on smaller buffers are let go."""
+        device = self.runtime.device
+        self._forget()
+        self.ids, self.position, self.row, self.tokens, self.zeros = torch.zeros((5, rows), dtype=torch.int64, device=device)
+        self.live = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.ends = torch.full((ends,), -1, dtype=torch.int64, device=device)
+        self.hosts = torch.zeros((2, rows), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+
+    def _forget(self) -> None:
+        """Lets go the graphs on buffers that are no more."""
+        self._graphs.clear()
+        self._beginnings.clear()
+
+    def _tensor(self, values: Sequence) -> Tensor:
+        return torch.tensor(values, device=self.runtime.device)
+
+    def _kinds(self, size: int, capacity: int) -> dict[str, Spec]:
+        return arg_types(self.steps(False, size, capacity).program, "cache")
+
+    def _ranks(self, rows: int) -> int:
+        """Over how many ranks the cache is split by rows."""
+        kind = next(iter(self._kinds(rows, self.capacity).values()))
+        return self.runtime.mesh.size(kind.dims[1].axes)
+
+    def _block(self, size: int) -> int:
+        """Which of these this rank is."""
+        kind = next(iter(self._kinds(size, self.capacity).values()))
+        start, count = self.runtime.mesh.extent(size, kind.dims[1].axes, self.runtime.coordinate)
+        return start // count
+
+    def _shapes(self, size: int, capacity: int) -> dict[str, tuple[int, ...]]:
+        sizes, mesh, here = {**self.sizes, "B": size, "S": capacity}, self.runtime.mesh, self.runtime.coordinate
+        return {path: mesh.local_shape(kind, sizes, here) for path, kind in self._kinds(size, capacity).items()}
+
+    def _views(self, size: int, capacity: int) -> dict[str, Tensor]:
+        shapes = self._shapes(size, capacity)
+        if self._made != self.buffer.made or not self.buffer.room(shapes):
+            self._forget()                              # they, and what they hold, first
+            self._caches.clear()
+        views = self.buffer.views(shapes)
+        self._made = self.buffer.made
+        return views
+
+    def _cache(self, size: int, capacity: int) -> object:
+        """The cache as the programs take it."""
+        views = self._views(size, capacity)
+        if (size, capacity) not in self._caches:
+            self._caches[size, capacity] = self.steps(False, size, capacity).prepare("cache", fill(Cache, "cache", lambda path: views[path]))
+        return self._caches[size, capacity]
