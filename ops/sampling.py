@@ -23,9 +23,10 @@ from shardlib.trace import apply
 def draw(logits: Tensor, position: Tensor, first_row: int, temperature: float, top_p: float, seed: int) -> Tensor:
     """One index a row, int64."""
     above = logits.float() - logits.float().amax(-1, keepdim=True)        # at most 0, so that a low temperature gives no infinities
-    p, order = (above / max(temperature, torch.finfo(torch.float32).tiny)).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    tiny = torch.finfo(torch.float32).tiny                                # what is smaller is 0 beside float32
+    p, order = (above / max(temperature, tiny)).softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = p.cumsum(-1) - p
-    p = p * (before < top_p)
+    p = p * (before < max(top_p, tiny))
     row = torch.arange(first_row, first_row + logits.shape[0], device=logits.device)
     u = uniform(position * 0x100000 + row, seed)[:, None] * p.sum(-1, keepdim=True).double()
     chosen = (p.double().cumsum(-1) <= u).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
