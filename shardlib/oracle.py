@@ -277,13 +277,13 @@ class Trial:
         """For every result, the types that it may be given; nothing at all where one of them has none."""
         axes, right = tuple(self.mesh.axes), []
         held = tuple({f"@{o.at}": None for s in ins for o in s.owed if o.kind == "@"})
+        whole_outs = [s.split(made) for s in self.case.outs] if made else list(self.case.outs)
         for j, whole in enumerate(self.case.outs):
             right.append([])
             for out in types(whole, axes, ("+", *held)):
-                if any(out.axes(d.label) != (made or {}).get(d.label, ()) for d in self.case.made if d.label in out.labels):
+                if made and any(out.axes(d.label) != made.get(d.label, ()) for d in self.case.made if d.label in out.labels):
                     continue
-                outs = [s.split(made or {}) for s in self.case.outs]
-                outs[j] = out
+                outs = [*whole_outs[:j], out, *whole_outs[j + 1:]]
                 if self.wrong(self.run(ins, outs), ins, outs, j) is None:
                     right[j].append(out)
             if not right[j]:
