@@ -109,7 +109,8 @@ ROPE = Op("rope", rule=_rule, emit=_rope(turns), vjp=_vjp, index=(1,), joins=Tru
 ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(back_turns), index=(1,), takes=("float",), reads=as_they_come, dtype=_of_x)
 
 
-def rope_table(text: str, start: Any, *, theta: float, scaling: tuple[float, float, float, int] | None = None, dtype: str = "float32") -> Any:
+def rope_table(text: str, start: Any, *, theta: float, scaling: tuple[float, float, float, int] | None = None,
+               dtype: str = "float32") -> Any:
     """Cosines and sines for positions start[b] + t, computed in float32: rope_table("B -> B T/1 H", start, theta=1e4)."""
     return apply(ROPE_TABLE, (start,), text, theta=float(theta), scaling=scaling, dtype=dtype)
 
