@@ -138,7 +138,8 @@ ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(back_turns), index=(1,), takes=
               reference=lambda d, g, table: d.vjp(lambda d, x: _rope_reference(d, x, table), (torch.zeros_like(g),), g, d.step.ins[0]))
 
 
-def rope_table(text: str, start: Any, *, theta: float, scaling: tuple[float, float, float, int] | None = None, dtype: str = "float32") -> Any:
+def rope_table(text: str, start: Any, *, theta: float, scaling: tuple[float, float, float, int] | None = None,
+               dtype: str = "float32") -> Any:
     """Cosines and sines for positions start[b] + t, computed in float32: rope_table("B -> B T/1 H", start, theta=1e4)."""
     return apply(ROPE_TABLE, (start,), text, theta=float(theta), scaling=scaling, dtype=dtype)
 

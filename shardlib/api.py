@@ -56,7 +56,8 @@ def sharded(signature: str, *, layout: Layout | None = None) -> Callable[[Callab
 
 
 def lower(f: Function | ValueAndGrad, layout: Layout | None = None, *args: Any, mesh: Mesh | None = None,
-          sizes: Mapping[str, int] | None = None, passes: Sequence[str] = DEFAULT, dtypes: Mapping[str, str] | None = None, **static: Any) -> Program:
+          sizes: Mapping[str, int] | None = None, passes: Sequence[str] = DEFAULT, dtypes: Mapping[str, str] | None = None,
+          **static: Any) -> Program:
     """The explicit program of `f` under `layout`: what every rank will do. `print` it to read it.
 
     `args`: instances of the pytrees that `f` takes, where an annotation does not say enough (an optional field that is absent).
@@ -66,7 +67,8 @@ def lower(f: Function | ValueAndGrad, layout: Layout | None = None, *args: Any, 
 
 
 def _lower(f: Function, layout: Layout | None, mesh: Mesh, sizes: Mapping[str, int] | None, args: Sequence[Any],
-           static: Mapping[str, Any], passes: Sequence[str] = DEFAULT, dtypes: Mapping[str, str] | None = None) -> tuple[Program, tuple[Any, ...]]:
+           static: Mapping[str, Any], passes: Sequence[str] = DEFAULT,
+           dtypes: Mapping[str, str] | None = None) -> tuple[Program, tuple[Any, ...]]:
     if isinstance(f, ValueAndGrad):
         program, results = _lower(f.f, layout, mesh, sizes, args, static, passes)
         hints = f.f.hints()

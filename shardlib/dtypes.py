@@ -97,8 +97,8 @@ def step_dtypes(step: Step, ins: Dtypes) -> Dtypes:
     return [next((kind for i, kind in enumerate(reads) if i not in step.op.index), reads[0] if reads else "float32")] * len(step.outputs)
 
 
-_SAYS = {"number": "it takes integers and floats", "float": 'it takes floats, as cast(x, "float32") makes them', "index": "indices are integers",
-         "mask": "a mask is bool, as greater and less make it"}
+_SAYS = {"number": "it takes integers and floats", "float": 'it takes floats, as cast(x, "float32") makes them',
+         "index": "indices are integers", "mask": "a mask is bool, as greater and less make it"}
 
 
 def _may_hold(what: str, dtype: str) -> bool:

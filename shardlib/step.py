@@ -42,13 +42,13 @@ class Stepper(Tracer):
     def value(self, kind: Spec, local: Tensor, param: bool = False) -> Value:
         """A value with data: `key` is what recipes know it by."""
         made = Value(self, PARAM if param else -1, kind)
-        made.local, made.key = local, f"{kind.text} param" if param else kind.text
+        made.local, made.key = local, f"{kind.text} {_name(local.dtype)}{' param' if param else ''}"
         return made
 
     def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any]) -> Any:
         """Execute one call."""
         try:
-            key = (op, text or ins, outs, self.layout, *[x.key for x in operands], *[x.local.dtype for x in operands], *attrs.items())
+            key = (op, text or ins, outs, self.layout, *[x.key for x in operands], *attrs.items())
             function, made, lines = self.recipes[key]
         except (KeyError, AttributeError):
             function, made, lines = self._recipe(op, operands, text, ins, outs, attrs, self.layout if self.layout is not None else self.base)
@@ -59,12 +59,15 @@ class Stepper(Tracer):
             explain_failure(error, lines, Where.of(user_frame()))
             raise
         if len(made) == 1:
-            value = Value(self, -1, made[0])
-            value.local, value.key = results[0], made[0].text
+            kind, name = made[0]
+            value = Value(self, -1, kind)
+            value.local, value.key = results[0], name
             return value
-        return tuple(self.value(k, t) for k, t in zip(made, results))
+        return tuple(self.value(k, t) for (k, _), t in zip(made, results))
 
-    def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any], layout: Layout) -> tuple[Callable, tuple[Spec, ...], Lines]:
+    def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any],
+                layout: Layout) -> tuple[Callable, list[tuple[Spec, str]], Lines]:
+        """What runs a call like this one, the types of its results and what recipes know them by, and whose lines are whose."""
         for i, x in enumerate(operands):
             if not isinstance(x, Value) or x.tracer is not self:
                 raise SpecError(f"{op.name}: operand {i + 1} is no tensor of this function; pass tensors in as arguments")
@@ -78,7 +81,7 @@ class Stepper(Tracer):
             outs = op.infer(ins, attrs)
         made = tuple(f"o{i}" for i in range(len(outs)))
         step = Step(op, ins, outs, names, made, tuple(sorted(attrs.items())), where=Where.of(frame), said=said)
-        given = {n: str(x.local.dtype).removeprefix("torch.") for n, x in zip(names, operands)}
+        given = {n: _name(x.local.dtype) for n, x in zip(names, operands)}
         step_dtypes(step, [*given.values()])
         if op is RENAME:
             self.sizes.rename(step)
@@ -99,7 +102,9 @@ class Stepper(Tracer):
         function = load(source, e.space(self.runtime.device), groups, op.name)
         for site in e.index_sites():
             site.tell = self.runtime.end_others
-        return function, kinds, {function.__code__.co_filename: e.lines}
+        dtypes = value_dtypes(program, given)
+        known = [(k, f"{k.text} {dtypes[completer.now[o]]}") for k, o in zip(kinds, made)]
+        return function, known, {function.__code__.co_filename: e.lines}
 
     def whole(self, value: Value) -> Tensor:
         """The scalar `value`, with what it owes paid."""
@@ -112,7 +117,7 @@ class Stepper(Tracer):
         for i in range(first.local.shape[0]):
             out, before = f(carry, *(self._slice(s, i) for s in stacks), *constants, **static), carry.local.dtype
             carry, *ys = out if isinstance(out, tuple) else (out,)
-            if error := changed(f.__name__, *(str(kind).removeprefix("torch.") for kind in (before, carry.local.dtype))):
+            if error := changed(f.__name__, _name(before), _name(carry.local.dtype)):
                 raise error
             rows.append(ys)
 
@@ -138,6 +143,10 @@ class Stepper(Tracer):
         return one(tree)
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _values(tree: Any) -> list[Value]:
     return [v for _, v in leaf_values(tree, "")] if isinstance(tree, Params) else [tree]
 
@@ -153,7 +162,7 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
         refuse_gradients(f.__name__, given.items())
     program = Program(f.__name__, tuple(trees), (), (), True)
     if any(v.dtype not in KNOWN for v in given.values()):
-        value_dtypes(program, {path: str(v.dtype).removeprefix("torch.") for path, v in given.items()})
+        value_dtypes(program, {path: _name(v.dtype) for path, v in given.items()})
     known = bound(program, {p: tuple(v.shape) for p, v in given.items()}, sizes, mesh, runtime.coordinate)
     known, found = recipes.setdefault(tuple(known.of.items()), (known, {}))
     stepper = Stepper(runtime, layout, known, found)
