@@ -13,6 +13,7 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 
 from shardlib import Layout, Mesh, SpecError, compile, scan, sharded, simulate, step, value_and_grad
+from shardlib.distributed.runtime import Runtime
 from shardlib.functions import sum
 from shardlib.index_check import IndexSite, _Flag
 from shardlib.ops import TABLE, cross_entropy, embedding, take, update_cache
@@ -208,6 +209,16 @@ def test_on_the_cpu_every_way_to_run_refuses_at_once(run: object) -> None:
             run(BAD, TABLE_OF_FIVE)
         assert str(found.value) == OF_ROWS
     assert torch.equal(run(GOOD, TABLE_OF_FIVE), TABLE_OF_FIVE[GOOD])
+
+
+@pytest.mark.parametrize("make", (compile, step, lambda f: later(f)), ids=("compile", "step", "later"))
+def test_the_other_ranks_are_told_before_it_is_raised(make: object) -> None:
+    run, told = make(rows), []
+    with mock.patch.object(Runtime, "end_others", lambda self, error: told.append(str(error))), pytest.raises(SpecError):
+        run(BAD, TABLE_OF_FIVE)
+        assert told == []
+        run.check()
+    assert told == [OF_ROWS]
 
 
 def test_a_later_error_comes_with_the_next_call_and_once() -> None:

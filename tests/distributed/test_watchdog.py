@@ -218,6 +218,22 @@ def test_an_error_of_the_watchdog_does_not_end_it(capfd: pytest.CaptureFixture[s
     dog.stop("")
 
 
+def test_a_rank_that_ends_the_others_goes_on_once_they_have_said_why(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing itself, for it raises; the others say its line, and where they are, at their next look."""
+    store, left = dist.HashStore(), []
+    monkeypatch.setattr(Watchdog, "_leave", lambda self: (left.append(self.rank), self._let_all_say()))
+    dog, other = watchdog(store), Watchdog(Watch(), store, 1, 2, 40.0, torch.device("cpu"))
+    other.watch.begin(other.watch.seat("tp", (0, 1)), "barrier")
+    dog.end_others("has raised SpecError: ids holds caf\udce9")
+    other.stop("")
+    dog.stop("")
+    assert left[0] == 1 and 0 not in left and store.add("said", 0) >= 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[:2] == ["shardlib [rank 1] ends: rank 0 has raised SpecError: ids holds caf\\udce9",
+                         f"shardlib [rank 1]   it is in collective 1 of {TP}: barrier"]
+    assert not [line for line in lines if "[rank 0]" in line] and dog._states()[0].note == "has raised SpecError: ids holds caf\\udce9"
+
+
 def test_each_thread_is_in_a_collective_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     """The one that fails is the one that is reported; the oldest is the one that is waited for."""
     dog = watchdog(dist.HashStore())

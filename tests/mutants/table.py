@@ -22,6 +22,7 @@ PACK, API, PROVE, EXPLAIN, LAYOUT, MESH = ("tests/test_pack.py", "tests/test_api
                                            "tests/test_layout.py", "tests/test_mesh.py")
 GROUP, ROUTING, WATCHDOG, TENSORS, QUEUE = (f"tests/distributed/test_{name}.py" for name in (
     "group_coordinator", "routing", "watchdog", "tensor_dicts", "message_queue"))
+INDICES, LOSSES, ENDS = "tests/test_index_check.py", "tests/ops/test_cross_entropy.py", WATCHDOG + " -k ends_the_others"
 NVLINK, PROTOCOLS = "tests/ops/test_nvlink.py", "tests/triton_kernels/test_protocols.py"
 EXCHANGES = PLANNER + " -k exchange_says"
 ASKED = GROUP + " -k all_members_ask"
@@ -191,6 +192,40 @@ MUTANTS = (
            "tuple(map(prod, shapes)), prod(head) <= 2, even)", "tests/distributed/test_flat.py"),
     Mutant("shardlib/distributed/flat.py", "even = len(set(sizes)) == 1", "even = sizes[0] == sizes[-1]", "tests/distributed/test_flat.py"),
     Mutant("shardlib/distributed/agreement.py", "if a.send[j] != b.recv[i]:", "if a.send[j] > b.recv[i]:", GROUP),
+    # indices and losses
+    Mutant("shardlib/index_check.py", "if 0 <= least and greatest <= self.last:", "if 0 <= least and greatest <= self.size:", INDICES),
+    Mutant("shardlib/index_check.py", "if 0 <= least and greatest <= self.last:", "if greatest <= self.last:", INDICES),
+    Mutant("shardlib/index_check.py", "= least if least < 0 else greatest,", "= greatest,", INDICES),
+    Mutant("shardlib/index_check.py", "torch.cat((index.reshape(-1), self.seen))", "index.reshape(-1)", INDICES),
+    Mutant("shardlib/index_check.py", "index = index.masked_fill(index == self.ignored, 0)", "pass", INDICES),
+    Mutant("shardlib/index_check.py", "index = index[index != self.ignored]", "pass", INDICES + " " + LOSSES),
+    Mutant("shardlib/index_check.py", "out = (index < 0) | (index > self.last)", "out = index < 0", INDICES),
+    Mutant("shardlib/index_check.py", "        self.tell(error)\n", "", INDICES),
+    Mutant("shardlib/index_check.py", "if not self.sent and not self._capturing():", "if not self._capturing():", INDICES),
+    Mutant("shardlib/index_check.py", "                self.noted.zero_()\n", "", INDICES),
+    Mutant("shardlib/index_check.py", "        self.sent = False\n        for", "        for", INDICES),
+    Mutant("shardlib/index_check.py", "if site.last >= 0)", ")", INDICES),
+    Mutant("shardlib/builder.py", 'self.called.get(self.source.get(i, i), "")', 'self.called.get(i, "")', INDICES),
+    Mutant("shardlib/step.py", "        completer.where = step.where\n", "", INDICES),
+    Mutant("ops/take.py", "here = index - start if start else index", "here = index", LOSSES),
+    Mutant("ops/take.py", "return torch.where(inside[..., None], F.embedding(here, table), 0)", "return F.embedding(here, table)", INDICES),
+    Mutant("ops/take.py", "return torch.where(inside, x.gather(dim, here.expand(shape)), 0).squeeze(dim)",
+           "return x.gather(dim, here.expand(shape)).squeeze(dim)", INDICES),
+    Mutant("ops/take.py", "torch.where(inside[..., None], g, 0).reshape(", "g.reshape(", INDICES),
+    Mutant("ops/take.py", "out.scatter_(dim, here.expand(g.shape), torch.where(inside, g, 0))", "out.scatter_(dim, here.expand(g.shape), g)", INDICES),
+    Mutant("ops/kv_cache.py", "        now = now.clamp(0, site.size - 1)\n", "        pass\n", INDICES),
+    Mutant("ops/kv_cache.py", "        site.look(start)\n", "        pass\n", INDICES),
+    Mutant("ops/cross_entropy.py", "return x.float() if x.dtype.itemsize < 4 else x", "return x", LOSSES),
+    Mutant("ops/cross_entropy.py", "without, int(first))", "without, 1)", LOSSES),
+    Mutant("ops/cross_entropy.py", "return x if without is None else x.masked_fill_(without, 0)", "return x", LOSSES),
+    Mutant("ops/cross_entropy.py", "return x if mask is None else x.masked_fill(mask, value)", "return x", LOSSES),
+    Mutant("ops/cross_entropy.py", "labels, -g, dim, 0, site).to(x.dtype)", "labels, g, dim, 0, site).to(x.dtype)", LOSSES),
+    Mutant("ops/cross_entropy.py", "labels, -g, dim, 0, site).to(x.dtype)", "labels, -g, dim, 0, site)", LOSSES),
+    Mutant("ops/cross_entropy.py", "top = b.settle(b.call(MAX, [x], outs=(small,)))", "top = b.call(MAX, [x], outs=(small,))", LOSSES),
+    Mutant("shardlib/distributed/watchdog.py", "        return None if self._raised else self._ask(", "        return self._ask(", ENDS),
+    Mutant("shardlib/distributed/watchdog.py", "            self._post(_RAISED)\n", "", ENDS),
+    Mutant("shardlib/distributed/watchdog.py", "            if over:\n                self._tell_why(over)\n            else:\n                self._tell(waits, mine)",
+           "            self._tell(waits, mine)", ENDS),
     # ops/nvlink.py, triton_kernels
     Mutant("ops/nvlink.py", "prod(cut.shapes[0][cut.dim:])", "prod(cut.whole[cut.dim:])", NVLINK),
     Mutant("ops/nvlink.py", 'call.nbytes % (QUAD if call.name == "all_reduce" else QUAD * self.size)', "call.nbytes % QUAD", NVLINK),
