@@ -219,6 +219,8 @@ def test_a_folder_against_transformers(tmp_path):
 @pytest.mark.parametrize("files, eos_ids", [
     (dict(), set()),
     (dict(config={"eos_token_id": 1}), {1}),
+    (dict(config={"eos_token_id": [1, 4]}, tokenizer_config={"eos_token": "</s>"}), {1, 4}),
+    (dict(config={"eos_token_id": 4}, generation_config={}, tokenizer_config={"eos_token": "</s>"}), {4}),
     (dict(config={"eos_token_id": 1}, generation_config={"eos_token_id": [5, 6]}), {5, 6}),
     (dict(config={"eos_token_id": None}, tokenizer_config={"eos_token": "<s>"}), {0}),
 ])
