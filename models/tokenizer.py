@@ -24,14 +24,12 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 import tokenizers
 
 from shardlib.models.chat_template import MAX_TEMPLATE, ChatTemplate
-from shardlib.models.checkpoint import CheckpointError
+from shardlib.models.checkpoint import CheckpointError, note
 from shardlib.models.gguf_header import read_gguf_header
 from shardlib.models.gguf_vocabulary import read_vocabulary
-from shardlib.models.json_file import read_json
 from shardlib.models.lfs import check_fetched
 from shardlib.models.model_files import find_model
-
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+from shardlib.models.saved_tokenizer import optional, read_tokenizer
 
 
 class Chat(str):
@@ -67,7 +65,7 @@ class Tokenizer:
         if isinstance(text, Chat):
             return self.core.encode(text, add_special_tokens=False).ids
         ids = self.core.encode(text).ids
-        begun = len(ids) > len(self.around) and self.around[:1] == ids[1:2] == [self.bos]
+        begun = len(ids) > len(self.around) and ids[:2] == [self.bos] * 2 and self.around[:1] == [self.bos]
         return ids[1:] if begun else ids
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
@@ -114,39 +112,35 @@ def from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
 
 
 def _from_folder(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    read_json(path)         # bounded, and says in our words what is wrong
-    try:
-        core = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:      # the package raises nothing narrower
-        raise CheckpointError(f"{path}: the tokenizers package does not read it: {error}") from None
-    config = _optional(folder / "tokenizer_config.json")
-    tokens = {key: _text(config[key]) for key in SPECIAL if config.get(key) is not None}
-    ids = next((found["eos_token_id"] for name in ("generation_config.json", "config.json")
-                if (found := _optional(folder / name)).get("eos_token_id") is not None), None)
-    eos_ids = [*(ids if isinstance(ids, list) else [ids]), core.token_to_id(tokens.get("eos_token", ""))]
+    core, config, tokens = read_tokenizer(folder)
     source = _template(folder, config)
     template = None if source is None else ChatTemplate(source, tokens)
-    return Tokenizer(core, (id for id in eos_ids if type(id) is int), template, tokens.get("bos_token"))
+    return Tokenizer(core, _ends(folder, core.token_to_id(tokens.get("eos_token", ""))), template, tokens.get("bos_token"))
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
-def _text(token: Any) -> str:
-    """A token, or the content of one that is written with its flags."""
-    return str(token["content"] if isinstance(token, dict) and "content" in token else token)
+def _ends(folder: Path, own: int | None) -> list[int]:
+    """The ids that end a text: generation_config.json's, else config.json's, else the one of the tokenizer."""
+    said = {name: optional(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")}
+    found = {name: ids for name, value in {**said, "tokenizer_config.json": own}.items()
+             if (ids := [id for id in (value if isinstance(value, list) else [value]) if type(id) is int])}
+    taken = next(iter(found), "")
+    for name, ids in found.items():
+        if not set(ids) <= set(found[taken]):
+            note(f"{folder}: a text ends with {found[taken]} by {taken}, with {ids} by {name}; the first is taken")
+    return found.get(taken, [])
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> Any:
     """The source of the chat template: in a file of its own, or in tokenizer_config.json, there perhaps one of several."""
     path, source = folder / "chat_template.jinja", config.get("chat_template")
-    if path.exists():
-        with open(path, "rb") as file:
-            text = file.read(4 * MAX_TEMPLATE + 4)
-        check_fetched(text, path)
-        return text.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
     if isinstance(source, list):
-        return next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
-    return source
+        source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
+    if not path.exists():
+        return source
+    with open(path, "rb") as file:
+        read = file.read(4 * MAX_TEMPLATE + 4)
+    check_fetched(read, path)
+    own = read.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
+    if source not in (None, own):
+        note(f"{folder}: chat_template.jinja and tokenizer_config.json have chat templates that differ; chat_template.jinja is taken")
+    return own

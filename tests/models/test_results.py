@@ -1,6 +1,7 @@
 """Results that survive: what is in the file is not done again, what is not whole is dropped, what is another's is refused."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,26 @@ def test_results_are_read_again(tmp_path: Path) -> None:
     first.add(2, [9], "not this")
     assert path.read_text() == '{"request":2,"of":"c","tokens":[1,2],"text":"é\\n"}\n{"request":0,"of":"a","tokens":[3],"text":""}\n'
     assert Results(str(path), OF).done == first.done == {2: Result(2, "c", [1, 2], "é\n"), 0: Result(0, "a", [3], "")}
+
+
+def test_a_result_is_on_the_disk_when_add_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is synced once a line, after all of the line is in it."""
+    path, synced = tmp_path / "results.jsonl", []
+    results = Results(str(path), OF)
+
+    def fsync(descriptor: int) -> None:
+        assert os.fstat(descriptor).st_ino == path.stat().st_ino
+        synced.append(path.read_bytes())
+    monkeypatch.setattr("os.fsync", fsync)
+    results.add(0, [1], "x")
+    results.add(1, [2], "y")
+    results.add(0, [3], "not this")
+    first, second = (line + b"\n" for line in path.read_bytes().splitlines())
+    assert synced == [first, first + second]
+    path.write_bytes(first[:-1])
+    synced.clear()
+    Results(str(path), OF)
+    assert synced == [first[:-1], first]        # when it is opened, and when its newline is there
 
 
 def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:

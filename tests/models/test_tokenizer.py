@@ -171,6 +171,7 @@ def test_values_of_any_kind_in_a_gguf_file(key):
             pass
 
 
+@pytest.mark.filterwarnings("ignore::shardlib.models.checkpoint.CheckpointWarning")
 @pytest.mark.parametrize("file, key", [("tokenizer_config", "eos_token"), ("tokenizer_config", "chat_template"), ("config", "eos_token_id"),
                                        ("generation_config", "eos_token_id"), ("tokenizer_config", "bos_token")])
 def test_values_of_any_kind_in_a_folder(file, key, tmp_path):
@@ -219,6 +220,8 @@ def test_a_folder_against_transformers(tmp_path):
 @pytest.mark.parametrize("files, eos_ids", [
     (dict(), set()),
     (dict(config={"eos_token_id": 1}), {1}),
+    (dict(config={"eos_token_id": [1, 4]}, tokenizer_config={"eos_token": "</s>"}), {1, 4}),
+    (dict(config={"eos_token_id": 4}, generation_config={}, tokenizer_config={"eos_token": "</s>"}), {4}),
     (dict(config={"eos_token_id": 1}, generation_config={"eos_token_id": [5, 6]}), {5, 6}),
     (dict(config={"eos_token_id": None}, tokenizer_config={"eos_token": "<s>"}), {0}),
 ])
@@ -226,6 +229,7 @@ def test_the_ids_that_end_a_text(files, eos_ids, tmp_path):
     assert Tokenizer.load(folder(tmp_path / "m", **files)).eos_ids == eos_ids
 
 
+@pytest.mark.filterwarnings("ignore::shardlib.models.checkpoint.CheckpointWarning")
 def test_where_a_folder_keeps_its_chat_template(tmp_path):
     several = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
     path = folder(tmp_path / "m", tokenizer_config={"chat_template": several})

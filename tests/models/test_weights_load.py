@@ -278,9 +278,14 @@ def test_types_that_are_none(tiny_folder):
 def test_a_file_that_changed_since_its_header_was_read(tiny_llama, tmp_path):
     tiny_llama.save_pretrained(tmp_path)
     checkpoint, file = open_checkpoint(tmp_path), tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
     changed = f"{file}: its size is not what it was when its header was read"
     assert refusal(CheckpointError, checkpoint, {"norm": parse("D")}, Mesh(), {}) == changed
+    file.write_bytes(whole + b"\0")
+    assert refusal(CheckpointError, checkpoint, {"norm": parse("D")}, Mesh(), {}) == changed
+    file.write_bytes(whole)
+    load(checkpoint, {"norm": parse("D")}, Mesh(), {}, torch.float32)
     file.unlink()
     assert refusal(CheckpointError, checkpoint, {"norm": parse("D")}, Mesh(), {}) == f"{file}: No such file or directory"
 
