@@ -76,7 +76,6 @@ MUTANTS = (
     Mutant("shardlib/moves.py", "pads[2 * (len(have.dims) - 1 - i)] = at - start",
            "pads[2 * (len(have.dims) - 1 - i)] = start + size - at - n", PLANNER + " -k relabels_its_value"),
     Mutant("shardlib/convert.py", "2 * (k - 1) / k * local", "(k - 1) / k * local", PLANNER + " -k costs_is"),
-    Mutant("shardlib/convert.py", "step = move.received + LATENCY * (move.op not in (SHARD, OWE))", "step = move.received", PLANNER + " -k one_move"),
     Mutant("shardlib/convert.py", "return a.op in (SHARD, OWE) or changed_dims", "return changed_dims", PLANNER + " -k one_move"),
     Mutant("shardlib/convert.py", "return a.op in (SHARD, OWE) or changed_dims(a.have, a.want) == changed_dims(b.have, b.want)",
            "return True", PLANNER + " -k relabels_its_value"),
