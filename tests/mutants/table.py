@@ -204,5 +204,5 @@ MUTANTS = (
     Mutant("triton_kernels/exchange.py", "there & (lane % LINE == 0), INTERPRET)", "there, INTERPRET)", ONCE),
     Mutant("triton_kernels/lamport.py", "return source - (source > target)", "return source - (source < target)", ONCE),
     Mutant("triton_kernels/lamport.py", "tl.minimum(at + tl.arange(0, BLOCK), stop - 1)", "at + tl.arange(0, BLOCK)", RIGHT),
-    Mutant("triton_kernels/quads.py", "rounded = bits + 0x7FFF + ((bits >> 16) & 1)", "rounded = bits + 0x8000", RIGHT),
+    Mutant("triton_kernels/quads.py", "rounded = bits + 0x7FFF + ((bits >> 16) & 1)", "rounded = bits + 0x8000", PROTOCOLS + " -k halves_to_even"),
 )
