@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlib import Layout, Mesh, Params, SpecError, compile, einsum, init, param, scan, sharded, simulate, stacked, step
-from shardlib.functions import silu, sum
+from shardlib import Layout, Mesh, Params, SpecError, compile, einsum, init, param, rename, scan, sharded, simulate, stacked, step
+from shardlib.functions import mean, silu, sum
+from shardlib.ops import rms_norm
 from shardlib.params import leaf_values, struct
 from shardlib.testing import region
 
@@ -179,4 +180,39 @@ def test_parameters_are_drawn_as_their_fields_say():
         assert len({float(row[0]) for row in rows}) == len(rows)
     assert w.layers.scalar.shape == (3,) and bool(w.layers.scalar.all()) and float(w.layers.scalar.abs().max()) < 6
     assert not w.layers.none.any() and bool((w.layers.ones == 1).all()) and not w.layers.zeros.any()
-    assert not torch.equal(w.layers.plain * 12, w.layers.wide)                      # each field draws its own
+    assert not torch.allclose(w.layers.plain * 12, w.layers.wide)                    # each field draws its own
+
+
+class Norm(Params):
+    weight: Tensor = param("D")
+
+
+class Norms(Params):
+    layers: Norm = stacked("L", Norm)
+
+
+@sharded("T D, * -> T D")
+def norm_layer(x, w: Norm):
+    return rms_norm(x, w.weight)
+
+
+@sharded("T D, * -> T D, T, T")
+def many_kinds(x, w: Norms):
+    """The same op with other attributes, a dim that is named here, parameters that are gathered layer by layer."""
+    x = scan(norm_layer, x * 2.0 + x * 3.0, w.layers)
+    scores = einsum("T D, S D -> T S", x, rename("T D -> S D", x))
+    return x, mean("T S -> T", scores), mean("T D -> T", x * 2.0 - x * -3.0)
+
+
+def test_step_mode_works_out_each_call_by_itself():
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w = Norms(layers=Norm(weight=torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.5, 1.0, -1.0, 2.0]], dtype=torch.float64)))
+    want = 5 * x
+    for weight in w.layers.weight:
+        want = want / (want.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    meant = (want, (want @ want.T).mean(1), 5 * want.mean(1))
+    runs = (step(many_kinds, Layout(T="dp", D="dp"), mesh=Mesh(dp=1)), compile(many_kinds), lambda *args: simulate(
+        many_kinds, Layout(T="dp", D="dp"), *args, mesh=Mesh(dp=2)))
+    for run in runs:
+        for got, y in zip(run(x, w), meant, strict=True):
+            assert torch.allclose(got, y, rtol=1e-12, atol=1e-12)

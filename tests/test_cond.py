@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlib import EXPLICIT, Layout, Mesh, Params, SpecError, compile, cond, einsum, explain, lower, param, prove, scan, sharded, simulate, step, value_and_grad
+from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, all_gather, compile, cond, einsum, explain, lower, param, prove, scan, sharded,
+                      simulate, step, value_and_grad)
 from shardlib.functions import argmax, greater, max, silu, sum
 from shardlib.cond import COND
 from shardlib.parser import check, parse_program
@@ -110,6 +111,10 @@ def test_the_proof_finds_collectives_wherever_they_are_in_a_branch(f):
     with pytest.raises(SpecError) as error:
         prove(mutant, MESH, dict(SIZES, L=2))
     assert str(error.value).startswith("cond on v2, which is +tp: ranks that see different pieces of it part ways")
+    outer = replace(program.steps[at], **{("orelse" if f is nested else "body"): mutant})
+    with pytest.raises(SpecError) as inner:
+        check_branches(replace(program, steps=(outer,)))
+    assert str(inner.value) == str(error.value)
     harmless = replace(bad, body=replace(bad.body, steps=()), orelse=replace(bad.orelse, steps=()))
     check_branches(replace(program, steps=(harmless,)))
 
@@ -133,6 +138,22 @@ def normed_or_scaled(x, w: Norm):
     return cond(greater(sum("T D -> ()", x), than=0.0), normed, scaled, x, w.weight)
 
 
+@sharded("T D, T, D -> T D")
+def normed_layer(x, row, weight):
+    return rms_norm(x, weight) * row
+
+
+@sharded("T D, L T, * -> T D")
+def normed_layers(x, rows, w: Norm):
+    return scan(normed_layer, x, rows, w.weight)
+
+
+def test_a_parameter_is_one_in_a_scan_too():
+    (x, *_), rows, w = tensors(1.0), torch.tensor([[1.0, 2.0, 3.0]]).double(), Norm(weight=torch.tensor([1.0, 2.0, 3.0, 4.0]).double())
+    want = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w.weight * rows[0][:, None]
+    assert torch.allclose(simulate(normed_layers, Layout(T="dp", D="dp"), x, rows, w, mesh=Mesh(dp=2, tp=2)), want, rtol=1e-12)
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("layout", [Layout(T="dp", D="dp"), Layout(T=("dp", "tp"), D="tp")])
 def test_a_parameter_is_one_in_a_branch_too(layout, sign):
@@ -140,6 +161,50 @@ def test_a_parameter_is_one_in_a_branch_too(layout, sign):
     x, w = tensors(sign)[0], Norm(weight=torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
     want = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w.weight * (1 if sign > 0 else -2)
     assert torch.allclose(simulate(normed_or_scaled, layout, x, w, mesh=Mesh(dp=2, tp=2)), want, rtol=1e-12)
+
+
+@sharded("T/tp D -> T D", layout=EXPLICIT)
+def gathered(x):
+    return all_gather("T/tp D -> T D", x)
+
+
+@sharded("T/tp D -> T/tp D", layout=EXPLICIT)
+def as_it_is(x):
+    return x
+
+
+@sharded("T D -> T D", layout=EXPLICIT)
+def of_the_whole(x):
+    return x
+
+
+@sharded("(), T/tp D -> T D", layout=EXPLICIT)
+def of_two_results(p, x):
+    return cond(p, gathered, as_it_is, x)
+
+
+@sharded("(), T/tp D -> T D", layout=EXPLICIT)
+def of_two_arguments(p, x):
+    return cond(p, gathered, of_the_whole, x)
+
+
+@pytest.mark.parametrize("f, other", [(of_two_results, "as_it_is"), (of_two_arguments, "of_the_whole")])
+def test_branches_of_different_types_are_refused(f, other):
+    with pytest.raises(SpecError) as error:
+        lower(f, mesh=MESH)
+    assert str(error.value).split("          ")[0] == f"cond: gathered and {other} differ in the types of their arguments or results"
+
+
+@sharded("+tp, T D, D F, F D -> T D")
+def owed_predicate(p, x, up, down):
+    return cond(p, deep, shallow, x, up, down)
+
+
+@pytest.mark.parametrize("p", [0.0, 2.0])
+def test_a_predicate_that_owes_is_paid_where_conversions_are_made(p):
+    x, up, down = tensors(1.0)
+    got = simulate(owed_predicate, LAYOUT, torch.tensor(p, dtype=torch.float64).long(), x, up, down, mesh=MESH)
+    assert torch.allclose(got, torch.nn.functional.silu(x @ up) @ down if p else x * 2)
 
 
 def test_it_has_no_derivative():

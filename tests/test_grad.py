@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlib import Layout, Mesh, Params, einsum, lower, param, scan, sharded, simulate, stacked, value_and_grad
+from shardlib import Layout, Mesh, Params, einsum, lower, param, rename, scan, sharded, simulate, stacked, value_and_grad
 from shardlib.functions import silu, sum
-from shardlib.moves import ALL_GATHER
+from shardlib.moves import ALL_GATHER, ALL_REDUCE
 
 MESH = Mesh(dp=2, tp=2)
 
@@ -43,7 +43,8 @@ def test_a_parameter_that_is_gathered_before_a_scan_is_one_within_it(regather: s
     """Kept gathered, each layer would hold the whole of it. One gather brings its gradient home; the others are of the two weights."""
     program = lower(value_and_grad(loss, regather=regather), LAYOUT, mesh=MESH)
     (backward,) = (p for p in program.bodies() if p.name == "layer_vjp")
-    assert Counter(s.op for s in backward.steps)[ALL_GATHER] == gathers
+    made = Counter(s.op for s in backward.steps)
+    assert made[ALL_GATHER] == gathers and made[ALL_REDUCE] == 1            # what was paid is kept, whatever is gathered again
 
 
 @pytest.mark.parametrize("regather", ["all", "weights", "nothing"])
@@ -58,3 +59,18 @@ def test_gradients_are_those_of_torch(regather: str) -> None:
     value, dx, dw = simulate(value_and_grad(loss, ("x", "w"), regather=regather), LAYOUT, x.detach(), net, mesh=MESH)
     for got, meant in ((value, want.detach()), (dx, x.grad), (dw.layers.up, up.grad), (dw.down, down.grad)):
         assert torch.allclose(got, meant, rtol=1e-12, atol=1e-12)
+
+
+@sharded("T D -> ()")
+def two_uses_of_a_name(x):
+    """The cotangent that comes back by the first is owed, where T is split; by the second it is not."""
+    y = rename("T D -> S D", x)
+    return sum("T S -> ()", einsum("T D, S D -> T S", x, y)) + sum("S D -> ()", y * y * y)
+
+
+def test_owed_and_settled_cotangents_of_a_renamed_value_meet() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    ((x @ x.T).sum() + (x ** 3).sum()).backward()
+    for layout in (Layout(), Layout(T="tp"), Layout(T="tp", D="dp"), Layout(T="tp", S="dp")):
+        _, dx = simulate(value_and_grad(two_uses_of_a_name, "x"), layout, x.detach(), mesh=MESH)
+        assert torch.allclose(dx, x.grad, rtol=1e-12, atol=1e-12), str(layout)

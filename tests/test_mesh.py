@@ -40,6 +40,23 @@ def test_pieces_tile_the_rows_in_order_of_the_axes(case: tuple) -> None:
     assert at == n
 
 
+@given(splits(), st.integers(0, 3), st.integers(1, 3))
+def test_the_rows_of_a_group_are_those_of_whole_units_of_its_first_dim(case: tuple, g: int, h: int) -> None:
+    mesh, axes, n = case
+    group, sizes, rows = parse("(K G H)").dims[0].split(axes), dict(K=n, G=g, H=h), [k for k in range(n) for _ in range(g * h)]
+    for c in mesh.coordinates():
+        (at, some), (start, size) = mesh.extent(n, axes, c), mesh.rows(group, sizes, c)
+        assert rows[start:start + size] == [k for k in range(at, at + some) for _ in range(g * h)] and start == at * g * h
+
+
+def test_a_value_is_held_by_a_coordinate_that_there_is() -> None:
+    mesh = Mesh(pp=3)
+    assert [str(mesh.resolve(parse(f"D @pp:{at}"))) for at in (0, 2, "last")] == ["D @pp:0", "D @pp:2", "D @pp:2"]
+    with pytest.raises(SpecError) as refused:
+        mesh.resolve(parse("D @pp:3"))
+    assert str(refused.value) == 'spec "D @pp:3": axis pp has coordinates 0 to 2, not 3'
+
+
 @given(splits())
 def test_a_piece_lies_in_the_piece_of_every_prefix_and_is_its_split(case: tuple) -> None:
     mesh, axes, n = case

@@ -46,6 +46,10 @@ def test_the_programs_of_the_models(name: str, mesh: str, layout: str) -> None:
 def test_digests_tell_plans_apart() -> None:
     found = {match(Mesh.parse(mesh), calls(name, mesh, layout)).digest for name in PROGRAMS for mesh, layout in PLACES}
     assert len(found) == len(PROGRAMS) * len(PLACES)
+    mesh, program = Mesh(tp=2), lower(next_token, named_layout("tp", Mesh(tp=2)), mesh=Mesh(tp=2), config=CONFIG)
+    others = (SIZES, {**SIZES, "T": 6, "S": 6}, {**SIZES, "B": 4})
+    assert len({prove(program, mesh, sizes, {p: kind for p, _ in program.arg_leaves() if p.startswith("w.")}).digest
+                for sizes in others for kind in ("float32", "bfloat16")}) == 6
 
 
 # -- mutants -----------------------------------------------------------------------------------------------------------

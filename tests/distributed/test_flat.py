@@ -31,6 +31,13 @@ def test_pieces_in_turn_are_not_copied() -> None:
     assert torch.equal(pack([x[:4], x[:4]]), torch.cat([x[:4], x[:4]]))
 
 
+def test_storages_that_happen_to_lie_in_turn_are_two() -> None:
+    memory = bytearray(32)
+    a, b = torch.frombuffer(memory, dtype=torch.float32, count=4).fill_(1.0), torch.frombuffer(memory, dtype=torch.float32, count=4, offset=16).fill_(2.0)
+    assert b.data_ptr() == a.data_ptr() + 16 and a.untyped_storage().nbytes() == 16
+    assert pack([a, b]).tolist() == [1.0] * 4 + [2.0] * 4
+
+
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.lists(st.integers(0, 3), min_size=1, max_size=3), st.data())
 def test_split_and_join_are_inverse(sizes: list[int], shape: list[int], data: st.DataObject) -> None:
     dim = data.draw(st.integers(-len(shape), len(shape) - 1))

@@ -316,3 +316,18 @@ def test_every_quad_is_pushed_once(kernel: str, world: int, monkeypatch: Patch) 
         assert (quads_found, words_found) == (of_quads, of_words)
     quads_found, _, of_quads, _ = pushes(kernel, world, 5, monkeypatch, lambda there: there == there)
     assert set(quads_found) == set(of_quads) and len(quads_found) > len(of_quads)
+
+
+@triton.jit
+def _packs(x_ptr, out_ptr, KIND: tl.constexpr):
+    i = tl.arange(0, 64)
+    x = tl.load(x_ptr + i)
+    tl.store(out_ptr + i, pack(x, x, KIND, True))
+
+
+@pytest.mark.parametrize("kind, dtype, place", [("bf16", torch.bfloat16, 8), ("fp16", torch.float16, 11)])
+def test_numbers_are_rounded_to_the_nearest_and_halves_to_even(kind: str, dtype: torch.dtype, place: int) -> None:
+    """In the interpreter, where the kernels' own instruction is not: as torch does."""
+    x, out = (1 + torch.arange(64) * 2.0 ** -place) * torch.tensor([1.0, -1.0]).repeat(32), torch.zeros(64, dtype=torch.int32)
+    _packs[(1,)](x, out, kind)
+    assert torch.equal(out, torch.stack([x, x], 1).to(dtype).flatten().view(torch.int32))
