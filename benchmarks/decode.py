@@ -40,8 +40,11 @@ def by_hand(model: Model, rows: int, sums: str, group: dist.ProcessGroup | None)
     with torch.inference_mode():
         plain.ids.fill_(1)
         graph = plain.capture()
-        plain.position.fill_(PROMPT)
-        times = sorted(ms_of(graph.replay, STEPS, model.runtime.device) for _ in range(3))
+        times = []
+        for _ in range(3):
+            plain.position.fill_(PROMPT)
+            times.append(ms_of(graph.replay, STEPS, model.runtime.device))
+        times.sort()
         plain.ids.fill_(1)
         plain.position.zero_()
         chosen = []

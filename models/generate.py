@@ -33,11 +33,13 @@ from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.runtime import connect
 from shardlib.errors import bytes_text
 from shardlib.explain import Explanation, explain
+from shardlib.models.byte_tokenizer import ByteTokenizer
 from shardlib.models.checkpoint import Checkpoint, CheckpointError, CheckpointWarning
 from shardlib.models.decoding import Generated, Model, Sampling, check_prompts
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama_config import config_of
 from shardlib.models.model_files import open_checkpoint
+from shardlib.models.random_weights import shape_of
 from shardlib.models.results import Result, Results, digest
 from shardlib.models.tokenizer import Tokenizer
 from shardlib.params import leaf_values
@@ -55,6 +57,7 @@ class _Parser(argparse.ArgumentParser):
 def arguments() -> argparse.ArgumentParser:
     parser = _Parser(prog="shardlib.models.generate", description="Generate text with a Llama.")
     parser.add_argument("--model", default="smollm2", help="smollm2, a Hugging Face Llama folder, or a .gguf file")
+    parser.add_argument("--weights", help="in place of --model, random ones of a published shape, to measure: random:llama3-8b")
     parser.add_argument("--mesh", default="", help='axes and sizes, as in "dp=2,tp=2"; by default one rank')
     parser.add_argument("--layout", default="tp", help="tp, sp, fsdp, cp, joined by +; or a layout, as in B=dp,K=tp,F=tp")
     parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
@@ -136,7 +139,8 @@ def run(options: argparse.Namespace) -> None:
         world = tuple(mesh.axes)
         runtime.create_groups([world] if world else [])
         runtime.open_queue(world)
-        say(f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {runtime.device.type}, mesh {str(mesh) or '()'}, layout {str(layout) or '()'}; reading {options.model}")
+        say(f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {runtime.device.type}, mesh {str(mesh) or '()'}, layout {str(layout) or '()'}; "
+            f"{'drawing ' + options.weights if options.weights else 'reading ' + options.model}")
         job, request = None, None
         if runtime.rank == 0:
             with _saying(say):
@@ -144,9 +148,9 @@ def run(options: argparse.Namespace) -> None:
         job = runtime.group(world).broadcast_message(job, 0) if world else job
         if "error" in job:
             raise SpecError(job["error"])
-        checkpoint = Checkpoint.from_plain(job["checkpoint"])
-        began = time.perf_counter()
-        model = Model.load(checkpoint, layout, runtime, DTYPES[options.dtype])
+        began, dtype = time.perf_counter(), DTYPES[options.dtype]
+        model = Model.random(options.weights, layout, runtime, dtype, options.seed) if options.weights else \
+            Model.load(Checkpoint.from_plain(job["checkpoint"]), layout, runtime, dtype)
         held = sum(t.numel() * t.element_size() for t in _tensors(model.weights))
         say(f"loaded {bytes_text(held)} of weights on this rank in {time.perf_counter() - began:.1f} s")
         model.pack()
@@ -178,7 +182,7 @@ def _sampling(options: argparse.Namespace) -> Sampling:
 @dataclass(frozen=True)
 class _Request:
     """What rank 0 alone has: the tokenizer, the prompts, and what is finished."""
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | ByteTokenizer
     prompts: list[list[int]]
     results: Results
 
@@ -200,13 +204,13 @@ def _prepare(options: argparse.Namespace) -> tuple[_Request | None, dict[str, An
             raise SpecError("the prompt is empty; give one with --prompt")
         if any("\udc80" <= c <= "\udcff" for text in options.prompt for c in text):       # how Python hands on bytes it cannot decode
             raise SpecError("the prompt is not UTF-8 text")
-        checkpoint = open_checkpoint(options.model)
-        tokenizer = Tokenizer.load(options.model)
+        checkpoint = None if options.weights else open_checkpoint(options.model)
+        tokenizer = Tokenizer.load(options.model) if checkpoint else ByteTokenizer()
         texts = options.prompt if options.raw else [tokenizer.chat([{"role": "user", "content": text}]) for text in options.prompt]
         prompts = [tokenizer.encode(text) for text in texts]
-        check_prompts(prompts, options.max_new_tokens, config_of(checkpoint))
+        check_prompts(prompts, options.max_new_tokens, config_of(checkpoint) if checkpoint else shape_of(options.weights))
         request = _Request(tokenizer, prompts, Results(None if options.plan else options.results, _digests(prompts, options)))
-        return request, {"checkpoint": checkpoint.to_plain(), "prompts": prompts, "eos": sorted(tokenizer.eos_ids),
+        return request, {"checkpoint": checkpoint and checkpoint.to_plain(), "prompts": prompts, "eos": sorted(tokenizer.eos_ids),
                          "batches": request.batches(options.batch)}
     except (SpecError, CheckpointError, OSError) as error:
         return None, {"error": str(error)}
@@ -214,7 +218,8 @@ def _prepare(options: argparse.Namespace) -> tuple[_Request | None, dict[str, An
 
 def _digests(prompts: Sequence[Sequence[int]], options: argparse.Namespace) -> list[str]:
     """What every request is known by. Greedy tokens depend on no seed, and drawn ones on the row in the batch too."""
-    all_tokens, size = (options.model, options.max_new_tokens, options.dtype), options.batch or len(prompts)
+    model = f"{options.weights} {options.seed} {options.mesh}" if options.weights else options.model
+    all_tokens, size = (model, options.max_new_tokens, options.dtype), options.batch or len(prompts)
     draws = (options.temperature, options.top_p, options.seed)
     return [digest(p, (*all_tokens, *draws, row % size) if options.temperature else all_tokens) for row, p in enumerate(prompts)]
 
@@ -260,7 +265,7 @@ def _say_plan(plan: Explanation, say: Callable[[str], None]) -> None:
 class _Stream:
     """Prints the answer of a single prompt as it comes."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer | ByteTokenizer) -> None:
         self.tokenizer, self.ids, self.shown = tokenizer, [], ""
 
     def __call__(self, new: list[int | None]) -> None:
