@@ -11,7 +11,6 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from shardlib.dtypes import ITEMSIZE
@@ -60,7 +59,8 @@ def check_tree(f: Function, name: str, given: Any, hint: Any) -> None:
     """SpecError unless `given` is a pytree that the argument `name` of `f` may be."""
     wanted = hint if isinstance(hint, type) and issubclass(hint, Params) else None
     if not isinstance(given, wanted or Params):
-        raise SpecError(f"{f.__name__}: {name} is {'the class itself' if given is wanted else what(given)}; it is a pytree of Params" + (f", {_a(wanted.__name__)}" if wanted else ""))
+        found = "the class itself" if given is wanted else what(given)
+        raise SpecError(f"{f.__name__}: {name} is {found}; it is a pytree of Params{f', {_a(wanted.__name__)}' if wanted else ''}")
 
 
 def what(x: Any) -> str:
@@ -81,9 +81,9 @@ def check_tensors(f: Function, leaves: Iterable[tuple[str, Any]]) -> None:
             continue
         if not isinstance(x, Tensor):
             raise SpecError(f"{f.__name__}: {path} is {what(x)}, not a tensor")
-        kind = str(x.dtype).removeprefix("torch.")
-        if x.layout != torch.strided or x.is_nested:
-            raise SpecError(f"{f.__name__}: {path} is {'nested' if x.is_nested else str(x.layout).removeprefix('torch.')}; make a dense tensor of it first")
+        kind, form = (str(said).removeprefix("torch.") for said in (x.dtype, x.layout))
+        if form != "strided" or x.is_nested:
+            raise SpecError(f"{f.__name__}: {path} is {'nested' if x.is_nested else form}; make a dense tensor of it first")
         if kind not in ITEMSIZE:
             raise SpecError(f"{f.__name__}: {path} is {kind}; a tensor of a program is one of {', '.join(ITEMSIZE)}")
         first = first or (path, x)

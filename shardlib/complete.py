@@ -175,7 +175,8 @@ class Completer(Builder):
         pieces = step.op.distribute and layout != EXPLICIT and any(self._axes(ins[0], n) for n in rule.whole)
         rule = replace(rule, whole=(), maxes=rule.whole) if pieces else rule
         try:
-            kinds = [self.mesh.resolve(s, True).resolve(self.mesh) for s in step.outs] if step.op.asserted else natural(step.op.name, rule, ins, outs)
+            asserted = [self.mesh.resolve(s, True).resolve(self.mesh) for s in step.outs] if step.op.asserted else None
+            kinds = asserted or natural(step.op.name, rule, ins, outs)
         except RuleError:
             raise refusal(step, here, rule, self) from None
         if pieces:

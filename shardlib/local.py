@@ -121,7 +121,9 @@ def _unchanged(f: Callable, operands: Sequence[Tensor]) -> Iterator[Sequence[Ten
 
 def _counting(x: Tensor) -> Tensor:
     """The same elements as a tensor that counts what is written to it, which those of inference mode do not."""
-    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride()) if x.is_inference() else x
+    if not x.is_inference():
+        return x
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
 def local_vjp(f: Callable, count: int, *args: Tensor) -> Any:
