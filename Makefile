@@ -43,8 +43,11 @@ demo: $(VENV)/.demo ## a language model, tensor parallel over 3 processes of thi
 test: $(VENV)/.test ## every test that needs no GPU
 	$(BIN)/python -m pytest --import-mode=importlib -q tests --ignore=tests/gpu $(ARGS)
 
-test-gpu: $(VENV)/.test ## the tests that need GPUs
-	$(BIN)/python -m pytest --import-mode=importlib -q tests/gpu $(ARGS)
+test-gpu: $(VENV)/.test ## the tests that need GPUs, against an installed wheel
+	rm -rf build && mkdir -p build/wheel
+	$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-deps --no-build-isolation -w build/wheel .
+	$(PIP) -q --no-deps --target build/wheel/installed build/wheel/*.whl
+	cd build/wheel && PYTHONPATH=$(CURDIR)/build/wheel/installed $(abspath $(BIN))/python -m pytest --import-mode=importlib -q $(CURDIR)/tests/gpu $(ARGS)
 
 mutants: $(VENV)/.test ## break the code in each way of tests/mutants/table.py: whose tests do not notice?
 	$(BIN)/python tests/mutants $(ARGS)

@@ -65,7 +65,11 @@ def missing(workspace: Workspace, reader: Reader, ranks: Sequence[int]) -> list[
         if len(empty):
             first = int(empty[0]) // width
             block = (first if width == 4 else first * line) // threads % blocks
-            found.append(f"of rank {rank}, {len(empty)} of {len(words)} {name} have not come: block {block} waits for "
-                         f"{'quad' if width == 4 else 'line'} {first}, expects data and sees {EMPTY.value:#x}")
+            found.append(not_come(rank, len(empty), len(words), name, block, f"{'quad' if width == 4 else 'line'} {first}"))
         start += count
     return found
+
+
+def not_come(rank: int, empty: int, of: int, name: str, block: int, first: str) -> str:
+    """How a report says that so many of the words called `name` have not come of a rank, and which block waits for the first."""
+    return f"of rank {rank}, {empty} of {of} {name} have not come: block {block} waits for {first}, expects data and sees {EMPTY.value:#x}"

@@ -1,6 +1,7 @@
 """The functions one calls on a sharded function: lower, compile, and calling it."""
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shardlib import testing
+from shardlib.calls import check_count, check_layout, check_static, check_tensors, check_tree, refuse_named, what
 from shardlib.captured import Captures, conditional
 from shardlib.complete import complete
 from shardlib.distributed.runtime import Runtime, shared_runtime
@@ -17,10 +19,10 @@ from shardlib.dtypes import value_dtypes
 from shardlib.emit import Emitter, load
 from shardlib.errors import SpecError
 from shardlib.failures import Lines, explain_failure
-from shardlib.grad import value_and_grad_program
+from shardlib.grad import REGATHER, value_and_grad_program
 from shardlib.index_check import IndexFlags
 from shardlib.layout import Layout
-from shardlib.mesh import Mesh, current_mesh
+from shardlib.mesh import Mesh, check_sizes, current_mesh
 from shardlib.passes import DEFAULT, rewrite
 from shardlib.pack import pack, packings
 from shardlib.params import Params, fill, flat, leaf_values, present, unflat
@@ -31,7 +33,7 @@ from shardlib.sizes import bind_sizes
 from shardlib.spec import Spec
 from shardlib.step import run_steps
 from shardlib.surroundings import any_autocast, refuse_gradients, without_autocast
-from shardlib.trace import Function, definition, trace_results, tracing
+from shardlib.trace import Function, argument_trees, definition, trace_results, tracing
 
 
 class Sharded(Function):
@@ -43,8 +45,13 @@ class Sharded(Function):
 
 def _compiled_here(f: Sharded | ValueAndGrad, static: dict[str, Any]) -> Compiled:
     """`f` compiled for the mesh in force, once."""
+    check_static(_traced("call", f), static)
     cache = f.__dict__.setdefault("_compiled", {})
     key = (current_mesh(), tuple(sorted(static.items())))
+    try:
+        hash(key)
+    except TypeError as error:
+        raise SpecError(f"{f.__name__}: a static argument cannot be hashed: {error}; compile the function with it") from None
     if key not in cache:
         cache[key] = compile(f, mesh=current_mesh(), **static)
     return cache[key]
@@ -52,7 +59,15 @@ def _compiled_here(f: Sharded | ValueAndGrad, static: dict[str, Any]) -> Compile
 
 def sharded(signature: str, *, layout: Layout | None = None) -> Callable[[Callable], Sharded]:
     """Decorator: the function takes and returns tensors with the specs of `signature`. A `layout` here wins over the caller's."""
-    return lambda fn: Sharded(fn, signature, layout)
+    if not isinstance(signature, str):
+        raise SpecError(f'sharded: the signature is {what(signature)}; it is text, as in @sharded("B T D, D F -> B T F")')
+    check_layout("sharded", layout)
+
+    def decorate(fn: Callable) -> Sharded:
+        if not inspect.isfunction(fn):
+            raise SpecError(f'@sharded("{signature}"): what it decorates is {what(fn)}, not a Python function')
+        return Sharded(fn, signature, layout)
+    return decorate
 
 
 def lower(f: Function | ValueAndGrad, layout: Layout | None = None, *args: Any, mesh: Mesh | None = None,
@@ -69,6 +84,9 @@ def lower(f: Function | ValueAndGrad, layout: Layout | None = None, *args: Any, 
 def _lower(f: Function, layout: Layout | None, mesh: Mesh, sizes: Mapping[str, int] | None, args: Sequence[Any],
            static: Mapping[str, Any], passes: Sequence[str] = DEFAULT,
            dtypes: Mapping[str, str] | None = None) -> tuple[Program, tuple[Any, ...]]:
+    _traced("lower", f)
+    check_layout("lower", layout)
+    check_sizes(sizes or {})
     if isinstance(f, ValueAndGrad):
         program, results = _lower(f.f, layout, mesh, sizes, args, static, passes)
         hints = f.f.hints()
@@ -79,6 +97,22 @@ def _lower(f: Function, layout: Layout | None, mesh: Mesh, sizes: Mapping[str, i
     traced, results = trace_results(f, args, dict(static))
     program = complete(traced, f.layout if f.layout is not None else layout or Layout(), mesh, sizes)
     return rewrite(program, mesh, passes), results
+
+
+def _traced(who: str, f: Any) -> Function:
+    """The function that is traced for `f`. SpecError where there is none."""
+    if not isinstance(f, (Function, ValueAndGrad)):
+        raise SpecError(f"{who}: it takes a @sharded function, not {what(f)}")
+    return f.f if isinstance(f, ValueAndGrad) else f
+
+
+def _check_arguments(f: Function, args: Sequence[Any]) -> None:
+    """SpecError unless `f` takes as many arguments, and pytrees where these are."""
+    check_count(f, args)
+    for name, spec, arg in zip(f.arg_names, f.ins, args):
+        if arg is None and spec is None:
+            check_tree(f, name, arg, f.hints().get(name))
+    argument_trees(f, [None if isinstance(arg, Prepared) else arg for arg in args])
 
 
 class ValueAndGrad:
@@ -119,6 +153,12 @@ def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *, regat
     regather: what backward gathers again instead of keeping it: "all", "weights" or "nothing". More memory, fewer all_gathers.
     Refused: a name that is no argument, or comes twice; no name; a tensor of integers; an `f` that returns more than one scalar.
     """
+    if not isinstance(f, Function):
+        raise SpecError(f"value_and_grad: it takes a @sharded function, not {what(f)}")
+    if regather not in REGATHER:
+        raise SpecError(f"value_and_grad: regather is {regather!r}; it is one of {', '.join(REGATHER)}")
+    if not isinstance(wrt, str | Iterable | None):
+        raise SpecError(f"value_and_grad: wrt is {wrt!r}; it names arguments: {', '.join(f.arg_names)}")
     pytrees = [n for n, spec in zip(f.arg_names, f.ins) if spec is None]
     names = tuple(pytrees) if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
     unknown = next((n for n in names if n not in f.arg_names), None)
@@ -138,8 +178,13 @@ class Compiled:
 
     def __init__(self, f: Function, layout: Layout | None, runtime: Runtime, sizes: Mapping[str, int], donate: Sequence[str],
                  static: Mapping[str, Any], graph: bool | str = False) -> None:
+        check_static(_traced("compile", f), static)
+        check_layout("compile", layout)
+        check_sizes(sizes)
+        if unknown := next((n for n in ((donate,) if isinstance(donate, str) else donate) if n not in f.arg_names), None):
+            raise SpecError(f"compile: donate names {unknown}, which is no argument of {f.__name__}; it has {', '.join(f.arg_names)}")
         self.f, self.layout, self.runtime, self.sizes = f, layout, runtime, dict(sizes)
-        self.donate, self.static = tuple(donate), dict(static)
+        self.donate, self.static = (donate,) if isinstance(donate, str) else tuple(donate), dict(static)
         self.program: Program | None = None
         self.sources: dict[tuple, str] = {}
         self.graph, self._captures = graph, None
@@ -205,24 +250,30 @@ class Compiled:
                 made[key] = leaf.unbind(0) if key in scanned else leaf
         return Prepared(name, tuple(made.values()), shapes, dtypes, tuple(made), _number_of((name, *made, *shapes.items(), *dtypes.items())))
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        if named:
+            refuse_named(self.f, named)
         if any_autocast():
             with without_autocast():
                 return self(*args)
         if self._apart and torch.is_grad_enabled():
             refuse_gradients(self.f.__name__, self._leaves(args))
         values, key = [], [*self.sizes.values()]        # shards of equal shapes may be of wholes of different sizes
-        for a in args:
-            if type(a) is Prepared:
-                values += a.flat
-                key.append(a.number)
-            else:
-                leaves_of = flat(a) if isinstance(a, Params) else (a,)
-                values += leaves_of
-                key += [v.shape for v in leaves_of]
-                if isinstance(a, Params):
-                    key.append(present(a))
-                key += [v.dtype for v in leaves_of]
+        try:
+            for a in args:
+                if type(a) is Prepared:
+                    values += a.flat
+                    key.append(a.number)
+                else:
+                    leaves_of = flat(a) if isinstance(a, Params) else (a,)
+                    values += leaves_of
+                    key += [v.shape for v in leaves_of]
+                    if isinstance(a, Params):
+                        key.append(present(a))
+                    key += [v.dtype for v in leaves_of]
+        except AttributeError:
+            self._check(args)
+            raise
         key = tuple(key)
         variant = self._variants.get(key)
         if variant is None:
@@ -240,13 +291,19 @@ class Compiled:
         without waiting. On the CPU every call raises at once."""
         self._flags.check()
 
+    def _check(self, args: Sequence[Any]) -> None:
+        """SpecError unless `args` are what the function takes."""
+        _check_arguments(f := _traced("compile", self.f), args)
+        check_tensors(f, self._leaves(args))
+
     def _leaves(self, args: Sequence[Any]) -> Iterator[tuple[str, Any]]:
         """The tensors of the arguments, and what each is called."""
         for name, arg in zip(self.f.arg_names, args):
-            yield from zip(arg.parts, arg.flat) if isinstance(arg, Prepared) else leaf_values(arg, name) if isinstance(arg, Params) else [(name, arg)]
+            yield from zip(arg.parts, arg.flat) if isinstance(arg, Prepared) else _named(name, arg)
 
     def _build(self, args: Sequence[Any], key: tuple) -> tuple[Callable, Callable, Lines]:
         """What runs the program for arguments like these, what makes its results of the leaves that this returns, and what its lines are."""
+        self._check(args)
         program = self.lower(*(None if isinstance(a, Prepared) else a for a in args))
         given: dict[str, Any] = {}
         dtypes: dict[str, str] = {}
@@ -309,11 +366,14 @@ def step(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh
 
     Called like what `compile` makes: with shards, giving shards. Of a `value_and_grad`, its function runs op by op, after all of it has run compiled.
     """
+    check_static(_traced("step", f), static)
+    check_layout("step", layout)
+    check_sizes(sizes or {})
     there, recipes = runtime or shared_runtime(current_mesh(mesh)), {}
     if not isinstance(f, ValueAndGrad):
-        return lambda *args: run_steps(f, layout or Layout(), there, args, sizes or {}, static, recipes)
+        return lambda *args, **named: refuse_named(f, named) or run_steps(f, layout or Layout(), there, args, sizes or {}, static, recipes)
     whole, lines = compile(f, layout, runtime=there, sizes=sizes, **static), step(f.f, layout, runtime=there, sizes=sizes, **static)
-    return torch.no_grad()(lambda *args: (whole(*args), lines(*args))[0])
+    return torch.no_grad()(lambda *args, **named: (whole(*args, **named), lines(*args))[0])
 
 
 def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh: Mesh | None = None, log: list | None = None, **static: Any) -> Any:
@@ -322,7 +382,9 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
     `log` receives (ranks, collective, elements) of everything that was communicated.
     """
     mesh = current_mesh(mesh)
-    named = {path: v for name, a in zip(f.arg_names, args) for path, v in (leaf_values(a, name) if isinstance(a, Params) else [(name, a)])}
+    _check_arguments(_traced("simulate", f), args)
+    named = {path: v for name, arg in zip(f.arg_names, args) for path, v in _named(name, arg)}
+    check_tensors(_traced("simulate", f), named.items())
     if isinstance(f, ValueAndGrad):
         f.check_dtypes(_dtypes(named.items()))
     program, results = _lower(f, layout, mesh, None, args, static, dtypes=_dtypes(named.items()))
@@ -372,6 +434,10 @@ def _number_of(kind: tuple) -> int:
 
 def _whole(leaf: Any) -> Tensor:
     return leaf if isinstance(leaf, Tensor) else torch.stack(leaf)
+
+
+def _named(name: str, arg: Any) -> Iterable[tuple[str, Any]]:
+    return leaf_values(arg, name) if isinstance(arg, Params) else [(name, arg)]
 
 
 def _flat(arg: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from shardlib.layout import EXPLICIT, Layout, pins
 from shardlib.mesh import Mesh
 from shardlib.messages import changed_carry, refusal, split_stack, unlike, unlike_result, unlike_return, wrong_move
 from shardlib.moves import check_move
+from shardlib.offers import labels
 from shardlib.pointwise import CAST_LIKE, WIDEN
 from shardlib.program import Program, Result, Step, Struct, leaves
 from shardlib.rearrange import RENAME, renamed, whole_in_rename
@@ -76,7 +77,10 @@ class Completer(Builder):
             have = self.types[self.now[name]]
             if self.layout == EXPLICIT and have != want:
                 raise unlike_return(name, want, self)
-            out.append(self.move(self.now[name], want, "the result of " + self.program.name))
+            try:
+                out.append(self.move(self.now[name], want, "the result of " + self.program.name))
+            except SpecError as error:
+                raise SpecError(f"{self.program.name}: the result cannot be made what is wanted: {error}") from None
             kinds.append(want)
         flat = iter(kinds)
         return Result(result.tree.map(lambda _: next(flat)) if isinstance(result.tree, Struct) else kinds[0], tuple(out))
@@ -107,14 +111,22 @@ class Completer(Builder):
                 if explicit and step.op.takes_text:
                     raise unlike(step, i, want, self, step.op.rule(step))
                 want = self.types[name]
-            placed.append(self.move(name, want, f"{step.op.name} takes {want}"))
+            placed.append(self._move_to(want, name, f"{step.op.name} takes {want}", step, i))
         made = self._natural(step, placed, layout)
         for written, name, spec in zip(step.outputs, made, step.outs):
             want = self._alone(spec, layout) if step.op.takes_text else self.types[name]
             if explicit and self.types[name] != want:
                 raise unlike_result(step, self.types[name], want, self, step.op.rule(step))
-            name = self.move(name, want, f"the layout keeps {spec.whole()} as {want}")
+            name = self._move_to(want, name, f"the layout keeps {spec.whole()} as {want}", step)
             self.now[written] = self.call(CAST_LIKE, [name, self.rounded[written]]) if written in self.rounded else name
+
+    def _move_to(self, want: Spec, name: str, why: str, step: Step, operand: int | None = None) -> str:
+        """`name`, an operand of `step` or its result, converted to `want`. SpecError, which says whose, where no move leads there."""
+        try:
+            return self.move(name, want, why)
+        except SpecError as error:
+            who = "the result" if operand is None else labels(step, self)[operand]
+            raise SpecError(f"{step.op.name}: {who} cannot be made what is wanted: {error}") from None
 
     def _may_follow(self, name: str, want: Spec) -> bool:
         return self.source.get(name, name) in self.params
@@ -147,7 +159,11 @@ class Completer(Builder):
         return next(f.axes for d in spec.dims for f in d.factors if f.name == name)
 
     def _follow(self, kind: Spec, axes: Mapping[str, tuple[str, ...]]) -> Spec:
-        return kind.split({d.label: axes.get(d.factors[0].name, d.axes) for d in kind.dims if d.factors})
+        """`kind` with its dims split as `axes` says; as it is, where an axis would come to split two, and the rule says what is wrong."""
+        try:
+            return kind.split({d.label: axes.get(d.factors[0].name, d.axes) for d in kind.dims if d.factors})
+        except SpecError:
+            return kind
 
     def _natural(self, step: Step, placed: list[str], layout: Layout) -> tuple[str, ...]:
         ins = tuple(self.types[p] for p in placed)
@@ -159,7 +175,8 @@ class Completer(Builder):
         pieces = step.op.distribute and layout != EXPLICIT and any(self._axes(ins[0], n) for n in rule.whole)
         rule = replace(rule, whole=(), maxes=rule.whole) if pieces else rule
         try:
-            kinds = [self.mesh.resolve(s, True).resolve(self.mesh) for s in step.outs] if step.op.asserted else natural(step.op.name, rule, ins, outs)
+            asserted = [self.mesh.resolve(s, True).resolve(self.mesh) for s in step.outs] if step.op.asserted else None
+            kinds = asserted or natural(step.op.name, rule, ins, outs)
         except RuleError:
             raise refusal(step, here, rule, self) from None
         if pieces:
@@ -235,11 +252,11 @@ class Completer(Builder):
             bodies.append(inner.run())
         for i, (path, kind) in enumerate(bodies[0].arg_leaves(), 1):
             if layout == EXPLICIT and self.types[inputs[i]] != kind:
-                raise SpecError(f"cond: {step.inputs[i]} is {self.types[inputs[i]]}, {step.body.name} takes {kind}")
+                raise unlike(step, i, kind, self)
             inputs[i] = self.move(inputs[i], kind, f"an argument of {step.body.name}")
-        if [k for _, k in bodies[0].arg_leaves()] != [k for _, k in bodies[1].arg_leaves()] or \
-                [k for _, k in bodies[0].result_leaves()] != [k for _, k in bodies[1].result_leaves()]:
-            raise SpecError(f"cond: {step.body.name} and {step.orelse.name} differ in the types of their arguments or results")
+        yes, no = ([(f"takes {path} as", kind) for path, kind in b.arg_leaves()] + [("returns", k) for _, k in b.result_leaves()] for b in bodies)
+        if other := next(((does, a, b) for (does, a), (_, b) in zip(yes, no) if a != b), None):
+            raise SpecError(f'cond: {step.body.name} {other[0]} "{other[1]}", {step.orelse.name} "{other[2]}"; both take and return the same types')
         made = self.add(COND, inputs, [k for _, k in bodies[0].result_leaves()], step.outputs, attrs=step.attrs, body=bodies[0], orelse=bodies[1])
         self.now.update(zip(step.outputs, made))
 

@@ -146,7 +146,7 @@ class _Backward(Builder):
         active = {p for p, n in outer.items() if n in self.active} | {paths[0]}
         params = {p for p, n in outer.items() if self.root.get(n, n) in self.params}
         if any(o in self.given for o in step.outputs[1:]):
-            raise SpecError("value_and_grad: the loss depends on what scan stacks; only its carry has a gradient yet")
+            raise SpecError("value_and_grad: the loss depends on what scan stacks; only its carry has a gradient yet").at(step.where)
         inner = _Backward(body, active, self.mesh, self.regather, params, inner_dtypes(step, body, self.dtypes))
         seed = inner.declare("g", _settled(inner.types[body.results[0].values[0]]))
         inner.dtypes[seed] = inner.dtypes[body.results[0].values[0]]

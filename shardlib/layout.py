@@ -21,6 +21,8 @@ class Layout:
     """An ordered mapping dim -> mesh axes. `Layout()` is declarative with nothing split; `EXPLICIT` completes nothing."""
 
     def __init__(self, entries: Mapping[str, str | Sequence[str]] | None = None, **named: str | Sequence[str]) -> None:
+        if not isinstance(entries, Mapping | None):
+            raise SpecError(f'layout: {entries!r} is no mapping of dims to axes; write Layout(B="dp"), or Layout.parse("B=dp")')
         self.entries: dict[str, tuple[str, ...]] = {}
         for dim, axes in {**(entries or {}), **named}.items():
             if not isinstance(axes, (str, tuple, list)):

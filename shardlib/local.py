@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from shardlib import testing
+from shardlib.calls import what
 from shardlib.dtypes import ITEMSIZE, as_they_come
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
@@ -41,6 +42,8 @@ def local(text: str, f: Callable, *operands: Any, dtype: str | Sequence[str] | N
 
     dtype: of the results, of each by its own name if there are several; by default the first operand's.
     """
+    if not callable(f) or not operands:
+        raise SpecError(f"local: {what(f)} is no function" if not callable(f) else f"local: {_short(f)} is given no operand")
     if getattr(f, "__closure__", None):
         raise SpecError(f"local: {_name(f)} closes over {', '.join(f.__code__.co_freevars)}; pass what it needs as operands")
     if dtype is None:
@@ -118,7 +121,9 @@ def _unchanged(f: Callable, operands: Sequence[Tensor]) -> Iterator[Sequence[Ten
 
 def _counting(x: Tensor) -> Tensor:
     """The same elements as a tensor that counts what is written to it, which those of inference mode do not."""
-    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride()) if x.is_inference() else x
+    if not x.is_inference():
+        return x
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
 def local_vjp(f: Callable, count: int, *args: Tensor) -> Any:

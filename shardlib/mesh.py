@@ -30,6 +30,8 @@ class Mesh:
     """Ordered named axes with sizes; an axis given a tuple of names instead of a size is an alias for their product."""
 
     def __init__(self, axes: Mapping[str, int | Sequence[str]] | None = None, **named: int | Sequence[str]) -> None:
+        if not isinstance(axes, Mapping | None):
+            raise SpecError(f"mesh: {axes!r} is no mapping of axes to sizes; write Mesh(dp=2, tp=4)")
         given = {**(axes or {}), **named}
         if len(given) > MAX_AXES:
             raise SpecError(f"mesh: {len(given)} axes; the most allowed is {MAX_AXES}")
@@ -170,10 +172,14 @@ class Mesh:
 
 def check_sizes(sizes: Mapping[str, int]) -> None:
     """SpecError unless all sizes of dims are integers of at least 0."""
+    if not isinstance(sizes, Mapping):
+        raise SpecError(f"sizes is a {type(sizes).__name__}; sizes map dims to integers, as in dict(B=8, D=512)")
     if (wrong := next((n for n, size in sizes.items() if type(size) is not int or size < 0), None)) is not None:
         raise SpecError(f"sizes: {wrong} is {sizes[wrong]!r}; a size is an integer of at least 0")
 
 
 def current_mesh(mesh: Mesh | None = None) -> Mesh:
     """`mesh`, else the one of the enclosing `with mesh:`, else the mesh of one rank."""
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise SpecError(f'the mesh is a {type(mesh).__name__}; it is a Mesh, as in Mesh(dp=2, tp=4) or Mesh.parse("dp=2,tp=4")')
     return mesh or _AMBIENT.get() or Mesh()

@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Sequence
 
 from shardlib import offers
+from shardlib.cond import COND
 from shardlib.errors import SpecError, aligned
 from shardlib.offers import label, labels, variable
 from shardlib.program import Step
@@ -65,7 +66,7 @@ def unlike(step: Step, i: int, want: Spec, at: Completer, rule: Rule | None = No
     says, caret = _difference(have, want)
     rows = [(name, have, _note(step, i, at, have)), ("signature" if called else "text", want, "")]
     if rule is None:
-        code = offers.convert(step, i, want, at, bare=step.op in (SCAN, RESHARD))
+        code = offers.convert(step, i, want, at, bare=step.op in (SCAN, COND, RESHARD))
     else:
         types, text = [at.types[at.now[n]] for n in step.inputs], [s.resolve(at.mesh) for s in step.ins]
         axes = [a for d, w in zip(have.dims, want.dims) if d.axes != w.axes for a in (*d.axes, *w.axes)]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 ITEMSIZE = 4        # bytes of an element in messages: float32
 SHOWN = 3           # offers in one message
 TRIED = 32          # rewritten calls that are typed again
+SHORT = 40          # characters of an expression that stands for an operand's name
 WIDE = 120          # characters of a line of code, where there is a shorter one
 DEPTH = 4           # calls within calls that are written out
 GUESS = 64          # rows of a dim of unknown size, for comparing costs
@@ -155,10 +156,15 @@ def label(code: str) -> str:
 
 
 def labels(step: Step, at: Completer) -> list[str]:
-    """What a message calls each operand: where two expressions look alike, by number."""
-    names = [label(operand(step, i, at)) for i in range(len(step.inputs))]
-    return [f"operand {i + 1}" if names.count(n) > 1 and len({step.inputs[j] for j, m in enumerate(names) if m == n}) > 1 else n
-            for i, n in enumerate(names)]
+    """What a message calls each operand: where two expressions look alike, in full; long ones by number."""
+    codes = [operand(step, i, at) for i in range(len(step.inputs))]
+    names = [label(code) for code in codes]
+
+    def unlike(i: int) -> str:
+        if len({codes[j] for j, m in enumerate(names) if m == names[i]}) == 1:
+            return names[i]
+        return codes[i] if codes.count(codes[i]) == 1 and len(codes[i]) <= SHORT else f"operand {i + 1}"
+    return [unlike(i) for i in range(len(names))]
 
 
 def written(step: Step, operands: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from shardlib.errors import SpecError
-from shardlib.mesh import Mesh
+from shardlib.mesh import Mesh, check_sizes
 from shardlib.program import Struct
 from shardlib.spec import Dim, Spec, heading, nameable, parse
 
@@ -156,8 +156,15 @@ def init(like: type[Params] | Params, sizes: Mapping[str, int], types: Mapping[s
          coordinate: Mapping[str, int] | None = None, seed: int = 0, dtype: torch.dtype = torch.float32, path: str = "w",
          device: torch.device | str = "cpu") -> Any:
     """Parameters drawn at random: the shards that `coordinate` holds of leaves with `types` (by default: all of each leaf)."""
+    if not (isinstance(like, Params) or isinstance(like, type) and issubclass(like, Params)):
+        raise SpecError(f"init: what it draws is a class of Params, or an instance, not {like!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SpecError(f"init: dtype is {dtype!r}; it is a floating-point dtype of torch")
+    check_sizes(sizes)
     mesh, coordinate = mesh or Mesh(), coordinate or {}
     rows = {**_metadata(like, path)}
+    if missing := [n for spec, _ in rows.values() for n in spec.names if n not in sizes]:
+        raise SpecError(f"init: no size of {missing[0]}; sizes has {', '.join(sizes) or 'none'}: sizes=dict({missing[0]}=...)")
 
     def leaf(name: str) -> Tensor:
         spec, meta = rows[name]

@@ -17,7 +17,7 @@ from typing import Iterator, Mapping, Sequence
 
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import SpecError
-from shardlib.mesh import Mesh
+from shardlib.mesh import Mesh, check_sizes
 from shardlib.moves import ALL_GATHER, ALL_REDUCE, COLLECTIVES, PERMUTE, REDUCE_SCATTER, axes_of, exchanged
 from shardlib.program import Op, Program, Step
 from shardlib.scan import SCAN
@@ -47,6 +47,11 @@ class Call:
 def check_given(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str], default: str = "float32") -> dict[str, int]:
     """All sizes that follow from `sizes`. SpecError unless the mesh has the program's axes, `sizes` the dims of what is held and sent,
     and `dtypes` are some of its arguments'."""
+    if not isinstance(program, Program):
+        raise SpecError(f"what is proven and explained is a program, as lower(f, layout) returns it, not a {type(program).__name__}")
+    if not isinstance(mesh, Mesh):
+        raise SpecError(f"the mesh is a {type(mesh).__name__}; it is a Mesh, as in Mesh(dp=2, tp=4)")
+    check_sizes(sizes)
     sizes = complete_sizes(program, sizes)
     paths, places = [path for path, _ in program.arg_leaves()], [program, *program.bodies()]
     held = [spec for _, spec in program.arg_leaves()]

@@ -19,7 +19,7 @@ from shardlib.pointwise import CAST_LIKE, WIDEN
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec, nameable, parse_signature
-from shardlib.trace import apply
+from shardlib.trace import Value, apply
 
 if TYPE_CHECKING:
     from shardlib.emit import Emitter
@@ -291,7 +291,7 @@ def max(text: str, x: Any) -> Any:      # noqa: A001
 
 def softmax(x: Any, along: str) -> Any:
     """softmax over the dim `along`, which is whole."""
-    if along not in x.spec.labels:
+    if isinstance(x, Value) and along not in x.spec.labels:
         raise SpecError(f"softmax: {along} is no dim of {x.spec}")
     return apply(SOFTMAX, (x,), along=along)
 

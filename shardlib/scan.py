@@ -11,12 +11,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from shardlib.calls import what
 from shardlib.errors import SpecError
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec
-from shardlib.trace import Function, Value, apply, trace_results
+from shardlib.trace import Function, Value, apply, check_dims, trace_results
 
 if TYPE_CHECKING:
     from shardlib.emit import Emitter
@@ -28,11 +29,13 @@ def scan(f: Function, carry: Any, stacked: Any, *constants: Any, **static: Any) 
     Returns the last carry; and where `f` returns more, those results, stacked.
     """
     if not isinstance(f, Function):
-        raise SpecError(f"scan: the body is a @sharded function, not {type(f).__name__}")
+        raise SpecError(f"scan: the body is a @sharded function, not {what(f)}")
+    if not isinstance(carry, Value):
+        raise SpecError(f"scan: the carry is {what(carry)}; it is one tensor of the traced function")
     stacks = stacked if isinstance(stacked, tuple) else (stacked,)
     values = [v for s in stacks for v in _tensors(s)]
     dims = dict.fromkeys(v.spec.dims[0].label if v.spec.dims else "()" for v in values)
-    if len(dims) != 1:
+    if len(dims) != 1 or "()" in dims:
         raise SpecError(f"scan: the stacked tensors begin with {', '.join(dims) or 'nothing'}; they share one first dim")
     (dim,) = dims
     if values[0].spec.dims[0].axes:
@@ -44,6 +47,9 @@ def scan(f: Function, carry: Any, stacked: Any, *constants: Any, **static: Any) 
     if len(f.ins) != 1 + len(stacks) + len(constants):
         raise SpecError(f"scan: {f.__name__} takes {len(f.ins)} arguments; it gets the carry, {len(stacks)} stacked and {len(constants)} constants")
     fixed = [v for c in constants for v in _tensors(c)]
+    for i, ((path, spec), v) in enumerate(zip(body.arg_leaves(), (carry, *values, *fixed))):
+        stack = 1 <= i <= len(values)
+        check_dims(f"scan: {path} of {f.__name__}", Spec((*v.spec.dims[:stack], *spec.dims), spec.owed), v)
     first = values[0].spec.dims[0]
     outs = [spec if i == 0 else Spec((first, *spec.dims), spec.owed) for i, (_, spec) in enumerate(body.result_leaves())]
     made = apply(SCAN, (carry, *values, *fixed), ins=(carry.spec, *(v.spec for v in values), *(v.spec for v in fixed)), outs=outs,
@@ -60,7 +66,7 @@ def _tensors(tree: Any) -> list[Value]:
     if isinstance(tree, Params):
         return [v for _, v in leaf_values(tree, "")]
     if not isinstance(tree, Value):
-        raise SpecError(f"scan: {type(tree).__name__} is neither a tensor of the traced function nor a Params")
+        raise SpecError(f"scan: {what(tree)} is neither a tensor of the traced function nor a Params")
     return [tree]
 
 

@@ -11,6 +11,7 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from shardlib.calls import check_count, check_tensors, check_tree
 from shardlib.complete import Completer
 from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, changed, step_dtypes, value_dtypes
@@ -24,7 +25,7 @@ from shardlib.rearrange import RENAME
 from shardlib.sizes import Sizes, bound
 from shardlib.spec import Spec
 from shardlib.surroundings import refuse_gradients, without_autocast
-from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, user_frame, user_line
+from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, raise_at_user_line, user_frame
 
 
 KNOWN = frozenset(getattr(torch, name) for name in ITEMSIZE)
@@ -155,9 +156,14 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
               recipes: dict) -> Any:
     """Run `f` op by op on this rank's shards; shards come back."""
     mesh = runtime.mesh
+    check_count(f, args)
+    for name, spec, arg in zip(f.arg_names, f.ins, args):
+        if arg is None and spec is None:
+            check_tree(f, name, arg, f.hints().get(name))
     layout = (f.layout if f.layout is not None else layout).on(mesh)
     trees = [(name, _complete(tree, layout, mesh)) for name, tree in argument_trees(f, args)]
     given = {path: v for (name, tree), arg in zip(trees, args) for (path, _), v in zip(leaves(name, tree), _tensors(arg))}
+    check_tensors(f, given.items())
     if mesh.world_size > 1:
         refuse_gradients(f.__name__, given.items())
     program = Program(f.__name__, tuple(trees), (), (), True)
@@ -177,8 +183,8 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
     with active(stepper), without_autocast():
         try:
             results = f.fn(*values, **static)
-        except SpecError as error:
-            raise error.at(user_line(error)) from error.__cause__
+        except (SpecError, TypeError, ValueError) as error:
+            raise_at_user_line(error)
         given_back = results if isinstance(results, tuple) else (results,)
         out = tuple(_locals(v) if spec is None else stepper.run(RESHARD, (v,), None, (v.spec,), (spec,), {}).local
                     for spec, v in zip(f.outs, given_back, strict=True))

@@ -19,9 +19,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from itertools import count
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, NoReturn, Sequence
 
 from shardlib.arithmetic import BINARY, with_number
+from shardlib.calls import check_count, check_static, check_tree, misuse, what
 from shardlib.errors import SpecError
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values, struct
@@ -58,6 +59,7 @@ class Value:
     def __truediv__(self, other): return _arithmetic("div", self, other)
     def __rtruediv__(self, other): return _arithmetic("div", other, self)
     def __neg__(self): return _arithmetic("mul", self, -1)
+    def __pos__(self): return self
 
     def __bool__(self) -> bool:
         raise SpecError("if: a traced value has no truth; a branch on data would let ranks part ways; use where(mask, a, b)")
@@ -67,6 +69,12 @@ class Value:
 
     def _compare(self, other: Any) -> bool:
         raise SpecError("compare: a traced value has no numbers yet; pass masks in as arguments of the @sharded function")
+
+    def _no_operator(self, *_: Any) -> Any:
+        raise SpecError("a traced value has + - * / with values and numbers; write the rest with functions: square(x), where(mask, a, b)")
+
+    __pow__ = __rpow__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __abs__ = __round__ = _no_operator
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _no_operator
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _compare
     __hash__ = object.__hash__
@@ -109,6 +117,7 @@ class Function:
             raise error.at(definition(self)) from None
         self.__name__, self.__doc__, self.__wrapped__ = fn.__name__, fn.__doc__, fn
         parameters = inspect.signature(fn).parameters.values()
+        self.static_names = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}     # -> whether it must be given
         self.arg_names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
         if bad := next((n for n in self.arg_names if not nameable(n)), None):
             raise SpecError(f"{fn.__name__}: {bad!r} is no name for an argument; use letters, digits and _").at(definition(self))
@@ -221,14 +230,15 @@ def trace(f: Function, args: Sequence[Any] = (), static: dict[str, Any] | None =
 
 def trace_results(f: Function, args: Sequence[Any] = (), static: dict[str, Any] | None = None) -> tuple[Program, tuple[Any, ...]]:
     """The Program of `f`, and what it returned: Values, and pytrees of them."""
+    check_static(f, static or {})
     tracer, hints, trees = Tracer(), f.hints(), argument_trees(f, args)
     values = [_argument(tracer, name, tree, hints.get(name), args[i] if i < len(args) else None) for i, (name, tree) in enumerate(trees)]
     tracer.num_args = len(tracer.specs)
     try:
         with active(tracer):
             results = f.fn(*values, **(static or {}))
-    except SpecError as error:
-        raise error.at(user_line(error)) from None
+    except (SpecError, TypeError, ValueError) as error:
+        raise_at_user_line(error)
     given = _results(f, results)
     return tracer.finish(f.__name__, trees, given, definition(f)), tuple(value for _, value in given)
 
@@ -236,6 +246,14 @@ def trace_results(f: Function, args: Sequence[Any] = (), static: dict[str, Any] 
 def tracing() -> bool:
     """Whether a @sharded function is being traced, or run op by op."""
     return _ACTIVE.get() is not None
+
+
+def raise_at_user_line(error: SpecError | TypeError | ValueError) -> NoReturn:
+    """What came out of a user's function, with the line there; as a SpecError, where it was a wrong call of one of ours."""
+    said = error if isinstance(error, SpecError) else misuse(error, _ours)
+    if said is None:
+        raise error
+    raise said.at(user_line(error)) from (error.__cause__ if said is error else error)
 
 
 @contextmanager
@@ -251,8 +269,14 @@ def active(tracer: Tracer) -> Iterator[None]:
 def argument_trees(f: Function, args: Sequence[Any]) -> list[tuple[str, Any]]:
     """(name, spec or Struct) of every argument; a pytree's from the instance in `args`, else from its annotation."""
     hints, trees = f.hints(), []
+    if len(args) > len(f.arg_names):
+        check_count(f, args)
     for i, (name, spec) in enumerate(zip(f.arg_names, f.ins)):
         given = args[i] if i < len(args) else None
+        if spec is None and given is not None and not isinstance(given, Struct):
+            check_tree(f, name, given, hints.get(name))
+        elif spec is not None and isinstance(given, Params):
+            raise SpecError(f"{f.__name__}: {name} is {what(given)}; it is one tensor, {spec}")
         trees.append((name, spec if spec is not None else _struct(f, name, given if isinstance(given, (Params, Struct)) else hints.get(name))))
     return trees
 
@@ -298,6 +322,9 @@ def _checked_results(f: Function, results: Any) -> list[tuple[Any, Any]]:
         if spec is None:
             if not isinstance(value, Params):
                 raise SpecError(f'{f.__name__}: result "*" is a Params pytree, not {type(value).__name__}')
+            for path, leaf in leaf_values(value, ""):
+                if not isinstance(leaf, Value):
+                    raise SpecError(f'{f.__name__}: {path[1:]} of result "*" is {what(leaf)}, not a tensor of the traced function')
             tree = struct(fill(value, "", lambda p, v=dict(leaf_values(value, "")): v[p].spec))
             out.append((tree, value))
         else:
@@ -313,8 +340,12 @@ def definition(f: Function) -> Where:
 
 
 def _inline(tracer: Tracer, f: Function, args: Sequence[Any], static: dict[str, Any]) -> Any:
-    if len(args) != len(f.ins):
-        raise SpecError(f"{f.__name__} takes {len(f.ins)} arguments, {len(args)} were given")
+    check_count(f, args)
+    check_static(f, static)
+    hints = f.hints()
+    for name, spec, given in zip(f.arg_names, f.ins, args):
+        if spec is None:
+            check_tree(f, name, given, hints.get(name))
     before, tracer.layout = tracer.layout, f.layout if f.layout is not None else tracer.layout
     try:
         passed = [a if spec is None else _pass(f"{f.__name__}: the argument {n}", spec, a, f.__name__) for n, spec, a in zip(f.arg_names, f.ins, args)]
@@ -343,7 +374,7 @@ def apply(op: Op, operands: Sequence[Any], text: str | None = None, *, ins: Sequ
     said = tracer.notice(frame)
     for i, x in enumerate(operands):
         if not isinstance(x, Value):
-            raise SpecError(f"{op.name}: operand {i + 1} is a {type(x).__name__}, no traced value; make it an argument of the @sharded function")
+            raise SpecError(f"{op.name}: operand {i + 1} is {what(x)}, no traced value; make it an argument of the @sharded function")
         if x.tracer is not tracer:
             name = next((n for n, value in frame.f_locals.items() if value is x), f"operand {i + 1}")
             raise SpecError(f"{op.name}: {name} belongs to another trace; a function takes all it uses as arguments")
@@ -386,7 +417,7 @@ def bind(op: str, text: str, operands: Sequence[Value], names: Sequence[str]) ->
 def check_dims(who: str, spec: Spec, value: Any) -> None:
     """SpecError unless `value` has the dims of `spec`, in order."""
     if not isinstance(value, Value):
-        raise SpecError(f"{who} is a {type(value).__name__}, not a tensor of the traced function")
+        raise SpecError(f"{who} is {what(value)}, not a tensor of the traced function")
     if spec.labels != value.spec.labels:
         raise SpecError(f"{who} has dims {Spec(value.spec.whole().dims)}, not {Spec(spec.whole().dims)}")
 

@@ -17,11 +17,11 @@ import shardlib
 import torch
 from torch import Tensor
 
-from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, all_reduce, einsum, lower, owe, param, rearrange, reduce_scatter, reshard, scan,
+from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, all_reduce, cond, einsum, lower, owe, param, rearrange, reduce_scatter, reshard, scan,
                       shard, sharded, stacked, value_and_grad)
 from shardlib.distributed.launch import Launch
 from shardlib.emit import Emitter
-from shardlib.functions import argmax, exp, max, mean, silu, softmax, where
+from shardlib.functions import argmax, exp, greater, max, mean, silu, softmax, where
 from shardlib.moves import TABLE as MOVES
 from shardlib.ops import TABLE as OPS, attention, causal_mask, rms_norm
 from shardlib.parser import parse_program
@@ -764,6 +764,95 @@ wrong(captured_tensor_in_a_call, """
 where: operand 1 is a Tensor, no traced value; make it an argument of the @sharded function          model.py:3
 """)
 
+
+
+# -- what nobody has written ---------------------------------------------------------------------------------------------
+
+@sharded("T S, B T S, B T S -> B T S")
+def a_narrow_operand_first(seen, scores, other):
+    return where(greater(seen, 0.0), scores, other)
+
+
+wrong(a_narrow_operand_first, """
+where: T is split over tp in greater(...), whole in scores          model.py:3
+
+  greater(...)         T/tp  S
+  scores         B/tp  T     S
+  other          B/tp  T     S
+                       ^^^^
+
+  where(all_gather("T/tp S -> T/1 S", greater(seen, 0.0)), scores, other)     0.75 x the size of greater(...) per rank
+""", layout=Layout(B="tp", T="tp"))
+
+
+@sharded("T D, D -> T D", layout=EXPLICIT)
+def expressions_that_look_alike(x, w):
+    return silu(x) * silu(shard("D -> D/tp", w))
+
+
+wrong(expressions_that_look_alike, """
+mul: D is whole in silu(x), split over tp in silu(shard("D -> D/tp", w))          model.py:3
+
+  silu(x)                       T  D
+  silu(shard("D -> D/tp", w))      D/tp
+                                   ^^^^
+
+  silu(x) * all_gather("D/tp -> D", silu(shard("D -> D/tp", w)))     1.5 kB per rank
+""")
+
+
+@sharded("B/dp D -> B/dp D", layout=EXPLICIT)
+def of_pieces(x):
+    return x * 2.0
+
+
+@sharded("B D -> B D", layout=EXPLICIT)
+def of_all(x):
+    return x * 2.0
+
+
+@sharded("B D, () -> B D", layout=EXPLICIT)
+def an_expression_for_a_branch(x, s):
+    return cond(s, of_pieces, of_pieces, silu(x))
+
+
+wrong(an_expression_for_a_branch, """
+cond: silu(...) has B whole; the signature of of_pieces takes "B/dp D"          model.py:3
+
+  silu(...)   B     D
+  signature   B/dp  D
+              ^^^^
+""")
+
+
+@sharded("B/dp D, () -> B/dp D", layout=EXPLICIT)
+def branches_of_other_types(x, s):
+    return cond(s, of_pieces, of_all, x)
+
+
+wrong(branches_of_other_types, """
+cond: of_pieces takes x as "B/dp D", of_all "B D"; both take and return the same types          model.py:3
+""")
+
+
+@sharded("B D, D -> B")
+def a_max_that_nothing_took(x, w):
+    return einsum("B D max:tp, D -> B", x, w)
+
+
+wrong(a_max_that_nothing_took, """
+einsum: x cannot be made what is wanted: there is no way from "B D" to "B D max:tp"; a maximum is owed only by what took it          model.py:3
+""")
+
+
+@sharded("B D @dp:0 -> B D")
+def what_one_rank_holds(x):
+    return x
+
+
+wrong(what_one_rank_holds, """
+what_one_rank_holds: the result cannot be made what is wanted: there is no way from "B D @dp:0" to "B D"; what one coordinate holds stays there          model.py:1
+""")
 
 
 @pytest.mark.parametrize("name", CASES)
