@@ -318,3 +318,12 @@ def test_rows_that_cannot_fit_and_indices_that_are_none() -> None:
     with pytest.raises(SpecError, match=r"^embedding: ids holds 0, outside of 0 to -1 \(V=0\)"):
         f(GOOD[:1], TABLE_OF_FIVE[:0])
     f.check()
+
+
+def test_a_row_to_ignore_is_no_error_later_either() -> None:
+    @sharded("B V, B -> B")
+    def some(x, labels):
+        return cross_entropy("B V, B -> B", x, labels, ignore_index=-2)
+    f = later(some)
+    assert f(torch.zeros(3, 1), torch.tensor([-2, 0, -2])).tolist() == [0, 0, 0]
+    f.check()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 import llama_reference as reference
@@ -11,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated import configs, line, placements, run, tree
 
-from shardlib import Layout, Mesh, SpecError, lower
+from shardlib import Layout, Mesh, SpecError, lower, simulate
 from shardlib.models.decoding import weight_types
-from shardlib.models.llama import Cache, LlamaConfig, logits_of, next_logits
+from shardlib.models.llama import Cache, LlamaConfig, logits_of, loss, next_logits
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
 from shardlib.models.model_files import open_checkpoint
@@ -114,3 +115,19 @@ def test_activations_split_over_d_model_are_refused() -> None:
         "\n"
         '  rms_norm(all_to_all("B T D/dp -> B T/dp D", x), all_gather("D/dp -> D/1", w.norm1), eps=1e-05)     '
         "0.25 x the size of x and 0.5 x the size of w.norm1 per rank")
+
+
+@pytest.mark.parametrize("mesh, layout", [(Mesh(), Layout()), (Mesh(tp=2), Layout(K="tp", F="tp", V="tp"))], ids=str)
+def test_the_loss_in_bfloat16_is_at_most_as_wrong_as_that_of_torch_from_float32_logits(mesh: Mesh, layout: Layout) -> None:
+    """Over several models; torch's are transformers and plain torch, with sums in several orders."""
+    config = replace(CONFIG, vocab_size=37, d_model=16, num_layers=2, num_kv_heads=2, queries_per_kv=2, head_dim=4, d_ff=7, tied=True)
+    ours, theirs = [], []
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        weights = {path: t.bfloat16() for path, t in reference.random_weights(config, seed).items()}
+        ids, labels = (torch.randint(37, (4, 6), generator=g) for _ in range(2))
+        truth = reference.loss({path: t.double() for path, t in weights.items()}, ids, labels, config)
+        logits = reference.logits_of_torch(weights, ids, config, torch.bfloat16)
+        theirs.append(torch.stack([torch.nn.functional.cross_entropy(each.float().flatten(0, 1), labels.flatten()) for each in logits]) - truth)
+        ours.append(simulate(loss, layout, ids, labels, tree(weights, config), torch.zeros(4, dtype=torch.int64), mesh=mesh, config=config) - truth)
+    assert torch.stack(ours).square().mean().sqrt() <= torch.stack(theirs).square().mean(0).sqrt().max()
