@@ -71,11 +71,12 @@ def _max(e: Emitter, step: Step, args: list[str]) -> str:
 
 
 def amax(x: Any, dims: tuple[int, ...]) -> Any:
-    """The maximum over `dims`; -inf (or the least integer) where there is nothing, NaN where there is one."""
+    """The maximum over `dims`; -inf (the least integer, False) where there is nothing, NaN where there is one."""
     if any(x.shape[d] == 0 for d in dims):
         shape = [n for i, n in enumerate(x.shape) if i not in dims]
-        low = float("-inf") if x.is_floating_point() else torch.iinfo(x.dtype).min
-        return x.new_full(shape, low)
+        if x.dtype == torch.bool:
+            return x.new_zeros(shape)
+        return x.new_full(shape, float("-inf") if x.is_floating_point() else torch.iinfo(x.dtype).min)
     return x.amax(dims) if dims else x.clone()
 
 
