@@ -6,7 +6,7 @@
 128-token prompts, 128 new tokens, bf16. Each row of results/decode.json: `ours` is the device's time of a step, one replay after another;
 `peers` the hand-written program (`plain_decode.py`) with each way of adding up, in the same run; `floor` the bytes of weights and live
 cache over the measured read rate; with ms between tokens of `generate`, of the whole call over its tokens, and to the first token. Rows
-of other cards and meshes stay. results/decode_kernels.json: µs a step by kernel, from a profile of one replay.
+of other cards and meshes stay. profiles/decode.json: µs a step by kernel, from a profile of one replay.
 """
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.distributed as dist
 from plain_decode import SUMS, PlainDecode
-from record import RESULTS, commit, hardware, versions
+from record import RESULTS, commit, hardware, of_all, versions
 
 from shardlib import Mesh
 from shardlib.distributed.runtime import Runtime, connect
@@ -87,11 +86,10 @@ def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list
             try:
                 peers[f"by hand, {how}" if group else "by hand"], tokens[how] = by_hand(model, batch, how, group)
             except RuntimeError as error:
-                peers[f"by hand, {how}"] = None
-                print(f"{how}: {str(error).splitlines()[0]}", flush=True)
+                print(f"by hand, {how}: {str(error).splitlines()[0]}", flush=True)
         ours = model.generate([[1]] * batch, 8).tokens[0][1:]
         rows.append({"case": f"{shape}, tp={mesh.world_size}, batch {batch}", "unit": "ms/step", "ours": round(m.step_ms, 4),
-                     "peers": {k: v and round(v, 4) for k, v in peers.items()}, "floor": round(m.floor_ms, 4), "token_ms": round(m.token_ms, 4),
+                     "peers": {k: round(v, 4) for k, v in peers.items()}, "floor": round(m.floor_ms, 4), "token_ms": round(m.token_ms, 4),
                      "call_ms": round(m.call_ms, 4), "first_ms": round(m.first_ms, 2), "bytes_per_second": round(rate / 1e12, 3),
                      "same_tokens": {how: sum(a == b for a, b in zip(ours, t)) for how, t in tokens.items()}})
         if runtime.rank == 0:
@@ -101,11 +99,14 @@ def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list
     return rows, profiles
 
 
-def merge(path: Path, new: list[dict], key: Callable[[dict], object]) -> None:
-    """The rows of a file, those that were measured again replaced."""
+def merge(path: Path, new: list[dict]) -> None:
+    """The rows of a file, those of one case and card that were measured again replaced; above them, what all rows say of themselves."""
     old = json.loads(path.read_text())["rows"] if path.exists() else []
-    keys = {key(r) for r in new}
-    path.write_text(json.dumps({"rows": [r for r in old if key(r) not in keys] + new}, indent=1) + "\n")
+    keys = {(r["case"], r["hardware"]) for r in new}
+    rows = [r for r in old if (r["case"], r["hardware"]) not in keys] + new
+    path.parent.mkdir(exist_ok=True)
+    said = {key: of_all(rows, key) for key in ("hardware", "commit", "date")}
+    path.write_text(json.dumps({**said, "versions": new[0]["versions"], "rows": rows}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="llama3-8b")
     parser.add_argument("--batch", default="1,8,32,128")
     parser.add_argument("--sums", default=",".join(SUMS))
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS.parent, help="where results/ and profiles/ are")
     options = parser.parse_args()
     mesh = Mesh.parse(options.mesh)
     with connect(mesh, "cuda") as runtime:
@@ -123,10 +124,8 @@ def main() -> None:
         for shape in options.shapes.split(","):
             rows, profiles = run(runtime, shape, mesh, [int(b) for b in options.batch.split(",")], options.sums.split(","), rate)
             if runtime.rank == 0:
-                options.out.mkdir(exist_ok=True)
-                merge(options.out / "decode.json", [{**r, **facts} for r in rows], lambda r: (r["case"], r["hardware"]))
-                merge(options.out / "decode_kernels.json", [{"case": case, **facts, "us_and_launches": found} for case, found in profiles.items()],
-                      lambda r: (r["case"], r["hardware"]))
+                merge(options.out / "results" / "decode.json", [{**r, **facts} for r in rows])
+                merge(options.out / "profiles" / "decode.json", [{"case": case, **facts, "us_and_launches": found} for case, found in profiles.items()])
             gc.collect()
             torch.cuda.empty_cache()
 
