@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings, strategies as st
 
-from shardlib.triton_kernels import all_reduce, exchange, lamport, reduce_scatter
+from shardlib.triton_kernels import all_reduce, all_reduce_add_rms_norm, exchange, lamport, reduce_scatter
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS
 from shardlib.triton_kernels.quads import pack, push_quads_once, unpack_high, unpack_low
 from shardlib.triton_kernels.simulator import Deadlock, Simulation
@@ -57,7 +57,7 @@ def some_calls(family: str) -> st.SearchStrategy[list[Call]]:
     """What `random_calls` draws, by other hands."""
     def call(warps: int) -> st.SearchStrategy[Call]:
         return st.builds(Call, st.sampled_from(FAMILIES[family]), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, 40), st.integers(1, 3),
-                         st.sampled_from((8, 32, 32 * warps)), st.just(warps))
+                         st.sampled_from((8, 32, 32 * warps)), st.just(warps), st.sampled_from((1, 2)))
     return st.lists(st.sampled_from(WARPS).flatmap(call), min_size=2, max_size=4)
 
 
@@ -78,7 +78,7 @@ def test_calls_in_turns(family: str) -> None:
 
 Rules = dict[str, Any]
 Patch = pytest.MonkeyPatch
-KERNELS = (all_reduce, reduce_scatter, exchange)
+KERNELS = (all_reduce, reduce_scatter, exchange, all_reduce_add_rms_norm)
 
 
 def in_kernels(patch: Patch, name: str, value: Any) -> Rules:
@@ -134,7 +134,7 @@ def empty_is_sent(patch: Patch) -> Rules:
 
 
 @triton.jit
-def _leaves_nothing(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr):
+def _leaves_nothing(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexpr, chunk):
     pass
 
 
@@ -143,7 +143,7 @@ def calls_are_not_counted(patch: Patch) -> Rules:
 
 
 @triton.jit
-def _leaves_at_the_first_block(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr):
+def _leaves_at_the_first_block(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexpr, chunk):
     tl.debug_barrier()
     if tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="gpu") == 0:
         tl.store(state_ptr + 2 + slot, filled)
@@ -269,13 +269,13 @@ def lanes_beyond_the_end_push_too(patch: Patch) -> Rules:
 
 PROTOCOL = (two_slots, slots_in_one_place, kernels_without_an_end, nothing_is_cleared, half_is_cleared, empty_is_sent, calls_are_not_counted,
             the_first_block_counts_the_call, one_word_of_four_is_polled)
-CONTROLS = {"sums": (*PROTOCOL, own_is_added_first),
+CONTROLS = {"sums": (*PROTOCOL, own_is_added_first), "norms": (*PROTOCOL, own_is_added_first),
             "moves": (*PROTOCOL, lines_are_not_awaited, what_is_hidden_is_not_awaited, what_is_hidden_is_not_emptied)}
 
 
 def trial(family: str, seed: int, **rules: Any) -> str | None:
     draw = random.Random(seed)
-    return simulate(random_calls(family, draw, 6), 2 + seed % 2, seed, **rules)
+    return simulate(random_calls(family, draw, 4 if family == "norms" else 6), 2 + seed % 2, seed, **rules)
 
 
 @pytest.mark.parametrize("family", CONTROLS)
