@@ -9,7 +9,9 @@ values that are seen, at the rate of a sum of 2 GiB.
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from multiprocessing import get_context
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +27,11 @@ CASES = [(1, 256), (8, 256), (32, 256), (128, 256), (1, 4096), (8, 4096), (1, 32
 GROUPS = {"8B": 4, "70B": 8}
 
 
-def tensors(rows: int, keys: int, group: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+def tensors(rows: int, keys: int, group: int, most: int = LAYERS) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor, Tensor]:
     """q, caches of every layer, lengths, and counts."""
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    layers = max(2, min(LAYERS, (2 << 30) // (rows * keys * HEADS * WIDTH * 4)))
+    layers = max(2, min(most, (2 << 30) // (rows * keys * HEADS * WIDTH * 4)))
     caches = [(random(rows, keys, HEADS, WIDTH), random(rows, keys, HEADS, WIDTH)) for _ in range(layers)]
     return (random(rows, 1, HEADS, group, WIDTH), caches, torch.full((rows,), keys - 1, device="cuda"),
             torch.zeros(rows * HEADS, dtype=torch.int32, device="cuda"))
@@ -43,13 +45,27 @@ def torch_us(q: Tensor, caches: list[tuple[Tensor, Tensor]], lengths: Tensor) ->
     return graph_us([lambda k=k, v=v: F.scaled_dot_product_attention(q[:, 0], k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias) for k, v in caches])
 
 
+TUNED = ((32, 4, 2), (64, 4, 2), (64, 4, 3), (128, 4, 2), (32, 2, 3))
+"""(keys at once, warps, stages)."""
+
+
+def compile_ahead(group: int, tuned: tuple[int, int, int]) -> None:
+    """In a process of its own: Triton keeps what it compiles on disk."""
+    q, ((k, v), _), lengths, counts = tensors(1, 256, group, 2)
+    for splits in (1, 2):
+        decode_attention(q, k, v, lengths, counts, splits, *tuned)
+
+
 def sweep() -> None:
+    jobs = list(product(GROUPS.values(), TUNED))
+    with ProcessPoolExecutor(len(jobs), mp_context=get_context("spawn")) as pool:
+        list(pool.map(compile_ahead, *zip(*jobs)))
     rate = read_bytes_per_us()
     print(f"{torch.cuda.get_device_name()} reads {rate / 1e6:.3f} TB/s", flush=True)
     for (rows, keys), (name, group) in product(CASES, GROUPS.items()):
         q, caches, lengths, counts = tensors(rows, keys, group)
         us = {}
-        for splits, (block, warps, stages) in product((1, 2, 4, 8, 16, 32, 64), ((32, 4, 2), (64, 4, 2), (64, 4, 3), (128, 4, 2), (32, 2, 3))):
+        for splits, (block, warps, stages) in product((1, 2, 4, 8, 16, 32, 64), TUNED):
             if splits * block <= 2 * keys and rows * HEADS * splits <= 2048:
                 us[splits, block, warps, stages] = graph_us([lambda k=k, v=v: decode_attention(q, k, v, lengths, counts, splits, block, warps, stages)
                                                              for k, v in caches], 3)

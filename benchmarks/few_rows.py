@@ -36,10 +36,15 @@ ONE_ROW = [Tile(*t, s) for t in ((1, 512, 1), (1, 1024, 2), (1, 1024, 4), (1, 20
 MANY = [Tile(*t) for t in ((8, 512, 4, 4), (16, 256, 2, 4), (16, 256, 4, 4), (16, 256, 4, 6), (16, 512, 4, 3), (16, 512, 4, 4), (16, 512, 8, 4), (32, 128, 2, 5),
                            (32, 128, 4, 5), (32, 256, 4, 3), (32, 256, 4, 4), (32, 512, 8, 3), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 8, 3),
                            (128, 64, 4, 6), (128, 128, 8, 4))]
+MANY += [tile._replace(splits=splits) for tile in MANY[1:15] for splits in (2, 4, 8)]
 
 
 def tiles(rows: int, gated: bool) -> list[Tile]:
-    return [t for t in (ONE_ROW if rows == 1 else MANY) if t.columns > gated]
+    return [t for t in (ONE_ROW if rows == 1 else MANY) if t.columns > gated and (t.splits == 1 or not gated)]
+
+
+def counts() -> Tensor:
+    return torch.zeros(4096, dtype=torch.int32, device="cuda")
 
 
 def weights(lines: int, columns: int) -> list[Tensor]:
@@ -70,7 +75,7 @@ def compile_ahead(jobs: list[tuple[int, int, bool, Tile]]) -> int:
     """In a process of its own: Triton keeps what it compiles on disk."""
     for lines, rows, gated, tile in jobs:
         try:
-            ours(gated)(inputs(rows, lines), torch.randn(256, lines, device="cuda", dtype=torch.bfloat16).mT, tile)
+            ours(gated)(inputs(rows, lines), torch.randn(256, lines, device="cuda", dtype=torch.bfloat16).mT, tile, counts())
         except Exception as error:                      # too much shared memory, say: the sweep says so again
             print(tile, str(error)[:80], flush=True)
     return len(jobs)
@@ -80,16 +85,16 @@ def sweep() -> None:
     rate = read_bytes_per_us()
     print(f"{torch.cuda.get_device_name()} reads {rate / 1e6:.3f} TB/s", flush=True)
     kinds = {(lines, gated) for lines, _, gated in SHAPES.values()}
-    jobs = [(lines, rows, gated, tile) for (lines, gated), rows in product(sorted(kinds), ROWS) for tile in tiles(rows, gated)]
+    jobs = [(lines, rows, gated, tile) for (lines, gated), rows in product(sorted(kinds), ROWS) for tile in tiles(rows, gated) if tile.splits < 4]
     workers = max(1, (os.cpu_count() or 2) - 2)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_ahead, [jobs[i::workers] for i in range(workers)]))
     for name, rows, gated, x, ws in cases():
-        floor, us = ws[0].nbytes / rate, {}
+        floor, us, zeros = ws[0].nbytes / rate, {}, counts()
         cublas = graph_us([lambda w=w: theirs(gated)(x, w) for w in ws])
         for tile in tiles(rows, gated):
             try:
-                us[tile] = graph_us([lambda w=w: ours(gated)(x, w, tile) for w in ws], 3)
+                us[tile] = graph_us([lambda w=w: ours(gated)(x, w, tile, zeros) for w in ws], 3)
             except Exception:
                 continue
         best = sorted(us, key=us.get)[:5]

@@ -158,7 +158,8 @@ class NVLink:
         if refusal is not None:
             raise SpecError(refusal)
         rows, old = (_aligned(t.contiguous()).view(-1, len(weight)) for t in (x, residual))
-        total, normed = all_reduce_add_rms_norm(rows, old, _aligned(weight), eps, self._workspace(), *grid_of_rows(len(rows), weight.nbytes // QUAD))
+        total, normed = all_reduce_add_rms_norm(rows, old, _aligned(weight), eps, self._workspace(),
+                                                *grid_of_rows(len(rows), weight.nbytes // QUAD, self.size))
         return total.view(x.shape), normed.view(x.shape)
 
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], op: str) -> Tensor:
@@ -257,19 +258,24 @@ def grid_of(quads: int, registers: int) -> Grid:
 
 
 MOST_ROW = 64 << 10
-"""Bytes of a row that is normed: four quads for each of the threads of a block."""
-ROW_REGISTERS, MOST_SPLIT = 64, 8
+"""Bytes of a row that is normed."""
+ROW_GRIDS = ((8, 32, 1), (16, 16, 1), (64, 8, 2))
+"""(most rows, blocks that share one, shots)"""
 
 
 @lru_cache(maxsize=1024)
-def grid_of_rows(rows: int, quads: int) -> tuple[Grid, int]:
-    """For so many rows of so many quads: the grid, and how many blocks share a row. A thread has one quad, up to 1,024 threads."""
-    warps = min(32, 1 << (-(-quads // 32) - 1).bit_length())
-    most = MOST_BLOCKS * BLOCK_REGISTERS // (32 * warps * ROW_REGISTERS)
-    split = MOST_SPLIT
-    while split > 1 and (rows * split > most or split > warps):
-        split //= 2
-    return Grid(min(rows * split, most), warps, ROW_REGISTERS), split
+def grid_of_rows(rows: int, quads: int, size: int) -> tuple[Grid, int, int]:
+    """For so many rows of so many quads, between so many ranks: the grid, how many blocks share a row, and how many shots."""
+    split, shots = next(((split, shots) for most, split, shots in ROW_GRIDS if rows <= most), (4, 2))
+    if size == 2 or quads % size:
+        shots = 1
+    return row_grid(rows, quads if shots == 1 else quads // size, split), split, shots
+
+
+def row_grid(rows: int, owned: int, split: int) -> Grid:
+    """For so many rows, `split` blocks each, of quads that those share; a thread has one or, in the largest blocks, more."""
+    warps = min(8, 1 << (-(-owned // (32 * split)) - 1).bit_length())
+    return Grid(min(rows, MOST_BLOCKS // split) * split, warps, min(128, BLOCK_REGISTERS // (32 * warps)))
 
 
 def _aligned(x: Tensor) -> Tensor:

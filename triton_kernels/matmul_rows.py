@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardlib.triton_kernels.launching import Grid, launch
+from shardlib.triton_kernels.splits import last_to_leave
 
 MOST_ROWS = 32
 
@@ -33,28 +34,29 @@ def gated_matmul_rows_reference(x: Tensor, w: Tensor) -> Tensor:
 
 class Tile(NamedTuple):
     """What a block does: columns of w at a time, lines of them at once; warps of it; steps whose loads are under way (unrolled, where the
-    tensor cores have no part)."""
+    tensor cores have no part). splits: blocks that share those columns, where the tensor cores have one."""
     columns: int
     lines: int
     warps: int
     stages: int
+    splits: int = 1
 
 
 @triton.jit
-def _columns(N, GATED: tl.constexpr, COLUMNS: tl.constexpr):
-    """The columns of w that a block multiplies: GATED, each gate and then its value."""
+def _columns(tile, N, GATED: tl.constexpr, COLUMNS: tl.constexpr):
+    """The columns of w that belong to a tile: GATED, each gate and then its value."""
     j = tl.arange(0, COLUMNS)
     if GATED:
-        return tl.minimum(tl.program_id(0) * (COLUMNS // 2) + j // 2, N - 1) + (j % 2) * N
+        return tl.minimum(tile * (COLUMNS // 2) + j // 2, N - 1) + (j % 2) * N
     else:
-        return tl.minimum(tl.program_id(0) * COLUMNS + j, N - 1)
+        return tl.minimum(tile * COLUMNS + j, N - 1)
 
 
 @triton.jit
-def _outputs(N, GATED: tl.constexpr, COLUMNS: tl.constexpr):
-    """The columns of the result that it stores."""
+def _outputs(tile, GATED: tl.constexpr, COLUMNS: tl.constexpr):
+    """The columns of the result that come of it."""
     count: tl.constexpr = COLUMNS // 2 if GATED else COLUMNS
-    return tl.program_id(0) * count + tl.arange(0, count)
+    return tile * count + tl.arange(0, count)
 
 
 @triton.jit
@@ -68,7 +70,7 @@ def _gated(y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def one_row_kernel(x_ptr, w_ptr, out_ptr, K, N, GATED: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
                    STAGES: tl.constexpr):
     """WHOLE: LINES divides K."""
-    column, line = _columns(N, GATED, COLUMNS), tl.arange(0, LINES)
+    column, line = _columns(tl.program_id(0), N, GATED, COLUMNS), tl.arange(0, LINES)
     w = w_ptr + column.to(tl.int64)[:, None] * K + line[None, :]
     products = tl.zeros((COLUMNS, LINES), tl.float32)
     for start in tl.range(0, K, LINES, loop_unroll_factor=STAGES):
@@ -78,51 +80,83 @@ def one_row_kernel(x_ptr, w_ptr, out_ptr, K, N, GATED: tl.constexpr, WHOLE: tl.c
             there = start + line < K
             xs, ws = tl.load(x_ptr + start + line, mask=there, other=0), tl.load(w + start, mask=there[None, :], other=0)
         products += ws.to(tl.float32) * xs.to(tl.float32)[None, :]
-    y, n = tl.sum(products, 1)[None, :], _outputs(N, GATED, COLUMNS)
+    y, n = tl.sum(products, 1)[None, :], _outputs(tl.program_id(0), GATED, COLUMNS)
     if GATED:
         y = _gated(y, 1, COLUMNS)
     tl.store(out_ptr + n[None, :], y.to(out_ptr.dtype.element_ty), mask=(n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "N"])
-def rows_kernel(x_ptr, w_ptr, out_ptr, rows, K, N, GATED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                LINES: tl.constexpr, STAGES: tl.constexpr):
-    """ROWS: a power of two that has room for the rows. The lines of w come first in the product: they are its long side."""
-    column, line, row = _columns(N, GATED, COLUMNS), tl.arange(0, LINES), tl.arange(0, ROWS)
-    w = w_ptr + column.to(tl.int64)[:, None] * K + line[None, :]
-    x = x_ptr + tl.minimum(row, rows - 1)[None, :] * K + line[:, None]
-    y = tl.zeros((COLUMNS, ROWS), tl.float32)
-    for start in tl.range(0, K, LINES, num_stages=STAGES):
-        if WHOLE:
-            xs, ws = tl.load(x + start), tl.load(w + start)
-        else:
-            there = start + line < K
-            xs, ws = tl.load(x + start, mask=there[:, None], other=0), tl.load(w + start, mask=there[None, :], other=0)
-        y = tl.dot(ws, xs, y, input_precision="ieee")
-    y, n = tl.trans(y), _outputs(N, GATED, COLUMNS)
+@triton.jit
+def _store(out_ptr, y, tile, rows, N, GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """y: (COLUMNS, ROWS), of columns of w and rows of x."""
+    y, row, n = tl.trans(y), tl.arange(0, ROWS), _outputs(tile, GATED, COLUMNS)
     if GATED:
         y = _gated(y, ROWS, COLUMNS)
     tl.store(out_ptr + row[:, None] * N + n[None, :], y.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (n < N)[None, :])
 
 
-def matmul_rows(x: Tensor, w: Tensor, tile: Tile) -> Tensor:
-    """x @ w; x: (rows, K), contiguous, up to MOST_ROWS rows; w: (K, N), w.mT contiguous; of one dtype (float32, bfloat16 or float16)."""
-    return _matmul(x, w, w.shape[1], False, tile)
+@triton.jit(do_not_specialize=["rows", "N", "splits"])
+def rows_kernel(x_ptr, w_ptr, out_ptr, parts_ptr, counts_ptr, rows, K, N, splits, GATED: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
+                ROWS: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, STAGES: tl.constexpr):
+    """ROWS: a power of two that has room for the rows. The lines of w come first in the product: they are its long side. SPLIT: whether there are
+    several splits, of the lines; parts: the products of each."""
+    tile, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    column, line, row = _columns(tile, N, GATED, COLUMNS), tl.arange(0, LINES), tl.arange(0, ROWS)
+    w = w_ptr + column.to(tl.int64)[:, None] * K + line[None, :]
+    x = x_ptr + tl.minimum(row, rows - 1)[None, :] * K + line[:, None]
+    y = tl.zeros((COLUMNS, ROWS), tl.float32)
+    each = tl.cdiv(tl.cdiv(K, splits), LINES) * LINES if SPLIT else K
+    first = split * each
+    for start in tl.range(first, tl.minimum(first + each, K), LINES, num_stages=STAGES):
+        if WHOLE:
+            xs, ws = tl.load(x + start), tl.load(w + start)
+        else:
+            there = start + line < K
+            xs, ws = tl.load(x + start, mask=there[:, None], other=0), tl.load(w + start, mask=there[None, :], other=0)
+        if ws.dtype == tl.float32:                      # added up by steps: errors grow with their number, not with that of the lines
+            y += tl.dot(ws, xs, input_precision="ieee")
+        else:
+            y = tl.dot(ws, xs, y)
+    if SPLIT:
+        at = tl.arange(0, COLUMNS)[:, None] * ROWS + row[None, :]
+        parts = parts_ptr + tile.to(tl.int64) * splits * (COLUMNS * ROWS)
+        tl.store(parts + split * (COLUMNS * ROWS) + at, y)
+        if last_to_leave(counts_ptr + tile, splits):
+            y = tl.load(parts + at)
+            for s in tl.range(1, splits):
+                y += tl.load(parts + s * (COLUMNS * ROWS) + at)
+            _store(out_ptr, y, tile, rows, N, GATED, ROWS, COLUMNS)
+    else:
+        _store(out_ptr, y, tile, rows, N, GATED, ROWS, COLUMNS)
 
 
-def gated_matmul_rows(x: Tensor, w: Tensor, tile: Tile) -> Tensor:
+def matmul_rows(x: Tensor, w: Tensor, tile: Tile, counts: Tensor | None = None) -> Tensor:
+    """x @ w; x: (rows, K), contiguous, up to MOST_ROWS rows; w: (K, N), w.mT contiguous; of one dtype (float32, bfloat16 or float16).
+
+    counts: where a tile is split, int32 zeros, one for each tile, that no kernel on another stream uses meanwhile.
+    """
+    return _matmul(x, w, w.shape[1], False, tile, counts)
+
+
+def gated_matmul_rows(x: Tensor, w: Tensor, tile: Tile, counts: Tensor | None = None) -> Tensor:
     """silu(x @ w[:, :N]) * (x @ w[:, N:]); w: (K, 2 N)."""
     assert w.shape[1] % 2 == 0, "a gate and a value for each column"
-    return _matmul(x, w, w.shape[1] // 2, True, tile)
+    return _matmul(x, w, w.shape[1] // 2, True, tile, counts)
 
 
-def _matmul(x: Tensor, w: Tensor, columns: int, gated: bool, tile: Tile) -> Tensor:
-    (rows, lines), out = x.shape, x.new_empty(x.shape[0], columns)
+def _matmul(x: Tensor, w: Tensor, columns: int, gated: bool, tile: Tile, counts: Tensor | None) -> Tensor:
+    (rows, lines), out, count = x.shape, x.new_empty(x.shape[0], columns), triton.cdiv(w.shape[1], tile.columns)
     assert 0 < rows <= MOST_ROWS and len(w) == lines and x.dtype == w.dtype and x.is_contiguous() and w.mT.is_contiguous() and out.numel()
-    whole, padded = lines % tile.lines == 0, max(8, triton.next_power_of_2(rows))
-    constants = dict(GATED=gated, WHOLE=whole, **({} if rows == 1 else {"ROWS": padded}), COLUMNS=tile.columns, LINES=tile.lines, STAGES=tile.stages)
-    key = (x.dtype, x.device, lines % 16, lines == 1, *constants.values(), *(t.data_ptr() % 16 for t in (x, w)))
-    grid = Grid(triton.cdiv(columns * (1 + gated), tile.columns), tile.warps)
-    kernel, arguments = (one_row_kernel, (x, w, out, lines, columns)) if rows == 1 else (rows_kernel, (x, w, out, rows, lines, columns))
-    launch(kernel, key, grid, arguments, lambda: constants, x.device.type == "cpu")
+    whole, splits = lines % tile.lines == 0, 1 if rows == 1 else tile.splits
+    constants = dict(GATED=gated, WHOLE=whole, COLUMNS=tile.columns, LINES=tile.lines, STAGES=tile.stages)
+    aligned = (x.data_ptr() % 16, w.data_ptr() % 16, lines % 16, lines == 1)
+    if rows == 1:
+        launch(one_row_kernel, (x.dtype, x.device, *constants.values(), *aligned), Grid(count, tile.warps), (x, w, out, lines, columns),
+               lambda: constants, x.device.type == "cpu")
+        return out
+    constants |= dict(SPLIT=splits > 1, ROWS=max(8, triton.next_power_of_2(rows)))
+    parts = x.new_empty(count * splits * tile.columns * constants["ROWS"] if splits > 1 else 4, dtype=torch.float32)
+    assert splits == 1 or counts is not None and counts.numel() >= count
+    launch(rows_kernel, (x.dtype, x.device, *constants.values(), *aligned), Grid(count * splits, tile.warps),
+           (x, w, out, parts, parts if counts is None else counts, rows, lines, columns, splits), lambda: constants, x.device.type == "cpu")
     return out

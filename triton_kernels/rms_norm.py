@@ -58,6 +58,6 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
     if x.numel():
         warps = min(32, max(1, lanes * x.dtype.itemsize // 512))            # 16 bytes a thread
         key = (x.dtype, x.device, adds, lanes, width % 16, *(t.data_ptr() % 16 for t in (x, old, weight)))
-        launch(rms_norm_kernel, key, Grid(x.numel() // width, warps), (x, old, weight, total, normed, width, eps),
+        launch(rms_norm_kernel, key, Grid(x.numel() // width, warps), (x, old, weight, total, normed, width, float(eps)),
                lambda: dict(ADDS=adds, LANES=lanes), x.device.type == "cpu")
     return total, normed

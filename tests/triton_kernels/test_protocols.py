@@ -57,7 +57,7 @@ def some_calls(family: str) -> st.SearchStrategy[list[Call]]:
     """What `random_calls` draws, by other hands."""
     def call(warps: int) -> st.SearchStrategy[Call]:
         return st.builds(Call, st.sampled_from(FAMILIES[family]), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, 40), st.integers(1, 3),
-                         st.sampled_from((8, 32, 32 * warps)), st.just(warps), st.sampled_from((1, 2)))
+                         st.sampled_from((8, 32, 32 * warps)), st.just(warps), st.sampled_from((4, 4, 8)))
     return st.lists(st.sampled_from(WARPS).flatmap(call), min_size=2, max_size=4)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardlib.triton_kernels.all_reduce import all_reduce_reference, one_shot, two_shot
-from shardlib.triton_kernels.all_reduce_add_rms_norm import all_reduce_add_rms_norm
+from shardlib.triton_kernels.all_reduce_add_rms_norm import all_reduce_add_rms_norm, filled_bytes
 from shardlib.triton_kernels.exchange import all_gather, all_gather_reference, all_to_all, all_to_all_reference
 from shardlib.triton_kernels.exchange import slot_bytes as moved_bytes
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS, STATE_WORDS
@@ -19,7 +19,7 @@ from shardlib.triton_kernels.reduce_scatter import reduce_scatter, reduce_scatte
 from shardlib.triton_kernels.workspace import Workspace
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SUMS, MOVES, NORMS = ("one_shot", "two_shot", "reduce_scatter"), ("all_gather", "all_to_all"), ("all_reduce_add_rms_norm",)
+SUMS, MOVES, NORMS = ("one_shot", "two_shot", "reduce_scatter"), ("all_gather", "all_to_all"), ("norm", "two_shot_norm")
 FAMILIES = {"sums": SUMS, "moves": MOVES, "norms": NORMS, "all": SUMS + MOVES + NORMS}
 EPS = 1e-5
 WARPS = (1, 1, 2)
@@ -39,19 +39,25 @@ class Call:
     blocks: int
     line: int = 32
     warps: int = 1
-    split: int = 1
+    split: int = 4
 
     def slot_bytes(self, world: int) -> int:
         """What a slot must hold."""
         quads = self.outer * self.inner
         if self.kernel in MOVES:
             return moved_bytes(quads, world, self.line)
+        if self.kernel in NORMS:
+            return filled_bytes(self.outer, 16 * self.inner, world, self.split, self.shots(world))
         return (world - 1) * 16 * (2 * -(-quads // world) if self.kernel == "two_shot" else quads)
 
     def shape(self, world: int) -> tuple[int, ...]:
         inner = self.inner * 16 // self.dtype.itemsize
         return {"reduce_scatter": (self.outer, world, inner), "all_gather": (self.outer, inner), "all_to_all": (world, self.outer * inner),
-                "all_reduce_add_rms_norm": (self.outer, inner)}.get(self.kernel, (self.outer * inner,))
+                "norm": (self.outer, inner), "two_shot_norm": (self.outer, inner)}.get(self.kernel, (self.outer * inner,))
+
+    def shots(self, world: int) -> int:
+        """Of a norm."""
+        return 2 if self.kernel == "two_shot_norm" and self.inner % world == 0 else 1
 
     def replicated(self) -> tuple[Tensor, Tensor]:
         """The residual and the weight of a norm."""
@@ -62,7 +68,7 @@ class Call:
     def run(self, x: Tensor, workspace: Workspace) -> Tensor:
         grid = Grid(self.blocks * self.split, self.warps)
         if self.kernel in NORMS:
-            return torch.stack(all_reduce_add_rms_norm(x, *self.replicated(), EPS, workspace, grid, self.split))
+            return torch.stack(all_reduce_add_rms_norm(x, *self.replicated(), EPS, workspace, grid, self.split, self.shots(workspace.size)))
         if self.kernel in MOVES:
             return {"all_gather": all_gather, "all_to_all": all_to_all}[self.kernel](x, workspace, grid, self.line)
         return {"one_shot": one_shot, "two_shot": two_shot, "reduce_scatter": reduce_scatter}[self.kernel](x, workspace, grid)
@@ -87,7 +93,7 @@ def random_calls(family: str, draw: random.Random, count: int) -> list[Call]:
         warps = draw.choice(WARPS)
         line = draw.choice((8, 32, 32 * warps))
         if kernel in NORMS:
-            return Call(kernel, dtype, outer, inner, 1 + blocks // 3, line, warps, draw.choice((1, 2)))
+            return Call(kernel, dtype, min(outer, 2), 6 * (1 + inner // 14) if kernel == "two_shot_norm" else 1 + inner // 2, 1 + blocks // 3, line, warps)
         return Call(kernel, dtype, outer, inner, blocks, line, warps)
     return [call() for _ in range(count)]
 
