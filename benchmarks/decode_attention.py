@@ -19,6 +19,7 @@ from on_gpu import graph_us, read_bytes_per_us
 from record import row, write
 from torch import Tensor
 
+from shardlib.ops.few_rows import attend_lengths
 from shardlib.triton_kernels.decode_attention import decode_attention
 
 HEADS, WIDTH, LAYERS = 2, 128, 32
@@ -75,7 +76,6 @@ def sweep() -> None:
 
 
 def main() -> None:
-    from shardlib.ops.few_rows import attend_lengths
     rate, rows_ = read_bytes_per_us(), []
     for (rows, keys), (name, group) in product(CASES, GROUPS.items()):
         q, caches, lengths, counts = tensors(rows, keys, group)

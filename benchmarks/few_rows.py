@@ -1,7 +1,7 @@
 """Matmuls of few rows and norms on one GPU: ours beside cuBLAS and torch, against the rate at which the GPU reads.
 
     python benchmarks/few_rows.py             adds rows to results/few_rows.json
-    python benchmarks/few_rows.py sweep       every tile for every shape: what TILES in shardlib/ops/few_rows.py is taken from
+    python benchmarks/few_rows.py sweep       every tile for every shape: what `tile_of` in shardlib/ops/few_rows.py is taken from
 
 The shapes are those of one rank of Llama-3-8B and 70B at tp=4, bf16, by columns; weights are distinct, back to back in a CUDA graph. gate+up
 has its silu(gate) * up in it, on both sides. The floor is the bytes of the weight at the rate of a sum of 2 GiB, measured in the same run.
@@ -21,6 +21,7 @@ from on_gpu import graph_us, read_bytes_per_us
 from record import row, write
 from torch import Tensor
 
+from shardlib.ops.few_rows import make_counts, rows_matmul
 from shardlib.triton_kernels.matmul_rows import Tile, gated_matmul_rows, gated_matmul_rows_reference, matmul_rows
 from shardlib.triton_kernels.rms_norm import add_rms_norm, rms_norm
 
@@ -44,7 +45,7 @@ def tiles(rows: int, gated: bool) -> list[Tile]:
 
 
 def counts() -> Tensor:
-    return torch.zeros(4096, dtype=torch.int32, device="cuda")
+    return make_counts(torch.device("cuda"))
 
 
 def weights(lines: int, columns: int) -> list[Tensor]:
@@ -111,11 +112,10 @@ def norms() -> Iterator[dict]:
 
 
 def main() -> None:
-    from shardlib.ops.few_rows import rows_matmul
-    rate = read_bytes_per_us()
+    rate, zeros = read_bytes_per_us(), counts()
     rows_ = list(norms())
     for name, rows, gated, x, ws in cases():
-        rows_.append(row(f"{name}, {rows} rows", "µs", graph_us([lambda w=w: rows_matmul(x, w, gated) for w in ws]),
+        rows_.append(row(f"{name}, {rows} rows", "µs", graph_us([lambda w=w: rows_matmul(x, w, zeros, gated) for w in ws]),
                          {"cuBLAS": graph_us([lambda w=w: theirs(gated)(x, w) for w in ws])}, ws[0].nbytes / rate))
     write("few_rows", rows_, read_TB_s=round(rate / 1e6, 3))
 

@@ -68,10 +68,9 @@ def sweep(group: Any) -> None:
     for rows, width in product((*ROWS[:3], 16, *ROWS[3:]), WIDTHS):
         x, old, w = tensors(group, rows, width)
         workspace, us = group.communicators[0]._workspace(), {}
-        for shots, split in product((1, 2), (4, 8, 16, 32)):
-            owned = width // 8 // (1 if shots == 1 else group.world_size)
-            grid = row_grid(rows, owned, split)
-            for warps in {grid.warps, max(1, grid.warps // 2)}:
+        for shots, split in product((1, 2), (1, 2, 4, 8)):
+            grid = row_grid(rows, width // 8 // (1 if shots == 1 else group.world_size), split, group.world_size, shots)
+            for warps in {grid.warps, max(1, grid.warps // 2)} if split == 1 else {grid.warps}:
                 us[shots, split, warps] = time_on_gpu(lambda: all_reduce_add_rms_norm(x, old, w, EPS, workspace, grid._replace(warps=warps), split, shots),
                                                       group, CALLS, capturing=True)
         if group.rank == 0:

@@ -259,23 +259,25 @@ def grid_of(quads: int, registers: int) -> Grid:
 
 MOST_ROW = 64 << 10
 """Bytes of a row that is normed."""
-ROW_GRIDS = ((8, 32, 1), (16, 16, 1), (64, 8, 2))
+ROW_GRIDS = ((2, 8, 1), (8, 4, 1), (16, 4, 2), (1 << 30, 1, 2))
 """(most rows, blocks that share one, shots)"""
 
 
 @lru_cache(maxsize=1024)
 def grid_of_rows(rows: int, quads: int, size: int) -> tuple[Grid, int, int]:
     """For so many rows of so many quads, between so many ranks: the grid, how many blocks share a row, and how many shots."""
-    split, shots = next(((split, shots) for most, split, shots in ROW_GRIDS if rows <= most), (4, 2))
+    split, shots = next((split, shots) for most, split, shots in ROW_GRIDS if rows <= most)
     if size == 2 or quads % size:
         shots = 1
-    return row_grid(rows, quads if shots == 1 else quads // size, split), split, shots
+    return row_grid(rows, quads // (1 if shots == 1 else size), split, size, shots), split, shots
 
 
-def row_grid(rows: int, owned: int, split: int) -> Grid:
-    """For so many rows, `split` blocks each, of quads that those share; a thread has one or, in the largest blocks, more."""
-    warps = min(8, 1 << (-(-owned // (32 * split)) - 1).bit_length())
-    return Grid(min(rows, MOST_BLOCKS // split) * split, warps, min(128, BLOCK_REGISTERS // (32 * warps)))
+def row_grid(rows: int, owned: int, split: int, size: int, shots: int) -> Grid:
+    """For so many rows, `split` blocks each, of so many quads that those share: one a thread, where there is room for as many."""
+    registers = 64 if shots == 1 and size <= 4 else 128
+    warps = min(2048 // registers, 1 << (-(-owned // (32 * split)) - 1).bit_length())
+    most = min(MOST_BLOCKS, MOST_BLOCKS * BLOCK_REGISTERS // (32 * warps * registers))
+    return Grid(min(rows, most // split) * split, warps, registers)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -42,15 +42,20 @@ def _push_part(x, at, there, pieces, addresses_ptr, slot, RANK: tl.constexpr, W:
 @triton.jit
 def _sum_of_row(squares, address, part, SPLIT: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr,
                 LANES: tl.constexpr, INTERPRET: tl.constexpr):
-    """The sum over all blocks of a row, first to last, of what each lane of theirs has. address: where the words of the row lie."""
-    lane = tl.arange(0, LANES)
-    mine = tl.zeros((LANES,), tl.float32) + tl.sum(squares, 0)
-    push_words_once(address + (part + tl.zeros_like(lane)).to(tl.int64) * 4, without_empty(mine.to(tl.int32, bitcast=True)), lane == 0, INTERPRET)
-    words = receive(address + tl.zeros_like(lane).to(tl.int64), tl.full((), 16, tl.int64), SPLIT // 4, SPIN, CONSTRAINTS, WORDS, INTERPRET)
-    total = words[0].to(tl.float32, bitcast=True)
-    for i in tl.static_range(1, SPLIT):
-        total += words[i].to(tl.float32, bitcast=True)
-    return total
+    """The sum over all blocks of a row, first to last, of what each lane of theirs has. address: where the words of the row lie: whole quads,
+    of which a block fills one word, or as many as there are for each."""
+    sum_of_part = tl.sum(squares, 0)
+    if SPLIT == 1:
+        return sum_of_part
+    else:
+        lane, each = tl.arange(0, LANES), max(1, 4 // SPLIT)
+        words = tl.where(lane == 0, tl.zeros((LANES,), tl.float32) + sum_of_part, 0.0).to(tl.int32, bitcast=True)
+        push_words_once(address + (part * each + tl.minimum(lane, each - 1)).to(tl.int64) * 4, without_empty(words), lane < each, INTERPRET)
+        words = receive(address + tl.zeros_like(lane).to(tl.int64), tl.full((), 16, tl.int64), max(1, SPLIT // 4), SPIN, CONSTRAINTS, WORDS, INTERPRET)
+        total = words[0].to(tl.float32, bitcast=True)
+        for i in tl.static_range(1, max(4, SPLIT)):
+            total += words[i].to(tl.float32, bitcast=True)
+        return total
 
 
 @triton.jit(do_not_specialize=["rows", "quads", "share", "eps"])
@@ -71,7 +76,7 @@ def all_reduce_add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, nor
     row_bytes = quads.to(tl.int64) * 16
     pieces = rows * row_bytes
     _push_part(x, first * row_bytes + column, there, pieces, addresses_ptr, slot, RANK, W, INTERPRET)
-    leave(call, state_ptr, (W - 1) * rows * quads + rows * (SPLIT // 4), rows * quads, 1, 0, share)
+    leave(call, state_ptr, (W - 1) * rows * quads + rows * ((SPLIT + 2) // 4), rows * quads, 1, 0, share)
     w = load_quads(weight + column, INTERPRET)
     clear(here + previous * slot_bytes, 0, left, LANES, INTERPRET)
     for row in range(first, rows, at_once):
@@ -85,7 +90,7 @@ def all_reduce_add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, nor
         c = add_words(old[2], add_up(words, own, 2, RANK, W, KIND, INTERPRET), KIND, INTERPRET)
         d = add_words(old[3], add_up(words, own, 3, RANK, W, KIND, INTERPRET), KIND, INTERPRET)
         squares = square_words(a, KIND) + square_words(b, KIND) + square_words(c, KIND) + square_words(d, KIND)
-        total = _sum_of_row(tl.where(there, squares, 0.0), here + slot + (W - 1) * pieces + row * (SPLIT * 4), part, SPLIT, ROW_SPIN, ROW_CONSTRAINTS,
+        total = _sum_of_row(tl.where(there, squares, 0.0), here + slot + (W - 1) * pieces + row * (max(4, SPLIT) * 4), part, SPLIT, ROW_SPIN, ROW_CONSTRAINTS,
                             ROW_WORDS, LANES, INTERPRET)
         store_quads_once(out_ptr.to(tl.int64) + at, a, b, c, d, there, INTERPRET)
         scale = tl.rsqrt(total / (quads * (4 if KIND == "fp32" else 8)) + eps)
@@ -146,7 +151,7 @@ def two_shot_add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, norme
     of_share = owned.to(tl.int64) * 16
     of_row, pieces = W * of_share, rows * of_share
     _push_shares(x + first * of_row + q, first * of_share + q, there, of_share, pieces, addresses_ptr, slot, RANK, W, INTERPRET)
-    leave(call, state_ptr, 2 * (W - 1) * rows * owned + rows * (SPLIT // 4), rows * owned, 2, 0, share)
+    leave(call, state_ptr, 2 * (W - 1) * rows * owned + rows * ((SPLIT + 2) // 4), rows * owned, 2, 0, share)
     clear(here + previous * slot_bytes, 0, left, LANES, INTERPRET)
     for start in range(first, rows + at_once, at_once):
         if start + at_once < rows:
@@ -167,7 +172,7 @@ def two_shot_add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, norme
                 added = own[i % 4] if i // 4 == RANK else sums[i - 4 * (i // 4 > RANK)]
                 words = words + (add_words(old[i], added, KIND, INTERPRET),)
                 squares += square_words(words[i], KIND)
-            total = _sum_of_row(tl.where(there, squares, 0.0), here + slot + 2 * (W - 1) * pieces + row * (SPLIT * 4), part, SPLIT, ROW_SPIN,
+            total = _sum_of_row(tl.where(there, squares, 0.0), here + slot + 2 * (W - 1) * pieces + row * (max(4, SPLIT) * 4), part, SPLIT, ROW_SPIN,
                                 ROW_CONSTRAINTS, ROW_WORDS, LANES, INTERPRET)
             scale = tl.rsqrt(total / (W * owned * (4 if KIND == "fp32" else 8)) + eps)
             for r in tl.static_range(W):
@@ -180,7 +185,7 @@ def two_shot_add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, norme
 
 def filled_bytes(rows: int, row_bytes: int, world: int, split: int, shots: int = 1) -> int:
     """Bytes of a slot that such a call fills."""
-    return shots * (world - 1) * rows * row_bytes // (1 if shots == 1 else world) + rows * split * 4
+    return shots * (world - 1) * rows * row_bytes // (1 if shots == 1 else world) + rows * ((split + 2) // 4) * 16
 
 
 def all_reduce_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, workspace: Workspace, grid: Grid, split: int,
@@ -188,13 +193,13 @@ def all_reduce_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: fl
     """(residual + the sum of every rank's x, its rms_norm by weight), as new tensors.
 
     x, residual: (rows, width), weight: (width,), contiguous, of one dtype (float32, bfloat16 or float16). Rows are whole quads, W of
-    them or a multiple in two shots, and `filled_bytes` fit a slot. split: blocks that share a row, 4, 8, 16 or 32; all blocks of the grid, a
-    multiple of it, run at once.
+    them or a multiple in two shots, and `filled_bytes` fit a slot. split: blocks that share a row, a power of two up to 32; all blocks of
+    the grid, a multiple of it, run at once.
     """
     (rows, width), w, out, normed = x.shape, workspace, torch.empty_like(x), torch.empty_like(x)
     quads = width * x.dtype.itemsize // 16
     owned = quads if shots == 1 else quads // w.size                # of a row, that one block of `split` has a part of
-    assert residual.shape == x.shape and weight.shape == (width,) and x.dtype == residual.dtype == weight.dtype and split % 4 == grid.blocks % split == 0
+    assert residual.shape == x.shape and weight.shape == (width,) and x.dtype == residual.dtype == weight.dtype and split in (1, 2, 4, 8, 16, 32) and grid.blocks % split == 0
     assert quads * 16 == width * x.dtype.itemsize and x.numel() and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, residual, weight))
     assert shots == 1 or owned * w.size == quads
     share = triton.cdiv(owned, split)
@@ -210,4 +215,4 @@ def all_reduce_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: fl
 
 def row_spin(split: int) -> dict[str, object]:
     """The constants ROW_SPIN, ROW_CONSTRAINTS and ROW_WORDS for so many blocks of a row."""
-    return {f"ROW_{name}": value for name, value in spin(split // 4).items()}
+    return {f"ROW_{name}": value for name, value in spin(max(1, split // 4)).items()}

@@ -1,7 +1,8 @@
 """x @ w for few rows, which takes as long as reading w does. w, (K, N), lies in memory by columns: what a block needs of it is a few long lines.
 
-One row is multiplied and added up as it is read. Several rows go through the tensor cores, padded to the 8, 16 or 32 that these take:
-that costs nothing, as long as w is what is waited for. Products are added up in float32 and rounded once.
+One row is multiplied and added up as it is read. Several rows of 16 bits go through the tensor cores, padded to the 8, 16 or 32 that these
+take: that costs nothing, as long as w is what is waited for. Products are added up in float32 and rounded once. Rows of float32 are
+multiplied one by one: they want more than the tensor cores have.
 
 `gated_matmul_rows` is for a w that holds a gate and a value, one beside the other: silu(gate) * value, without a rounding between.
 """
@@ -66,24 +67,26 @@ def _gated(y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return gate / (1 + tl.exp(-gate)) * value
 
 
-@triton.jit(do_not_specialize=["N"])
-def one_row_kernel(x_ptr, w_ptr, out_ptr, K, N, GATED: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "N"])
+def one_row_kernel(x_ptr, w_ptr, out_ptr, rows, K, N, GATED: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
                    STAGES: tl.constexpr):
-    """WHOLE: LINES divides K."""
-    column, line = _columns(tl.program_id(0), N, GATED, COLUMNS), tl.arange(0, LINES)
+    """A block has one row of x and one tile of w. WHOLE: LINES divides K."""
+    tile, row = tl.program_id(0) // rows, tl.program_id(0) % rows
+    column, line = _columns(tile, N, GATED, COLUMNS), tl.arange(0, LINES)
+    x = x_ptr + row * K + line
     w = w_ptr + column.to(tl.int64)[:, None] * K + line[None, :]
     products = tl.zeros((COLUMNS, LINES), tl.float32)
     for start in tl.range(0, K, LINES, loop_unroll_factor=STAGES):
         if WHOLE:
-            xs, ws = tl.load(x_ptr + start + line), tl.load(w + start, eviction_policy="evict_first")
+            xs, ws = tl.load(x + start), tl.load(w + start, eviction_policy="evict_first")
         else:
             there = start + line < K
-            xs, ws = tl.load(x_ptr + start + line, mask=there, other=0), tl.load(w + start, mask=there[None, :], other=0)
+            xs, ws = tl.load(x + start, mask=there, other=0), tl.load(w + start, mask=there[None, :], other=0)
         products += ws.to(tl.float32) * xs.to(tl.float32)[None, :]
-    y, n = tl.sum(products, 1)[None, :], _outputs(tl.program_id(0), GATED, COLUMNS)
+    y, n = tl.sum(products, 1)[None, :], _outputs(tile, GATED, COLUMNS)
     if GATED:
         y = _gated(y, 1, COLUMNS)
-    tl.store(out_ptr + n[None, :], y.to(out_ptr.dtype.element_ty), mask=(n < N)[None, :])
+    tl.store(out_ptr + row * N + n[None, :], y.to(out_ptr.dtype.element_ty), mask=(n < N)[None, :])
 
 
 @triton.jit
@@ -113,10 +116,7 @@ def rows_kernel(x_ptr, w_ptr, out_ptr, parts_ptr, counts_ptr, rows, K, N, splits
         else:
             there = start + line < K
             xs, ws = tl.load(x + start, mask=there[:, None], other=0), tl.load(w + start, mask=there[None, :], other=0)
-        if ws.dtype == tl.float32:                      # added up by steps: errors grow with their number, not with that of the lines
-            y += tl.dot(ws, xs, input_precision="ieee")
-        else:
-            y = tl.dot(ws, xs, y)
+        y = tl.dot(ws, xs, y)
     if SPLIT:
         at = tl.arange(0, COLUMNS)[:, None] * ROWS + row[None, :]
         parts = parts_ptr + tile.to(tl.int64) * splits * (COLUMNS * ROWS)
@@ -150,8 +150,8 @@ def _matmul(x: Tensor, w: Tensor, columns: int, gated: bool, tile: Tile, counts:
     whole, splits = lines % tile.lines == 0, 1 if rows == 1 else tile.splits
     constants = dict(GATED=gated, WHOLE=whole, COLUMNS=tile.columns, LINES=tile.lines, STAGES=tile.stages)
     aligned = (x.data_ptr() % 16, w.data_ptr() % 16, lines % 16, lines == 1)
-    if rows == 1:
-        launch(one_row_kernel, (x.dtype, x.device, *constants.values(), *aligned), Grid(count, tile.warps), (x, w, out, lines, columns),
+    if rows == 1 or x.dtype == torch.float32:
+        launch(one_row_kernel, (x.dtype, x.device, *constants.values(), *aligned), Grid(count * rows, tile.warps), (x, w, out, rows, lines, columns),
                lambda: constants, x.device.type == "cpu")
         return out
     constants |= dict(SPLIT=splits > 1, ROWS=max(8, triton.next_power_of_2(rows)))

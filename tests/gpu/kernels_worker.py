@@ -78,8 +78,8 @@ class OneGpu:
         gated, rows = self.random.random() < 0.5, self.random.choice((1, 1, 2, 7, 8, 9, 16, 31, 32))
         lines, columns = 8 * self.random.randint(1, 300), self.random.randint(1, 700)
         tile = self.random.choice([t for t in (ONE_ROW if rows == 1 else MANY) if t.columns > gated])
-        if self.dtype == torch.float32 and rows > 1:
-            tile = Tile(16, 32, 4, 2, self.random.choice((1, 3)))
+        if self.dtype == torch.float32:
+            tile = self.random.choice(ONE_ROW[1:])
         x, w = self.normal(rows, lines), (self.normal(columns * (1 + gated), lines) * lines ** -0.5).mT
         counts = torch.zeros(128, dtype=torch.int32, device="cuda")
         ours, reference = (gated_matmul_rows, gated_matmul_rows_reference) if gated else (matmul_rows, torch.matmul)
