@@ -258,7 +258,7 @@ def rms_norm(w: Writer) -> None:
 
 
 def rope(w: Writer) -> None:
-    table = w.add("rope_table", [w.new("B", "start")], "B T H", theta=10.0, scaling=None)
+    table = w.add("rope_table", [w.new("B", "start")], "B T H", theta=10.0, scaling=None, dtype="float64")
     w.add("rope", [w.with_dims("B T K H", "bounded"), table], "B T K H")
 
 
