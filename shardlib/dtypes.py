@@ -88,7 +88,7 @@ def step_dtypes(step: Step, ins: Dtypes) -> Dtypes:
     if step.bodies:
         return _of_bodies(step, ins)
     for i, (name, kind) in enumerate(zip(step.inputs, ins)):
-        if kind and not _may_hold(what := holds(step.op, i), kind):
+        if kind and kind not in _HOLDS[what := holds(step.op, i)]:
             raise SpecError(f"{step.op.name}: {step.said[i] if i < len(step.said) and step.said[i] else name} is {kind}; "
                             f"{_SAYS[what]}").at(step.where)
     if step.op.dtype:
@@ -98,12 +98,10 @@ def step_dtypes(step: Step, ins: Dtypes) -> Dtypes:
 
 
 _SAYS = {"number": "it takes integers and floats", "float": 'it takes floats, as cast(x, "float32") makes them',
-         "index": "indices are integers", "mask": "a mask is bool, as greater and less make it"}
-
-
-def _may_hold(what: str, dtype: str) -> bool:
-    return {"any": True, "number": dtype != "bool", "float": dtype in FLOATS, "mask": dtype == "bool",
-            "index": dtype not in FLOATS and dtype != "bool"}[what]
+         "index": "indices are integers", "mask": "a mask is bool, as greater and less make it",
+         "any": f"a dtype is one of {', '.join(ITEMSIZE)}"}
+_HOLDS = {"any": {*ITEMSIZE}, "number": {*ITEMSIZE} - {"bool"}, "float": {*FLOATS}, "mask": {"bool"},
+          "index": {*ITEMSIZE} - {*FLOATS} - {"bool"}}
 
 
 # -- a program ---------------------------------------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def rms_norm(w: Writer) -> None:
 
 def rope(w: Writer) -> None:
     """A made table has float32's angles, which are off by some 1e-7: no other step takes it, lest it grow."""
-    w.add("rope_table", [w.new("B", "start")], "B T H", holds="table", theta=10.0, scaling=w.one_of((None, (4.0, 1.0, 2.0, 9))))
+    w.add("rope_table", [w.new("B", "start")], "B T H", holds="table", theta=10.0, scaling=w.one_of((None, (4.0, 1.0, 2.0, 9))), dtype="float64")
     w.add("rope", [w.with_dims("B T K H", "bounded"), w.with_dims("B T H")], "B T K H")
 
 
