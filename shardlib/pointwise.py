@@ -144,8 +144,9 @@ def stop_gradient(x: Any) -> Any:
 
 
 COMPARE = {name: Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=_infer, constant=True, takes=("number",), dtype=lambda d, o: ["bool"],
-                    emit=lambda e, s, a, sign=sign: f"({a[0]} {sign} {s.options['than']!r})")
-           for name, sign in (("greater", ">"), ("less", "<"))}
+                    emit=lambda e, s, a, sign=sign: f"({a[0]} {sign} {s.options['than']!r})",
+                    reference=lambda d, x, side=side: (x - d.options["than"]).sign() == side)
+           for name, sign, side in (("greater", ">", 1), ("less", "<", -1))}
 
 
 def greater(x: Any, than: float) -> Any:
