@@ -221,8 +221,10 @@ def test_the_other_ranks_are_told_before_it_is_raised(make: object) -> None:
     assert told == [OF_ROWS]
 
 
-def test_a_later_error_comes_with_the_next_call_and_once() -> None:
-    f = later(rows)
+@pytest.mark.parametrize("graph", (False, True))
+def test_a_later_error_comes_with_the_next_call_and_once(graph: bool) -> None:
+    f = later(rows, graph=graph)
+    assert torch.equal(f(GOOD, TABLE_OF_FIVE), TABLE_OF_FIVE[GOOD])
     assert torch.equal(f(BAD, TABLE_OF_FIVE), torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
     with pytest.raises(SpecError) as found:
         f(GOOD, TABLE_OF_FIVE)
