@@ -1,4 +1,4 @@
-"""Llamas that transformers saved, loaded shard by shard, on any mesh: their logits are those of plain torch in fp64."""
+"""Llamas on any mesh: what transformers saved is loaded shard by shard, and the logits are those of plain torch in fp64."""
 from __future__ import annotations
 
 import tempfile
@@ -8,11 +8,12 @@ from typing import Any
 import llama_reference as reference
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import configs, line, placements, run, tree
 
 from shardlib import Layout, Mesh, SpecError, lower, simulate
+from shardlib.api import shard_of
 from shardlib.models.decoding import weight_types
 from shardlib.models.llama import Cache, LlamaConfig, logits_of, loss, next_logits
 from shardlib.models.llama_config import config_of
@@ -25,22 +26,33 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
+@settings(max_examples=settings.default.max_examples // 4)
+@given(configs(), placements(), st.sampled_from(DTYPES), st.integers(0, 1 << 20))
+def test_what_transformers_saved_is_loaded_shard_by_shard(config: LlamaConfig, placement: tuple[Mesh, Layout], dtype: torch.dtype, seed: int) -> None:
+    weights, (mesh, layout) = reference.random_weights(config, seed), placement
+    with tempfile.TemporaryDirectory() as folder:
+        reference.to_transformers(weights, config).save_pretrained(folder)
+        checkpoint = open_checkpoint(folder)
+        assert config_of(checkpoint) == config
+        types = weight_types(config, layout, mesh)
+        for c in mesh.coordinates():
+            loaded = load(checkpoint, types, mesh, c, dtype)
+            assert loaded.keys() == weights.keys()
+            for path, found in loaded.items():
+                torch.testing.assert_close(found, shard_of(weights[path].to(dtype), types[path], mesh, c), rtol=0, atol=0)
+
+
 class Trial:
-    """A drawn model, saved and loaded; a batch; and what is true of it."""
+    """A drawn model; a batch; and what is true of it."""
 
     def __init__(self, config: LlamaConfig, placement: tuple[Mesh, Layout], dtype: torch.dtype, rows: int, time: int, seed: int) -> None:
         (self.mesh, self.layout), self.dtype = placement, dtype
         rows, time = (4, 6) if dtype == torch.bfloat16 else (rows, time)    # the errors of a token or two, of 8 bits each, say little
         weights = reference.random_weights(config, seed)
         self.ids = torch.randint(0, config.vocab_size, (rows, time), generator=torch.Generator().manual_seed(seed))
-        with tempfile.TemporaryDirectory() as folder:
-            reference.to_transformers(weights, config).save_pretrained(folder)
-            checkpoint = open_checkpoint(folder)
-            self.config = config_of(checkpoint)
-            types = weight_types(config, self.layout, self.mesh)
-            self.shards = [{f"w.{path}": t for path, t in load(checkpoint, types, self.mesh, c, dtype).items()} for c in self.mesh.coordinates()]
-        assert self.config == config
-        self.weights = tree(weights, config)
+        types = weight_types(config, self.layout, self.mesh)
+        self.config, self.weights = config, tree(weights, config)
+        self.shards = [{f"w.{path}": shard_of(t.to(dtype), types[path], self.mesh, c) for path, t in weights.items()} for c in self.mesh.coordinates()]
         rounded = {path: t.to(dtype).double() for path, t in weights.items()}
         self.truth = reference.logits(rounded, self.ids, config)
         self.theirs = {d: reference.logits_of_torch(rounded, self.ids, config, d) for d in {dtype, torch.float32 if dtype.itemsize > 4 else dtype}}
