@@ -103,23 +103,6 @@ def test_smollm2_under_torchrun(smollm2: Known, processes: int, options: list[st
 
 
 @smollm2_installed
-def test_sampling_smollm2(smollm2: Known) -> None:
-    """A draw is a function of the seed, the position and the row, on every mesh."""
-    def drawn(mesh: str, layout: str, seed: int, temperature: float = 0.8) -> list[list[int]]:
-        return generate(smollm2.weights, smollm2.config, named_layout(layout, Mesh.parse(mesh)), Mesh.parse(mesh), smollm2.prompts, NEW, (),
-                        Sampling(temperature, 0.9, seed))
-    alone = drawn("tp=1", "tp", 1)
-    assert drawn("tp=2", "tp", 1) == drawn("tp=3", "tp+sp", 1) == drawn("dp=2", "tp", 1) == alone
-    assert alone != drawn("tp=1", "tp", 0)
-    assert [t[:len(e)] for t, e in zip(drawn("tp=1", "tp", 1, temperature=1e-300), smollm2.tokens)] == smollm2.tokens
-    finished = torchrun(2, [*GENERATE, *smollm2.command, "--json", "--mesh", "tp=2", "--temperature", "0.8", "--top-p", "0.9", "--seed", "1"])
-    assert (finished.returncode, finished.stderr) == (0, "")
-    ended = [t[:min([i + 1 for i, id in enumerate(t) if i >= len(p) and id in smollm2.tokenizer.eos_ids], default=None)]
-             for t, p in zip(alone, smollm2.prompts)]
-    assert [c["tokens"] for c in json.loads(finished.stdout)["completions"]] == ended
-
-
-@smollm2_installed
 def test_smollm2_chats(capfd: pytest.CaptureFixture[str]) -> None:
     """Without --raw the prompt is a turn of a chat, and the end token ends it."""
     assert main(["--prompt", "Say only the word yes.", "--max-new-tokens", "40", "--json"]) == 0
@@ -168,6 +151,21 @@ def test_an_end_token_ends_its_row_and_belongs_to_it(tiny: Known) -> None:
     assert made[0][-1] == end and end not in made[0][:-1] and 3 < len(made[0]) < NEW and max(map(len, made)) == NEW
     for mesh in ("tp=2", "dp=3"):
         assert generate(tiny.weights, tiny.config, named_layout("tp", Mesh.parse(mesh)), Mesh.parse(mesh), tiny.prompts, NEW, {end}) == tiny.tokens
+
+
+def test_draws(tiny: Known) -> None:
+    """A draw is a function of the seed, the position and the row, on every mesh; greedy where the temperature is next to nothing.
+    (Real groups of ranks draw in `test_a_folder_on_two_ranks`, frequencies are in tests/ops/test_sampling.py.)"""
+    def drawn(mesh: str = "tp=1", layout: str = "tp", seed: int = 1, temperature: float = 1.5, prompts: Sequence[list[int]] = tiny.prompts,
+              new: int = NEW) -> list[list[int]]:
+        made = Mesh.parse(mesh)
+        return generate(tiny.weights, tiny.config, named_layout(layout, made), made, prompts, new, (), Sampling(temperature, 0.9, seed))
+    alone = drawn()
+    assert drawn("tp=2") == drawn("tp=3", "tp+sp") == drawn("dp=2") == alone != drawn(seed=0)
+    assert [t[:len(e)] for t, e in zip(drawn(temperature=1e-300), tiny.tokens)] == tiny.tokens
+    for said in (1, 5):         # what was said so far as the prompt gives the same next token
+        longer = [t[:len(p) + said] for t, p in zip(alone, tiny.prompts)]
+        assert drawn(prompts=longer, new=NEW - said) == alone
 
 
 def test_a_folder_alone(tiny: Known, capfd: pytest.CaptureFixture[str]) -> None:
