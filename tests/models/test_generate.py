@@ -154,12 +154,12 @@ def test_an_end_token_ends_its_row_and_belongs_to_it(tiny: Known) -> None:
 
 
 def test_draws(tiny: Known) -> None:
-    """A draw is a function of the seed, the position and the row, on every mesh; greedy where the temperature is next to nothing.
+    """A draw is a function of the seed, the position and the row, on every mesh; greedy at a temperature of next to nothing.
     (Real groups of ranks draw in `test_a_folder_on_two_ranks`, frequencies are in tests/ops/test_sampling.py.)"""
-    def drawn(mesh: str = "tp=1", layout: str = "tp", seed: int = 1, temperature: float = 1.5, prompts: Sequence[list[int]] = tiny.prompts,
-              new: int = NEW) -> list[list[int]]:
-        made = Mesh.parse(mesh)
-        return generate(tiny.weights, tiny.config, named_layout(layout, made), made, prompts, new, (), Sampling(temperature, 0.9, seed))
+    def drawn(mesh: str = "tp=1", layout: str = "tp", seed: int = 1, temperature: float = 1.5,
+              prompts: Sequence[list[int]] = tiny.prompts, new: int = NEW) -> list[list[int]]:
+        made, how = Mesh.parse(mesh), Sampling(temperature, 0.9, seed)
+        return generate(tiny.weights, tiny.config, named_layout(layout, made), made, prompts, new, (), how)
     alone = drawn()
     assert drawn("tp=2") == drawn("tp=3", "tp+sp") == drawn("dp=2") == alone != drawn(seed=0)
     assert [t[:len(e)] for t, e in zip(drawn(temperature=1e-300), tiny.tokens)] == tiny.tokens

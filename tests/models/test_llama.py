@@ -1,4 +1,4 @@
-"""Llamas on any mesh: what transformers saved is loaded shard by shard, and the logits are those of plain torch in fp64."""
+"""Llamas on any mesh: what transformers saved is loaded shard by shard, the logits are those of plain torch in fp64."""
 from __future__ import annotations
 
 import tempfile
@@ -28,7 +28,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 @settings(max_examples=settings.default.max_examples // 4)
 @given(configs(), placements(), st.sampled_from(DTYPES), st.integers(0, 1 << 20))
-def test_what_transformers_saved_is_loaded_shard_by_shard(config: LlamaConfig, placement: tuple[Mesh, Layout], dtype: torch.dtype, seed: int) -> None:
+def test_what_transformers_saved_is_loaded_shard_by_shard(config: LlamaConfig, placement: tuple[Mesh, Layout], dtype: torch.dtype,
+                                                          seed: int) -> None:
     weights, (mesh, layout) = reference.random_weights(config, seed), placement
     with tempfile.TemporaryDirectory() as folder:
         reference.to_transformers(weights, config).save_pretrained(folder)
@@ -39,7 +40,8 @@ def test_what_transformers_saved_is_loaded_shard_by_shard(config: LlamaConfig, p
             loaded = load(checkpoint, types, mesh, c, dtype)
             assert loaded.keys() == weights.keys()
             for path, found in loaded.items():
-                torch.testing.assert_close(found, shard_of(weights[path].to(dtype), types[path], mesh, c), rtol=0, atol=0)
+                want = shard_of(weights[path].to(dtype), types[path], mesh, c)
+                torch.testing.assert_close(found, want, rtol=0, atol=0)
 
 
 class Trial:
@@ -52,7 +54,8 @@ class Trial:
         self.ids = torch.randint(0, config.vocab_size, (rows, time), generator=torch.Generator().manual_seed(seed))
         types = weight_types(config, self.layout, self.mesh)
         self.config, self.weights = config, tree(weights, config)
-        self.shards = [{f"w.{path}": shard_of(t.to(dtype), types[path], self.mesh, c) for path, t in weights.items()} for c in self.mesh.coordinates()]
+        self.shards = [{f"w.{path}": shard_of(t.to(dtype), types[path], self.mesh, c) for path, t in weights.items()}
+                       for c in self.mesh.coordinates()]
         rounded = {path: t.to(dtype).double() for path, t in weights.items()}
         self.truth = reference.logits(rounded, self.ids, config)
         self.theirs = {d: reference.logits_of_torch(rounded, self.ids, config, d) for d in {dtype, torch.float32 if dtype.itemsize > 4 else dtype}}

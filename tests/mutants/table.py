@@ -25,6 +25,7 @@ GROUP, ROUTING, WATCHDOG, TENSORS, QUEUE = (f"tests/distributed/test_{name}.py" 
 INDICES, LOSSES, ENDS = "tests/test_index_check.py", "tests/ops/test_cross_entropy.py", WATCHDOG + " -k ends_the_others"
 NVLINK, PROTOCOLS = "tests/ops/test_nvlink.py", "tests/triton_kernels/test_protocols.py"
 CALLS = "tests/test_asked.py"
+SAMPLING = "tests/ops/test_sampling.py"
 EXCHANGES = PLANNER + " -k exchange_says"
 ASKED = GROUP + " -k all_members_ask"
 CUT_OFF = WATCHDOG + " -k cut_off_from"
@@ -240,4 +241,15 @@ MUTANTS = (
     Mutant("triton_kernels/lamport.py", "return source - (source > target)", "return source - (source < target)", ONCE),
     Mutant("triton_kernels/lamport.py", "tl.minimum(at + tl.arange(0, BLOCK), stop - 1)", "at + tl.arange(0, BLOCK)", RIGHT),
     Mutant("triton_kernels/quads.py", "rounded = bits + 0x7FFF + ((bits >> 16) & 1)", "rounded = bits + 0x8000", PROTOCOLS + " -k halves_to_even"),
+
+    # ops: sampling, attention, norms, what is odd
+    Mutant("ops/sampling.py", " * p.sum(-1, keepdim=True).double()", "", SAMPLING),
+    Mutant("ops/sampling.py", "before < max(top_p, tiny)", "before < 1.0", SAMPLING),
+    Mutant("ops/sampling.py", "before < max(top_p, tiny)", "before < top_p", SAMPLING),
+    Mutant("ops/sampling.py", "position * 0x100000 + row, seed)", "position + row, seed)", SAMPLING),
+    Mutant("ops/attention.py", '.masked_fill_(seen, float("-inf"))', '.fill_(float("-inf"))', "tests/ops/test_attention.py"),
+    Mutant("ops/attention.py", "g.masked_fill(~seen[:, :, None, None, None], 0)", "g", "tests/ops/test_attention.py"),
+    Mutant("ops/rms_norm.py", "torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)", "x.dtype", "tests/ops/test_rms_norm.py"),
+    Mutant("shardlib/reductions.py", "False if x.dtype == torch.bool else torch.iinfo(x.dtype).min\n        return", "0\n        return",
+           "tests/test_reductions.py"),
 )
