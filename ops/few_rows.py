@@ -39,8 +39,13 @@ def rows_matmul(x: Tensor, w: Tensor, counts: Tensor, gated: bool = False) -> Te
 
 
 def splits_of(heads: int, keys: int) -> int:
-    """Of the keys of a row, where all rows have so many kv heads: as many blocks as there are SMs, of 64 keys at least."""
-    return 1 if heads >= 64 else min(MOST_SPLITS, 1 << (128 // heads).bit_length() - 1, max(1, 1 << (-(-keys // 64)).bit_length() - 1))
+    """Of the keys of a row, where all rows have so many kv heads: a power of two, of 256 keys at least, as long as SMs are idle."""
+    return _power_of_two(min(MOST_SPLITS, 128 // heads, keys // 256))
+
+
+def _power_of_two(count: int) -> int:
+    """The largest that is no more; 1 of anything less."""
+    return 1 << max(1, count).bit_length() - 1
 
 
 def attend_lengths(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:

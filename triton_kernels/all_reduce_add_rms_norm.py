@@ -3,10 +3,13 @@
 The sum is that of `all_reduce`, rounded once; the residual is added to what was rounded, and the norm is that of what was rounded again:
 residuals have the bits of the three kernels one after another.
 
-SPLIT blocks share a row, since one SM sends and reads too little to be fast alone. Each has a part; what they must know of each other is the sum
-of the squares of its part. That is data as any other: a word in the slot of this call, behind what the other ranks send, pushed by
-one block and polled by all of the row. So blocks of a row must run at once: a grid never has more of them than the GPU holds.
-The protocol is `lamport`.
+Of the fewest rows several blocks share one (SPLIT), since an SM sends and reads too little to be fast alone. Each has a part; what they must
+know of each other is the sum of the squares of its part. That is data as any other: a word in the slot of this call, behind what the
+other ranks send, pushed by one block and polled by all of the row. So blocks of a row must run at once: a grid never has more of them than
+the GPU holds.
+
+In one shot everybody sends everything to everybody. In two, each rank adds up its share of every row and sends the sums to all; then
+all of them add the residual and norm the whole. The protocol is `lamport`.
 """
 from __future__ import annotations
 
@@ -51,7 +54,8 @@ def _sum_of_row(squares, address, part, SPLIT: tl.constexpr, SPIN: tl.constexpr,
         lane, each = tl.arange(0, LANES), max(1, 4 // SPLIT)
         words = tl.where(lane == 0, tl.zeros((LANES,), tl.float32) + sum_of_part, 0.0).to(tl.int32, bitcast=True)
         push_words_once(address + (part * each + tl.minimum(lane, each - 1)).to(tl.int64) * 4, without_empty(words), lane < each, INTERPRET)
-        words = receive(address + tl.zeros_like(lane).to(tl.int64), tl.full((), 16, tl.int64), max(1, SPLIT // 4), SPIN, CONSTRAINTS, WORDS, INTERPRET)
+        first = address + tl.zeros_like(lane).to(tl.int64)
+        words = receive(first, tl.full((), 16, tl.int64), max(1, SPLIT // 4), SPIN, CONSTRAINTS, WORDS, INTERPRET)
         total = words[0].to(tl.float32, bitcast=True)
         for i in tl.static_range(1, max(4, SPLIT)):
             total += words[i].to(tl.float32, bitcast=True)
@@ -59,8 +63,8 @@ def _sum_of_row(squares, address, part, SPLIT: tl.constexpr, SPIN: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["rows", "quads", "share", "eps"])
-def all_reduce_add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, normed_ptr, addresses_ptr, state_ptr, rows, quads, share, eps, slot_bytes,
-                                   RANK: tl.constexpr, W: tl.constexpr, KIND: tl.constexpr, SPLIT: tl.constexpr, SPIN: tl.constexpr,
+def all_reduce_add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, normed_ptr, addresses_ptr, state_ptr, rows, quads, share, eps,
+                                   slot_bytes, RANK: tl.constexpr, W: tl.constexpr, KIND: tl.constexpr, SPLIT: tl.constexpr, SPIN: tl.constexpr,
                                    CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr, ROW_SPIN: tl.constexpr, ROW_CONSTRAINTS: tl.constexpr,
                                    ROW_WORDS: tl.constexpr, LANES: tl.constexpr, INTERPRET: tl.constexpr):
     """quads: of a row; share: of its parts. While one row is on its way, the one before it is added up. A slot holds W - 1 times the whole, then
@@ -90,8 +94,8 @@ def all_reduce_add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, nor
         c = add_words(old[2], add_up(words, own, 2, RANK, W, KIND, INTERPRET), KIND, INTERPRET)
         d = add_words(old[3], add_up(words, own, 3, RANK, W, KIND, INTERPRET), KIND, INTERPRET)
         squares = square_words(a, KIND) + square_words(b, KIND) + square_words(c, KIND) + square_words(d, KIND)
-        total = _sum_of_row(tl.where(there, squares, 0.0), here + slot + (W - 1) * pieces + row * (max(4, SPLIT) * 4), part, SPLIT, ROW_SPIN, ROW_CONSTRAINTS,
-                            ROW_WORDS, LANES, INTERPRET)
+        total = _sum_of_row(tl.where(there, squares, 0.0), here + slot + (W - 1) * pieces + row * (max(4, SPLIT) * 4), part, SPLIT, ROW_SPIN,
+                            ROW_CONSTRAINTS, ROW_WORDS, LANES, INTERPRET)
         store_quads_once(out_ptr.to(tl.int64) + at, a, b, c, d, there, INTERPRET)
         scale = tl.rsqrt(total / (quads * (4 if KIND == "fp32" else 8)) + eps)
         store_quads_once(normed_ptr.to(tl.int64) + at, scale_words(a, w[0], scale, KIND, INTERPRET), scale_words(b, w[1], scale, KIND, INTERPRET),
@@ -199,7 +203,8 @@ def all_reduce_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: fl
     (rows, width), w, out, normed = x.shape, workspace, torch.empty_like(x), torch.empty_like(x)
     quads = width * x.dtype.itemsize // 16
     owned = quads if shots == 1 else quads // w.size                # of a row, that one block of `split` has a part of
-    assert residual.shape == x.shape and weight.shape == (width,) and x.dtype == residual.dtype == weight.dtype and split in (1, 2, 4, 8, 16, 32) and grid.blocks % split == 0
+    assert residual.shape == x.shape and weight.shape == (width,) and x.dtype == residual.dtype == weight.dtype
+    assert split in (1, 2, 4, 8, 16, 32) and grid.blocks % split == 0
     assert quads * 16 == width * x.dtype.itemsize and x.numel() and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, residual, weight))
     assert shots == 1 or owned * w.size == quads
     share = triton.cdiv(owned, split)

@@ -20,8 +20,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 MOST_QUERIES = 64
 """Rows of a product: T times the queries of one kv head."""
 MOST_SPLITS = 64
-MERGED = 8192
-"""Values that a block merges at once: 64 registers of a thread."""
 
 
 def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
@@ -65,55 +63,55 @@ def _attend(q, k_ptr, v_ptr, seen, first, stop, stride_s, H: tl.constexpr, HEAD:
 
 
 @triton.jit
-def _merge(parts_ptr, splits, first, there, HEAD: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr, COUNT: tl.constexpr):
-    """(COUNT, HEAD): what all splits, of MOST at most, have of the rows from `first` on that are `there`, put together in one step."""
-    row, h, s = first + tl.arange(0, COUNT), tl.arange(0, HEAD), tl.arange(0, MOST)
-    part = parts_ptr + s[:, None] * (ROWS * (HEAD + 2)) + row[None, :]
-    used = (s < splits)[:, None] & there[None, :]
+def _merge(parts_ptr, splits, there, HEAD: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr):
+    """The (sums of weights, weighted values) of all splits, first to last, of the rows that are `there`."""
+    row, h, i = tl.arange(0, ROWS), tl.arange(0, HEAD), tl.arange(0, MOST)
+    part = parts_ptr + i[:, None] * (ROWS * (HEAD + 2)) + row[None, :]
+    used = (i < splits)[:, None]
     scores = tl.load(part, mask=used, other=float("-inf"))
-    kept = tl.exp2(scores - _shift(tl.max(scores, 0))[None, :])
-    weights = tl.sum(tl.load(part + ROWS, mask=used, other=0) * kept, 0)
-    at = parts_ptr + s[:, None, None] * (ROWS * (HEAD + 2)) + 2 * ROWS + row[None, :, None] * HEAD + h[None, None, :]
-    values = tl.sum(tl.load(at, mask=used[:, :, None], other=0) * kept[:, :, None], 0)
-    return values / tl.where(weights == 0, 1.0, weights)[:, None]
+    shift = _shift(tl.max(scores, 0))
+    weights = tl.sum(tl.load(part + ROWS, mask=used, other=0) * tl.exp2(scores - shift[None, :]), 0)
+    values = tl.zeros((ROWS, HEAD), tl.float32)
+    for s in tl.range(0, splits, loop_unroll_factor=4):
+        at = parts_ptr + s * (ROWS * (HEAD + 2))
+        kept = tl.exp2(tl.load(at + row) - shift)
+        values += tl.load(at + 2 * ROWS + row[:, None] * HEAD + h[None, :], mask=there[:, None], other=0) * kept[:, None]
+    return weights, values
 
 
 @triton.jit
-def _address(b, row, kv, T, heads, G: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr):
-    """Of rows of a product in (B, T, K, G, H)."""
-    return (((b * T + row // G) * heads + kv) * G + row % G).to(tl.int64)[:, None] * H + tl.arange(0, HEAD)[None, :]
+def _store(out_ptr, weights, values, there):
+    tl.store(out_ptr, (values / tl.where(weights == 0, 1.0, weights)[:, None]).to(out_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["T", "heads", "splits"])
 def decode_attention_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, parts_ptr, counts_ptr, T, heads, splits, stride_b, stride_s, stride_k,
                             G: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-                            STAGES: tl.constexpr, MOST: tl.constexpr, COUNT: tl.constexpr):
+                            STAGES: tl.constexpr, MOST: tl.constexpr):
     """HEAD and ROWS: powers of two that have room for H, and for T G. SPLIT: whether there are several splits; parts: of each, float32: largest
-    scores, sums of weights, values; MOST and COUNT: of `_merge`."""
+    scores, sums of weights, values; MOST: of splits."""
     split, head = tl.program_id(0) % splits, tl.program_id(0) // splits
     b, kv = head // heads, head % heads
     row, h = tl.arange(0, ROWS), tl.arange(0, HEAD)
-    at = _address(b, row, kv, T, heads, G, H, HEAD)
+    at = (((b * T + row // G) * heads + kv) * G + row % G).to(tl.int64)[:, None] * H + h[None, :]
     there = (row < T * G)[:, None] & (h < H)[None, :]
     q = tl.load(q_ptr + at, mask=there, other=0)
     length = tl.load(lengths_ptr + b).to(tl.int32)
     keys = length + T - 1
     each = tl.cdiv(tl.cdiv(keys, splits), BLOCK) * BLOCK
     offset = b.to(tl.int64) * stride_b + kv.to(tl.int64) * stride_k
-    most, weights, values = _attend(q, k_ptr + offset, v_ptr + offset, length + row // G, split * each, tl.minimum((split + 1) * each, keys), stride_s,
-                                    H, HEAD, ROWS, BLOCK, STAGES)
+    first, stop = split * each, tl.minimum((split + 1) * each, keys)
+    most, weights, values = _attend(q, k_ptr + offset, v_ptr + offset, length + row // G, first, stop, stride_s, H, HEAD, ROWS, BLOCK, STAGES)
     if SPLIT:
         part = parts_ptr + tl.program_id(0).to(tl.int64) * (ROWS * (HEAD + 2))
         tl.store(part + row, most)
         tl.store(part + ROWS + row, weights)
         tl.store(part + 2 * ROWS + row[:, None] * HEAD + h[None, :], values, mask=(row < T * G)[:, None])
         if last_to_leave(counts_ptr + head, splits):
-            for i in range(0, T * G, COUNT):
-                merged, here = i + tl.arange(0, COUNT), i + tl.arange(0, COUNT) < T * G
-                result = _merge(parts_ptr + head.to(tl.int64) * splits * (ROWS * (HEAD + 2)), splits, i, here, HEAD, ROWS, MOST, COUNT)
-                tl.store(out_ptr + _address(b, merged, kv, T, heads, G, H, HEAD), result.to(out_ptr.dtype.element_ty), mask=here[:, None] & (h < H)[None, :])
+            weights, values = _merge(parts_ptr + head.to(tl.int64) * splits * (ROWS * (HEAD + 2)), splits, row < T * G, HEAD, ROWS, MOST)
+            _store(out_ptr + at, weights, values, there)
     else:
-        tl.store(out_ptr + at, (values / tl.where(weights == 0, 1.0, weights)[:, None]).to(out_ptr.dtype.element_ty), mask=there)
+        _store(out_ptr + at, weights, values, there)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor, splits: int, block: int = 64, warps: int = 4,
@@ -124,15 +122,15 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: T
     on another stream uses meanwhile.
     """
     (rows, new, heads, g, h), out = q.shape, torch.empty_like(q)
-    assert q.is_contiguous() and k.stride() == v.stride() and k.stride(-1) == 1 and k.shape == v.shape and (k.shape[0], *k.shape[2:]) == (rows, heads, h)
-    assert q.dtype == k.dtype == v.dtype and new * g <= MOST_QUERIES and splits <= MOST_SPLITS and lengths.shape == (rows,) and counts.numel() >= rows * heads
+    assert q.is_contiguous() and k.stride() == v.stride() and k.stride(-1) == 1 and k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    assert (k.shape[0], *k.shape[2:]) == (rows, heads, h) and lengths.shape == (rows,)
+    assert new * g <= MOST_QUERIES and splits <= MOST_SPLITS and counts.numel() >= rows * heads
     if q.numel() == 0 or k.shape[1] == 0:
         return out.zero_()
     padded, head = max(16, triton.next_power_of_2(new * g)), max(16, triton.next_power_of_2(h))
     parts = torch.empty(rows * heads * splits * padded * (head + 2) if splits > 1 else 4, dtype=torch.float32, device=q.device)
     strides = k.stride()[:3]
-    most = triton.next_power_of_2(splits)
-    constants = dict(G=g, H=h, HEAD=head, ROWS=padded, BLOCK=block, SPLIT=splits > 1, STAGES=stages, MOST=most, COUNT=min(padded, max(1, MERGED // (most * head))))
+    constants = dict(G=g, H=h, HEAD=head, ROWS=padded, BLOCK=block, SPLIT=splits > 1, STAGES=stages, MOST=MOST_SPLITS)
     key = (q.dtype, lengths.dtype, q.device, *(s % 16 == 0 for s in strides), *(s == 1 for s in strides), max(strides) < 2**31, *constants.values(),
            *(x.data_ptr() % 16 for x in (q, k, v, lengths, counts)))
     launch(decode_attention_kernel, key, Grid(rows * heads * splits, warps), (q, k, v, lengths, out, parts, counts, new, heads, splits, *strides),

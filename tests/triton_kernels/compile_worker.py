@@ -101,7 +101,7 @@ def of_few_rows() -> Iterator[dict[str, Any]]:
         yield dict(kernel=kernel, split=tile.splits, **assembled(function, types, {k: v for k, v in values.items() if k in function.arg_names}, tile.warps,
                                                                  None, ("K",)))
     for group, splits in ((4, 1), (4, 4), (8, 64)):
-        values = dict(G=group, H=128, HEAD=128, ROWS=16, BLOCK=64, SPLIT=splits > 1, STAGES=3, MOST=splits, COUNT=min(16, 64 // splits))
+        values = dict(G=group, H=128, HEAD=128, ROWS=16, BLOCK=64, SPLIT=splits > 1, STAGES=3, MOST=64)
         yield dict(kernel="attention", split=splits, **assembled(decode_attention_kernel, types, values, 4, None, ("stride_b", "stride_s", "stride_k")))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-DEADLINE_S = 150.0
+DEADLINE_S = 240.0
 WORLDS = (2, 3, 4, 8)
 KERNELS = ("one_shot", "two_shot", "reduce_scatter", "exchange", "norm", "two_shot_norm")
 NORMS = KERNELS[-2:]

@@ -57,7 +57,8 @@ def left_over(space: Workspace) -> torch.Tensor:
 def some_calls(family: str) -> st.SearchStrategy[list[Call]]:
     """What `random_calls` draws, by other hands."""
     def call(warps: int) -> st.SearchStrategy[Call]:
-        return st.builds(Call, st.sampled_from(FAMILIES[family]), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, 40), st.integers(1, 3),
+        quads, blocks = (12, 1) if family == "norms" else (40, 3)
+        return st.builds(Call, st.sampled_from(FAMILIES[family]), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, quads), st.integers(1, blocks),
                          st.sampled_from((8, 32, 32 * warps)), st.just(warps), st.sampled_from((1, 2, 4)))
     return st.lists(st.sampled_from(WARPS).flatmap(call), min_size=2, max_size=4)
 
@@ -73,7 +74,7 @@ def wants_all_blocks(call: Call) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calls_in_turns(family: str) -> None:
     """Any of the kernels, of any sizes and grids, on one workspace."""
-    @a_few
+    @settings(a_few, max_examples=a_few.max_examples // (3 if family in ("norms", "all") else 1))
     @given(seeds, worlds, residents, some_calls(family))
     def check(seed: int, world: int, resident: int | None, calls: list[Call]) -> None:
         assert simulate(calls, world, seed, resident=None if any(map(wants_all_blocks, calls)) else resident) is None
@@ -298,7 +299,7 @@ def trial(family: str, seed: int, **rules: Any) -> str | None:
     calls = random_calls(family, draw, 4 if family == "norms" else 6)
     if split:
         calls = [replace(call, blocks=3 if split == 1 else 1, split=split) if call.kernel in NORMS else call for call in calls]
-    return simulate(calls, 2 + seed % 2, seed, **rules)
+    return simulate(calls, 2 + (seed % 4 == 3 if family == "norms" else seed % 2), seed, **rules)
 
 
 @pytest.mark.parametrize("family", CONTROLS)

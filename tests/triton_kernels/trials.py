@@ -93,7 +93,8 @@ def random_calls(family: str, draw: random.Random, count: int) -> list[Call]:
         warps = draw.choice(WARPS)
         line = draw.choice((8, 32, 32 * warps))
         if kernel in NORMS:
-            return Call(kernel, dtype, outer, 6 * (1 + inner // 14) if kernel == "two_shot_norm" else 1 + inner // 2, 1, line, warps, (1, 2, 4)[blocks - 1])
+            quads = 6 * (1 + inner // 21) if kernel == "two_shot_norm" else 1 + inner // 4
+            return Call(kernel, dtype, min(outer, 2), quads, 1, line, warps, (1, 2, 4)[blocks - 1])
         return Call(kernel, dtype, outer, inner, blocks, line, warps)
     return [call() for _ in range(count)]
 
