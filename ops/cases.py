@@ -132,7 +132,7 @@ CASES: tuple[Case, ...] = (
     _case("rope", "B T K H, B T H -> B T K H"),
     _case("rope_vjp", "B T K H, B T H -> B T K H"),
     _case("sample", "B V, B -> B", normal, index("S"), temperature=0.7, top_p=0.9, seed=3),
-    _case("sample", "B V, B, B -> B", normal, index("S"), index("S"), temperature=0.7, top_p=0.9, seed=3),
+    _case("sample", "B V, B, B -> B", normal, index("S"), index("S"), temperature=0.7, top_p=0.9, seed=4),
     _case("embedding", "B T, V D -> B T D", index("V")), _case("embedding_vjp", "B T, B T D -> V D", index("V")),
     _case("take", "B T D, B -> B D", normal, index("T")), _case("take", "B V, B -> B", normal, index("V")),
     _case("take", "B (K H), B -> B", normal, index("K H")), _case("take_vjp", "B, B -> B (K H)", index("K H")),
