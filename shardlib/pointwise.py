@@ -144,7 +144,8 @@ def stop_gradient(x: Any) -> Any:
 
 
 COMPARE = {name: Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=_infer, constant=True, takes=("number",), dtype=lambda d, o: ["bool"],
-                    emit=lambda e, s, a, sign=sign: f"({a[0]} {sign} {s.options['than']!r})")
+                    emit=lambda e, s, a, sign=sign: f"({a[0]} {sign} {s.options['than']!r})",
+                    reference=lambda d, x, compare=getattr(torch, name): compare(x, d.options["than"]))
            for name, sign in (("greater", ">"), ("less", "<"))}
 
 
