@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 4 -m shardlib.models.bench_generate --weights random:llama3-8b --mesh tp=4 --batch 1,8,32,128
 
-For each batch: ms a step as the device takes it, one replay after another; ms between two tokens as a user of `generate` sees them; time
-to the first token; tokens/s of the whole call. `floor` is the share of the memory floor: the bytes of weights and of live cache that a
-step must read on this rank, over the rate at which the device reads memory, measured in the same run. `--json` prints one object.
+For each batch: ms a step as the device takes it, one replay after another; ms between two tokens as a user of
+`generate` sees them; time to the first token; tokens/s of the whole call. `floor` is the share of the memory floor:
+the bytes of weights and of live cache that a step must read on this rank, over the rate at which the device reads
+memory, measured in the same run. `--json` prints one object.
 """
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one batch. step_ms: by the device; token_ms: between tokens of `generate`; call_ms: the whole call over the tokens of a row."""
+    """Of one batch. step_ms: by the device; token_ms: between tokens; call_ms: the whole call over the tokens of a row."""
     rows: int
     step_ms: float
     token_ms: float
@@ -143,15 +144,17 @@ def run(options: argparse.Namespace) -> None:
         else:
             model = Model.random(options.weights, layout, runtime, dtype)
         model.pack()
-        say(f"{options.model or options.weights}, {options.dtype}, mesh {mesh}: {bytes_text(step_bytes(model))} of weights a step here, "
+        name = options.model or options.weights
+        say(f"{name}, {options.dtype}, mesh {mesh}: {bytes_text(step_bytes(model))} of weights a step here, "
             f"made in {time.perf_counter() - began:.1f} s; memory is read at {rate / 1e12:.2f} TB/s")
         say("  rows   ms a step   floor ms   share    ms a token   first token ms   tokens/s")
         made = []
         for rows in batches:
             made.append(m := measure(model, rows, options.prompt_tokens, options.new_tokens, rate, not options.eager))
-            say(f"{m.rows:6} {m.step_ms:11.3f} {m.floor_ms:10.3f} {m.floor_ms / m.step_ms:6.0%} {m.token_ms:13.3f} {m.first_ms:16.1f} {m.tokens_per_second:10.0f}")
+            say(f"{m.rows:6} {m.step_ms:11.3f} {m.floor_ms:10.3f} {m.floor_ms / m.step_ms:6.0%} {m.token_ms:13.3f} "
+                f"{m.first_ms:16.1f} {m.tokens_per_second:10.0f}")
         if options.json and runtime.rank == 0:
-            print(json.dumps({"weights": options.model or options.weights, "mesh": str(mesh), "bytes_per_second": rate, "batches": [asdict(m) for m in made]}))
+            print(json.dumps({"weights": name, "mesh": str(mesh), "bytes_per_second": rate, "batches": [asdict(m) for m in made]}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The device's side of generation: ids, positions, row numbers, end flags and the cache, and the step that takes them further.
+"""The device's side of generation: ids, positions, row numbers, end flags and the cache, and the step that takes them
+further.
 
-All of them lie in buffers that stay where they are, those of a smaller bucket in the front of them: a captured step reads and writes
-them there, and feeds the next one without the host. A row that has ended, or a slot that has no row, keeps its token and its
-position: what it writes into the cache lies beyond what it has, in its own slot. Nothing here decides anything: see `decoding`.
+All of them lie in buffers that stay where they are, those of a smaller bucket in the front of them: a captured step
+reads and writes them there, and feeds the next one without the host. A row that has ended, or a slot that has no row,
+keeps its token and its position: what it writes into the cache lies beyond what it has, in its own slot. Nothing here
+decides anything: see `decoding`.
 """
 from __future__ import annotations
 
@@ -16,15 +18,16 @@ from torch import Tensor
 from shardlib.api import Compiled, Prepared, arg_types, shard_of
 from shardlib.captured import Graph
 from shardlib.distributed.runtime import Runtime
+from shardlib.models.cache_buffer import CacheBuffer
 from shardlib.models.llama import Cache
 from shardlib.models.slots import Slots, Smaller, round_up
 from shardlib.params import fill, leaf_values
 from shardlib.spec import Spec
 
 PROMPT_TOKENS, LATER_TOKENS = 1 << 15, 1 << 12
-"""Tokens of all rows that go through the model at once: at the beginning of prompts, and after it, where attention takes a mask."""
+"""Tokens of all rows that go through the model at once: at the beginning of prompts; after it, where attention takes a mask."""
 CAPTURED_TOKENS = 1 << 13
-"""Up to which a prompt's beginning is captured, when its size comes for the second time: its launches take longer than its work."""
+"""Up to which the beginning of prompts is captured, once its size comes again: its launches take longer than its work."""
 SMALLEST_CHUNK, ENDS = 16, 16
 
 
@@ -37,36 +40,17 @@ class Beginning:
     graph: Graph
 
 
-class CacheBuffer:
-    """One piece of memory a leaf, of which every batch takes the front: it grows, and is then another. `made` counts them."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device, self.made = dtype, device, 0
-        self._flat: dict[str, Tensor] = {}
-
-    def room(self, shapes: Mapping[str, Sequence[int]]) -> bool:
-        """Whether there is room for leaves of these shapes, layer by layer."""
-        return all(p in self._flat and self._flat[p].shape[1] >= prod(shape[1:]) for p, shape in shapes.items())
-
-    def views(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """path -> this rank's stacked leaf (L B S K H) of this shape: of each layer the front of what there is."""
-        if not self.room(shapes):
-            self._flat.clear()
-            self._flat = {p: torch.zeros((shape[0], prod(shape[1:])), dtype=self.dtype, device=self.device) for p, shape in shapes.items()}
-            self.made += 1
-        return {p: self._flat[p][:, :prod(shape[1:])].unflatten(1, shape[1:]) for p, shape in shapes.items()}
-
-
 class Decoder:
-    """Generates for one batch after another. steps: the compiled program for (at the beginning of prompts, rows, capacity).
+    """Generates for one batch after another.
 
-    draws: whether it takes the rows' numbers.  graph: steps are captured, in buckets of rows and capacities; else sizes are exact.
+    steps: the compiled program for (at the beginning of prompts, rows, capacity).  draws: whether it takes the rows' numbers.
+    graph: steps are captured, in buckets of rows and rounded capacities; else sizes are exact.
     """
 
-    def __init__(self, name: str, steps: Callable[[bool, int, int], Compiled], draws: bool, weights: Prepared, sizes: Mapping[str, int],
-                 most: int, runtime: Runtime, cache: CacheBuffer, graph: bool) -> None:
-        self.name, self.steps, self.draws, self.weights, self.sizes, self.most = name, steps, draws, weights, sizes, most
-        self.runtime, self.buffer, self.graph = runtime, cache, graph
+    def __init__(self, name: str, steps: Callable[[bool, int, int], Compiled], draws: bool, weights: Prepared,
+                 sizes: Mapping[str, int], most: int, runtime: Runtime, cache: CacheBuffer, graph: bool) -> None:
+        self.name, self.steps, self.draws, self.weights = name, steps, draws, weights
+        self.sizes, self.most, self.runtime, self.buffer, self.graph = sizes, most, runtime, cache, graph
         self.capacity, self._made, self._turn = 0, 0, 0
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._beginnings: dict[tuple[int, ...], Beginning | None] = {}      # None: has come once
@@ -101,7 +85,8 @@ class Decoder:
         elif key in self._graphs:
             self._graphs[key].replay()
         else:
-            self._graphs[key] = Graph(f"{self.name}, {slots.size} rows of {self.capacity}", lambda: self._step(*key), self.runtime)
+            title = f"{self.name}, {slots.size} rows of {self.capacity}"
+            self._graphs[key] = Graph(title, lambda: self._step(*key), self.runtime)
 
     def fetch(self, slots: Slots) -> Callable[[], list[int]]:
         """What waits for the tokens that were chosen last, one a slot. At most two of them wait at a time."""
@@ -142,7 +127,8 @@ class Decoder:
 
     def _step(self, size: int, capacity: int) -> None:
         """Feeds the last tokens, and puts those that follow in their place: all of it on the device."""
-        self._run(False, size, capacity, self.ids[:size, None], self.position[:size], self.zeros[:size], self.tokens[:size])
+        ids, start, last = self.ids[:size, None], self.position[:size], self.zeros[:size]
+        self._run(False, size, capacity, ids, start, last, self.tokens[:size])
         self.position[:size].add_(self.live[:size])
         self._mark_ends(size)
         torch.where(self.live[:size], self.tokens[:size], self.ids[:size], out=self.ids[:size])
@@ -151,10 +137,10 @@ class Decoder:
         self.live[:size].logical_and_((self.tokens[:size, None] != self.ends).all(-1))
 
     def _prefill(self, size: int, rows: Sequence[Sequence[int]]) -> None:
-        """The prompts chunk by chunk, padded on the right: what padding writes is overwritten before a query may see it."""
+        """The prompts in chunks, padded on the right: what padding writes is overwritten before a query may see it."""
         lengths, chosen = self._tensor([len(p) for p in rows]), torch.zeros_like(self.tokens[:size])
         for leaf in self._views(size, self.capacity).values():
-            leaf.zero_()                                # a slot that is masked counts as 0 times what lies there: it must not be a NaN
+            leaf.zero_()                # a slot that is masked counts as 0 times what lies there: it must not be a NaN
         for begin, count in self._chunks(size, max(map(len, rows))):
             ids = self._tensor([[*p[begin:begin + count], *[0] * (count - len(p[begin:begin + count]))] for p in rows])
             last = (lengths - 1 - begin).clamp(0, count - 1)
@@ -189,11 +175,13 @@ class Decoder:
         begin = 0
         while begin < longest:
             most = max(SMALLEST_CHUNK, round_up((PROMPT_TOKENS if begin == 0 else LATER_TOKENS) // size))
-            count = min(max(SMALLEST_CHUNK, round_up(longest - begin)) if self.graph else longest - begin, most, self.capacity - begin)
+            wanted = max(SMALLEST_CHUNK, round_up(longest - begin)) if self.graph else longest - begin
+            count = min(wanted, most, self.capacity - begin)
             yield begin, count
             begin += count
 
-    def _run(self, first: bool, size: int, capacity: int, ids: Tensor, start: Tensor, last: Tensor, out: Tensor) -> None:
+    def _run(self, first: bool, size: int, capacity: int, ids: Tensor, start: Tensor, last: Tensor,
+             out: Tensor) -> None:
         """One call of a program on this rank's shards of whole tensors; the tokens that it chooses go to `out`."""
         step, cache = self.steps(first, size, capacity), self._cache(size, capacity)
         given = {"ids": ids, "start": start, "last": last, **({"row": self.row[:size]} if self.draws else {})}
@@ -211,7 +199,8 @@ class Decoder:
         """The state of so many slots; graphs on smaller buffers are let go."""
         device = self.runtime.device
         self._forget()
-        self.ids, self.position, self.row, self.tokens, self.zeros = torch.zeros((5, rows), dtype=torch.int64, device=device)
+        zeros = torch.zeros((5, rows), dtype=torch.int64, device=device)
+        self.ids, self.position, self.row, self.tokens, self.zeros = zeros
         self.live = torch.zeros(rows, dtype=torch.bool, device=device)
         self.ends = torch.full((ends,), -1, dtype=torch.int64, device=device)
         self.hosts = torch.zeros((2, rows), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
@@ -255,5 +244,6 @@ class Decoder:
         """The cache as the programs take it."""
         views = self._views(size, capacity)
         if (size, capacity) not in self._caches:
-            self._caches[size, capacity] = self.steps(False, size, capacity).prepare("cache", fill(Cache, "cache", lambda path: views[path]))
+            cache = fill(Cache, "cache", lambda path: views[path])
+            self._caches[size, capacity] = self.steps(False, size, capacity).prepare("cache", cache)
         return self._caches[size, capacity]

@@ -16,7 +16,8 @@ from shardlib import Layout, Mesh, SpecError, compile, lower, sharded
 from shardlib.api import Compiled
 from shardlib.distributed.runtime import Runtime
 from shardlib.models.checkpoint import Checkpoint
-from shardlib.models.decoder import CacheBuffer, Decoder
+from shardlib.models.cache_buffer import CacheBuffer
+from shardlib.models.decoder import Decoder
 from shardlib.models.llama import Cache, Llama, LlamaConfig, next_logits, next_token, prompt_logits, prompt_token
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
@@ -54,7 +55,8 @@ def prompt_sample(ids, w: Llama, cache: Cache, start, last, row, *, config, samp
 
 
 def drawn(logits, position, row, sampling):
-    return sample("B V, B, B -> B", logits, position, row, temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed)
+    return sample("B V, B, B -> B", logits, position, row,
+                  temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Model:
     def random(cls, name: str, layout: Layout, runtime: Runtime, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Model:
         """A model of the published shape `name`, its weights drawn on this rank's device: to measure without a download."""
         config = shape_of(name)
-        drawn = random_weights(config, weight_types(config, layout, runtime.mesh), runtime.mesh, runtime.coordinate, dtype, runtime.device, seed)
+        mesh, types = runtime.mesh, weight_types(config, layout, runtime.mesh)
+        drawn = random_weights(config, types, mesh, runtime.coordinate, dtype, runtime.device, seed)
         return cls(config, fill(llama_of(config), "", lambda path: drawn.pop(path[1:])), layout, runtime, dtype)
 
     def pack(self) -> Model:
@@ -122,16 +125,17 @@ class Model:
         if (sampling, graph) not in self._decoders:
             function, _ = self._function(sampling)
             self._decoders[sampling, graph] = Decoder(
-                function.__name__, lambda first, rows, capacity: self._step(sampling, first).at(B=rows, S=capacity), sampling.temperature > 0,
-                self.weights, self.config.sizes, self.config.max_context, self.runtime, self._cache, graph)
+                function.__name__, lambda first, rows, capacity: self._step(sampling, first).at(B=rows, S=capacity),
+                sampling.temperature > 0, self.weights, self.config.sizes, self.config.max_context, self.runtime, self._cache, graph)
         return self._decoders[sampling, graph]
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int] = (), sampling: Sampling = Sampling(),
                  on_tokens: Callable[[list[int | None]], None] = lambda new: None, graph: bool | None = None) -> Generated:
-        """Continue every prompt by up to `max_new_tokens`. `on_tokens` gets each step's new token per row, None where a row is done.
+        """Continue every prompt by up to `max_new_tokens`.
 
-        graph: each step is the replay of a CUDA graph, of a bucket of rows and a capacity of the cache, rounded up; by default on GPUs.
-        The host then follows one step behind: all ranks decide what comes after step n + 1 by the tokens of step n, which are the same.
+        on_tokens: gets each step's new token per row, None where a row is done.
+        graph: each step is the replay of a CUDA graph, of a bucket of rows and a capacity of the cache, rounded up; by default
+        on GPUs. The host then follows one step behind: all ranks decide what comes after step n + 1 by the tokens of step n.
         """
         check_prompts(prompts, max_new_tokens, self.config)
         graph = self.runtime.device.type == "cuda" if graph is None else graph
@@ -153,7 +157,8 @@ class Model:
                     tokens[row].append(new[row])
                 ended |= {row for row in range(len(prompts)) if row not in ended and new[row] in eos_ids}
                 smaller = slots.without(ended) if graph and ended else None
-                if smaller and max_new_tokens - launched >= (WORTH_MOVING if decoder.captured(smaller.slots) else WORTH_CAPTURING):
+                worth = WORTH_MOVING if smaller and decoder.captured(smaller.slots) else WORTH_CAPTURING
+                if smaller and max_new_tokens - launched >= worth:
                     decoder.compact(slots, smaller)
                     slots = smaller.slots
         made = sum(map(len, tokens)) - sum(map(len, prompts))

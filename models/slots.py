@@ -1,7 +1,7 @@
 """Which row of a batch lies where, as rows end: plain numbers, the same on every rank.
 
-A bucket has places for 1, 2, 4, 8, ... rows on each rank, so that few sizes are ever captured. Each of the `ranks` over which the cache
-is split by rows has an equal run of slots, and a row never leaves its rank.
+A bucket has places for 1, 2, 4, 8, ... rows on each rank, so that few sizes are ever captured. Each of the `ranks`
+over which the cache is split by rows has an equal run of slots, and a row never leaves its rank.
 
 >>> slots = Slots.of(5, ranks=2)
 >>> slots.rows
@@ -45,7 +45,7 @@ class Slots:
     def without(self, ended: Collection[int]) -> Smaller | None:
         """The smallest bucket that holds the rows that have not ended; None where it is this one."""
         each = self.size // self.ranks
-        blocks = [[i for i in range(each) if (row := self.rows[rank * each + i]) is not None and row not in ended] for rank in range(self.ranks)]
+        blocks = [[i for i in range(each) if self.rows[rank * each + i] not in (None, *ended)] for rank in range(self.ranks)]
         size = round_up(max(map(len, blocks)))
         if size >= each:
             return None
@@ -61,7 +61,7 @@ class Slots:
 
 
 class Smaller(NamedTuple):
-    """A smaller bucket. source: for each slot, which it was. moves: on each rank, (to, from) of the rows that move, counted there."""
+    """A smaller bucket. source: for each slot, which it was.  moves: for each rank, (to, from) of rows, counted there."""
     slots: Slots
     source: tuple[int, ...]
     moves: tuple[Sequence[tuple[int, int]], ...]

@@ -4,14 +4,16 @@
     y = step(x, w)                  # runs, and is recorded, for these shapes and this w
     y = step(x, w)                  # replays
 
-A tensor argument is copied into a buffer of the graph; a pytree (weights, a cache) is read, and where it is donated written, where it
-lies: another one is another graph. Results are copied out of the graph's own buffers, so that they are the caller's, as those of an
-eager call are. A graph keeps alive what it reads. Eager calls and replays may take turns, on one stream at a time.
+A tensor argument is copied into a buffer of the graph; a pytree (weights, a cache) is read, and where it is donated
+written, where it lies: another one is another graph. Results are copied out of the graph's own buffers, so that they
+are the caller's, as those of an eager call are. A graph keeps alive what it reads. Eager calls and replays may take
+turns, on one stream at a time.
 
-On the CPU nothing is recorded, and a replay is the call itself, on the same buffers: the same code is right or wrong there, too.
+On the CPU nothing is recorded, and a replay is the call itself, on the same buffers: the same code is right or wrong
+there, too.
 
-Refused with a `SpecError`: `cond`, whose branch the host would choose (`graph="auto"` runs such a function eagerly), arguments that
-want gradients, and ranks that come to record different graphs.
+Refused with a `SpecError`: `cond`, whose branch the host would choose (`graph="auto"` runs such a function eagerly),
+arguments that want gradients, and ranks that come to record different graphs.
 """
 from __future__ import annotations
 
@@ -88,11 +90,12 @@ class Captures:
         return lambda *values: self.run(name, key, main, values, copied)
 
     def run(self, name: str, key: tuple, main: Callable, values: Sequence[Any], copied: Sequence[bool]) -> tuple[Any, ...]:
-        """What main(*values) returns. key: of main, and of the shapes of what is `copied`; the others are known by where they lie."""
+        """What main(*values) returns. key: of main, and of the shapes of what is `copied`; others are known by where they lie."""
         here = (key, *(t.data_ptr() for v, moves in zip(values, copied) if not moves for t in _tensors(v)))
         given = [v for v, moves in zip(values, copied) if moves]
         if torch.is_grad_enabled() and any(t.requires_grad for v in values for t in _tensors(v)):
-            raise SpecError(f"{name}: an argument wants a gradient, and a replay makes none; compile value_and_grad of it, or call it in torch.no_grad()")
+            raise SpecError(f"{name}: an argument wants a gradient, and a replay makes none; compile value_and_grad of it, "
+                            "or call it in torch.no_grad()")
         with torch.inference_mode():                    # which may write to tensors of both kinds
             step = self._steps.get(here)
             if step is None:
