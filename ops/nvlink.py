@@ -29,6 +29,7 @@ from shardlib.ops.nvlink_report import Reader, missing
 from shardlib.streams import current_stream
 from shardlib.triton_kernels import exchange
 from shardlib.triton_kernels.all_reduce import one_shot, two_shot
+from shardlib.triton_kernels.all_reduce_add_rms_norm import all_reduce_add_rms_norm
 from shardlib.triton_kernels.lamport import SLOTS
 from shardlib.triton_kernels.launching import Grid
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter
@@ -137,6 +138,31 @@ class NVLink:
         share = -(-quads // self.size)                              # comes twice: as pieces and as sums
         return two_shot(_aligned(x), self._workspace(), grid_of(2 * share, self._sums).over(share))
 
+    def refuses_norm(self, x: Tensor, residual: Tensor, weight: Tensor) -> str | None:
+        """Why `all_reduce_add_rms_norm` does not take these; None where it does."""
+        if x.dtype not in REDUCIBLE or not x.dtype == residual.dtype == weight.dtype:
+            return f"NVLink norms float32, bfloat16 or float16, not {', '.join(str(t.dtype)[6:] for t in (x, residual, weight))}"
+        if residual.shape != x.shape or weight.shape != x.shape[-1:] or not x.numel():
+            shapes = ", ".join(str(tuple(t.shape)) for t in (x, residual, weight))
+            return f"NVLink norms x and a residual alike by a weight for each column, not {shapes}"
+        if weight.nbytes % QUAD or weight.nbytes > MOST_ROW:
+            return f"NVLink norms rows of a multiple of {QUAD} bytes, at most {bytes_text(MOST_ROW)}, not {weight.nbytes}"
+        return None if x.nbytes <= MOST_NORMED else f"NVLink norms at most {bytes_text(MOST_NORMED)}, not {bytes_text(x.nbytes)}"
+
+    def all_reduce_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(residual + the sum of every member's x, its rms_norm by weight), the first with the bits of all_reduce and an addition.
+
+        x, residual: (..., width), contiguous; weight: (width,). For rows that are few: all is sent in one shot. What `refuses_norm`
+        names is a SpecError.
+        """
+        refusal = self.refuses_norm(x, residual, weight)
+        if refusal is not None:
+            raise SpecError(refusal)
+        rows, old = (_aligned(t.contiguous()).view(-1, len(weight)) for t in (x, residual))
+        total, normed = all_reduce_add_rms_norm(rows, old, _aligned(weight), eps, self._workspace(),
+                                                *grid_of_rows(len(rows), weight.nbytes // QUAD, self.size))
+        return total.view(x.shape), normed.view(x.shape)
+
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], op: str) -> Tensor:
         return self._reduce_scatter(x.view(1, self.size, -1)).view(-1)
 
@@ -230,6 +256,29 @@ def grid_of(quads: int, registers: int) -> Grid:
     """For so many quads from each rank, by a kernel of so many registers a thread."""
     blocks, warps = next(((blocks, warps) for most, blocks, warps in GRIDS if quads <= most), (MOST_BLOCKS, 16))
     return Grid(blocks, min(warps, BLOCK_REGISTERS // (32 * registers)), registers).over(quads)
+
+
+MOST_ROW, MOST_NORMED = 64 << 10, 8 << 20
+"""Bytes of a row that is normed, and of all: W - 1 times as many fit a slot, with a word for each block of a row."""
+ROW_GRIDS = ((2, 8, 1), (8, 2, 1), (1 << 30, 1, 2))
+"""(most rows, blocks that share one, shots), as the sweep of benchmarks/fused_norm.py on 4 H100 has it."""
+
+
+@lru_cache(maxsize=1024)
+def grid_of_rows(rows: int, quads: int, size: int) -> tuple[Grid, int, int]:
+    """For so many rows of so many quads, between so many ranks: the grid, how many blocks share a row, and how many shots."""
+    split, shots = next((split, shots) for most, split, shots in ROW_GRIDS if rows <= most)
+    if size == 2 or quads % size:
+        shots = 1
+    return row_grid(rows, quads // (1 if shots == 1 else size), split, size, shots), split, shots
+
+
+def row_grid(rows: int, owned: int, split: int, size: int, shots: int) -> Grid:
+    """For so many rows, `split` blocks each, of so many quads that those share: one a thread, where there is room for as many."""
+    registers = 64 if shots == 1 and size <= 4 else 128
+    warps = min(2048 // registers, 1 << (-(-owned // (32 * split)) - 1).bit_length())
+    most = min(MOST_BLOCKS, MOST_BLOCKS * BLOCK_REGISTERS // (32 * warps * registers))
+    return Grid(min(rows, most // split) * split, warps, registers)
 
 
 def _aligned(x: Tensor) -> Tensor:

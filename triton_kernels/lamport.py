@@ -19,7 +19,7 @@ The calls are counted on the device, so that kernels captured in a CUDA graph an
 the same calls with the same sizes; kernels that share an arena run one after another on one stream.
 
 state_ptr: int32 [slot of this call, blocks that have read it, quads left in slot 0, in slot 1, in slot 2], and of the call that has
-begun last, for reports alone: [quads of a part from one rank, parts, quads of a line or 0, blocks, threads of a block].
+begun last, for reports alone: [quads of a part from one rank, parts, quads of a line or 0, blocks, quads that a block receives at once].
 """
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def enter(state_ptr):
 
 
 @triton.jit
-def leave(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr):
+def leave(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexpr, chunk):
     """Counts the call, once all blocks have entered; `filled` quads of its slot get filled: of PARTS parts, `quads` from each rank, and
-    what the lines of LINE quads need. Best called when the first data is on its way."""
+    what the lines of LINE quads need. chunk: quads that a block receives at once. Best called when the first data is on its way."""
     tl.debug_barrier()                              # all threads of the block have entered
     if tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(state_ptr + 1, 0)
@@ -60,7 +60,7 @@ def leave(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexp
         tl.store(state_ptr + 6, PARTS)
         tl.store(state_ptr + 7, LINE)
         tl.store(state_ptr + 8, tl.num_programs(0))
-        tl.store(state_ptr + 9, BLOCK)
+        tl.store(state_ptr + 9, chunk)
 
 
 @triton.jit

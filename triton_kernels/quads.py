@@ -128,6 +128,37 @@ def pack(low, high, KIND: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def add_words(x, y, KIND: tl.constexpr, INTERPRET: tl.constexpr):
+    """The sums of the floats in two words, each rounded once."""
+    low = unpack_low(x, KIND) + unpack_low(y, KIND)
+    if KIND == "fp32":
+        return pack(low, low, KIND, INTERPRET)
+    else:
+        return pack(low, unpack_high(x, KIND) + unpack_high(y, KIND), KIND, INTERPRET)
+
+
+@triton.jit
+def square_words(x, KIND: tl.constexpr):
+    """The sum of the squares of the floats in a word, as float32."""
+    low = unpack_low(x, KIND)
+    if KIND == "fp32":
+        return low * low
+    else:
+        high = unpack_high(x, KIND)
+        return low * low + high * high
+
+
+@triton.jit
+def scale_words(x, y, scale, KIND: tl.constexpr, INTERPRET: tl.constexpr):
+    """The products of the floats in two words and a float32, each rounded once."""
+    low = unpack_low(x, KIND) * scale * unpack_low(y, KIND)
+    if KIND == "fp32":
+        return pack(low, low, KIND, INTERPRET)
+    else:
+        return pack(low, unpack_high(x, KIND) * scale * unpack_high(y, KIND), KIND, INTERPRET)
+
+
+@triton.jit
 def _bf16_bits(x):
     """bfloat16 of a float32, in the low 16 bits of an int32: the interpreter's own conversion cuts off instead of rounding."""
     bits = x.to(tl.int32, bitcast=True)

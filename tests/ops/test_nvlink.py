@@ -10,10 +10,12 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 
 from shardlib.distributed.communicators.protocol import Call
+from shardlib.errors import SpecError
 from shardlib.ops import nvlink
 from shardlib.ops.nvlink import BLOCK_REGISTERS, CAPACITY, CHANNELS, GRIDS, MOST_BLOCKS, MOST_RANKS, ONE_SHOT, QUAD, SMS, NVLink, grid_of, slot_bytes
 from shardlib.ops.nvlink_report import Reader, missing
 from shardlib.triton_kernels import exchange
+from shardlib.triton_kernels.all_reduce_add_rms_norm import filled_bytes
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS, STATE_WORDS
 from shardlib.triton_kernels.launching import Grid
 from shardlib.triton_kernels.workspace import Workspace
@@ -219,6 +221,53 @@ def test_a_tensor_within_a_quad_is_copied() -> None:
     assert nvlink._aligned(x).data_ptr() == x.data_ptr()
     copy = nvlink._aligned(x[1:])
     assert copy.data_ptr() % QUAD == 0 and torch.equal(copy, x[1:])
+
+
+NORMED = nvlink.MOST_NORMED // QUAD
+
+
+@given(worlds, st.integers(1, 300), st.integers(1, nvlink.MOST_ROW // QUAD), st.sampled_from((2, 4)))
+def test_norms_run_at_once_and_fit_their_slot(world: int, rows: int, quads: int, itemsize: int) -> None:
+    """All blocks of a row above all: they wait for each other. In two shots where the ranks have equal shares of a row; every lane has room."""
+    rows = min(rows, NORMED // quads)
+    dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
+    x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((rows, quads * QUAD // itemsize), (quads * QUAD // itemsize,)))
+    launched, seen = Launched(world), []
+
+    def record(x: Tensor, residual: Tensor, weight: Tensor, eps: float, workspace: Workspace, grid: Grid, split: int, shots: int) -> tuple[Tensor, Tensor]:
+        seen.append((workspace, grid, split, shots))
+        return x, residual
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nvlink, "current_stream", lambda device: 7)
+        patch.setattr(nvlink, "all_reduce_add_rms_norm", record)
+        launched.made.all_reduce_add_rms_norm(x[:, None], x[:, None], weight, 1e-5)
+    (workspace, grid, split, shots), = seen
+    assert workspace is launched.channels[0] and fits(grid) and grid.blocks % split == 0 and grid.blocks <= rows * split
+    assert grid.blocks * grid.threads * grid.registers <= MOST_BLOCKS * BLOCK_REGISTERS
+    assert shots == 1 or quads % world == 0 and world > 2
+    assert filled_bytes(rows, quads * QUAD, world, split, shots) <= workspace.slot_bytes
+
+
+@pytest.mark.parametrize("shapes, dtypes, refusal", [
+    (((2, 8), (2, 8), (8,)), "bbb", None),
+    (((2, 3, 8), (2, 3, 8), (8,)), "fff", None),
+    (((2, 8), (2, 8), (8,)), "bbf", "NVLink norms float32, bfloat16 or float16, not bfloat16, bfloat16, float32"),
+    (((2, 8), (2, 8), (8,)), "iii", "NVLink norms float32, bfloat16 or float16, not int32, int32, int32"),
+    (((2, 8), (1, 8), (8,)), "bbb", "NVLink norms x and a residual alike by a weight for each column, not (2, 8), (1, 8), (8,)"),
+    (((0, 8), (0, 8), (8,)), "bbb", "NVLink norms x and a residual alike by a weight for each column, not (0, 8), (0, 8), (8,)"),
+    (((2, 6), (2, 6), (6,)), "bbb", "NVLink norms rows of a multiple of 16 bytes, at most 65.5 kB, not 12"),
+    (((1, 32776), (1, 32776), (32776,)), "bbb", "NVLink norms rows of a multiple of 16 bytes, at most 65.5 kB, not 65552"),
+    (((600, 8192), (600, 8192), (8192,)), "bbb", "NVLink norms at most 8.4 MB, not 9.8 MB"),
+])
+def test_what_is_not_normed(shapes: tuple[tuple[int, ...], ...], dtypes: str, refusal: str | None) -> None:
+    made = NVLink(place(2, device=torch.device("cpu")), [])
+    x, residual, weight = (torch.empty(s, dtype={"b": torch.bfloat16, "f": torch.float32, "i": torch.int32}[d], device="meta")
+                           for s, d in zip(shapes, dtypes))
+    assert made.refuses_norm(x, residual, weight) == refusal
+    if refusal is not None:
+        with pytest.raises(SpecError) as raised:
+            made.all_reduce_add_rms_norm(x, residual, weight, 1e-5)
+        assert str(raised.value) == refusal
 
 
 # -- what it says of a kernel that waits -------------------------------------------------------------------------------

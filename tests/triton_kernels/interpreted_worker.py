@@ -22,9 +22,9 @@ from shardlib.triton_kernels.workspace import Workspace
 from trials import DTYPES, FAMILIES, Call, data, random_calls, wrong
 
 SEED = 5
-KERNELS = FAMILIES["both"]
+KERNELS = FAMILIES["all"]
 CALLS: list[Call] = [replace(call, kernel=KERNELS[i % len(KERNELS)], dtype=DTYPES[i % 3], blocks=1 + i % 2)
-                     for i, call in enumerate(random_calls("both", random.Random(SEED), 2 * len(KERNELS)))]
+                     for i, call in enumerate(random_calls("all", random.Random(SEED), 2 * len(KERNELS)))]
 """Each kernel twice, with chunks of several blocks, and each dtype."""
 
 

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings, strategies as st
 
-from shardlib.triton_kernels import all_reduce, exchange, lamport, reduce_scatter
+from shardlib.triton_kernels import all_reduce, all_reduce_add_rms_norm, exchange, lamport, reduce_scatter
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS
 from shardlib.triton_kernels.quads import pack, push_quads_once, unpack_high, unpack_low
 from shardlib.triton_kernels.simulator import Deadlock, Simulation
 from shardlib.triton_kernels.workspace import Workspace
-from trials import DTYPES, FAMILIES, GUARD, SUMS, UNTOUCHED, WARPS, Call, data, random_calls, workspaces, wrong
+from trials import DTYPES, FAMILIES, GUARD, NORMS, SUMS, UNTOUCHED, WARPS, Call, data, random_calls, workspaces, wrong
 
 SEEDS = range(16)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,21 +56,27 @@ def left_over(space: Workspace) -> torch.Tensor:
 def some_calls(family: str) -> st.SearchStrategy[list[Call]]:
     """What `random_calls` draws, by other hands."""
     def call(warps: int) -> st.SearchStrategy[Call]:
-        return st.builds(Call, st.sampled_from(FAMILIES[family]), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, 40), st.integers(1, 3),
-                         st.sampled_from((8, 32, 32 * warps)), st.just(warps))
+        quads, blocks = (12, 1) if family == "norms" else (40, 3)
+        return st.builds(Call, st.sampled_from(FAMILIES[family]), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, quads), st.integers(1, blocks),
+                         st.sampled_from((8, 32, 32 * warps)), st.just(warps), st.sampled_from((1, 2, 4)))
     return st.lists(st.sampled_from(WARPS).flatmap(call), min_size=2, max_size=4)
 
 
 seeds, worlds, residents = st.integers(0, 2**32 - 1), st.integers(2, 4), st.sampled_from((None, None, 1, 2))
 
 
+def wants_all_blocks(call: Call) -> bool:
+    """Whether its blocks wait for each other."""
+    return call.kernel in NORMS and call.split > 1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calls_in_turns(family: str) -> None:
     """Any of the kernels, of any sizes and grids, on one workspace."""
-    @a_few
+    @settings(a_few, max_examples=a_few.max_examples // (3 if family in ("norms", "all") else 1))
     @given(seeds, worlds, residents, some_calls(family))
     def check(seed: int, world: int, resident: int | None, calls: list[Call]) -> None:
-        assert simulate(calls, world, seed, resident=resident) is None
+        assert simulate(calls, world, seed, resident=None if any(map(wants_all_blocks, calls)) else resident) is None
     check()
 
 
@@ -78,7 +84,7 @@ def test_calls_in_turns(family: str) -> None:
 
 Rules = dict[str, Any]
 Patch = pytest.MonkeyPatch
-KERNELS = (all_reduce, reduce_scatter, exchange)
+KERNELS = (all_reduce, reduce_scatter, exchange, all_reduce_add_rms_norm)
 
 
 def in_kernels(patch: Patch, name: str, value: Any) -> Rules:
@@ -134,7 +140,7 @@ def empty_is_sent(patch: Patch) -> Rules:
 
 
 @triton.jit
-def _leaves_nothing(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr):
+def _leaves_nothing(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexpr, chunk):
     pass
 
 
@@ -143,7 +149,7 @@ def calls_are_not_counted(patch: Patch) -> Rules:
 
 
 @triton.jit
-def _leaves_at_the_first_block(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr):
+def _leaves_at_the_first_block(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexpr, chunk):
     tl.debug_barrier()
     if tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="gpu") == 0:
         tl.store(state_ptr + 2 + slot, filled)
@@ -267,15 +273,42 @@ def lanes_beyond_the_end_push_too(patch: Patch) -> Rules:
     return in_kernels(patch, "push_quads_once", _pushes_in_all_lanes)
 
 
+@triton.jit
+def _sums_what_is_there(squares, address, part, SPLIT: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr,
+                        LANES: tl.constexpr, INTERPRET: tl.constexpr):
+    total = tl.sum(squares, 0)
+    if SPLIT > 1:
+        p = (address + tl.zeros((1,), tl.int64)).to(tl.pointer_type(tl.float32))
+        tl.store(p + part * max(1, 4 // SPLIT), total)
+        total = tl.zeros((1,), tl.float32)
+        for i in tl.static_range(SPLIT):
+            total += tl.load(p + i * max(1, 4 // SPLIT), volatile=True)
+    return total
+
+
+def sums_of_parts_are_not_awaited(patch: Patch) -> Rules:
+    """Of a row, by the blocks that share it."""
+    return in_kernels(patch, "_sum_of_row", _sums_what_is_there)
+
+
+def blocks_of_a_row_run_one_after_another(patch: Patch) -> Rules:
+    """What a grid that the GPU does not hold would do."""
+    return {"resident": 1, "split": 4}
+
+
 PROTOCOL = (two_slots, slots_in_one_place, kernels_without_an_end, nothing_is_cleared, half_is_cleared, empty_is_sent, calls_are_not_counted,
             the_first_block_counts_the_call, one_word_of_four_is_polled)
 CONTROLS = {"sums": (*PROTOCOL, own_is_added_first),
+            "norms": (*PROTOCOL, own_is_added_first, sums_of_parts_are_not_awaited, blocks_of_a_row_run_one_after_another),
             "moves": (*PROTOCOL, lines_are_not_awaited, what_is_hidden_is_not_awaited, what_is_hidden_is_not_emptied)}
 
 
 def trial(family: str, seed: int, **rules: Any) -> str | None:
-    draw = random.Random(seed)
-    return simulate(random_calls(family, draw, 6), 2 + seed % 2, seed, **rules)
+    draw, split = random.Random(seed), rules.pop("split", 1 if "resident" in rules else None)
+    calls = random_calls(family, draw, 4 if family == "norms" else 6)
+    if split:
+        calls = [replace(call, blocks=3 if split == 1 else 1, split=split) if call.kernel in NORMS else call for call in calls]
+    return simulate(calls, 2 + (seed % 4 == 3 if family == "norms" else seed % 2), seed, **rules)
 
 
 @pytest.mark.parametrize("family", CONTROLS)
