@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels between GPUs, for sm_90, without one: instructions and their order, registers, spills.
+"""What the compiler makes of the kernels, for sm_90, without one: instructions and their order, registers, spills.
 
 The simulator shows that the protocols are right as written; here is shown that Triton does not take out what they rest on. It has
 compiled a release without the barrier that must precede it, and 16 bytes as eight loads of 2. Any version of Triton is asked anew.
@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-DEADLINE_S = 150.0
+DEADLINE_S = 240.0
 WORLDS = (2, 3, 4, 8)
-KERNELS = ("one_shot", "two_shot", "reduce_scatter", "exchange")
+KERNELS = ("one_shot", "two_shot", "reduce_scatter", "exchange", "norm", "two_shot_norm")
+NORMS = KERNELS[-2:]
 PUSH, POLL = "st.relaxed.sys.global.v4.b32", "ld.relaxed.sys.global.v4.b32"
 PUSH_WORD, POLL_WORD = "st.relaxed.sys.global.b32", "ld.relaxed.sys.global.b32"
 each = pytest.mark.parametrize("kernel", KERNELS)
@@ -27,9 +28,17 @@ each_world = pytest.mark.parametrize("world", WORLDS)
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """All that compile_worker.py writes: by a process of its own, since this one has imported Triton to interpret."""
-    folder = tmp_path_factory.mktemp("compiled")
+    return compile_all(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def of_few_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return compile_all(tmp_path_factory.mktemp("rows"), "rows")
+
+
+def compile_all(folder: Path, *what: str) -> list[dict[str, Any]]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
-    done = subprocess.run([sys.executable, Path(__file__).with_name("compile_worker.py"), folder / "out.json"], env=env, timeout=DEADLINE_S,
+    done = subprocess.run([sys.executable, Path(__file__).with_name("compile_worker.py"), folder / "out.json", *what], env=env, timeout=DEADLINE_S,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "out.json").read_text())
@@ -62,16 +71,16 @@ def count(lines: list[str], *words: str) -> int:
 @each_world
 def test_every_quad_is_one_instruction(launches: list[dict[str, Any]], kernel: str, world: int) -> None:
     """Pushes and polls of 16 bytes, as many as the kernel's text has; of single words those of an exchange alone: of lines, and of what
-    they hide."""
+    they hide; and, where there is a norm, one for the sum of squares, of which a quad is polled."""
     others = world - 1
-    pushes, polls = {"one_shot": (2, 1), "two_shot": (3, 2), "reduce_scatter": (2, 1), "exchange": (2, 1)}[kernel]
-    word_pushes, word_polls = (4, 2) if kernel == "exchange" else (0, 0)
+    pushes, polls = {"one_shot": (2, 1), "two_shot": (3, 2), "reduce_scatter": (2, 1), "exchange": (2, 1), "norm": (2, 1), "two_shot_norm": (3, 2)}[kernel]
+    word_pushes, word_polls = (4 * others, 2 * others) if kernel == "exchange" else (kernel in NORMS, 0)
     for launch in of(launches, kernel, world):
         lines = instructions(launch["ptx"])
-        assert (count(lines, PUSH), count(lines, PUSH_WORD)) == (pushes * others, word_pushes * others)
-        assert (count(lines, POLL), count(lines, POLL_WORD)) == (polls * others, word_polls * others)
-        assert count(lines, "st.relaxed") == (pushes + word_pushes) * others and count(lines, "ld.relaxed") == (polls + word_polls) * others
-        loads = 3 if kernel == "one_shot" else 2 * others + 1           # of x: what two chunks push, and what stays
+        assert (count(lines, PUSH), count(lines, PUSH_WORD)) == (pushes * others, word_pushes)
+        assert (count(lines, POLL), count(lines, POLL_WORD)) == (polls * others + (kernel in NORMS), word_polls)
+        assert count(lines, "st.relaxed") == pushes * others + word_pushes and count(lines, "ld.relaxed") == polls * others + word_polls + (kernel in NORMS)
+        loads = {"one_shot": 3, "norm": 5, "two_shot_norm": 2 * others + 2 + 2 * world}.get(kernel, 2 * others + 1)   # of x: what two chunks push, what stays
         assert count(lines, "ld.global.v4.b32") == loads
         assert not count(lines, "volatile", *(f"{way}.global.{width}" for way in ("ld", "st") for width in ("b8", "b16", "u16")))
 
@@ -149,7 +158,7 @@ def test_nothing_but_loads_and_tests_in_a_polling_loop(launches: list[dict[str, 
     """A barrier or shared memory in it would cost several times the trip. All sources are polled in one loop; what their lines hide in
     one for each, where a lane that waits for nothing does not come."""
     others = world - 1
-    quads = {"two_shot": [others, others]}.get(kernel, [others])
+    quads = {"two_shot": [others, others], "norm": [others, 1], "two_shot_norm": [others, others, 1]}.get(kernel, [others])
     for launch in of(launches, kernel, world):
         lines = instructions(launch["ptx"])
         loops = polling_loops(lines)
@@ -215,11 +224,13 @@ def test_the_only_atomic_counts_the_calls_of_this_gpu(launches: list[dict[str, A
 @each
 @each_world
 def test_barriers_and_shared_memory_are_those_of_the_count_of_the_call(launches: list[dict[str, Any]], kernel: str, world: int) -> None:
-    """A line of a warp costs neither; one of a block does, each time one is sent."""
+    """A line of a warp costs neither; one of a block does, each time one is sent. A norm has them once more, for its sum of squares."""
     for launch in of(launches, kernel, world):
         lines = instructions(launch["ptx"])
         barriers, shared = count(lines, "bar.sync"), count(lines, ".shared.")
-        if launch["line"] <= 32:
+        if kernel in NORMS:
+            assert (barriers, launch["shared"]) == ((5, 4 * launch["warps"]) if launch["warps"] > 1 else (2, 4))
+        elif launch["line"] <= 32:
             assert (barriers, shared, launch["shared"]) == (2, 2, 4) and not count(lines, "shfl")
         else:
             assert barriers >= 2 + 2 * 2 and shared > 2 and launch["shared"] == 4 * launch["warps"]
@@ -230,8 +241,28 @@ def test_barriers_and_shared_memory_are_those_of_the_count_of_the_call(launches:
 @each_world
 def test_registers_are_as_asked_for(launches: list[dict[str, Any]], kernel: str, world: int) -> None:
     """`ops/nvlink.py` relies on it: a block that waits for a peer must not keep another from running. Nothing spills, but for four
-    words of two shots between four: two on the other ranks than this one."""
+    words of two shots between four, two on the other ranks than this one, and some of two shots with a norm between eight."""
     for launch in of(launches, kernel, world):
         assert re.search(rf"^\.maxnreg {launch['most']}$", launch["ptx"], re.MULTILINE)
         assert launch["registers"] <= launch["most"], launch["kind"]
-        assert launch["stack"] <= (16 if (kernel, world) == ("two_shot", 4) else 0), launch["kind"]
+        assert launch["stack"] <= {("two_shot", 4): 16, ("two_shot_norm", 8): 192}.get((kernel, world), 0), launch["kind"]
+
+
+def test_kernels_of_few_rows_read_16_bytes_at_once_and_spill_nothing(of_few_rows: list[dict[str, Any]]) -> None:
+    """Straight to registers, or by copies that run ahead to shared memory; several rows go through the tensor cores. A gated product of one row
+    loads what a block needs of it in one step."""
+    for launch in of_few_rows:
+        ptx = launch["ptx"]
+        assert launch["stack"] == 0 and not re.search(r"ld\.global\S*\.b(8|16)\b", ptx), launch["kernel"]
+        if launch["kernel"] in ("rms_norm", "one_row"):
+            assert re.search(r"ld\.global\S*\.v4\.b32", ptx) and "cp.async" not in ptx
+        else:
+            assert "cp.async.cg.shared.global" in ptx and not re.search(r"cp\.async\.ca", ptx) and re.search(r"(wg)?mma", ptx), launch["kernel"]
+
+
+def test_who_shares_work_counts_after_a_barrier(of_few_rows: list[dict[str, Any]]) -> None:
+    """Where a kernel is split, and nowhere else."""
+    for launch in of_few_rows:
+        lines = instructions(launch["ptx"])
+        assert count(lines, "atom") == (launch.get("split", 1) > 1)
+        assert releases(lines) == count(lines, "atom")

@@ -1,0 +1,24 @@
+"""Kernels of few rows on GPUs: against float64 and sums in rank order, at random sizes, eager and in graphs."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_nccl import torchrun
+
+WORKER = str(Path(__file__).parent / "kernels_worker.py")
+
+
+def test_one_gpu() -> None:
+    done = subprocess.run([sys.executable, WORKER, "one_gpu", "270"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "one_gpu 270: 0 wrong" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("ranks", (2, 3, 4))
+def test_sums_with_norms(ranks: int) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs, this machine has {torch.cuda.device_count()}")
+    assert f"norms 10000 on tp={ranks}: 0 wrong" in torchrun(ranks, WORKER, "norms", "10000")

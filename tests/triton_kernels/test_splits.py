@@ -1,0 +1,84 @@
+"""Work that blocks of one GPU share, under every order of turns that a seed brings, in memory as weak as a GPU's; and what goes wrong with one
+thing left out."""
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shardlib.triton_kernels import decode_attention, matmul_rows
+from shardlib.triton_kernels.simulator import Simulation
+
+SEEDS = range(6)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def trial(seed: int) -> bool:
+    """Whether three calls one after another, of attention and of a matmul, give what they give without splits, and leave no count."""
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(2, 1, 1, 2, 8), torch.randn(2, 40, 1, 8), torch.randn(2, 40, 1, 8)
+    x, w, lengths = torch.randn(2, 48).half(), torch.randn(20, 48).half().mT, torch.tensor([37, 5])
+    counts = torch.zeros(4, dtype=torch.int32)
+
+    def calls(splits: int) -> list[Tensor]:
+        tile = matmul_rows.Tile(16, 16, 4, 1, splits)
+        attend = [decode_attention.decode_attention(q * i, k, v, lengths, counts, splits, block=16) for i in (1, 2)]
+        return [*attend, matmul_rows.matmul_rows(x, w, tile, counts)]
+    (got,), (want,) = (Simulation(seed).run([lambda: calls(splits)]) for splits in (3, 1))
+    return bool((counts == 0).all()) and all(torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2) for a, b in zip(got, want))
+
+
+def patched(patch: pytest.MonkeyPatch, last: Any) -> None:
+    for module in (decode_attention, matmul_rows):
+        patch.setattr(module, "last_to_leave", last)
+
+
+@triton.jit
+def _counts_without_a_barrier(count_ptr, splits):
+    last = tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == splits - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(count_ptr, 0)
+    return last
+
+
+@triton.jit
+def _counts_without_release(count_ptr, splits):
+    tl.debug_barrier()
+    last = tl.atomic_add(count_ptr, 1, sem="relaxed", scope="gpu") == splits - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(count_ptr, 0)
+    return last
+
+
+@triton.jit
+def _leaves_the_count(count_ptr, splits):
+    tl.debug_barrier()
+    last = tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == splits - 1
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def _first_to_leave(count_ptr, splits):
+    tl.debug_barrier()
+    count = tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    if count == splits - 1:
+        tl.store(count_ptr, 0)
+    return count == 0
+
+
+def test_no_seed_goes_wrong() -> None:
+    assert all(trial(seed) for seed in SEEDS)
+
+
+@pytest.mark.parametrize("last", (_counts_without_a_barrier, _counts_without_release, _leaves_the_count, _first_to_leave), ids=lambda last: last.__name__)
+def test_negative_control(last: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, last)
+    assert not all(trial(seed) for seed in SEEDS), "passes: the simulator does not see what is missing"
