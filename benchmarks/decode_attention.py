@@ -80,7 +80,8 @@ def main() -> None:
     for (rows, keys), (name, group) in product(CASES, GROUPS.items()):
         q, caches, lengths, counts = tensors(rows, keys, group)
         us = graph_us([lambda k=k, v=v: attend_lengths(q, k, v, lengths, counts) for k, v in caches])
-        rows_.append(row(f"{name}, {rows} rows of {keys} keys", "µs", us, {"torch": torch_us(q, caches, lengths)}, 2 * caches[0][0].nbytes / rate))
+        rows_.append(row(f"{name}, {rows} row{'s' * (rows > 1)} of {keys} keys", "µs", us, {"torch": torch_us(q, caches, lengths)}, 2 * caches[0][0].nbytes / rate)
+                     | {"readme": name == "8B"})
     write("decode_attention", rows_, read_TB_s=round(rate / 1e6, 3))
 
 

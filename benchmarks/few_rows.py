@@ -108,15 +108,15 @@ def norms() -> Iterator[dict]:
         ours = {False: lambda: rms_norm(x, w, 1e-5), True: lambda: add_rms_norm(x, old, w, 1e-5)}
         torchs = {False: lambda: F.rms_norm(x, (width,), w, 1e-5), True: lambda: F.rms_norm(old + x, (width,), w, 1e-5)}
         for adds in (False, True):
-            yield row(f"{'add, ' * adds}rms_norm of {rows} x {width}", "µs", graph_us([ours[adds]] * 20), {"torch": graph_us([torchs[adds]] * 20)})
+            yield row(f"{'add, ' * adds}rms_norm of {rows} x {width}", "µs", graph_us([ours[adds]] * 20), {"torch": graph_us([torchs[adds]] * 20)}) | {"readme": rows == 1}
 
 
 def main() -> None:
     rate, zeros = read_bytes_per_us(), counts()
     rows_ = list(norms())
     for name, rows, gated, x, ws in cases():
-        rows_.append(row(f"{name}, {rows} rows", "µs", graph_us([lambda w=w: rows_matmul(x, w, zeros, gated) for w in ws]),
-                         {"cuBLAS": graph_us([lambda w=w: theirs(gated)(x, w) for w in ws])}, ws[0].nbytes / rate))
+        rows_.append(row(f"{name}, {rows} row{'s' * (rows > 1)}", "µs", graph_us([lambda w=w: rows_matmul(x, w, zeros, gated) for w in ws]),
+                         {"cuBLAS": graph_us([lambda w=w: theirs(gated)(x, w) for w in ws])}, ws[0].nbytes / rate) | {"readme": rows == 1 or "qkv" in name})
     write("few_rows", rows_, read_TB_s=round(rate / 1e6, 3))
 
 

@@ -31,7 +31,7 @@ def report_of(call: Call, silent: int, calls_before: int) -> list[str]:
 @pytest.mark.parametrize("calls_before", (0, 2))
 @pytest.mark.parametrize("silent", (1, 2))
 @pytest.mark.parametrize("kernel, words, what", [("one_shot", 160, "words"), ("reduce_scatter", 160, "words"), ("all_gather", 160, "words"),
-                                                 ("all_to_all", 160, "words"), ("two_shot", 56, "words of the pieces")])
+                                                 ("all_to_all", 160, "words"), ("two_shot", 56, "words of the pieces"), ("norm", 160, "words")])
 def test_it_names_the_silent_rank(kernel: str, words: int, what: str, silent: int, calls_before: int) -> None:
     """Whatever has been called before."""
     text = "expects data and sees 0x7fff7fff"
