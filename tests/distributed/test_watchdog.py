@@ -364,7 +364,8 @@ def test_a_rank_that_is_cut_off_from_its_store_ends_sooner(asked: float | None, 
         """A second passes; true, the watchdog is stopped, once the process has ended."""
         clock[0] += 1.0
         return len(clock) > 1
-    dog = SimpleNamespace(_stopped=SimpleNamespace(wait=waits), tick_s=1.0, watch=watch, _asked=asked, timeout_s=40.0, limit_s=30.0, _tell_alone=said.append)
+    dog = SimpleNamespace(_stopped=SimpleNamespace(wait=waits), tick_s=1.0, watch=watch, _asked=asked, timeout_s=40.0, limit_s=30.0,
+                          _tell_alone=said.append, device=torch.device("cpu"))
     Watchdog._guard(dog)
     assert said == [f"has waited {ends + 1} s in collective 1 of {TP}: barrier"] and clock[1:] == [1]
 
