@@ -13,7 +13,7 @@ from typing import Any, Mapping, Sequence
 
 from shardlib.arithmetic import ADD
 from shardlib.builder import Builder
-from shardlib.dtypes import inner_dtypes, step_dtypes, value_dtypes
+from shardlib.dtypes import holds, inner_dtypes, step_dtypes, value_dtypes
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Program, Result, Step, Struct, leaves
@@ -75,7 +75,8 @@ class _Backward(Builder):
         for step in program.steps:
             if step.op.moves:
                 self.root[step.outputs[0]] = self.root.get(step.inputs[0], step.inputs[0])
-            if any(i in self.active for j, i in enumerate(step.inputs) if j not in step.op.index):
+            self._refuse_tables(step)
+            if not step.op.constant and any(i in self.active for j, i in enumerate(step.inputs) if j not in step.op.index):
                 self.active.update(step.outputs)
 
     def add(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec], *args: Any, **more: Any) -> tuple[str, ...]:
@@ -129,6 +130,13 @@ class _Backward(Builder):
             for name, ct in zip(step.inputs, step.op.vjp(self, here, cotangents)):
                 if ct is not None and name in self.active:
                     self.contribute(name, self.like(ct, name) if self.dtypes[ct] and self.dtypes[name] else ct)
+
+    def _refuse_tables(self, step: Step) -> None:
+        """SpecError where a gradient is wanted by floats that the op takes as a constant, as `rope` does its table."""
+        for j in step.op.index:
+            if j < len(step.inputs) and step.inputs[j] in self.active and holds(step.op, j) == "float":
+                who = step.said[j] if step.said and step.said[j] else step.inputs[j]
+                raise SpecError(f"value_and_grad: {step.op.name} has no derivative by {who}; stop_gradient makes it a constant").at(step.where)
 
     def available(self, name: str) -> str:
         """`name` as backward has it: kept, or converted again from what it was converted from."""

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlib import Layout, Mesh, Params, einsum, lower, param, rename, scan, sharded, simulate, stacked, value_and_grad
-from shardlib.functions import silu, sum
+from shardlib import Layout, Mesh, Params, SpecError, einsum, lower, param, rename, scan, sharded, simulate, stacked, value_and_grad
+from shardlib.functions import silu, stop_gradient, sum
 from shardlib.moves import ALL_GATHER, ALL_REDUCE
+from shardlib.ops import rope
 
 MESH = Mesh(dp=2, tp=2)
 
@@ -74,3 +75,20 @@ def test_owed_and_settled_cotangents_of_a_renamed_value_meet() -> None:
     for layout in (Layout(), Layout(T="tp"), Layout(T="tp", D="dp"), Layout(T="tp", S="dp")):
         _, dx = simulate(value_and_grad(two_uses_of_a_name, "x"), layout, x.detach(), mesh=MESH)
         assert torch.allclose(dx, x.grad, rtol=1e-12, atol=1e-12), str(layout)
+
+
+def test_a_table_that_an_op_takes_as_a_constant_has_no_gradient():
+    """It was zeros, without a word."""
+    @sharded("B T H, B T H -> ()")
+    def turned(x, table):
+        return sum("B T H -> ()", rope("B T H, B T H -> B T H", x, table))
+
+    @sharded("B T H, B T H -> ()")
+    def of_a_constant(x, table):
+        return sum("B T H -> ()", rope("B T H, B T H -> B T H", x, stop_gradient(table)) * x)
+    x, table = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    with pytest.raises(SpecError) as error:
+        simulate(value_and_grad(turned, "table"), Layout(), x, table, mesh=Mesh())
+    line = turned.fn.__code__.co_firstlineno + 2
+    assert str(error.value) == f"value_and_grad: rope has no derivative by table; stop_gradient makes it a constant          test_grad.py:{line}"
+    assert not simulate(value_and_grad(of_a_constant, "table"), Layout(), x, table, mesh=Mesh())[1].any()
