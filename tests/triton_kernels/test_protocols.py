@@ -303,6 +303,11 @@ CONTROLS = {"sums": (*PROTOCOL, own_is_added_first),
             "moves": (*PROTOCOL, lines_are_not_awaited, what_is_hidden_is_not_awaited, what_is_hidden_is_not_emptied)}
 
 
+def seeds_of(family: str) -> range:
+    """Half of them where there are norms, whose blocks all wait for each other: a trial takes several times as long."""
+    return SEEDS[:8] if family == "norms" else SEEDS
+
+
 def trial(family: str, seed: int, **rules: Any) -> str | None:
     draw, split = random.Random(seed), rules.pop("split", 1 if "resident" in rules else None)
     calls = random_calls(family, draw, 4 if family == "norms" else 6)
@@ -313,14 +318,14 @@ def trial(family: str, seed: int, **rules: Any) -> str | None:
 
 @pytest.mark.parametrize("family", CONTROLS)
 def test_without_a_change_no_seed_goes_wrong(family: str) -> None:
-    assert [trial(family, seed) for seed in SEEDS] == [None] * len(SEEDS)
+    assert [trial(family, seed) for seed in seeds_of(family)] == [None] * len(seeds_of(family))
 
 
 @pytest.mark.parametrize("family, control", [(f, c) for f, controls in CONTROLS.items() for c in controls],
                          ids=lambda value: value if isinstance(value, str) else value.__name__)
 def test_negative_control(family: str, control: Callable[[Patch], Rules], monkeypatch: Patch) -> None:
     rules = control(monkeypatch)
-    assert any(trial(family, seed, **rules) for seed in SEEDS), "passes: the simulator does not see what is missing"
+    assert any(trial(family, seed, **rules) for seed in seeds_of(family)), "passes: the simulator does not see what is missing"
 
 
 TINY = (65, 71, 75)
