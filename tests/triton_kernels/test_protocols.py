@@ -56,7 +56,7 @@ def left_over(space: Workspace) -> torch.Tensor:
 def some_calls(family: str) -> st.SearchStrategy[list[Call]]:
     """What `random_calls` draws, by other hands."""
     def call(warps: int) -> st.SearchStrategy[Call]:
-        quads, blocks = (12, 1) if family == "norms" else (40, 3)
+        quads, blocks = {"norms": (12, 1), "all": (20, 1)}.get(family, (40, 3))
         return st.builds(Call, st.sampled_from(FAMILIES[family]), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, quads), st.integers(1, blocks),
                          st.sampled_from((8, 32, 32 * warps)), st.just(warps), st.sampled_from((1, 2, 4)))
     return st.lists(st.sampled_from(WARPS).flatmap(call), min_size=2, max_size=4)
