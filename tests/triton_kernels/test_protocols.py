@@ -57,7 +57,7 @@ def left_over(space: Workspace) -> torch.Tensor:
 def some_calls(family: str) -> st.SearchStrategy[list[Call]]:
     """What `random_calls` draws, by other hands."""
     def call(warps: int) -> st.SearchStrategy[Call]:
-        quads, blocks = (12, 1) if family == "norms" else (40, 3)
+        quads, blocks = {"norms": (12, 1), "all": (20, 1)}.get(family, (40, 3))
         return st.builds(Call, st.sampled_from(FAMILIES[family]), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, quads), st.integers(1, blocks),
                          st.sampled_from((8, 32, 32 * warps)), st.just(warps), st.sampled_from((1, 2, 4)))
     return st.lists(st.sampled_from(WARPS).flatmap(call), min_size=2, max_size=4)
@@ -294,6 +294,11 @@ CONTROLS = {"sums": (*PROTOCOL, own_is_added_first),
             "moves": (*PROTOCOL, lines_are_not_awaited, what_is_hidden_is_not_awaited, what_is_hidden_is_not_emptied)}
 
 
+def seeds_of(family: str) -> range:
+    """Half of them where there are norms, whose blocks all wait for each other: a trial takes several times as long."""
+    return SEEDS[:8] if family == "norms" else SEEDS
+
+
 def trial(family: str, seed: int, **rules: Any) -> str | None:
     draw, split = random.Random(seed), rules.pop("split", 1 if "resident" in rules else None)
     calls = random_calls(family, draw, 4 if family == "norms" else 6)
@@ -304,14 +309,14 @@ def trial(family: str, seed: int, **rules: Any) -> str | None:
 
 @pytest.mark.parametrize("family", CONTROLS)
 def test_without_a_change_no_seed_goes_wrong(family: str) -> None:
-    assert [trial(family, seed) for seed in SEEDS] == [None] * len(SEEDS)
+    assert [trial(family, seed) for seed in seeds_of(family)] == [None] * len(seeds_of(family))
 
 
 @pytest.mark.parametrize("family, control", [(f, c) for f, controls in CONTROLS.items() for c in controls],
                          ids=lambda value: value if isinstance(value, str) else value.__name__)
 def test_negative_control(family: str, control: Callable[[Patch], Rules], monkeypatch: Patch) -> None:
     rules = control(monkeypatch)
-    assert any(trial(family, seed, **rules) for seed in SEEDS), "passes: the simulator does not see what is missing"
+    assert any(trial(family, seed, **rules) for seed in seeds_of(family)), "passes: the simulator does not see what is missing"
 
 
 def pushes(kernel: str, world: int, inner: int, patch: Patch, lanes: Callable[[Any], Any] = lambda there: there) -> tuple[list[int], ...]:
