@@ -39,7 +39,7 @@ def rows_of(ids: Tensor, table: Tensor, start: int, site: IndexSite) -> Tensor:
     here, inside = local(ids, start, table.shape[0], site)
     if table.shape[0] == 0:
         return table.new_zeros((*ids.shape, table.shape[1]))
-    return torch.where(inside[..., None], F.embedding(here, table), 0)
+    return torch.where(inside[..., None], F.embedding(here, table), False if table.dtype == torch.bool else 0)
 
 
 def rows_vjp(ids: Tensor, g: Tensor, start: int, size: int, site: IndexSite) -> Tensor:
@@ -67,7 +67,7 @@ def pick(x: Tensor, index: Tensor, dim: int, start: int, site: IndexSite) -> Ten
     here, inside = local(index, start, x.shape[dim], site)
     if x.shape[dim] == 0:
         return x.new_zeros([n for i, n in enumerate(shape) if i != dim])
-    return torch.where(inside, x.gather(dim, here.expand(shape)), 0).squeeze(dim)
+    return torch.where(inside, x.gather(dim, here.expand(shape)), False if x.dtype == torch.bool else 0).squeeze(dim)
 
 
 def pick_vjp(index: Tensor, g: Tensor, dim: int, start: int, size: int, site: IndexSite) -> Tensor:

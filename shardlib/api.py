@@ -47,7 +47,7 @@ def _compiled_here(f: Sharded | ValueAndGrad, static: dict[str, Any]) -> Compile
     """`f` compiled for the mesh in force, once."""
     check_static(_traced("call", f), static)
     cache = f.__dict__.setdefault("_compiled", {})
-    key = (current_mesh(), tuple(sorted(static.items())))
+    key = (current_mesh(), *((name, static[name], repr(static[name])) for name in sorted(static)))      # 2 is not 2.0
     try:
         hash(key)
     except TypeError as error:
@@ -197,7 +197,7 @@ class Compiled:
     def at(self, **sizes: int) -> Compiled:
         """The same where dims have these global sizes; what has been made for some of them is made for all."""
         made = copy(self)
-        made.sizes = {**self.sizes, **sizes}
+        made.sizes, made._likes = {**self.sizes, **sizes}, dict(self._likes)
         return made
 
     def lower(self, *args: Any) -> Program:
@@ -255,10 +255,13 @@ class Compiled:
             refuse_named(self.f, named)
         if any_autocast():
             with without_autocast():
-                return self(*args)
+                return self._run(args)
+        return self._run(args)
+
+    def _run(self, args: Sequence[Any]) -> Any:
         if self._apart and torch.is_grad_enabled():
             refuse_gradients(self.f.__name__, self._leaves(args))
-        values, key = [], [*self.sizes.values()]        # shards of equal shapes may be of wholes of different sizes
+        values, key = [], [*self.sizes.items()]         # shards of equal shapes may be of wholes of different sizes
         try:
             for a in args:
                 if type(a) is Prepared:
@@ -336,7 +339,7 @@ class Compiled:
         run = torch.no_grad()(run) if isinstance(self.f, ValueAndGrad) else run
         if self._captures is not None:
             copied = [isinstance(a, Tensor) for a in args for _ in (a.flat if isinstance(a, Prepared) else _flat(a))]
-            run = self._captures.around(program.name, key, run, copied)
+            run = self._captures.around(program.name, _sizes_text(sizes), key, run, copied)
         return self._flags.around(run, e.index_sites()), self._finish(program, e.returned, args), lines
 
     def _finish(self, program: Program, returned: Sequence[str | None], args: Sequence[Any]) -> Callable:
@@ -355,9 +358,13 @@ class Compiled:
         return finish
 
 
+def _sizes_text(sizes: Mapping[str, int]) -> str:
+    return " ".join(f"{n}={size}" for n, size in sorted(sizes.items()))
+
+
 def _plan_text(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> str:
     """What must be equal on all ranks that run a program together: all but each rank's own pieces."""
-    return f"mesh {mesh}\nsizes {' '.join(f'{n}={size}' for n, size in sorted(sizes.items()))}\ndtypes {' '.join(dtypes.values())}\n{program}"
+    return f"mesh {mesh}\nsizes {_sizes_text(sizes)}\ndtypes {' '.join(dtypes.values())}\n{program}"
 
 
 def step(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,

@@ -35,14 +35,14 @@ from shardlib.streams import passed
 class Graph:
     """`call`, which takes and returns nothing: run once when this is made, and again by each `replay()`.
 
-    Every rank makes it, with one title. It is recorded on the stream on which it has run, where communicators and libraries then have
+    Every rank makes it, with one `plan`: its title, where pieces are alike. It is recorded on the stream on which it has run, where communicators and libraries then have
     what they need; on that of the caller it begins after what is there, and ends before what comes.
     """
 
-    def __init__(self, title: str, call: Callable[[], None], runtime: Runtime) -> None:
+    def __init__(self, title: str, call: Callable[[], None], runtime: Runtime, plan: str = "") -> None:
         self.title, self._call = title, call
         self._graph: torch.cuda.CUDAGraph | None = None
-        runtime.compare_plans(f"the graph of {title}", title)
+        runtime.compare_plans(f"the graph of {plan or title}", plan or title)
         if runtime.device.type != "cuda":
             call()
             return
@@ -85,13 +85,16 @@ class Captures:
         self.runtime = runtime
         self._steps: dict[tuple, _Step] = {}
 
-    def around(self, name: str, key: tuple, main: Callable, copied: Sequence[bool]) -> Callable:
+    def around(self, name: str, sizes: str, key: tuple, main: Callable, copied: Sequence[bool]) -> Callable:
         """`main`, replayed; see `run`."""
-        return lambda *values: self.run(name, key, main, values, copied)
+        return lambda *values: self.run(name, sizes, key, main, values, copied)
 
-    def run(self, name: str, key: tuple, main: Callable, values: Sequence[Any], copied: Sequence[bool]) -> tuple[Any, ...]:
-        """What main(*values) returns. key: of main, and of the shapes of what is `copied`; others are known by where they lie."""
-        here = (key, *(t.data_ptr() for v, moves in zip(values, copied) if not moves for t in _tensors(v)))
+    def run(self, name: str, sizes: str, key: tuple, main: Callable, values: Sequence[Any], copied: Sequence[bool]) -> tuple[Any, ...]:
+        """What main(*values) returns. key: of main, and of the shapes of what is `copied`; others are known by where they lie, and how.
+
+        sizes: the global ones, which all ranks say alike.
+        """
+        here = (key, *((t.data_ptr(), t.stride()) for v, moves in zip(values, copied) if not moves for t in _tensors(v)))
         given = [v for v, moves in zip(values, copied) if moves]
         if torch.is_grad_enabled() and any(t.requires_grad for v in values for t in _tensors(v)):
             raise SpecError(f"{name}: an argument wants a gradient, and a replay makes none; compile value_and_grad of it, "
@@ -100,7 +103,7 @@ class Captures:
             step = self._steps.get(here)
             if step is None:
                 title = f"{name} of {', '.join('x'.join(map(str, v.shape)) or '()' for v in given)}"
-                step = self._steps[here] = _Step(title, main, values, copied, self.runtime)
+                step = self._steps[here] = _Step(title, f"{name}, {sizes}", main, values, copied, self.runtime)
             else:
                 for buffer, value in zip(step.taken, given):
                     buffer.copy_(value)
@@ -111,7 +114,7 @@ class Captures:
 class _Step:
     """main(*values) on buffers of its own. taken: those of the values that are copied; made: the results."""
 
-    def __init__(self, title: str, main: Callable, values: Sequence[Any], copied: Sequence[bool], runtime: Runtime) -> None:
+    def __init__(self, title: str, plan: str, main: Callable, values: Sequence[Any], copied: Sequence[bool], runtime: Runtime) -> None:
         with torch.inference_mode(False):
             self.values = [v.clone() if moves else v for v, moves in zip(values, copied)]
         self.taken = [v for v, moves in zip(self.values, copied) if moves]
@@ -126,7 +129,7 @@ class _Step:
             for buffer, x in zip(self.made, out):
                 if buffer is not x:
                     buffer.copy_(x)
-        self.graph = Graph(title, call, runtime)
+        self.graph = Graph(title, call, runtime, plan)
 
     def results(self) -> tuple[Any, ...]:
         """An argument that is updated in place is returned as it came; all else is a copy."""

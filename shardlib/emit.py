@@ -61,6 +61,7 @@ class Emitter:
         self.constants: dict[str, torch.Tensor] = {}
         self.plan: dict[str, PlanStep] = {}                 # name in the code -> the collective that is called there
         self._where: tuple[str, Step] | None = None         # the program and the step that is being written
+        self._branch: tuple[str, ...] = ()                  # the names of the branches that are being written, outermost first
         self.sites: dict[tuple, str] = {}                   # (op, variable that is an index, dim, ..) -> its site's name in the code
         self.given = dict(given or {})
         self.dtypes: dict[str, Any] = dict(self.given)      # of the values of the program that is being written
@@ -107,11 +108,11 @@ class Emitter:
         argument: what it is called where the user has no name for it.  op: what the user has called, if not the step's own.
         rows, ignored, hint: as an `IndexSite` has them.
         """
-        key = op or step.op.name, variable, dim, rows, ignored
+        key = op or step.op.name, variable, dim, rows, ignored, self._branch
         if key not in self.sites:
             said, name = step.said[operand] if step.said else "", f"i{len(self.sites)}"
             site = IndexSite(key[0], said or argument, dim.label, self.count(dim), (rows.label, self.count(rows)) if rows else ("", 1), ignored,
-                             step.where, hint)
+                             step.where, hint, self.mesh.size(step.ins[operand].split_axes) == 1)
             self.sites[key], self.helpers[name] = name, site
         return self.sites[key]
 
@@ -264,14 +265,17 @@ class Emitter:
                             f'{step.op.name}: "{step.text}" is no call of it').at(step.where) from error
 
     def _cond(self, step: Step, names: dict[str, str]) -> list[str]:
-        """A branch, each body in its place."""
+        """A branch, each body in its place. Nothing of it is done before a loop around it: it may not be taken."""
         made = [self.variable() for _ in step.outputs]
-        lines = []
+        lines, around = [], (self.invariant, self._branch)
+        self.invariant = frozenset()
         for head, body in zip((f"if bool({names[step.inputs[0]]}):", "else:"), step.bodies):
             inner = {path: names[i] for (path, _), i in zip(body.arg_leaves(), step.inputs[1:])}
+            self._branch = (*around[1], f"{step.outputs[0]} {head}")
             block = self._block(body, inner, set(), {}, inner_dtypes(step, body, self.dtypes))
             block += [f"{v} = {inner[n]}" for v, (n, _) in zip(made, body.result_leaves())]
             lines += [head, *_indented(block or ["pass"])]
+        self.invariant, self._branch = around
         names.update(zip(step.outputs, made))
         return lines
 
@@ -296,6 +300,7 @@ class Emitter:
         hoisted, (self.invariant, self.hoisted) = self.hoisted, around
         lines = [line for (variable, template), made in hoisted.items() for line in self._marked(
             self._hoisting[made], [f"{made} = {self.hoist(variable, template, made.count(',') + 1)}"])]
+        lines = lines if self.sizes[step.options["dim"]] else []        # without layers nothing is looked up, or refused
         reverse = "[::-1]" if step.options.get("reverse") else ""
         lists = {out: self.variable() for out, _ in results[1:] if out not in kept}
         block += [f"{made}.append({inner[out]})" for out, made in lists.items()] + [f"{carry} = {inner[results[0][0]]}"]

@@ -30,7 +30,8 @@ class IndexSite:
 
     rows: of an index from which several rows follow, the dim that counts them and its size.  ignored: an index that stands for none.
     hint: ends the message where the value, which {value} stands for, is negative.
-    tell: hears of an error before it is raised.  seen: the least and the greatest index so far, where they are read later.
+    everywhere: every rank has the same index, and refuses it alike.
+    tell: hears of an error, that others cannot know of, before it is raised.  seen: the least and the greatest index so far, where they are read later.
     """
     op: str
     argument: str
@@ -40,6 +41,7 @@ class IndexSite:
     ignored: int | None = None
     where: object = None
     hint: str = ""
+    everywhere: bool = True
     tell: Callable[[SpecError], None] = field(default=lambda error: None, repr=False)
     seen: Tensor | None = field(default=None, repr=False)
 
@@ -89,7 +91,8 @@ class IndexSite:
         sizes = f"{self.dim}={self.size}" + (f", {counted}={rows}" if counted else "")
         error = SpecError(f"{self.op}: {self.argument} holds {value}, outside of 0 to {self.last} ({sizes})"
                           + (self.hint.format(value=value) if value < 0 else "")).at(self.where)
-        self.tell(error)
+        if not self.everywhere or self.seen is not None:
+            self.tell(error)
         return error
 
 

@@ -32,6 +32,12 @@ KNOWN = frozenset(getattr(torch, name) for name in ITEMSIZE)
 PARAM = -2       # the id of values that are parameters: they follow an activation's split, others do not
 
 
+def _place() -> tuple[Any, int]:
+    """The user's call that is running: what looks up an index says it in its error."""
+    frame = user_frame()
+    return frame.f_code, frame.f_lasti
+
+
 class Stepper(Tracer):
     """Executes each op as it is called. `recipes`: what was worked out before, at the same sizes."""
     runs = True
@@ -49,7 +55,7 @@ class Stepper(Tracer):
     def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any]) -> Any:
         """Execute one call."""
         try:
-            key = (op, text or ins, outs, self.layout, *[x.key for x in operands], *attrs.items())
+            key = (op, text or ins, outs, self.layout, *[x.key for x in operands], repr(attrs), _place() if op.index else None)
             function, made, lines = self.recipes[key]
         except (KeyError, AttributeError):
             function, made, lines = self._recipe(op, operands, text, ins, outs, attrs, self.layout if self.layout is not None else self.base)

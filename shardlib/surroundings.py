@@ -18,7 +18,7 @@ any_autocast = torch._C._is_any_autocast_enabled
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """torch.autocast is off inside, on whichever devices it was on."""
+    """torch.autocast is off inside, for CPUs and CUDA, on which programs run."""
     with ExitStack() as off:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
@@ -31,6 +31,6 @@ def refuse_gradients(name: str, leaves: Iterable[tuple[str, Any]]) -> None:
     if not torch.is_grad_enabled():
         return
     for path, leaf in leaves:
-        if (leaf[0] if isinstance(leaf, tuple) and leaf else leaf).requires_grad:
+        if any(getattr(x, "requires_grad", False) for x in (leaf if isinstance(leaf, tuple) else (leaf,))):
             raise SpecError(f"{name}: {path} requires grad, and torch.autograd does not reach other ranks; take value_and_grad({name}), "
                             f"or call it under torch.no_grad()")

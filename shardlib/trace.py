@@ -169,14 +169,18 @@ class Tracer:
         return made
 
     def notice(self, frame: Any) -> dict[int, str]:
-        """Name the values that the user's variables in `frame` hold. What they are called there, by value."""
+        """Name the values that the user's variables in `frame` hold. What they are called there, by value.
+
+        A field of a pytree that holds it gives a value its own name: a program assigns to names alone.
+        """
         said: dict[int, str] = {}
         for name, value in frame.f_locals.items():
             for suffix, v in _values(value) if nameable(name) else ():
                 if v.tracer is self:
                     said.setdefault(v.id, name + suffix)
-                    if v.id >= self.num_args and not self.names.get(v.id, ("",))[0]:
-                        self.names[v.id] = (name, suffix, value)
+                    root, field, tree = self.names.get(v.id, ("", "", v))
+                    if v.id >= self.num_args and not root and suffix.endswith(field):
+                        self.names[v.id] = (suffix.removesuffix(field).split(".")[-1] or name, field, tree)
         return said
 
     def group(self, tree: Params) -> None:

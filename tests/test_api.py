@@ -216,3 +216,39 @@ def test_step_mode_works_out_each_call_by_itself():
     for run in runs:
         for got, y in zip(run(x, w), meant, strict=True):
             assert torch.allclose(got, y, rtol=1e-12, atol=1e-12)
+
+
+@sharded("B -> B")
+def times(x, *, k):
+    return x * k
+
+
+@sharded("B -> B, B")
+def twice_over(x):
+    return x * 2, x * 2.0
+
+
+def test_equal_numbers_of_two_types_are_two_programs():
+    x = torch.tensor([1, 2])
+    for k, kind in ((2, torch.int64), (2.0, torch.float32), (2, torch.int64)):
+        assert times(x, k=k).dtype == kind
+    assert [y.dtype for y in step(twice_over)(x)] == [y.dtype for y in compile(twice_over)(x)] == [torch.int64, torch.float32]
+
+
+def test_sizes_are_told_apart_by_name():
+    @sharded("B D -> ()")
+    def average(x):
+        return mean("B D -> ()", x)
+    run = compile(average)
+    assert run.at(B=2)(torch.ones(2, 3)) == 1
+    with pytest.raises(SpecError, match="^average: D is 2 by sizes, and 3 by x"):
+        run.at(D=2)(torch.ones(2, 3))
+
+
+def test_what_one_has_been_called_with_its_copy_has_not():
+    x, one = torch.ones(2), torch.ones(2)
+    run = compile(weighed)
+    run.lower(None, Parts(a=one, b=one))
+    other = run.at(D=2)
+    run.lower(None, Parts(a=one))
+    assert other(x, Parts(a=one)).tolist() == [2, 2] and run(x, Parts(a=one, b=one)).tolist() == [12, 12]

@@ -287,3 +287,19 @@ def test_a_graph_ends_with_its_runtime(cuda: Cuda) -> None:
 def test_one_rank_of_the_runtime() -> None:
     with connect(Mesh(), "cpu") as runtime:
         assert compile(double, Layout(), runtime=runtime, graph=True)(torch.ones(2)).tolist() == [2, 2]
+
+
+class Matrix(Params):
+    w: Tensor = param("D F")
+
+
+@sharded("B D, * -> B F")
+def product(x, w: Matrix):
+    return einsum("B D, D F -> B F", x, w.w)
+
+
+def test_a_pytree_that_lies_otherwise_is_another_graph() -> None:
+    """A transpose begins where its matrix does."""
+    step, w = compile(product, graph=True), torch.arange(4.0).view(2, 2)
+    for _ in range(2):
+        assert torch.equal(step(torch.eye(2), Matrix(w=w)), w) and torch.equal(step(torch.eye(2), Matrix(w=w.T)), w.T)

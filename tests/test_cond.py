@@ -188,11 +188,12 @@ def of_two_arguments(p, x):
     return cond(p, gathered, of_the_whole, x)
 
 
-@pytest.mark.parametrize("f, other", [(of_two_results, "as_it_is"), (of_two_arguments, "of_the_whole")])
-def test_branches_of_different_types_are_refused(f, other):
+@pytest.mark.parametrize("f, says", [(of_two_results, 'gathered returns "T D", as_it_is "T/tp D"'),
+                                     (of_two_arguments, 'gathered takes x as "T/tp D", of_the_whole "T D"')])
+def test_branches_of_different_types_are_refused(f, says):
     with pytest.raises(SpecError) as error:
         lower(f, mesh=MESH)
-    assert str(error.value).split("          ")[0] == f"cond: gathered and {other} differ in the types of their arguments or results"
+    assert str(error.value).split("          ")[0] == f"cond: {says}; both take and return the same types"
 
 
 @sharded("+tp, T D, D F, F D -> T D")

@@ -65,7 +65,7 @@ GIVES: dict[str, Any] = {           # of the dtypes of all operands; what is mis
     **dict.fromkeys(("rms_norm", "rope", "rope_vjp", "update_cache", "from_rank", "ones_like", "zeros_like"), first),
     **dict.fromkeys(("greater", "less", "causal_mask"), lambda *kinds: torch.bool), "rope_table": lambda start: float32,
     **dict.fromkeys(("argmax", "rank_of", "sample"), lambda *kinds: int64), "rms_norm_vjp": lambda x, w, g: (x, w),
-    "cast": lambda x: float64, "cast_like": lambda x, like: like if like.is_floating_point else x, "widen": lambda x: widest(x, float32),
+    "cast_like": lambda x, like: like if like.is_floating_point else x, "widen": lambda x: widest(x, float32),
     "attention_vjp": lambda q, k, v, *rest: (widest(q, k, v, rest[-1]),) * 3,
     "cross_entropy": lambda x, labels: widest(x, float32), "label_sums": lambda x, labels, top: (widest(x, top, float32),) * 2,
     **dict.fromkeys(("cross_entropy_vjp", "label_sums_vjp"), first),
@@ -98,6 +98,8 @@ def gives(case: Case, kinds: Dtypes) -> tuple[torch.dtype, ...] | None:
             legal = name in TAKES_ANY or kind.is_floating_point or name in TAKES_NUMBERS and kind != torch.bool
         if not legal:
             return None
+    if name == "cast":
+        return (getattr(torch, dict(case.attrs)["dtype"]),)
     if name in ("scale", "shift"):
         (x,) = kinds
         return (fraction(x) if isinstance(dict(case.attrs)["by"], float) else int64 if x == torch.bool else x,)
@@ -124,7 +126,7 @@ class Call:
         for i, (spec, kind) in enumerate(zip(self.case.ins, self.kinds)):
             draw = self.case.draws[i] if i < len(self.case.draws) else normal
             x = draw(Mesh().local_shape(spec, self.sizes, {}), self.sizes, g, made)
-            made.append(x)
+            made.append(x.abs() if kind == torch.uint8 else x)
         return [(x > 0 if kind == torch.bool else x if kind.is_floating_point else x.round()).to(kind) for x, kind in zip(made, self.kinds)]
 
     def program(self, layout: Layout = Layout(), mesh: Mesh = Mesh(), reduced: bool = False) -> Program:

@@ -238,7 +238,7 @@ def test_a_dtype_that_is_not_known_is_one_error(call: Any, kind: torch.dtype) ->
     with pytest.raises(SpecError) as error:
         call(average, torch.zeros(2, 3).to(kind))
     assert str(error.value).splitlines()[0].split("          ")[0] == (
-        f"average: x is {str(kind)[6:]}; a dtype is one of float64, int64, float32, int32, bfloat16, float16, int16, bool, uint8, int8")
+        f"average: x is {str(kind)[6:]}; a tensor of a program is one of float64, int64, float32, int32, bfloat16, float16, int16, bool, uint8, int8")
 
 
 @every_executor

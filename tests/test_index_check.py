@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
-from shardlib import Layout, Mesh, SpecError, compile, scan, sharded, simulate, step, value_and_grad
+from shardlib import Layout, Mesh, SpecError, compile, cond, lower, scan, sharded, simulate, step, value_and_grad
 from shardlib.distributed.runtime import Runtime
-from shardlib.functions import sum
+from shardlib.emit import Emitter
+from shardlib.functions import greater, sum
 from shardlib.index_check import IndexSite, _Flag
 from shardlib.ops import TABLE, cross_entropy, embedding, take, update_cache
 from shardlib.ops.cases import CASES
@@ -211,13 +212,25 @@ def test_on_the_cpu_every_way_to_run_refuses_at_once(run: object) -> None:
     assert torch.equal(run(GOOD, TABLE_OF_FIVE), TABLE_OF_FIVE[GOOD])
 
 
-@pytest.mark.parametrize("make", (compile, step, lambda f: later(f)), ids=("compile", "step", "later"))
-def test_the_other_ranks_are_told_before_it_is_raised(make: object) -> None:
+@pytest.mark.parametrize("make, made_later", ((compile, False), (step, False), (lambda f: later(f), True)), ids=("compile", "step", "later"))
+def test_the_other_ranks_are_told_before_it_is_raised(make: object, made_later: bool) -> None:
+    """Where all ranks have the index, none is told of what it sees at once; of what it sees later, when only it may know."""
     run, told = make(rows), []
     with mock.patch.object(Runtime, "end_others", lambda self, error: told.append(str(error))), pytest.raises(SpecError):
         run(BAD, TABLE_OF_FIVE)
         assert told == []
         run.check()
+    assert told == ([OF_ROWS] if made_later else [])
+
+
+def test_pieces_of_an_index_are_told_of() -> None:
+    told: list[str] = []
+    e = Emitter(Mesh(dp=2), 0, dict(B=4, V=5, D=2), given=dict(ids="int64", table="float32"))
+    e.program(lower(rows, Layout(B="dp"), mesh=Mesh(dp=2)))
+    (site,) = e.index_sites()
+    site.tell = lambda error: told.append(str(error))
+    with pytest.raises(SpecError):
+        site.look(BAD)
     assert told == [OF_ROWS]
 
 
@@ -329,3 +342,58 @@ def test_a_row_to_ignore_is_no_error_later_either() -> None:
     f = later(some)
     assert f(torch.zeros(3, 1), torch.tensor([-2, 0, -2])).tolist() == [0, 0, 0]
     f.check()
+
+
+@sharded("B S, B T, B -> B S")
+def written(cache, rows, begin):
+    return update_cache("B S, B T, B -> B S", cache, rows, begin)
+
+
+@sharded("B S, B T, B -> B S")
+def left(cache, rows, begin):
+    return cache
+
+
+def test_code_that_does_not_run_refuses_nothing() -> None:
+    """A branch that is not taken, in a loop before which its checks might be done; and a loop without rounds."""
+    @sharded("B S, S, B T, B -> B S")
+    def body(cache, weight, rows, begin):
+        return cond(greater(sum("S -> ()", weight), than=0.0), written, left, cache, rows, begin)
+
+    @sharded("B S, L S, B T, B -> B S")
+    def layers(cache, weights, rows, begin):
+        return scan(body, cache, weights, rows, begin)
+    cache, rows, bad = torch.zeros(1, 3), torch.ones(1, 2), torch.tensor([2])
+    for run in (compile(layers), step(layers)):
+        assert torch.equal(run(cache, torch.zeros(2, 3), rows, bad), cache)
+        with pytest.raises(SpecError, match="^update_cache: begin holds 2, outside of 0 to 1 "):
+            run(cache, torch.ones(2, 3), rows, bad)
+    assert torch.equal(compile(layers)(cache, torch.zeros(0, 3), rows, bad), cache)
+
+
+@sharded("B, V D -> B D")
+def looked_up(ids, table):
+    return embedding("B, V D -> B D", ids, table)
+
+
+@sharded("B, V D -> B D")
+def looked_up_too(ids, table):
+    return embedding("B, V D -> B D", ids, table)
+
+
+def test_the_line_is_that_of_what_ran() -> None:
+    """Of two branches the one that is taken; of two calls of equal types, step by step, the one that is wrong."""
+    @sharded("(), B, V D -> B D")
+    def either(which, ids, table):
+        return cond(which, looked_up, looked_up_too, ids, table)
+
+    @sharded("B, B, V D -> B D")
+    def both(ids, words, table):
+        x = embedding("B, V D -> B D", ids, table)
+        return x + embedding("B, V D -> B D", words, table)
+    for f, args, says, line in ((either, (torch.tensor(0.0), BAD), "ids", looked_up_too.fn.__code__.co_firstlineno + 2),
+                                (both, (GOOD, BAD), "words", both.fn.__code__.co_firstlineno + 3)):
+        for run in (compile(f), step(f)):
+            with pytest.raises(SpecError) as found:
+                run(*args, TABLE_OF_FIVE)
+            assert str(found.value) == f"embedding: {says} holds 5, outside of 0 to 4 (V=5)          test_index_check.py:{line}"

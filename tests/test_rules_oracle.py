@@ -179,7 +179,7 @@ def vjp_problems(trial: Trial, ins: tuple, outs: tuple, settled: bool) -> list[s
     ran, found = simulate(program, mesh, data, trial.sizes), []
     for at, (i, name) in enumerate(zip(case.differentiable, made)):
         got = join([r[str(at)] for r in ran], b.types[name], trial.sizes, mesh)
-        if not same(got, sum(each[at] for each in trial.gradients), case.tolerance):
+        if got.dtype != trial.operand(i, ins[i])[0].dtype or not same(got.double(), sum(each[at] for each in trial.gradients), case.tolerance):
             found.append(f"{case}: the cotangent of operand {i} is wrong, for operands {', '.join(map(str, ins))}\n{program}")
         if not settled and b.types[name] != dual(ins[i], mesh):
             found.append(f"{case}: the cotangent of operand {i}, {ins[i]}, has type {b.types[name]}, not {dual(ins[i], mesh)}")
