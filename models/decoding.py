@@ -161,8 +161,10 @@ class Model:
                 if smaller and max_new_tokens - launched >= worth:
                     decoder.compact(slots, smaller)
                     slots = smaller.slots
-        made = sum(map(len, tokens)) - sum(map(len, prompts))
-        return Generated(tokens, made, time.perf_counter() - began)
+        made, seconds = sum(map(len, tokens)) - sum(map(len, prompts)), time.perf_counter() - began
+        for step in (self._step(sampling, True), self._step(sampling)):
+            step.check()                                # replays note what they are asked for, and nobody has looked yet
+        return Generated(tokens, made, seconds)
 
 
 def _by_row(slots: Slots, fetched: Callable[[], list[int]], rows: int) -> list[int | None]:

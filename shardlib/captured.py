@@ -78,6 +78,10 @@ def _closed(title: str) -> NoReturn:
     raise SpecError(f"{title}: the runtime is closed; connect again")
 
 
+MOST_PYTREES = 16
+"""Graphs for arguments of the same shapes: each keeps the pytrees alive that it reads."""
+
+
 class Captures:
     """The graphs of one compiled function, by what it is called with."""
 
@@ -102,6 +106,9 @@ class Captures:
         with torch.inference_mode():                    # which may write to tensors of both kinds
             step = self._steps.get(here)
             if step is None:
+                if sum(known == key for known, *_ in self._steps) == MOST_PYTREES:
+                    raise SpecError(f"{name}: {MOST_PYTREES} graphs of one shape, each of other pytrees, which a graph reads where they lie; donate "
+                                    "those that it returns, or compile it without graph=True")
                 title = f"{name} of {', '.join('x'.join(map(str, v.shape)) or '()' for v in given)}"
                 step = self._steps[here] = _Step(title, f"{name}, {sizes}", main, values, copied, self.runtime)
             else:

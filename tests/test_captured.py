@@ -303,3 +303,15 @@ def test_a_pytree_that_lies_otherwise_is_another_graph() -> None:
     step, w = compile(product, graph=True), torch.arange(4.0).view(2, 2)
     for _ in range(2):
         assert torch.equal(step(torch.eye(2), Matrix(w=w)), w) and torch.equal(step(torch.eye(2), Matrix(w=w.T)), w.T)
+
+
+def test_pytrees_that_change_with_every_call_are_refused_in_time() -> None:
+    step = compile(product, graph=True)
+    kept = [Matrix(w=torch.ones(2, 2)) for _ in range(17)]
+    for w in kept[:16] * 2:
+        step(torch.eye(2), w)
+    with pytest.raises(SpecError) as refused:
+        step(torch.eye(2), kept[16])
+    assert str(refused.value).split("          ")[0] == (
+        "product: 16 graphs of one shape, each of other pytrees, which a graph reads where they lie; donate those that it returns, "
+        "or compile it without graph=True")

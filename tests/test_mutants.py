@@ -34,3 +34,9 @@ def test_what_becomes_of_a_mutant(runner, tmp_path: Path) -> None:
     (tmp_path / "test_halve.py").write_text("def test_halve():\n    assert 0\n")
     assert next(runner.outcomes(tmp_path, [runner.Mutant("ops/halve.py", "2 == 0", "3 == 0", "test_halve.py")], 1, 300.0))[0] == "FAILS WITHOUT A MUTANT"
     assert (tmp_path / "ops" / "halve.py").read_text().count("n % 2 == 0") == 1 and not (tmp_path / "shardlib" / "ops").exists()
+
+
+def test_every_mutant_of_the_table_has_its_place(runner) -> None:
+    """One whose text is gone, or stands twice, tests nothing any more."""
+    root = HERE.parents[1]
+    assert [m for m in runner.MUTANTS if (root / m.file).read_text().count(m.old) != 1] == []

@@ -25,7 +25,7 @@ GROUP, ROUTING, WATCHDOG, TENSORS, QUEUE = (f"tests/distributed/test_{name}.py" 
 INDICES, LOSSES, ENDS = "tests/test_index_check.py", "tests/ops/test_cross_entropy.py", WATCHDOG + " -k ends_the_others"
 NVLINK, PROTOCOLS = "tests/ops/test_nvlink.py", "tests/triton_kernels/test_protocols.py"
 CALLS = "tests/test_asked.py"
-SAMPLING = "tests/ops/test_sampling.py"
+SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/test_sizes.py"
 EXCHANGES = PLANNER + " -k exchange_says"
 ASKED = GROUP + " -k all_members_ask"
 CUT_OFF = WATCHDOG + " -k cut_off_from"
@@ -71,7 +71,11 @@ MUTANTS = (
     Mutant("shardlib/emit.py", '".unbind(0)") + reverse for p', '".unbind(0)") for p', GRAD),
     Mutant("shardlib/emit.py", "frozenset(inner[p] for p in leaves[1 + count:]), {}",
            "frozenset(inner[p] for p in leaves[1:] if p in inner), {}", IN_PLACE),
-    Mutant("shardlib/emit.py", "if sizes.setdefault(name, n) != n:", "if sizes.setdefault(name, n) > n:", API),
+    Mutant("shardlib/sizes.py", "if self.of.setdefault(name, n) != n:", "if self.of.setdefault(name, n) > n:", API),
+    Mutant("shardlib/sizes.py", "if self.size(dim) != self.size(other):", "if self.size(dim) > self.size(other):", SIZES),
+    Mutant("shardlib/sizes.py", "if not rest or self.size(whole) % rest:", "if not rest:", SIZES),
+    Mutant("shardlib/sizes.py", "for p in (program, *program.bodies())", "for p in (program,)", SIZES),
+    Mutant("shardlib/captured.py", "(t.data_ptr(), t.stride())", "t.data_ptr()", "tests/test_captured.py"),
     Mutant("shardlib/moves.py", "if any(e.coordinate[a] for a in fresh):",
            "if fresh and all(e.coordinate[a] for a in fresh):", PLANNER + " -k relabels_its_value"),
     Mutant("shardlib/moves.py", "{('sum' if kind == '+' else 'max')!r}", "{'sum'!r}", PLANNER + " -k relabels_its_value"),
@@ -86,8 +90,8 @@ MUTANTS = (
     # shardlib/complete.py, grad.py, pack.py, params.py
     Mutant("shardlib/complete.py", "for (p, _), n in zip(body.arg_leaves(), inputs[1:]) if n in self.params}",
            "for (p, _), n in zip(body.arg_leaves(), inputs) if n in self.params}", COND),
-    Mutant("shardlib/complete.py", "!= [k for _, k in bodies[1].arg_leaves()] or \\", "!= [k for _, k in bodies[0].arg_leaves()] or \\", COND),
-    Mutant("shardlib/complete.py", "!= [k for _, k in bodies[1].result_leaves()]:", "!= [k for _, k in bodies[0].result_leaves()]:", COND),
+    Mutant("shardlib/complete.py", 'for path, kind in b.arg_leaves()] + [("returns"', 'for path, kind in b.arg_leaves()[:0]] + [("returns"', COND),
+    Mutant("shardlib/complete.py", 'for _, k in b.result_leaves()] for b in bodies)', 'for _, k in b.result_leaves()[:0]] for b in bodies)', COND),
     Mutant("shardlib/complete.py", 'inputs[0] = self.move(inputs[0], whole, "the predicate of cond")', "pass", COND),
     Mutant("shardlib/complete.py", "inner.params |= {p for p, n in zip(paths, inputs) if n in self.params}",
            "pass", COND),
@@ -123,14 +127,14 @@ MUTANTS = (
            "piece = local // len(group)", EXPLAIN),
     Mutant("shardlib/project.py", "ALL_REDUCE: 2 * (k - 1) / k", "ALL_REDUCE: (k - 1) / k", PLANNER + " -k costs_is"),
     Mutant("shardlib/explain.py", "n + again * max(more)", "n + again * sum(more)", "tests/test_programs.py -k larger_branch"),
-    Mutant("shardlib/explain.py", "self.default), times * again, taken)", "self.default), again, taken)", EXPLAIN),
+    Mutant("shardlib/explain.py", "kinds), times * again, taken)", "kinds), again, taken)", EXPLAIN),
     Mutant("shardlib/explain.py", "whole if even or not exchange else -1", "whole", EXPLAIN),
     Mutant("shardlib/explain.py", '("max" if any(o.kind == "max" for o in have.owed) else "sum")', '"sum"', CALLS),
     Mutant("shardlib/explain.py", "want if step.op is ALL_GATHER else have, sizes", "have, sizes", CALLS),
     Mutant("shardlib/explain.py", "{exchanged(mesh, sizes, have, want, a, b) for a in members for b in members}",
            "{exchanged(mesh, sizes, have, want, members[0], b) for b in members}", EXPLAIN),
     Mutant("shardlib/dtypes.py", "step.inputs[len(step.inputs) - len(paths):]", "step.inputs", COND),
-    Mutant("shardlib/dtypes.py", "if i in step.op.index and i not in kept)", "if i in step.op.index)", EXPLAIN),
+    Mutant("shardlib/dtypes.py", "in found and i not in step.op.index:", "in found:", EXPLAIN),
     # shardlib/layout.py, mesh.py, spec.py, variables.py, local.py, step.py
     Mutant("shardlib/layout.py", "                used.update(prefix)\n", "", LAYOUT),
     Mutant("shardlib/layout.py", "            return axes[:i]\n", "            return ()\n", LAYOUT),
@@ -146,7 +150,7 @@ MUTANTS = (
     Mutant("shardlib/variables.py", "_renamed(block, {}, loops | ", "_renamed(block, {}, ", f"{GRAD} {IN_PLACE}"),
     Mutant("shardlib/local.py", "kinds = [s.owing(*(a for a in busy if a not in s.split_axes and a not in s.owed_axes)) for s in step.ins]",
            "kinds = [s.owing() for s in step.ins]", "tests/test_local.py"),
-    Mutant("shardlib/step.py", "*[x.key for x in operands], *attrs.items())", "*[x.key for x in operands])", API),
+    Mutant("shardlib/step.py", "repr(attrs), _place()", "None, _place()", API),
     Mutant("shardlib/step.py", "if op is RENAME:", "if False:", API),
     Mutant("shardlib/step.py", "Spec(v.spec.dims[1:], v.spec.owed), v.local[i], v.id == PARAM)",
            "Spec(v.spec.dims[1:], v.spec.owed), v.local[i])", API),
@@ -207,8 +211,8 @@ MUTANTS = (
     Mutant("shardlib/builder.py", 'self.called.get(self.source.get(i, i), "")', 'self.called.get(i, "")', INDICES),
     Mutant("shardlib/step.py", "        completer.where = step.where\n", "", INDICES),
     Mutant("ops/take.py", "here = index - start if start else index", "here = index", LOSSES),
-    Mutant("ops/take.py", "return torch.where(inside[..., None], F.embedding(here, table), 0)", "return F.embedding(here, table)", INDICES),
-    Mutant("ops/take.py", "return torch.where(inside, x.gather(dim, here.expand(shape)), 0).squeeze(dim)",
+    Mutant("ops/take.py", "return torch.where(inside[..., None], F.embedding(here, table), False if table.dtype == torch.bool else 0)", "return F.embedding(here, table)", INDICES),
+    Mutant("ops/take.py", "return torch.where(inside, x.gather(dim, here.expand(shape)), False if x.dtype == torch.bool else 0).squeeze(dim)",
            "return x.gather(dim, here.expand(shape)).squeeze(dim)", INDICES),
     Mutant("ops/take.py", "torch.where(inside[..., None], g, 0).reshape(", "g.reshape(", INDICES),
     Mutant("ops/take.py", "out.scatter_(dim, here.expand(g.shape), torch.where(inside, g, 0))", "out.scatter_(dim, here.expand(g.shape), g)", INDICES),
