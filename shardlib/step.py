@@ -55,7 +55,7 @@ class Stepper(Tracer):
     def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any]) -> Any:
         """Execute one call."""
         try:
-            key = (op, text or ins, outs, self.layout, *[x.key for x in operands], repr(attrs), _place() if op.index else None)
+            key = (op, text or ins, outs, self.layout, *[x.key for x in operands], repr(attrs) if attrs else "", _place() if op.index else None)
             function, made, lines = self.recipes[key]
         except (KeyError, AttributeError):
             function, made, lines = self._recipe(op, operands, text, ins, outs, attrs, self.layout if self.layout is not None else self.base)

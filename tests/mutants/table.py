@@ -150,7 +150,7 @@ MUTANTS = (
     Mutant("shardlib/variables.py", "_renamed(block, {}, loops | ", "_renamed(block, {}, ", f"{GRAD} {IN_PLACE}"),
     Mutant("shardlib/local.py", "kinds = [s.owing(*(a for a in busy if a not in s.split_axes and a not in s.owed_axes)) for s in step.ins]",
            "kinds = [s.owing() for s in step.ins]", "tests/test_local.py"),
-    Mutant("shardlib/step.py", "repr(attrs), _place()", "None, _place()", API),
+    Mutant("shardlib/step.py", "repr(attrs) if attrs else \"\", _place()", "None, _place()", API),
     Mutant("shardlib/step.py", "if op is RENAME:", "if False:", API),
     Mutant("shardlib/step.py", "Spec(v.spec.dims[1:], v.spec.owed), v.local[i], v.id == PARAM)",
            "Spec(v.spec.dims[1:], v.spec.owed), v.local[i])", API),
