@@ -9,7 +9,7 @@ contradict each other are told of by a `CheckpointWarning`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Mapping
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -89,9 +89,10 @@ def _llama(core: Tokenizer, saved: Mapping[str, Any], config: Mapping[str, Any])
 
 
 def _added(folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokens beside the vocabulary, by their content: of tokenizer.json, and before them those of added_tokens.json."""
-    older = {token: {"content": token, "normalized": True} for token in optional(folder / "added_tokens.json")}
-    return {**older, **{token["content"]: token for token in saved.get("added_tokens") or ()}}
+    """Tokens beside the vocabulary, by their content, in the order of their ids: of added_tokens.json, and of tokenizer.json, which wins."""
+    older = {id: {"content": token} for token, id in optional(folder / "added_tokens.json").items()}
+    found = {**older, **{token["id"]: token for token in saved.get("added_tokens") or ()}}
+    return {token["content"]: token for _, token in sorted(found.items(), key=lambda item: int(item[0]))}
 
 
 def _listed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def _add(core: Tokenizer, folder: Path, tokens: Mapping[str, Any], named: Mappin
     for content, token in (*tokens.items(), *extra.items()):
         flags = {flag: token[flag] for flag in FLAGS if isinstance(token, dict) and type(token.get(flag)) is bool}
         special = content in map(text, named.values()) or flags.get("special", False)
-        made = AddedToken(content, **{**flags, "special": special})
+        made = AddedToken(content, **{"normalized": not special, **flags, "special": special})
         if content and repr(there.get(content)) != repr(made):
             core.add_tokens([made])
     if core.get_vocab_size() > before and extra:
