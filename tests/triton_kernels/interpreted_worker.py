@@ -23,9 +23,10 @@ from trials import DTYPES, FAMILIES, Call, data, random_calls, wrong
 
 SEED = 5
 KERNELS = FAMILIES["all"]
-CALLS: list[Call] = [replace(call, kernel=KERNELS[i % len(KERNELS)], dtype=DTYPES[i % 3], blocks=1 + i % 2)
+CALLS: list[Call] = [replace(call, kernel=KERNELS[i % len(KERNELS)], dtype=DTYPES[i % 3], blocks=1 + i % 2, split=1)
                      for i, call in enumerate(random_calls("all", random.Random(SEED), 2 * len(KERNELS)))]
-"""Each kernel twice, with chunks of several blocks, and each dtype."""
+"""Each kernel twice, with chunks of several blocks, and each dtype. Blocks run one after another here, so that none waits for another's part
+of a row."""
 
 
 def slot_bytes(world: int) -> int:
