@@ -25,7 +25,7 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardlib.program import Op, Program, Step
+from shardlib.program import Program, Step
 from shardlib.spec import Spec
 
 Reference = Callable[..., Any]

@@ -16,7 +16,7 @@ from shardlib import Layout, Mesh, Params, compile, einsum, param, sharded, valu
 from shardlib.distributed.runtime import Runtime, connect
 from shardlib.functions import silu, sum
 from shardlib.models import decoder, decoding
-from shardlib.models.decoding import Model, Sampling, weight_types
+from shardlib.models.decoding import Model, Sampling
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig
 from shardlib.models.random_weights import SHAPES
