@@ -1,6 +1,7 @@
 """How fast a model generates: `python -m shardlib.models.bench_generate`, alone or under torchrun with a mesh.
 
-    torchrun --nproc-per-node 4 -m shardlib.models.bench_generate --weights random:llama3-8b --mesh tp=4 --batch 1,8,32,128
+    torchrun --nproc-per-node 4 -m shardlib.models.bench_generate \\
+        --weights random:llama3-8b --mesh tp=4 --batch 1,8,32,128
 
 For each batch: ms a step as the device takes it, one replay after another; ms between two tokens as a user of
 `generate` sees them; time to the first token; tokens/s of the whole call. `floor` is the share of the memory floor:
@@ -33,7 +34,7 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one batch. step_ms: by the device; token_ms: between tokens; call_ms: the whole call over the tokens of a row."""
+    """Of one batch. step_ms: by the device; token_ms: between tokens; call_ms: the whole call over a row's tokens."""
     rows: int
     step_ms: float
     token_ms: float
@@ -105,8 +106,10 @@ def _tensors(tree: object) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="shardlib.models.bench_generate", description="Measure how fast a Llama generates.")
-    parser.add_argument("--weights", default="random:llama3-1b", help="random:llama3-1b, random:llama3-8b, random:llama3-70b")
+    parser = argparse.ArgumentParser(prog="shardlib.models.bench_generate",
+                                     description="Measure how fast a Llama generates.")
+    parser.add_argument("--weights", default="random:llama3-1b",
+                        help="random:llama3-1b, random:llama3-8b, random:llama3-70b")
     parser.add_argument("--model", help="in place of --weights: smollm2, a Hugging Face Llama folder, or a .gguf file")
     parser.add_argument("--mesh", default="", help='axes and sizes, as in "tp=4"; by default one rank')
     parser.add_argument("--layout", default="tp")
@@ -154,7 +157,8 @@ def run(options: argparse.Namespace) -> None:
             say(f"{m.rows:6} {m.step_ms:11.3f} {m.floor_ms:10.3f} {m.floor_ms / m.step_ms:6.0%} {m.token_ms:13.3f} "
                 f"{m.first_ms:16.1f} {m.tokens_per_second:10.0f}")
         if options.json and runtime.rank == 0:
-            print(json.dumps({"weights": name, "mesh": str(mesh), "bytes_per_second": rate, "batches": [asdict(m) for m in made]}))
+            print(json.dumps({"weights": name, "mesh": str(mesh), "bytes_per_second": rate,
+                              "batches": [asdict(m) for m in made]}))
 
 
 if __name__ == "__main__":
