@@ -25,7 +25,7 @@ LAYER = {"norm1": ("input_layernorm", "D -> D"), "norm2": ("post_attention_layer
          "wv": ("self_attn.v_proj", "(K H) D -> D K H"), "wo": ("self_attn.o_proj", "D (K G H) -> K G H D"),
          "gate": ("mlp.gate_proj", "F D -> D F"), "up": ("mlp.up_proj", "F D -> D F"), "down": ("mlp.down_proj", "D F -> F D")}
 OUTER = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-ORDERS = 8
+ORDERS, MORE_ORDERS = 8, 64
 
 
 # -- to and from transformers ------------------------------------------------------------------------------------------
@@ -161,7 +161,15 @@ def error(found: Tensor, truth: Tensor) -> float:
     return (found.double() - truth).square().mean(-1).sqrt().median().item()
 
 
-def worst(errors: Callable[[torch.dtype], list[float]], dtype: torch.dtype) -> float:
+def is_as_good(found: float, errors: Callable[[torch.dtype, int], list[float]], dtype: torch.dtype) -> bool:
+    """Whether an error is at most twice the worst of torch's own. errors(dtype, orders): torch's, with sums in so many orders.
+
+    Eight orders tell that mostly: the worst of eight errors of one model differs by more than twice from the worst of eight others once
+    in some 200 models, so where eight do not tell, 64 do."""
+    return any(found <= 2 * _worst(lambda of: errors(of, orders), dtype) for orders in (ORDERS, MORE_ORDERS))
+
+
+def _worst(errors: Callable[[torch.dtype], list[float]], dtype: torch.dtype) -> float:
     """The worst of torch's own errors at `dtype`. At fp64, also of those at fp32, as much smaller as fp64 is finer, and twice that:
     what is called true was computed at fp64, and is as wrong as what is measured by it."""
     if dtype != torch.float64:
@@ -171,10 +179,10 @@ def worst(errors: Callable[[torch.dtype], list[float]], dtype: torch.dtype) -> f
 
 
 @torch.no_grad()
-def logits_of_torch(w: Mapping[str, Tensor], ids: Tensor, config: LlamaConfig, dtype: torch.dtype) -> list[Tensor]:
+def logits_of_torch(w: Mapping[str, Tensor], ids: Tensor, config: LlamaConfig, dtype: torch.dtype, orders: int = ORDERS) -> list[Tensor]:
     """The logits by transformers and by plain torch at `dtype`; at fp64, where transformers computes some steps in fp32, by the latter."""
-    models = [shuffled({path: t.to(dtype) for path, t in w.items()}, order) for order in range(ORDERS)]
-    theirs = [to_transformers(model, config)(ids).logits for model in models[:ORDERS // 2] if dtype != torch.float64]
+    models = [shuffled({path: t.to(dtype) for path, t in w.items()}, order) for order in range(orders)]
+    theirs = [to_transformers(model, config)(ids).logits for model in models[:orders // 2] if dtype != torch.float64]
     return [*(logits(model, ids, config, parts=1 + order % 4) for order, model in enumerate(models)), *theirs]
 
 

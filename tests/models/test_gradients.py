@@ -49,11 +49,11 @@ def test_gradients(batch: Batch, placement: tuple[Mesh, Layout], regather: str) 
     ran = batch.run(*placement, regather)
     truth = batch.by_torch(torch.float64)
 
-    def errors(dtype: torch.dtype) -> list[float]:
-        return [reference.gradients_error(batch.by_torch(dtype, order), truth) for order in range(reference.ORDERS)]
+    def errors(dtype: torch.dtype, orders: int) -> list[float]:
+        return [reference.gradients_error(batch.by_torch(dtype, order), truth) for order in range(orders)]
     found = dict(zip(batch.weights, ran.results[1:], strict=True))
     assert {t.dtype for t in found.values()} == {batch.dtype}
-    assert reference.gradients_error(found, truth) <= 2 * reference.worst(errors, batch.dtype)
+    assert reference.is_as_good(reference.gradients_error(found, truth), errors, batch.dtype)
     assert leaves("w", ran.program.results[1].tree) == leaves("w", dict(ran.program.args)["w"])
 
 
@@ -64,12 +64,16 @@ def test_the_reference_is_transformers(batch: Batch) -> None:
     model = reference.to_transformers(weights, config)
     logits = model(batch.ids).logits
     exact = reference.logits(batch.weights, batch.ids, config)
-    allowed = [reference.error(reference.logits(reference.shuffled(weights, order), batch.ids, config), exact) for order in range(reference.ORDERS)]
-    assert reference.error(logits.detach(), exact) <= 2 * max(allowed)
+
+    def of_logits(dtype: torch.dtype, orders: int) -> list[float]:
+        return [reference.error(reference.logits(reference.shuffled(weights, order), batch.ids, config), exact) for order in range(orders)]
+
+    def of_gradients(dtype: torch.dtype, orders: int) -> list[float]:
+        return [reference.gradients_error(batch.by_torch(dtype, order), truth) for order in range(orders)]
+    assert reference.is_as_good(reference.error(logits.detach(), exact), of_logits, torch.float32)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).backward()
     found = reference.from_transformers({name: p.grad for name, p in model.named_parameters()}, config)
-    allowed = [reference.gradients_error(batch.by_torch(torch.float32, order), truth) for order in range(reference.ORDERS)]
-    assert reference.gradients_error(found, truth) <= 2 * max(allowed)
+    assert reference.is_as_good(reference.gradients_error(found, truth), of_gradients, torch.float32)
 
 
 # -- what is kept, and what is gathered again --------------------------------------------------------------------------
