@@ -165,7 +165,7 @@ def is_as_good(found: float, errors: Callable[[torch.dtype, int], list[float]], 
     """Whether an error is at most twice the worst of torch's own. errors(dtype, orders): torch's, with sums in so many orders.
 
     Eight orders tell that mostly: the worst of eight errors of one model differs by more than twice from the worst of eight others once
-    in some 200 models, so where eight do not tell, 64 do."""
+    in some 700 models, so where eight do not tell, 64 do."""
     return any(found <= 2 * _worst(lambda of: errors(of, orders), dtype) for orders in (ORDERS, MORE_ORDERS))
 
 
