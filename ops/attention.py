@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardlib.dtypes import widest
 from shardlib.errors import SpecError
+from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
@@ -82,11 +83,11 @@ def _whole(step: Step) -> tuple[str, ...]:
     return (q.names[-1], *(n for n in k.names if n not in q.names))
 
 
-def _offset(e: Any, step: Step) -> int:
+def _offset(e: LocalCode, step: Step) -> int:
     return e.rows(step.ins[0].dims[1])[0]
 
 
-def _emit(e: Any, step: Step, args: list[str]) -> str:
+def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     if len(args) == 4:
         b, t, heads, g, h = e.shape(step.ins[0])
         added = e.hoist(args[3], f"{e.use(bias)}({{x}}, {g}, torch.{widest(*(e.dtypes[n] for n in step.inputs[:3]))})")
@@ -98,7 +99,7 @@ def _emit(e: Any, step: Step, args: list[str]) -> str:
     return f"{e.use(attend_causal)}({', '.join(args)}, {_offset(e, step)})"
 
 
-def _emit_vjp(e: Any, step: Step, args: list[str]) -> str:
+def _emit_vjp(e: LocalCode, step: Step, args: list[str]) -> str:
     if len(args) == 5:
         return f"{e.use(attend_vjp)}({', '.join(args)})"
     return f"{e.use(attend_causal_vjp)}({', '.join(args)}, {_offset(e, step)})"

@@ -29,6 +29,7 @@ from shardlib.arithmetic import SUB
 from shardlib.dtypes import Dtypes, widest
 from shardlib.errors import SpecError
 from shardlib.index_check import IndexSite
+from shardlib.local_code import LocalCode
 from shardlib.ops.take import local, pick
 from shardlib.pointwise import OPS as UNARY
 from shardlib.program import Op, Step
@@ -101,7 +102,7 @@ def _along(arg: str, narrow: Spec, like: Spec) -> str:
 
 def _over_logits(helper: Any, pieces: bool) -> Any:
     """Code of a helper that takes logits and labels; and, where V may be split, where this rank's piece begins and whether it is the first."""
-    def emit(e: Any, step: Step, args: list[str]) -> str:
+    def emit(e: LocalCode, step: Step, args: list[str]) -> str:
         (x, labels, *_), (logits, index, *rest), dim = step.ins, args, _over(step)
         ignored = step.options.get("ignore_index")
         site = e.index_site(step, 1, index, dim, "labels", op="cross_entropy", ignored=ignored,

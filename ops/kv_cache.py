@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardlib.errors import SpecError
 from shardlib.index_check import IndexSite
+from shardlib.local_code import LocalCode
 from shardlib.ops.rope import positions
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
@@ -35,14 +36,14 @@ def slots_seen(start: Tensor, offset: int, t: int, first: int, s: int) -> Tensor
     return torch.arange(first, first + s, device=start.device) <= positions(start, offset, t)[..., None]
 
 
-def _write(e: Any, step: Step, args: list[str]) -> str:
+def _write(e: LocalCode, step: Step, args: list[str]) -> str:
     cache = args[0] if step.inputs[0] in e.in_place else f"{args[0]}.clone()"
     site = e.index_site(step, 2, args[2], step.ins[0].dims[1], "start", rows=step.ins[1].dims[1])
     where = e.hoist(args[2], f"{e.use(slots)}({{x}}, {e.shape(step.ins[1])}, {site})")
     return f"{cache}.scatter_(1, {where}, {args[1]})"
 
 
-def _mask(e: Any, step: Step, args: list[str]) -> str:
+def _mask(e: LocalCode, step: Step, args: list[str]) -> str:
     (out,) = step.outs
     (offset, t), (first, s) = map(e.rows, out.dims[1:])
     return f"{e.use(slots_seen)}({args[0]}, {offset}, {t}, {first}, {s})"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shardlib.dtypes import as_they_come, widest
 from shardlib.errors import SpecError
+from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
@@ -26,7 +27,7 @@ def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
     return (ins[0],)
 
 
-def _emit(e: Any, step: Step, args: list[str]) -> str:
+def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     (x, w), shape = (e.dtypes[n] for n in step.inputs), f"({e.shape(step.ins[1])[0]},)"
     if x == w:
         return f"F.rms_norm({args[0]}, {shape}, {args[1]}, {step.options['eps']!r})"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardlib.dtypes import FLOATS, as_they_come, widest
 from shardlib.errors import SpecError
+from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
@@ -64,7 +65,7 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor], half: int) -> Tensor:
     return torch.addcmul(x * turn[0], x.roll(half, -1), turn[1])
 
 
-def _table(e: Any, step: Step, args: list[str]) -> str:
+def _table(e: LocalCode, step: Step, args: list[str]) -> str:
     (out,) = step.outs
     if e.sizes[out.labels[2]] % 2:
         raise SpecError(f"rope_table: {out.labels[2]} is {e.sizes[out.labels[2]]}; its halves are turned in pairs, so it is even")
@@ -75,7 +76,7 @@ def _table(e: Any, step: Step, args: list[str]) -> str:
 
 
 def _rope(prepare: Any) -> Any:
-    def emit(e: Any, step: Step, args: list[str]) -> str:
+    def emit(e: LocalCode, step: Step, args: list[str]) -> str:
         x, table = step.ins
         index = ", ".join(":" if n in table.labels else "None" for n in x.labels)
         turn, half = e.hoist(args[1], f"{e.use(prepare)}({{x}}[{index}])", parts=2), e.shape(x)[-1] // 2

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shardlib.errors import SpecError
+from shardlib.local_code import LocalCode
 from shardlib.params import uniform
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
@@ -38,7 +39,7 @@ def draw(logits: Tensor, position: Tensor, row: Tensor, temperature: float, top_
     return order.gather(-1, chosen)[:, 0]
 
 
-def _emit(e: Any, step: Step, args: list[str]) -> str:
+def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     o, (rows, _) = step.options, step.ins[0].dims
     row = args[2] if len(args) == 3 else f"{e.use(places)}({args[0]}, {e.rows(rows)[0]})"
     return f"{e.use(draw)}({args[0]}, {args[1]}, {row}, {o['temperature']!r}, {o['top_p']!r}, {o['seed']!r})"

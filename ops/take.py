@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shardlib.errors import SpecError
 from shardlib.index_check import IndexSite
+from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
@@ -83,7 +84,7 @@ def pick_vjp(index: Tensor, g: Tensor, dim: int, start: int, size: int, site: In
     return out.scatter_(dim, here.expand(g.shape), torch.where(inside, g, 0)) if size else out
 
 
-def _embed(e: Any, step: Step, args: list[str]) -> str:
+def _embed(e: LocalCode, step: Step, args: list[str]) -> str:
     table = step.ins[1]
     site = e.index_site(step, 0, args[0], table.dims[0], "ids")
     return f"{e.use(rows_of)}({args[0]}, {args[1]}, {e.rows(table.dims[0])[0]}, {site})"
@@ -93,7 +94,7 @@ def _embed_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [None, b.call(EMBEDDING_VJP, [step.inputs[0], ct[0]], outs=(step.ins[1].owing(),))]
 
 
-def _embed_back(e: Any, step: Step, args: list[str]) -> str:
+def _embed_back(e: LocalCode, step: Step, args: list[str]) -> str:
     (out,) = step.outs
     start, size = e.rows(out.dims[0])
     return f"{e.use(rows_vjp)}({args[0]}, {args[1]}, {start}, {size}, {e.index_site(step, 0, args[0], out.dims[0], 'ids', op='embedding')})"
@@ -107,7 +108,7 @@ def _index(arg: str, index: Any, x: Any) -> str:
     return f"{arg}[{', '.join(':' if n in index.labels else 'None' for n in x.labels)}]"
 
 
-def _take(e: Any, step: Step, args: list[str]) -> str:
+def _take(e: LocalCode, step: Step, args: list[str]) -> str:
     x, index = step.ins
     name = _gone(x, step.outs[0])
     dim = x.labels.index(name)
@@ -119,7 +120,7 @@ def _take_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [b.call(TAKE_VJP, [step.inputs[1], ct[0]], outs=(step.ins[0].owing(),)), None]
 
 
-def _take_back(e: Any, step: Step, args: list[str]) -> str:
+def _take_back(e: LocalCode, step: Step, args: list[str]) -> str:
     (x,), (index, g) = step.outs, step.ins
     name = _gone(x, g)
     dim = x.dim(name)

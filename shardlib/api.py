@@ -33,7 +33,7 @@ from shardlib.sizes import bind_sizes
 from shardlib.spec import Spec
 from shardlib.step import run_steps
 from shardlib.surroundings import any_autocast, refuse_gradients, without_autocast
-from shardlib.trace import Function, argument_trees, definition, trace_results, tracing
+from shardlib.trace import Function, argument_trees, trace_results, tracing
 
 
 class Sharded(Function):
@@ -131,7 +131,7 @@ class ValueAndGrad:
         """SpecError where a gradient is wanted by a tensor that is not of floating point. `dtypes`: of the arguments' leaves, by path."""
         wrong = next((path for path, kind in dtypes.items() if path.split(".")[0] in self.wrt and not getattr(torch, kind).is_floating_point), None)
         if wrong:
-            raise SpecError(f"value_and_grad: {wrong} is {dtypes[wrong]}; only floating-point tensors have gradients").at(definition(self.f))
+            raise SpecError(f"value_and_grad: {wrong} is {dtypes[wrong]}; only floating-point tensors have gradients").at(self.f.definition)
 
 
 def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *, regather: str = "all") -> ValueAndGrad:
@@ -166,7 +166,7 @@ def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *, regat
     wrong = (f"{f.__name__} has no argument {unknown}" if unknown is not None else f"wrt names {twice} twice" if twice else
              f"{f.__name__} takes no pytree, by which gradients are where wrt is not given" if wrt is None else "wrt is empty")
     if unknown is not None or twice or not names:
-        raise SpecError(f"value_and_grad: {wrong}; the arguments are {', '.join(f.arg_names)}").at(definition(f))
+        raise SpecError(f"value_and_grad: {wrong}; the arguments are {', '.join(f.arg_names)}").at(f.definition)
     return ValueAndGrad(f, names, regather)
 
 

@@ -7,16 +7,14 @@ A number of Python widens no dtype: integers stay integers under whole numbers, 
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import Any, Callable, Sequence
 
 from shardlib.dtypes import fractional, reading
 from shardlib.errors import SpecError
+from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
 from shardlib.spec import Spec
-
-if TYPE_CHECKING:
-    from shardlib.emit import Emitter
 
 _SIGN = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
@@ -44,7 +42,7 @@ def _infer(op: str) -> Callable[..., tuple[Spec, ...]]:
     return lambda ins, attrs: (broadcast(op, ins),)
 
 
-def _emit(e: Emitter, step: Step, args: list[str]) -> str:
+def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     a, b = (align(x, s, step.outs[0]) for x, s in zip(args, step.ins))
     return f"{a} {_SIGN[step.op.name]} {b}"
 

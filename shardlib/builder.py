@@ -14,9 +14,10 @@ from shardlib.dtypes import FLOATS
 from shardlib.einsum import EINSUM
 from shardlib.mesh import Mesh
 from shardlib.pointwise import CAST, CAST_LIKE
-from shardlib.program import Op, Program, Step, Where
+from shardlib.program import Op, Program, Step
 from shardlib.reductions import SPREAD
 from shardlib.rules import natural
+from shardlib.source import Where
 from shardlib.spec import Spec
 from shardlib.trace import RESERVED, fresh
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from typing import TYPE_CHECKING, Any, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -17,9 +17,7 @@ from shardlib.dtypes import ITEMSIZE
 from shardlib.errors import SpecError
 from shardlib.layout import Layout
 from shardlib.params import Params
-
-if TYPE_CHECKING:
-    from shardlib.trace import Function
+from shardlib.signature import Signature
 
 _MISCALLED = re.compile(r"(\w+)\(\) (missing|takes|got) .*")
 _PUBLIC = ("shardlib", "shardlib.functions", "shardlib.ops")
@@ -31,7 +29,7 @@ def check_layout(who: str, layout: Any) -> None:
         raise SpecError(f'{who}: the layout is {what(layout)}; it is a Layout, as in Layout(B="dp") or Layout.parse("B=dp")')
 
 
-def check_static(f: Function, static: Mapping[str, Any]) -> None:
+def check_static(f: Signature, static: Mapping[str, Any]) -> None:
     """SpecError unless `static` are the keyword-only arguments of `f`."""
     for name in static:
         if name in f.arg_names:
@@ -42,20 +40,20 @@ def check_static(f: Function, static: Mapping[str, Any]) -> None:
         raise SpecError(f"{f.__name__}: the keyword argument {missing[0]} is missing")
 
 
-def refuse_named(f: Function, named: Mapping[str, Any]) -> None:
+def refuse_named(f: Signature, named: Mapping[str, Any]) -> None:
     """SpecError where what has been made of `f` is called with arguments by name."""
     if named:
         raise SpecError(f"{f.__name__}: {next(iter(named))} is given by name; tensors are given by their place, static arguments when it is compiled")
 
 
-def check_count(f: Function, args: Sequence[Any]) -> None:
+def check_count(f: Signature, args: Sequence[Any]) -> None:
     """SpecError unless `f` is given as many arguments as it takes."""
     if len(args) != len(f.arg_names):
         takes = f"{f.__name__} takes {len(f.arg_names)} argument{'s' * (len(f.arg_names) != 1)}, {', '.join(f.arg_names)}"
         raise SpecError(f"{takes}; {len(args)} {'was' if len(args) == 1 else 'were'} given")
 
 
-def check_tree(f: Function, name: str, given: Any, hint: Any) -> None:
+def check_tree(f: Signature, name: str, given: Any, hint: Any) -> None:
     """SpecError unless `given` is a pytree that the argument `name` of `f` may be."""
     wanted = hint if isinstance(hint, type) and issubclass(hint, Params) else None
     if not isinstance(given, wanted or Params):
@@ -72,7 +70,7 @@ def _a(name: str) -> str:
     return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
 
 
-def check_tensors(f: Function, leaves: Iterable[tuple[str, Any]]) -> None:
+def check_tensors(f: Signature, leaves: Iterable[tuple[str, Any]]) -> None:
     """SpecError unless all leaves are plain tensors of dtypes that programs have, on one device. A prepared leaf is a tuple of layers."""
     first: tuple[str, Tensor] | None = None
     for path, leaf in leaves:
@@ -94,10 +92,10 @@ def check_tensors(f: Function, leaves: Iterable[tuple[str, Any]]) -> None:
 def misuse(error: TypeError | ValueError, ours: Any) -> SpecError | None:
     """What is said in place of an error that a function of the library was called with what it does not take; None where a user's own
     code has raised it. ours(module): whether a module is the library's."""
-    frames, at = [], error.__traceback__
-    while at is not None:
-        frames.append(at.tb_frame)
-        at = at.tb_next
+    frames, entry = [], error.__traceback__
+    while entry is not None:
+        frames.append(entry.tb_frame)
+        entry = entry.tb_next
     last = max((i for i, frame in enumerate(frames) if not ours(frame.f_globals.get("__name__", ""))), default=-1)
     if last + 1 < len(frames):
         return SpecError(f"{frames[last + 1].f_code.co_name}: {error}") if last >= 0 else None

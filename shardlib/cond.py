@@ -8,25 +8,18 @@ still owes; bodies whose results differ in type, or, as far as that is known, in
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shardlib.calls import check_count, what
 from shardlib.dtypes import fixed_dtypes, unlike
 from shardlib.errors import SpecError
 from shardlib.params import Params, fill, leaf_values
-from shardlib.program import Op, Step
+from shardlib.program import Op
 from shardlib.rules import Rule
 from shardlib.trace import Function, Value, apply, check_dims, trace_results
 
-if TYPE_CHECKING:
-    from shardlib.emit import Emitter
 
-
-def _emit(e: Emitter, step: Step, args: list[str]) -> str:
-    raise AssertionError("cond is written by the emitter itself")
-
-
-COND = Op("cond", rule=lambda step: Rule(), emit=_emit, index=(0,), takes=("any",))
+COND = Op("cond", rule=lambda step: Rule(), index=(0,), takes=("any",))
 
 
 def cond(predicate: Any, yes: Function, no: Function, *args: Any) -> Any:

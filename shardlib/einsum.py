@@ -11,17 +11,15 @@ from __future__ import annotations
 import math
 import string
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 from shardlib.dtypes import counted, reading
 from shardlib.errors import SpecError
+from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_signature
 from shardlib.trace import apply
-
-if TYPE_CHECKING:
-    from shardlib.emit import Emitter
 
 
 def einsum(text: str, *operands: Any) -> Any:
@@ -59,7 +57,7 @@ def _vjp(b: Any, step: Step, cotangents: Sequence[str]) -> list[str]:
             for i in range(len(step.ins))]
 
 
-def _emit(e: Emitter, step: Step, args: list[str]) -> str:
+def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     shapes = {label: n for s in step.ins for label, n in zip(s.labels, e.shape(s))}
     return contraction([list(s.labels) for s in step.ins], list(step.outs[0].labels), args, shapes)
 

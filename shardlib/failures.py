@@ -15,7 +15,8 @@ from shardlib.distributed.rank_error import RankError
 from shardlib.errors import SpecError
 from shardlib.messages import WORDS
 from shardlib.moves import COLLECTIVES
-from shardlib.program import Step, Where
+from shardlib.program import Step
+from shardlib.source import Where
 
 Lines = Mapping[str, Sequence[Step | None]]
 """By the file of generated code, the step that each of its lines is of."""

@@ -18,7 +18,7 @@ import inspect
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,14 +27,12 @@ from shardlib import testing
 from shardlib.calls import what
 from shardlib.dtypes import ITEMSIZE, as_they_come
 from shardlib.errors import SpecError
+from shardlib.local_code import LocalCode
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_signature
 from shardlib.trace import apply
-
-if TYPE_CHECKING:
-    from shardlib.emit import Emitter
 
 
 def local(text: str, f: Callable, *operands: Any, dtype: str | Sequence[str] | None = None) -> Any:
@@ -71,7 +69,7 @@ def _names(dtype: Any) -> bool:
     return dtype is None or isinstance(dtype, tuple) and all(isinstance(kind, str) and kind in ITEMSIZE for kind in dtype)
 
 
-def _emit(e: Emitter, step: Step, args: Sequence[str]) -> str:
+def _emit(e: LocalCode, step: Step, args: Sequence[str]) -> str:
     shapes, kinds = tuple(map(e.shape, step.outs)), step.options.get("dtype", (None,) * len(step.outs))
     if len(kinds) != len(shapes):
         raise SpecError(f"local: dtype names {len(kinds)}, the text has {len(shapes)} results")

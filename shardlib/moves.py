@@ -15,16 +15,14 @@ Every move is the identity on what its operand denotes, so its transpose is the 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
+from shardlib.local_code import LocalCode
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec
 from shardlib.trace import RESHARD, apply
-
-if TYPE_CHECKING:
-    from shardlib.emit import Emitter
 
 
 def changed_dims(have: Spec, want: Spec) -> list[int]:
@@ -66,17 +64,17 @@ def _overlap(mesh: Mesh, sizes: Mapping[str, int], have: Spec, want: Spec, dims:
     return out
 
 
-def _extent(e: Emitter, spec: Spec, i: int, coordinate: Mapping[str, int]) -> tuple[int, int]:
+def _extent(e: LocalCode, spec: Spec, i: int, coordinate: Mapping[str, int]) -> tuple[int, int]:
     """(start, size) in rows along dim i."""
     return e.mesh.rows(spec.dims[i], e.sizes, coordinate)
 
 
-def _members(e: Emitter, axes: Sequence[str]) -> list[dict[str, int]]:
+def _members(e: LocalCode, axes: Sequence[str]) -> list[dict[str, int]]:
     """Coordinates of the group over `axes` that this rank is in, in order."""
     return [e.mesh.coordinate(r) for r in e.mesh.group(axes, e.rank)]
 
 
-def _shard(e: Emitter, step: Step, args: list[str]) -> str:
+def _shard(e: LocalCode, step: Step, args: list[str]) -> str:
     (have,), (want,), text = step.ins, step.outs, args[0]
     for i in changed_dims(have, want):
         (at, _), (start, size) = _extent(e, have, i, e.coordinate), _extent(e, want, i, e.coordinate)
@@ -84,7 +82,7 @@ def _shard(e: Emitter, step: Step, args: list[str]) -> str:
     return text
 
 
-def _owe(e: Emitter, step: Step, args: list[str]) -> str:
+def _owe(e: LocalCode, step: Step, args: list[str]) -> str:
     (have,), (want,), text = step.ins, step.outs, args[0]
     pads = [0, 0] * len(have.dims)
     for i in changed_dims(have, want):
@@ -98,13 +96,13 @@ def _owe(e: Emitter, step: Step, args: list[str]) -> str:
     return f"F.pad({text}, {tuple(pads)})" if any(pads) else text
 
 
-def _all_reduce(e: Emitter, step: Step, args: list[str]) -> str:
+def _all_reduce(e: LocalCode, step: Step, args: list[str]) -> str:
     axes = axes_of(step, e.mesh)
     kind = next(o.kind for o in step.ins[0].owed if o.axis in axes)
     return e.collective(axes, "all_reduce", [args[0]], repr("sum" if kind == "+" else "max"))
 
 
-def _reduce_scatter(e: Emitter, step: Step, args: list[str]) -> str:
+def _reduce_scatter(e: LocalCode, step: Step, args: list[str]) -> str:
     (have,), (want,) = step.ins, step.outs
     (i,) = changed_dims(have, want)
     axes = axes_of(step, e.mesh)
@@ -113,14 +111,14 @@ def _reduce_scatter(e: Emitter, step: Step, args: list[str]) -> str:
     return e.collective(axes, "reduce_scatter", [args[0]], f"{i}, {sizes}, {('sum' if kind == '+' else 'max')!r}")
 
 
-def _all_gather(e: Emitter, step: Step, args: list[str]) -> str:
+def _all_gather(e: LocalCode, step: Step, args: list[str]) -> str:
     (have,), (want,) = step.ins, step.outs
     (i,) = changed_dims(have, want)
     axes = axes_of(step, e.mesh)
     return e.collective(axes, "all_gather", [args[0]], f"{i}, {tuple(_extent(e, have, i, c)[1] for c in _members(e, axes))}")
 
 
-def _exchange(e: Emitter, step: Step, args: list[str]) -> str:
+def _exchange(e: LocalCode, step: Step, args: list[str]) -> str:
     """Each rank cuts what it has by what the others want, and joins what it gets: both along one dim or along two."""
     (have,), (want,) = step.ins, step.outs
     changed = changed_dims(have, want)

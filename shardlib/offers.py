@@ -17,9 +17,10 @@ from shardlib.convert import Move, plan
 from shardlib.errors import SpecError, bytes_text
 from shardlib.layout import EXPLICIT, Layout
 from shardlib.moves import COLLECTIVES
-from shardlib.program import Program, Result, Step, Where
+from shardlib.program import Program, Result, Step
 from shardlib.rules import Rule, natural
 from shardlib.scan import SCAN
+from shardlib.source import Where
 from shardlib.spec import Dim, Factor, Owed, Spec
 from shardlib.trace import RESHARD
 
@@ -116,7 +117,7 @@ def _call_in_source(where: Where | None) -> str:
     """The expression that was being computed, in parentheses; nothing where the source is not at hand."""
     if where is None or where.code is None:
         return ""
-    first, last, start, end = next(islice(where.code.co_positions(), where.at // 2, None), (None,) * 4)
+    first, last, start, end = next(islice(where.code.co_positions(), where.instruction // 2, None), (None,) * 4)
     if None in (first, last, start, end):
         return ""
     text = [linecache.getline(where.file, n).encode() for n in range(first, last + 1)]

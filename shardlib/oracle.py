@@ -31,6 +31,7 @@ from torch import Tensor
 
 from shardlib.dtypes import step_dtypes
 from shardlib.emit import Emitter, load
+from shardlib.local_code import LocalCode
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Program, Result, Step
 from shardlib.rearrange import RENAME, by_factor, renamed
@@ -214,7 +215,7 @@ class Trial:
             self._duals[j, kind] = place(self.cotangents[j], kind, self.sizes, self.mesh, self.generator)
         return self._duals[j, kind]
 
-    def code(self, e: Emitter, ins: Sequence[Spec], outs: Sequence[Spec]) -> Callable:
+    def code(self, e: LocalCode, ins: Sequence[Spec], outs: Sequence[Spec]) -> Callable:
         """The generated function of a rank, which says on what it depends: the op's own text."""
         step = self.case.step(ins, outs)
         e.constants.clear()

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Collection, Mapping
+from typing import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from shardlib.einsum import EINSUM
+from shardlib.local_code import LocalCode
 from shardlib.program import Program, Step
 from shardlib.scan import SCAN
 from shardlib.spec import Dim, Spec
-
-if TYPE_CHECKING:
-    from shardlib.emit import Emitter
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def pack(group: Packing, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return tuple(whole.unbind(0))
 
 
-def emit_packed(e: Emitter, group: Packing, body: Program, names: dict[str, str], weight: str, uses: Mapping[str, int]) -> list[str]:
+def emit_packed(e: LocalCode, group: Packing, body: Program, names: dict[str, str], weight: str, uses: Mapping[str, int]) -> list[str]:
     """The lines of one matmul and of what it computes; `names` gets the variables of the steps that are done by them.
 
     Neighbours that the body puts through the same op along their last dim (q and k through rope) go through it joined.
@@ -147,7 +145,7 @@ def _runs(group: Packing, body: Program, made: Collection[str]) -> list[list[tup
     return runs
 
 
-def _joined(e: Emitter, run: list[tuple[Step, Step]], part: str, left: int, names: dict[str, str]) -> tuple[list[str], list[str]]:
+def _joined(e: LocalCode, run: list[tuple[Step, Step]], part: str, left: int, names: dict[str, str]) -> tuple[list[str], list[str]]:
     """The variables of the pieces, and the lines that make them: one call of the op that all of them go through."""
     (step, op), last = run[0], run[0][0].outs[0].dims[-1]
     lead = e.shape(step.outs[0])[:left]
@@ -160,6 +158,6 @@ def _joined(e: Emitter, run: list[tuple[Step, Step]], part: str, left: int, name
     return pieces, [f"{whole} = {e.view(part, (*lead, sum(heads), size))}", f"{', '.join(pieces)} = {text}.split({tuple(heads)}, {left})"]
 
 
-def _view(e: Emitter, step: Step, text: str, left: int) -> str:
+def _view(e: LocalCode, step: Step, text: str, left: int) -> str:
     out = e.shape(step.outs[0])
     return text if len(out) == left + 1 else e.view(text, out)

@@ -15,6 +15,7 @@ from torch import Tensor
 from shardlib.arithmetic import align, broadcast
 from shardlib.dtypes import FLOATS, as_they_come, widest
 from shardlib.errors import SpecError
+from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
 from shardlib.spec import Spec
@@ -85,7 +86,7 @@ def _cast_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [b.like(ct[0], step.inputs[0]), *[None] * (len(step.inputs) - 1)]
 
 
-def _to(e: Any, step: Step, args: list[str]) -> str:
+def _to(e: LocalCode, step: Step, args: list[str]) -> str:
     """The first operand in the dtype of the result."""
     have, want = e.dtypes[step.inputs[0]], e.dtypes[step.outputs[0]]
     return args[0] if have == want else f"{args[0]}.to(torch.{want})"
@@ -113,7 +114,7 @@ def _where_infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]
     return (broadcast("where", ins),)
 
 
-def _where_emit(e: Any, step: Step, args: list[str]) -> str:
+def _where_emit(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"torch.where({', '.join(align(a, s, step.outs[0]) for a, s in zip(args, step.ins))})"
 
 

@@ -9,31 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from shardlib.errors import SpecError
+from shardlib.layout import Layout
 from shardlib.rules import Rule
+from shardlib.source import Where
 from shardlib.spec import Spec
-
-if TYPE_CHECKING:
-    from shardlib.emit import Emitter
-    from shardlib.layout import Layout
-
-
-@dataclass(frozen=True)
-class Where:
-    """A line of the user's source, and the instruction that was running (`code.co_positions()` says which expression it is)."""
-    file: str
-    line: int
-    code: Any = field(default=None, compare=False, repr=False)
-    at: int = field(default=0, compare=False, repr=False)
-
-    @classmethod
-    def of(cls, frame: Any) -> Where:
-        return cls(frame.f_code.co_filename, frame.f_lineno, frame.f_code, frame.f_lasti)
-
-    def __str__(self) -> str:
-        return f"{self.file.rsplit('/', 1)[-1]}:{self.line}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +25,8 @@ class Op:
     keywords: its keyword arguments: name -> whether a value may be one; None stands for a missing one.
 
     rule(step):  the Rule of this call.
-    emit(e, step, args): the Python expression that runs it on one rank's tensors (a tuple's, for several results).
+    emit(e, step, args): the Python expression that runs it on one rank's tensors (a tuple's, for several results); `e` is its
+                 `LocalCode`.
     infer(ins, attrs): the results' dims, for an op that is called without a spec string.
     vjp(b, step, cotangents): the cotangents of the operands, built with the grad builder `b`; None where there is none.
     moves:       it changes types and keeps the value: a conversion.
@@ -63,7 +46,7 @@ class Op:
     """
     name: str
     rule: Callable[[Step], Rule]
-    emit: Callable[[Emitter, Step, list[str]], str] | None = None
+    emit: Callable[..., str] | None = None
     infer: Callable[..., tuple[Spec, ...]] | None = None
     vjp: Callable | None = None
     moves: bool = False

@@ -9,19 +9,17 @@ constant) it is one of products, and the dim is whole: (K/a G) of 3 x 4 is 8 and
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import Any, Sequence
 
 from shardlib.errors import SpecError
+from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.rules import Rule, RuleError
 from shardlib.spec import Dim, Spec, parse_signature
 from shardlib.trace import apply
 
-if TYPE_CHECKING:
-    from shardlib.emit import Emitter
 
-
-def _emit(e: Emitter, step: Step, args: list[str]) -> str:
+def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     (have,), (want,) = step.ins, step.outs
     text = args[0]
     if any(len(d.factors) > 1 for d in have.dims):

@@ -8,22 +8,20 @@ inside of an op is summed in float32, and rounded once.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor
 
 from shardlib.dtypes import counted, fractional, narrow, reading
 from shardlib.errors import SpecError
+from shardlib.local_code import LocalCode
 from shardlib.pointwise import CAST_LIKE, WIDEN
 from shardlib.program import Op, Step
+from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec, nameable, parse_signature
 from shardlib.trace import Value, apply
-
-if TYPE_CHECKING:
-    from shardlib.emit import Emitter
-    from shardlib.reference import Dims
 
 
 def _gone(step: Step) -> tuple[str, ...]:
@@ -34,22 +32,22 @@ def _dims(step: Step) -> tuple[int, ...]:
     return tuple(i for i, label in enumerate(step.ins[0].labels) if label not in step.outs[0].labels)
 
 
-def _sum(e: Emitter, step: Step, args: list[str]) -> str:
+def _sum(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"{args[0]}.sum({_dims(step)})" if _dims(step) else f"{args[0]}.clone()"
 
 
-def _rounded(e: Emitter, step: Step) -> str:
+def _rounded(e: LocalCode, step: Step) -> str:
     """The end of an expression in float32: its rounding to the step's dtype; nothing where that is not narrow."""
     kind = e.dtypes[step.outputs[0]]
     return f".to(torch.{kind})" if narrow(kind) else ""
 
 
-def _wide(e: Emitter, step: Step, arg: str) -> str:
+def _wide(e: LocalCode, step: Step, arg: str) -> str:
     """An operand in float32, where it is narrow."""
     return f"{arg}.to(torch.float32)" if _rounded(e, step) else arg
 
 
-def _mean(e: Emitter, step: Step, args: list[str]) -> str:
+def _mean(e: LocalCode, step: Step, args: list[str]) -> str:
     if (end := _rounded(e, step)) and _dims(step) and _count(e, step):
         return f"({args[0]}.sum({_dims(step)}, dtype=torch.float32) / {_count(e, step)}){end}"
     return f"{_sum(e, step, args)} / {_count(e, step)}" if _count(e, step) else f"{_sum(e, step, args)} * float('nan')"
@@ -59,7 +57,7 @@ def _made(step: Step) -> tuple[str, ...]:
     return tuple(n for n in step.outs[0].names if n not in step.ins[0].names)
 
 
-def _count(e: Emitter, step: Step) -> int:
+def _count(e: LocalCode, step: Step) -> int:
     n = 1
     for name in _gone(step):
         n *= e.sizes[name]
@@ -70,7 +68,7 @@ def _mean_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
     return [b.spread(ct[0], step.ins[0], mean=True)]
 
 
-def _spread(e: Emitter, step: Step, args: list[str]) -> str:
+def _spread(e: LocalCode, step: Step, args: list[str]) -> str:
     (have,), (want,) = step.ins, step.outs
     index = ", ".join(":" if n in have.labels else "None" for n in want.labels)
     text = f"{args[0]}[{index}].expand({e.shape(want)})" if len(have.labels) < len(want.labels) else args[0]
@@ -82,7 +80,7 @@ def _spread(e: Emitter, step: Step, args: list[str]) -> str:
     return f"{text} / {count or 1}"
 
 
-def _max(e: Emitter, step: Step, args: list[str]) -> str:
+def _max(e: LocalCode, step: Step, args: list[str]) -> str:
     return e.use(amax) + f"({args[0]}, {_dims(step)})"
 
 
@@ -124,7 +122,7 @@ def _softmax_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
     return [b.call(SOFTMAX_VJP, [step.outputs[0], ct[0]], along=_along(step))]
 
 
-def _softmax_backward(e: Emitter, step: Step, args: list[str]) -> str:
+def _softmax_backward(e: LocalCode, step: Step, args: list[str]) -> str:
     y, g = args
     i = step.ins[0].labels.index(_along(step))
     if _rounded(e, step):
@@ -164,23 +162,23 @@ def _narrow_to_wide(arg: str, narrow: Spec, wide: Spec) -> str:
     return f"{arg}[{', '.join(':' if n in narrow.labels else 'None' for n in wide.labels)}]"
 
 
-def _exp_minus(e: Emitter, step: Step, args: list[str]) -> str:
+def _exp_minus(e: LocalCode, step: Step, args: list[str]) -> str:
     x, m, g = args
     wide = step.ins[0]
     text = f"({_wide(e, step, x)} - {_narrow_to_wide(m, step.ins[1], wide)}).exp() * {_narrow_to_wide(g, step.ins[2], wide)}"
     return f"({text}){end}" if (end := _rounded(e, step)) else text
 
 
-def _sum_exp(e: Emitter, step: Step, args: list[str]) -> str:
+def _sum_exp(e: LocalCode, step: Step, args: list[str]) -> str:
     x, m = args
     return f"({_wide(e, step, x)} - {_narrow_to_wide(m, step.ins[1], step.ins[0])}).exp().sum({_dims(step)}){_rounded(e, step)}"
 
 
-def _logsumexp(e: Emitter, step: Step, args: list[str]) -> str:
+def _logsumexp(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"{_wide(e, step, args[0])}.logsumexp({_dims(step)}){_rounded(e, step)}"
 
 
-def _log_plus(e: Emitter, step: Step, args: list[str]) -> str:
+def _log_plus(e: LocalCode, step: Step, args: list[str]) -> str:
     text = f"{_wide(e, step, args[0])}.log() + {args[1]}"
     return f"({text}){end}" if (end := _rounded(e, step)) else text
 
@@ -217,7 +215,7 @@ def _spread_argmax(b: Any, step: Step, x: str) -> str:
     return b.call(FROM_RANK, [back])
 
 
-def _rank_of(e: Emitter, step: Step, args: list[str]) -> str:
+def _rank_of(e: LocalCode, step: Step, args: list[str]) -> str:
     (i,) = _dims(step)
     start, _ = e.rows(step.ins[0].dims[i])
     x, top = args
@@ -242,7 +240,7 @@ def _argmax_reference(d: Dims, x: Tensor) -> Tensor:
     return _first_of(d, x, _fold_max(d, x))
 
 
-def _not_empty(e: Emitter, step: Step) -> int:
+def _not_empty(e: LocalCode, step: Step) -> int:
     """The size of the dim that argmax runs over. SpecError for 0."""
     dim = step.ins[0].dims[_dims(step)[0]]
     if not e.count(dim):
@@ -250,7 +248,7 @@ def _not_empty(e: Emitter, step: Step) -> int:
     return e.count(dim)
 
 
-def _argmax(e: Emitter, step: Step, args: list[str]) -> str:
+def _argmax(e: LocalCode, step: Step, args: list[str]) -> str:
     _not_empty(e, step)
     return f"{args[0]}.argmax({_dims(step)[0]})"
 

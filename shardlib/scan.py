@@ -9,18 +9,15 @@ there, never on the stack. Refused: a stacked dim that is split (that is a pipel
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shardlib.calls import what
 from shardlib.errors import SpecError
 from shardlib.params import Params, fill, leaf_values
-from shardlib.program import Op, Step
+from shardlib.program import Op
 from shardlib.rules import Rule
 from shardlib.spec import Spec
 from shardlib.trace import Function, Value, apply, check_dims, trace_results
-
-if TYPE_CHECKING:
-    from shardlib.emit import Emitter
 
 
 def scan(f: Function, carry: Any, stacked: Any, *constants: Any, **static: Any) -> Any:
@@ -78,8 +75,4 @@ def _slice(tree: Any) -> Any:
     return tree
 
 
-def _emit(e: Emitter, step: Step, args: list[str]) -> str:
-    raise AssertionError("scan is written by the emitter itself")
-
-
-SCAN = Op("scan", rule=lambda step: Rule(), emit=_emit)
+SCAN = Op("scan", rule=lambda step: Rule())

@@ -24,12 +24,9 @@ import keyword
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Collection, Mapping
+from typing import Collection, Mapping, Protocol
 
 from shardlib.errors import SpecError
-
-if TYPE_CHECKING:
-    from shardlib.mesh import Mesh
 
 NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _DIM = re.compile(rf"({NAME})(~?)((?:/{NAME})+|/1)?")
@@ -109,6 +106,12 @@ class Owed:
         return {"+": f"+{self.axis}", "max": f"max:{self.axis}", "@": f"@{self.axis}:{self.at}"}[self.kind]
 
 
+class Resolves(Protocol):
+    """What knows the axes: a mesh."""
+
+    def resolve(self, spec: Spec) -> Spec: ...
+
+
 @dataclass(frozen=True)
 class Spec:
     """The parsed form of a spec. Build it with `parse`; print it with `str`."""
@@ -180,7 +183,7 @@ class Spec:
         """The same dims with nothing split and nothing owed."""
         return Spec(tuple(d.split(()) for d in self.dims))
 
-    def resolve(self, mesh: Mesh) -> Spec:
+    def resolve(self, mesh: Resolves) -> Spec:
         """The type on `mesh`: aliases expanded, no `/1`. SpecError for an axis the mesh lacks."""
         return mesh.resolve(self)
 

@@ -20,12 +20,13 @@ from shardlib.errors import SpecError
 from shardlib.failures import Lines, explain_failure
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values
-from shardlib.program import Op, Program, Result, Step, Where, leaves
+from shardlib.program import Op, Program, Result, Step, leaves
 from shardlib.rearrange import RENAME
 from shardlib.sizes import Sizes, bound
+from shardlib.source import Where, user_frame
 from shardlib.spec import Spec
 from shardlib.surroundings import refuse_gradients, without_autocast
-from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, raise_at_user_line, user_frame
+from shardlib.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, raise_at_user_line
 
 
 KNOWN = frozenset(getattr(torch, name) for name in ITEMSIZE)

@@ -12,9 +12,6 @@ the wrong number of operands, values of another trace.
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import sys
-import typing
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -26,8 +23,10 @@ from shardlib.calls import check_count, check_static, check_tree, misuse, what
 from shardlib.errors import SpecError
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values, struct
-from shardlib.program import Op, Program, Result, Step, Struct, Where, check_keywords
+from shardlib.program import Op, Program, Result, Step, Struct, check_keywords
 from shardlib.rules import Rule
+from shardlib.signature import Signature
+from shardlib.source import Where, is_ours, user_frame, user_line
 from shardlib.spec import Dim, Spec, heading, nameable, parse_signature
 
 _ACTIVE: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
@@ -104,26 +103,12 @@ def _arithmetic(name: str, a: Any, b: Any) -> Value:
     return value
 
 
-class Function:
+class Function(Signature):
     """A function with a signature of specs. Inside of a trace, calling it makes it part of the traced program."""
 
     def __init__(self, fn: Callable, signature: str, layout: Layout | None = None) -> None:
-        self.fn, self.signature, self.layout = fn, signature, layout
-        try:
-            self.ins, self.outs = parse_signature(signature)
-            if any(s is not None and s.ellipsis for s in (*self.ins, *self.outs)):
-                raise SpecError(f'{fn.__name__}: the signature "{signature}" has "..."; a signature names every dim')
-        except SpecError as error:
-            raise error.at(definition(self)) from None
-        self.__name__, self.__doc__, self.__wrapped__ = fn.__name__, fn.__doc__, fn
-        parameters = inspect.signature(fn).parameters.values()
-        self.static_names = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}     # -> whether it must be given
-        self.arg_names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-        if bad := next((n for n in self.arg_names if not nameable(n)), None):
-            raise SpecError(f"{fn.__name__}: {bad!r} is no name for an argument; use letters, digits and _").at(definition(self))
-        if len(self.arg_names) != len(self.ins):
-            raise SpecError(f'{fn.__name__}: the signature "{signature}" names {len(self.ins)} arguments, the function takes '
-                            f'{len(self.arg_names)} ({", ".join(self.arg_names)}); static ones come after a "*,"').at(definition(self))
+        super().__init__(fn, signature)
+        self.layout = layout
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         tracer = _ACTIVE.get()
@@ -132,12 +117,6 @@ class Function:
     def outside(self, args: Sequence[Any], static: dict[str, Any]) -> Any:
         """What a call on tensors does; the executors say."""
         raise SpecError(f"{self.__name__} was called outside of a @sharded function")
-
-    def hints(self) -> dict[str, Any]:
-        try:
-            return typing.get_type_hints(self.fn)
-        except NameError:
-            return {n: self.fn.__globals__.get(t) if isinstance(t, str) else t for n, t in self.fn.__annotations__.items()}
 
 
 class Tracer:
@@ -244,7 +223,7 @@ def trace_results(f: Function, args: Sequence[Any] = (), static: dict[str, Any] 
     except (SpecError, TypeError, ValueError) as error:
         raise_at_user_line(error)
     given = _results(f, results)
-    return tracer.finish(f.__name__, trees, given, definition(f)), tuple(value for _, value in given)
+    return tracer.finish(f.__name__, trees, given, f.definition), tuple(value for _, value in given)
 
 
 def tracing() -> bool:
@@ -254,7 +233,7 @@ def tracing() -> bool:
 
 def raise_at_user_line(error: SpecError | TypeError | ValueError) -> NoReturn:
     """What came out of a user's function, with the line there; as a SpecError, where it was a wrong call of one of ours."""
-    said = error if isinstance(error, SpecError) else misuse(error, _ours)
+    said = error if isinstance(error, SpecError) else misuse(error, is_ours)
     if said is None:
         raise error
     raise said.at(user_line(error)) from (error.__cause__ if said is error else error)
@@ -314,7 +293,7 @@ def _results(f: Function, results: Any) -> list[tuple[Any, Any]]:
     try:
         return _checked_results(f, results)
     except SpecError as error:
-        raise error.at(definition(f)) from None
+        raise error.at(f.definition) from None
 
 
 def _checked_results(f: Function, results: Any) -> list[tuple[Any, Any]]:
@@ -335,12 +314,6 @@ def _checked_results(f: Function, results: Any) -> list[tuple[Any, Any]]:
             check_dims(f"{f.__name__}: the result", spec, value)
             out.append((spec, value))
     return out
-
-
-def definition(f: Function) -> Where:
-    """The line on which `f` begins."""
-    code = f.fn.__code__
-    return Where(code.co_filename, code.co_firstlineno)
 
 
 def _inline(tracer: Tracer, f: Function, args: Sequence[Any], static: dict[str, Any]) -> Any:
@@ -424,25 +397,3 @@ def check_dims(who: str, spec: Spec, value: Any) -> None:
         raise SpecError(f"{who} is {what(value)}, not a tensor of the traced function")
     if spec.labels != value.spec.labels:
         raise SpecError(f"{who} has dims {Spec(value.spec.whole().dims)}, not {Spec(spec.whole().dims)}")
-
-
-def user_frame() -> Any:
-    """The innermost frame outside of the library's own language and ops."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and _ours(frame.f_globals.get("__name__", "")):
-        frame = frame.f_back
-    return frame
-
-
-def user_line(error: BaseException) -> Where | None:
-    """The innermost line outside of the library on the way to where `error` was raised."""
-    found, at = None, error.__traceback__
-    while at is not None:
-        if not _ours(at.tb_frame.f_globals.get("__name__", "")):
-            found = Where(at.tb_frame.f_code.co_filename, at.tb_lineno)
-        at = at.tb_next
-    return found
-
-
-def _ours(module: str) -> bool:
-    return module.startswith("shardlib.") and not module.startswith("shardlib.models")

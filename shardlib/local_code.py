@@ -1,0 +1,72 @@
+"""What an op may ask of whoever writes one rank's code: shapes, offsets and dtypes of its operands, names for what it calls.
+
+    def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
+        return f"{e.use(my_function)}({args[0]}, {e.shape(step.outs[0])})"
+
+`Op.emit` returns a Python expression; all else that belongs to the code around it is asked for here.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping, Protocol, Sequence
+
+from torch import Tensor
+
+from shardlib.mesh import Mesh
+from shardlib.program import Step
+from shardlib.spec import Dim, Spec
+
+
+class LocalCode(Protocol):
+    """The code of `rank`, which stands at `coordinate` of `mesh`.
+
+    sizes: the global size of every dim.  dtypes: of the values of the program that is being written.
+    constants: tensors that the code has by name.  in_place: values whose buffers the current step may write to.
+    """
+    mesh: Mesh
+    rank: int
+    coordinate: Mapping[str, int]
+    sizes: Mapping[str, int]
+    dtypes: Mapping[str, Any]
+    constants: dict[str, Tensor]
+    in_place: set[str]
+
+    def shape(self, spec: Spec) -> tuple[int, ...]:
+        """The local shape of a value of type `spec`."""
+
+    def opened_shape(self, spec: Spec) -> tuple[int, ...]:
+        """The local shape with groups taken apart."""
+
+    def rows(self, dim: Dim) -> tuple[int, int]:
+        """(start, size) of this rank's piece of `dim`, a group's in rows of the group."""
+
+    def count(self, *dims: Dim) -> int:
+        """The global size of `dims` together."""
+
+    def use(self, helper: Callable) -> str:
+        """The name under which the code calls `helper`."""
+
+    def index_site(self, step: Step, operand: int, variable: str, dim: Dim, argument: str, *, op: str = "", rows: Dim | None = None,
+                   ignored: int | None = None, hint: str = "") -> str:
+        """The name of the place where `variable`, an operand of the step, is an index into `dim`: an `IndexSite`.
+
+        argument: what it is called where the user has no name for it.  op: what the user has called, if not the step's own.
+        rows, ignored, hint: as an `IndexSite` has them.
+        """
+
+    def hoist(self, variable: str, template: str, parts: int = 1) -> str:
+        """`template` applied to `variable`: once before the loop, where the variable is the same in every round.
+
+        There, the result is a variable's name; or several, "v1, v2", where the template makes a tuple of `parts`.
+        """
+
+    def view(self, text: str, shape: Sequence[int]) -> str:
+        """`text` viewed as `shape`: a view of a view is one view."""
+
+    def collective(self, axes: Sequence[str], method: str, args: Sequence[str], extra: str, many: bool = False) -> str:
+        """A call of the coordinator of the group over `axes`; over one rank, nothing is left of it."""
+
+    def read(self, variable: str, have: str, want: str) -> str:
+        """`variable`, of dtype `have`, in the dtype `want`."""
+
+    def variable(self) -> str:
+        """A name that the code has not used yet."""
