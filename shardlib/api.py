@@ -26,7 +26,7 @@ from shardlib.mesh import Mesh, check_sizes, current_mesh
 from shardlib.passes import DEFAULT, rewrite
 from shardlib.pack import pack, packings
 from shardlib.params import Params, fill, flat, leaf_values, present, unflat
-from shardlib.program import Program, Step, leaves
+from shardlib.program import Program, Scan, Step, leaves
 from shardlib.scan import SCAN
 from shardlib.simulate import simulate as simulate_ranks
 from shardlib.sizes import bind_sizes
@@ -239,7 +239,7 @@ class Compiled:
         dtypes = _dtypes(leaves.items())
         groups = packings(program, {name}, dtypes)
         packed = {path: group for group in groups for path in group.outer_paths}
-        scanned = {n for s in program.steps if s.op is SCAN for n in s.inputs[1:1 + s.options["stacked"]]}
+        scanned = {n for s in program.steps if s.op is SCAN for _, n in Scan.of(s).stacked}
         made = {packed[p].name if p in packed else p: () for p in leaves}
         for key in made:
             group = next((g for g in groups if g.name == key), None)

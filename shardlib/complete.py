@@ -20,7 +20,7 @@ from shardlib.messages import changed_carry, refusal, split_stack, unlike, unlik
 from shardlib.moves import check_move
 from shardlib.offers import labels
 from shardlib.pointwise import CAST_LIKE, WIDEN
-from shardlib.program import Program, Result, Step, Struct, leaves
+from shardlib.program import Program, Result, Scan, Step, Struct, leaves
 from shardlib.rearrange import RENAME, renamed, whole_in_rename
 from shardlib.rules import RuleError, natural
 from shardlib.scan import SCAN
@@ -248,7 +248,7 @@ class Completer(Builder):
         bodies = []
         for body in step.bodies:
             inner = Completer(body, layout, self.mesh, self.sizes, trial=self.trial)
-            inner.params |= {p for (p, _), n in zip(body.arg_leaves(), inputs[1:]) if n in self.params}
+            inner.params |= {p for (p, _), n in zip(step.passed(body), inputs[1:]) if n in self.params}
             bodies.append(inner.run())
         for i, (path, kind) in enumerate(bodies[0].arg_leaves(), 1):
             if layout == EXPLICIT and self.types[inputs[i]] != kind:
@@ -261,13 +261,11 @@ class Completer(Builder):
         self.now.update(zip(step.outputs, made))
 
     def _scan(self, step: Step, inputs: list[str], layout: Layout) -> None:
-        count = step.options["stacked"]
-        paths = [path for path, _ in step.body.arg_leaves()]
-        declared = dict(step.body.arg_leaves())
-        kinds: dict[str, Spec] = {}
-        for i, (path, name) in enumerate(zip(paths, inputs)):
+        parts, declared, kinds = Scan.of(step), dict(step.body.arg_leaves()), {}
+        stacked = {path for path, _ in parts.stacked}
+        for i, ((path, _), name) in enumerate(zip(step.passed(step.body), inputs)):
             have = self.types[name]
-            if 1 <= i <= count:
+            if path in stacked:
                 if have.dims[0].axes:
                     raise split_stack(step, i, have, self)
                 kinds[path] = replace(have, dims=have.dims[1:])
@@ -277,11 +275,12 @@ class Completer(Builder):
                     raise unlike(step, i, kinds[path], self)
                 inputs[i] = self.move(name, kinds[path], f"an argument of {step.body.name}")
         inner = Completer(step.body, layout, self.mesh, self.sizes, kinds, self.trial)
-        inner.params |= {p for p, n in zip(paths, inputs) if n in self.params}
+        inner.params |= {p for p, n in zip(declared, inputs) if n in self.params}
         body = inner.run()
-        outs = [spec if i == 0 else Spec((step.outs[i].dims[0].split(()), *spec.dims), spec.owed)
-                for i, (_, spec) in enumerate(body.result_leaves())]
-        if outs[0] != kinds[paths[0]]:
-            raise changed_carry(step, kinds[paths[0]], outs[0], self)
-        made = self.add(SCAN, inputs, outs, step.outputs, attrs=step.attrs, body=body)
-        self.now.update(zip(step.outputs, made))
+        made = [spec for _, spec in body.result_leaves()]
+        for (path, _), after in zip(parts.carries, made):
+            if after != kinds[path]:
+                raise changed_carry(step, kinds[path], after, self)
+        first = len(parts.carries)
+        outs = [*made[:first], *(Spec((out.dims[0].split(()), *spec.dims), spec.owed) for out, spec in zip(step.outs[first:], made[first:]))]
+        self.now.update(zip(step.outputs, self.add(SCAN, inputs, outs, step.outputs, attrs=step.attrs, body=body)))

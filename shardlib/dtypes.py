@@ -24,7 +24,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import torch
 
 from shardlib.errors import SpecError
-from shardlib.program import Op, Program, Step
+from shardlib.program import Op, Program, Scan, Step
 
 ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "bool": 1, "uint8": 1, "int8": 1}
 FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -120,7 +120,7 @@ def value_dtypes(program: Program, given: Mapping[str, str | None], default: str
 
 def inner_dtypes(step: Step, body: Program, dtypes: Mapping[str, str | None]) -> dict[str, str | None]:
     """The dtype of every value of a step's body, of those outside."""
-    return value_dtypes(body, {path: dtypes[n] for path, n in _passed(step, body)})
+    return value_dtypes(body, {path: dtypes[n] for path, n in step.passed(body)})
 
 
 def result_dtypes(program: Program, dtypes: Mapping[str, str | None]) -> list[str | None]:
@@ -151,16 +151,14 @@ def changed(body: str, before: str | None, after: str | None) -> SpecError | Non
 def _of_bodies(step: Step, ins: Dtypes) -> Dtypes:
     outside = dict(zip(step.inputs, ins))
     made, *others = (result_dtypes(body, inner_dtypes(step, body, outside)) for body in step.bodies)
-    error = unlike(step.body.name, step.orelse.name, made, *others) if others else changed(step.body.name, ins[0], made[0])
+    if others:
+        error = unlike(step.body.name, step.orelse.name, made, *others)
+    else:
+        carries = len(Scan.of(step).carries)
+        error = next(filter(None, (changed(step.body.name, *pair) for pair in zip(ins[:carries], made))), None)
     if error:
         raise error.at(step.where)
     return [next(filter(None, kinds), None) for kinds in zip(made, *others)]
-
-
-def _passed(step: Step, body: Program) -> list[tuple[str, str]]:
-    """(argument of the body, value that it gets); a cond's first operand, its predicate, goes into neither body."""
-    paths = [path for path, _ in body.arg_leaves()]
-    return list(zip(paths, step.inputs[len(step.inputs) - len(paths):]))
 
 
 def _guessed(program: Program, wanted: Mapping[str, str]) -> dict[str, str]:
@@ -175,7 +173,7 @@ def _guessed(program: Program, wanted: Mapping[str, str]) -> dict[str, str]:
 def _guesses(step: Step, found: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for body in step.bodies:
         inner = _guessed(body, {n: found[made] for made, (n, _) in zip(step.outputs, body.result_leaves()) if made in found})
-        yield from ((n, inner[path]) for path, n in _passed(step, body) if path in inner)
+        yield from ((n, inner[path]) for path, n in step.passed(body) if path in inner)
     for i, name in enumerate(step.inputs):
         if (what := holds(step.op, i)) in ("index", "mask"):
             yield name, "int64" if what == "index" else "bool"

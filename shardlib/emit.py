@@ -22,7 +22,7 @@ from shardlib.index_check import IndexSite
 from shardlib.mesh import Mesh
 from shardlib.pack import Packing, emit_packed, packings
 from shardlib.pointwise import CAST_LIKE, WIDEN
-from shardlib.program import Program, Step
+from shardlib.program import Program, Scan, Step
 from shardlib.scan import SCAN
 from shardlib.spec import Dim, Spec
 from shardlib.variables import reuse
@@ -270,7 +270,7 @@ class Emitter:
         lines, around = [], (self.invariant, self._branch)
         self.invariant = frozenset()
         for head, body in zip((f"if bool({names[step.inputs[0]]}):", "else:"), step.bodies):
-            inner = {path: names[i] for (path, _), i in zip(body.arg_leaves(), step.inputs[1:])}
+            inner = {path: names[value] for path, value in step.passed(body)}
             self._branch = (*around[1], f"{step.outputs[0]} {head}")
             block = self._block(body, inner, set(), {}, inner_dtypes(step, body, self.dtypes))
             block += [f"{v} = {inner[n]}" for v, (n, _) in zip(made, body.result_leaves())]
@@ -281,44 +281,43 @@ class Emitter:
 
     def _scan(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> list[str]:
         """A loop over the layers. A stacked cache that the body updates and returns in its place is updated in place."""
-        body, count = step.body, step.options["stacked"]
-        leaves, results = [path for path, _ in body.arg_leaves()], body.result_leaves()
-        outer = dict(zip(leaves, step.inputs))
-        kept = {out: path for out, _ in results[1:] if (path := _updates(body, out)) in leaves[1:1 + count]
-                and outer[path] in owned and uses[outer[path]] == 1}
+        body, parts = step.body, Scan.of(step)
+        outer, slices = dict(step.passed(body)), [path for path, _ in parts.stacked]
+        kept = {made: path for made, _ in parts.made if (path := _updates(body, made)) in slices and outer[path] in owned and uses[outer[path]] == 1}
         packs = {group.name: group for group in self.packs if group.scan == step.outputs[0]}
         outer |= {name: name for name in packs}
         absorbed = {p for group in packs.values() for p in group.inner_paths}
-        stacked = [*packs, *(p for p in leaves[1:1 + count] if p not in absorbed)]
-        carry = self.variable()
-        inner = {leaves[0]: carry, **{p: self.variable() for p in stacked}, **{p: names[outer[p]] for p in leaves[1 + count:]}}
-        slices = [inner[p] for p in stacked]
+        stacked = [*packs, *(p for p in slices if p not in absorbed)]
+        constants = {path: names[value] for path, value in parts.constants}
+        inner = {**{path: self.variable() for path, _ in parts.carries}, **{p: self.variable() for p in stacked}, **constants}
+        carries, targets = [inner[path] for path, _ in parts.carries], [inner[p] for p in stacked]
         around = self.invariant, self.hoisted
-        self.invariant, self.hoisted = frozenset(inner[p] for p in leaves[1 + count:]), {}
+        self.invariant, self.hoisted = frozenset(constants.values()), {}
         dtypes = inner_dtypes(step, body, self.dtypes)
         block = self._block(body, inner, set(kept.values()), packs, dtypes)
         hoisted, (self.invariant, self.hoisted) = self.hoisted, around
         lines = [line for (variable, template), made in hoisted.items() for line in self._marked(
             self._hoisting[made], [f"{made} = {self.hoist(variable, template, made.count(',') + 1)}"])]
-        lines = lines if self.sizes[step.options["dim"]] else []        # without layers nothing is looked up, or refused
-        reverse = "[::-1]" if step.options.get("reverse") else ""
-        lists = {out: self.variable() for out, _ in results[1:] if out not in kept}
-        block += [f"{made}.append({inner[out]})" for out, made in lists.items()] + [f"{carry} = {inner[results[0][0]]}"]
+        lines = lines if self.sizes[parts.dim] else []                  # without layers nothing is looked up, or refused
+        lists = {made: self.variable() for made, _ in parts.made if made not in kept}
+        block += [f"{made}.append({inner[out]})" for out, made in lists.items()]
+        block += [f"{', '.join(carries)} = {', '.join(inner[out] for out, _ in parts.carried)}"]
+        reverse = "[::-1]" if parts.reverse else ""
         rows = [names[outer[p]] + ("" if outer[p].split(".")[0] in self.prepared else ".unbind(0)") + reverse for p in stacked]
-        lines += [f"{carry} = {names[step.inputs[0]]}", *(f"{made} = []" for made in lists.values()),
-                  f"for {', '.join(slices)}, in zip({', '.join(rows)}):", *_indented(block)]
-        names[step.outputs[0]] = carry
-        for (out, kind), made in zip(results[1:], step.outputs[1:]):
+        lines += [*(f"{carry} = {names[value]}" for carry, (_, value) in zip(carries, parts.carries)), *(f"{made} = []" for made in lists.values()),
+                  f"for {', '.join(targets)}, in zip({', '.join(rows)}):", *_indented(block)]
+        names.update(zip((value for _, value in parts.carried), carries))
+        types = body.types()
+        for out, made in parts.made:
             if out in kept:
                 names[made] = names[outer[kept[out]]]
                 owned.add(made)
-            elif lists[out] in names.values():
-                names[made] = lists[out]                # a body may return a value twice
-            else:
-                names[made] = lists[out]
-                other = f", dtype=torch.{dtypes[out]}" if dtypes[out] != dtypes[results[0][0]] else ""
+                continue
+            if lists[out] not in names.values():        # a body may return a value twice
+                other = f", dtype=torch.{dtypes[out]}" if dtypes[out] != dtypes[parts.carried[0][0]] else ""
                 lines.append(f"{lists[out]} = torch.stack({lists[out]}{reverse}) if {lists[out]} else "
-                             f"{carry}.new_zeros({(0, *self.shape(kind))}{other})")
+                             f"{carries[0]}.new_zeros({(0, *self.shape(types[out]))}{other})")
+            names[made] = lists[out]
         return lines
 
 
@@ -352,8 +351,8 @@ def _updated(program: Program) -> set[str]:
         if step.op.updates is not None:
             out.add(step.inputs[step.op.updates])
         if step.op is SCAN:
-            paths = [p for p, _ in step.body.arg_leaves()]
-            out |= {step.inputs[paths.index(p)] for n, _ in step.body.result_leaves()[1:] if (p := _updates(step.body, n)) in paths}
+            outer = dict(step.passed(step.body))
+            out |= {outer[path] for made, _ in Scan.of(step).made if (path := _updates(step.body, made)) in outer}
     return {p for p, _ in program.arg_leaves()} & out
 
 

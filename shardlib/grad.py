@@ -13,15 +13,15 @@ from typing import Any, Mapping, Sequence
 
 from shardlib.arithmetic import ADD
 from shardlib.builder import Builder
-from shardlib.dtypes import holds, inner_dtypes, step_dtypes, value_dtypes
+from shardlib.dtypes import FLOATS, holds, inner_dtypes, step_dtypes, value_dtypes
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
-from shardlib.program import Op, Program, Result, Step, Struct, leaves
+from shardlib.program import Op, Program, Result, Scan, Step, Struct, leaves
 from shardlib.rearrange import REARRANGE, RENAME
 from shardlib.reductions import SUM
 from shardlib.rules import Rule
 from shardlib.scan import SCAN
-from shardlib.spec import Spec
+from shardlib.spec import Dim, Spec
 from shardlib.trace import fresh
 
 ONES_LIKE = Op("ones_like", rule=lambda s: Rule(), infer=lambda ins, attrs: (ins[0],), index=(0,), takes=("any",),
@@ -110,14 +110,13 @@ class _Backward(Builder):
         return total
 
     def run(self) -> None:
-        for at in range(len(self.program.steps) - 1, -1, -1):
-            step = self.program.steps[at]
+        for index, step in reversed(list(enumerate(self.program.steps))):
             self.where = step.where
             self.called.update((i, word) for i, word in zip(step.inputs, step.said) if word)
             if step.op.moves or not any(o in self.given for o in step.outputs):
                 continue
             if step.op is SCAN:
-                self.forward[at] = self._scan(step)
+                self.forward[index] = self._scan(step)
                 continue
             if not any(i in self.active for j, i in enumerate(step.inputs) if j not in step.op.index):
                 continue
@@ -148,50 +147,60 @@ class _Backward(Builder):
 
     def _scan(self, step: Step) -> Step:
         """Backward through a scan: a scan in reverse over the same slices and what the forward one kept. Returns the latter."""
-        body, count = step.body, step.options["stacked"]
-        paths = [p for p, _ in body.arg_leaves()]
-        outer = dict(zip(paths, step.inputs))
-        active = {p for p, n in outer.items() if n in self.active} | {paths[0]}
-        params = {p for p, n in outer.items() if self.root.get(n, n) in self.params}
-        if any(o in self.given for o in step.outputs[1:]):
+        body, parts, outer = step.body, Scan.of(step), dict(step.passed(step.body))
+        if any(value in self.given for _, value in parts.made):
             raise SpecError("value_and_grad: the loss depends on what scan stacks; only its carry has a gradient yet").at(step.where)
-        inner = _Backward(body, active, self.mesh, self.regather, params, inner_dtypes(step, body, self.dtypes))
-        seed = inner.declare("g", _settled(inner.types[body.results[0].values[0]]))
-        inner.dtypes[seed] = inner.dtypes[body.results[0].values[0]]
-        inner.contribute(body.results[0].values[0], seed)
+        inner, seeds = self._inside(step, parts)
         inner.run()
-        stacked, constants = paths[1:1 + count], paths[1 + count:]
-        carry = inner.move(inner.total(paths[0]), _settled(inner.types[paths[0]]))
-        grads = {p: inner.total(p) for p in (*stacked, *constants) if p in active}
-        kept = _kept(inner, paths)
-        forward = replace(step, body=replace(body, steps=tuple(inner.forward), results=(*body.results, *(Result(inner.types[k], (k,)) for k in kept))))
-        dim = self.types[step.inputs[1]].dims[0]
-
-        def stack(kinds: Sequence[Spec]) -> list[Spec]:
-            return [Spec((dim, *k.dims), k.owed) for k in kinds]
-        made = tuple(self._fresh(f"{k}_kept") for k in kept)
-        forward = replace(forward, outputs=(*step.outputs, *made), outs=(*step.outs, *stack([inner.types[k] for k in kept])))
-        self.types.update(zip(made, stack([inner.types[k] for k in kept])))
-        self.dtypes.update(zip(made, (inner.dtypes[k] for k in kept)))
-        trees = dict(body.args)
+        turned = self._turned(parts)
+        carries = [inner.move(inner.total(path), _settled(inner.types[path])) for path in turned]
+        slices, constants = ([path for path, _ in pairs] for pairs in (parts.stacked, parts.constants))
+        grads = {path: inner.total(path) for path in (*slices, *constants) if path in inner.active}
+        kept = _kept(inner, seeds, (*slices, *constants))
+        forward, made = self._keeping(step, inner, kept)
         backward = Program(
-            f"{body.name}_vjp", (("g", _settled(inner.types[paths[0]])), *(a for a in body.args[1:] if _inside(a, stacked)),
-                                 *((k, inner.types[k]) for k in kept), *(a for a in body.args[1:] if _inside(a, constants))),
-            tuple(inner.steps), (Result(_settled(trees[body.args[0][0]]), (carry,)), *(Result(inner.types[n], (n,)) for n in grads.values())), True)
-        ct = self.total(step.outputs[0])
-        inputs = [ct, *(outer[p] for p in stacked), *made, *(outer[p] for p in constants)]
-        outs = [backward.results[0].tree, *stack([inner.types[grads[p]] for p in grads])]
-        attrs = tuple(sorted({"dim": dim.label, "stacked": len(stacked) + len(made), "reverse": True}.items()))
-        names = self.add(SCAN, inputs, outs, [self._fresh(outputs) for outputs in ("g", *(f"d_{p.replace('.', '_')}" for p in grads))],
-                         attrs=attrs, body=backward)
-        if outer[paths[0]] in self.active:
-            self.contribute(outer[paths[0]], names[0])
-        for path, name in zip(grads, names[1:]):
+            f"{body.name}_vjp", (*((seed, inner.types[seed]) for seed in seeds), *(a for a in body.args if _is_among(a, slices)),
+                                 *((k, inner.types[k]) for k in kept), *(a for a in body.args if _is_among(a, constants))),
+            tuple(inner.steps), tuple(Result(inner.types[name], (name,)) for name in (*carries, *grads.values())), True)
+        dim = self.types[outer[slices[0]]].dims[0]
+        inputs = [*(self.total(turned[path]) for path in turned), *(outer[p] for p in slices), *made, *(outer[p] for p in constants)]
+        outs = [*(inner.types[name] for name in carries), *_stacked(dim, [inner.types[name] for name in grads.values()])]
+        names = [self._fresh(name) for name in (*["g"] * len(turned), *(f"d_{path}" for path in grads))]
+        given = self.add(SCAN, inputs, outs, names, attrs=Scan.attrs(dim.label, len(slices) + len(made), len(turned), reverse=True), body=backward)
+        for path, name in zip((*turned, *grads), given):
             if path in constants:
                 name = self.call(SUM, [name], outs=(Spec(self.types[name].dims[1:]),))
             if outer[path] in self.active:
                 self.contribute(outer[path], name)
         return forward
+
+    def _turned(self, parts: Scan) -> dict[str, str]:
+        """The carries that have a cotangent, those of floats: argument of the body -> value after the last round."""
+        return {path: after for (path, before), (_, after) in zip(parts.carries, parts.carried) if self.dtypes[before] in (None, *FLOATS)}
+
+    def _inside(self, step: Step, parts: Scan) -> tuple[_Backward, list[str]]:
+        """The backward of the body, and the arguments by which the cotangents of its carries come in."""
+        turned = self._turned(parts)
+        active = {path for path, value in step.passed(step.body) if value in self.active} | {*turned}
+        params = {path for path, value in step.passed(step.body) if self.root.get(value, value) in self.params}
+        inner = _Backward(step.body, active, self.mesh, self.regather, params, inner_dtypes(step, step.body, self.dtypes))
+        seeds = []
+        for (path, _), (result, _) in zip(parts.carries, parts.carried):
+            if path in turned:
+                seeds.append(inner.declare(inner._fresh("g"), _settled(inner.types[result])))
+                inner.dtypes[seeds[-1]] = inner.dtypes[result]
+                inner.contribute(result, seeds[-1])
+        return inner, seeds
+
+    def _keeping(self, step: Step, inner: _Backward, kept: Sequence[str]) -> tuple[Step, tuple[str, ...]]:
+        """The forward scan that also stacks the values `kept` of its body, and what these are called outside."""
+        body, kinds = step.body, [inner.types[k] for k in kept]
+        body = replace(body, steps=tuple(inner.forward), results=(*body.results, *(Result(kind, (k,)) for k, kind in zip(kept, kinds))))
+        made = tuple(self._fresh(f"{k}_kept") for k in kept)
+        outs = _stacked(self.types[Scan.of(step).stacked[0][1]].dims[0], kinds)
+        self.types.update(zip(made, outs))
+        self.dtypes.update(zip(made, (inner.dtypes[k] for k in kept)))
+        return replace(step, body=body, outputs=(*step.outputs, *made), outs=(*step.outs, *outs)), made
 
     def _fresh(self, base: str) -> str:
         return fresh(base.replace(".", "_"), self.taken)
@@ -201,12 +210,17 @@ def _settled(kind: Spec) -> Spec:
     return kind.owing(*(o for o in kind.owed if o.kind == "@"))
 
 
-def _inside(arg: tuple, paths: Sequence[str]) -> bool:
+def _stacked(dim: Dim, kinds: Sequence[Spec]) -> list[Spec]:
+    return [Spec((dim, *k.dims), k.owed) for k in kinds]
+
+
+def _is_among(arg: tuple, paths: Sequence[str]) -> bool:
+    """Whether an argument, a tensor or a pytree, has its leaves among `paths`."""
     return leaves(*arg)[0][0] in paths
 
 
-def _kept(inner: _Backward, paths: Sequence[str]) -> list[str]:
-    """The values of the forward body that its backward uses and would not have: all but the stacked and the constants."""
-    made = {o for s in inner.steps for o in s.outputs} | {"g"}
+def _kept(inner: _Backward, seeds: Sequence[str], slices: Sequence[str]) -> list[str]:
+    """The values of the forward body that its backward uses and would not have: all but the stacked and the constants, `slices`."""
+    made = {o for s in inner.steps for o in s.outputs}.union(seeds)
     used = dict.fromkeys(i for s in inner.steps for i in s.inputs if i not in made)
-    return [u for u in used if u not in paths[1:]]
+    return [u for u in used if u not in slices]

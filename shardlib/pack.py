@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shardlib.einsum import EINSUM
 from shardlib.local_code import LocalCode
-from shardlib.program import Program, Step
+from shardlib.program import Program, Scan, Step
 from shardlib.scan import SCAN
 from shardlib.spec import Dim, Spec
 
@@ -43,9 +43,7 @@ def packings(program: Program, prepared: set[str], dtypes: Mapping[str, str]) ->
     found = []
     for step in program.steps:
         if step.op is SCAN:
-            paths = [p for p, _ in step.body.arg_leaves()]
-            stacked = {p: n for p, n in list(zip(paths, step.inputs))[1:1 + step.options["stacked"]]
-                       if n.split(".")[0] in prepared and uses[n] == 1}
+            stacked = {p: n for p, n in Scan.of(step).stacked if n.split(".")[0] in prepared and uses[n] == 1}
             found += _of_body(step, stacked, dtypes)
     return found
 

@@ -24,7 +24,7 @@ from shardlib.layout import EXPLICIT
 from shardlib.local import local_op, local_vjp_op
 from shardlib.mesh import Mesh
 from shardlib.moves import check_move
-from shardlib.program import Op, Program, Result, Step, Struct, check_keywords, leaves
+from shardlib.program import Op, Program, Result, Scan, Step, Struct, check_keywords, leaves
 from shardlib.rearrange import REARRANGE, RENAME
 from shardlib.rules import natural
 from shardlib.scan import SCAN
@@ -297,21 +297,24 @@ class _Function:
                 [(k.arg, _literal(k.value)) for k in value.keywords] not in ([], [("reverse", True)]):
             raise _not(value)
         body = self.reader.function(value.args[0])
+        nodes = value.args[1].elts if isinstance(value.args[1], ast.Tuple) else [value.args[1]]
+        carries = [self._one(n) for n in nodes]
         stacked = [self._value(n) for n in value.args[2].elts]
-        operands = [self._value(value.args[1]), *stacked, *(self._value(a) for a in value.args[3:])]
-        inputs, count = [n for o in operands for n in o.names], sum(len(s.names) for s in stacked)
-        if not count or len(operands[0].names) != 1 or not (first := self.types[stacked[0].names[0]].dims) or not body.results:
+        operands = [*map(self._value, nodes), *stacked, *map(self._value, value.args[3:])]
+        inputs, count, begin = [n for o in operands for n in o.names], sum(len(s.names) for s in stacked), len(carries)
+        if not count or not begin or not (first := self.types[inputs[begin]].dims) or len(body.results) < begin:
             raise _not(value)
         kinds = [self.types[n] for n in inputs]
-        if any(k.dims[:1] != first[:1] for k in kinds[1:1 + count]):
+        if any(k.dims[:1] != first[:1] for k in kinds[begin:begin + count]):
             raise _not(value)
-        self._matches(operands, [k if not 1 <= i <= count else Spec(k.dims[1:], k.owed) for i, k in enumerate(kinds)], body, value)
-        outs = [s if i == 0 else Spec((first[0], *s.dims), s.owed) for i, (_, s) in enumerate(body.result_leaves())]
-        trees = [r.tree if i == 0 or not isinstance(r.tree, Struct) else _Reader.stack(r.tree, first[:1]) for i, r in enumerate(body.results)]
-        if isinstance(trees[0], Struct):
+        self._matches(operands, [Spec(k.dims[1:], k.owed) if begin <= i < begin + count else k for i, k in enumerate(kinds)], body, value)
+        outs = [s if i < begin else Spec((first[0], *s.dims), s.owed) for i, (_, s) in enumerate(body.result_leaves())]
+        trees = [_Reader.stack(r.tree, first[:1]) if i >= begin and isinstance(r.tree, Struct) else r.tree for i, r in enumerate(body.results)]
+        if any(isinstance(tree, Struct) for tree in trees[:begin]):
             raise _not(value)
-        self._same(outs[0], kinds[0], value)
-        attrs = tuple(sorted([("dim", first[0].label), ("stacked", count), *((k.arg, True) for k in value.keywords)]))
+        for out, kind in zip(outs, kinds[:begin]):
+            self._same(out, kind, value)
+        attrs = Scan.attrs(first[0].label, count, begin, reverse=bool(value.keywords))
         self._add(Step(SCAN, tuple(kinds), tuple(outs), tuple(inputs), self._leaves(target, trees), attrs, body))
 
     def _cond(self, target: ast.expr, value: ast.Call) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from shardlib.errors import SpecError
@@ -104,6 +105,11 @@ class Step:
         """The step with `f` applied to its sub-programs."""
         return replace(self, body=f(self.body) if self.body else None, orelse=f(self.orelse) if self.orelse else None) if self.body else self
 
+    def passed(self, body: Program) -> list[tuple[str, str]]:
+        """(argument of a body, value that it gets). A cond's predicate, its first operand, goes into neither body."""
+        paths = [path for path, _ in body.arg_leaves()]
+        return list(zip(paths, self.inputs[len(self.inputs) - len(paths):]))
+
     @property
     def text(self) -> str:
         return f"{', '.join(map(str, self.ins))} -> {', '.join(map(str, self.outs))}"
@@ -128,7 +134,6 @@ class Struct:
 
     def map(self, f: Callable[[Spec], Spec]) -> Struct:
         return replace(self, fields=tuple((n, s.map(f) if isinstance(s, Struct) else f(s)) for n, s in self.fields))
-
 
     def slice(self) -> Struct:
         """One of the stacked."""
@@ -204,6 +209,36 @@ class Program:
             for body in step.bodies:
                 found += [b for b in (*body.bodies(), body) if b not in found]
         return found
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan's operands and results by what they are to its body, in order; pairs of (name in the body, value outside).
+
+    carries: what each round takes from the one before.  stacked: what each takes a slice of, along `dim`.  constants: what all take.
+    carried: the carries after the last round.  made: what every round makes, stacked along `dim`.
+    """
+    dim: str
+    reverse: bool
+    carries: tuple[tuple[str, str], ...]
+    stacked: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, str], ...]
+    carried: tuple[tuple[str, str], ...]
+    made: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, step: Step) -> Scan:
+        options, taken = step.options, tuple(step.passed(step.body))
+        given = tuple(zip((name for name, _ in step.body.result_leaves()), step.outputs))
+        first = options.get("carries", 1)
+        last = first + options["stacked"]
+        return cls(options["dim"], options.get("reverse", False), taken[:first], taken[first:last], taken[last:], given[:first], given[first:])
+
+    @staticmethod
+    def attrs(dim: str, stacked: int, carries: int = 1, reverse: bool = False) -> tuple[tuple[str, Any], ...]:
+        """The attributes of a scan over `dim` with so many carries and stacked tensors."""
+        few = {"carries": carries} if carries > 1 else {}
+        return tuple(sorted({"dim": dim, "stacked": stacked, **few, **({"reverse": True} if reverse else {})}.items()))
 
 
 # -- printing ----------------------------------------------------------------------------------------------------------
@@ -308,31 +343,28 @@ def _show_step(step: Step, classes: dict[str, Struct], functions: list[Program])
 
 
 def _show_cond(step: Step, classes: dict[str, Struct], functions: list[Program]) -> str:
-    args, at = [], 1
-    for _, tree in step.body.args:
-        n = len(leaves("", tree))
-        args.append(_show_tree(tree, step.inputs[at:at + n], classes))
-        at += n
-    targets, at = [], 0
-    for r in step.body.results:
-        targets.append(_show_tree(r.tree, step.outputs[at:at + len(r.values)], classes))
-        at += len(r.values)
-    chosen = ", ".join(_function_name(b, functions) for b in step.bodies)
-    return f"{', '.join(targets)} = cond({', '.join([step.inputs[0], chosen, *args])})"
+    args = _show_trees([tree for _, tree in step.body.args], [value for _, value in step.passed(step.body)], classes)
+    chosen = [_function_name(b, functions) for b in step.bodies]
+    return f"{_show_targets(step, classes)} = cond({', '.join([step.inputs[0], *chosen, *args])})"
 
 
 def _show_scan(step: Step, classes: dict[str, Struct], functions: list[Program]) -> str:
-    body, count = step.body, step.options["stacked"]
-    at, groups = 0, []
-    for _, tree in body.args:
-        n = len(leaves("", tree))
-        groups.append((at, _show_tree(tree, step.inputs[at:at + n], classes)))
-        at += n
-    stacked = [g for i, g in groups if 1 <= i <= count]
-    rest = "".join(f", {g}" for i, g in groups if i > count)
-    targets, at = [], 0
-    for r in body.results:
-        targets.append(_show_tree(r.tree, step.outputs[at:at + len(r.values)], classes))
-        at += len(r.values)
-    options = "".join(f", {k}={v!r}" for k, v in step.attrs if k not in ("dim", "stacked"))
-    return f"{', '.join(targets)} = scan({_function_name(body, functions)}, {groups[0][1]}, ({', '.join(stacked)},){rest}{options})"
+    parts, trees = Scan.of(step), [tree for _, tree in step.body.args]
+    starts = accumulate((len(leaves("", tree)) for tree in trees), initial=0)
+    shown = list(zip(starts, _show_trees(trees, [value for _, value in step.passed(step.body)], classes)))
+    first = len(parts.carries)
+    last = first + len(parts.stacked)
+    carries, stacked = ([text for start, text in shown if low <= start < high] for low, high in ((0, first), (first, last)))
+    operands = [_function_name(step.body, functions), carries[0] if first == 1 else f"({', '.join(carries)})", f"({', '.join(stacked)},)",
+                *(text for start, text in shown if start >= last), *(["reverse=True"] if parts.reverse else [])]
+    return f"{_show_targets(step, classes)} = scan({', '.join(operands)})"
+
+
+def _show_targets(step: Step, classes: dict[str, Struct]) -> str:
+    return ", ".join(_show_trees([r.tree for r in step.body.results], step.outputs, classes))
+
+
+def _show_trees(trees: Sequence[Tree], values: Sequence[str], classes: dict[str, Struct]) -> list[str]:
+    """Each of `trees`, whose leaves are `values`, one tree's after the other's."""
+    left = iter(values)
+    return [_show_tree(tree, tuple(islice(left, len(leaves("", tree)))), classes) for tree in trees]

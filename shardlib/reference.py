@@ -25,7 +25,7 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardlib.program import Program, Step
+from shardlib.program import Program, Scan, Step
 from shardlib.spec import Spec
 
 Reference = Callable[..., Any]
@@ -132,14 +132,15 @@ def _apply(body: Program, sizes: Mapping[str, int], xs: Sequence[Tensor]) -> lis
 
 
 def _scan(step: Step, sizes: Mapping[str, int], xs: list[Tensor]) -> list[Tensor]:
-    end = 1 + step.options["stacked"]
-    order = -1 if step.options.get("reverse") else 1
-    carry, kept = xs[0], []
-    for slices in list(zip(*(x.unbind(0) for x in xs[1:end])))[::order]:
-        carry, *more = _apply(step.body, sizes, [carry, *slices, *xs[end:]])
-        kept.append(more)
-    stacked = zip(*kept[::order]) if kept else [[]] * (len(step.outs) - 1)
-    return [carry, *(torch.stack(made) if made else carry.new_zeros(_shape(s, sizes)) for made, s in zip(stacked, step.outs[1:]))]
+    parts = Scan.of(step)
+    order, first, last = -1 if parts.reverse else 1, len(parts.carries), len(parts.carries) + len(parts.stacked)
+    carries, kept = xs[:first], []
+    for slices in list(zip(*(x.unbind(0) for x in xs[first:last])))[::order]:
+        made = _apply(step.body, sizes, [*carries, *slices, *xs[last:]])
+        carries = made[:first]
+        kept.append(made[first:])
+    stacked = zip(*kept[::order]) if kept else [[]] * len(parts.made)
+    return [*carries, *(torch.stack(made) if made else xs[0].new_zeros(_shape(s, sizes)) for made, s in zip(stacked, step.outs[first:]))]
 
 
 def _shape(spec: Spec, sizes: Mapping[str, int]) -> list[int]:

@@ -118,16 +118,18 @@ class Stepper(Tracer):
         """The scalar `value`, with what it owes paid."""
         return self.run(RESHARD, (value,), None, (value.spec,), (value.spec.owing(),), {}).local
 
-    def scan(self, f: Function, carry: Value, stacks: Sequence[Any], constants: Sequence[Any], static: dict[str, Any]) -> Any:
+    def scan(self, f: Function, carries: tuple[Value, ...], stacks: Sequence[Any], constants: Sequence[Any], static: dict[str, Any]) -> Any:
         """Run the body of a scan layer by layer, through the user's own function."""
         first = next(v for s in stacks for v in _values(s))
         dim, rows = first.spec.dims[0], []
         for i in range(first.local.shape[0]):
-            out, before = f(carry, *(self._slice(s, i) for s in stacks), *constants, **static), carry.local.dtype
-            carry, *ys = out if isinstance(out, tuple) else (out,)
-            if error := changed(f.__name__, _name(before), _name(carry.local.dtype)):
-                raise error
-            rows.append(ys)
+            out = f(*carries, *(self._slice(s, i) for s in stacks), *constants, **static)
+            out = out if isinstance(out, tuple) else (out,)
+            for before, after in zip(carries, out):
+                if error := changed(f.__name__, _name(before.local.dtype), _name(after.local.dtype)):
+                    raise error
+            carries = out[:len(carries)]
+            rows.append(out[len(carries):])
 
         def stacked(values: Sequence[Value]) -> Value:
             kind = values[0].spec
@@ -140,7 +142,7 @@ class Stepper(Tracer):
                 ys.append(fill(column[0], "", lambda _: next(made)))
             else:
                 ys.append(stacked(column))
-        return (carry, *ys) if ys else carry
+        return (*carries, *ys) if ys or len(carries) > 1 else carries[0]
 
     def _slice(self, tree: Any, i: int) -> Any:
         def one(v: Value) -> Value:
