@@ -53,6 +53,14 @@ def check_count(f: Signature, args: Sequence[Any]) -> None:
         raise SpecError(f"{takes}; {len(args)} {'was' if len(args) == 1 else 'were'} given")
 
 
+def check_given(f: Signature, args: Sequence[Any]) -> None:
+    """SpecError unless `f` is given as many arguments as it takes, and no None for a pytree."""
+    check_count(f, args)
+    for name, spec, arg in zip(f.arg_names, f.ins, args):
+        if arg is None and spec is None:
+            check_tree(f, name, arg, f.hints().get(name))
+
+
 def check_tree(f: Signature, name: str, given: Any, hint: Any) -> None:
     """SpecError unless `given` is a pytree that the argument `name` of `f` may be."""
     wanted = hint if isinstance(hint, type) and issubclass(hint, Params) else None

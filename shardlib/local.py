@@ -23,7 +23,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardlib import testing
+from shardlib import placement
 from shardlib.calls import what
 from shardlib.dtypes import ITEMSIZE, as_they_come
 from shardlib.errors import SpecError
@@ -175,7 +175,7 @@ def check_local(text: str, f: Callable, sizes: Mapping[str, int], mesh: Mesh, wh
     generator = torch.Generator().manual_seed(0)
     for _ in range(trials):
         xs = [torch.randn(mesh.local_shape(s.whole(), sizes, {}), generator=generator, dtype=torch.float64, device="cpu") for s in ins]
-        pieces = [testing.place(x, s, sizes, mesh, generator) for x, s in zip(xs, ins)]
+        pieces = [placement.place(x, s, sizes, mesh, generator) for x, s in zip(xs, ins)]
         for rank in range(mesh.world_size):
             _check_call(text, f, [p[rank] for p in pieces], [mesh.local_shape(s, sizes, mesh.coordinate(rank)) for s in outs])
         dense = _tuple((whole or f)(*(x.requires_grad_() for x in xs)))
@@ -185,7 +185,7 @@ def check_local(text: str, f: Callable, sizes: Mapping[str, int], mesh: Mesh, wh
         seeds = [torch.randn(d.shape, generator=generator, dtype=torch.float64, device="cpu") for d in dense]
         want = torch.autograd.grad(dense, xs, seeds, allow_unused=True)
         busy = [a for a in mesh.axes if any(a in s.split_axes or a in s.owed_axes for s in (*ins, *outs))]
-        placed = [testing.place(s, k.owing(), sizes, mesh) for s, k in zip(seeds, outs)]
+        placed = [placement.place(s, k.owing(), sizes, mesh) for s, k in zip(seeds, outs)]
         got = [torch.autograd.grad(ranks[r], [p[r] for p in pieces], [c[r] for c in placed], allow_unused=True) for r in range(mesh.world_size)]
         for i, (x, kind) in enumerate(zip(xs, ins)):
             dual = kind.owing(*(a for a in busy if a not in kind.split_axes and a not in kind.owed_axes))
@@ -207,8 +207,8 @@ def _check_call(text: str, f: Callable, operands: Sequence[Tensor], shapes: Sequ
 
 def _join(pieces: Sequence[Tensor], kind: Spec, sizes: Mapping[str, int], mesh: Mesh) -> Tensor | None:
     try:
-        return testing.join(pieces, kind, sizes, mesh)
-    except testing.NotReplicated:
+        return placement.join(pieces, kind, sizes, mesh)
+    except placement.NotReplicated:
         return None
 
 

@@ -39,7 +39,7 @@ from shardlib.reference import refer
 from shardlib.rules import RuleError, natural
 from shardlib.sizes import Sizes
 from shardlib.spec import Dim, Owed, Spec, parse_signature
-from shardlib.testing import NotReplicated, join, place
+from shardlib.placement import NotReplicated, join, place
 
 Types = tuple[Spec, ...]
 Splits = Mapping[str, tuple[str, ...]]

@@ -19,7 +19,7 @@ import math
 import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Callable, Iterator, Mapping, dataclass_transform
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -150,6 +150,28 @@ def unflat(like: Params, leaves: Iterator[Any]) -> Any:
         if value is not None:
             values[name] = unflat(value, leaves) if isinstance(value, Params) else next(leaves)
     return type(like)(**values)
+
+
+def named_leaves(name: str, arg: Any) -> list[tuple[str, Any]]:
+    """(path, value) of every leaf of an argument, a tensor or a pytree."""
+    return list(leaf_values(arg, name)) if isinstance(arg, Params) else [(name, arg)]
+
+
+def flat_leaves(arg: Any) -> list[Any]:
+    """The leaves of an argument, a tensor or a pytree."""
+    return flat(arg) if isinstance(arg, Params) else [arg]
+
+
+def rebuild(leaves: Iterable[Any], results: Sequence[Any]) -> Any:
+    """Leaves put back into what `results` are like: a pytree, its class, or anything else for a tensor. One of them, or a tuple."""
+    it = iter(leaves)
+    made = tuple(unflat(r, it) if isinstance(r, Params) else fill(r, "", lambda _: next(it)) if isinstance(r, type) else next(it) for r in results)
+    return made if len(made) > 1 else made[0]
+
+
+def leaf_dtypes(leaves: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """path -> dtype, as programs write it: "bfloat16"."""
+    return {path: str(v.dtype).removeprefix("torch.") for path, v in leaves}
 
 
 def init(like: type[Params] | Params, sizes: Mapping[str, int], types: Mapping[str, Spec] | None = None, *, mesh: Mesh | None = None,

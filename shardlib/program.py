@@ -241,6 +241,11 @@ class Scan:
         return tuple(sorted({"dim": dim, "stacked": stacked, **few, **({"reverse": True} if reverse else {})}.items()))
 
 
+def arg_types(program: Program, name: str) -> dict[str, Spec]:
+    """path -> type of the leaves of the argument `name`."""
+    return dict(leaves(name, dict(program.args)[name]))
+
+
 # -- printing ----------------------------------------------------------------------------------------------------------
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}

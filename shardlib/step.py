@@ -11,7 +11,7 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardlib.calls import check_count, check_tensors, check_tree
+from shardlib.calls import check_given, check_tensors
 from shardlib.complete import Completer
 from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, changed, step_dtypes, value_dtypes
@@ -165,10 +165,7 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
               recipes: dict) -> Any:
     """Run `f` op by op on this rank's shards; shards come back."""
     mesh = runtime.mesh
-    check_count(f, args)
-    for name, spec, arg in zip(f.arg_names, f.ins, args):
-        if arg is None and spec is None:
-            check_tree(f, name, arg, f.hints().get(name))
+    check_given(f, args)
     layout = (f.layout if f.layout is not None else layout).on(mesh)
     trees = [(name, _complete(tree, layout, mesh)) for name, tree in argument_trees(f, args)]
     given = {path: v for (name, tree), arg in zip(trees, args) for (path, _), v in zip(leaves(name, tree), _tensors(arg))}

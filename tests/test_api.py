@@ -9,7 +9,7 @@ from shardlib import Layout, Mesh, Params, SpecError, compile, einsum, init, par
 from shardlib.functions import mean, silu, sum
 from shardlib.ops import rms_norm
 from shardlib.params import leaf_values, struct
-from shardlib.testing import region
+from shardlib.placement import region
 
 SIZES = dict(T=3, D=4, F=5, L=2)
 

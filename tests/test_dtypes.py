@@ -30,7 +30,7 @@ from shardlib.project import project
 from shardlib.reductions import SUM
 from shardlib.simulate import perform, simulate as run_ranks
 from shardlib.spec import Spec
-from shardlib.testing import join, place
+from shardlib.placement import join, place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = dict(B=3, T=4, D=4, F=2, K=2, G=2, H=4, V=5, S=6)

@@ -28,7 +28,7 @@ from shardlib.parser import parse_program
 from shardlib.simulate import simulate
 from shardlib.sizes import bind_sizes
 from shardlib.spec import parse
-from shardlib.testing import join, place
+from shardlib.placement import join, place
 from shardlib.trace import Function
 
 MESH = Mesh(dp=2, tp=4)

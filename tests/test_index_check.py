@@ -22,7 +22,7 @@ from shardlib.ops.cases import CASES
 from shardlib.oracle import Case, verdicts
 from shardlib.program import Program, Result
 from shardlib.simulate import simulate as run_program
-from shardlib.testing import place
+from shardlib.placement import place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = dict(B=4, D=2, T=2)

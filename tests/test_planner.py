@@ -23,7 +23,7 @@ from shardlib.program import Op, Program, Result, Step
 from shardlib.project import cost, received as elements_received
 from shardlib.simulate import perform, simulate
 from shardlib.spec import Spec, parse
-from shardlib.testing import join, place
+from shardlib.placement import join, place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TWO = types(parse("T D"), ("x", "y"), ("+", "max"))

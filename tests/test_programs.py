@@ -44,7 +44,7 @@ from shardlib.reference import meaning
 from shardlib.scan import SCAN
 from shardlib.simulate import perform, simulate
 from shardlib.spec import Dim, Factor, Spec, parse
-from shardlib.testing import join, place
+from shardlib.placement import join, place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-6            # of the largest element: programs subtract, divide and normalise what they rounded

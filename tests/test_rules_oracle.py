@@ -37,7 +37,7 @@ from shardlib.rules import Rule, RuleError
 from shardlib.scan import SCAN
 from shardlib.simulate import simulate
 from shardlib.spec import parse
-from shardlib.testing import join, place
+from shardlib.placement import join, place
 
 SIZES = dict(B=2, T=5, D=4, F=3, K=3, G=2, H=4, V=5, S=6)          # no split is degenerate; some are uneven, B is below 3 ranks
 LARGE = dict(B=5, T=7, D=6, F=5, K=7, G=5, H=4, V=7, S=8)          # the same on two axes

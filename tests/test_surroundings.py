@@ -13,7 +13,7 @@ from shardlib.functions import mean, silu, square, stop_gradient, sum
 from shardlib.ops.cases import CASES
 from shardlib.oracle import Case, normal
 from shardlib.simulate import simulate as simulate_ranks
-from shardlib.testing import place
+from shardlib.placement import place
 from shardlib.trace import apply
 
 

@@ -1,7 +1,17 @@
 """Rewrites of explicit programs: one file each, from a program to one that denotes the same.
 
-They are named and can be chosen: `lower(f, layout, passes=("drop_dead_steps",))`. Without them every line of the text has
-the collectives that its own operands and result need, and nothing else.
+A pass is a value. What `lower` and `compile` are handed is run in order, by value or by name: `lower(f, layout,
+passes=("drop_dead_steps",))`. Without them every line of the text has the collectives that its own operands and result need,
+and nothing else.
+
+>>> from shardlib import Mesh, sharded
+>>> from shardlib.api import lower
+>>> DROP_NOTHING = Pass("drop_nothing", lambda program, mesh: program)
+>>> @sharded("D -> D")
+... def twice(x):
+...     return 2 * x
+>>> lower(twice, passes=(DROP_NOTHING, "drop_dead_steps"), mesh=Mesh()) == lower(twice, passes=(), mesh=Mesh())
+True
 """
 from __future__ import annotations
 
@@ -9,20 +19,26 @@ from typing import Sequence
 
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
-from shardlib.passes.dead_steps import drop_dead_steps
-from shardlib.passes.hoist_sums import hoist_sums
-from shardlib.passes.replan_moves import replan_moves
+from shardlib.passes.dead_steps import DROP_DEAD_STEPS
+from shardlib.passes.hoist_sums import HOIST_SUMS
+from shardlib.passes.replan_moves import REPLAN_MOVES
+from shardlib.passes.rewrite import Pass
 from shardlib.program import Program
 
-DEFAULT = ("hoist_sums", "replan_moves", "drop_dead_steps")
-PASSES = {"hoist_sums": lambda program, mesh: hoist_sums(program), "replan_moves": replan_moves,
-          "drop_dead_steps": lambda program, mesh: drop_dead_steps(program)}
+DEFAULT = (HOIST_SUMS, REPLAN_MOVES, DROP_DEAD_STEPS)
+PASSES = {each.name: each for each in DEFAULT}
 
 
-def rewrite(program: Program, mesh: Mesh, names: Sequence[str] = DEFAULT) -> Program:
-    """The program after the passes `names`, in order."""
-    for name in names:
-        if name not in PASSES:
-            raise SpecError(f"passes: {name!r} is not one of {', '.join(PASSES)}")
-        program = PASSES[name](program, mesh)
+def chosen(passes: Sequence[Pass | str]) -> tuple[Pass, ...]:
+    """The passes that are given, by value or by name. SpecError for what is neither."""
+    wrong = [passes] if isinstance(passes, str) else [p for p in passes if not isinstance(p, Pass) and p not in PASSES]
+    if wrong:
+        raise SpecError(f"passes: {wrong[0]!r} is not one of {', '.join(PASSES)}")
+    return tuple(p if isinstance(p, Pass) else PASSES[p] for p in passes)
+
+
+def rewrite(program: Program, mesh: Mesh, passes: Sequence[Pass]) -> Program:
+    """The program after `passes`, in order."""
+    for each in passes:
+        program = each.run(program, mesh)
     return program

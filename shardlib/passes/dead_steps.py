@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from shardlib.passes.rewrite import Pass
 from shardlib.program import Program
 
 
@@ -15,3 +16,6 @@ def drop_dead_steps(program: Program) -> Program:
             needed.update(step.inputs)
             kept.append(step.rewritten(drop_dead_steps))
     return replace(program, steps=tuple(reversed(kept)))
+
+
+DROP_DEAD_STEPS = Pass("drop_dead_steps", lambda program, mesh: drop_dead_steps(program))

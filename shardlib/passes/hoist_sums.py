@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from shardlib.arithmetic import ADD, SUB
 from shardlib.moves import ALL_REDUCE, REDUCE_SCATTER
-from shardlib.passes.rewrite import uses
+from shardlib.passes.rewrite import Pass, uses
 from shardlib.program import Program, Step
 from shardlib.trace import fresh
 
@@ -43,3 +43,6 @@ def _once(program: Program) -> Program:
         steps = [s for s in program.steps[:at] if s is not a and s is not b] + [added, paid, *program.steps[at + 1:]]
         return replace(program, steps=tuple(steps))
     return program
+
+
+HOIST_SUMS = Pass("hoist_sums", lambda program, mesh: hoist_sums(program))

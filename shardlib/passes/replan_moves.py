@@ -15,7 +15,7 @@ from dataclasses import replace
 from shardlib.convert import Move, plan
 from shardlib.mesh import Mesh
 from shardlib.moves import COLLECTIVES
-from shardlib.passes.rewrite import renamed, uses
+from shardlib.passes.rewrite import Pass, renamed, uses
 from shardlib.program import Program, Step
 from shardlib.project import cost
 from shardlib.trace import fresh
@@ -60,3 +60,6 @@ def _better(moves: tuple[Move, ...], chain: list[Step], mesh: Mesh) -> bool:
     now = (sum(cost(s.op, s.ins[0], s.outs[0], mesh) for s in chain), sum(s.op in COLLECTIVES for s in chain))
     then = (sum(cost(m.op, m.have, m.want, mesh) for m in moves), sum(m.op in COLLECTIVES for m in moves))
     return then[0] < now[0] - 1e-12 or then[0] <= now[0] + 1e-12 and then[1] < now[1]
+
+
+REPLAN_MOVES = Pass("replan_moves", replan_moves)

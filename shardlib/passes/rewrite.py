@@ -1,10 +1,24 @@
-"""What rewrites share: how often values are used, and renaming."""
+"""What a pass is, and what passes share: how often values are used, and renaming."""
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Mapping
+from dataclasses import dataclass, replace
+from typing import Callable, Mapping
 
+from shardlib.mesh import Mesh
 from shardlib.program import Program, Step
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite by its name: `run` gives a program that denotes the same, its results in the same types.
+
+    before_grad: whether it runs on a program before its gradient is made of it.  after_grad: whether it runs on the two together.
+    A program without gradients sees all passes, once.
+    """
+    name: str
+    run: Callable[[Program, Mesh], Program]
+    before_grad: bool = True
+    after_grad: bool = True
 
 
 def uses(program: Program) -> dict[str, int]:

@@ -20,7 +20,7 @@ from shardlib.program import Program
 from shardlib.project import project
 from shardlib.prove import match
 from shardlib.simulate import simulate
-from shardlib.testing import join
+from shardlib.placement import join
 
 Shards = Sequence[Mapping[str, Tensor]]        # for each rank, path -> what it holds
 

@@ -1,9 +1,9 @@
-"""For tests: tensors placed on all ranks of a mesh, and put together again.
+"""Tensors placed on all ranks of a mesh, and put together again: for the simulator, and for tests.
 
 >>> from shardlib.mesh import Mesh
 >>> from shardlib.spec import parse
 >>> mesh, x = Mesh(tp=2), torch.arange(6.).view(3, 2)
->>> pieces = place(x, parse("T/tp D +"[:-2]), dict(T=3, D=2), mesh)
+>>> pieces = place(x, parse("T/tp D"), dict(T=3, D=2), mesh)
 >>> [tuple(p.shape) for p in pieces], bool((join(pieces, parse("T/tp D"), dict(T=3, D=2), mesh) == x).all())
 ([(2, 2), (1, 2)], True)
 
@@ -18,6 +18,7 @@ from typing import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.spec import Owed, Spec
 
@@ -45,6 +46,17 @@ def place(x: Tensor, kind: Spec, sizes: Mapping[str, int], mesh: Mesh, generator
 
 def _here(coordinate: Mapping[str, int], held: Sequence[Owed]) -> bool:
     return all(coordinate[o.axis] == o.at for o in held)
+
+
+def shard_of(x: Tensor, kind: Spec, mesh: Mesh, coordinate: Mapping[str, int]) -> Tensor:
+    """The piece of the global tensor `x` that `coordinate` holds as type `kind` (nothing owed)."""
+    for i, dim in enumerate(kind.dims):
+        if dim.axes:
+            if len(dim.factors) > 1:
+                raise SpecError(f"shard_of: {dim} is a group; take it apart first")
+            start, size = mesh.extent(x.shape[i], dim.axes, coordinate)
+            x = x.narrow(i, start, size)
+    return x
 
 
 class NotReplicated(AssertionError):
