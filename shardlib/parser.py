@@ -8,37 +8,26 @@ length, depth and what a text unfolds to are bounded.
 from __future__ import annotations
 
 import ast
-import re
 import warnings
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Mapping
 
 from shardlib import grad, moves, pointwise, reductions
-from shardlib.arithmetic import BINARY, RECIPROCAL, SCALE, SHIFT
+from shardlib.arithmetic import RECIPROCAL
 from shardlib.complete import complete
-from shardlib.cond import COND
 from shardlib.einsum import EINSUM
 from shardlib.errors import SpecError
 from shardlib.layout import EXPLICIT
-from shardlib.local import local_op, local_vjp_op
 from shardlib.mesh import Mesh
-from shardlib.moves import check_move
-from shardlib.program import Op, Program, Result, Scan, Step, Struct, check_keywords, leaves
+from shardlib.parse_function import FunctionText
+from shardlib.parse_text import Definitions, at_line, literal, name_of, not_printed, original, stacked_along
+from shardlib.program import Op, Program, Struct
 from shardlib.rearrange import REARRANGE, RENAME
-from shardlib.rules import natural
-from shardlib.scan import SCAN
-from shardlib.spec import Dim, Spec, check_text, nameable, parse, parse_signature
-from shardlib.trace import RESHARD
+from shardlib.spec import check_text, nameable, parse
 
 CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE, **pointwise.TABLE, **reductions.TABLE, **grad.TABLE,
                        "rearrange": REARRANGE, "rename": RENAME}
 MAX_TEXT = 4_000_000        # characters of a program
 MAX_LEAVES = 100_000        # tensors of one pytree
-MAX_STEPS = 1_000_000       # steps, those of bodies counted wherever they are used
-MAX_DEPTH = 16              # bodies within bodies
-_SIGNS = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
-_MISUSED = (LookupError, TypeError, ValueError, AttributeError, StopIteration, ArithmeticError)     # by ops given what they do not take
 
 
 def parse_program(text: str, ops: Mapping[str, Op] | None = None, functions: Mapping[str, Callable] | None = None) -> Program:
@@ -55,385 +44,59 @@ def parse_program(text: str, ops: Mapping[str, Op] | None = None, functions: Map
         raise SpecError(f"this is no program: {error}") from None
     except (RecursionError, MemoryError):
         raise SpecError("this is no program: it is nested too deeply") from None
-    reader = _Reader({**CORE, **(ops or {})}, functions or {})
+    known = Definitions({**CORE, **(ops or {})}, functions or {})
     try:
         for node in module.body:
-            reader.top(node)
+            _top(known, node)
     except RecursionError:
         raise SpecError("this is no program: it is nested too deeply") from None
-    if not reader.functions:
+    if not known.functions:
         raise SpecError("this is no program: it has no @sharded function")
-    return list(reader.functions.values())[-1]
+    return list(known.functions.values())[-1]
 
 
-@dataclass
-class _Tree:
-    """A value of the text: its struct or spec, and the names of its leaves."""
-    tree: Any
-    names: tuple[str, ...]
-
-    def field(self, name: str, node: ast.expr) -> _Tree:
-        at = 0
-        for n, sub in self.tree.fields if isinstance(self.tree, Struct) else ():
-            count = len(leaves("", sub))
-            if n == name:
-                return _Tree(sub, self.names[at:at + count])
-            at += count
-        raise _not(node)
+def _top(known: Definitions, node: ast.stmt) -> None:
+    """Read a class or a function; imports are passed over."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return
+    if not isinstance(node, (ast.ClassDef, ast.FunctionDef)) or not nameable(node.name) or node.name in known.sizes:
+        raise not_printed(node)
+    if isinstance(node, ast.ClassDef):
+        known.classes[node.name] = _class(known, node)
+    else:
+        known.functions[node.name] = FunctionText(known, node).program()
 
 
-class _Reader:
-    """What the text has defined so far, by the name it is printed under. `sizes`: leaves of a class, steps of a function."""
-
-    def __init__(self, ops: Mapping[str, Op], functions: Mapping[str, Callable]) -> None:
-        self.ops, self.known = ops, functions
-        self.classes: dict[str, Struct] = {}
-        self.functions: dict[str, Program] = {}
-        self.sizes: dict[str, int] = {}
-        self.depths: dict[str, int] = {}
-
-    def top(self, node: ast.stmt) -> None:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            return
-        if not isinstance(node, (ast.ClassDef, ast.FunctionDef)) or not nameable(node.name) or node.name in self.sizes:
-            raise _not(node)
-        if isinstance(node, ast.ClassDef):
-            self.classes[node.name] = self._class(node)
-        else:
-            self.functions[node.name] = _Function(self, node).program()
-
-    def function(self, node: ast.expr) -> Program:
-        """The function that a name of the text stands for."""
-        if _name(node) not in self.functions:
-            raise SpecError(f"this is no program: unknown function {_name(node)!r}, line {node.lineno}")
-        return self.functions[_name(node)]
-
-    def struct(self, node: ast.expr | None) -> Struct:
-        """The class that a name of the text stands for."""
-        if _name(node) not in self.classes:
-            raise _not(node)
-        return self.classes[_name(node)]
-
-    def _class(self, node: ast.ClassDef) -> Struct:
-        if [*map(_name, node.bases)] != ["Params"] or node.keywords or node.decorator_list:
-            raise _not(node)
-        fields: dict[str, Any] = {}
-        count = 0
-        for item in node.body:
-            if isinstance(item, ast.Pass):
-                continue
-            if not isinstance(item, ast.AnnAssign) or not nameable(name := _name(item.target)) or name in fields:
-                raise _not(item)
-            fields[name] = self._field(item.value, _name(item.annotation))
-            count += self.sizes[item.annotation.id] if isinstance(fields[name], Struct) else 1
-            if count > MAX_LEAVES:
-                raise SpecError(f"this is no program: {node.name} holds more than {MAX_LEAVES} tensors")
-        self.sizes[node.name] = count
-        return Struct(original(node.name), tuple(fields.items()))
-
-    def _field(self, value: ast.expr | None, kind: str) -> Any:
-        if not isinstance(value, ast.Call) or value.keywords:
-            raise _not(value)
-        form = _name(value.func), len(value.args)
-        with _line(value):
-            if form == ("param", 1) and kind == "Tensor":
-                return parse(_literal(value.args[0]))
-            if form == ("stacked", 2) and kind == _name(value.args[1]):
-                return self.stack(self.struct(value.args[1]), parse(_literal(value.args[0])).dims)
-            if form == ("nested", 1) and kind == _name(value.args[0]):
-                return self.struct(value.args[0])
-        raise _not(value)
-
-    @staticmethod
-    def stack(struct: Struct, dims: Sequence[Dim]) -> Struct:
-        """Many of `struct`, along one dim."""
-        (dim,) = dims if len(dims) == 1 else (None,)
-        if dim is None or len(dim.factors) != 1:
-            raise SpecError("this is no program: what is stacked is stacked along one dim")
-        made = struct.map(lambda s: Spec((dim, *s.dims), s.owed))
-        return Struct(made.name, made.fields, dim.label)
+def _class(known: Definitions, node: ast.ClassDef) -> Struct:
+    if [*map(name_of, node.bases)] != ["Params"] or node.keywords or node.decorator_list:
+        raise not_printed(node)
+    fields: dict[str, Any] = {}
+    count = 0
+    for item in node.body:
+        if isinstance(item, ast.Pass):
+            continue
+        if not isinstance(item, ast.AnnAssign) or not nameable(name := name_of(item.target)) or name in fields:
+            raise not_printed(item)
+        fields[name] = _field(known, item.value, name_of(item.annotation))
+        count += known.sizes[item.annotation.id] if isinstance(fields[name], Struct) else 1
+        if count > MAX_LEAVES:
+            raise SpecError(f"this is no program: {node.name} holds more than {MAX_LEAVES} tensors")
+    known.sizes[node.name] = count
+    return Struct(original(node.name), tuple(fields.items()))
 
 
-class _Function:
-    """One function under way: its values by name, their types, its steps."""
-
-    def __init__(self, reader: _Reader, node: ast.FunctionDef) -> None:
-        self.reader, self.node = reader, node
-        self.values: dict[str, _Tree] = {}
-        self.types: dict[str, Spec] = {}
-        self.steps: list[Step] = []
-        self.size = self.depth = 0
-
-    def program(self) -> Program:
-        node = self.node
-        call = node.decorator_list[0] if len(node.decorator_list) == 1 else None
-        if not isinstance(call, ast.Call) or _name(call.func) != "sharded" or len(call.args) != 1 or node.returns:
-            raise _not(node)
-        if [(k.arg, _name(k.value)) for k in call.keywords] not in ([], [("layout", "EXPLICIT")]):
-            raise _not(call)
-        self.explicit = bool(call.keywords)
-        with _line(call):
-            ins, outs = parse_signature(_literal(call.args[0]))
-        args = self._arguments(node.args, ins)
-        *steps, last = node.body
-        for stmt in steps:
-            if not isinstance(stmt, ast.Assign) or len(stmt.targets) != 1:
-                raise _not(stmt)
-            with _line(stmt):
-                self._assign(stmt.targets[0], stmt.value)
-        if not isinstance(last, ast.Return):
-            raise _not(last)
-        items = [] if last.value is None else last.value.elts if isinstance(last.value, ast.Tuple) else [last.value]
-        if len(items) != len(outs):
-            raise _not(last)
-        with _line(last):
-            results = tuple(self._result(i, s) for i, s in zip(items, outs))
-        self.reader.sizes[node.name], self.reader.depths[node.name] = self.size, self.depth
-        return Program(original(node.name), args, tuple(self.steps), results, self.explicit)
-
-    def _arguments(self, given: ast.arguments, ins: Sequence[Spec | None]) -> tuple[tuple[str, Any], ...]:
-        if given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg or given.defaults or len(given.args) != len(ins):
-            raise _not(self.node)
-        args = []
-        for arg, spec in zip(given.args, ins):
-            if not nameable(arg.arg) or arg.arg in self.values or spec is not None and (arg.annotation or spec.ellipsis):
-                raise _not(arg)
-            tree = spec if spec is not None else self.reader.struct(arg.annotation)
-            args.append((arg.arg, tree))
-            flat = leaves(arg.arg, tree)
-            self.values[arg.arg] = _Tree(tree, tuple(n for n, _ in flat))
-            self.types.update(flat)
-        return tuple(args)
-
-    def _result(self, node: ast.expr, spec: Spec | None) -> Result:
-        value = self._value(node)
-        if isinstance(value.tree, Struct) != (spec is None):
-            raise _not(node)
-        if spec is not None:
-            self._same(self.types[value.names[0]], spec, node)
-        return Result(value.tree if spec is None else spec, value.names)
-
-    def _same(self, have: Spec, want: Spec, node: ast.AST) -> None:
-        """SpecError unless a value of type `have` may stand where `want` is written."""
-        if have != want if self.explicit else have.labels != want.labels:
-            raise SpecError(f'this is no program: "{have}" stands where "{want}" is said, line {getattr(node, "lineno", "?")}')
-
-    def _value(self, node: ast.expr) -> _Tree:
-        if isinstance(node, ast.Name) and node.id in self.values:
-            return self.values[node.id]
-        if isinstance(node, ast.Attribute):
-            return self._value(node.value).field(node.attr, node)
-        if not isinstance(node, ast.Call) or node.args:
-            raise _not(node)
-        struct = self.reader.struct(node.func)
-        parts = {k.arg: self._value(k.value) for k in node.keywords}
-        declared = dict(struct.fields)
-        if len(parts) != len(node.keywords) or any(n not in declared for n in parts):
-            raise _not(node)
-        fields = [(n, replace(parts[n].tree, stacked=d.stacked) if isinstance(d, Struct) and isinstance(parts[n].tree, Struct) else parts[n].tree)
-                  for n, d in declared.items() if n in parts]
-        return _Tree(Struct(struct.name, tuple(fields)), tuple(x for n in declared if n in parts for x in parts[n].names))
-
-    # -- steps -----------------------------------------------------------------------------------------------------
-
-    def _assign(self, target: ast.expr, value: ast.expr) -> None:
-        if isinstance(value, ast.BinOp):
-            return self._infix(target, value)
-        if not isinstance(value, ast.Call):
-            raise _not(value)
-        name = _name(value.func)
-        if name in ("scan", "cond"):
-            return self._scan(target, value) if name == "scan" else self._cond(target, value)
-        op = self.reader.ops.get(name) or self._asserted(value)
-        if op is None:
-            raise SpecError(f"this is no program: unknown op {name!r}, line {value.lineno}")
-        if op.takes_text and not value.args or any(k.arg is None for k in value.keywords):
-            raise _not(value)
-        attrs = tuple(sorted((k.arg, _literal(k.value)) for k in value.keywords))
-        inputs = [self._one(a) for a in (value.args[1 + (op.function is not None):] if op.takes_text else value.args)]
-        if not op.takes_text:
-            return self._untitled(op, inputs, attrs, target)
-        ins, outs = parse_signature(_literal(value.args[0]))
-        if len(ins) != len(inputs) or any(s is None or s.ellipsis for s in (*ins, *outs)):
-            raise _not(value)
-        for have, want in zip(inputs, ins):
-            self._same(self.types[have], want, value)
-        self._add(Step(op, ins, outs, tuple(inputs), self._targets(target, len(outs)), attrs))
-
-    def _asserted(self, value: ast.Call) -> Op | None:
-        """The op of a call of `local`, whose function must be one of those given."""
-        make = {"local": local_op, "local_vjp": local_vjp_op}.get(_name(value.func))
-        if make is None or len(value.args) < 2:
-            return None
-        named = ast.unparse(value.args[1])
-        if named not in self.reader.known:
-            error = SpecError(f"this program runs {named}, which was not given; pass functions={{{named!r}: ...}}")
-            error.located = True
-            raise error
-        return make(self.reader.known[named])
-
-    def _infix(self, target: ast.expr, value: ast.BinOp) -> None:
-        sign = _SIGNS.get(type(value.op))
-        left = self._one(value.left)
-        if isinstance(value.right, (ast.Constant, ast.UnaryOp)):
-            op, inputs, attrs = {"mul": SCALE, "add": SHIFT}.get(sign), [left], (("by", _literal(value.right)),)
-        else:
-            op, inputs, attrs = BINARY.get(sign), [left, self._one(value.right)], ()
-        if op is None:
-            raise _not(value)
-        self._untitled(op, inputs, attrs, target)
-
-    def _untitled(self, op: Op, inputs: Sequence[str], attrs: tuple, target: ast.expr) -> None:
-        """A step of an op without a spec string: its types follow from its operands."""
-        ins = tuple(self.types[i] if self.explicit else self.types[i].whole() for i in inputs)
-        step = Step(op, ins, (), tuple(inputs), (), attrs)
-        check_keywords(step)
-        dims = _guarded(op, lambda: op.infer(ins, dict(attrs)))
-        outs = _guarded(op, lambda: natural(op.name, op.rule(replace(step, outs=dims)), ins, dims, inputs)) if self.explicit else dims
-        self._add(replace(step, outs=tuple(outs), outputs=self._targets(target, len(outs))))
-
-    def _scan(self, target: ast.expr, value: ast.Call) -> None:
-        if len(value.args) < 3 or not isinstance(value.args[2], ast.Tuple) or not value.args[2].elts or \
-                [(k.arg, _literal(k.value)) for k in value.keywords] not in ([], [("reverse", True)]):
-            raise _not(value)
-        body = self.reader.function(value.args[0])
-        nodes = value.args[1].elts if isinstance(value.args[1], ast.Tuple) else [value.args[1]]
-        carries = [self._one(n) for n in nodes]
-        stacked = [self._value(n) for n in value.args[2].elts]
-        operands = [*map(self._value, nodes), *stacked, *map(self._value, value.args[3:])]
-        inputs, count, begin = [n for o in operands for n in o.names], sum(len(s.names) for s in stacked), len(carries)
-        if not count or not begin or not (first := self.types[inputs[begin]].dims) or len(body.results) < begin:
-            raise _not(value)
-        kinds = [self.types[n] for n in inputs]
-        if any(k.dims[:1] != first[:1] for k in kinds[begin:begin + count]):
-            raise _not(value)
-        self._matches(operands, [Spec(k.dims[1:], k.owed) if begin <= i < begin + count else k for i, k in enumerate(kinds)], body, value)
-        outs = [s if i < begin else Spec((first[0], *s.dims), s.owed) for i, (_, s) in enumerate(body.result_leaves())]
-        trees = [_Reader.stack(r.tree, first[:1]) if i >= begin and isinstance(r.tree, Struct) else r.tree for i, r in enumerate(body.results)]
-        if any(isinstance(tree, Struct) for tree in trees[:begin]):
-            raise _not(value)
-        for out, kind in zip(outs, kinds[:begin]):
-            self._same(out, kind, value)
-        attrs = Scan.attrs(first[0].label, count, begin, reverse=bool(value.keywords))
-        self._add(Step(SCAN, tuple(kinds), tuple(outs), tuple(inputs), self._leaves(target, trees), attrs, body))
-
-    def _cond(self, target: ast.expr, value: ast.Call) -> None:
-        if len(value.args) < 3 or value.keywords:
-            raise _not(value)
-        body, orelse = (self.reader.function(a) for a in value.args[1:3])
-        predicate, operands = self._one(value.args[0]), [self._value(a) for a in value.args[3:]]
-        inputs = [predicate, *(n for o in operands for n in o.names)]
-        kinds = [self.types[n] for n in inputs]
-        self._same(kinds[0], Spec(), value)
-        for one in (body, orelse):
-            self._matches(operands, kinds[1:], one, value)
-        if [s for _, s in body.result_leaves()] != [s for _, s in orelse.result_leaves()]:
-            raise _not(value)
-        self._add(Step(COND, tuple(kinds), tuple(s for _, s in body.result_leaves()), tuple(inputs),
-                       self._leaves(target, [r.tree for r in body.results]), (), body, orelse))
-
-    def _matches(self, operands: Sequence[_Tree], kinds: Sequence[Spec], body: Program, node: ast.expr) -> None:
-        """SpecError unless `operands`, their leaves of types `kinds`, are what `body` takes."""
-        if [len(o.names) for o in operands] != [len(leaves("", t)) for _, t in body.args] or body.explicit != self.explicit:
-            raise _not(node)
-        for have, (_, want) in zip(kinds, body.arg_leaves()):
-            self._same(have, want, node)
-
-    def _leaves(self, target: ast.expr, trees: Sequence[Any]) -> tuple[str, ...]:
-        """The leaves of the values that a target names, trees and tensors."""
-        roots = self._targets(target, len(trees))
-        for root, tree in zip(roots, trees):
-            if isinstance(tree, Struct):
-                self.values[root] = _Tree(tree, tuple(n for n, _ in leaves(root, tree)))
-        return tuple(n for root, tree in zip(roots, trees) for n, _ in leaves(root, tree))
-
-    def _targets(self, node: ast.expr, count: int) -> tuple[str, ...]:
-        names = tuple(_name(n) for n in (node.elts if isinstance(node, ast.Tuple) else [node]))
-        if len(names) != count or len({*names}) != count or any(n in self.values or not nameable(n) for n in names):
-            raise _not(node)
-        return names
-
-    def _one(self, node: ast.expr) -> str:
-        value = self._value(node)
-        if len(value.names) != 1 or isinstance(value.tree, Struct):
-            raise _not(node)
-        return value.names[0]
-
-    def _add(self, step: Step) -> None:
-        for name in [n for b in step.bodies for n, f in self.reader.functions.items() if f is b]:
-            self.size += self.reader.sizes[name]
-            self.depth = max(self.depth, self.reader.depths[name] + 1)
-        self.size += 1
-        if self.size > MAX_STEPS or self.depth > MAX_DEPTH:
-            raise SpecError(f"this is no program: it unfolds to more than {MAX_STEPS} steps, or to bodies {MAX_DEPTH} deep")
-        if step.op.takes_text and not step.bodies:
-            check_keywords(step)
-            _guarded(step.op, lambda: self._check(step))
-        self.steps.append(step)
-        self.types.update(zip(step.outputs, step.outs))
-        for name, spec in zip(step.outputs, step.outs):
-            if "." not in name and name not in self.values:
-                self.values[name] = _Tree(spec, (name,))
-
-    def _check(self, step: Step) -> None:
-        """SpecError unless the types of an explicit step's results are what its text says."""
-        op = step.op
-        if (op.moves or op is RENAME) and ((len(step.ins), len(step.outs)) != (1, 1) or len(step.ins[0].dims) != len(step.outs[0].dims)
-                                           or op.moves and step.ins[0].labels != step.outs[0].labels):
-            raise SpecError(f'{op.name}: "{step.text}" is no call of it')
-        rule = op.rule(step)
-        if not self.explicit or op.asserted or op is RESHARD:
-            return
-        if op.moves:
-            if problem := check_move(op, step.ins[0], step.outs[0]):
-                raise SpecError(f"{op.name}: {problem}")
-        elif op is RENAME:
-            if [d.axes for d in step.ins[0].dims] != [d.axes for d in step.outs[0].dims] or step.ins[0].owed != step.outs[0].owed:
-                raise SpecError(f'rename: "{step.text}" changes more than names')
-        else:
-            for made, want in zip(natural(op.name, rule, step.ins, step.outs, step.inputs), step.outs):
-                self._same(made, want, self.node)
-
-
-def _guarded(op: Op, f: Callable) -> Any:
-    """What `f` returns; SpecError where the op fails on operands that it was never meant for."""
-    try:
-        return f()
-    except SpecError:
-        raise
-    except _MISUSED as error:
-        raise SpecError(f"this is no program: {op.name} is called with what it does not take") from error
-
-
-@contextmanager
-def _line(node: ast.AST) -> Iterator[None]:
-    """Errors inside say the line of `node`."""
-    try:
-        yield
-    except SpecError as error:
-        raise error.at("" if "line " in str(error).split("\n")[0] else f"line {getattr(node, 'lineno', '?')}") from None
-
-
-def original(name: str) -> str:
-    """The name of a function or class before printing told it from others by a __2."""
-    return re.sub(r"__[0-9]+$", "", name)
-
-
-def _name(node: ast.AST | None) -> str:
-    if not isinstance(node, ast.Name):
-        raise _not(node)
-    return node.id
-
-
-def _literal(node: ast.expr) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        raise _not(node) from None
-
-
-def _not(node: ast.AST | None) -> SpecError:
-    return SpecError(f"this is no program: line {getattr(node, 'lineno', '?')} is not of the printed form")
+def _field(known: Definitions, value: ast.expr | None, kind: str) -> Any:
+    if not isinstance(value, ast.Call) or value.keywords:
+        raise not_printed(value)
+    form = name_of(value.func), len(value.args)
+    with at_line(value):
+        if form == ("param", 1) and kind == "Tensor":
+            return parse(literal(value.args[0]))
+        if form == ("stacked", 2) and kind == name_of(value.args[1]):
+            return stacked_along(known.struct(value.args[1]), parse(literal(value.args[0])).dims)
+        if form == ("nested", 1) and kind == name_of(value.args[0]):
+            return known.struct(value.args[0])
+    raise not_printed(value)
 
 
 def check(program: Program, mesh: Mesh) -> Program:
