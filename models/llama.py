@@ -49,12 +49,12 @@ class LlamaConfig:
 
 
 class Block(Params):
-    norm1: Tensor = param("D", init="ones")
+    norm1: Tensor = param("D", initial="ones")
     wq: Tensor = param("D K G H")
     wk: Tensor = param("D K H")
     wv: Tensor = param("D K H")
     wo: Tensor = param("K G H D")
-    norm2: Tensor = param("D", init="ones")
+    norm2: Tensor = param("D", initial="ones")
     gate: Tensor = param("D F")
     up: Tensor = param("D F")
     down: Tensor = param("F D")
@@ -63,13 +63,13 @@ class Block(Params):
 class Llama(Params):
     embed: Tensor = param("V D")
     layers: Block = stacked("L", Block)
-    norm: Tensor = param("D", init="ones")
+    norm: Tensor = param("D", initial="ones")
     head: Tensor = param("V D")                     # absent where the embedding is tied
 
 
 class KeyValue(Params):
-    k: Tensor = param("B S K H", init="zeros")
-    v: Tensor = param("B S K H", init="zeros")
+    k: Tensor = param("B S K H", initial="zeros")
+    v: Tensor = param("B S K H", initial="zeros")
 
 
 class Cache(Params):

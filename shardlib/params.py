@@ -5,7 +5,7 @@
 ...     down: Tensor = param("F D")
 >>> class Net(Params):
 ...     layers: Mlp = stacked("L", Mlp)
-...     norm: Tensor = param("D", init="ones")
+...     norm: Tensor = param("D", initial="ones")
 >>> [(path, str(spec)) for path, spec in struct(Net).leaves("w")]
 [('w.layers.up', 'L D F'), ('w.layers.down', 'L F D'), ('w.norm', 'D')]
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,20 +30,23 @@ from shardlib.mesh import Mesh, check_sizes
 from shardlib.program import Struct
 from shardlib.spec import Dim, Spec, heading, nameable, parse
 
-INITS = ("normal", "ones", "zeros")
+INITIAL = ("normal", "ones", "zeros")
 
 
-def param(spec: str, *, init: str = "normal", scale: float | None = None) -> Any:
-    """A field holding a tensor with dims `spec`; drawn by `init` ("normal", "ones", "zeros").
+def param(spec: str, *, initial: str = "normal", scale: float | None = None, init: str | None = None) -> Any:
+    """A field holding a tensor with dims `spec`; `init` fills it with `initial`: "normal", "ones" or "zeros".
 
     `scale`: standard deviation of "normal"; by default 1/sqrt(first dim's size), of a group all of it, 1 for a scalar.
     """
-    if init not in INITS:
-        raise SpecError(f"param({spec!r}): init is {init!r}; it is one of {', '.join(INITS)}")
+    if init is not None:
+        warnings.warn(f'param({spec!r}): init= is now initial=; a checker of types takes init for a word of dataclasses', DeprecationWarning, stacklevel=2)
+        initial = init
+    if initial not in INITIAL:
+        raise SpecError(f"param({spec!r}): initial is {initial!r}; it is one of {', '.join(INITIAL)}")
     kind = parse(spec)
     if kind.ellipsis:
         raise SpecError(f'param("{kind}"): "..." stands for dims of an operand; a parameter names its own')
-    return field(default=None, metadata={"spec": kind, "init": init, "scale": scale})
+    return field(default=None, metadata={"spec": kind, "initial": initial, "scale": scale})
 
 
 def stacked(dim: str, of: type[Params]) -> Any:
@@ -192,8 +196,8 @@ def init(like: type[Params] | Params, sizes: Mapping[str, int], types: Mapping[s
         spec, meta = rows[name]
         kind = (types or {}).get(name, spec.whole())
         shape = mesh.local_shape(kind, sizes, coordinate)
-        if meta["init"] != "normal":
-            return torch.full(shape, float(meta["init"] == "ones"), dtype=dtype, device=device)
+        if meta["initial"] != "normal":
+            return torch.full(shape, float(meta["initial"] == "ones"), dtype=dtype, device=device)
         drawn = normal(kind, sizes, mesh, coordinate, zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1))
         fan = math.prod(mesh.local_shape(Spec(meta["spec"].dims[:1]).whole(), sizes, {}))
         return (drawn * (meta["scale"] if meta["scale"] is not None else 1 / math.sqrt(max(fan, 1)))).to(device, dtype)

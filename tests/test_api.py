@@ -21,7 +21,7 @@ class Mlp(Params):
 
 class Net(Params):
     layers: Mlp = stacked("L", Mlp)
-    bias: Tensor = param("D", init="ones")
+    bias: Tensor = param("D", initial="ones")
 
 
 @sharded("T D, * -> T D, ()")
@@ -166,8 +166,8 @@ def test_parameters_are_drawn_as_their_fields_say():
         wide: Tensor = param("D N", scale=3.0)
         none: Tensor = param("D N", scale=0.0)
         scalar: Tensor = param("()")
-        ones: Tensor = param("D", init="ones")
-        zeros: Tensor = param("D", init="zeros")
+        ones: Tensor = param("D", initial="ones")
+        zeros: Tensor = param("D", initial="zeros")
 
     class Many(Params):
         layers: Kinds = stacked("L", Kinds)
@@ -252,3 +252,14 @@ def test_what_one_has_been_called_with_its_copy_has_not():
     other = run.at(D=2)
     run.lower(None, Parts(a=one))
     assert other(x, Parts(a=one)).tolist() == [2, 2] and run(x, Parts(a=one, b=one)).tolist() == [12, 12]
+
+
+def test_the_old_word_for_what_a_field_is_filled_with() -> None:
+    with pytest.warns(DeprecationWarning) as said:
+        class Old(Params):
+            ones: Tensor = param("D", init="ones")
+    assert str(said[0].message) == "param('D'): init= is now initial=; a checker of types takes init for a word of dataclasses"
+    assert init(Old, dict(D=3)).ones.tolist() == [1, 1, 1]
+    with pytest.raises(SpecError) as refused:
+        param("D", initial="random")
+    assert str(refused.value) == "param('D'): initial is 'random'; it is one of normal, ones, zeros"

@@ -26,7 +26,7 @@ class Weights(Params):
 
 
 class Rows(Params):
-    x: Tensor = param("B S H", init="zeros")
+    x: Tensor = param("B S H", initial="zeros")
 
 
 @sharded("B D, * -> B F, B F")
