@@ -19,6 +19,7 @@ from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
+from shardlib.steps import Steps
 from shardlib.trace import apply
 
 
@@ -119,7 +120,7 @@ def _rule_vjp(step: Step) -> Rule:
                 uses=(operands, operands, (0, 1, *operands[3:])))
 
 
-def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+def _vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
     made = b.call(ATTENTION_VJP, [*step.inputs, ct[0]], outs=tuple(s.owing() for s in step.ins[:3]))
     return [*made, *[None] * (len(step.inputs) - 3)]
 

@@ -37,6 +37,7 @@ from shardlib.reductions import MAX
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Dim, Spec, parse_signature
+from shardlib.steps import Steps
 from shardlib.trace import apply
 
 
@@ -120,15 +121,15 @@ def _as_logits(dtypes: Dtypes, attrs: Mapping[str, Any]) -> Dtypes:
     return dtypes[:1]
 
 
-def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+def _vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [b.call(CROSS_ENTROPY_VJP, [*step.inputs, ct[0]], outs=(step.ins[0].owing(),), **step.options), None]
 
 
-def _label_sums_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+def _label_sums_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [b.call(LABEL_SUMS_VJP, [*step.inputs, *ct], outs=(step.ins[0].owing(),), **step.options), None, None]
 
 
-def _over_pieces(b: Any, step: Step, x: str) -> str:
+def _over_pieces(b: Steps, step: Step, x: str) -> str:
     """Cross entropy over a split V."""
     labels, small = step.inputs[1], step.outs[0]
     top = b.settle(b.call(MAX, [x], outs=(small,)))

@@ -18,6 +18,7 @@ from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec
+from shardlib.steps import Steps
 from shardlib.trace import apply
 
 
@@ -35,7 +36,7 @@ def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"F.rms_norm({args[0]}{wide}, {shape}, {args[1]}{wide}, {step.options['eps']!r}).to(torch.{x})"
 
 
-def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+def _vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
     return list(b.call(RMS_NORM_VJP, [*step.inputs, ct[0]], eps=step.options["eps"]))
 
 

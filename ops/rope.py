@@ -18,6 +18,7 @@ from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
+from shardlib.steps import Steps
 from shardlib.trace import apply
 
 
@@ -89,7 +90,7 @@ def _rope(prepare: Any) -> Any:
     return emit
 
 
-def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+def _vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [b.call(ROPE_VJP, [ct[0], step.inputs[1]], outs=(step.ins[0].owing(),)), None]
 
 

@@ -19,6 +19,7 @@ from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
+from shardlib.steps import Steps
 from shardlib.trace import apply
 
 
@@ -90,7 +91,7 @@ def _embed(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"{e.use(rows_of)}({args[0]}, {args[1]}, {e.rows(table.dims[0])[0]}, {site})"
 
 
-def _embed_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+def _embed_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [None, b.call(EMBEDDING_VJP, [step.inputs[0], ct[0]], outs=(step.ins[1].owing(),))]
 
 
@@ -116,7 +117,7 @@ def _take(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"{e.use(pick)}({args[0]}, {_index(args[1], index, x)}, {dim}, {e.rows(x.dims[dim])[0]}, {site})"
 
 
-def _take_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+def _take_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [b.call(TAKE_VJP, [step.inputs[1], ct[0]], outs=(step.ins[0].owing(),)), None]
 
 

@@ -15,6 +15,7 @@ from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
 from shardlib.spec import Spec
+from shardlib.steps import Steps
 
 _SIGN = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
@@ -47,17 +48,17 @@ def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"{a} {_SIGN[step.op.name]} {b}"
 
 
-def _add_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+def _add_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
     right = ct[0] if step.op is ADD else b.scale(ct[0], -1.0)
     return [b.einsum_to(step.ins[0], [ct[0]]), b.einsum_to(step.ins[1], [right])]
 
 
-def _mul_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+def _mul_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
     x, y = step.inputs
     return [b.einsum_to(step.ins[0], [ct[0], y]), b.einsum_to(step.ins[1], [ct[0], x])]
 
 
-def _div_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+def _div_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
     x, y = step.inputs
     by = b.call(DIV, [ct[0], y])
     down = b.call(DIV, [b.call(MUL, [by, x]), y])

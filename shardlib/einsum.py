@@ -19,6 +19,7 @@ from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_signature
+from shardlib.steps import Steps
 from shardlib.trace import apply
 
 
@@ -52,7 +53,7 @@ def _rule(step: Step) -> Rule:
                 sums=tuple(dict.fromkeys(n for s in step.ins for n in s.names if n not in kept)))
 
 
-def _vjp(b: Any, step: Step, cotangents: Sequence[str]) -> list[str]:
+def _vjp(b: Steps, step: Step, cotangents: Sequence[str]) -> list[str]:
     return [b.einsum_to(step.ins[i], [cotangents[0], *(x for j, x in enumerate(step.inputs) if j != i)])
             for i in range(len(step.ins))]
 

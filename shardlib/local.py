@@ -32,6 +32,7 @@ from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_signature
+from shardlib.steps import Steps
 from shardlib.trace import apply
 
 
@@ -138,7 +139,7 @@ def local_vjp(f: Callable, count: int, *args: Tensor) -> Any:
     return made if len(made) > 1 else made[0]
 
 
-def _vjp(b: Any, step: Step, cotangents: Sequence[str]) -> list[str]:
+def _vjp(b: Steps, step: Step, cotangents: Sequence[str]) -> list[str]:
     f = step.op.function
     busy = [a for a in b.mesh.axes if any(a in s.split_axes or a in s.owed_axes for s in (*step.ins, *step.outs))]
     kinds = [s.owing(*(a for a in busy if a not in s.split_axes and a not in s.owed_axes)) for s in step.ins]

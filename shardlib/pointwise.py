@@ -19,6 +19,7 @@ from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
 from shardlib.spec import Spec
+from shardlib.steps import Steps
 from shardlib.trace import apply
 
 UNARY: dict[str, tuple[str, str]] = {
@@ -61,7 +62,7 @@ def _unary(name: str, value: str, slope: str) -> tuple[Op, Op]:
                   emit=lambda e, s, a: "(" + slope.format(x=a[0], y=a[0], g=a[1]) + ")", takes=("float",),
                   reference=lambda d, x, g: d.vjp(lambda d, x: function(x), (operand(x),), g, d.step.ins[0]))
 
-    def vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+    def vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
         return [b.call(backward, [step.outputs[0] if from_result else step.inputs[0], ct[0]])]
     forward = Op(name, rule=lambda s: Rule(), infer=_infer, vjp=vjp, emit=lambda e, s, a: value.format(x=a[0]),
                  takes=("number" if name in OF_INTEGERS else "float",),
@@ -82,7 +83,7 @@ def _function(name: str) -> Callable[[Any], Any]:
 
 silu, gelu, relu, tanh, sigmoid, exp, log, rsqrt, square = (_function(n) for n in UNARY)
 
-def _cast_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+def _cast_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [b.like(ct[0], step.inputs[0]), *[None] * (len(step.inputs) - 1)]
 
 
@@ -118,7 +119,7 @@ def _where_emit(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"torch.where({', '.join(align(a, s, step.outs[0]) for a, s in zip(args, step.ins))})"
 
 
-def _where_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
+def _where_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
     mask = step.inputs[0]
     zero = b.scale(ct[0], 0.0)
     return [None, b.einsum_to(step.ins[1], [b.call(WHERE, [mask, ct[0], zero])]),
@@ -130,7 +131,7 @@ WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=_where_infer, e
            reference=lambda d, mask, a, b: a.masked_fill(~mask, 0) + b.masked_fill(mask, 0))
 
 
-def where(mask: Any, a: Any, b: Any) -> Any:
+def where(mask: Any, a: Any, b: Steps) -> Any:
     """`a` where `mask`, else `b`. Both owe a sum, or neither does."""
     return apply(WHERE, (mask, a, b))
 

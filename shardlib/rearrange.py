@@ -16,6 +16,7 @@ from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.rules import Rule, RuleError
 from shardlib.spec import Dim, Spec, parse_signature
+from shardlib.steps import Steps
 from shardlib.trace import apply
 
 
@@ -30,7 +31,7 @@ def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"{text}.reshape({e.shape(want)})" if any(len(d.factors) > 1 for d in want.dims) else text
 
 
-def _vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+def _vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
     """Back, with what becomes a later factor of a group whole."""
     inner = {n for d in step.ins[0].dims for n in d.names[1:]}
     have = b.types[ct[0]]
@@ -56,7 +57,7 @@ def renamed(have: Spec, named: Spec) -> Spec:
     return Spec(tuple(new.split(old.axes) for old, new in zip(have.dims, named.dims)), have.owed)
 
 
-def _rename_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+def _rename_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
     have, back = b.types[ct[0]], step.ins[0]
     whole = whole_in_rename(back, have)
     ready = b.move(ct[0], have.split({d.label: d.axes for d in have.dims if d not in whole}))

@@ -21,6 +21,7 @@ from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec, nameable, parse_signature
+from shardlib.steps import Steps
 from shardlib.trace import Value, apply
 
 
@@ -64,7 +65,7 @@ def _count(e: LocalCode, step: Step) -> int:
     return n
 
 
-def _mean_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+def _mean_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
     return [b.spread(ct[0], step.ins[0], mean=True)]
 
 
@@ -118,7 +119,7 @@ def _softmax(d: Dims, x: Tensor) -> Tensor:
     return math.e ** (x - d.fold(torch.logaddexp, float("-inf"), x, _along(d.step)))
 
 
-def _softmax_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+def _softmax_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
     return [b.call(SOFTMAX_VJP, [step.outputs[0], ct[0]], along=_along(step))]
 
 
@@ -154,7 +155,7 @@ SOFTMAX_VJP = Op("softmax_vjp", keywords={"along": nameable}, rule=lambda s: Rul
                  reference=lambda d, y, g: d.vjp(_softmax, (y.log(),), g, d.step.ins[0]))
 
 
-def _logsumexp_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str]:
+def _logsumexp_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
     return [b.call(EXP_MINUS, [step.inputs[0], step.outputs[0], ct[0]])]
 
 
@@ -183,7 +184,7 @@ def _log_plus(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"({text}){end}" if (end := _rounded(e, step)) else text
 
 
-def _spread_logsumexp(b: Any, step: Step, x: str) -> str:
+def _spread_logsumexp(b: Steps, step: Step, x: str) -> str:
     """logsumexp over a split dim: the max of all, then the sum of what is above it."""
     small = step.outs[0]
     top = b.settle(b.call(MAX, [x], outs=(small,)))
@@ -207,7 +208,7 @@ LOG_PLUS = Op("log_plus", rule=lambda s: Rule(), infer=_first, emit=_log_plus, t
               reference=lambda d, x, m: m + torch.log2(x) * math.log(2))
 
 
-def _spread_argmax(b: Any, step: Step, x: str) -> str:
+def _spread_argmax(b: Steps, step: Step, x: str) -> str:
     """argmax over a split dim: the max of all, then the least index that has it."""
     small = step.outs[0]
     top = b.settle(b.call(MAX, [x], outs=(small,)))

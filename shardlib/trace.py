@@ -28,6 +28,7 @@ from shardlib.rules import Rule
 from shardlib.signature import Signature
 from shardlib.source import Where, is_ours, user_frame, user_line
 from shardlib.spec import Dim, Spec, heading, nameable, parse_signature
+from shardlib.steps import Steps
 
 _ACTIVE: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
 RESERVED = ("all_gather", "all_reduce", "all_to_all", "owe", "permute", "reduce_scatter", "reshard", "shard", "scan", "sharded", "EXPLICIT",
@@ -94,7 +95,7 @@ class Value:
                         f"a split and an owed sum are, those of torch do not")
 
 
-def _arithmetic(name: str, a: Any, b: Any) -> Value:
+def _arithmetic(name: str, a: Any, b: Steps) -> Value:
     if isinstance(a, Value) and isinstance(b, Value):
         return apply(BINARY[name], (a, b))
     value, number = (a, b) if isinstance(a, Value) else (b, a)
