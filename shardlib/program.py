@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 from shardlib.errors import SpecError
 from shardlib.rules import Rule
 from shardlib.spec import Spec
+from shardlib.wires import Wire
 
 if TYPE_CHECKING:
     from shardlib.emit import Emitter
@@ -47,6 +48,7 @@ class Op:
     infer(ins, attrs): the results' dims, for an op that is called without a spec string.
     vjp(b, step, cotangents): the cotangents of the operands, built with the grad builder `b`; None where there is none.
     moves:       it changes types and keeps the value: a conversion.
+    wire:        how its ranks communicate, if they do.
     index:       operands that hold integers or masks, outside linearity and without cotangent.
     updates:     the operand whose buffer the result may reuse, if any.
     distribute(b, step, x): the same over pieces, for an operand split along the dim the op runs over.
@@ -67,6 +69,7 @@ class Op:
     infer: Callable[..., tuple[Spec, ...]] | None = None
     vjp: Callable | None = None
     moves: bool = False
+    wire: Wire | None = None
     index: tuple[int, ...] = ()
     updates: int | None = None
     takes: tuple[str, ...] = ()
