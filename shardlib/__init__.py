@@ -11,11 +11,11 @@ from shardlib.explain import explain
 from shardlib.layout import EXPLICIT, Layout
 from shardlib.local import local
 from shardlib.mesh import Mesh
-from shardlib.moves import all_gather, all_reduce, all_to_all, owe, permute, reduce_scatter, reshard, shard
 from shardlib.params import Params, init, param, stacked
 from shardlib.prove import prove
 from shardlib.rearrange import rearrange, rename
 from shardlib.scan import scan
+from shardlib.verbs import all_gather, all_reduce, all_to_all, owe, permute, reduce_scatter, reshard, shard
 
 __version__ = "0.1.0"
 __all__ = ["sharded", "einsum", "Mesh", "Layout", "lower", "SpecError", "Params", "param", "stacked", "init", "scan", "compile",

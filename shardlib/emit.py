@@ -26,6 +26,7 @@ from shardlib.program import Program, Scan, Step
 from shardlib.scan import SCAN
 from shardlib.spec import Dim, Spec
 from shardlib.variables import reuse
+from shardlib.wires import Wire
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Emitter:
         self.mesh, self.rank, self.sizes, self.yields, self.donate = mesh, rank, sizes, yields, frozenset(donate)
         self.coordinate = mesh.coordinate(rank)
         self.groups: dict[tuple[str, ...], str] = {}
+        self.wires: dict[str, Wire] = {}                    # by the method that the code calls
         self.helpers: dict[str, Callable | IndexSite] = {}  # what generated code has by name
         self.constants: dict[str, torch.Tensor] = {}
         self.plan: dict[str, PlanStep] = {}                 # name in the code -> the collective that is called there
@@ -136,15 +138,16 @@ class Emitter:
         """`text` viewed as `shape`: a view of a view is one view. Its sizes are separate arguments: torch reads a tuple slower."""
         return f"{_VIEW.sub('', text)}.view({', '.join(map(str, shape)) or '()'})"
 
-    def collective(self, axes: Sequence[str], method: str, args: Sequence[str], extra: str, many: bool = False) -> str:
+    def collective(self, wire: Wire, axes: Sequence[str], pieces: Sequence[str], more: tuple) -> str:
         """A call of the coordinator of the group over `axes`, which says where in the plan it is; over one rank, nothing is left of it."""
+        operand = f"({', '.join(pieces)},)" if wire.many else pieces[0]
         if self.mesh.size(axes) == 1:
-            return f"({args[0]},)" if many else args[0]
-        group = self.groups.setdefault(tuple(axes), f"g{len(self.groups)}")
-        operand = f"({', '.join(args)},)" if many else args[0]
+            return operand
+        group, extra = self.groups.setdefault(tuple(axes), f"g{len(self.groups)}"), ", ".join(map(repr, more))
+        self.wires[wire.name] = wire
         if self.yields:
-            return f"(yield ({group}, {method!r}, {operand}, {extra}))"
-        return f"{group}.{method}({operand}, {extra}{self._here()})"
+            return f"(yield ({group}, {wire.name!r}, {operand}, {extra}))"
+        return f"{group}.{wire.name}({operand}, {extra}{self._here()})"
 
     def _here(self) -> str:
         if self._where is None:

@@ -22,9 +22,9 @@ from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import bytes_text
 from shardlib.mesh import Mesh
-from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, axes_of, exchanged
+from shardlib.moves import axes_of, placed, received
 from shardlib.program import Program, Step
-from shardlib.project import check_given, received
+from shardlib.project import check_given
 from shardlib.scan import SCAN
 
 
@@ -168,7 +168,7 @@ class _Counter:
                          for body, taken in zip(step.bodies, _branches(step, branch))]
                 rows += [row for made, _ in parts for row in made]
                 total = [n + again * max(more) for n, *more in zip(total, *(sums for _, sums in parts))]
-            elif step.op in COLLECTIVES and self.mesh.size(axes_of(step, self.mesh)) > 1:
+            elif step.op.wire and self.mesh.size(axes_of(step, self.mesh)) > 1:
                 dtype = kinds[step.inputs[0]]
                 row = self._row(step, program, ITEMSIZE[dtype], times, branch)
                 rows.append((row, _call(step, self.mesh, self.sizes, dtype)))
@@ -192,12 +192,7 @@ def _branches(step: Step, branch: str) -> tuple[str, ...]:
 
 def _call(step: Step, mesh: Mesh, sizes: Mapping[str, int], dtype: str) -> Call:
     """What the step asks of a GroupCoordinator, as rank 0 does."""
-    (have,), (want,) = step.ins, step.outs
-    members = [mesh.coordinate(r) for r in mesh.group(axes_of(step, mesh), 0)]
-    exchange = step.op in (ALL_TO_ALL, PERMUTE)
-    parts = {exchanged(mesh, sizes, have, want, a, b) for a in members for b in members} if exchange else \
-        {prod(mesh.local_shape(want if step.op is REDUCE_SCATTER else have, sizes, c)) for c in members}
-    whole = prod(mesh.local_shape(want if step.op is ALL_GATHER else have, sizes, members[0])) * ITEMSIZE[dtype]
-    op = ("max" if any(o.kind == "max" for o in have.owed) else "sum") if step.op in (ALL_REDUCE, REDUCE_SCATTER) else None
-    even = len(parts) == 1
-    return Call("all_to_all" if exchange else step.op.name, op, getattr(torch, dtype), "cpu", whole if even or not exchange else -1, even)
+    at = placed(step, mesh, sizes, 0)
+    wire, even = at.move.wire, at.move.wire.even(at.counts)
+    nbytes = wire.whole(at.counts) * ITEMSIZE[dtype] if even or not wire.many else -1
+    return Call(wire.name, at.kind if wire.reduces else None, getattr(torch, dtype), "cpu", nbytes, even)

@@ -14,7 +14,6 @@ import torch
 from shardlib.distributed.rank_error import RankError
 from shardlib.errors import SpecError
 from shardlib.messages import WORDS
-from shardlib.moves import COLLECTIVES
 from shardlib.program import Step
 from shardlib.source import Where
 
@@ -28,7 +27,7 @@ def explain_failure(error: Exception, lines: Lines, where: Where | None = None) 
     where: the user's line, for code that was made for another one.
     """
     step = _step(error, lines)
-    if step is None or step.op in COLLECTIVES or isinstance(error, RankError):
+    if step is None or step.op.wire or isinstance(error, RankError):
         return
     where = where or step.where
     if isinstance(error, SpecError):

@@ -1,6 +1,6 @@
-"""The moves between specs of one value: what each is called, and what one rank does for it.
+"""The moves between specs of one value, a record each: its name, when it is one, what a rank does for it.
 
-| verb | from -> to | communication |
+| move | from -> to | communication |
 |---|---|---|
 | shard | `T D -> T/tp D` | none: keep the own piece |
 | owe | `D -> D +tp`, `T/tp D -> T D +tp` | none: keep at coordinate 0, or pad with zeros |
@@ -10,212 +10,367 @@
 | all_to_all | `T/tp D -> T D/tp` | a split moves from one dim to another |
 | permute | `T/x/y D -> T/y/x D` | the order of a dim's axes changes |
 
-Every move is the identity on what its operand denotes, so its transpose is the move between the duals.
+Every move is the identity on what its operand denotes, so its transpose is the move between the duals. A move
+that communicates has a wire (`shardlib.wires`), and two may share one: permute goes over that of all_to_all. The
+planner asks a record for its neighbours and its cost, the writer of code for its request, reports for its group
+and who receives what.
+
+>>> from shardlib.local_code import LocalCode
+from shardlib.local_code import LocalCode
+from shardlib.mesh import Mesh
+>>> from shardlib.spec import parse
+>>> step = Step(ALL_GATHER, (parse("T/tp D"),), (parse("T D"),), ("x",), ("y",))
+>>> mesh, sizes = Mesh(tp=2), dict(T=5, D=3)
+>>> check_move(step.op, *step.ins, *step.outs), axes_of(step, mesh), received(step, mesh, sizes, 0)
+(None, ('tp',), 6)
 """
 from __future__ import annotations
 
-import math
-from typing import Any, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from math import prod
+from typing import Callable, Iterable, Iterator, Mapping
 
+from shardlib import wires
+from shardlib.changes import Axes, Change, Search, change, changed_dims
 from shardlib.local_code import LocalCode
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec
-from shardlib.trace import RESHARD, apply
+from shardlib.wires import Counts
 
 
-def changed_dims(have: Spec, want: Spec) -> list[int]:
-    """The dims whose axes differ."""
-    return [i for i, (a, b) in enumerate(zip(have.dims, want.dims)) if a.axes != b.axes]
+# -- the record ----------------------------------------------------------------------------------------------
+
+def _communicate(e: LocalCode, step: Step, args: list[str]) -> str:
+    """The code of a move over a wire: cut, ask, join."""
+    move, at = step.op, placed(step, e.mesh, e.sizes, e.rank)
+    return move.join(at, e.collective(move.wire, at.axes, move.cut(at, args[0]), move.request(at)))
 
 
-def removed(have: Spec, want: Spec) -> tuple[str, ...]:
-    """The axes over which `have` owes and `want` does not."""
-    return tuple(o.axis for o in have.owed if o not in want.owed)
+def _alone(before: Change, after: Change) -> bool:
+    return False
 
 
-def axes_of(step: Step, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes over which a collective step communicates, as its group has them: in mesh order, or in that of the split."""
-    (have,), (want,) = step.ins, step.outs
-    changed = changed_dims(have, want)
-    if step.op is REDUCE_SCATTER:
-        return want.dims[changed[0]].axes[len(have.dims[changed[0]].axes):]
-    gone = tuple(a for i in changed for a in have.dims[i].axes if a not in want.dims[i].axes)
-    if step.op is ALL_GATHER:
-        return gone
-    axes = removed(have, want) or gone or tuple(a for i in changed for a in have.dims[i].axes)
-    return tuple(a for a in mesh.axes if a in axes)
+def _always(before: Change, after: Change) -> bool:
+    return True
 
 
-def exchanged(mesh: Mesh, sizes: Mapping[str, int], have: Spec, want: Spec, source: Mapping[str, int], target: Mapping[str, int]) -> int:
-    """Elements that `source` holds of `have` and `target` holds of `want`: of an all_to_all or permute, what one has for the other."""
-    return math.prod(n for _, n in _overlap(mesh, sizes, have, want, range(len(have.dims)), source, target).values())
+def _same_dims(before: Change, after: Change) -> bool:
+    return before.dims == after.dims
 
 
-def _overlap(mesh: Mesh, sizes: Mapping[str, int], have: Spec, want: Spec, dims: Iterable[int], source: Mapping[str, int],
-             target: Mapping[str, int]) -> dict[int, tuple[int, int]]:
-    """Per dim: (global start, size) of what `source` has and `target` wants."""
-    out = {}
-    for i in dims:
-        (a, n), (b, m) = mesh.rows(have.dims[i], sizes, source), mesh.rows(want.dims[i], sizes, target)
-        start, stop = max(a, b), min(a + n, b + m)
-        out[i] = (start, stop - start) if stop > start else (a, 0)
-    return out
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Move(Op):
+    """One move, and an op of programs.
+
+    example, does: its line in the docs: from -> to, and what is communicated.
+    legal(change): whether it makes that change; `reorders`: it may change the order of a dim's axes.
+    neighbours(search): the types that it leads to, one axis at the end of a dim's axes at a time.
+    merges(before, after): whether two of it in a row are one over the product of their axes.
+
+    Of a move over a wire, besides:
+    axes(change):  those over which it communicates; `ordered`: members stand as these do, else as in the mesh.
+    cut(at, x), join(at, got): the code of the operand that a rank brings, and of what it makes of what comes.
+    request(at):   what it says beside the operand.
+    root(at):      the member that is the root, over a rooted wire.
+    share(k):      the most that one of k members receives, where that is not the wire's share.
+    """
+    rule: Callable[[Step], Rule] = lambda step: Rule()
+    emit: Callable[[LocalCode, Step, list[str]], str] = _communicate
+    moves: bool = True
+    example: str
+    does: str
+    legal: Callable[[Change], bool]
+    reorders: bool = False
+    neighbours: Callable[[Search], Iterator[Spec]]
+    merges: Callable[[Change, Change], bool] = _alone
+    axes: Callable[[Change], Axes] | None = None
+    ordered: bool = False
+    cut: Callable[[Placed, str], list[str]] = lambda at, x: [x]
+    join: Callable[[Placed, str], str] = lambda at, got: got
+    request: Callable[[Placed], tuple] | None = None
+    root: Callable[[Placed], int] | None = None
+    share: Callable[[int], float] | None = None
+
+    def group(self, made: Change, mesh: Mesh) -> Axes:
+        """The axes over which it communicates, as its group has them."""
+        axes = self.axes(made)
+        return axes if self.ordered else tuple(a for a in mesh.axes if a in axes)
 
 
-def _extent(e: LocalCode, spec: Spec, i: int, coordinate: Mapping[str, int]) -> tuple[int, int]:
-    """(start, size) in rows along dim i."""
-    return e.mesh.rows(spec.dims[i], e.sizes, coordinate)
+@dataclass(frozen=True)
+class Placed:
+    """A move of a value whose dims have `sizes`, in the group of `rank`: who holds which rows, who gets which."""
+    move: Move
+    have: Spec
+    want: Spec
+    mesh: Mesh
+    sizes: Mapping[str, int]
+    rank: int
+
+    @cached_property
+    def change(self) -> Change:
+        return change(self.have, self.want)
+
+    @cached_property
+    def axes(self) -> Axes:
+        return self.move.group(self.change, self.mesh)
+
+    @cached_property
+    def group(self) -> tuple[int, ...]:
+        return self.mesh.group(self.axes, self.rank)
+
+    @cached_property
+    def members(self) -> list[dict[str, int]]:
+        """Their coordinates, in order."""
+        return [self.mesh.coordinate(r) for r in self.group]
+
+    @cached_property
+    def me(self) -> int:
+        return self.group.index(self.rank)
+
+    @property
+    def kind(self) -> str:
+        """How what is owed is paid."""
+        return "sum" if self.change.lost[0].kind == "+" else "max"
+
+    @property
+    def root(self) -> int | None:
+        return self.move.root(self) if self.move.wire.rooted else None
+
+    def rows(self, spec: Spec, i: int, member: int) -> tuple[int, int]:
+        """(start, size) along dim i of what a member has of type `spec`."""
+        return self.mesh.rows(spec.dims[i], self.sizes, self.members[member])
+
+    def shape(self, spec: Spec, member: int) -> tuple[int, ...]:
+        return self.mesh.local_shape(spec, self.sizes, self.members[member])
+
+    def passed(self, source: int, target: int, dims: Iterable[int]) -> dict[int, tuple[int, int]]:
+        """By dim: (global start, size) of what `source` holds and `target` gets."""
+        out = {}
+        for i in dims:
+            (a, n), (b, m) = self.rows(self.have, i, source), self.rows(self.want, i, target)
+            start, stop = max(a, b), min(a + n, b + m)
+            out[i] = (start, stop - start) if stop > start else (a, 0)
+        return out
+
+    @cached_property
+    def counts(self) -> Counts:
+        """The same in elements."""
+        def elements(spec: Spec) -> list[int]:
+            return [prod(self.shape(spec, j)) for j in range(len(self.members))]
+
+        def passed(j: int, i: int) -> int:
+            return prod(n for _, n in self.passed(j, i, range(len(self.have.dims))).values())
+        return Counts(elements(self.have), elements(self.want), passed, self.root)
 
 
-def _members(e: LocalCode, axes: Sequence[str]) -> list[dict[str, int]]:
-    """Coordinates of the group over `axes` that this rank is in, in order."""
-    return [e.mesh.coordinate(r) for r in e.mesh.group(axes, e.rank)]
+# -- what is asked of a move ---------------------------------------------------------------------------------
 
+def check_move(op: Move, have: Spec, want: Spec) -> str | None:
+    """Why `op` does not lead from `have` to `want`; None where it does."""
+    if have.labels != want.labels:
+        return "the two sides have different dims"
+    made, reduces = change(have, want), op.wire and op.wire.reduces
+    for i in made.crossed:
+        if not op.reorders or sorted(have.dims[i].axes) != sorted(want.dims[i].axes):
+            return f"{have.dims[i]} does not become {want.dims[i]} by adding or dropping its last axes"
+    if reduces and not made.lost:
+        return f'"{have} -> {want}" pays no sum; there is nothing to reduce, and every rank would count again'
+    if reduces and any(o.kind == "@" for o in made.lost):
+        return f'what one coordinate holds owes no sum: "{have} -> {want}"'
+    return None if op.legal(made) else f'it does not lead from "{have}" to "{want}"'
+
+
+def axes_of(step: Step, mesh: Mesh) -> Axes:
+    """The mesh axes over which a collective step communicates, as its group has them."""
+    return step.op.group(change(step.ins[0], step.outs[0]), mesh)
+
+
+def cost(move: Move, have: Spec, want: Spec, sizes: Mapping[str, int]) -> float:
+    """What a rank receives in a move on axes of these sizes, in whole tensors, were all pieces even."""
+    if not move.wire:
+        return 0.0
+    share, k = move.share or move.wire.share, prod(sizes[a] for a in move.axes(change(have, want)))
+    return share(k) * (1 / prod(sizes[a] for a in have.split_axes))
+
+
+def placed(step: Step, mesh: Mesh, sizes: Mapping[str, int], rank: int) -> Placed:
+    """A step that is a move, as the group of `rank` makes it."""
+    return Placed(step.op, step.ins[0], step.outs[0], mesh, sizes, rank)
+
+
+def received(step: Step, mesh: Mesh, sizes: Mapping[str, int], rank: int) -> int:
+    """Elements that `rank` receives in a collective step."""
+    at = placed(step, mesh, sizes, rank)
+    return at.move.wire.received(at.counts, at.me)
+
+
+# -- the moves that are local --------------------------------------------------------------------------------
 
 def _shard(e: LocalCode, step: Step, args: list[str]) -> str:
     (have,), (want,), text = step.ins, step.outs, args[0]
     for i in changed_dims(have, want):
-        (at, _), (start, size) = _extent(e, have, i, e.coordinate), _extent(e, want, i, e.coordinate)
+        (at, _), (start, size) = e.rows(have.dims[i]), e.rows(want.dims[i])
         text = f"{text}.narrow({i}, {start - at}, {size})"
     return text
 
 
+def _towards_shard(s: Search) -> Iterator[Spec]:
+    for a in s.free:
+        if grown := s.grown(a):
+            yield s.to(grown)
+
+
+SHARD = Move(
+    "shard", example="`T D -> T/tp D`", does="none: keep the own piece", emit=_shard,
+    legal=lambda c: c.gained and not (c.shrunk or c.lost or c.new or {*c.gained} & {o.axis for o in c.have.owed}),
+    neighbours=_towards_shard, merges=_always)
+
+
 def _owe(e: LocalCode, step: Step, args: list[str]) -> str:
     (have,), (want,), text = step.ins, step.outs, args[0]
-    pads = [0, 0] * len(have.dims)
+    pads = [0, 0] * len(have.dims)                                      # F.pad counts dims from the last
     for i in changed_dims(have, want):
-        (at, n), (start, size) = _extent(e, have, i, e.coordinate), _extent(e, want, i, e.coordinate)
-        pads[2 * (len(have.dims) - 1 - i):][:2] = [0, 0]
-        pads[2 * (len(have.dims) - 1 - i)] = at - start
-        pads[2 * (len(have.dims) - 1 - i) + 1] = start + size - at - n
+        (at, n), (start, size) = e.rows(have.dims[i]), e.rows(want.dims[i])
+        last = 2 * (len(have.dims) - 1 - i)
+        pads[last], pads[last + 1] = at - start, start + size - at - n
     fresh = [o.axis for o in want.owed if o not in have.owed and o.axis not in have.split_axes]
     if any(e.coordinate[a] for a in fresh):
         return f"torch.zeros({tuple(e.shape(want))}, dtype={text}.dtype, device={text}.device)"
     return f"F.pad({text}, {tuple(pads)})" if any(pads) else text
 
 
-def _all_reduce(e: LocalCode, step: Step, args: list[str]) -> str:
-    axes = axes_of(step, e.mesh)
-    kind = next(o.kind for o in step.ins[0].owed if o.axis in axes)
-    return e.collective(axes, "all_reduce", [args[0]], repr("sum" if kind == "+" else "max"))
+def _towards_owe(s: Search) -> Iterator[Spec]:
+    for a in s.free:
+        if a in s.due:
+            yield s.to(owing=(*s.here.owed, s.wanted[a]))
+    for _, a, rest in s.ends():
+        if a in s.due:
+            yield s.to(rest, owing=(*s.here.owed, s.wanted[a]))
 
 
-def _reduce_scatter(e: LocalCode, step: Step, args: list[str]) -> str:
-    (have,), (want,) = step.ins, step.outs
-    (i,) = changed_dims(have, want)
-    axes = axes_of(step, e.mesh)
-    sizes = tuple(_extent(e, want, i, c)[1] for c in _members(e, axes))
-    kind = next(o.kind for o in have.owed if o.axis in axes)
-    return e.collective(axes, "reduce_scatter", [args[0]], f"{i}, {sizes}, {('sum' if kind == '+' else 'max')!r}")
+OWE = Move(
+    "owe", example="`D -> D +tp`, `T/tp D -> T D +tp`", does="none: keep at coordinate 0, or pad with zeros",
+    legal=lambda c: (not (c.grown or c.lost) and c.new and {*c.gone} <= {o.axis for o in c.new}
+                     and all(o.kind == "+" for o in c.new)),
+    emit=_owe, neighbours=_towards_owe, merges=_always)
 
 
-def _all_gather(e: LocalCode, step: Step, args: list[str]) -> str:
-    (have,), (want,) = step.ins, step.outs
-    (i,) = changed_dims(have, want)
-    axes = axes_of(step, e.mesh)
-    return e.collective(axes, "all_gather", [args[0]], f"{i}, {tuple(_extent(e, have, i, c)[1] for c in _members(e, axes))}")
+# -- the moves that pay what is owed -------------------------------------------------------------------------
+
+def _towards_all_reduce(s: Search) -> Iterator[Spec]:
+    """Over several axes at once, where all owe alike."""
+    paid = [a for a in s.axes if a in s.payable and s.owed[a] != s.wanted.get(a) and not s.grown(a)]
+    for n in range(1, len(paid) + 1):
+        for some in combinations(paid, n):
+            if len({s.owed[a].kind for a in some}) == 1:
+                yield s.to(owing=s.without(*some))
 
 
-def _exchange(e: LocalCode, step: Step, args: list[str]) -> str:
-    """Each rank cuts what it has by what the others want, and joins what it gets: both along one dim or along two."""
-    (have,), (want,) = step.ins, step.outs
-    changed = changed_dims(have, want)
-    axes = axes_of(step, e.mesh)
-    members = _members(e, axes)
-    pieces = [_overlap(e.mesh, e.sizes, have, want, changed, e.coordinate, c) for c in members]
-    arrive = [_overlap(e.mesh, e.sizes, have, want, changed, c, e.coordinate) for c in members]
-    mine = {i: _extent(e, have, i, e.coordinate)[0] for i in changed}
-    cut = [args[0] + "".join(f".narrow({i}, {start - mine[i]}, {size})" for i, (start, size) in piece.items()) for piece in pieces]
-    shape = list(e.shape(have))
-    shapes = tuple(tuple(piece[i][1] if i in piece else n for i, n in enumerate(shape)) for piece in arrive)
-    dim = next(i for i in changed if len(have.dims[i].axes) >= len(want.dims[i].axes))     # all_to_all: the one that grows here
-    order = sorted(range(len(members)), key=lambda j: (arrive[j][dim][0], j))
-    even = len({exchanged(e.mesh, e.sizes, have, want, a, b) for a in members for b in members}) == 1
-    got = e.collective(axes, "all_to_all", cut, f"{shapes}, True" if even else repr(shapes), many=True)
-    if order == list(range(len(members))):
+ALL_REDUCE = Move(
+    "all_reduce", example="`T D +tp -> T D`", does="the sum, on every rank", wire=wires.ALL_REDUCE,
+    legal=lambda c: not (c.grown or c.shrunk or c.new),
+    neighbours=_towards_all_reduce, axes=lambda c: c.paid, request=lambda at: (at.kind,))
+
+
+def _pieces(at: Placed, spec: Spec) -> tuple[int, tuple[int, ...]]:
+    """The dim that is cut or put together, and how many rows of it each member has as type `spec`."""
+    (i,) = at.change.dims
+    return i, tuple(at.rows(spec, i, j)[1] for j in range(len(at.members)))
+
+
+def _towards_reduce_scatter(s: Search) -> Iterator[Spec]:
+    for a in s.axes:
+        if a in s.payable and (grown := s.grown(a)):
+            yield s.to(grown, owing=s.without(a))
+
+
+REDUCE_SCATTER = Move(
+    "reduce_scatter", example="`T D +tp -> T/tp D`", does="the own piece of the sum",
+    legal=lambda c: len(c.grown) == 1 and not (c.shrunk or c.new) and sorted(c.gained) == sorted(c.paid),
+    neighbours=_towards_reduce_scatter, merges=_same_dims, wire=wires.REDUCE_SCATTER,
+    axes=lambda c: c.gained, ordered=True, request=lambda at: (*_pieces(at, at.want), at.kind))
+
+
+# -- the moves of what splits a dim --------------------------------------------------------------------------
+
+def _towards_all_gather(s: Search) -> Iterator[Spec]:
+    for _, _, rest in s.ends():
+        yield s.to(rest)
+
+
+ALL_GATHER = Move(
+    "all_gather", example="`T/tp D -> T D`", does="all pieces", wire=wires.ALL_GATHER,
+    legal=lambda c: len(c.shrunk) == 1 and not (c.grown or c.lost or c.new),
+    neighbours=_towards_all_gather, merges=_same_dims,
+    axes=lambda c: c.gone, ordered=True, request=lambda at: _pieces(at, at.have))
+
+
+def _cut(at: Placed, x: str) -> list[str]:
+    """What this rank has, cut by what the others want."""
+    first = {i: at.rows(at.have, i, at.me)[0] for i in at.change.dims}
+
+    def piece(member: int) -> str:
+        wanted = at.passed(at.me, member, at.change.dims)
+        return x + "".join(f".narrow({i}, {start - first[i]}, {n})" for i, (start, n) in wanted.items())
+    return [piece(j) for j in range(len(at.members))]
+
+
+def _arriving(at: Placed) -> list[dict[int, tuple[int, int]]]:
+    """By member, by dim: (global start, size) of what this rank gets from it."""
+    return [at.passed(j, at.me, at.change.dims) for j in range(len(at.members))]
+
+
+def _shapes(at: Placed) -> tuple:
+    """Of what comes; and that all pieces of all members are even, where they are."""
+    mine = at.shape(at.have, at.me)
+    shapes = tuple(tuple(got[i][1] if i in got else n for i, n in enumerate(mine)) for got in _arriving(at))
+    return (shapes, True) if at.move.wire.even(at.counts) else (shapes,)
+
+
+def _join(at: Placed, got: str) -> str:
+    """What comes, by where it lies along the dim that grows here, or whose axes change their order."""
+    dim = next(i for i in at.change.dims if len(at.have.dims[i].axes) >= len(at.want.dims[i].axes))
+    arrive, members = _arriving(at), range(len(at.members))
+    order = sorted(members, key=lambda j: (arrive[j][dim][0], j))
+    if order == list(members):
         return f"torch.cat({got}, {dim})"
     return f"torch.cat([p[j] for p in [{got}] for j in {order}], {dim})"
 
 
-def check_move(op: Op, have: Spec, want: Spec) -> str | None:
-    """Why `op` does not lead from `have` to `want`; None where it does."""
-    if have.labels != want.labels:
-        return "the two sides have different dims"
-    lost, new = [o for o in have.owed if o not in want.owed], [o for o in want.owed if o not in have.owed]
-    grown, shrunk = {}, {}
-    for i in changed_dims(have, want):
-        a, b = have.dims[i].axes, want.dims[i].axes
-        if b[:len(a)] == a:
-            grown[i] = b[len(a):]
-        elif a[:len(b)] == b:
-            shrunk[i] = a[len(b):]
-        elif op is not PERMUTE or sorted(a) != sorted(b):
-            return f"{have.dims[i]} does not become {want.dims[i]} by adding or dropping its last axes"
-    gained, gone = tuple(a for x in grown.values() for a in x), tuple(a for x in shrunk.values() for a in x)
-    if op in (ALL_REDUCE, REDUCE_SCATTER) and not lost:
-        return f'"{have} -> {want}" pays no sum; there is nothing to reduce, and every rank would count again'
-    if op in (ALL_REDUCE, REDUCE_SCATTER) and any(o.kind == "@" for o in lost):
-        return f'what one coordinate holds owes no sum: "{have} -> {want}"'
-    ok = {"shard": not shrunk and not lost and not new and gained and not set(gained) & {o.axis for o in have.owed},
-          "owe": not grown and not lost and new and set(gone) <= {o.axis for o in new} and all(o.kind == "+" for o in new),
-          "all_reduce": not grown and not shrunk and not new,
-          "reduce_scatter": len(grown) == 1 and not shrunk and not new and sorted(gained) == sorted(o.axis for o in lost),
-          "all_gather": len(shrunk) == 1 and not grown and not lost and not new,
-          "all_to_all": len(shrunk) == 1 and len(grown) == 1 and gained == gone and not lost and not new,
-          "permute": changed_dims(have, want) and not grown and not shrunk and not lost and not new}[op.name]
-    return None if ok else f'it does not lead from "{have}" to "{want}"'
+def _towards_all_to_all(s: Search) -> Iterator[Spec]:
+    for j, a, rest in s.ends():
+        if (grown := s.grown(a)) and grown[0] != j:
+            yield s.to(rest, grown)
 
 
-def _move(name: str, emit: Any) -> Op:
-    return Op(name, rule=lambda step: Rule(), emit=emit, moves=True)
+ALL_TO_ALL = Move(
+    "all_to_all", example="`T/tp D -> T D/tp`", does="a split moves from one dim to another",
+    legal=lambda c: len(c.shrunk) == len(c.grown) == 1 and c.gained == c.gone and not (c.lost or c.new),
+    neighbours=_towards_all_to_all, wire=wires.ALL_TO_ALL, axes=lambda c: c.gone, cut=_cut, request=_shapes, join=_join)
 
 
-SHARD, OWE = _move("shard", _shard), _move("owe", _owe)
-ALL_REDUCE, REDUCE_SCATTER = _move("all_reduce", _all_reduce), _move("reduce_scatter", _reduce_scatter)
-ALL_GATHER, ALL_TO_ALL, PERMUTE = _move("all_gather", _all_gather), _move("all_to_all", _exchange), _move("permute", _exchange)
-COLLECTIVES = (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, ALL_TO_ALL, PERMUTE)
+def _towards_permute(s: Search) -> Iterator[Spec]:
+    """Those axes first that stay, as they are wanted."""
+    for i, *_ in s.ends():
+        axes = s.here.dims[i].axes
+        staying = tuple(a for a in s.want.dims[i].axes if a in axes)
+        order = staying + tuple(a for a in axes if a not in staying)
+        if order != axes:
+            yield s.to((i, order))
 
 
-def shard(text: str, x: Any) -> Any:
-    """Keep the own piece of a whole value: shard("T D -> T/tp D", x). Free."""
-    return apply(SHARD, (x,), text)
+PERMUTE = Move(
+    "permute", example="`T/x/y D -> T/y/x D`", does="the order of a dim's axes changes",
+    legal=lambda c: c.crossed and not (c.grown or c.shrunk or c.lost or c.new), reorders=True,
+    neighbours=_towards_permute, axes=lambda c: tuple(a for i in c.dims for a in c.have.dims[i].axes),
+    wire=wires.ALL_TO_ALL, share=lambda k: 1.0 if k > 1 else 0.0, cut=_cut, request=_shapes, join=_join)
 
-
-def owe(text: str, x: Any) -> Any:
-    """Make a whole or split value an owed sum: owe("D -> D +tp", x) keeps it at coordinate 0, owe("T/tp D -> T D +tp", x) pads. Free."""
-    return apply(OWE, (x,), text)
-
-
-def all_reduce(text: str, x: Any) -> Any:
-    """Pay an owed sum (or max) on every rank: all_reduce("T D +tp -> T D", x)."""
-    return apply(ALL_REDUCE, (x,), text)
-
-
-def reduce_scatter(text: str, x: Any) -> Any:
-    """Pay an owed sum, each rank its own piece: reduce_scatter("T D +tp -> T/tp D", x)."""
-    return apply(REDUCE_SCATTER, (x,), text)
-
-
-def all_gather(text: str, x: Any) -> Any:
-    """Collect the pieces of a split dim: all_gather("T/tp D -> T D", x)."""
-    return apply(ALL_GATHER, (x,), text)
-
-
-def all_to_all(text: str, x: Any) -> Any:
-    """Move a split from one dim to another: all_to_all("T/tp K -> T K/tp", x)."""
-    return apply(ALL_TO_ALL, (x,), text)
-
-
-def reshard(text: str, x: Any) -> Any:
-    """Whatever moves lead from one spec to the other, cheapest first: reshard("T/tp D +dp -> T D/dp", x)."""
-    return apply(RESHARD, (x,), text)
-
-
-def permute(text: str, x: Any) -> Any:
-    """Change the order of the axes that split a dim: permute("T/x/y -> T/y/x", x)."""
-    return apply(PERMUTE, (x,), text)
-
-
-TABLE = {op.name: op for op in (SHARD, OWE, *COLLECTIVES, RESHARD)}
+MOVES = (SHARD, OWE, ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, ALL_TO_ALL, PERMUTE)
+COLLECTIVES = tuple(move for move in MOVES if move.wire)
+RESHARD = Op("reshard", rule=lambda step: Rule(), moves=True)       # whatever chain of moves is cheapest
+TABLE: dict[str, Op] = {op.name: op for op in (*MOVES, RESHARD)}

@@ -13,10 +13,9 @@ from itertools import islice, product
 from math import prod
 from typing import TYPE_CHECKING, Iterator, Sequence
 
-from shardlib.convert import Move, plan
+from shardlib.convert import Planned, plan
 from shardlib.errors import SpecError, bytes_text
 from shardlib.layout import EXPLICIT, Layout
-from shardlib.moves import COLLECTIVES
 from shardlib.program import Program, Result, Step
 from shardlib.rules import Rule, natural
 from shardlib.scan import SCAN
@@ -350,7 +349,7 @@ def _conversion(code: str, name: str, have: Spec, want: Spec, layout: Layout, at
     return f'{op.name}("{step.text}", {code})', out, (step,), tuple(_cost(shown, m, at) for m in moves)
 
 
-def _cost(what: str, move: Move, at: Completer) -> Cost:
+def _cost(what: str, move: Planned, at: Completer) -> Cost:
     return Cost(what, move.received, move.received * _elements(move.have, at), all(n in at.sizes for n in move.have.names))
 
 
@@ -404,6 +403,6 @@ def _traffic(program: Program, at: Completer) -> float:
         if step.bodies:
             times = at.sizes.get(step.options["dim"], GUESS) if step.op is SCAN else 1
             total += times * max(_traffic(b, at) for b in step.bodies)
-        elif step.op in COLLECTIVES:
+        elif step.op.wire:
             total += sum(m.received for m in plan(step.ins[0], step.outs[0], at.mesh)) * _elements(step.ins[0], at)
     return total

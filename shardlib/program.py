@@ -17,6 +17,7 @@ from shardlib.layout import Layout
 from shardlib.rules import Rule
 from shardlib.source import Where
 from shardlib.spec import Spec
+from shardlib.wires import Wire
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class Op:
     infer(ins, attrs): the results' dims, for an op that is called without a spec string.
     vjp(b, step, cotangents): the cotangents of the operands, built with the grad builder `b`; None where there is none.
     moves:       it changes types and keeps the value: a conversion.
+    wire:        how its ranks communicate, if they do.
     index:       operands that hold integers or masks, outside linearity and without cotangent.
     updates:     the operand whose buffer the result may reuse, if any.
     distribute(b, step, x): the same over pieces, for an operand split along the dim the op runs over.
@@ -51,6 +53,7 @@ class Op:
     infer: Callable[..., tuple[Spec, ...]] | None = None
     vjp: Callable | None = None
     moves: bool = False
+    wire: Wire | None = None
     index: tuple[int, ...] = ()
     updates: int | None = None
     takes: tuple[str, ...] = ()

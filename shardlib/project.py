@@ -2,8 +2,8 @@
 
 >>> from shardlib.layout import Layout
 >>> from shardlib.complete import complete
->>> from shardlib.moves import reshard
 >>> from shardlib.trace import Function, trace
+>>> from shardlib.verbs import reshard
 >>> mesh = Mesh(tp=2)
 >>> p = complete(trace(Function(lambda x: reshard("N/tp -> N/1", x), "N/tp -> N/1")), Layout(), mesh)
 >>> [str(c) for c in project(p, mesh, 0, dict(N=5))]
@@ -18,8 +18,8 @@ from typing import Iterator, Mapping, Sequence
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh, check_sizes
-from shardlib.moves import ALL_GATHER, ALL_REDUCE, COLLECTIVES, PERMUTE, REDUCE_SCATTER, axes_of, exchanged
-from shardlib.program import Op, Program, Step
+from shardlib.moves import Placed, axes_of, placed
+from shardlib.program import Program
 from shardlib.scan import SCAN
 from shardlib.sizes import complete_sizes
 from shardlib.spec import Spec
@@ -55,7 +55,7 @@ def check_given(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: 
     sizes = complete_sizes(program, sizes)
     paths, places = [path for path, _ in program.arg_leaves()], [program, *program.bodies()]
     held = [spec for _, spec in program.arg_leaves()]
-    sent = [spec for p in places for s in p.steps if s.op in COLLECTIVES for spec in (*s.ins, *s.outs)]
+    sent = [spec for p in places for s in p.steps if s.op.wire for spec in (*s.ins, *s.outs)]
     used = [spec for p in places for s in p.steps for spec in (*s.ins, *s.outs)]
     if lacking := [a for a in _axes((*held, *used)) if a not in mesh.axes]:
         raise SpecError(f"{program.name}: unknown axis {lacking[0]}; the mesh has {', '.join(mesh.axes) or 'none'}")
@@ -87,32 +87,11 @@ def _calls(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], dt
             inner = inner_dtypes(step, body, dtypes)
             for name in [f"{body.name}[{i}]" for i in range(sizes[step.options["dim"]])] if step.op is SCAN else [body.name]:
                 yield from _calls(body, mesh, rank, sizes, inner, f"{at}{name}.")
-        if step.op in COLLECTIVES and mesh.size(axes := axes_of(step, mesh)) > 1:
-            group = mesh.group(axes, rank)
-            shapes = tuple(mesh.local_shape(step.ins[0], sizes, mesh.coordinate(r)) for r in group)
-            yield Call(step.op.name, group, dtypes[step.inputs[0]], prod(shapes[group.index(rank)]), shapes,
-                       step=f"{at}{step.outputs[0]}{f' ({step.where})' if step.where else ''}")
+        if step.op.wire and mesh.size(axes_of(step, mesh)) > 1:
+            yield _call(placed(step, mesh, sizes, rank), dtypes[step.inputs[0]],
+                        f"{at}{step.outputs[0]}{f' ({step.where})' if step.where else ''}")
 
 
-def cost(op: Op, have: Spec, want: Spec, mesh: Mesh) -> float:
-    """What a rank receives in a move, as a fraction of the global tensor, were every axis to divide it evenly."""
-    local = 1 / mesh.size(have.split_axes)
-    k = mesh.size(axes_of(Step(op, (have,), (want,), (), ()), mesh)) if op in COLLECTIVES else 1
-    share = {ALL_REDUCE: 2 * (k - 1) / k, ALL_GATHER: k - 1.0, PERMUTE: 1.0 if k > 1 else 0.0}.get(op, (k - 1) / k)
-    return share * local
-
-
-def received(step: Step, mesh: Mesh, sizes: Mapping[str, int], rank: int) -> int:
-    """Elements that `rank` receives in a collective step. An all_reduce is counted as a reduce_scatter and an all_gather of even pieces,
-    the least that it can be; of n elements the first n mod k ranks have one more."""
-    (have,), (want,), me = step.ins, step.outs, mesh.coordinate(rank)
-    local, made = prod(mesh.local_shape(have, sizes, me)), prod(mesh.local_shape(want, sizes, me))
-    group = mesh.group(axes_of(step, mesh), rank)
-    if step.op is ALL_REDUCE:
-        piece = local // len(group) + (group.index(rank) < local % len(group))
-        return (len(group) - 1) * piece + local - piece
-    if step.op is REDUCE_SCATTER:
-        return (len(group) - 1) * made
-    if step.op is ALL_GATHER:
-        return made - local
-    return made - exchanged(mesh, sizes, have, want, me, me)
+def _call(move: Placed, dtype: str, step: str) -> Call:
+    shapes = tuple(move.shape(move.have, j) for j in range(len(move.members)))
+    return Call(move.move.name, move.group, dtype, prod(shapes[move.me]), shapes, move.root, step)

@@ -14,7 +14,6 @@ from typing import Mapping, Sequence
 from shardlib.cond import COND
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
-from shardlib.moves import COLLECTIVES
 from shardlib.program import Program
 from shardlib.project import Call, check_given, project
 
@@ -48,7 +47,7 @@ def check_branches(program: Program) -> None:
 
 
 def _communicates(program: Program) -> bool:
-    return any(s.op in COLLECTIVES or any(map(_communicates, s.bodies)) for s in program.steps)
+    return any(s.op.wire or any(map(_communicates, s.bodies)) for s in program.steps)
 
 
 def match(mesh: Mesh, ranks: Sequence[Sequence[Call]]) -> Proof:

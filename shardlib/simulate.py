@@ -16,6 +16,7 @@ from shardlib.failures import explain_failure
 from shardlib.mesh import Mesh
 from shardlib.program import Program
 from shardlib.surroundings import without_autocast
+from shardlib.wires import WIRES, Wire
 
 
 def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]], sizes: Mapping[str, int], log: list | None = None) -> list[dict[str, Tensor]]:
@@ -23,26 +24,28 @@ def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]],
 
     `log` receives (rank, group ranks, method, numel) of every collective.
     """
-    ranks, lines, given = [], {}, {path: str(t.dtype).removeprefix("torch.") for path, t in args[0].items()}
+    ranks, lines, wires = [], {}, {}
+    given = {path: str(t.dtype).removeprefix("torch.") for path, t in args[0].items()}
     device = next((t.device for t in args[0].values()), torch.device("cpu"))
     for rank in range(mesh.world_size):
         e = Emitter(mesh, rank, sizes, yields=True, given=given)
         source = e.program(program)
+        wires |= e.wires
         groups = {name: mesh.group(axes, rank) for axes, name in e.groups.items()}
         main = load(source, e.space(device), groups, f"{program.name} rank {rank}")
         lines[main.__code__.co_filename] = e.lines
         ranks.append(main(*(args[rank][path] for path, _ in program.arg_leaves())))
     try:
         with without_autocast():
-            outs = run_ranks(ranks, log)
+            outs = run_ranks(ranks, log, wires)
     except Exception as error:
         explain_failure(error, lines)
         raise
     return [{f"{i}": v for i, v in enumerate(out)} for out in outs]
 
 
-def run_ranks(ranks: Sequence[Any], log: list | None = None) -> list[tuple]:
-    """Drive the ranks' generators to their ends, performing the collectives they ask for."""
+def run_ranks(ranks: Sequence[Any], log: list | None = None, wires: Mapping[str, Wire] = WIRES) -> list[tuple]:
+    """Drive the ranks' generators to their ends, performing the collectives they ask for over `wires`."""
     waiting: dict[int, tuple] = {}
     done: dict[int, tuple] = {}
 
@@ -63,7 +66,7 @@ def run_ranks(ranks: Sequence[Any], log: list | None = None) -> list[tuple]:
         requests = [waiting.pop(m) for m in ready]
         if log is not None:
             log.append((ready, requests[0][1], max(_numel(r[2]) for r in requests)))
-        for member, value in zip(ready, perform(requests)):
+        for member, value in zip(ready, perform(requests, wires)):
             advance(member, value)
     return [done[r] for r in range(len(ranks))]
 
@@ -72,48 +75,18 @@ def _numel(x: Any) -> int:
     return sum(t.numel() for t in x) if isinstance(x, tuple) else x.numel()
 
 
-def perform(requests: Sequence[tuple]) -> list[Any]:
-    """One collective: the members' requests (group, method, operand, *extra), and what each gets. SpecError where they do not fit."""
-    method, n = requests[0][1], len(requests)
+def perform(requests: Sequence[tuple], wires: Mapping[str, Wire] = WIRES) -> list[Any]:
+    """What each member of one collective gets; `requests`: theirs, (group, method, operand, *more).
+
+    SpecError where these do not fit.
+    """
+    method = requests[0][1]
     if any(r[1] != method for r in requests):
         raise SpecError(f"the ranks part ways: {', '.join(sorted({r[1] for r in requests}))} in one group at once")
-    xs = [r[2] for r in requests]
-    told = [r[4:] if method == "all_to_all" else r[3:] for r in requests]           # each has shapes of its own in an all_to_all
+    wire, xs, more = wires[method], [r[2] for r in requests], [r[3:] for r in requests]
+    told = [said[wire.own:] for said in more]
     if any(t != told[0] for t in told):
         raise SpecError(f"{method}: the ranks say {' and '.join(map(str, dict.fromkeys(told)))} of one collective")
-    if len(dtypes := dict.fromkeys(p.dtype for x in xs for p in (x if method == "all_to_all" else (x,)))) > 1:
+    if len(dtypes := dict.fromkeys(p.dtype for x in xs for p in (x if wire.many else (x,)))) > 1:
         raise SpecError(f"{method}: the ranks bring {' and '.join(str(d).removeprefix('torch.') for d in dtypes)}")
-    if method == "all_to_all":
-        return _exchange(xs, [r[3] for r in requests], told[0] == (True,))
-    if method == "all_gather":
-        dim, sizes = requests[0][3:5]
-        if [x.shape[dim] for x in xs] != list(sizes):
-            raise SpecError(f"all_gather: the ranks hold {[x.shape[dim] for x in xs]} rows, the program says {list(sizes)}")
-        return [torch.cat(xs, dim) for _ in range(n)]
-    if len({x.shape for x in xs}) > 1:
-        raise SpecError(f"{method}: the ranks bring shapes {[tuple(x.shape) for x in xs]}")
-    total = _reduce(xs, requests[0][-1])
-    if method == "all_reduce":
-        return [total.clone() for _ in range(n)]
-    dim, sizes = requests[0][3:5]
-    return [piece.clone() for piece in total.split(list(sizes), dim)]
-
-
-def _exchange(xs: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]], even: bool) -> list[tuple[Tensor, ...]]:
-    """Piece i of member j is what member i gets from j: of the shape that it expects, and where they are `even`, as large as all others."""
-    got = [tuple(x[i].clone() for x in xs) for i in range(len(xs))]
-    for member, (pieces, expected) in enumerate(zip(got, shapes)):
-        if (come := tuple(tuple(p.shape) for p in pieces)) != expected:
-            raise SpecError(f"all_to_all: member {member} expects pieces of shapes {expected}; {come} come")
-    if even and len({p.numel() for pieces in got for p in pieces}) > 1:
-        raise SpecError(f"all_to_all: pieces of {[[p.numel() for p in x] for x in xs]} elements are not even")
-    return got
-
-
-def _reduce(xs: Sequence[Tensor], kind: str) -> Tensor:
-    if kind == "sum":
-        out = xs[0].clone()
-        for x in xs[1:]:
-            out = out + x
-        return out
-    return torch.stack(list(xs)).amax(0)
+    return wire.perform(xs, more)

@@ -22,18 +22,17 @@ from shardlib.arithmetic import BINARY, with_number
 from shardlib.calls import check_count, check_static, check_tree, misuse, what
 from shardlib.errors import SpecError
 from shardlib.layout import Layout
+from shardlib.moves import RESHARD, TABLE
 from shardlib.params import Params, fill, leaf_values, struct
 from shardlib.program import Op, Program, Result, Step, Struct, check_keywords
-from shardlib.rules import Rule
 from shardlib.signature import Signature
 from shardlib.source import Where, is_ours, user_frame, user_line
 from shardlib.spec import Dim, Spec, heading, nameable, parse_signature
 from shardlib.steps import Steps
 
 _ACTIVE: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
-RESERVED = ("all_gather", "all_reduce", "all_to_all", "owe", "permute", "reduce_scatter", "reshard", "shard", "scan", "sharded", "EXPLICIT",
-            "Params", "Tensor", "param", "stacked", "nested")     # names that printed programs use
-RESHARD = Op("reshard", rule=lambda step: Rule(), moves=True)
+RESERVED = (*TABLE, "scan", "sharded", "EXPLICIT", "Params", "Tensor", "param", "stacked", "nested")
+"""Names that printed programs use."""
 
 
 class NoMethod(SpecError, AttributeError):

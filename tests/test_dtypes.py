@@ -233,10 +233,10 @@ def test_dtypes_are_those_of_the_policy_on_pieces(drawn: tuple[Call, Layout]) ->
     call, layout = drawn
     program, sent = in_pieces(call, layout), []
 
-    def watched(requests: Sequence[tuple]) -> list[Any]:
+    def watched(requests: Sequence[tuple], *wires: Any) -> list[Any]:
         operand = requests[0][2]
         sent.append(str((operand[0] if isinstance(operand, tuple) else operand).dtype)[6:])
-        return perform(requests)
+        return perform(requests, *wires)
     xs = call.operands()
     with mock.patch("shardlib.simulate.perform", watched):
         made = run(program, Mesh(tp=2), call.sizes, xs)

@@ -7,20 +7,19 @@ import os
 import subprocess
 import sys
 from math import prod
-from typing import Sequence
+from typing import Any, Sequence
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from shardlib.convert import Move, plan
+from shardlib.convert import Planned, plan
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
-from shardlib.moves import ALL_TO_ALL, COLLECTIVES, OWE, PERMUTE, SHARD, check_move
+from shardlib.moves import ALL_TO_ALL, COLLECTIVES, MOVES, PERMUTE, check_move, cost, received as elements_received
 from shardlib.oracle import dual, types
 from shardlib.program import Op, Program, Result, Step
-from shardlib.project import cost, received as elements_received
 from shardlib.simulate import perform, simulate
 from shardlib.spec import Spec, parse
 from shardlib.placement import join, place
@@ -29,7 +28,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TWO = types(parse("T D"), ("x", "y"), ("+", "max"))
 PAIRS = list(itertools.product(TWO, TWO))
 MESHES = (Mesh(x=2, y=2), Mesh(x=2, y=3), Mesh(y=2, x=3))
-MOVES = (SHARD, OWE, *COLLECTIVES)
 SIZES = ((5, 7), (2, 1), (0, 3), (12, 12))          # uneven; below the number of ranks; nothing at all; even
 
 
@@ -38,14 +36,14 @@ def reachable(have: Spec, want: Spec) -> bool:
     return {o for o in want.owed if o.kind == "max"} <= set(have.owed)
 
 
-def program_of(moves: tuple[Move, ...], have: Spec) -> Program:
+def program_of(moves: tuple[Planned, ...], have: Spec) -> Program:
     names = [f"v{i}" for i in range(len(moves) + 1)]
     steps = tuple(Step(m.op, (m.have,), (m.want,), (a,), (b,)) for m, a, b in zip(moves, names, names[1:]))
     want = moves[-1].want if moves else have
     return Program("plan", ((names[0], have),), steps, (Result(want, (names[-1],)),), True)
 
 
-def carried(x: torch.Tensor, have: Spec, moves: tuple[Move, ...], sizes: dict, mesh: Mesh, log: list | None = None) -> torch.Tensor:
+def carried(x: torch.Tensor, have: Spec, moves: tuple[Planned, ...], sizes: dict, mesh: Mesh, log: list | None = None) -> torch.Tensor:
     """What `x`, placed as `have`, denotes after `moves`."""
     program = program_of(moves, have)
     ran = simulate(program, mesh, [{"v0": p} for p in place(x, have, sizes, mesh)], sizes, log)
@@ -58,7 +56,7 @@ def gather_everything(have: Spec, mesh: Mesh) -> float:
     return (2 * (owed - 1) / owed + split - 1) / split
 
 
-def received(moves: tuple[Move, ...]) -> float:
+def received(moves: tuple[Planned, ...]) -> float:
     return sum(m.received for m in moves)
 
 
@@ -108,7 +106,7 @@ def test_what_a_move_costs_is_what_each_rank_receives(mesh: Mesh) -> None:
     for have, want in PAIRS:
         for move in plan(have, want, mesh) if reachable(have, want) else ():
             got = elements_received(Step(move.op, (move.have,), (move.want,), (), ()), mesh, sizes, 0) if move.op in COLLECTIVES else 0
-            for told in (move.received, cost(move.op, move.have, move.want, mesh)):
+            for told in (move.received, cost(move.op, move.have, move.want, mesh.axes)):
                 assert abs(told * 24 * 24 - got) < 1e-9 or move.op is PERMUTE and told * 24 * 24 > got, str(move)
             seen.add(move.op)
     assert seen == {*MOVES}
@@ -137,7 +135,7 @@ def test_a_move_that_types_relabels_its_value(op: Op) -> None:
     kinds, x, typed = types(parse("T D"), ("x", "y"), ("+", "max", "@0")), numbers(sizes), 0
     for have, want in itertools.product(kinds, kinds):
         if check_move(op, have, want) is None:
-            torch.testing.assert_close(carried(x, have, (Move(op, have, want, 0.0),), sizes, mesh), x, rtol=0, atol=1e-12)
+            torch.testing.assert_close(carried(x, have, (Planned(op, have, want, 0.0),), sizes, mesh), x, rtol=0, atol=1e-12)
             typed += 1
     assert typed >= 4
 
@@ -146,16 +144,16 @@ def test_an_exchange_says_that_it_is_even_on_every_rank_or_on_none() -> None:
     """Communicators are chosen by it."""
     mesh, kinds, said = MESHES[1], types(parse("T D"), ("x", "y")), set()
 
-    def looked_at(requests: Sequence[tuple]) -> list:
+    def looked_at(requests: Sequence[tuple], *wires: Any) -> list:
         if requests[0][1] == "all_to_all":
             even = len({piece.numel() for r in requests for piece in r[2]}) == 1
             assert [r[4:] for r in requests] == [(True,) if even else ()] * len(requests)
             said.add(even)
-        return perform(requests)
+        return perform(requests, *wires)
     with mock.patch("shardlib.simulate.perform", looked_at):
         for op, have, want, (rows, columns) in itertools.product((ALL_TO_ALL, PERMUTE), kinds, kinds, ((5, 4), (4, 5), (4, 4), (12, 6))):
             if check_move(op, have, want) is None:
-                carried(numbers(dict(T=rows, D=columns)), have, (Move(op, have, want, 0.0),), dict(T=rows, D=columns), mesh)
+                carried(numbers(dict(T=rows, D=columns)), have, (Planned(op, have, want, 0.0),), dict(T=rows, D=columns), mesh)
     assert said == {True, False}
 
 

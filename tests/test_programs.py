@@ -462,9 +462,9 @@ def moved(program: Program, mesh: Mesh, sizes: Mapping[str, int], args: Mapping[
     """Bytes that each rank received when the program ran, counted at the collectives themselves; and how many rank 0 made."""
     got, count = [0] * mesh.world_size, 0
 
-    def counted(requests: Sequence[tuple]) -> list[Any]:
+    def counted(requests: Sequence[tuple], *wires: Any) -> list[Any]:
         nonlocal count
-        made, k, count = perform(requests), len(requests), count + (0 in requests[0][0])
+        made, k, count = perform(requests, *wires), len(requests), count + (0 in requests[0][0])
         for at, (rank, (_, method, x, *_), y) in enumerate(zip(requests[0][0], requests, made)):
             if method == "all_to_all":
                 got[rank] += sum(piece.nbytes for j, piece in enumerate(y) if j != at)

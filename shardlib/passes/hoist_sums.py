@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shardlib.arithmetic import ADD, SUB
-from shardlib.moves import ALL_REDUCE, REDUCE_SCATTER
 from shardlib.passes.rewrite import Pass, uses
 from shardlib.program import Program, Step
 from shardlib.trace import fresh
@@ -33,7 +32,7 @@ def _once(program: Program) -> Program:
         if step.op not in (ADD, SUB):
             continue
         a, b = (made.get(i) for i in step.inputs)
-        if a is None or b is None or a is b or a.op is not b.op or a.op not in (ALL_REDUCE, REDUCE_SCATTER):
+        if a is None or b is None or a is b or a.op is not b.op or not (a.op.wire and a.op.wire.reduces):
             continue
         if any(o.kind == "max" for o in a.ins[0].owed) or (a.ins, a.outs) != (b.ins, b.outs) or any(count[s.outputs[0]] != 1 for s in (a, b)):
             continue

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shardlib.convert import Move, plan
+from shardlib.convert import Planned, plan
 from shardlib.mesh import Mesh
-from shardlib.moves import COLLECTIVES
+from shardlib.moves import Move, cost
 from shardlib.passes.rewrite import Pass, renamed, uses
 from shardlib.program import Program, Step
-from shardlib.project import cost
+from shardlib.spec import Spec
 from shardlib.trace import fresh
 
 
@@ -56,10 +56,15 @@ def _chain(step: Step, made: dict[str, Step], count: dict[str, int]) -> list[Ste
     return chain
 
 
-def _better(moves: tuple[Move, ...], chain: list[Step], mesh: Mesh) -> bool:
-    now = (sum(cost(s.op, s.ins[0], s.outs[0], mesh) for s in chain), sum(s.op in COLLECTIVES for s in chain))
-    then = (sum(cost(m.op, m.have, m.want, mesh) for m in moves), sum(m.op in COLLECTIVES for m in moves))
+def _better(moves: tuple[Planned, ...], chain: list[Step], mesh: Mesh) -> bool:
+    now = _cost([(s.op, *s.ins, *s.outs) for s in chain], mesh)
+    then = _cost([(m.op, m.have, m.want) for m in moves], mesh)
     return then[0] < now[0] - 1e-12 or then[0] <= now[0] + 1e-12 and then[1] < now[1]
+
+
+def _cost(moves: list[tuple[Move, Spec, Spec]], mesh: Mesh) -> tuple[float, int]:
+    """What a rank receives, in tensors, and the number of collectives."""
+    return sum(cost(*move, mesh.axes) for move in moves), sum(op.wire is not None for op, *_ in moves)
 
 
 REPLAN_MOVES = Pass("replan_moves", replan_moves)
