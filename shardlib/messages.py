@@ -14,7 +14,7 @@ from shardlib.spec import Owed, Spec
 from shardlib.trace import RESHARD
 
 if TYPE_CHECKING:
-    from shardlib.complete import Completer
+    from shardlib.completer import Completer
 
 ROWS = 4        # operands in one message
 WORDS = {"scale": "mul", "shift": "add", "reciprocal": "div"}       # how users write the ops that are named otherwise

@@ -24,7 +24,7 @@ from shardlib.spec import Dim, Factor, Owed, Spec
 from shardlib.trace import RESHARD
 
 if TYPE_CHECKING:
-    from shardlib.complete import Completer
+    from shardlib.completer import Completer
 
 ITEMSIZE = 4        # bytes of an element in messages: float32
 SHOWN = 3           # offers in one message

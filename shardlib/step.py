@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shardlib.calls import check_count, check_tensors, check_tree
-from shardlib.complete import Completer
+from shardlib.completer import Completer
 from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, changed, step_dtypes, value_dtypes
 from shardlib.emit import Emitter, load
