@@ -18,7 +18,6 @@ from shardlib.layout import EXPLICIT, Layout, pins
 from shardlib.mesh import Mesh
 from shardlib.messages import changed_carry, refusal, split_stack, unlike, unlike_result, unlike_return, wrong_move
 from shardlib.moves import check_move
-from shardlib.offers import labels
 from shardlib.pointwise import CAST_LIKE, WIDEN
 from shardlib.program import Program, Result, Step, Struct, leaves
 from shardlib.rearrange import RENAME, renamed, whole_in_rename
@@ -26,6 +25,7 @@ from shardlib.rules import RuleError, natural
 from shardlib.scan import SCAN
 from shardlib.spec import Spec
 from shardlib.trace import RESHARD
+from shardlib.user_source import labels
 
 
 class Completer(Builder):
@@ -120,7 +120,7 @@ class Completer(Builder):
         try:
             return self.move(name, want, why)
         except SpecError as error:
-            who = "the result" if operand is None else labels(step, self)[operand]
+            who = "the result" if operand is None else labels(step, self.program)[operand]
             raise SpecError(f"{step.op.name}: {who} cannot be made what is wanted: {error}") from None
 
     def _may_follow(self, name: str, want: Spec) -> bool:

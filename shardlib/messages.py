@@ -6,18 +6,17 @@ from typing import TYPE_CHECKING, Sequence
 from shardlib import offers
 from shardlib.cond import COND
 from shardlib.errors import SpecError, aligned
-from shardlib.offers import label, labels, variable
 from shardlib.program import Step
 from shardlib.rules import Rule, RuleError, natural
 from shardlib.scan import SCAN
 from shardlib.spec import Owed, Spec
 from shardlib.trace import RESHARD
+from shardlib.user_source import WORDS, label, labels, variable
 
 if TYPE_CHECKING:
     from shardlib.completer import Completer
 
 ROWS = 4        # operands in one message
-WORDS = {"scale": "mul", "shift": "add", "reciprocal": "div"}       # how users write the ops that are named otherwise
 
 
 def message(first: str, rows: Sequence[tuple[str, object, str]], caret: str | None, code: Sequence[str], where: object) -> SpecError:
@@ -27,7 +26,7 @@ def message(first: str, rows: Sequence[tuple[str, object, str]], caret: str | No
 
 def refusal(step: Step, here: Step, rule: Rule, at: Completer) -> SpecError:
     """A call whose rule refuses its operands. `here`: the step with the types of its operands."""
-    names = labels(step, at)
+    names = labels(step, at.program)
     error = _rule_error(here, rule, names)
     if step.op.name == "shift":
         by = step.options["by"]
@@ -59,7 +58,7 @@ def _axes_of(name: str | None, ins: Sequence[Spec]) -> tuple[str, ...]:
 
 def unlike(step: Step, i: int, want: Spec, at: Completer, rule: Rule | None = None) -> SpecError:
     """An operand whose type is not what explicit text says: of an op with `rule`, of a conversion, a scan or a call."""
-    have, name = at.types[at.now[step.inputs[i]]], labels(step, at)[i]
+    have, name = at.types[at.now[step.inputs[i]]], labels(step, at.program)[i]
     called, _, result = (step.body.name if step.body else step.called).partition(", ")
     whose = f"the signature of {called}" if called else "the text"
     word, takes = step.called or step.op.name, "says" if result else "takes"
@@ -80,7 +79,7 @@ def unlike_result(step: Step, made: Spec, want: Spec, at: Completer, rule: Rule)
     says, caret = _difference(made, want)
     ins = [at.types[at.now[n]] for n in step.inputs]
     gone = next((f for o in made.owed if o not in want.owed for s in ins for d in s.dims for f in d.factors if o.axis in f.axes), None)
-    rows = [(name, kind, _note(step, i, at, kind)) for i, (name, kind) in enumerate(zip(labels(step, at), ins))][:ROWS - 1]
+    rows = [(name, kind, _note(step, i, at, kind)) for i, (name, kind) in enumerate(zip(labels(step, at.program), ins))][:ROWS - 1]
     rows += [("result", made, f"owed since {gone} is contracted" if gone else ""), ("text", want, "")]
     axes = [o.axis for o in (*made.owed, *want.owed) if o not in made.owed or o not in want.owed]
     axes += [a for d, w in zip(made.dims, want.dims) if d.axes != w.axes for a in (*d.axes, *w.axes)]
@@ -92,7 +91,7 @@ def unlike_return(value: str, want: Spec, at: Completer) -> SpecError:
     """A result of the function whose type is not what its signature says."""
     have = at.types[at.now[value]]
     says, caret = _difference(have, want)
-    code = variable(value, at)
+    code = variable(value, at.program)
     note = _owed_since(at.now[value], have, at) or _made(value, at)
     return message(f'{at.program.name}: the result {says}; the signature says "{want}"', [(label(code), have, note), ("signature", want, "")], caret,
                    offers.returned(value, code, want, at), at.program.where)
@@ -100,7 +99,7 @@ def unlike_return(value: str, want: Spec, at: Completer) -> SpecError:
 
 def wrong_move(step: Step, have: Spec, at: Completer, problem: str | None = None) -> SpecError:
     """A written conversion whose operand is something else, or which does not lead where it says."""
-    name, text = labels(step, at)[0], step.ins[0]
+    name, text = labels(step, at.program)[0], step.ins[0]
     lost = [o for o in text.owed if o not in step.outs[0].owed]
     unowed = next((o for o in lost if o not in have.owed), None)
     if problem is None and unowed:

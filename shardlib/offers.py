@@ -6,10 +6,8 @@ it. Only what types is offered, so what a message says can be pasted.
 """
 from __future__ import annotations
 
-import ast
-import linecache
 from dataclasses import dataclass, replace
-from itertools import islice, product
+from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Iterator, Sequence
 
@@ -17,11 +15,12 @@ from shardlib.convert import Move, plan
 from shardlib.errors import SpecError, bytes_text
 from shardlib.layout import EXPLICIT, Layout
 from shardlib.moves import COLLECTIVES
-from shardlib.program import Program, Result, Step, Where
+from shardlib.program import Program, Result, Step
 from shardlib.rules import Rule, natural
 from shardlib.scan import SCAN
 from shardlib.spec import Dim, Factor, Owed, Spec
 from shardlib.trace import RESHARD
+from shardlib.user_source import label, operand, written
 
 if TYPE_CHECKING:
     from shardlib.completer import Completer
@@ -29,12 +28,8 @@ if TYPE_CHECKING:
 ITEMSIZE = 4        # bytes of an element in messages: float32
 SHOWN = 3           # offers in one message
 TRIED = 32          # rewritten calls that are typed again
-SHORT = 40          # characters of an expression that stands for an operand's name
 WIDE = 120          # characters of a line of code, where there is a shorter one
-DEPTH = 4           # calls within calls that are written out
 GUESS = 64          # rows of a dim of unknown size, for comparing costs
-_WRITES = {"add": (ast.Add,), "sub": (ast.Sub,), "mul": (ast.Mult,), "div": (ast.Div,), "scale": (ast.Mult,), "shift": (ast.Add,)}
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
 @dataclass(frozen=True)
@@ -83,117 +78,6 @@ def cost(offer: Offer, least: float) -> str:
     return f"{text}, then {bytes_text(later * ITEMSIZE)} later" if all(c.known for c in offer.costs) else f"{text}, and more later"
 
 
-# -- how the user writes it --------------------------------------------------------------------------------------------
-
-def operand(step: Step, i: int, at: Completer, depth: int = DEPTH) -> str:
-    """Operand i as the user's text has it: a variable, or the expression that made it."""
-    if not step.said or step.said[i]:
-        return step.said[i] if step.said else step.inputs[i]
-    typed = in_source(step)
-    return typed[i] if typed else expression(step.inputs[i], at, depth)
-
-
-def in_source(step: Step) -> list[str]:
-    """The operands as they stand in the user's source; nothing where that cannot be told."""
-    text = _call_in_source(step.where)
-    try:
-        node = ast.parse(text, mode="eval").body
-    except SyntaxError:
-        return []
-    if isinstance(node, ast.BinOp) and type(node.op) in _WRITES.get(step.op.name, ()):
-        parts = [node.left, node.right]
-    elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == step.op.name:
-        parts = node.args
-    else:
-        return []
-    parts = [p for p in parts if not isinstance(p, ast.Constant)]
-    if len(parts) != len(step.inputs) or any(isinstance(p, ast.Starred) for p in parts):
-        return []
-    return [ast.unparse(p) if p.lineno != p.end_lineno else ast.get_source_segment(text, p) for p in parts]
-
-
-def _call_in_source(where: Where | None) -> str:
-    """The expression that was being computed, in parentheses; nothing where the source is not at hand."""
-    if where is None or where.code is None:
-        return ""
-    first, last, start, end = next(islice(where.code.co_positions(), where.at // 2, None), (None,) * 4)
-    if None in (first, last, start, end):
-        return ""
-    text = [linecache.getline(where.file, n).encode() for n in range(first, last + 1)]
-    text[-1] = text[-1][:end]
-    text[0] = text[0][start:]
-    return f"({b''.join(text).decode(errors='replace')})"
-
-
-def variable(value: str, at: Completer) -> str:
-    """A value by the user's variable that holds it, else the expression that made it."""
-    if not any(s.said for s in at.program.steps):
-        return value
-    said = (s.said[i] for s in at.program.steps for i, n in enumerate(s.inputs) if n == value and s.said and s.said[i])
-    return next(said, None) or expression(value, at)
-
-
-def expression(value: str, at: Completer, depth: int = DEPTH) -> str:
-    """A value as the user's text makes it; an argument by its path. Calls deeper than `depth` are left out."""
-    made = next((s for s in at.program.steps if value in s.outputs), None)
-    if made is None:
-        return value if value in dict(at.program.arg_leaves()) else "..."
-    if made.op is SCAN or made.op is RESHARD and made.called:
-        return f"{made.called.partition(',')[0] or 'scan'}(...)"
-    return written(made, [operand(made, j, at, depth - 1) for j in range(len(made.inputs))]) if depth else "..."
-
-
-def label(code: str) -> str:
-    """A short name for an expression: what is passed to calls is left out."""
-    try:
-        tree = ast.parse(code, mode="eval")
-    except SyntaxError:             # the name of a value that only a trial has
-        return code
-    for call in ast.walk(tree):
-        if isinstance(call, ast.Call):
-            call.args, call.keywords = [ast.Constant(...)], []
-    return ast.unparse(tree)
-
-
-def labels(step: Step, at: Completer) -> list[str]:
-    """What a message calls each operand: where two expressions look alike, in full; long ones by number."""
-    codes = [operand(step, i, at) for i in range(len(step.inputs))]
-    names = [label(code) for code in codes]
-
-    def unlike(i: int) -> str:
-        if len({codes[j] for j, m in enumerate(names) if m == names[i]}) == 1:
-            return names[i]
-        return codes[i] if codes.count(codes[i]) == 1 and len(codes[i]) <= SHORT else f"operand {i + 1}"
-    return [unlike(i) for i in range(len(names))]
-
-
-def written(step: Step, operands: Sequence[str]) -> str:
-    """The call as source text."""
-    name, options = step.op.name, step.options
-    inner = [f"({o})" if o.count(" ") and not o.endswith(")") else o for o in operands]
-    if name in _INFIX:
-        return f"{inner[0]} {_INFIX[name]} {inner[1]}"
-    if name in ("scale", "shift"):
-        return f"{inner[0]} {'*' if name == 'scale' else '+'} {options['by']!r}"
-    if name == "reciprocal":
-        return f"1 / {inner[0]}"
-    options = {k: f'"{v}"' if isinstance(v, str) else repr(v) for k, v in step.attrs}
-    parts = ([f'"{step.text}"'] if step.op.takes_text else []) + [*operands] + [f"{k}={v}" for k, v in options.items()]
-    return f"{name}({', '.join(parts)})"
-
-
-def exact(kind: Spec, layout: Layout) -> Spec:
-    """The text that means `kind` under `layout`: with a /1 where a dim would be split."""
-    if layout == EXPLICIT:
-        return kind
-    done = layout.complete_alone(kind)
-    return replace(kind, dims=tuple(_pinned(d) if d.factors and not d.axes and c.axes else d for d, c in zip(kind.dims, done.dims)))
-
-
-def _pinned(dim: Dim) -> Dim:
-    return replace(dim, factors=(Factor(dim.factors[0].name, dim.axes, not dim.axes), *dim.factors[1:]))
-
-
 # -- what could stand there instead ------------------------------------------------------------------------------------
 
 def instead(step: Step, axes: Sequence[str], have: Sequence[Spec], at: Completer, rule: Rule, also: Sequence[Spec] | None = None) -> list[str]:
@@ -225,12 +109,12 @@ def convert(step: Step, i: int, want: Spec, at: Completer, bare: bool) -> list[s
         return []
     layout = (step.layout or at.layout).on(at.mesh)
     try:
-        code, name, steps, costs = _conversion(operand(step, i, at), step.inputs[i], at.types[at.now[step.inputs[i]]], want, layout, at, "operand")
+        code, name, steps, costs = _conversion(operand(step, i, at.program), step.inputs[i], at.types[at.now[step.inputs[i]]], want, layout, at, "operand")
     except SpecError:
         return []
     inputs = tuple(name if j == i else n for j, n in enumerate(step.inputs))
     if not bare:
-        code = written(step, [code if j == i else operand(step, j, at) for j in range(len(inputs))])
+        code = written(step, [code if j == i else operand(step, j, at.program) for j in range(len(inputs))])
     offer = Offer(code, (*steps, replace(step, inputs=inputs)), costs)
     return lines([offer] if _total(at, _index(step, at), offer.steps) is not None else [])
 
@@ -240,7 +124,7 @@ def replaced(step: Step, want: Spec, at: Completer) -> list[str]:
     if at.trial:
         return []
     layout = (step.layout or at.layout).on(at.mesh)
-    code, source = operand(step, 0, at), step.inputs[0]
+    code, source = operand(step, 0, at.program), step.inputs[0]
     have = at.types[at.now[source]]
     try:
         code, name, steps, costs = _conversion(code, source, have, want, layout, at, "operand")
@@ -270,6 +154,18 @@ def lines(offers: Sequence[Offer]) -> list[str]:
     return [f"  {o.code.ljust(width)}     {cost(o, least)}" for o in offers]
 
 
+def exact(kind: Spec, layout: Layout) -> Spec:
+    """The text that means `kind` under `layout`: with a /1 where a dim would be split."""
+    if layout == EXPLICIT:
+        return kind
+    done = layout.complete_alone(kind)
+    return replace(kind, dims=tuple(_pinned(d) if d.factors and not d.axes and c.axes else d for d, c in zip(kind.dims, done.dims)))
+
+
+def _pinned(dim: Dim) -> Dim:
+    return replace(dim, factors=(Factor(dim.factors[0].name, dim.axes, not dim.axes), *dim.factors[1:]))
+
+
 def _variants(kind: Spec, axes: Sequence[str], others: Sequence[Spec]) -> Iterator[Spec]:
     """The types of a value that differ from `kind` on `axes` only."""
     yield kind
@@ -296,7 +192,7 @@ def _call(step: Step, kinds: Sequence[Spec], made: Sequence[Spec], have: Sequenc
         return _declared(step, kinds, have, at)
     inputs, codes, steps, costs, kind = [], [], [], [], []
     for i, (name, want, had) in enumerate(zip(step.inputs, kinds, have)):
-        code, name, conversion, cost = _conversion(operand(step, i, at), name, had, want, layout, at, f"operand {i}")
+        code, name, conversion, cost = _conversion(operand(step, i, at.program), name, had, want, layout, at, f"operand {i}")
         inputs.append(name), codes.append(code), steps.extend(conversion), costs.extend(cost)
         kind.append(tuple(s.op.name for s in conversion))
     call = replace(step, inputs=tuple(inputs), ins=tuple(kinds), outs=tuple(made)) if step.op.takes_text else replace(step, inputs=tuple(inputs))
@@ -319,7 +215,7 @@ def _declared(step: Step, kinds: Sequence[Spec], have: Sequence[Spec], at: Compl
         costs += [_cost(label(name), m, at) for m in plan(at.types[at.now[name]], want, at.mesh)]
     call = replace(step, ins=tuple(texts))
     kind = tuple(str(t) for t in texts)
-    return Offer(written(call, [operand(step, i, at) for i in range(len(step.inputs))]), (call,), tuple(costs), kind)
+    return Offer(written(call, [operand(step, i, at.program) for i in range(len(step.inputs))]), (call,), tuple(costs), kind)
 
 
 def _back(offer: Offer, step: Step, want: Spec, layout: Layout, at: Completer) -> Offer | None:
