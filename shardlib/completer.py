@@ -3,7 +3,8 @@
 Four rules. A value that stands alone (argument, result, the result spec of an op) is completed over its own dims. The
 operands of one op are completed together, over the union of their names, and converted to that. A conversion is made
 once in a straight-line body. An op without a spec string follows its first operand; parameters are converted to match,
-activations never. Under `EXPLICIT` nothing is completed or converted: what does not match is an error.
+activations never. Under `EXPLICIT` nothing is completed or converted. What does not match is refused: a fact
+is raised, and `shardlib.messages` words it.
 """
 from __future__ import annotations
 
@@ -16,26 +17,27 @@ from shardlib.cond import COND
 from shardlib.errors import SpecError
 from shardlib.layout import EXPLICIT, Layout, pins
 from shardlib.mesh import Mesh
-from shardlib.messages import changed_carry, refusal, split_stack, unlike, unlike_result, unlike_return, wrong_move
 from shardlib.moves import check_move
 from shardlib.pointwise import CAST_LIKE, WIDEN
 from shardlib.program import Program, Result, Step, Struct, leaves
 from shardlib.rearrange import RENAME, renamed, whole_in_rename
+from shardlib.refusal import (ChangedCarry, Fact, NoWay, OwedPredicate, Refused, RuleRefuses, SplitStack,
+                              State, UnlikeBranches, UnlikeOperand, UnlikeResult, UnlikeReturn, WrongMove)
 from shardlib.rules import RuleError, natural
 from shardlib.scan import SCAN
 from shardlib.spec import Spec
 from shardlib.trace import RESHARD
-from shardlib.user_source import labels
 
 
 class Completer(Builder):
-    """Completes one body. `arg_types`: where a scan has already decided them. `trial`: errors offer no code."""
+    """Completes one body. given: types decided already, of a scan's arguments or a single step's operands."""
 
     def __init__(self, program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, int] | None = None,
-                 arg_types: Mapping[str, Spec] | None = None, trial: bool = False) -> None:
+                 given: Mapping[str, Spec] | None = None) -> None:
         super().__init__(mesh, {n for s in program.steps for n in s.outputs})
-        self.program, self.layout, self.sizes, self.arg_types, self.trial = program, layout, sizes or {}, arg_types or {}, trial
+        self.program, self.layout, self.sizes, self.given = program, layout, sizes or {}, given or {}
         self.now: dict[str, str] = {}               # a value of the program as written -> the value here
+        self.now.update({name: self.declare(name, spec) for name, spec in self.given.items()})
         self.notes: dict[tuple[str, str], str] = {}  # (value, owed axis) -> since when
         self.params: set[str] = set()
         self.unmet: dict[tuple[str, str, str], None] = {}
@@ -55,33 +57,32 @@ class Completer(Builder):
         return Program(self.program.name, args, tuple(self.steps), results, True, self.program.where, tuple(self.unmet))
 
     def _argument(self, name: str, tree: Any) -> Any:
-        kinds = {}
+        types, note = {}, f"owed in the signature of {self.program.name}"
         for path, spec in leaves(name, tree):
-            kinds[path] = self.arg_types.get(path) or self.layout.complete_alone(self.mesh.resolve(spec, True)).resolve(self.mesh)
-            self.now[path] = self.declare(path, kinds[path])
-            self.notes.update({(path, owed.axis): f"owed in the signature of {self.program.name}" for owed in kinds[path].owed})
+            types[path] = self.given.get(path) or self.layout.type_of(spec, self.mesh)
+            self.now[path] = self.declare(path, types[path])
+            self.notes.update({(path, owed.axis): note for owed in types[path].owed})
             if isinstance(tree, Struct):
                 self.params.add(path)
-        flat = iter(kinds.values())
-        return tree.map(lambda _: next(flat)) if isinstance(tree, Struct) else kinds[name]
+        flat = iter(types.values())
+        return tree.map(lambda _: next(flat)) if isinstance(tree, Struct) else types[name]
 
     def _result(self, result: Result) -> Result:
-        out, kinds = [], []
+        out, types = [], []
         for name, spec in result.leaves():
-            want = self._alone(spec, self.layout)
-            have = self.types[self.now[name]]
-            if self.layout == EXPLICIT and have != want:
-                raise unlike_return(name, want, self)
-            try:
-                out.append(self.move(self.now[name], want, "the result of " + self.program.name))
-            except SpecError as error:
-                raise SpecError(f"{self.program.name}: the result cannot be made what is wanted: {error}") from None
-            kinds.append(want)
-        flat = iter(kinds)
-        return Result(result.tree.map(lambda _: next(flat)) if isinstance(result.tree, Struct) else kinds[0], tuple(out))
+            want = self.layout.type_of(spec, self.mesh)
+            if self.layout == EXPLICIT and self.types[self.now[name]] != want:
+                raise self._refused(UnlikeReturn(name, want))
+            out.append(self._move_to(want, self.now[name], "the result of " + self.program.name))
+            types.append(want)
+        flat = iter(types)
+        tree = result.tree.map(lambda _: next(flat)) if isinstance(result.tree, Struct) else types[0]
+        return Result(tree, tuple(out))
 
-    def _alone(self, spec: Spec, layout: Layout) -> Spec:
-        return layout.complete_alone(self.mesh.resolve(spec, True)).resolve(self.mesh)
+    def _refused(self, fact: Fact) -> Refused:
+        state = State(self.program, self.layout, self.mesh, self.sizes, self.given, self.params,
+                      self.types, self.now, self.source, self.notes)
+        return Refused(fact, state, self.where)
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -104,24 +105,24 @@ class Completer(Builder):
         for i, (name, want) in enumerate(zip(inputs, wanted)):
             if self.types[name] != want and (explicit or not step.op.takes_text and not self._may_follow(name, want)):
                 if explicit and step.op.takes_text:
-                    raise unlike(step, i, want, self, step.op.rule(step))
+                    raise self._refused(UnlikeOperand(step, i, want, step.op.rule(step)))
                 want = self.types[name]
             placed.append(self._move_to(want, name, f"{step.op.name} takes {want}", step, i))
         made = self._natural(step, placed, layout)
         for written, name, spec in zip(step.outputs, made, step.outs):
-            want = self._alone(spec, layout) if step.op.takes_text else self.types[name]
+            want = layout.type_of(spec, self.mesh) if step.op.takes_text else self.types[name]
             if explicit and self.types[name] != want:
-                raise unlike_result(step, self.types[name], want, self, step.op.rule(step))
+                raise self._refused(UnlikeResult(step, self.types[name], want, step.op.rule(step)))
             name = self._move_to(want, name, f"the layout keeps {spec.whole()} as {want}", step)
             self.now[written] = self.call(CAST_LIKE, [name, self.rounded[written]]) if written in self.rounded else name
 
-    def _move_to(self, want: Spec, name: str, why: str, step: Step, operand: int | None = None) -> str:
-        """`name`, an operand of `step` or its result, converted to `want`. SpecError, which says whose, where no move leads there."""
+    def _move_to(self, want: Spec, name: str, why: str, step: Step | None = None,
+                 operand: int | None = None) -> str:
+        """`name`, an operand of `step`, its result or the program's, converted to `want`."""
         try:
             return self.move(name, want, why)
         except SpecError as error:
-            who = "the result" if operand is None else labels(step, self.program)[operand]
-            raise SpecError(f"{step.op.name}: {who} cannot be made what is wanted: {error}") from None
+            raise self._refused(NoWay(str(error), step, operand)) from None
 
     def _may_follow(self, name: str, want: Spec) -> bool:
         return self.source.get(name, name) in self.params
@@ -130,8 +131,8 @@ class Completer(Builder):
         """The types that the operands are converted to."""
         if not step.op.takes_text:
             first = self.types[inputs[0]]
-            axes = {n: self._axes(first, n) for n in first.names}
-            return [first if i == 0 else self._follow(self.types[n], axes) for i, n in enumerate(inputs)]
+            axes = {n: _axes(first, n) for n in first.names}
+            return [first if i == 0 else _follow(self.types[n], axes) for i, n in enumerate(inputs)]
         ins = [self.mesh.resolve(s, True) for s in step.ins]
         if layout == EXPLICIT:
             return [s.resolve(self.mesh) for s in ins]
@@ -149,46 +150,29 @@ class Completer(Builder):
         return [s.split({d.label: axes[d.factors[0].name] for d in s.dims if d.factors}).owing(
             *s.owed, *(o for o in self.types[n].owed if o.kind == "@")).resolve(self.mesh) for s, n in zip(ins, inputs)]
 
-    @staticmethod
-    def _axes(spec: Spec, name: str) -> tuple[str, ...]:
-        return next(f.axes for d in spec.dims for f in d.factors if f.name == name)
-
-    def _follow(self, kind: Spec, axes: Mapping[str, tuple[str, ...]]) -> Spec:
-        """`kind` with its dims split as `axes` says; as it is, where an axis would come to split two, and the rule says what is wrong."""
-        try:
-            return kind.split({d.label: axes.get(d.factors[0].name, d.axes) for d in kind.dims if d.factors})
-        except SpecError:
-            return kind
-
     def _natural(self, step: Step, placed: list[str], layout: Layout) -> tuple[str, ...]:
         ins = tuple(self.types[p] for p in placed)
         whole = step.op.rule(replace(step, ins=ins)).whole
         written = step.outs if step.op.takes_text else step.op.infer(tuple(s.whole() for s in ins), step.options)
-        outs = tuple(self._dims_of(s, ins, whole, layout) for s in written)
-        here = replace(step, ins=ins, outs=outs)
-        rule = step.op.rule(here)
-        pieces = step.op.distribute and layout != EXPLICIT and any(self._axes(ins[0], n) for n in rule.whole)
+        outs = tuple(result_dims(s, ins, whole, layout, self.mesh) for s in written)
+        typed = replace(step, ins=ins, outs=outs)
+        rule = step.op.rule(typed)
+        pieces = step.op.distribute and layout != EXPLICIT and any(_axes(ins[0], n) for n in rule.whole)
         rule = replace(rule, whole=(), maxes=rule.whole) if pieces else rule
         try:
             asserted = [self.mesh.resolve(s, True).resolve(self.mesh) for s in step.outs] if step.op.asserted else None
-            kinds = asserted or natural(step.op.name, rule, ins, outs)
+            types = asserted or natural(step.op.name, rule, ins, outs)
         except RuleError:
-            raise refusal(step, here, rule, self) from None
+            raise self._refused(RuleRefuses(step, typed, rule)) from None
         if pieces:
-            return (step.op.distribute(self, replace(here, inputs=tuple(placed)), placed[0]),)
-        if step.op.statistic and layout != EXPLICIT and set(kinds[0].owed) - set(ins[0].owed):
+            return (step.op.distribute(self, replace(typed, inputs=tuple(placed)), placed[0]),)
+        if step.op.statistic and layout != EXPLICIT and set(types[0].owed) - set(ins[0].owed):
             self.rounded[step.outputs[0]] = placed[0]
             placed = [self.call(WIDEN, placed)]
-        made = self.add(step.op, placed, kinds, step.outputs if not set(step.outputs) & set(self.types) else None, attrs=step.attrs)
+        names = step.outputs if not set(step.outputs) & set(self.types) else None
+        made = self.add(step.op, placed, types, names, attrs=step.attrs)
         self._note(step, placed, made)
         return made
-
-    def _dims_of(self, spec: Spec, ins: Sequence[Spec], whole: Sequence[str], layout: Layout) -> Spec:
-        """A result's dims; those that the op makes are split over what its operands leave free, unless it makes them whole."""
-        spec, known = self.mesh.resolve(spec, True), {n: self._axes(s, n) for s in ins for n in s.names}
-        axes = layout.complete(spec.names, {**dict.fromkeys(whole, ()), **pins(spec), **known})
-        made = {d.label: axes[d.factors[0].name] for d in spec.dims if d.factors and d.factors[0].name not in known}
-        return spec.split(made).owing().resolve(self.mesh)
 
     def _note(self, step: Step, placed: Sequence[str], made: Sequence[str]) -> None:
         for name in made:
@@ -202,20 +186,21 @@ class Completer(Builder):
     # -- the steps that are not of the common kind -----------------------------------------------------------------
 
     def _move(self, step: Step, name: str, layout: Layout) -> None:
-        want = self._alone(step.outs[0], layout)
+        want = layout.type_of(step.outs[0], self.mesh)
         if step.op is RESHARD:
-            have = self._alone(step.ins[0], layout)
+            have = layout.type_of(step.ins[0], self.mesh)
             if layout == EXPLICIT and self.types[name] != have:
-                raise unlike(step, 0, have, self) if step.called else wrong_move(step, self.types[name], self)
+                wrong = UnlikeOperand(step, 0, have) if step.called else WrongMove(step, self.types[name])
+                raise self._refused(wrong)
             self.now[step.outputs[0]] = self.move(name, want, "reshard")
             return
-        have = self._alone(step.ins[0], layout)
+        have = layout.type_of(step.ins[0], self.mesh)
         if self.types[name] != have:
             if layout == EXPLICIT or set(map(str, have.owed)) != set(map(str, self.types[name].owed)):
-                raise wrong_move(step, self.types[name], self)
+                raise self._refused(WrongMove(step, self.types[name]))
             name = self.move(name, have, step.op.name)
         if problem := check_move(step.op, have, want):
-            raise wrong_move(step, have, self, problem)
+            raise self._refused(WrongMove(step, have, problem))
         made = self.add(step.op, [name], [want], step.outputs if step.outputs[0] not in self.types else None, why="written")
         (self.now[step.outputs[0]],) = made
         self._note(step, [name], made)
@@ -224,13 +209,13 @@ class Completer(Builder):
         """A dim keeps its axes under its new name; one that is a group on one side alone is whole, and split, if at all, after."""
         named = step.outs[0]
         products = {d.label for d in whole_in_rename(self.types[name], named)}
-        want = named.resolve(self.mesh) if layout == EXPLICIT else self._alone(named, layout)
-        made = want if layout == EXPLICIT else self._alone(named.pinned(products), layout)
+        want = named.resolve(self.mesh) if layout == EXPLICIT else layout.type_of(named, self.mesh)
+        made = want if layout == EXPLICIT else layout.type_of(named.pinned(products), self.mesh)
         source = Spec(tuple(d.split(m.axes) for d, m in zip(self.types[name].dims, made.dims)), made.owed)
         if layout == EXPLICIT:
             renamed(step.ins[0].resolve(self.mesh), named), renamed(want, step.ins[0])
             if source != self.types[name]:
-                raise unlike(step, 0, source, self)
+                raise self._refused(UnlikeOperand(step, 0, source))
         placed = self.move(name, source, f"rename to {made}")
         (there,) = self.add(RENAME, [placed], [made], step.outputs)
         self.now[step.outputs[0]] = self.move(there, want, f"the layout keeps {named.whole()} as {want}")
@@ -238,20 +223,20 @@ class Completer(Builder):
     def _cond(self, step: Step, inputs: list[str], layout: Layout) -> None:
         whole = self.types[inputs[0]].owing()
         if layout == EXPLICIT and self.types[inputs[0]] != whole:
-            raise SpecError(f"cond: the predicate is {self.types[inputs[0]]}; ranks that see different pieces of it would part ways")
+            raise self._refused(OwedPredicate(self.types[inputs[0]]))
         inputs[0] = self.move(inputs[0], whole, "the predicate of cond")
         bodies = []
         for body in step.bodies:
-            inner = Completer(body, layout, self.mesh, self.sizes, trial=self.trial)
+            inner = Completer(body, layout, self.mesh, self.sizes)
             inner.params |= {p for (p, _), n in zip(body.arg_leaves(), inputs[1:]) if n in self.params}
             bodies.append(inner.run())
         for i, (path, kind) in enumerate(bodies[0].arg_leaves(), 1):
             if layout == EXPLICIT and self.types[inputs[i]] != kind:
-                raise unlike(step, i, kind, self)
+                raise self._refused(UnlikeOperand(step, i, kind))
             inputs[i] = self.move(inputs[i], kind, f"an argument of {step.body.name}")
         yes, no = ([(f"takes {path} as", kind) for path, kind in b.arg_leaves()] + [("returns", k) for _, k in b.result_leaves()] for b in bodies)
         if other := next(((does, a, b) for (does, a), (_, b) in zip(yes, no) if a != b), None):
-            raise SpecError(f'cond: {step.body.name} {other[0]} "{other[1]}", {step.orelse.name} "{other[2]}"; both take and return the same types')
+            raise self._refused(UnlikeBranches(step, *other))
         made = self.add(COND, inputs, [k for _, k in bodies[0].result_leaves()], step.outputs, attrs=step.attrs, body=bodies[0], orelse=bodies[1])
         self.now.update(zip(step.outputs, made))
 
@@ -264,19 +249,40 @@ class Completer(Builder):
             have = self.types[name]
             if 1 <= i <= count:
                 if have.dims[0].axes:
-                    raise split_stack(step, i, have, self)
+                    raise self._refused(SplitStack(step, i, have))
                 kinds[path] = replace(have, dims=have.dims[1:])
             else:
-                kinds[path] = self._alone(declared[path], layout)
+                kinds[path] = layout.type_of(declared[path], self.mesh)
                 if layout == EXPLICIT and have != kinds[path]:
-                    raise unlike(step, i, kinds[path], self)
+                    raise self._refused(UnlikeOperand(step, i, kinds[path]))
                 inputs[i] = self.move(name, kinds[path], f"an argument of {step.body.name}")
-        inner = Completer(step.body, layout, self.mesh, self.sizes, kinds, self.trial)
+        inner = Completer(step.body, layout, self.mesh, self.sizes, kinds)
         inner.params |= {p for p, n in zip(paths, inputs) if n in self.params}
         body = inner.run()
         outs = [spec if i == 0 else Spec((step.outs[i].dims[0].split(()), *spec.dims), spec.owed)
                 for i, (_, spec) in enumerate(body.result_leaves())]
         if outs[0] != kinds[paths[0]]:
-            raise changed_carry(step, kinds[paths[0]], outs[0], self)
+            raise self._refused(ChangedCarry(step, kinds[paths[0]], outs[0]))
         made = self.add(SCAN, inputs, outs, step.outputs, attrs=step.attrs, body=body)
         self.now.update(zip(step.outputs, made))
+
+
+def result_dims(spec: Spec, ins: Sequence[Spec], whole: Sequence[str], layout: Layout, mesh: Mesh) -> Spec:
+    """A result's dims; those that the op makes are split over what its operands leave free, if not whole."""
+    spec, known = mesh.resolve(spec, True), {n: _axes(s, n) for s in ins for n in s.names}
+    axes = layout.complete(spec.names, {**dict.fromkeys(whole, ()), **pins(spec), **known})
+    first = {d.label: d.factors[0].name for d in spec.dims if d.factors}
+    made = {label: axes[name] for label, name in first.items() if name not in known}
+    return spec.split(made).owing().resolve(mesh)
+
+
+def _axes(spec: Spec, name: str) -> tuple[str, ...]:
+    return next(f.axes for d in spec.dims for f in d.factors if f.name == name)
+
+
+def _follow(have: Spec, axes: Mapping[str, tuple[str, ...]]) -> Spec:
+    """`have` with its dims split as `axes` says; as it is where one would split two: a rule refuses that."""
+    try:
+        return have.split({d.label: axes.get(d.factors[0].name, d.axes) for d in have.dims if d.factors})
+    except SpecError:
+        return have

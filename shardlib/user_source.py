@@ -1,6 +1,6 @@
-"""How the user writes it: the values and calls of a program as they stand in his source, or as he would write them.
+"""How the user writes it: values and calls of a program as they stand in its source, or would stand there.
 
-What was held in a variable is called by its name, an expression is written out. Where the source is at hand, it is quoted.
+What a variable holds has its name, an expression is written out. Where the source is at hand, it is quoted.
 """
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from shardlib.trace import RESHARD
 
 SHORT = 40          # characters of an expression that stands for an operand's name
 DEPTH = 4           # calls within calls that are written out
-WORDS = {"scale": "mul", "shift": "add", "reciprocal": "div"}       # how users write the ops that are named otherwise
-_NODES = {"add": (ast.Add,), "sub": (ast.Sub,), "mul": (ast.Mult,), "div": (ast.Div,), "scale": (ast.Mult,), "shift": (ast.Add,)}
+WORDS = {"scale": "mul", "shift": "add", "reciprocal": "div"}   # what users call ops that are named otherwise
+_NODES = dict(add=ast.Add, sub=ast.Sub, mul=ast.Mult, div=ast.Div, scale=ast.Mult, shift=ast.Add)
 
 
 def operand(step: Step, i: int, program: Program, depth: int = DEPTH) -> str:
@@ -34,9 +34,9 @@ def in_source(step: Step) -> list[str]:
         node = ast.parse(text, mode="eval").body
     except SyntaxError:
         return []
-    if isinstance(node, ast.BinOp) and type(node.op) in _NODES.get(step.op.name, ()):
+    if isinstance(node, ast.BinOp) and type(node.op) is _NODES.get(step.op.name):
         parts = [node.left, node.right]
-    elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == step.op.name:
+    elif isinstance(node, ast.Call) and _called(node) == step.op.name:
         parts = node.args
     else:
         return []
@@ -44,6 +44,10 @@ def in_source(step: Step) -> list[str]:
     if len(parts) != len(step.inputs) or any(isinstance(p, ast.Starred) for p in parts):
         return []
     return [ast.unparse(p) if p.lineno != p.end_lineno else ast.get_source_segment(text, p) for p in parts]
+
+
+def _called(node: ast.Call) -> str:
+    return getattr(node.func, "id", getattr(node.func, "attr", ""))
 
 
 def _call_in_source(where: Where | None) -> str:
@@ -68,18 +72,20 @@ def variable(value: str, program: Program) -> str:
     """A value by the user's variable that holds it, else the expression that made it."""
     if not any(s.said for s in program.steps):
         return value
-    said = (s.said[i] for s in program.steps for i, n in enumerate(s.inputs) if n == value and s.said and s.said[i])
+    said = (word for s in program.steps for name, word in zip(s.inputs, s.said) if name == value and word)
     return next(said, None) or expression(value, program)
 
 
 def expression(value: str, program: Program, depth: int = DEPTH) -> str:
-    """A value as the user's text makes it; an argument by its path. Calls deeper than `depth` are left out."""
+    """A value as the user's text makes it, an argument by its path. depth: of calls that are written out."""
     step = made_by(value, program)
     if step is None:
         return value if value in dict(program.arg_leaves()) else "..."
     if step.op is SCAN or step.op is RESHARD and step.called:
         return f"{step.called.partition(',')[0] or 'scan'}(...)"
-    return written(step, [operand(step, j, program, depth - 1) for j in range(len(step.inputs))]) if depth else "..."
+    if not depth:
+        return "..."
+    return written(step, [operand(step, i, program, depth - 1) for i in range(len(step.inputs))])
 
 
 def label(code: str) -> str:
@@ -117,5 +123,5 @@ def written(step: Step, operands: Sequence[str]) -> str:
     if name == "reciprocal":
         return f"1 / {inner[0]}"
     options = {k: f'"{v}"' if isinstance(v, str) else repr(v) for k, v in step.attrs}
-    parts = ([f'"{step.text}"'] if step.op.takes_text else []) + [*operands] + [f"{k}={v}" for k, v in options.items()]
-    return f"{name}({', '.join(parts)})"
+    text = [f'"{step.text}"'] if step.op.takes_text else []
+    return f"{name}({', '.join([*text, *operands, *(f'{k}={v}' for k, v in options.items())])})"

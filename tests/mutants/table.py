@@ -209,7 +209,7 @@ MUTANTS = (
     Mutant("shardlib/index_check.py", "        self.sent = False\n        for", "        for", INDICES),
     Mutant("shardlib/index_check.py", "if site.last >= 0)", ")", INDICES),
     Mutant("shardlib/builder.py", 'self.called.get(self.source.get(i, i), "")', 'self.called.get(i, "")', INDICES),
-    Mutant("shardlib/step.py", "        completer.where = step.where\n", "", INDICES),
+    Mutant("shardlib/complete.py", "    completer.where = step.where\n", "", INDICES),
     Mutant("ops/take.py", "here = index - start if start else index", "here = index", LOSSES),
     Mutant("ops/take.py", "return torch.where(inside[..., None], F.embedding(here, table), False if table.dtype == torch.bool else 0)", "return F.embedding(here, table)", INDICES),
     Mutant("ops/take.py", "return torch.where(inside, x.gather(dim, here.expand(shape)), False if x.dtype == torch.bool else 0).squeeze(dim)",
