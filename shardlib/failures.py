@@ -13,9 +13,9 @@ import torch
 
 from shardlib.distributed.rank_error import RankError
 from shardlib.errors import SpecError
-from shardlib.messages import WORDS
 from shardlib.program import Step
 from shardlib.source import Where
+from shardlib.user_source import WORDS
 
 Lines = Mapping[str, Sequence[Step | None]]
 """By the file of generated code, the step that each of its lines is of."""

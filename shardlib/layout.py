@@ -82,6 +82,10 @@ class Layout:
         axes = self.complete(spec.names, pins(spec), (o.axis for o in spec.owed))
         return spec.split({d.label: axes[d.factors[0].name] for d in spec.dims if d.factors})
 
+    def type_of(self, spec: Spec, mesh: Mesh) -> Spec:
+        """The type on `mesh` of a value that stands alone, `spec` being its text."""
+        return self.complete_alone(mesh.resolve(spec, True)).resolve(mesh)
+
 
 class _Explicit(Layout):
     """Nothing is completed and nothing converted: specs mean just what they say."""

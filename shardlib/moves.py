@@ -15,9 +15,7 @@ that communicates has a wire (`shardlib.wires`), and two may share one: permute 
 planner asks a record for its neighbours and its cost, the writer of code for its request, reports for its group
 and who receives what.
 
->>> from shardlib.local_code import LocalCode
-from shardlib.local_code import LocalCode
-from shardlib.mesh import Mesh
+>>> from shardlib.mesh import Mesh
 >>> from shardlib.spec import parse
 >>> step = Step(ALL_GATHER, (parse("T/tp D"),), (parse("T D"),), ("x",), ("y",))
 >>> mesh, sizes = Mesh(tp=2), dict(T=5, D=3)

@@ -1,54 +1,50 @@
 """Offers: what to write in place of a call that does not type, cheapest first.
 
-Each operand is given the types it could have on the axes in question: whole, split on another dim, owed. Those that the op's
-rule takes are tried: the call is written anew with the conversions around its operands, and the program is typed again with
-it. Only what types is offered, so what a message says can be pasted.
+Each operand is given the types it could have on the axes in question: whole, split on another dim, owed. What
+the op's rule takes of these is tried: the call is written anew with the conversions around its operands, and
+the program is completed again with it. Only what types is offered, so what a message says can be pasted.
 """
 from __future__ import annotations
 
-import ast
-import linecache
 from dataclasses import dataclass, replace
-from itertools import islice, product
+from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, Iterator, Sequence
+from typing import Iterator, Sequence
 
+from shardlib.completer import Completer, result_dims
 from shardlib.convert import Planned, plan
 from shardlib.errors import SpecError, bytes_text
 from shardlib.layout import EXPLICIT, Layout
-from shardlib.program import Program, Result, Step
+from shardlib.program import Program, Step
+from shardlib.refusal import State
 from shardlib.rules import Rule, natural
 from shardlib.scan import SCAN
-from shardlib.source import Where
 from shardlib.spec import Dim, Factor, Owed, Spec
 from shardlib.trace import RESHARD
-
-if TYPE_CHECKING:
-    from shardlib.complete import Completer
+from shardlib.user_source import label, operand, written
 
 ITEMSIZE = 4        # bytes of an element in messages: float32
 SHOWN = 3           # offers in one message
-TRIED = 32          # rewritten calls that are typed again
-SHORT = 40          # characters of an expression that stands for an operand's name
+TRIED = 32          # rewritten calls that are completed again
+CHANGED = 2         # operands of one call that are converted
 WIDE = 120          # characters of a line of code, where there is a shorter one
-DEPTH = 4           # calls within calls that are written out
 GUESS = 64          # rows of a dim of unknown size, for comparing costs
-_WRITES = {"add": (ast.Add,), "sub": (ast.Sub,), "mul": (ast.Mult,), "div": (ast.Div,), "scale": (ast.Mult,), "shift": (ast.Add,)}
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
 @dataclass(frozen=True)
 class Offer:
     """Code for the user, the steps it stands for, and the cost of each of its conversions.
 
-    kind: which conversions, of which operand.  total: elements that the whole program then receives, so that what is put
-    off is not free.
+    conversions: which ones, of which operand; of offers alike in this, one is shown.
+    total: elements that the whole program then receives, so that what is put off is not free.
+    why_free: in words, where that is all there is to say of its cost.
     """
     code: str
     steps: tuple[Step, ...]
     costs: tuple[Cost, ...]
-    kind: tuple = ()
+    conversions: tuple = ()
     total: float = 0.0
+    why_free: str = ""
 
     @property
     def own(self) -> float:
@@ -61,7 +57,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a conversion of `what`: the fraction of its elements that a rank receives; `known`: its sizes are."""
+    """Of a conversion of `what`: the fraction of its elements that a rank receives. known: its sizes are."""
     what: str
     fraction: float
     elements: float
@@ -70,8 +66,8 @@ class Cost:
 
 def cost(offer: Offer, least: float) -> str:
     """What an offer costs; `least`: what the rest of the program costs at least."""
-    if offer.code == offer.kind:
-        return "free: nothing is owed"
+    if offer.why_free:
+        return f"free: {offer.why_free}"
     later = offer.total - offer.own - least
     paid = [c for c in offer.costs if c.fraction]
     if not all(c.known for c in paid):
@@ -80,188 +76,8 @@ def cost(offer: Offer, least: float) -> str:
     text = f"{bytes_text(offer.own * ITEMSIZE)} per rank" if paid else "free"
     if later < 1:
         return text
-    return f"{text}, then {bytes_text(later * ITEMSIZE)} later" if all(c.known for c in offer.costs) else f"{text}, and more later"
-
-
-# -- how the user writes it --------------------------------------------------------------------------------------------
-
-def operand(step: Step, i: int, at: Completer, depth: int = DEPTH) -> str:
-    """Operand i as the user's text has it: a variable, or the expression that made it."""
-    if not step.said or step.said[i]:
-        return step.said[i] if step.said else step.inputs[i]
-    typed = in_source(step)
-    return typed[i] if typed else expression(step.inputs[i], at, depth)
-
-
-def in_source(step: Step) -> list[str]:
-    """The operands as they stand in the user's source; nothing where that cannot be told."""
-    text = _call_in_source(step.where)
-    try:
-        node = ast.parse(text, mode="eval").body
-    except SyntaxError:
-        return []
-    if isinstance(node, ast.BinOp) and type(node.op) in _WRITES.get(step.op.name, ()):
-        parts = [node.left, node.right]
-    elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == step.op.name:
-        parts = node.args
-    else:
-        return []
-    parts = [p for p in parts if not isinstance(p, ast.Constant)]
-    if len(parts) != len(step.inputs) or any(isinstance(p, ast.Starred) for p in parts):
-        return []
-    return [ast.unparse(p) if p.lineno != p.end_lineno else ast.get_source_segment(text, p) for p in parts]
-
-
-def _call_in_source(where: Where | None) -> str:
-    """The expression that was being computed, in parentheses; nothing where the source is not at hand."""
-    if where is None or where.code is None:
-        return ""
-    first, last, start, end = next(islice(where.code.co_positions(), where.instruction // 2, None), (None,) * 4)
-    if None in (first, last, start, end):
-        return ""
-    text = [linecache.getline(where.file, n).encode() for n in range(first, last + 1)]
-    text[-1] = text[-1][:end]
-    text[0] = text[0][start:]
-    return f"({b''.join(text).decode(errors='replace')})"
-
-
-def variable(value: str, at: Completer) -> str:
-    """A value by the user's variable that holds it, else the expression that made it."""
-    if not any(s.said for s in at.program.steps):
-        return value
-    said = (s.said[i] for s in at.program.steps for i, n in enumerate(s.inputs) if n == value and s.said and s.said[i])
-    return next(said, None) or expression(value, at)
-
-
-def expression(value: str, at: Completer, depth: int = DEPTH) -> str:
-    """A value as the user's text makes it; an argument by its path. Calls deeper than `depth` are left out."""
-    made = next((s for s in at.program.steps if value in s.outputs), None)
-    if made is None:
-        return value if value in dict(at.program.arg_leaves()) else "..."
-    if made.op is SCAN or made.op is RESHARD and made.called:
-        return f"{made.called.partition(',')[0] or 'scan'}(...)"
-    return written(made, [operand(made, j, at, depth - 1) for j in range(len(made.inputs))]) if depth else "..."
-
-
-def label(code: str) -> str:
-    """A short name for an expression: what is passed to calls is left out."""
-    try:
-        tree = ast.parse(code, mode="eval")
-    except SyntaxError:             # the name of a value that only a trial has
-        return code
-    for call in ast.walk(tree):
-        if isinstance(call, ast.Call):
-            call.args, call.keywords = [ast.Constant(...)], []
-    return ast.unparse(tree)
-
-
-def labels(step: Step, at: Completer) -> list[str]:
-    """What a message calls each operand: where two expressions look alike, in full; long ones by number."""
-    codes = [operand(step, i, at) for i in range(len(step.inputs))]
-    names = [label(code) for code in codes]
-
-    def unlike(i: int) -> str:
-        if len({codes[j] for j, m in enumerate(names) if m == names[i]}) == 1:
-            return names[i]
-        return codes[i] if codes.count(codes[i]) == 1 and len(codes[i]) <= SHORT else f"operand {i + 1}"
-    return [unlike(i) for i in range(len(names))]
-
-
-def written(step: Step, operands: Sequence[str]) -> str:
-    """The call as source text."""
-    name, options = step.op.name, step.options
-    inner = [f"({o})" if o.count(" ") and not o.endswith(")") else o for o in operands]
-    if name in _INFIX:
-        return f"{inner[0]} {_INFIX[name]} {inner[1]}"
-    if name in ("scale", "shift"):
-        return f"{inner[0]} {'*' if name == 'scale' else '+'} {options['by']!r}"
-    if name == "reciprocal":
-        return f"1 / {inner[0]}"
-    options = {k: f'"{v}"' if isinstance(v, str) else repr(v) for k, v in step.attrs}
-    parts = ([f'"{step.text}"'] if step.op.takes_text else []) + [*operands] + [f"{k}={v}" for k, v in options.items()]
-    return f"{name}({', '.join(parts)})"
-
-
-def exact(kind: Spec, layout: Layout) -> Spec:
-    """The text that means `kind` under `layout`: with a /1 where a dim would be split."""
-    if layout == EXPLICIT:
-        return kind
-    done = layout.complete_alone(kind)
-    return replace(kind, dims=tuple(_pinned(d) if d.factors and not d.axes and c.axes else d for d, c in zip(kind.dims, done.dims)))
-
-
-def _pinned(dim: Dim) -> Dim:
-    return replace(dim, factors=(Factor(dim.factors[0].name, dim.axes, not dim.axes), *dim.factors[1:]))
-
-
-# -- what could stand there instead ------------------------------------------------------------------------------------
-
-def instead(step: Step, axes: Sequence[str], have: Sequence[Spec], at: Completer, rule: Rule, also: Sequence[Spec] | None = None) -> list[str]:
-    """Lines of code that type, in place of the call `step` on operands of types `have`. `also`: operand types to try beside those
-    that differ from `have` on `axes`."""
-    if at.trial:
-        return []
-    layout = (step.layout or at.layout).on(at.mesh)
-    found: list[Offer] = []
-    choices = [list(dict.fromkeys([*_variants(kind, axes, have), *([also[i]] if also else [])])) for i, kind in enumerate(have)]
-    for kinds in product(*choices):
-        if sum(k != h for k, h in zip(kinds, have)) > 2 and tuple(kinds) != tuple(also or ()):
-            continue
-        outs = tuple(at._dims_of(s, kinds, rule.whole, layout) for s in step.outs)
-        try:
-            made = natural(step.op.name, rule, kinds, outs)
-            found.append(_call(step, kinds, made, have, layout, at))
-        except SpecError:
-            continue
-    best = _best(found, step, at)
-    if not best and not step.op.takes_text and len(step.outs) == 1:
-        best = _best([o for f in found if (o := _back(f, step, have[0], layout, at))], step, at)
-    return lines(best or _best(found, step, at, alone=True)[:1])
-
-
-def convert(step: Step, i: int, want: Spec, at: Completer, bare: bool) -> list[str]:
-    """The line that converts operand i to `want`; `bare`: without the call around it."""
-    if at.trial:
-        return []
-    layout = (step.layout or at.layout).on(at.mesh)
-    try:
-        code, name, steps, costs = _conversion(operand(step, i, at), step.inputs[i], at.types[at.now[step.inputs[i]]], want, layout, at, "operand")
-    except SpecError:
-        return []
-    inputs = tuple(name if j == i else n for j, n in enumerate(step.inputs))
-    if not bare:
-        code = written(step, [code if j == i else operand(step, j, at) for j in range(len(inputs))])
-    offer = Offer(code, (*steps, replace(step, inputs=inputs)), costs)
-    return lines([offer] if _total(at, _index(step, at), offer.steps) is not None else [])
-
-
-def replaced(step: Step, want: Spec, at: Completer) -> list[str]:
-    """The line that gives `want` in place of the conversion `step`."""
-    if at.trial:
-        return []
-    layout = (step.layout or at.layout).on(at.mesh)
-    code, source = operand(step, 0, at), step.inputs[0]
-    have = at.types[at.now[source]]
-    try:
-        code, name, steps, costs = _conversion(code, source, have, want, layout, at, "operand")
-    except SpecError:
-        return []
-    last = Step(RESHARD, (exact(want, layout),), (exact(want, layout),), (name,), step.outputs, layout=step.layout)
-    offer = Offer(code, (*steps, last), costs, () if steps else code)
-    return lines([offer] if _total(at, _index(step, at), offer.steps) is not None else [])
-
-
-def returned(value: str, code: str, want: Spec, at: Completer) -> list[str]:
-    """The line that makes the program's result `value` what the signature says."""
-    if at.trial:
-        return []
-    try:
-        code, name, steps, costs = _conversion(code, value, at.types[at.now[value]], want, at.layout, at, "result")
-    except SpecError:
-        return []
-    results = tuple(Result(r.tree, tuple(name if v == value else v for v in r.values)) for r in at.program.results)
-    program = replace(at.program, steps=(*at.program.steps, *steps), results=results)
-    return lines([Offer(f"return {code}", steps, costs)] if _received(at, program) is not None else [])
+    known = all(c.known for c in offer.costs)
+    return f"{text}, then {bytes_text(later * ITEMSIZE)} later" if known else f"{text}, and more later"
 
 
 def lines(offers: Sequence[Offer]) -> list[str]:
@@ -270,11 +86,70 @@ def lines(offers: Sequence[Offer]) -> list[str]:
     return [f"  {o.code.ljust(width)}     {cost(o, least)}" for o in offers]
 
 
-def _variants(kind: Spec, axes: Sequence[str], others: Sequence[Spec]) -> Iterator[Spec]:
-    """The types of a value that differ from `kind` on `axes` only."""
-    yield kind
-    owed = [o for o in kind.owed if o.axis not in axes]
-    free = Spec(tuple(d.split(tuple(a for a in d.axes if a not in axes)) for d in kind.dims), tuple(owed))
+# -- what could stand there instead --------------------------------------------------------------------------
+
+def instead(step: Step, axes: Sequence[str], have: Sequence[Spec], state: State, rule: Rule,
+            also: Sequence[Spec] | None = None) -> list[str]:
+    """Lines of code that type, in place of the call `step` on operands of types `have`.
+
+    also: operand types to try beside those that differ from `have` on `axes`.
+    """
+    layout = state.layout_of(step)
+    choices = [[*_variants(one, axes, have), *([also[i]] if also else [])] for i, one in enumerate(have)]
+    few = (types for types in product(*map(dict.fromkeys, choices))
+           if sum(t != h for t, h in zip(types, have)) <= CHANGED or types == tuple(also or ()))
+    found = [offer for types in few if (offer := _call(step, types, have, rule, layout, state))]
+    best = _best(found, step, state)
+    if not best and not step.op.takes_text and len(step.outs) == 1:
+        best = _best([o for f in found if (o := _back(f, step, have[0], layout, state))], step, state)
+    return lines(best or _best(found, step, state, alone=True)[:1])
+
+
+def convert(step: Step, i: int, want: Spec, state: State, bare: bool) -> list[str]:
+    """The line that converts operand i to `want`; `bare`: without the call around it."""
+    layout, source = state.layout_of(step), step.inputs[i]
+    codes, have = [operand(step, j, state.program) for j in range(len(step.inputs))], state.type_of(source)
+    try:
+        code, name, steps, costs = _conversion(codes[i], source, have, want, layout, state, "operand")
+    except SpecError:
+        return []
+    inputs = tuple(name if j == i else n for j, n in enumerate(step.inputs))
+    if not bare:
+        code = written(step, [*codes[:i], code, *codes[i + 1:]])
+    return _if_it_types(Offer(code, (*steps, replace(step, inputs=inputs)), costs), step, state)
+
+
+def replaced(step: Step, want: Spec, state: State) -> list[str]:
+    """The line that gives `want` in place of the conversion `step`."""
+    layout, (source,) = state.layout_of(step), step.inputs
+    code, have = operand(step, 0, state.program), state.type_of(source)
+    try:
+        code, name, steps, costs = _conversion(code, source, have, want, layout, state, "operand")
+    except SpecError:
+        return []
+    text = (_exact(want, layout),)
+    last = Step(RESHARD, text, text, (name,), step.outputs, layout=step.layout)
+    why_free = "" if steps else "nothing is owed"
+    return _if_it_types(Offer(code, (*steps, last), costs, why_free=why_free), step, state)
+
+
+def returned(value: str, code: str, want: Spec, state: State) -> list[str]:
+    """The line that makes the program's result `value` what the signature says."""
+    program, have = state.program, state.type_of(value)
+    try:
+        code, name, steps, costs = _conversion(code, value, have, want, state.layout, state, "result")
+    except SpecError:
+        return []
+    results = (replace(r, values=tuple(name if v == value else v for v in r.values)) for r in program.results)
+    again = replace(program, steps=(*program.steps, *steps), results=tuple(results))
+    return lines([Offer(f"return {code}", steps, costs)] if _received(again, state) is not None else [])
+
+
+def _variants(have: Spec, axes: Sequence[str], others: Sequence[Spec]) -> Iterator[Spec]:
+    """The types of a value that differ from `have` on `axes` only."""
+    yield have
+    owed = [o for o in have.owed if o.axis not in axes]
+    free = Spec(tuple(d.split(tuple(a for a in d.axes if a not in axes)) for d in have.dims), tuple(owed))
     yield free
     inner = [d for d in free.dims if d.factors]
     for dim in sorted(inner, key=lambda d: (d is inner[-1], bool(d.axes), -inner.index(d))):
@@ -283,91 +158,128 @@ def _variants(kind: Spec, axes: Sequence[str], others: Sequence[Spec]) -> Iterat
         for dim in inner:
             if dim.label in other.labels and set(other.axes(dim.label)) - set(dim.axes):
                 moved = other.axes(dim.label)
-                yield Spec(tuple(d.split(moved if d is dim else tuple(a for a in d.axes if a not in moved)) for d in free.dims),
+                left = {d: tuple(a for a in d.axes if a not in moved) for d in free.dims}
+                yield Spec(tuple(d.split(moved if d is dim else left[d]) for d in free.dims),
                            tuple(o for o in owed if o.axis not in moved))
-    if not kind.owed and not set(axes) & set(kind.split_axes):
+    if not have.owed and not set(axes) & set(have.split_axes):
         yield free.owing(*owed, *(Owed("+", a) for a in axes))
 
 
-def _call(step: Step, kinds: Sequence[Spec], made: Sequence[Spec], have: Sequence[Spec], layout: Layout, at: Completer) -> Offer:
-    """The call on operands of types `kinds`, converted from `have`."""
-    explicit = layout == EXPLICIT
-    if step.op.takes_text and not explicit:
-        return _declared(step, kinds, have, at)
-    inputs, codes, steps, costs, kind = [], [], [], [], []
-    for i, (name, want, had) in enumerate(zip(step.inputs, kinds, have)):
-        code, name, conversion, cost = _conversion(operand(step, i, at), name, had, want, layout, at, f"operand {i}")
-        inputs.append(name), codes.append(code), steps.extend(conversion), costs.extend(cost)
-        kind.append(tuple(s.op.name for s in conversion))
-    call = replace(step, inputs=tuple(inputs), ins=tuple(kinds), outs=tuple(made)) if step.op.takes_text else replace(step, inputs=tuple(inputs))
-    text = written(call, codes)
-    if not step.op.takes_text or len(made) > 1:
-        return Offer(text, (*steps, call), tuple(costs), tuple(kind))
-    want = at._alone(step.outs[0], layout)
-    text, _, wrap, cost = _conversion(text, "offered", made[0], want, layout, at, "result", step.outputs[0])
-    if wrap:
-        call = replace(call, outputs=("offered",))
-    return Offer(text, (*steps, call, *wrap), (*costs, *cost), (*kind, tuple(s.op.name for s in wrap)))
-
-
-def _declared(step: Step, kinds: Sequence[Spec], have: Sequence[Spec], at: Completer) -> Offer:
-    """The call with other pins in its text; completion converts."""
-    texts, costs = [], []
-    for name, text, want, had in zip(step.inputs, step.ins, kinds, have):
-        dims = tuple(d if w.axes == h.axes else _pinned(w) for d, w, h in zip(text.dims, want.dims, had.dims))
-        texts.append(Spec(dims, want.owed))
-        costs += [_cost(label(name), m, at) for m in plan(at.types[at.now[name]], want, at.mesh)]
-    call = replace(step, ins=tuple(texts))
-    kind = tuple(str(t) for t in texts)
-    return Offer(written(call, [operand(step, i, at) for i in range(len(step.inputs))]), (call,), tuple(costs), kind)
-
-
-def _back(offer: Offer, step: Step, want: Spec, layout: Layout, at: Completer) -> Offer | None:
-    """The offer with its result made what the first operand was, where the rest of the program counts on that."""
-    call = offer.steps[-1]
-    kinds = {o: s.outs[0] for s in offer.steps[:-1] for o in s.outputs}
-    ins = [kinds.get(n) or at.types[at.now[n]] for n in call.inputs]
-    (have,) = natural(step.op.name, step.op.rule(replace(step, ins=tuple(ins))), ins, [step.op.infer(tuple(ins), step.options)[0]])
+def _call(step: Step, types: Sequence[Spec], have: Sequence[Spec], rule: Rule, layout: Layout,
+          state: State) -> Offer | None:
+    """The call on operands of these `types`, converted from `have`; nothing where they cannot be that."""
     try:
-        text, _, wrap, cost = _conversion(offer.code, "offered", have, want, layout, at, "result", step.outputs[0])
+        outs = tuple(result_dims(s, types, rule.whole, layout, state.mesh) for s in step.outs)
+        made = natural(step.op.name, rule, types, outs)
+        if step.op.takes_text and layout != EXPLICIT:
+            return _declared(step, types, have, state)
+        return _explicit(step, types, made, have, layout, state)
     except SpecError:
         return None
-    return Offer(text, (*offer.steps[:-1], replace(call, outputs=("offered",)), *wrap), (*offer.costs, *cost),
-                 (*offer.kind, tuple(s.op.name for s in wrap))) if wrap else None
 
 
-def _conversion(code: str, name: str, have: Spec, want: Spec, layout: Layout, at: Completer, what: str,
-                out: str = "") -> tuple[str, str, tuple[Step, ...], tuple]:
-    """`name` made `want`: the code, the name it then has, the step, and its cost. Nothing where it is `want` already."""
-    moves = plan(have, want, at.mesh)
+def _explicit(step: Step, types: Sequence[Spec], made: Sequence[Spec], have: Sequence[Spec], layout: Layout,
+              state: State) -> Offer:
+    """The call with its operands' conversions, and that of its result, written around it."""
+    inputs, codes, steps, costs, conversions = [], [], [], [], []
+    for i, (value, want, had) in enumerate(zip(step.inputs, types, have)):
+        code = operand(step, i, state.program)
+        code, name, moved, cost = _conversion(code, value, had, want, layout, state, f"operand {i}")
+        inputs.append(name), codes.append(code), steps.extend(moved), costs.extend(cost)
+        conversions.append(tuple(s.op.name for s in moved))
+    call = replace(step, inputs=tuple(inputs))
+    if step.op.takes_text:
+        call = replace(call, ins=tuple(types), outs=tuple(made))
+    offer = Offer(written(call, codes), (*steps, call), tuple(costs), tuple(conversions))
+    if not step.op.takes_text or len(made) > 1:
+        return offer
+    return _converted(offer, made[0], layout.type_of(step.outs[0], state.mesh), layout, state)
+
+
+def _declared(step: Step, types: Sequence[Spec], have: Sequence[Spec], state: State) -> Offer:
+    """The call with other pins in its text; completion converts."""
+    texts, costs = [], []
+    for value, text, want, had in zip(step.inputs, step.ins, types, have):
+        dims = tuple(d if w.axes == h.axes else _pinned(w) for d, w, h in zip(text.dims, want.dims, had.dims))
+        texts.append(Spec(dims, want.owed))
+        costs += [_cost(label(value), m, state) for m in plan(state.type_of(value), want, state.mesh)]
+    call = replace(step, ins=tuple(texts))
+    code = written(call, [operand(step, i, state.program) for i in range(len(step.inputs))])
+    return Offer(code, (call,), tuple(costs), tuple(map(str, texts)))
+
+
+def _back(offer: Offer, step: Step, want: Spec, layout: Layout, state: State) -> Offer | None:
+    """The offer with its result made what the first operand was: the rest of the program may need that."""
+    call = offer.steps[-1]
+    types = {o: s.outs[0] for s in offer.steps[:-1] for o in s.outputs}
+    ins = [types.get(n) or state.type_of(n) for n in call.inputs]
+    outs = [step.op.infer(tuple(ins), step.options)[0]]
+    (have,) = natural(step.op.name, step.op.rule(replace(step, ins=tuple(ins))), ins, outs)
+    try:
+        made = _converted(offer, have, want, layout, state)
+    except SpecError:
+        return None
+    return made if len(made.steps) > len(offer.steps) else None
+
+
+def _converted(offer: Offer, have: Spec, want: Spec, layout: Layout, state: State) -> Offer:
+    """The offer with the result of its call, of type `have`, made `want`."""
+    *before, call = offer.steps
+    (out,) = call.outputs
+    code, _, steps, costs = _conversion(offer.code, "offered", have, want, layout, state, "result", out)
+    if steps:
+        call = replace(call, outputs=("offered",))
+    return replace(offer, code=code, steps=(*before, call, *steps), costs=(*offer.costs, *costs),
+                   conversions=(*offer.conversions, tuple(s.op.name for s in steps)))
+
+
+def _conversion(code: str, name: str, have: Spec, want: Spec, layout: Layout, state: State, what: str,
+                out: str = "") -> tuple[str, str, tuple[Step, ...], tuple[Cost, ...]]:
+    """`name` made `want`: the code, the name it then has, the step, its costs. No step where it is `want`."""
+    moves = plan(have, want, state.mesh)
     if not moves:
         return code, name, (), ()
     op = moves[0].op if len(moves) == 1 else RESHARD
     out = out or f"{name} {what}"
-    step = Step(op, (exact(have, layout),), (exact(want, layout),), (name,), (out,), layout=layout)
+    step = Step(op, (_exact(have, layout),), (_exact(want, layout),), (name,), (out,), layout=layout)
     shown = "the result" if what == "result" else label(code)
-    return f'{op.name}("{step.text}", {code})', out, (step,), tuple(_cost(shown, m, at) for m in moves)
+    return f'{op.name}("{step.text}", {code})', out, (step,), tuple(_cost(shown, m, state) for m in moves)
 
 
-def _cost(what: str, move: Planned, at: Completer) -> Cost:
-    return Cost(what, move.received, move.received * _elements(move.have, at), all(n in at.sizes for n in move.have.names))
+def _exact(want: Spec, layout: Layout) -> Spec:
+    """The text that means the type `want` under `layout`: with a /1 where a dim would be split."""
+    if layout == EXPLICIT:
+        return want
+    done = layout.complete_alone(want)
+    dims = (_pinned(d) if d.factors and not d.axes and c.axes else d for d, c in zip(want.dims, done.dims))
+    return replace(want, dims=tuple(dims))
 
 
-def _elements(kind: Spec, at: Completer) -> int:
-    return prod(at.sizes.get(n, GUESS) for n in kind.names) * prod(d.size for d in kind.dims if not d.factors)
+def _pinned(dim: Dim) -> Dim:
+    return replace(dim, factors=(Factor(dim.factors[0].name, dim.axes, not dim.axes), *dim.factors[1:]))
 
 
-# -- which of them type ------------------------------------------------------------------------------------------------
+def _cost(what: str, move: Planned, state: State) -> Cost:
+    known = all(n in state.sizes for n in move.have.names)
+    return Cost(what, move.received, move.received * _elements(move.have, state), known)
 
-def _best(found: Sequence[Offer], step: Step, at: Completer, alone: bool = False) -> list[Offer]:
-    """The cheapest that type, one of a kind, with as few conversions that cost as can be; short ones where there are any.
+
+def _elements(have: Spec, state: State) -> int:
+    constants = (d.size for d in have.dims if not d.factors)
+    return prod(state.sizes.get(n, GUESS) for n in have.names) * prod(constants)
+
+
+# -- which of them type --------------------------------------------------------------------------------------
+
+def _best(found: Sequence[Offer], step: Step, state: State, alone: bool = False) -> list[Offer]:
+    """The cheapest that type, with as few conversions that cost as can be; short ones where there are any.
 
     `alone`: they need to type up to this step only.
     """
     good: dict[tuple, Offer] = {}
     for offer in sorted(found, key=lambda o: (o.own, len(o.costs)))[:TRIED]:
-        if offer.kind not in good and (total := _total(at, _index(step, at), offer.steps, alone)) is not None:
-            good[offer.kind] = replace(offer, total=total)
+        if offer.conversions not in good and (total := _total(offer, step, state, alone)) is not None:
+            good[offer.conversions] = replace(offer, total=total)
     fewest = max(1, min((o.paid for o in good.values()), default=0))
     least = min((o.total - o.own for o in good.values()), default=0.0)
     shown = sorted((o for o in good.values() if o.paid <= fewest),
@@ -375,34 +287,36 @@ def _best(found: Sequence[Offer], step: Step, at: Completer, alone: bool = False
     return ([o for o in shown if len(o.code) <= WIDE] or shown)[:SHOWN]
 
 
-def _index(step: Step, at: Completer) -> int:
-    return next(i for i, s in enumerate(at.program.steps) if s is step)
+def _if_it_types(offer: Offer, step: Step, state: State) -> list[str]:
+    return lines([offer] if _total(offer, step, state) is not None else [])
 
 
-def _total(at: Completer, k: int, steps: Sequence[Step], alone: bool = False) -> float | None:
-    """What the program receives with `steps` in place of its step k, None where it does not type; `alone`: up to there."""
-    program = replace(at.program, steps=(*at.program.steps[:k], *steps, *(() if alone else at.program.steps[k + 1:])))
-    return _received(at, replace(program, results=()) if alone else program)
+def _total(offer: Offer, step: Step, state: State, alone: bool = False) -> float | None:
+    """What the program receives with the offer in place of `step`; None if refused. alone: up to there."""
+    steps = state.program.steps
+    k = next(i for i, s in enumerate(steps) if s is step)
+    program = replace(state.program, steps=(*steps[:k], *offer.steps, *(() if alone else steps[k + 1:])))
+    return _received(replace(program, results=()) if alone else program, state)
 
 
-def _received(at: Completer, program: Program) -> float | None:
-    again = type(at)(program, at.layout, at.mesh, at.sizes, at.arg_types, trial=True)
-    again.params |= at.params
-    made = {o for s in at.steps for o in s.outputs}
-    again.now.update({name: again.declare(name, at.types[now]) for name, now in at.now.items() if now not in made})
+def _received(program: Program, state: State) -> float | None:
+    """What another program than the one refused, in its place, receives; None where it is refused as well."""
+    trial = Completer(program, state.layout, state.mesh, state.sizes, state.given)
+    trial.params |= state.params
     try:
-        return _traffic(again.run(), at)
+        return _traffic(trial.run(), state)
     except SpecError:
         return None
 
 
-def _traffic(program: Program, at: Completer) -> float:
+def _traffic(program: Program, state: State) -> float:
     """Elements that a rank receives in one run of an explicit program."""
     total = 0.0
     for step in program.steps:
         if step.bodies:
-            times = at.sizes.get(step.options["dim"], GUESS) if step.op is SCAN else 1
-            total += times * max(_traffic(b, at) for b in step.bodies)
+            times = state.sizes.get(step.options["dim"], GUESS) if step.op is SCAN else 1
+            total += times * max(_traffic(b, state) for b in step.bodies)
         elif step.op.wire:
-            total += sum(m.received for m in plan(step.ins[0], step.outs[0], at.mesh)) * _elements(step.ins[0], at)
+            received = sum(m.received for m in plan(step.ins[0], step.outs[0], state.mesh))
+            total += received * _elements(step.ins[0], state)
     return total

@@ -251,7 +251,7 @@ def arg_types(program: Program, name: str) -> dict[str, Spec]:
 
 # -- printing ----------------------------------------------------------------------------------------------------------
 
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
 def show(program: Program) -> str:
@@ -341,8 +341,8 @@ def _show_step(step: Step, classes: dict[str, Struct], functions: list[Program])
     if step.body is not None:
         return _show_scan(step, classes, functions)
     target = ", ".join(step.outputs)
-    if op.name in _INFIX and len(step.inputs) == 2:
-        return f"{target} = {step.inputs[0]} {_INFIX[op.name]} {step.inputs[1]}"
+    if op.name in INFIX and len(step.inputs) == 2:
+        return f"{target} = {step.inputs[0]} {INFIX[op.name]} {step.inputs[1]}"
     if op.name in ("scale", "shift"):
         return f"{target} = {step.inputs[0]} {'*' if op.name == 'scale' else '+'} {options['by']!r}"
     callee = [f"{op.function.__module__}.{op.function.__qualname__}"] if op.function else []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shardlib.calls import check_given, check_tensors
-from shardlib.complete import Completer
+from shardlib.complete import complete_step
 from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, changed, step_dtypes, value_dtypes
 from shardlib.emit import Emitter, load
@@ -20,7 +20,7 @@ from shardlib.errors import SpecError
 from shardlib.failures import Lines, explain_failure
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values
-from shardlib.program import Op, Program, Result, Step, leaves
+from shardlib.program import Op, Program, Step, leaves
 from shardlib.rearrange import RENAME
 from shardlib.sizes import Sizes, bound
 from shardlib.source import Where, user_frame
@@ -47,10 +47,10 @@ class Stepper(Tracer):
         super().__init__()
         self.runtime, self.base, self.sizes, self.recipes = runtime, layout, sizes, recipes
 
-    def value(self, kind: Spec, local: Tensor, param: bool = False) -> Value:
+    def value(self, spec: Spec, local: Tensor, param: bool = False) -> Value:
         """A value with data: `key` is what recipes know it by."""
-        made = Value(self, PARAM if param else -1, kind)
-        made.local, made.key = local, f"{kind.text} {_name(local.dtype)}{' param' if param else ''}"
+        made = Value(self, PARAM if param else -1, spec)
+        made.local, made.key = local, f"{spec.text} {_name(local.dtype)}{' param' if param else ''}"
         return made
 
     def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any]) -> Any:
@@ -67,11 +67,11 @@ class Stepper(Tracer):
             explain_failure(error, lines, Where.of(user_frame()))
             raise
         if len(made) == 1:
-            kind, name = made[0]
-            value = Value(self, -1, kind)
+            spec, name = made[0]
+            value = Value(self, -1, spec)
             value.local, value.key = results[0], name
             return value
-        return tuple(self.value(k, t) for (k, _), t in zip(made, results))
+        return tuple(self.value(spec, t) for (spec, _), t in zip(made, results))
 
     def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any],
                 layout: Layout) -> tuple[Callable, list[tuple[Spec, str]], Lines]:
@@ -94,15 +94,9 @@ class Stepper(Tracer):
         if op is RENAME:
             self.sizes.rename(step)
             self.sizes.settle()
-        completer = Completer(Program("step", (), (step,), ()), layout, self.runtime.mesh, self.sizes.of)
-        completer.where = step.where
-        for name, x in zip(names, operands):
-            completer.now[name] = completer.declare(name, x.spec)
-            completer.params |= {name} if x.id == PARAM else set()
-        completer.do(step)
-        kinds = tuple(completer.types[completer.now[o]] for o in made)
-        program = Program("step", tuple((n, x.spec) for n, x in zip(names, operands)), tuple(completer.steps),
-                          tuple(Result(k, (completer.now[o],)) for k, o in zip(kinds, made)), True)
+        types = {name: x.spec for name, x in zip(names, operands)}
+        params = {name for name, x in zip(names, operands) if x.id == PARAM}
+        program = complete_step(step, types, params, layout, self.runtime.mesh, self.sizes.of)
         e = Emitter(self.runtime.mesh, self.runtime.rank, self.sizes.of, given=given)
         source = e.program(program)
         self.runtime.create_groups(list(e.groups))
@@ -111,7 +105,7 @@ class Stepper(Tracer):
         for site in e.index_sites():
             site.tell = self.runtime.end_others
         dtypes = value_dtypes(program, given)
-        known = [(k, f"{k.text} {dtypes[completer.now[o]]}") for k, o in zip(kinds, made)]
+        known = [(spec, f"{spec.text} {dtypes[name]}") for name, spec in program.result_leaves()]
         return function, known, {function.__code__.co_filename: e.lines}
 
     def whole(self, value: Value) -> Tensor:
@@ -132,8 +126,8 @@ class Stepper(Tracer):
             rows.append(out[len(carries):])
 
         def stacked(values: Sequence[Value]) -> Value:
-            kind = values[0].spec
-            return self.value(Spec((dim, *kind.dims), kind.owed), torch.stack([v.local for v in values]))
+            spec = values[0].spec
+            return self.value(Spec((dim, *spec.dims), spec.owed), torch.stack([v.local for v in values]))
         ys = []
         for column in zip(*rows):
             if isinstance(column[0], Params):
@@ -180,9 +174,9 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
     stepper = Stepper(runtime, layout, known, found)
     values = []
     for (name, tree), arg in zip(trees, args):
-        kinds = dict(leaves(name, tree))
-        made = {path: stepper.value(kind, given[path], isinstance(arg, Params)) for path, kind in kinds.items()}
-        if isinstance(arg, Params):
+        param = isinstance(arg, Params)
+        made = {path: stepper.value(spec, given[path], param) for path, spec in leaves(name, tree)}
+        if param:
             values.append(fill(arg, name, lambda path, made=made: made[path]))
         else:
             values.append(made[name])
@@ -198,9 +192,9 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
 
 
 def _complete(tree: Any, layout: Layout, mesh: Any) -> Any:
-    def alone(spec: Spec) -> Spec:
-        return layout.complete_alone(mesh.resolve(spec, True)).resolve(mesh)
-    return alone(tree) if isinstance(tree, Spec) else tree.map(alone)
+    def type_of(spec: Spec) -> Spec:
+        return layout.type_of(spec, mesh)
+    return type_of(tree) if isinstance(tree, Spec) else tree.map(type_of)
 
 
 def _tensors(arg: Any) -> list[Tensor]:

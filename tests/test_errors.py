@@ -19,17 +19,20 @@ from torch import Tensor
 
 from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, all_reduce, cond, einsum, lower, owe, param, rearrange, reduce_scatter, reshard, scan,
                       shard, sharded, stacked, value_and_grad)
+from shardlib.completer import Completer
 from shardlib.distributed.launch import Launch
 from shardlib.emit import Emitter
 from shardlib.functions import argmax, exp, greater, max, mean, silu, softmax, where
+from shardlib.messages import worded
 from shardlib.moves import TABLE as MOVES
 from shardlib.ops import TABLE as OPS, attention, causal_mask, rms_norm
 from shardlib.parser import parse_program
+from shardlib.refusal import Refused, RuleRefuses
 from shardlib.simulate import simulate
 from shardlib.sizes import bind_sizes
 from shardlib.spec import parse
 from shardlib.placement import join, place
-from shardlib.trace import Function
+from shardlib.trace import Function, trace
 
 MESH = Mesh(dp=2, tp=4)
 SIZES = dict(B=8, T=128, D=512, F=2048, K=8, G=4, V=1000, E=16)
@@ -1093,6 +1096,43 @@ def test_pytree_without_a_type():
     def f(w):
         return w
     assert said(lower, f, mesh=MESH).split(";")[0] == 'f: w is "*" in "* -> ()", a pytree'
+
+
+# -- facts, and their words ----------------------------------------------------------------------------------
+
+@sharded("B D, * -> B D", layout=EXPLICIT)
+def layer_with_a_mistake(x, w: Mlp):
+    partial = owe("B D -> B D +tp", x)
+    return silu(partial)
+
+
+@sharded("B D, * -> B D", layout=EXPLICIT)
+def scan_of_a_mistake(x, w: Model):
+    y = silu(x)
+    return scan(layer_with_a_mistake, y, w.layers)
+
+
+def test_a_mistake_in_a_body_is_told_by_what_the_body_knows():
+    with pytest.raises(SpecError) as caught:
+        lower(scan_of_a_mistake, mesh=MESH, sizes=SIZES)
+    first = layer_with_a_mistake.fn.__code__.co_firstlineno
+    assert str(caught.value) == f"""
+silu: partial owes a sum over tp, and silu of a sum is not the sum of silu          test_errors.py:{first + 3}
+
+  partial   B  D  +tp   owed since owe at test_errors.py:{first + 2}
+                  ^^^
+
+  silu(all_reduce("B D +tp -> B D", partial))     24.6 kB per rank
+""".strip("\n")
+
+
+def test_completion_raises_a_fact_and_the_state_of_the_body():
+    with pytest.raises(Refused) as caught:
+        Completer(trace(scan_of_a_mistake), EXPLICIT, MESH).run()
+    fact, state = caught.value.fact, caught.value.state
+    assert isinstance(fact, RuleRefuses) and fact.step in state.program.steps and str(fact.typed.ins[0]) == "B D +tp"
+    assert state.program.name == "layer_with_a_mistake" and str(state.type_of("x")) == "B D"
+    assert str(worded(caught.value)).startswith("silu: partial owes a sum over tp")
 
 
 # -- every rank says the same, before it communicates -------------------------------------------------------------------

@@ -120,6 +120,12 @@ def test_no_import_cycles() -> None:
     graphlib.TopologicalSorter(graph).prepare()
 
 
+@pytest.mark.parametrize("module", ["refusal", "completer", "user_source", "offers", "messages", "complete"])
+def test_a_refusal_is_worded_without_a_hidden_import(module: str) -> None:
+    """What words a refusal lies above the completer that raises it; for type checkers, too."""
+    assert "TYPE_CHECKING" not in SOURCES[f"shardlib.{module}"].read_text()
+
+
 def test_no_file_is_named_utils() -> None:
     folders = [*FLOORS, ROOT / "tests", ROOT / "benchmarks"]
     assert [path for folder in folders for path in folder.rglob("utils.py")] == []
