@@ -18,7 +18,7 @@ from shardlib.api import arg_types
 from shardlib.distributed.runtime import connect
 from shardlib.emit import Emitter, load
 from shardlib.simulate import run_ranks
-from shardlib.testing import place
+from shardlib.placement import place
 
 MESH, LAYOUT = Mesh(dp=2, tp=4), Layout(B="dp", F="tp")
 SIZES = dict(B=4, T=16, D=128, F=512)

@@ -14,7 +14,7 @@ from shardlib.dtypes import value_dtypes
 from shardlib.emit import Emitter, load
 from shardlib.errors import SpecError
 from shardlib.failures import Lines, explain_failure
-from shardlib.index_check import IndexFlags
+from shardlib.index_flags import IndexFlags
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh, check_sizes
 from shardlib.params import Params, flat, flat_leaves, leaf_dtypes, named_leaves, present, rebuild

@@ -16,7 +16,8 @@ from shardlib import Layout, Mesh, SpecError, compile, cond, lower, scan, sharde
 from shardlib.distributed.runtime import Runtime
 from shardlib.emit import Emitter
 from shardlib.functions import greater, sum
-from shardlib.index_check import IndexSite, _Flag
+from shardlib.index_check import IndexSite
+from shardlib.index_flags import _Flag
 from shardlib.ops import TABLE, cross_entropy, embedding, take, update_cache
 from shardlib.ops.cases import CASES
 from shardlib.oracle import Case, verdicts

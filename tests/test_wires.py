@@ -24,7 +24,7 @@ from shardlib.project import project
 from shardlib.prove import match, prove
 from shardlib.simulate import simulate
 from shardlib.spec import Spec, parse
-from shardlib.testing import join
+from shardlib.placement import join
 from shardlib.trace import RESERVED
 from shardlib.wires import WIRES, Wire
 
