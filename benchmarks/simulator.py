@@ -16,8 +16,8 @@ from shardlib import Layout, Mesh, Params, compile, einsum, init, lower, param, 
 from shardlib.functions import silu
 from shardlib.api import arg_types
 from shardlib.distributed.runtime import connect
-from shardlib.emit import Emitter, load
-from shardlib.simulate import run_ranks
+from shardlib.lowering.emit import Emitter, load
+from shardlib.run.simulate import run_ranks
 from shardlib.placement import place
 
 MESH, LAYOUT = Mesh(dp=2, tp=4), Layout(B="dp", F="tp")

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shardlib import Layout, Mesh, einsum, step
 from shardlib.functions import silu
-from shardlib.trace import Function
+from shardlib.language.trace import Function
 
 N = 300
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from record import medians, paired, row, write
 
 from shardlib import Layout, Mesh, lower
-from shardlib.emit import Emitter
+from shardlib.lowering.emit import Emitter
 from shardlib.models.decoding import llama_of
 from shardlib.models.llama import LlamaConfig, next_token
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shardlib.api import Compiled, Prepared, arg_types, shard_of
-from shardlib.captured import Graph
+from shardlib.run.captured import Graph
 from shardlib.distributed.runtime import Runtime
 from shardlib.models.cache_buffer import CacheBuffer
 from shardlib.models.llama import Cache

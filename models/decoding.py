@@ -26,7 +26,7 @@ from shardlib.models.slots import Slots
 from shardlib.ops import sample
 from shardlib.params import fill, leaf_values, struct
 from shardlib.program import Program
-from shardlib.trace import Function
+from shardlib.language.trace import Function
 
 WORTH_MOVING, WORTH_CAPTURING = 4, 256
 """Steps that must be to come for rows to be moved into a smaller bucket; where that has no graph yet, for one to be captured, too."""

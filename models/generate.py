@@ -32,7 +32,7 @@ from shardlib import Mesh, SpecError
 from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.runtime import connect
 from shardlib.errors import bytes_text
-from shardlib.explain import Explanation, explain
+from shardlib.reports.explain import Explanation, explain
 from shardlib.models.byte_tokenizer import ByteTokenizer
 from shardlib.models.checkpoint import Checkpoint, CheckpointError, CheckpointWarning
 from shardlib.models.decoding import Generated, Model, Sampling, check_prompts

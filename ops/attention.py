@@ -19,8 +19,8 @@ from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
-from shardlib.steps import Steps
-from shardlib.trace import apply
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
 
 
 def causal(q: Tensor, k: Tensor, offset: int) -> Tensor:

@@ -7,11 +7,11 @@ from typing import Any, Mapping
 import torch
 from torch import Tensor
 
-from shardlib.arithmetic import BINARY, SCALE, SHIFT
+from shardlib.language.arithmetic import BINARY, SCALE, SHIFT
 from shardlib.ops import TABLE
 from shardlib.oracle import Case, Draw, normal
-from shardlib.parser import CORE
-from shardlib.pointwise import UNARY
+from shardlib.compiler.parser import CORE
+from shardlib.language.pointwise import UNARY
 from shardlib.program import Op
 
 OPS: dict[str, Op] = {**CORE, **BINARY, "scale": SCALE, "shift": SHIFT, **TABLE}

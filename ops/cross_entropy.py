@@ -25,20 +25,20 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardlib.arithmetic import SUB
+from shardlib.language.arithmetic import SUB
 from shardlib.dtypes import Dtypes, widest
 from shardlib.errors import SpecError
-from shardlib.index_check import IndexSite
+from shardlib.lowering.index_check import IndexSite
 from shardlib.local_code import LocalCode
 from shardlib.ops.take import local, pick
-from shardlib.pointwise import OPS as UNARY
+from shardlib.language.pointwise import OPS as UNARY
 from shardlib.program import Op, Step
-from shardlib.reductions import MAX
+from shardlib.language.reductions import MAX
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Dim, Spec, parse_signature
-from shardlib.steps import Steps
-from shardlib.trace import apply
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
 
 
 def wide(x: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from shardlib.errors import SpecError
-from shardlib.index_check import IndexSite
+from shardlib.lowering.index_check import IndexSite
 from shardlib.local_code import LocalCode
 from shardlib.ops.rope import positions
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
-from shardlib.trace import apply
+from shardlib.language.trace import apply
 
 
 def slots(start: Tensor, shape: tuple[int, ...], site: IndexSite) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from shardlib import EXPLICIT, Params, SpecError, cond, local, param, scan as forward_scan, sharded, stacked
 from shardlib.ops import TABLE
-from shardlib.parser import CORE
+from shardlib.compiler.parser import CORE
 from shardlib.program import Op
-from shardlib.trace import apply
+from shardlib.language.trace import apply
 
 
 def _function(op: Op) -> Callable:

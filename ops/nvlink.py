@@ -26,7 +26,7 @@ from shardlib.distributed.communicators.protocol import Call, Place
 from shardlib.distributed.flat import Cut
 from shardlib.errors import SpecError, bytes_text
 from shardlib.ops.nvlink_report import Reader, missing
-from shardlib.streams import current_stream
+from shardlib.distributed.streams import current_stream
 from shardlib.triton_kernels import exchange
 from shardlib.triton_kernels.all_reduce import one_shot, two_shot
 from shardlib.triton_kernels.all_reduce_add_rms_norm import all_reduce_add_rms_norm

@@ -18,8 +18,8 @@ from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec
-from shardlib.steps import Steps
-from shardlib.trace import apply
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
 
 
 def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:

@@ -18,8 +18,8 @@ from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
-from shardlib.steps import Steps
-from shardlib.trace import apply
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
 
 
 def frequencies(head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None) -> Tensor:

@@ -19,7 +19,7 @@ from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
-from shardlib.trace import apply
+from shardlib.language.trace import apply
 
 
 def places(logits: Tensor, first: int) -> Tensor:

@@ -5,7 +5,7 @@ the op's own generated code on each, and says which types the results may be giv
 together are the op's reference on the whole, and as which the local derivative, of random cotangents of the dual types, is
 the reference's. A rule is sound and complete when it accepts exactly what `judge` finds a type for.
 
->>> from shardlib.parser import CORE
+>>> from shardlib.compiler.parser import CORE
 >>> from shardlib.spec import parse
 >>> case = Case(CORE["sum"], "B D -> B")
 >>> [str(t) for t in Trial(case, Mesh(x=2), dict(B=3, D=5)).judge((parse("B D/x"),))[0]]
@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from shardlib.dtypes import step_dtypes
-from shardlib.emit import Emitter, load
+from shardlib.lowering.emit import Emitter, load
 from shardlib.local_code import LocalCode
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Program, Result, Step
-from shardlib.rearrange import RENAME, by_factor, renamed
+from shardlib.language.rearrange import RENAME, by_factor, renamed
 from shardlib.reference import refer
 from shardlib.rules import RuleError, natural
-from shardlib.sizes import Sizes
+from shardlib.compiler.sizes import Sizes
 from shardlib.spec import Dim, Owed, Spec, parse_signature
 from shardlib.placement import NotReplicated, join, place
 

@@ -17,7 +17,7 @@ from shardlib.layout import Layout
 from shardlib.rules import Rule
 from shardlib.source import Where
 from shardlib.spec import Spec
-from shardlib.wires import Wire
+from shardlib.language.wires import Wire
 
 
 @dataclass(frozen=True, eq=False)

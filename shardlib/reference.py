@@ -4,7 +4,7 @@
 name of the call, in one order, of size 1 where the tensor lacks the name. So operands meet by name, `d.sum` takes names, and
 an einsum is what it says: the sum of a product.
 
->>> from shardlib.einsum import EINSUM
+>>> from shardlib.language.einsum import EINSUM
 >>> from shardlib.spec import parse_signature
 >>> ins, outs = parse_signature("T D, F D -> F T")
 >>> step = Step(EINSUM, ins, outs, ("x", "w"), ("y",))

@@ -13,11 +13,11 @@ import torch
 from shardlib.distributed import GroupCoordinator
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.communicators.protocol import Call
-from shardlib.emit import Emitter, load
+from shardlib.lowering.emit import Emitter, load
 from shardlib.errors import SpecError
-from shardlib.explain import _call
+from shardlib.reports.explain import _call
 from shardlib.mesh import Mesh
-from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, axes_of, check_move
+from shardlib.language.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, axes_of, check_move
 from shardlib.oracle import types
 from shardlib.program import Op, Program, Result, Step
 from shardlib.spec import parse

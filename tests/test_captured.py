@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardlib import Layout, Mesh, Params, SpecError, compile, cond, einsum, param, sharded, value_and_grad
-from shardlib.captured import Graph
+from shardlib.run.captured import Graph
 from shardlib.distributed.graph_capture import capture_stream, new_graph
 from shardlib.distributed.runtime import connect
 from shardlib.distributed.watch import Moment, Watch

@@ -10,11 +10,11 @@ from torch import Tensor
 from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, all_gather, compile, cond, einsum, explain, lower, param, prove, scan, sharded,
                       simulate, step, value_and_grad)
 from shardlib.functions import argmax, greater, max, silu, sum
-from shardlib.cond import COND
-from shardlib.parser import check, parse_program
+from shardlib.language.cond import COND
+from shardlib.compiler.parser import check, parse_program
 from shardlib.ops import rms_norm
-from shardlib.project import project
-from shardlib.prove import check_branches
+from shardlib.reports.project import project
+from shardlib.reports.prove import check_branches
 from shardlib.spec import parse
 
 MESH, LAYOUT, SIZES = Mesh(tp=2), Layout(F="tp"), dict(T=3, D=4, F=5)

@@ -16,19 +16,19 @@ from hypothesis import assume, given, strategies as st
 from torch import Tensor, float16, float32, float64, bfloat16, int8, int16, int32, int64, uint8
 
 from shardlib import Layout, Mesh, SpecError
-from shardlib.complete import complete
+from shardlib.compiler.complete import complete
 from shardlib.dtypes import value_dtypes
-from shardlib.emit import Emitter, load
-from shardlib.grad import value_and_grad_program
+from shardlib.lowering.emit import Emitter, load
+from shardlib.compiler.grad import value_and_grad_program
 from shardlib.ops import TABLE
 from shardlib.ops.cases import CASES
 from shardlib.oracle import Case, normal
-from shardlib.parser import parse_program
-from shardlib.passes import rewrite
+from shardlib.compiler.parser import parse_program
+from shardlib.compiler.passes import rewrite
 from shardlib.program import Program, Result, Step
-from shardlib.project import project
-from shardlib.reductions import SUM
-from shardlib.simulate import perform, simulate as run_ranks
+from shardlib.reports.project import project
+from shardlib.language.reductions import SUM
+from shardlib.run.simulate import perform, simulate as run_ranks
 from shardlib.spec import Spec
 from shardlib.placement import join, place
 
@@ -238,7 +238,7 @@ def test_dtypes_are_those_of_the_policy_on_pieces(drawn: tuple[Call, Layout]) ->
         sent.append(str((operand[0] if isinstance(operand, tuple) else operand).dtype)[6:])
         return perform(requests, *wires)
     xs = call.operands()
-    with mock.patch("shardlib.simulate.perform", watched):
+    with mock.patch("shardlib.run.simulate.perform", watched):
         made = run(program, Mesh(tp=2), call.sizes, xs)
     assert tuple(y.dtype for y in made) == gives(call.case, call.kinds), program
     assert sent == [c.dtype for c in project(program, Mesh(tp=2), 0, call.sizes, names(call.kinds))], program

@@ -11,7 +11,7 @@ from shardlib import (Layout, Mesh, Params, SpecError, compile, einsum, explain,
                       value_and_grad)
 from shardlib.functions import cast, greater, logsumexp, mean, softmax, sum, where
 from shardlib.ops import attention, rms_norm, rope, rope_table
-from shardlib.parser import parse_program
+from shardlib.compiler.parser import parse_program
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE, TWO = Mesh(tp=1), Mesh(tp=2)

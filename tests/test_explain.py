@@ -13,18 +13,18 @@ from shardlib import EXPLICIT, Layout, Mesh, SpecError, all_gather, all_reduce, 
 from shardlib.api import value_and_grad
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.dtypes import value_dtypes
-from shardlib.emit import Emitter
-from shardlib.explain import CostModel, Explanation, _call, explain
+from shardlib.lowering.emit import Emitter
+from shardlib.reports.explain import CostModel, Explanation, _call, explain
 from shardlib.functions import cast, greater, square, stop_gradient, where
 from shardlib.functions import max as max_over, sum as sum_over
 from shardlib.models import llama
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, logits_of, loss, next_token
-from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, PERMUTE, REDUCE_SCATTER, axes_of, changed_dims, received
+from shardlib.language.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, PERMUTE, REDUCE_SCATTER, axes_of, changed_dims, received
 from shardlib.ops import embedding
 from shardlib.params import struct
 from shardlib.program import Op, Program, Result, Step
-from shardlib.project import project
+from shardlib.reports.project import project
 from shardlib.spec import Spec, parse
 
 CONFIG = LlamaConfig(vocab_size=11, d_model=18, num_layers=1, num_kv_heads=3, queries_per_kv=2, head_dim=4, d_ff=7, norm_eps=1e-5,

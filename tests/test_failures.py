@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shardlib import Layout, Mesh, Params, SpecError, compile, cond, einsum, init, local, lower, param, scan, sharded, simulate, stacked, step, value_and_grad
 from shardlib.distributed.rank_error import RankError
-from shardlib.emit import Emitter
+from shardlib.lowering.emit import Emitter
 from shardlib.functions import mean, silu, sum
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, loss, next_logits

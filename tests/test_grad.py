@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shardlib import Layout, Mesh, Params, SpecError, einsum, lower, param, rename, scan, sharded, simulate, stacked, value_and_grad
 from shardlib.functions import silu, stop_gradient, sum
-from shardlib.moves import ALL_GATHER, ALL_REDUCE
+from shardlib.language.moves import ALL_GATHER, ALL_REDUCE
 from shardlib.ops import rope
 
 MESH = Mesh(dp=2, tp=2)

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from shardlib import Layout, Mesh, SpecError, compile, cond, lower, scan, sharded, simulate, step, value_and_grad
 from shardlib.distributed.runtime import Runtime
-from shardlib.emit import Emitter
+from shardlib.lowering.emit import Emitter
 from shardlib.functions import greater, sum
-from shardlib.index_check import IndexSite
-from shardlib.index_flags import _Flag
+from shardlib.lowering.index_check import IndexSite
+from shardlib.run.index_flags import _Flag
 from shardlib.ops import TABLE, cross_entropy, embedding, take, update_cache
 from shardlib.ops.cases import CASES
 from shardlib.oracle import Case, verdicts
 from shardlib.program import Program, Result
-from shardlib.simulate import simulate as run_program
+from shardlib.run.simulate import simulate as run_program
 from shardlib.placement import place
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,8 +7,8 @@ import torch
 from shardlib import Layout, Mesh, Params, SpecError, compile, einsum, init, local, lower, param, reshard, sharded, simulate, step, value_and_grad
 from shardlib.dtypes import fixed_dtypes
 from shardlib.functions import mean
-from shardlib.local import check_local
-from shardlib.parser import check, parse_program
+from shardlib.language.local import check_local
+from shardlib.compiler.parser import check, parse_program
 
 MESH = Mesh(dp=2, tp=2)
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from shardlib import Layout, Params, SpecError, compile, einsum, init, param, scan, sharded, stacked
-from shardlib.einsum import EINSUM
+from shardlib.language.einsum import EINSUM
 from shardlib.models.decoding import llama_of
 from shardlib.models.llama import Cache, LlamaConfig, next_logits
 from shardlib.ops import rope
-from shardlib.pack import Packing, pack
+from shardlib.compiler.passes.pack import Packing, pack
 from shardlib.program import Step
 from shardlib.spec import parse
 

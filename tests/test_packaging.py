@@ -36,7 +36,7 @@ SOURCES = {module_name(path): path for floor in sorted(FLOORS) for path in sorte
 def imports(module: str, path: Path) -> Iterator[str]:
     """Every module that a file imports at any depth of nesting, but for what only a type checker reads.
 
-    `from shardlib.passes import fuse` gives `shardlib.passes.fuse`, be it a module or a name in one.
+    `from shardlib.compiler.passes import fuse` gives `shardlib.compiler.passes.fuse`, be it a module or a name in one.
     """
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
     nodes = [ast.parse(path.read_text())]
@@ -94,7 +94,7 @@ def test_imports_only_go_down(module: str) -> None:
         ("shardlib.trace", "def f():\n    from shardlib.ops import swiglu", ["shardlib.ops.swiglu"]),
         ("shardlib.trace", "from shardlib import models", ["shardlib.models"]),
         ("shardlib.trace", "from . import ops", ["shardlib.ops"]),
-        ("shardlib.passes.fuse", "from ..ops.swiglu import swiglu", ["shardlib.ops.swiglu.swiglu"]),
+        ("shardlib.compiler.passes.fuse", "from ..ops.swiglu import swiglu", ["shardlib.ops.swiglu.swiglu"]),
         ("shardlib.trace", "try:\n    import triton.language\nexcept ImportError:\n    pass", ["triton.language"]),
         ("shardlib.trace", "import importlib\nimportlib.import_module('shardlib.ops')", ["shardlib.ops"]),
         ("shardlib.trace", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import shardlib.ops", []),

@@ -6,8 +6,8 @@ import torch
 
 from shardlib import EXPLICIT, Layout, Mesh, SpecError, all_gather, all_reduce, einsum, lower, owe, reduce_scatter, scan, shard, sharded, simulate
 from shardlib.functions import max, silu, sum
-from shardlib.moves import COLLECTIVES
-from shardlib.parser import check
+from shardlib.language.moves import COLLECTIVES
+from shardlib.compiler.parser import check
 
 MESH = Mesh(tp=2, x=2)
 

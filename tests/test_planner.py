@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from shardlib.convert import Planned, plan
+from shardlib.compiler.planner import Planned, plan
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
-from shardlib.moves import ALL_TO_ALL, COLLECTIVES, MOVES, PERMUTE, check_move, cost, received as elements_received
+from shardlib.language.moves import ALL_TO_ALL, COLLECTIVES, MOVES, PERMUTE, check_move, cost, received as elements_received
 from shardlib.oracle import dual, types
 from shardlib.program import Op, Program, Result, Step
-from shardlib.simulate import perform, simulate
+from shardlib.run.simulate import perform, simulate
 from shardlib.spec import Spec, parse
 from shardlib.placement import join, place
 
@@ -150,7 +150,7 @@ def test_an_exchange_says_that_it_is_even_on_every_rank_or_on_none() -> None:
             assert [r[4:] for r in requests] == [(True,) if even else ()] * len(requests)
             said.add(even)
         return perform(requests, *wires)
-    with mock.patch("shardlib.simulate.perform", looked_at):
+    with mock.patch("shardlib.run.simulate.perform", looked_at):
         for op, have, want, (rows, columns) in itertools.product((ALL_TO_ALL, PERMUTE), kinds, kinds, ((5, 4), (4, 5), (4, 4), (12, 6))):
             if check_move(op, have, want) is None:
                 carried(numbers(dict(T=rows, D=columns)), have, (Planned(op, have, want, 0.0),), dict(T=rows, D=columns), mesh)
@@ -161,7 +161,7 @@ def test_an_exchange_says_that_it_is_even_on_every_rank_or_on_none() -> None:
 
 PRINT_ALL = """
 import itertools
-from shardlib.convert import plan
+from shardlib.compiler.planner import plan
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.oracle import types

@@ -20,29 +20,29 @@ from hypothesis import assume, event, given, reject, strategies as st
 
 from shardlib import EXPLICIT, all_gather, all_reduce, cond as choose, lower, reduce_scatter, rename as relabel, scan as scan_over, sharded, value_and_grad
 from shardlib.api import Sharded
-from shardlib.arithmetic import ADD
-from shardlib.complete import complete
-from shardlib.cond import COND
-from shardlib.einsum import EINSUM
-from shardlib.emit import Emitter
+from shardlib.language.arithmetic import ADD
+from shardlib.compiler.complete import complete
+from shardlib.language.cond import COND
+from shardlib.language.einsum import EINSUM
+from shardlib.lowering.emit import Emitter
 from shardlib.errors import SpecError
-from shardlib.explain import explain
+from shardlib.reports.explain import explain
 from shardlib.functions import argmax as best_of, greater, logsumexp, sum as total
-from shardlib.grad import value_and_grad_program
+from shardlib.compiler.grad import value_and_grad_program
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, loss, next_token
-from shardlib.moves import RESHARD, TABLE as MOVES
+from shardlib.language.moves import RESHARD, TABLE as MOVES
 from shardlib.ops import TABLE, embedding as look_up, lowered
 from shardlib.ops.cases import OPS
 from shardlib.oracle import same, types
-from shardlib.parser import CORE, check, parse_program
-from shardlib.passes import DEFAULT, PASSES
+from shardlib.compiler.parser import CORE, check, parse_program
+from shardlib.compiler.passes import DEFAULT, PASSES
 from shardlib.program import Op, Program, Result, Step, Struct, leaves
 from shardlib.reference import meaning
-from shardlib.scan import SCAN
-from shardlib.simulate import perform, simulate
+from shardlib.language.scan import SCAN
+from shardlib.run.simulate import perform, simulate
 from shardlib.spec import Dim, Factor, Spec, parse
 from shardlib.placement import join, place
 
@@ -476,7 +476,7 @@ def moved(program: Program, mesh: Mesh, sizes: Mapping[str, int], args: Mapping[
                 piece = len(torch.arange(x.numel()).tensor_split(k)[at])
                 got[rank] += ((k - 1) * piece + x.numel() - piece) * x.itemsize
         return made
-    with mock.patch("shardlib.simulate.perform", counted):
+    with mock.patch("shardlib.run.simulate.perform", counted):
         run(program, mesh, sizes, args)
     return got, count
 

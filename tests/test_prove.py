@@ -15,8 +15,8 @@ from shardlib import Mesh, SpecError, lower
 from shardlib.api import value_and_grad
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, logits_of, loss, next_token
-from shardlib.project import Call, project
-from shardlib.prove import match, prove
+from shardlib.reports.project import Call, project
+from shardlib.reports.prove import match, prove
 
 CONFIG = LlamaConfig(vocab_size=11, d_model=18, num_layers=2, num_kv_heads=3, queries_per_kv=2, head_dim=4, d_ff=7, norm_eps=1e-5,
                      rope_theta=1e4, rope_scaling=None, tied=False, max_context=64)

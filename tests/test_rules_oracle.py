@@ -17,25 +17,25 @@ from typing import Callable
 import pytest
 import torch
 
-from shardlib.arithmetic import MUL
-from shardlib.builder import Builder
-from shardlib.complete import complete
-from shardlib.cond import COND
+from shardlib.language.arithmetic import MUL
+from shardlib.compiler.builder import Builder
+from shardlib.compiler.complete import complete
+from shardlib.language.cond import COND
 from shardlib.errors import SpecError
 from shardlib.layout import Layout
-from shardlib.local import local_op, local_vjp_op
+from shardlib.language.local import local_op, local_vjp_op
 from shardlib.mesh import Mesh
-from shardlib.moves import TABLE as MOVES
+from shardlib.language.moves import TABLE as MOVES
 from shardlib.ops import TABLE
 from shardlib.ops.cases import CASES, OPS
 from shardlib.oracle import Case, NoSuchCall, Trial, disagreements, dual, same, some, types, verdicts
-from shardlib.parser import check, parse_program
-from shardlib.pointwise import OPS as UNARY
+from shardlib.compiler.parser import check, parse_program
+from shardlib.language.pointwise import OPS as UNARY
 from shardlib.program import Program, Result
-from shardlib.rearrange import RENAME
+from shardlib.language.rearrange import RENAME
 from shardlib.rules import Rule, RuleError
-from shardlib.scan import SCAN
-from shardlib.simulate import simulate
+from shardlib.language.scan import SCAN
+from shardlib.run.simulate import simulate
 from shardlib.spec import parse
 from shardlib.placement import join, place
 

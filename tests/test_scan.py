@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlib import EXPLICIT, Layout, Mesh, SpecError, einsum, lower, scan, sharded, simulate, step, value_and_grad
+from shardlib import Layout, Mesh, SpecError, einsum, lower, scan, sharded, simulate, step, value_and_grad
 from shardlib.functions import sum, tanh
-from shardlib.parser import parse_program
+from shardlib.compiler.parser import parse_program
 
 LAYOUTS = [(Mesh(), Layout()), (Mesh(x=2), Layout(B="x")), (Mesh(x=2), Layout(D="x")), (Mesh(x=3, y=2), Layout(F="y", B="x", D="x"))]
 

@@ -16,12 +16,12 @@ import shardlib
 import shardlib.functions
 from shardlib import EXPLICIT, Layout, Mesh, Params, SpecError, cond, einsum, lower, param, reshard, scan, sharded, stacked, value_and_grad
 from shardlib.functions import argmax, cast, greater, mean, silu, softmax
-from shardlib.complete import complete
-from shardlib.emit import Emitter
+from shardlib.compiler.complete import complete
+from shardlib.lowering.emit import Emitter
 from shardlib.ops import TABLE as OPS, rms_norm, rope, rope_table
-from shardlib.parser import check, parse_program
+from shardlib.compiler.parser import check, parse_program
 from shardlib.spec import parse, parse_signature
-from shardlib.trace import Function
+from shardlib.language.trace import Function
 
 ROOT = Path(__file__).resolve().parents[1]
 MESH = Mesh(dp=2, tp=2)
@@ -457,7 +457,7 @@ def test_code_is_executed_in_one_place_only():
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("eval", "exec", "system", "popen"):
                     if getattr(node.func.value, "id", "") in ("builtins", "os"):
                         found.append((file, ast.unparse(node)))
-    assert {f for f, name in found if name} == {"shardlib/emit.py"} and {name for _, name in found if name} == {"load"}
+    assert {f for f, name in found if name} == {"shardlib/lowering/emit.py"} and {name for _, name in found if name} == {"load"}
 
 
 def test_nothing_is_pickled():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shardlib.errors import SpecError
-from shardlib.simulate import perform, run_ranks
+from shardlib.run.simulate import perform, run_ranks
 
 PAIR = (0, 1)
 X, Y = torch.arange(2.0), torch.arange(3.0)

@@ -16,7 +16,7 @@ from shardlib import EXPLICIT, Layout, Mesh, Params, SpecError, compile, cond, e
 from shardlib import value_and_grad
 from shardlib.functions import argmax, greater, max, mean, square, sum
 from shardlib.ops import take
-from shardlib.parser import parse_program
+from shardlib.compiler.parser import parse_program
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

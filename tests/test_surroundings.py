@@ -12,9 +12,9 @@ from shardlib import Layout, Mesh, Params, SpecError, compile, cond, einsum, ini
 from shardlib.functions import mean, silu, square, stop_gradient, sum
 from shardlib.ops.cases import CASES
 from shardlib.oracle import Case, normal
-from shardlib.simulate import simulate as simulate_ranks
+from shardlib.run.simulate import simulate as simulate_ranks
 from shardlib.placement import place
-from shardlib.trace import apply
+from shardlib.language.trace import apply
 
 
 @contextmanager

@@ -7,26 +7,26 @@ from typing import Iterator, Sequence
 import pytest
 import torch
 
-from shardlib import moves, wires
-from shardlib.convert import Planned, plan
+from shardlib.language import moves, wires
+from shardlib.compiler.planner import Planned, plan
 from shardlib.distributed import GroupCoordinator
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.communicators.protocol import Call
-from shardlib.emit import Emitter, load
+from shardlib.lowering.emit import Emitter, load
 from shardlib.errors import SpecError
-from shardlib.explain import explain
+from shardlib.reports.explain import explain
 from shardlib.mesh import Mesh
-from shardlib.moves import MOVES, Move, Search, check_move, cost, received
+from shardlib.language.moves import MOVES, Move, Search, check_move, cost, received
 from shardlib.oracle import dual
-from shardlib.parser import parse_program
+from shardlib.compiler.parser import parse_program
 from shardlib.program import Program, Result, Step
-from shardlib.project import project
-from shardlib.prove import match, prove
-from shardlib.simulate import simulate
+from shardlib.reports.project import project
+from shardlib.reports.prove import match, prove
+from shardlib.run.simulate import simulate
 from shardlib.spec import Spec, parse
 from shardlib.placement import join
-from shardlib.trace import RESERVED
-from shardlib.wires import WIRES, Wire
+from shardlib.language.trace import RESERVED
+from shardlib.language.wires import WIRES, Wire
 
 # -- one wire and one move more: what one coordinate holds, on every rank ------------------------------------
 

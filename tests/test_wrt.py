@@ -10,7 +10,7 @@ from torch import Tensor
 from shardlib import Layout, Mesh, Params, SpecError, api, compile, einsum, lower, param, sharded, simulate, step, value_and_grad
 from shardlib.functions import square, sum
 from shardlib.ops import TABLE, embedding
-from shardlib.parser import check, parse_program
+from shardlib.compiler.parser import check, parse_program
 
 LAYOUT, ONE = Layout(B="dp", D="tp"), Mesh(dp=1, tp=1)
 

@@ -46,7 +46,7 @@ from shardlib.distributed.routing import UNMEASURED, Table
 from shardlib.distributed.tensor_dicts import Label, Value, label
 from shardlib.distributed.watchdog import Watchdog
 from shardlib.errors import SpecError
-from shardlib.streams import current_stream
+from shardlib.distributed.streams import current_stream
 
 
 _FACTS = {"all_reduce": " {}", "broadcast": " {} from member {}", "all_gather": " to {} along dim {} by {}", "broadcast_message": " from member {}",

@@ -426,7 +426,7 @@ def explained(runtime: Runtime) -> list[Any]:
     """Who takes the collectives of a program, by a table that knows some of them."""
     from shardlib import Layout, einsum, lower, sharded
     from shardlib.distributed.routing import Curve, Table
-    from shardlib.explain import explain
+    from shardlib.reports.explain import explain
 
     @sharded("T D, D F, F E -> T E")
     def mlp(x: Any, up: Any, down: Any) -> Any:

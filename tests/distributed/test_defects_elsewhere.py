@@ -20,7 +20,7 @@ from shardlib.distributed import GroupCoordinator
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.communicators.shared_memory import TAKES
 from shardlib.distributed.segment import unsupported
-from shardlib.index_check import IndexSite
+from shardlib.lowering.index_check import IndexSite
 from shardlib.mesh import Mesh
 
 GLOO, SHARED = "torch.distributed (gloo)", "shared memory"

@@ -24,7 +24,7 @@ from shardlib.distributed.saying import say
 from shardlib.distributed.scene import Scene, State
 from shardlib.distributed.watch import Moment, Seat, Watch
 from shardlib.distributed.watchdog import Watchdog, _first_line, _report_of
-from shardlib.emit import Emitter
+from shardlib.lowering.emit import Emitter
 
 ROOT = Path(__file__).resolve().parents[2]
 TP = "group tp (ranks 0 1)"

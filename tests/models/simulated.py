@@ -17,9 +17,9 @@ from shardlib.models.layouts import named_layout
 from shardlib.models.llama import Cache, Llama, LlamaConfig, RopeScaling, next_token, prompt_token
 from shardlib.params import fill, init, leaf_values
 from shardlib.program import Program
-from shardlib.project import project
-from shardlib.prove import match
-from shardlib.simulate import simulate
+from shardlib.reports.project import project
+from shardlib.reports.prove import match
+from shardlib.run.simulate import simulate
 from shardlib.placement import join
 
 Shards = Sequence[Mapping[str, Tensor]]        # for each rank, path -> what it holds

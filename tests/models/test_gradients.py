@@ -16,7 +16,7 @@ from shardlib import Layout, Mesh, lower
 from shardlib.api import value_and_grad
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, loss
-from shardlib.moves import COLLECTIVES
+from shardlib.language.moves import COLLECTIVES
 from shardlib.program import leaves
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ from shardlib import Layout, Mesh, SpecError, lower, sharded, simulate, value_an
 from shardlib.dtypes import value_dtypes
 from shardlib.functions import cast, greater, mean, sum
 from shardlib.models.llama import LlamaConfig, loss as llama_loss
-from shardlib.moves import COLLECTIVES
+from shardlib.language.moves import COLLECTIVES
 from shardlib.ops import cross_entropy
 from shardlib.oracle import same
 from shardlib.params import init

@@ -1,0 +1,35 @@
+"""Completion as callers see it: the explicit program, or in words what it refuses."""
+from __future__ import annotations
+
+from typing import Mapping, Set
+
+from shardlib.compiler.completer import Completer
+from shardlib.layout import Layout
+from shardlib.mesh import Mesh
+from shardlib.compiler.refusals.messages import worded
+from shardlib.program import Program, Result, Step
+from shardlib.compiler.refusal import Refused
+from shardlib.spec import Spec
+
+
+def complete(program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, int] | None = None) -> Program:
+    """The explicit program. SpecError, at the user's line, if it does not type; `sizes` let it say bytes."""
+    try:
+        return Completer(program, layout.on(mesh), mesh, sizes).run()
+    except Refused as refused:
+        raise worded(refused) from None
+
+
+def complete_step(step: Step, types: Mapping[str, Spec], params: Set[str], layout: Layout, mesh: Mesh,
+                  sizes: Mapping[str, int] | None = None) -> Program:
+    """The explicit program of `step` alone, its operands being of these `types`; `params` are parameters."""
+    completer = Completer(Program("step", (), (step,), ()), layout, mesh, sizes, types)
+    completer.params |= params
+    completer.where = step.where
+    try:
+        completer.do(step)
+    except Refused as refused:
+        raise worded(refused) from None
+    made = [completer.now[value] for value in step.outputs]
+    results = tuple(Result(completer.types[name], (name,)) for name in made)
+    return Program("step", tuple(types.items()), tuple(completer.steps), results, explicit=True)

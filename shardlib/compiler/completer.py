@@ -1,0 +1,286 @@
+"""The completer: from a program as written, and a layout, to the explicit program. `shardlib.complete` is how it is called.
+
+Four rules. A value that stands alone (argument, result, the result spec of an op) is completed over its own dims. The
+operands of one op are completed together, over the union of their names, and converted to that. A conversion is made
+once in a straight-line body. An op without a spec string follows its first operand; parameters are converted to match,
+activations never. Under `EXPLICIT` nothing is completed or converted. What does not match is refused: a fact
+is raised, and `shardlib.messages` words it.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Mapping, Sequence
+
+from shardlib.compiler.builder import Builder
+from shardlib.language.einsum import EINSUM
+from shardlib.language.cond import COND
+from shardlib.errors import SpecError
+from shardlib.layout import EXPLICIT, Layout, pins
+from shardlib.mesh import Mesh
+from shardlib.language.moves import check_move
+from shardlib.language.pointwise import CAST_LIKE, WIDEN
+from shardlib.program import Program, Result, Scan, Step, Struct, leaves
+from shardlib.language.rearrange import RENAME, renamed, whole_in_rename
+from shardlib.compiler.refusal import (ChangedCarry, Fact, NoWay, OwedPredicate, Refused, RuleRefuses, SplitStack,
+                              State, UnlikeBranches, UnlikeOperand, UnlikeResult, UnlikeReturn, WrongMove)
+from shardlib.rules import RuleError, natural
+from shardlib.language.scan import SCAN
+from shardlib.spec import Spec
+from shardlib.language.trace import RESHARD
+
+
+class Completer(Builder):
+    """Completes one body. given: types decided already, of a scan's arguments or a single step's operands."""
+
+    def __init__(self, program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, int] | None = None,
+                 given: Mapping[str, Spec] | None = None) -> None:
+        super().__init__(mesh, {n for s in program.steps for n in s.outputs})
+        self.program, self.layout, self.sizes, self.given = program, layout, sizes or {}, given or {}
+        self.now: dict[str, str] = {}               # a value of the program as written -> the value here
+        self.now.update({name: self.declare(name, spec) for name, spec in self.given.items()})
+        self.notes: dict[tuple[str, str], str] = {}  # (value, owed axis) -> since when
+        self.params: set[str] = set()
+        self.unmet: dict[tuple[str, str, str], None] = {}
+        self.rounded: dict[str, str] = {}           # a statistic of the program as written -> the value whose dtype it gets
+
+    def run(self) -> Program:
+        self.where = self.program.where
+        try:
+            args = tuple((name, self._argument(name, tree)) for name, tree in self.program.args)
+            for step in self.program.steps:
+                self.where = step.where
+                self.do(step)
+            self.where = self.program.where
+            results = tuple(self._result(r) for r in self.program.results)
+        except SpecError as error:
+            raise error.at(self.where) from None
+        return Program(self.program.name, args, tuple(self.steps), results, True, self.program.where, tuple(self.unmet))
+
+    def _argument(self, name: str, tree: Any) -> Any:
+        types, note = {}, f"owed in the signature of {self.program.name}"
+        for path, spec in leaves(name, tree):
+            types[path] = self.given.get(path) or self.layout.type_of(spec, self.mesh)
+            self.now[path] = self.declare(path, types[path])
+            self.notes.update({(path, owed.axis): note for owed in types[path].owed})
+            if isinstance(tree, Struct):
+                self.params.add(path)
+        flat = iter(types.values())
+        return tree.map(lambda _: next(flat)) if isinstance(tree, Struct) else types[name]
+
+    def _result(self, result: Result) -> Result:
+        out, types = [], []
+        for name, spec in result.leaves():
+            want = self.layout.type_of(spec, self.mesh)
+            if self.layout == EXPLICIT and self.types[self.now[name]] != want:
+                raise self._refused(UnlikeReturn(name, want))
+            out.append(self._move_to(want, self.now[name], "the result of " + self.program.name))
+            types.append(want)
+        flat = iter(types)
+        tree = result.tree.map(lambda _: next(flat)) if isinstance(result.tree, Struct) else types[0]
+        return Result(tree, tuple(out))
+
+    def _refused(self, fact: Fact) -> Refused:
+        state = State(self.program, self.layout, self.mesh, self.sizes, self.given, self.params,
+                      self.types, self.now, self.source, self.notes)
+        return Refused(fact, state, self.where)
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def do(self, step: Step) -> None:
+        """Complete one step as written: what it needs is added, and what it makes is known in `now`."""
+        layout = (step.layout if step.layout is not None else self.layout).on(self.mesh)
+        inputs = [self.now[i] for i in step.inputs]
+        self.called.update((self.source.get(i, i), word) for i, word in zip(inputs, step.said) if word)
+        if step.op is SCAN:
+            return self._scan(step, inputs, layout)
+        if step.op is COND:
+            return self._cond(step, inputs, layout)
+        if step.op.moves:
+            return self._move(step, inputs[0], layout)
+        if step.op is RENAME:
+            return self._rename(step, inputs[0], layout)
+        explicit = layout == EXPLICIT
+        wanted = self._wanted(step, inputs, EXPLICIT if step.op.asserted else layout)
+        placed = []
+        for i, (name, want) in enumerate(zip(inputs, wanted)):
+            if self.types[name] != want and (explicit or not step.op.takes_text and not self._may_follow(name, want)):
+                if explicit and step.op.takes_text:
+                    raise self._refused(UnlikeOperand(step, i, want, step.op.rule(step)))
+                want = self.types[name]
+            placed.append(self._move_to(want, name, f"{step.op.name} takes {want}", step, i))
+        made = self._natural(step, placed, layout)
+        for written, name, spec in zip(step.outputs, made, step.outs):
+            want = layout.type_of(spec, self.mesh) if step.op.takes_text else self.types[name]
+            if explicit and self.types[name] != want:
+                raise self._refused(UnlikeResult(step, self.types[name], want, step.op.rule(step)))
+            name = self._move_to(want, name, f"the layout keeps {spec.whole()} as {want}", step)
+            self.now[written] = self.call(CAST_LIKE, [name, self.rounded[written]]) if written in self.rounded else name
+
+    def _move_to(self, want: Spec, name: str, why: str, step: Step | None = None,
+                 operand: int | None = None) -> str:
+        """`name`, an operand of `step`, its result or the program's, converted to `want`."""
+        try:
+            return self.move(name, want, why)
+        except SpecError as error:
+            raise self._refused(NoWay(str(error), step, operand)) from None
+
+    def _may_follow(self, name: str, want: Spec) -> bool:
+        return self.source.get(name, name) in self.params
+
+    def _wanted(self, step: Step, inputs: Sequence[str], layout: Layout) -> list[Spec]:
+        """The types that the operands are converted to."""
+        if not step.op.takes_text:
+            first = self.types[inputs[0]]
+            axes = {n: _axes(first, n) for n in first.names}
+            return [first if i == 0 else _follow(self.types[n], axes) for i, n in enumerate(inputs)]
+        ins = [self.mesh.resolve(s, True) for s in step.ins]
+        if layout == EXPLICIT:
+            return [s.resolve(self.mesh) for s in ins]
+        pinned: dict[str, tuple[str, ...]] = {}
+        for spec in ins:
+            pinned.update({n: a for n, a in pins(spec).items() if a or n not in pinned})
+        inner = [f.name for s in step.outs for d in s.dims for f in d.factors[1:]]
+        pinned.update({n: () for n in inner if n not in pinned})        # a result's group is split over its first factor alone
+        if not step.op.distribute:
+            pinned.update({n: () for n in step.op.rule(step).whole if n not in pinned})
+        names = dict.fromkeys(n for s in ins for n in s.names)
+        axes = layout.complete(names, pinned, (o.axis for s in ins for o in s.owed))
+        self.unmet.update({(dim, axis, str(step.where or step.op.name)): None for dim, wanted in layout.entries.items()
+                           if dim in names and dim not in pinned for axis in wanted[len(axes[dim]):]})
+        return [s.split({d.label: axes[d.factors[0].name] for d in s.dims if d.factors}).owing(
+            *s.owed, *(o for o in self.types[n].owed if o.kind == "@")).resolve(self.mesh) for s, n in zip(ins, inputs)]
+
+    def _natural(self, step: Step, placed: list[str], layout: Layout) -> tuple[str, ...]:
+        ins = tuple(self.types[p] for p in placed)
+        whole = step.op.rule(replace(step, ins=ins)).whole
+        written = step.outs if step.op.takes_text else step.op.infer(tuple(s.whole() for s in ins), step.options)
+        outs = tuple(result_dims(s, ins, whole, layout, self.mesh) for s in written)
+        typed = replace(step, ins=ins, outs=outs)
+        rule = step.op.rule(typed)
+        pieces = step.op.distribute and layout != EXPLICIT and any(_axes(ins[0], n) for n in rule.whole)
+        rule = replace(rule, whole=(), maxes=rule.whole) if pieces else rule
+        try:
+            asserted = [self.mesh.resolve(s, True).resolve(self.mesh) for s in step.outs] if step.op.asserted else None
+            types = asserted or natural(step.op.name, rule, ins, outs)
+        except RuleError:
+            raise self._refused(RuleRefuses(step, typed, rule)) from None
+        if pieces:
+            return (step.op.distribute(self, replace(typed, inputs=tuple(placed)), placed[0]),)
+        if step.op.statistic and layout != EXPLICIT and set(types[0].owed) - set(ins[0].owed):
+            self.rounded[step.outputs[0]] = placed[0]
+            placed = [self.call(WIDEN, placed)]
+        names = step.outputs if not set(step.outputs) & set(self.types) else None
+        made = self.add(step.op, placed, types, names, attrs=step.attrs)
+        self._note(step, placed, made)
+        return made
+
+    def _note(self, step: Step, placed: Sequence[str], made: Sequence[str]) -> None:
+        for name in made:
+            for owed in self.types[name].owed:
+                older = next((self.notes[p, owed.axis] for p in placed if (p, owed.axis) in self.notes), None)
+                label = next((f for p in placed for d in self.types[p].dims for f in d.factors if owed.axis in f.axes), None)
+                does = "contracts" if step.op is EINSUM else "runs over"
+                self.notes[name, owed.axis] = older or (f"owed since {step.op.name}{f' at {step.where}' if step.where else ''}"
+                                                        + (f", which {does} {label}" if label and not step.op.moves else ""))
+
+    # -- the steps that are not of the common kind -----------------------------------------------------------------
+
+    def _move(self, step: Step, name: str, layout: Layout) -> None:
+        want = layout.type_of(step.outs[0], self.mesh)
+        if step.op is RESHARD:
+            have = layout.type_of(step.ins[0], self.mesh)
+            if layout == EXPLICIT and self.types[name] != have:
+                wrong = UnlikeOperand(step, 0, have) if step.called else WrongMove(step, self.types[name])
+                raise self._refused(wrong)
+            self.now[step.outputs[0]] = self.move(name, want, "reshard")
+            return
+        have = layout.type_of(step.ins[0], self.mesh)
+        if self.types[name] != have:
+            if layout == EXPLICIT or set(map(str, have.owed)) != set(map(str, self.types[name].owed)):
+                raise self._refused(WrongMove(step, self.types[name]))
+            name = self.move(name, have, step.op.name)
+        if problem := check_move(step.op, have, want):
+            raise self._refused(WrongMove(step, have, problem))
+        made = self.add(step.op, [name], [want], step.outputs if step.outputs[0] not in self.types else None, why="written")
+        (self.now[step.outputs[0]],) = made
+        self._note(step, [name], made)
+
+    def _rename(self, step: Step, name: str, layout: Layout) -> None:
+        """A dim keeps its axes under its new name; one that is a group on one side alone is whole, and split, if at all, after."""
+        named = step.outs[0]
+        products = {d.label for d in whole_in_rename(self.types[name], named)}
+        want = named.resolve(self.mesh) if layout == EXPLICIT else layout.type_of(named, self.mesh)
+        made = want if layout == EXPLICIT else layout.type_of(named.pinned(products), self.mesh)
+        source = Spec(tuple(d.split(m.axes) for d, m in zip(self.types[name].dims, made.dims)), made.owed)
+        if layout == EXPLICIT:
+            renamed(step.ins[0].resolve(self.mesh), named), renamed(want, step.ins[0])
+            if source != self.types[name]:
+                raise self._refused(UnlikeOperand(step, 0, source))
+        placed = self.move(name, source, f"rename to {made}")
+        (there,) = self.add(RENAME, [placed], [made], step.outputs)
+        self.now[step.outputs[0]] = self.move(there, want, f"the layout keeps {named.whole()} as {want}")
+
+    def _cond(self, step: Step, inputs: list[str], layout: Layout) -> None:
+        whole = self.types[inputs[0]].owing()
+        if layout == EXPLICIT and self.types[inputs[0]] != whole:
+            raise self._refused(OwedPredicate(self.types[inputs[0]]))
+        inputs[0] = self.move(inputs[0], whole, "the predicate of cond")
+        bodies = []
+        for body in step.bodies:
+            inner = Completer(body, layout, self.mesh, self.sizes)
+            inner.params |= {p for (p, _), n in zip(step.passed(body), inputs[1:]) if n in self.params}
+            bodies.append(inner.run())
+        for i, (path, kind) in enumerate(bodies[0].arg_leaves(), 1):
+            if layout == EXPLICIT and self.types[inputs[i]] != kind:
+                raise self._refused(UnlikeOperand(step, i, kind))
+            inputs[i] = self.move(inputs[i], kind, f"an argument of {step.body.name}")
+        yes, no = ([(f"takes {path} as", kind) for path, kind in b.arg_leaves()] + [("returns", k) for _, k in b.result_leaves()] for b in bodies)
+        if other := next(((does, a, b) for (does, a), (_, b) in zip(yes, no) if a != b), None):
+            raise self._refused(UnlikeBranches(step, *other))
+        made = self.add(COND, inputs, [k for _, k in bodies[0].result_leaves()], step.outputs, attrs=step.attrs, body=bodies[0], orelse=bodies[1])
+        self.now.update(zip(step.outputs, made))
+
+    def _scan(self, step: Step, inputs: list[str], layout: Layout) -> None:
+        parts, declared, types = Scan.of(step), dict(step.body.arg_leaves()), {}
+        stacked = {path for path, _ in parts.stacked}
+        for i, (path, name) in enumerate(zip(declared, inputs)):
+            have = self.types[name]
+            if path in stacked:
+                if have.dims[0].axes:
+                    raise self._refused(SplitStack(step, i, have))
+                types[path] = replace(have, dims=have.dims[1:])
+            else:
+                types[path] = layout.type_of(declared[path], self.mesh)
+                if layout == EXPLICIT and have != types[path]:
+                    raise self._refused(UnlikeOperand(step, i, types[path]))
+                inputs[i] = self.move(name, types[path], f"an argument of {step.body.name}")
+        inner = Completer(step.body, layout, self.mesh, self.sizes, types)
+        inner.params |= {p for p, n in zip(declared, inputs) if n in self.params}
+        body = inner.run()
+        made, first = [spec for _, spec in body.result_leaves()], len(parts.carries)
+        for (path, _), after in zip(parts.carries, made):
+            if after != types[path]:
+                raise self._refused(ChangedCarry(step, types[path], after))
+        outs = [*made[:first], *(Spec((out.dims[0].split(()), *spec.dims), spec.owed) for out, spec in zip(step.outs[first:], made[first:]))]
+        self.now.update(zip(step.outputs, self.add(SCAN, inputs, outs, step.outputs, attrs=step.attrs, body=body)))
+
+
+def result_dims(spec: Spec, ins: Sequence[Spec], whole: Sequence[str], layout: Layout, mesh: Mesh) -> Spec:
+    """A result's dims; those that the op makes are split over what its operands leave free, if not whole."""
+    spec, known = mesh.resolve(spec, True), {n: _axes(s, n) for s in ins for n in s.names}
+    axes = layout.complete(spec.names, {**dict.fromkeys(whole, ()), **pins(spec), **known})
+    first = {d.label: d.factors[0].name for d in spec.dims if d.factors}
+    made = {label: axes[name] for label, name in first.items() if name not in known}
+    return spec.split(made).owing().resolve(mesh)
+
+
+def _axes(spec: Spec, name: str) -> tuple[str, ...]:
+    return next(f.axes for d in spec.dims for f in d.factors if f.name == name)
+
+
+def _follow(have: Spec, axes: Mapping[str, tuple[str, ...]]) -> Spec:
+    """`have` with its dims split as `axes` says; as it is where one would split two: a rule refuses that."""
+    try:
+        return have.split({d.label: axes.get(d.factors[0].name, d.axes) for d in have.dims if d.factors})
+    except SpecError:
+        return have

@@ -1,0 +1,57 @@
+"""cond: one of two bodies, chosen by a scalar of the data.
+
+    y = cond(is_long, window, full, q, k, v)
+
+All ranks must choose alike, since the bodies may communicate: the predicate is a scalar that owes nothing, equal on every
+rank. Both bodies are `@sharded` functions with the same arguments and results. Refused: a predicate with dims, or one that
+still owes; bodies whose results differ in type, or, as far as that is known, in dtype. cond has no derivative yet.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from shardlib.language.calls import check_count, what
+from shardlib.dtypes import fixed_dtypes, unlike
+from shardlib.errors import SpecError
+from shardlib.params import Params, fill, leaf_values
+from shardlib.program import Op
+from shardlib.rules import Rule
+from shardlib.language.trace import Function, Value, apply, check_dims, trace_results
+
+
+COND = Op("cond", rule=lambda step: Rule(), index=(0,), takes=("any",))
+
+
+def cond(predicate: Any, yes: Function, no: Function, *args: Any) -> Any:
+    """`yes(*args)` where the scalar `predicate` is true (not zero), else `no(*args)`."""
+    if not isinstance(predicate, Value) or predicate.spec.dims:
+        raise SpecError(f"cond: the predicate is {getattr(predicate, 'spec', type(predicate).__name__)}; it is a scalar, (), of the traced function")
+    for f in (yes, no):
+        if not isinstance(f, Function):
+            raise SpecError(f"cond: a branch is a @sharded function, not {what(f)}")
+        check_count(f, args)
+    flat = [v for a in args for v in ([x for _, x in leaf_values(a, "")] if isinstance(a, Params) else [a])]
+    if wrong := [v for v in flat if not isinstance(v, Value)]:
+        raise SpecError(f"cond: {what(wrong[0])} is neither a tensor of the traced function nor a Params")
+    if predicate.tracer.runs:
+        return (yes if bool(predicate.tracer.whole(predicate)) else no)(*args)
+    (body, results), (orelse, others) = (trace_results(f, list(args)) for f in (yes, no))
+    for f, branch in ((yes, body), (no, orelse)):
+        for (path, spec), v in zip(branch.arg_leaves(), flat):
+            check_dims(f"cond: {path} of {f.__name__}", spec, v)
+    if [s.labels for _, s in body.result_leaves()] != [s.labels for _, s in orelse.result_leaves()]:
+        raise SpecError(f"cond: {yes.__name__} returns {_say(body)}, {no.__name__} returns {_say(orelse)}; both return the same dims")
+    if error := unlike(yes.__name__, no.__name__, fixed_dtypes(body), fixed_dtypes(orelse)):
+        raise error
+    made = apply(COND, (predicate, *flat), ins=(predicate.spec, *(v.spec for v in flat)), outs=[s for _, s in body.result_leaves()],
+                 body=body, orelse=orelse)
+    it = iter(made if isinstance(made, tuple) else (made,))
+    out = tuple(fill(r, "", lambda _: next(it)) if isinstance(r, Params) else next(it) for r in results)
+    for tree in out:
+        if isinstance(tree, Params):
+            predicate.tracer.group(tree)
+    return out if len(out) > 1 else out[0]
+
+
+def _say(program: Any) -> str:
+    return ", ".join(str(s) for _, s in program.result_leaves())

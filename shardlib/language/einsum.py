@@ -1,0 +1,139 @@
+"""einsum: the multilinear op. Dims by name, any number of operands, contraction order by opt-einsum.
+
+>>> [str(s) for s in pairwise("B T D, D F, F D -> B T D", dict(B=1, T=8, D=64, F=256))[0]]
+['D F', 'F D', 'D']
+
+On one axis: a split dim that is kept stays split, a split dim that is contracted leaves a sum owed, one operand may owe a
+sum if no other does. Refused: a dim split in one operand only, two operands that owe over one axis.
+"""
+from __future__ import annotations
+
+import math
+import string
+from functools import lru_cache
+from typing import Any, Mapping, Sequence
+
+from shardlib.dtypes import counted, reading
+from shardlib.errors import SpecError
+from shardlib.local_code import LocalCode
+from shardlib.program import Op, Step
+from shardlib.rules import Rule
+from shardlib.spec import Spec, parse_signature
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
+
+
+def einsum(text: str, *operands: Any) -> Any:
+    """The product of `operands` over equal names, summed over the names that the result lacks.
+
+    einsum("B T D, D F -> B T F", x, w): a projection. A name of an operand may be missing in the result, never the reverse.
+    """
+    check(text)
+    return apply(EINSUM, operands, text)
+
+
+@lru_cache(maxsize=4096)
+def check(text: str) -> None:
+    """SpecError for a text that is no einsum."""
+    ins, outs = parse_signature(text)
+    if len(outs) != 1 or outs[0] is None or None in ins:
+        raise SpecError(f'einsum "{text}": specs of the operands, "->", and the spec of one result')
+    known = {label for s in ins for label in s.labels}
+    for label in outs[0].labels:
+        if label not in known and not (outs[0].ellipsis and not label):
+            raise SpecError(f'einsum "{text}": {label} is in the result and in no operand; einsum makes no dims')
+    opened = {f.name for s in (*ins, outs[0]) for d in s.dims if len(d.factors) > 1 for f in d.factors}
+    if loose := next((n for n in opened if n in known), None):
+        raise SpecError(f'einsum "{text}": {loose} stands alone and in a group; a group matches only the same group')
+
+
+def _rule(step: Step) -> Rule:
+    kept = step.outs[0].names
+    return Rule(linear=tuple((i,) for i in range(len(step.ins))),
+                sums=tuple(dict.fromkeys(n for s in step.ins for n in s.names if n not in kept)))
+
+
+def _vjp(b: Steps, step: Step, cotangents: Sequence[str]) -> list[str]:
+    return [b.einsum_to(step.ins[i], [cotangents[0], *(x for j, x in enumerate(step.inputs) if j != i)])
+            for i in range(len(step.ins))]
+
+
+def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
+    shapes = {label: n for s in step.ins for label, n in zip(s.labels, e.shape(s))}
+    return contraction([list(s.labels) for s in step.ins], list(step.outs[0].labels), args, shapes)
+
+
+EINSUM = Op("einsum", rule=_rule, emit=_emit, vjp=_vjp, reads=reading(counted),
+            reference=lambda d, *xs: d.sum(math.prod(xs)))
+
+
+def contraction(ins: list[list[str]], out: list[str], args: list[str], size: Mapping[str, int]) -> str:
+    """The fastest plain-torch expression of an einsum of local tensors: one matmul where the dims allow it."""
+    if len(ins) == 2:
+        for (a, b), (x, y) in (((ins[0], ins[1]), (args[0], args[1])), ((ins[1], ins[0]), (args[1], args[0]))):
+            if text := _matmul(a, b, out, x, y, size):
+                return text
+    letter = dict(zip(dict.fromkeys(n for s in ins for n in s), string.ascii_letters))
+    equation = ",".join("".join(letter[n] for n in s) for s in ins) + "->" + "".join(letter[n] for n in out)
+    if len(ins) < 3:
+        return f"torch.einsum({equation!r}, {', '.join(args)})"
+    return _chain(ins, out, args, size)
+
+
+def _matmul(a: list[str], b: list[str], out: list[str], x: str, y: str, size: Mapping[str, int]) -> str | None:
+    """`x @ y` when x is (left.., inner..), y is (inner.., right..) or (right.., inner..), and the result (left.., right..)."""
+    inner = [n for n in a if n in b]
+    left, right = [n for n in a if n not in b], [n for n in b if n not in a]
+    if not inner or a != left + inner or out != left + right or set(inner) & set(out):
+        return None
+    flat = math.prod(size[n] for n in inner)
+    wide = math.prod(size[n] for n in right)
+    x2 = x if len(inner) == 1 else f"{x}.reshape({_args([size[n] for n in left] + [flat])})"
+    if b == inner + right:
+        y2 = y if len(inner) == len(right) == 1 else f"{y}.reshape({flat}, {wide})"
+        text = f"torch.matmul({x2}, {y2})"
+    elif b == right + inner:
+        y2 = y if len(b) == 2 else f"{y}.reshape({wide}, {flat})"
+        text = f"F.linear({x2}, {y2})"
+    else:
+        return None
+    return text if len(right) == 1 else f"{text}.reshape({_args([size[n] for n in out])})"
+
+
+def _args(shape: Sequence[int]) -> str:
+    return ", ".join(map(str, shape)) if shape else "()"
+
+
+def pairwise(text: str, size: Mapping[str, int]) -> list[tuple[Spec, ...]]:
+    """The contractions, two operands at a time, that opt-einsum finds cheapest: (left, right, result) specs."""
+    ins, outs = parse_signature(text)
+    found = _path([list(s.labels) for s in ins], list(outs[0].labels), size)
+    by = {d.label: d for s in ins for d in s.dims}
+    return [tuple(Spec(tuple(by[n] for n in part)) for part in step[2:]) for step in found]
+
+
+def _path(ins: list[list[str]], out: list[str], size: Mapping[str, int]) -> list[tuple]:
+    """Per contraction: (index, index, left labels, right labels, result labels), operands shifting as they are consumed."""
+    import opt_einsum
+    letter = dict(zip(dict.fromkeys(n for s in ins for n in s), string.ascii_letters))
+    equation = ",".join("".join(letter[n] for n in s) for s in ins) + "->" + "".join(letter[n] for n in out)
+    path, _ = opt_einsum.contract_path(equation, *[tuple(size[n] for n in s) for s in ins], shapes=True)
+    work, steps = [list(s) for s in ins], []
+    for pick in path:
+        i, j = sorted(pick) if len(pick) == 2 else (pick[0], None)
+        if j is None:
+            continue
+        b, a = work.pop(j), work.pop(i)
+        needed = set(out).union(*work)
+        rest = [n for n in dict.fromkeys(a + b) if n in needed] if work else out
+        steps.append((i, j, a, b, rest))
+        work.append(rest)
+    return steps
+
+
+def _chain(ins: list[list[str]], out: list[str], args: list[str], size: Mapping[str, int]) -> str:
+    work = list(args)
+    for i, j, a, b, rest in _path(ins, out, size):
+        y, x = work.pop(j), work.pop(i)
+        work.append(contraction([a, b], rest, [x, y], size))
+    return work[0]

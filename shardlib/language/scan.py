@@ -1,0 +1,86 @@
+"""scan: one body over stacked layers. One step of the program, whose body is traced and printed once.
+
+    x, cache = scan(block, x, (w.layers, cache), angles, mask)
+    x, owed, cache = scan(block, (x, owed), (w.layers, cache), angles, mask)
+
+The body is a `@sharded` function of (carry or carries, slices of the stacked, constants) that returns the new carries, then what
+is to be stacked. The stacked dim is the first of each stacked tensor; in the body it is gone, and conversions happen
+there, never on the stack. Refused: a stacked dim that is split (that is a pipeline), two different stacked dims.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from shardlib.language.calls import what
+from shardlib.errors import SpecError
+from shardlib.params import Params, fill, leaf_values
+from shardlib.program import Op, Scan
+from shardlib.rules import Rule
+from shardlib.spec import Dim, Spec
+from shardlib.language.trace import Function, Value, apply, check_dims, trace_results
+
+
+def scan(f: Function, carry: Any, stacked: Any, *constants: Any, **static: Any) -> Any:
+    """Apply `f` over the slices of `stacked` (a tensor, a Params, or a tuple of them), passing `carry` on (a tensor, or a tuple of them).
+
+    Returns the last carry, or carries; and where `f` returns more, those results, stacked.
+    """
+    if not isinstance(f, Function):
+        raise SpecError(f"scan: the body is a @sharded function, not {what(f)}")
+    carries, stacks = (x if isinstance(x, tuple) else (x,) for x in (carry, stacked))
+    if wrong := [c for c in carries if not isinstance(c, Value)] or [carry] * (not carries):
+        raise SpecError(f"scan: the carry is {what(wrong[0])}; it is a tensor of the traced function, or a tuple of them")
+    values = [v for s in stacks for v in _tensors(s)]
+    first = _stacked_dim(values)
+    if carries[0].tracer.runs:
+        return carries[0].tracer.scan(f, carries, stacks, constants, static)
+    if len(f.ins) != len(carries) + len(stacks) + len(constants):
+        raise SpecError(f"scan: {f.__name__} takes {len(f.ins)} arguments; it gets {'the carry' if len(carries) == 1 else f'{len(carries)} carries'}, {len(stacks)} stacked and "
+                        f"{len(constants)} constants")
+    body, results = trace_results(f, [*carries, *(_slice(s) for s in stacks), *constants], static)
+    if len(body.results) < len(carries) or any(isinstance(r, Params) for r in results[:len(carries)]):
+        raise SpecError(f"scan: {f.__name__} returns {len(body.results)}; the first {len(carries)} are the carries, tensors")
+    fixed = [v for c in constants for v in _tensors(c)]
+    operands = (*carries, *values, *fixed)
+    for i, ((path, spec), v) in enumerate(zip(body.arg_leaves(), operands)):
+        stack = len(carries) <= i < len(carries) + len(values)
+        check_dims(f"scan: {path} of {f.__name__}", Spec((*v.spec.dims[:stack], *spec.dims), spec.owed), v)
+    outs = [spec if i < len(carries) else Spec((first, *spec.dims), spec.owed) for i, (_, spec) in enumerate(body.result_leaves())]
+    made = apply(SCAN, operands, ins=[v.spec for v in operands], outs=outs, body=body, **dict(Scan.attrs(first.label, len(values), len(carries))))
+    flat = iter(made if isinstance(made, tuple) else (made,))
+    out = tuple(fill(r, "", lambda _: next(flat)) if isinstance(r, Params) else next(flat) for r in results)
+    for tree in out:
+        if isinstance(tree, Params):
+            carries[0].tracer.group(tree)
+    return out if len(out) > 1 else out[0]
+
+
+def _stacked_dim(values: list[Value]) -> Dim:
+    """The one dim with which all of `values` begin. SpecError where it is none, or split."""
+    dims = dict.fromkeys(v.spec.dims[0].label if v.spec.dims else "()" for v in values)
+    if len(dims) != 1 or "()" in dims:
+        raise SpecError(f"scan: the stacked tensors begin with {', '.join(dims) or 'nothing'}; they share one first dim")
+    first = values[0].spec.dims[0]
+    if first.axes:
+        raise SpecError(f"scan: {first.label} is split over {'/'.join(first.axes)}; a scan over a split dim is a pipeline, which is not built yet")
+    return first
+
+
+def _tensors(tree: Any) -> list[Value]:
+    if isinstance(tree, Params):
+        return [v for _, v in leaf_values(tree, "")]
+    if not isinstance(tree, Value):
+        raise SpecError(f"scan: {what(tree)} is neither a tensor of the traced function nor a Params")
+    return [tree]
+
+
+def _slice(tree: Any) -> Any:
+    """The tree's specs without their first dim."""
+    if isinstance(tree, Params):
+        old = dict(leaf_values(tree, ""))
+        return fill(tree, "", lambda path: replace(old[path].spec, dims=old[path].spec.dims[1:]))
+    return tree
+
+
+SCAN = Op("scan", rule=lambda step: Rule())

@@ -1,0 +1,399 @@
+"""Tracing: run a sharded function once on names instead of tensors, and keep what it did as a Program.
+
+>>> f = Function(lambda x, y: (x + y) * 2, "B T D, D -> B T D")
+>>> [(step.op.name, step.text) for step in trace(f).steps]
+[('add', 'B T D, D -> B T D'), ('scale', 'B T D -> B T D')]
+
+Every tensor argument and result has a spec in the signature; `*` is a pytree of `Params` (its annotation, or an
+instance given to `trace`, says which). Keyword-only arguments are static: plain Python values, part of the program.
+A `@sharded` function called inside another becomes part of its program. Refused: dims that are not those of the value,
+the wrong number of operands, values of another trace.
+"""
+from __future__ import annotations
+
+import dataclasses
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from itertools import count
+from typing import Any, Callable, Iterator, NoReturn, Sequence
+
+from shardlib.language.arithmetic import BINARY, with_number
+from shardlib.language.calls import check_count, check_static, check_tree, misuse, what
+from shardlib.errors import SpecError
+from shardlib.layout import Layout
+from shardlib.language.moves import RESHARD, TABLE
+from shardlib.params import Params, fill, leaf_values, struct
+from shardlib.program import Op, Program, Result, Step, Struct, check_keywords
+from shardlib.signature import Signature
+from shardlib.source import Where, is_ours, user_frame, user_line
+from shardlib.spec import Dim, Spec, heading, nameable, parse_signature
+from shardlib.language.steps import Steps
+
+_ACTIVE: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
+RESERVED = (*TABLE, "scan", "sharded", "EXPLICIT", "Params", "Tensor", "param", "stacked", "nested")
+"""Names that printed programs use."""
+
+
+class NoMethod(SpecError, AttributeError):
+    """What a traced value is asked for, and torch's tensors have."""
+
+
+class Value:
+    """A tensor in a traced function: dims by name, no data. Arithmetic on it records steps."""
+    __slots__ = ("tracer", "id", "spec", "local", "key")
+    
+    def __init__(self, tracer: Tracer, ident: int, spec: Spec) -> None:
+        self.tracer, self.id, self.spec = tracer, ident, spec
+
+    def __repr__(self) -> str:
+        return f"Value({self.spec})"
+
+    def __add__(self, other): return _arithmetic("add", self, other)
+    def __radd__(self, other): return _arithmetic("add", other, self)
+    def __sub__(self, other): return _arithmetic("sub", self, other)
+    def __rsub__(self, other): return _arithmetic("sub", other, self)
+    def __mul__(self, other): return _arithmetic("mul", self, other)
+    def __rmul__(self, other): return _arithmetic("mul", other, self)
+    def __truediv__(self, other): return _arithmetic("div", self, other)
+    def __rtruediv__(self, other): return _arithmetic("div", other, self)
+    def __neg__(self): return _arithmetic("mul", self, -1)
+    def __pos__(self): return self
+
+    def __bool__(self) -> bool:
+        raise SpecError("if: a traced value has no truth; a branch on data would let ranks part ways; use where(mask, a, b)")
+
+    def __getattr__(self, name: str) -> Any:
+        raise NoMethod(f"{name}: a traced value has dims by name and no methods; write it with the ops of shardlib")
+
+    def _compare(self, other: Any) -> bool:
+        raise SpecError("compare: a traced value has no numbers yet; pass masks in as arguments of the @sharded function")
+
+    def _no_operator(self, *_: Any) -> Any:
+        raise SpecError("a traced value has + - * / with values and numbers; write the rest with functions: square(x), where(mask, a, b)")
+
+    __pow__ = __rpow__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __abs__ = __round__ = _no_operator
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _no_operator
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _compare
+    __hash__ = object.__hash__
+
+    def __matmul__(self, other: Any) -> Value:
+        raise SpecError('matmul: "@" does not say which dims it contracts; write einsum("B T D, D F -> B T F", x, w)')
+
+    __rmatmul__ = __matmul__
+
+    def _no_number(self, *_: Any) -> Any:
+        raise SpecError("a traced value has dims by name and no numbers yet; it is not indexed, iterated over, or read")
+
+    __getitem__ = __iter__ = __len__ = __float__ = __int__ = __index__ = __array__ = _no_number
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+        raise SpecError(f"torch.{getattr(function, '__name__', function)}: it is called on a traced value; the ops of shardlib know what "
+                        f"a split and an owed sum are, those of torch do not")
+
+
+def _arithmetic(name: str, a: Any, b: Steps) -> Value:
+    if isinstance(a, Value) and isinstance(b, Value):
+        return apply(BINARY[name], (a, b))
+    value, number = (a, b) if isinstance(a, Value) else (b, a)
+    for op, attrs in with_number(name, number, left=value is b):
+        value = apply(op, (value,), **attrs)
+    return value
+
+
+class Function(Signature):
+    """A function with a signature of specs. Inside of a trace, calling it makes it part of the traced program."""
+
+    def __init__(self, fn: Callable, signature: str, layout: Layout | None = None) -> None:
+        super().__init__(fn, signature)
+        self.layout = layout
+
+    def __call__(self, *args: Any, **static: Any) -> Any:
+        tracer = _ACTIVE.get()
+        return self.outside(args, static) if tracer is None else _inline(tracer, self, args, static)
+
+    def outside(self, args: Sequence[Any], static: dict[str, Any]) -> Any:
+        """What a call on tensors does; the executors say."""
+        raise SpecError(f"{self.__name__} was called outside of a @sharded function")
+
+
+class Tracer:
+    """Records steps. One that `runs` executes them instead (`shardlib.step`). Values are numbered; names are given at the end, from the user's variables where it has them."""
+
+    runs = False
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.specs: list[Spec] = []
+        self.names: dict[int, tuple[str, str, Any]] = {}        # value -> variable, path in it, the object it holds
+        self.num_args = 0
+        self.layout: Layout | None = None
+
+    def new(self, spec: Spec, name: str | None = None) -> Value:
+        self.specs.append(spec)
+        if name:
+            self.names[len(self.specs) - 1] = (name, "", name)
+        return Value(self, len(self.specs) - 1, spec)
+
+    def record(self, op: Op, values: Sequence[Value], ins: Sequence[Spec], outs: Sequence[Spec], attrs: dict[str, Any],
+               body: Program | None, where: Where | None, said: tuple[str, ...] = (), called: str = "",
+               orelse: Program | None = None) -> tuple[Value, ...]:
+        made = tuple(self.new(s) for s in outs)
+        self.steps.append(Step(op, tuple(ins), tuple(outs), tuple(str(v.id) for v in values), tuple(str(v.id) for v in made),
+                               tuple(sorted(attrs.items())), body, orelse, where, layout=self.layout, said=said, called=called))
+        if op.keywords:
+            check_keywords(self.steps[-1])
+        return made
+
+    def notice(self, frame: Any) -> dict[int, str]:
+        """Name the values that the user's variables in `frame` hold. What they are called there, by value.
+
+        A field of a pytree that holds it gives a value its own name: a program assigns to names alone.
+        """
+        said: dict[int, str] = {}
+        for name, value in frame.f_locals.items():
+            for suffix, v in _values(value) if nameable(name) else ():
+                if v.tracer is self:
+                    said.setdefault(v.id, name + suffix)
+                    root, field, tree = self.names.get(v.id, ("", "", v))
+                    if v.id >= self.num_args and not root and suffix.endswith(field):
+                        self.names[v.id] = (suffix.removesuffix(field).split(".")[-1] or name, field, tree)
+        return said
+
+    def group(self, tree: Params) -> None:
+        """The leaves of `tree` are known as its fields, whatever its own name becomes."""
+        for path, v in _values(tree):
+            self.names[v.id] = ("", path, tree)
+
+    def finish(self, name: str, args: Sequence[tuple[str, Any]], results: Sequence[tuple[str, Any]], where: Where | None) -> Program:
+        """The program, with every value under a unique, readable name."""
+        taken = {*(n for n, _ in args), *RESERVED, *(s.op.name for s in self.steps)}
+        roots: dict[int, str] = {}
+        final: dict[str, str] = {}
+        for ident in range(len(self.specs)):
+            root, suffix, held = self.names.get(ident, ("", "", None))
+            if ident < self.num_args:
+                final[str(ident)] = root + suffix
+                continue
+            key = id(held) if held is not None else -1 - ident
+            if key not in roots:
+                roots[key] = fresh(root, taken)
+            final[str(ident)] = roots[key] + suffix
+        steps = tuple(replace(s, inputs=tuple(final[i] for i in s.inputs), outputs=tuple(final[i] for i in s.outputs))
+                      for s in self.steps)
+        return Program(name if heading(name) and name not in RESERVED else "f", tuple(args), steps,
+                       tuple(_result(tree, value, final) for tree, value in results), where=where)
+
+
+def fresh(base: str, taken: set[str]) -> str:
+    """A name that is not yet in `taken`, like `base`; it is added."""
+    name = base if nameable(base) and base not in taken else next(n for i in count(2 if base else 1) if (n := f"{base or 'v'}{i}") not in taken)
+    taken.add(name)
+    return name
+
+
+def _values(value: Any) -> list[tuple[str, Value]]:
+    if isinstance(value, Value):
+        return [("", value)]
+    if isinstance(value, Params):
+        return [(path, v) for path, v in leaf_values(value, "") if isinstance(v, Value)]
+    return []
+
+
+def _result(tree: Any, value: Any, final: dict[str, str]) -> Result:
+    return Result(tree, tuple(final[str(v.id)] for _, v in _values(value)))
+
+
+def trace(f: Function, args: Sequence[Any] = (), static: dict[str, Any] | None = None) -> Program:
+    """The Program of `f`, as written: nothing completed. `args`: instances that say which pytrees it takes, where annotations do not."""
+    return trace_results(f, args, static)[0]
+
+
+def trace_results(f: Function, args: Sequence[Any] = (), static: dict[str, Any] | None = None) -> tuple[Program, tuple[Any, ...]]:
+    """The Program of `f`, and what it returned: Values, and pytrees of them."""
+    check_static(f, static or {})
+    tracer, hints, trees = Tracer(), f.hints(), argument_trees(f, args)
+    values = [_argument(tracer, name, tree, hints.get(name), args[i] if i < len(args) else None) for i, (name, tree) in enumerate(trees)]
+    tracer.num_args = len(tracer.specs)
+    try:
+        with active(tracer):
+            results = f.fn(*values, **(static or {}))
+    except (SpecError, TypeError, ValueError) as error:
+        raise_at_user_line(error)
+    given = _results(f, results)
+    return tracer.finish(f.__name__, trees, given, f.definition), tuple(value for _, value in given)
+
+
+def tracing() -> bool:
+    """Whether a @sharded function is being traced, or run op by op."""
+    return _ACTIVE.get() is not None
+
+
+def raise_at_user_line(error: SpecError | TypeError | ValueError) -> NoReturn:
+    """What came out of a user's function, with the line there; as a SpecError, where it was a wrong call of one of ours."""
+    said = error if isinstance(error, SpecError) else misuse(error, is_ours)
+    if said is None:
+        raise error
+    raise said.at(user_line(error)) from (error.__cause__ if said is error else error)
+
+
+@contextmanager
+def active(tracer: Tracer) -> Iterator[None]:
+    """Ops called inside go to `tracer`."""
+    token = _ACTIVE.set(tracer)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def argument_trees(f: Function, args: Sequence[Any]) -> list[tuple[str, Any]]:
+    """(name, spec or Struct) of every argument; a pytree's from the instance in `args`, else from its annotation."""
+    hints, trees = f.hints(), []
+    if len(args) > len(f.arg_names):
+        check_count(f, args)
+    for i, (name, spec) in enumerate(zip(f.arg_names, f.ins)):
+        given = args[i] if i < len(args) else None
+        if spec is None and given is not None and not isinstance(given, Struct):
+            check_tree(f, name, given, hints.get(name))
+        elif spec is not None and isinstance(given, Params):
+            raise SpecError(f"{f.__name__}: {name} is {what(given)}; it is one tensor, {spec}")
+        trees.append((name, spec if spec is not None else _struct(f, name, given if isinstance(given, (Params, Struct)) else hints.get(name))))
+    return trees
+
+
+def _struct(f: Function, name: str, given: Any) -> Struct:
+    if isinstance(given, Struct):
+        return given
+    if isinstance(given, Params) or (isinstance(given, type) and issubclass(given, Params)):
+        return struct(given)
+    raise SpecError(f'{f.__name__}: {name} is "*" in "{f.signature}", a pytree; annotate it with its Params class, '
+                    f'or pass an instance')
+
+
+def _argument(tracer: Tracer, name: str, tree: Any, hint: Any, given: Any) -> Any:
+    if isinstance(tree, Spec):
+        return tracer.new(tree, name)
+    specs = dict(tree.leaves(name))
+    like = given if isinstance(given, Params) else hint
+    if isinstance(given, Struct):
+        return _fill_struct(tracer, hint, tree, name)
+    return fill(like, name, lambda path: tracer.new(specs[path], path))
+
+
+def _fill_struct(tracer: Tracer, cls: type[Params], tree: Struct, path: str) -> Any:
+    kinds = {f.name: f.metadata.get("of") for f in dataclasses.fields(cls)}
+    return cls(**{n: _fill_struct(tracer, kinds[n], sub, f"{path}.{n}") if isinstance(sub, Struct)
+                  else tracer.new(sub, f"{path}.{n}") for n, sub in tree.fields})
+
+
+def _results(f: Function, results: Any) -> list[tuple[Any, Any]]:
+    try:
+        return _checked_results(f, results)
+    except SpecError as error:
+        raise error.at(f.definition) from None
+
+
+def _checked_results(f: Function, results: Any) -> list[tuple[Any, Any]]:
+    given = results if isinstance(results, tuple) else (results,)
+    if len(given) != len(f.outs):
+        raise SpecError(f'{f.__name__}: it returns {len(given)}, its signature "{f.signature}" names {len(f.outs)} results')
+    out = []
+    for spec, value in zip(f.outs, given):
+        if spec is None:
+            if not isinstance(value, Params):
+                raise SpecError(f'{f.__name__}: result "*" is a Params pytree, not {type(value).__name__}')
+            for path, leaf in leaf_values(value, ""):
+                if not isinstance(leaf, Value):
+                    raise SpecError(f'{f.__name__}: {path[1:]} of result "*" is {what(leaf)}, not a tensor of the traced function')
+            tree = struct(fill(value, "", lambda p, v=dict(leaf_values(value, "")): v[p].spec))
+            out.append((tree, value))
+        else:
+            check_dims(f"{f.__name__}: the result", spec, value)
+            out.append((spec, value))
+    return out
+
+
+def _inline(tracer: Tracer, f: Function, args: Sequence[Any], static: dict[str, Any]) -> Any:
+    check_count(f, args)
+    check_static(f, static)
+    hints = f.hints()
+    for name, spec, given in zip(f.arg_names, f.ins, args):
+        if spec is None:
+            check_tree(f, name, given, hints.get(name))
+    before, tracer.layout = tracer.layout, f.layout if f.layout is not None else tracer.layout
+    try:
+        passed = [a if spec is None else _pass(f"{f.__name__}: the argument {n}", spec, a, f.__name__) for n, spec, a in zip(f.arg_names, f.ins, args)]
+        results = f.fn(*passed, **static)
+        given = _results(f, results)
+        out = tuple(v if isinstance(v, Params) else apply(RESHARD, (v,), ins=(s,), outs=(s,), called=f"{f.__name__}, result") for s, v in given)
+    finally:
+        tracer.layout = before
+    return out if isinstance(results, tuple) else out[0]
+
+
+def _pass(who: str, spec: Spec, value: Any, called: str) -> Value:
+    check_dims(who, spec, value)
+    return apply(RESHARD, (value,), ins=(spec,), outs=(spec,), called=called)
+
+
+def apply(op: Op, operands: Sequence[Any], text: str | None = None, *, ins: Sequence[Spec] | None = None,
+          outs: Sequence[Spec] | None = None, body: Program | None = None, orelse: Program | None = None, called: str = "", **attrs: Any) -> Any:
+    """Record one call of `op`: by its spec string `text`, or with specs inferred from its operands. Its results."""
+    tracer = _ACTIVE.get()
+    if tracer is None:
+        raise SpecError(f"{op.name} was called outside of a @sharded function; put the computation into one, and call that")
+    if tracer.runs:
+        return tracer.run(op, operands, text, ins, outs, attrs)
+    frame = user_frame()
+    said = tracer.notice(frame)
+    for i, x in enumerate(operands):
+        if not isinstance(x, Value):
+            raise SpecError(f"{op.name}: operand {i + 1} is {what(x)}, no traced value; make it an argument of the @sharded function")
+        if x.tracer is not tracer:
+            name = next((n for n, value in frame.f_locals.items() if value is x), f"operand {i + 1}")
+            raise SpecError(f"{op.name}: {name} belongs to another trace; a function takes all it uses as arguments")
+    names = tuple(said.get(v.id, "") for v in operands)
+    where = Where.of(frame)
+    if text is not None:
+        ins, outs = bind(op.name, text, operands, names)
+    elif ins is None:
+        ins = tuple(v.spec.whole() for v in operands)
+        outs = op.infer(ins, attrs)
+    made = tracer.record(op, operands, ins, outs, attrs, body, where, names, called, orelse)
+    return made if len(made) != 1 else made[0]
+
+
+def bind(op: str, text: str, operands: Sequence[Value], names: Sequence[str]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
+    """Operand and result specs of `text`, its dims checked against the operands', "..." replaced by the dims it stands for."""
+    ins, outs = parse_signature(text)
+    if None in ins or None in outs:
+        raise SpecError(f'{op} "{text}": "*" belongs in the signature of a @sharded function')
+    if len(ins) != len(operands):
+        raise SpecError(f'{op} "{text}": the text has {len(ins)} operand specs, {len(operands)} operands were given')
+    dots: tuple[Dim, ...] | None = None
+    for spec, value in zip(ins, operands):
+        if spec.ellipsis:
+            here = value.spec.whole().dims[:len(value.spec.dims) - len(spec.dims)]
+            if dots is not None and here != dots:
+                raise SpecError(f'{op} "{text}": "..." stands for {Spec(dots)} in one operand, for {Spec(here)} in another')
+            dots = here
+    if dots is None and any(s.ellipsis for s in outs):
+        raise SpecError(f'{op} "{text}": "..." in the result stands for dims of an operand, and no operand has it')
+
+    def open_(spec: Spec) -> Spec:
+        return Spec((*dots, *spec.dims), spec.owed) if spec.ellipsis else spec
+    ins, outs = tuple(map(open_, ins)), tuple(map(open_, outs))
+    for i, (spec, value) in enumerate(zip(ins, operands)):
+        check_dims(f'{op} "{text}": {names[i] or f"operand {i + 1}"}', spec, value)
+    return ins, outs
+
+
+def check_dims(who: str, spec: Spec, value: Any) -> None:
+    """SpecError unless `value` has the dims of `spec`, in order."""
+    if not isinstance(value, Value):
+        raise SpecError(f"{who} is {what(value)}, not a tensor of the traced function")
+    if spec.labels != value.spec.labels:
+        raise SpecError(f"{who} has dims {Spec(value.spec.whole().dims)}, not {Spec(spec.whole().dims)}")

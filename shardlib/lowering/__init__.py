@@ -1,0 +1,1 @@
+"""From an explicit program to the Python that one rank runs."""

@@ -1,0 +1,368 @@
+"""Lowering: from an explicit program to the plain Python that one rank runs.
+
+The text holds only identifiers made here, literals, and names of torch; sizes and offsets of the rank are in it as numbers.
+Collectives are calls on the group's coordinator, or, for the simulator, `yield`s of the same request. Axes of size 1
+are gone. Sources are in `linecache`, so that tracebacks show the generated lines.
+"""
+from __future__ import annotations
+
+import linecache
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from shardlib.language.cond import COND
+from shardlib.dtypes import inner_dtypes, read_dtypes, value_dtypes, widest
+from shardlib.errors import SpecError
+from shardlib.lowering.index_check import IndexSite
+from shardlib.mesh import Mesh
+from shardlib.compiler.passes.pack import Packing, emit_packed, packings
+from shardlib.language.pointwise import CAST_LIKE, WIDEN
+from shardlib.program import Program, Scan, Step
+from shardlib.language.scan import SCAN
+from shardlib.spec import Dim, Spec
+from shardlib.lowering.variables import reuse
+from shardlib.language.wires import Wire
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """One collective of a program, for reports: its number there, counted from 1, the user's line, the specs before and after."""
+    number: int
+    program: str
+    where: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"step {self.number} of {self.program}, {self.where + ': ' if self.where else ''}{self.text}"
+
+
+_VIEW = re.compile(r"\.view\([0-9, ]+\)$")
+_MARK = re.compile(r"  # step (\d+)$")          # at the end of lines that are being written: which step they are of
+
+
+class Emitter:
+    """Writes one rank's code.
+
+    sizes: the global size of every dim.  yields: collectives become requests (the simulator).
+    donate: arguments whose buffers the results may reuse.  given: the dtypes of arguments, where they are not float32, int64 or bool.
+    prepared: arguments that come as `Compiled.prepare` made them: weights packed, stacked ones as a sequence of layers.
+    """
+
+    def __init__(self, mesh: Mesh, rank: int, sizes: Mapping[str, int], yields: bool = False, donate: Sequence[str] = (),
+                 given: Mapping[str, str] | None = None, prepared: Sequence[str] = ()) -> None:
+        self.mesh, self.rank, self.sizes, self.yields, self.donate = mesh, rank, sizes, yields, frozenset(donate)
+        self.coordinate = mesh.coordinate(rank)
+        self.groups: dict[tuple[str, ...], str] = {}
+        self.wires: dict[str, Wire] = {}                    # by the method that the code calls
+        self.helpers: dict[str, Callable | IndexSite] = {}  # what generated code has by name
+        self.constants: dict[str, torch.Tensor] = {}
+        self.plan: dict[str, PlanStep] = {}                 # name in the code -> the collective that is called there
+        self._where: tuple[str, Step] | None = None         # the program and the step that is being written
+        self._branch: tuple[str, ...] = ()                  # the names of the branches that are being written, outermost first
+        self.sites: dict[tuple, str] = {}                   # (op, variable that is an index, dim, ..) -> its site's name in the code
+        self.given = dict(given or {})
+        self.dtypes: dict[str, Any] = dict(self.given)      # of the values of the program that is being written
+        self._written: list[Step | None] = []               # the steps that have lines
+        self.lines: tuple[Step | None, ...] = ()            # of each line of the source, the step that it is of
+        self.variables = 0
+        self.in_place: set[str] = set()
+        self.prepared = frozenset(prepared)
+        self.packs: list[Packing] = []
+        self.returned: tuple[str | None, ...] = ()          # the argument that each result leaf is, updated in place
+        self.invariant: frozenset[str] = frozenset()        # variables that are the same in every round of the current loop
+        self.hoisted: dict[tuple[str, str], str] = {}       # (variable, template) -> what it is before the loop
+        self._hoisting: dict[str, Step | None] = {}                # by what is hoisted, the step that asked for it
+
+    # -- what ops ask for ------------------------------------------------------------------------------------------
+
+    def shape(self, spec: Spec) -> tuple[int, ...]:
+        """The local shape of a value of type `spec`."""
+        return self.mesh.local_shape(spec, self.sizes, self.coordinate)
+
+    def opened_shape(self, spec: Spec) -> tuple[int, ...]:
+        """The local shape with groups taken apart."""
+        return tuple(self.rows(Dim((f,)))[1] for d in spec.dims for f in d.factors)
+
+    def rows(self, dim: Dim) -> tuple[int, int]:
+        """(start, size) of this rank's piece of `dim`, a group's in rows of the group."""
+        return self.mesh.rows(dim, self.sizes, self.coordinate)
+
+    def count(self, *dims: Dim) -> int:
+        """The global size of `dims` together."""
+        return prod(self.sizes[n] for d in dims for n in d.names)
+
+    def use(self, helper: Callable) -> str:
+        """The name under which generated code calls `helper`; a user's function gets one of ours."""
+        known = next((n for n, h in self.helpers.items() if h is helper), None)
+        name = known or (helper.__name__ if helper.__module__.startswith("shardlib.") else f"u{len(self.helpers)}")
+        self.helpers[name] = helper
+        return name
+
+    def index_site(self, step: Step, operand: int, variable: str, dim: Dim, argument: str, *, op: str = "", rows: Dim | None = None,
+                   ignored: int | None = None, hint: str = "") -> str:
+        """The name in generated code of the place where `variable`, an operand of the step, is an index into `dim`.
+
+        argument: what it is called where the user has no name for it.  op: what the user has called, if not the step's own.
+        rows, ignored, hint: as an `IndexSite` has them.
+        """
+        key = op or step.op.name, variable, dim, rows, ignored, self._branch
+        if key not in self.sites:
+            said, name = step.said[operand] if step.said else "", f"i{len(self.sites)}"
+            site = IndexSite(key[0], said or argument, dim.label, self.count(dim), (rows.label, self.count(rows)) if rows else ("", 1), ignored,
+                             step.where, hint, self.mesh.size(step.ins[operand].split_axes) == 1)
+            self.sites[key], self.helpers[name] = name, site
+        return self.sites[key]
+
+    def index_sites(self) -> list[IndexSite]:
+        """The places of the program where something is looked up by an index."""
+        return [self.helpers[name] for name in self.sites.values()]
+
+    def hoist(self, variable: str, template: str, parts: int = 1) -> str:
+        """`template` applied to `variable`: once before the loop, where the variable is the same in every layer.
+
+        There, the result is a variable's name; or several, "v1, v2", where the template makes a tuple of `parts`.
+        """
+        if variable not in self.invariant:
+            return template.format(x=variable)
+        if (variable, template) not in self.hoisted:
+            self.hoisted[variable, template] = made = ", ".join(self.variable() for _ in range(parts))
+            self._hoisting[made] = self._where[1] if self._where else None
+        return self.hoisted[variable, template]
+
+    def view(self, text: str, shape: Sequence[int]) -> str:
+        """`text` viewed as `shape`: a view of a view is one view. Its sizes are separate arguments: torch reads a tuple slower."""
+        return f"{_VIEW.sub('', text)}.view({', '.join(map(str, shape)) or '()'})"
+
+    def collective(self, wire: Wire, axes: Sequence[str], pieces: Sequence[str], more: tuple) -> str:
+        """A call of the coordinator of the group over `axes`, which says where in the plan it is; over one rank, nothing is left of it."""
+        operand = f"({', '.join(pieces)},)" if wire.many else pieces[0]
+        if self.mesh.size(axes) == 1:
+            return operand
+        group, extra = self.groups.setdefault(tuple(axes), f"g{len(self.groups)}"), ", ".join(map(repr, more))
+        self.wires[wire.name] = wire
+        if self.yields:
+            return f"(yield ({group}, {wire.name!r}, {operand}, {extra}))"
+        return f"{group}.{wire.name}({operand}, {extra}{self._here()})"
+
+    def _here(self) -> str:
+        if self._where is None:
+            return ""
+        title, step = self._where
+        name = f"s{len(self.plan) + 1}"
+        self.plan[name] = PlanStep(len(self.plan) + 1, title, str(step.where or ""), step.text)
+        return f", at={name}"
+
+    def space(self, device: torch.device) -> dict[str, Any]:
+        """What the code names beside its groups, on `device` once and for all: a copy in each step would stop a capture, and wait."""
+        return {**self.helpers, **{name: made.to(device) for name, made in self.constants.items()}, **self.plan}
+
+    # -- programs --------------------------------------------------------------------------------------------------
+
+    def program(self, program: Program) -> str:
+        """The source of a module whose function `main` takes the program's argument leaves and returns its result leaves."""
+        self.packs = packings(program, set(self.prepared), self.given)
+        args = self.arguments(program)
+        names = {path: f"a{i}" for i, path in enumerate(args)}
+        updated, uses = _updated(program), _uses(program)
+        donated = {path for path, _ in program.arg_leaves() if path.split(".")[0] in self.donate}
+        updated -= {path for path in updated - donated if path.split(".")[0] in self.prepared}
+        lines = [f"{names[p]} = {names[p]}.clone()" for p in names if p in updated - donated and uses[p] == 1]
+        lines += self._block(program, names, donated | updated, {}, value_dtypes(program, self.given))
+        results = [names[n] for n, _ in program.result_leaves()]
+        argument = {variable: path for path, variable in names.items() if path in args}
+        self.returned = tuple(argument.get(variable) for variable in results)
+        lines = reuse([*lines, f"return ({', '.join(results)}{',' if len(results) == 1 else ''})"])
+        if self.yields:
+            lines.insert(0, "if False: yield")
+        lines = [f"def main({', '.join(names[a] for a in args)}):", *_indented(lines)]
+        marks = [_MARK.search(line) for line in lines]
+        self.lines = tuple(self._written[int(mark[1])] if mark else None for mark in marks)
+        return "\n".join(line[:mark.start()] if mark else line for line, mark in zip(lines, marks)) + "\n"
+
+    def arguments(self, program: Program) -> list[str]:
+        """What `main` takes, in order: leaves by path, packed weights by their packing's name."""
+        packed = {path: group for group in self.packs for path in group.outer_paths}
+        return list(dict.fromkeys(packed[p].name if p in packed else p for p, _ in program.arg_leaves()))
+
+    def variable(self) -> str:
+        """A name that generated code has not used yet."""
+        self.variables += 1
+        return f"v{self.variables}"
+
+    def read(self, variable: str, have: str, want: str) -> str:
+        """`variable`, of dtype `have`, in the dtype `want`."""
+        return variable if have == want else self.hoist(variable, f"{{x}}.to(torch.{want})")
+
+    def _block(self, program: Program, names: dict[str, str], owned: set[str], packs: Mapping[str, Packing],
+               dtypes: dict[str, Any]) -> list[str]:
+        """The lines of a program's steps. `names`: value -> variable, gets what the steps make. `owned`: values whose buffers may
+        be reused, where nothing else uses them. `packs`: packings of this body, by the name of the value that is the packed weight.
+        `dtypes`: of the program's values."""
+        outside, self.dtypes = self.dtypes, dtypes
+        group_of = {s.outputs[0]: (arg, group) for arg, group in packs.items() for s in group.steps}
+        uses = _uses(program)
+        lines: list[str] = []
+        for step in program.steps:
+            if step.outputs[0] in names:
+                continue                    # a packing has made it already
+            around, self._where = self._where, (program.name, step)
+            if step.outputs[0] in group_of:
+                arg, group = group_of[step.outputs[0]]
+                made = emit_packed(self, group, program, names, names[arg], uses)
+            elif step.op is SCAN:
+                made = self._scan(step, names, owned, uses)
+            elif step.op is COND:
+                made = self._cond(step, names)
+            else:
+                made = self._line(step, names, owned, uses)
+            self._where = around
+            lines += self._marked(step, made)
+        self.dtypes = outside
+        return lines
+
+    def _marked(self, step: Step | None, lines: Sequence[str]) -> list[str]:
+        """The lines as those of `step`, but for those of the steps inside of it."""
+        self._written.append(step)
+        return [line if _MARK.search(line) else f"{line}  # step {len(self._written) - 1}" for line in lines]
+
+    def _line(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> list[str]:
+        self.in_place = {i for i in step.inputs if i in owned and uses[i] == 1}
+        args = self._operands(step, [names[i] for i in step.inputs])
+        text = self._text(step, args)
+        if step.op in (CAST_LIKE, WIDEN) and text == args[0]:
+            names[step.outputs[0]] = text           # it has that dtype already
+            return []
+        if step.op.updates is not None:
+            owned.add(step.outputs[0])
+        if len(step.outputs) == 1 and (view := _VIEW.search(text)) and uses.get(step.outputs[0], 0) == 1:
+            variable = self.variable()
+            names[step.outputs[0]] = variable + view.group()
+            return [f"{variable} = {text[:view.start()]}"]
+        for out in step.outputs:
+            names[out] = self.variable()
+        return [f"{', '.join(names[o] for o in step.outputs)} = {text}"]
+
+    def _operands(self, step: Step, args: list[str]) -> list[str]:
+        """The operands in the dtypes in which the op reads them, where torch would not read them so itself."""
+        have = [self.dtypes[i] for i in step.inputs]
+        want = read_dtypes(step, have)
+        counting = [i for i in range(len(args)) if i not in step.op.index]
+        if step.op.promotes and all(step.ins[i].dims for i in counting) and widest(*(have[i] for i in counting)) == want[counting[0]]:
+            return args
+        return [self.read(*of) for of in zip(args, have, want)]
+
+    def _text(self, step: Step, args: list[str]) -> str:
+        """What the op says. SpecError where a size is not known, or the op cannot be called with these dims."""
+        try:
+            return step.op.emit(self, step, args)
+        except SpecError as error:
+            raise error.at(step.where) from None
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            unknown = next((n for s in (*step.ins, *step.outs) for n in s.names if n not in self.sizes), None)
+            raise SpecError(f"{step.op.name}: no argument holds all of {unknown}; say its global size: sizes=dict({unknown}=...)" if unknown else
+                            f'{step.op.name}: "{step.text}" is no call of it').at(step.where) from error
+
+    def _cond(self, step: Step, names: dict[str, str]) -> list[str]:
+        """A branch, each body in its place. Nothing of it is done before a loop around it: it may not be taken."""
+        made = [self.variable() for _ in step.outputs]
+        lines, around = [], (self.invariant, self._branch)
+        self.invariant = frozenset()
+        for head, body in zip((f"if bool({names[step.inputs[0]]}):", "else:"), step.bodies):
+            inner = {path: names[value] for path, value in step.passed(body)}
+            self._branch = (*around[1], f"{step.outputs[0]} {head}")
+            block = self._block(body, inner, set(), {}, inner_dtypes(step, body, self.dtypes))
+            block += [f"{v} = {inner[n]}" for v, (n, _) in zip(made, body.result_leaves())]
+            lines += [head, *_indented(block or ["pass"])]
+        self.invariant, self._branch = around
+        names.update(zip(step.outputs, made))
+        return lines
+
+    def _scan(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> list[str]:
+        """A loop over the layers. A stacked cache that the body updates and returns in its place is updated in place."""
+        body, parts = step.body, Scan.of(step)
+        outer, slices = dict(step.passed(body)), [path for path, _ in parts.stacked]
+        kept = {made: path for made, _ in parts.made if (path := _updates(body, made)) in slices and outer[path] in owned and uses[outer[path]] == 1}
+        packs = {group.name: group for group in self.packs if group.scan == step.outputs[0]}
+        outer |= {name: name for name in packs}
+        absorbed = {p for group in packs.values() for p in group.inner_paths}
+        stacked = [*packs, *(p for p in slices if p not in absorbed)]
+        constants = {path: names[value] for path, value in parts.constants}
+        inner = {**{path: self.variable() for path, _ in parts.carries}, **{p: self.variable() for p in stacked}, **constants}
+        carries, targets = [inner[path] for path, _ in parts.carries], [inner[p] for p in stacked]
+        around = self.invariant, self.hoisted
+        self.invariant, self.hoisted = frozenset(constants.values()), {}
+        dtypes = inner_dtypes(step, body, self.dtypes)
+        block = self._block(body, inner, set(kept.values()), packs, dtypes)
+        hoisted, (self.invariant, self.hoisted) = self.hoisted, around
+        lines = [line for (variable, template), made in hoisted.items() for line in self._marked(
+            self._hoisting[made], [f"{made} = {self.hoist(variable, template, made.count(',') + 1)}"])]
+        lines = lines if self.sizes[parts.dim] else []                  # without layers nothing is looked up, or refused
+        lists = {made: self.variable() for made, _ in parts.made if made not in kept}
+        block += [f"{made}.append({inner[out]})" for out, made in lists.items()]
+        block += [f"{', '.join(carries)} = {', '.join(inner[out] for out, _ in parts.carried)}"]
+        reverse = "[::-1]" if parts.reverse else ""
+        rows = [names[outer[p]] + ("" if outer[p].split(".")[0] in self.prepared else ".unbind(0)") + reverse for p in stacked]
+        lines += [*(f"{carry} = {names[value]}" for carry, (_, value) in zip(carries, parts.carries)), *(f"{made} = []" for made in lists.values()),
+                  f"for {', '.join(targets)}, in zip({', '.join(rows)}):", *_indented(block)]
+        names.update(zip((value for _, value in parts.carried), carries))
+        types = body.types()
+        for out, made in parts.made:
+            if out in kept:
+                names[made] = names[outer[kept[out]]]
+                owned.add(made)
+                continue
+            if lists[out] not in names.values():        # a body may return a value twice
+                other = f", dtype=torch.{dtypes[out]}" if dtypes[out] != dtypes[parts.carried[0][0]] else ""
+                lines.append(f"{lists[out]} = torch.stack({lists[out]}{reverse}) if {lists[out]} else "
+                             f"{carries[0]}.new_zeros({(0, *self.shape(types[out]))}{other})")
+            names[made] = lists[out]
+        return lines
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return ["    " + line for line in lines]
+
+
+def _uses(program: Program) -> dict[str, int]:
+    """How often each value is used, results included."""
+    out: dict[str, int] = {}
+    for name in (*(i for s in program.steps for i in s.inputs), *(n for n, _ in program.result_leaves())):
+        out[name] = out.get(name, 0) + 1
+    return out
+
+
+def _updates(program: Program, name: str) -> str | None:
+    """The argument whose buffer `name` is an update of, if it is one, and nothing else uses the argument or an update on the way."""
+    made, uses, chain = {out: s for s in program.steps for out in s.outputs}, _uses(program), [name]
+    while chain[-1] in made:
+        step = made[chain[-1]]
+        if step.op.updates is None:
+            return None
+        chain.append(step.inputs[step.op.updates])
+    return chain[-1] if all(uses[n] == 1 for n in chain[1:] or chain) else None
+
+
+def _updated(program: Program) -> set[str]:
+    """The arguments that the program may update in place once they are its own."""
+    out: set[str] = set()
+    for step in program.steps:
+        if step.op.updates is not None:
+            out.add(step.inputs[step.op.updates])
+        if step.op is SCAN:
+            outer = dict(step.passed(step.body))
+            out |= {outer[path] for made, _ in Scan.of(step).made if (path := _updates(step.body, made)) in outer}
+    return {p for p, _ in program.arg_leaves()} & out
+
+
+def load(source: str, helpers: Mapping[str, Any], groups: Mapping[str, Any], title: str) -> Callable:
+    """The function `main` of generated source; its lines are known to tracebacks."""
+    file = f"<shardlib {title} {abs(hash(source)):x}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    space: dict[str, Any] = {"torch": torch, "F": F, **helpers, **groups}
+    exec(compile(source, file, "exec"), space)
+    return space["main"]

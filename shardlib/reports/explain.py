@@ -1,0 +1,198 @@
+"""explain: where the traffic comes from. A table for a person, and the same as JSON.
+
+One row a collective of the program: the user's line, the spec before and after, the group, bytes a rank receives, the
+predicted time, and why it is there; then what each rank holds, and how unevenly. With a runtime, also the communicator that takes
+it on this machine, and its time as measured there.
+"""
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any, Mapping, Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from shardlib.language.cond import COND
+from shardlib.distributed.communicators.protocol import Call
+from shardlib.distributed.runtime import Runtime
+from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
+from shardlib.errors import bytes_text
+from shardlib.mesh import Mesh
+from shardlib.language.moves import axes_of, placed, received
+from shardlib.program import Program, Step
+from shardlib.reports.project import check_given
+from shardlib.language.scan import SCAN
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """A collective takes `latency_us` and `bytes / bytes_per_us`. `source` says where the numbers come from."""
+    latency_us: float = 20.0
+    bytes_per_us: float = 100_000.0
+    source: str = "assumed, not measured: 20 µs a collective, 100 GB/s"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One collective of a program. received: bytes by rank, each time; times: how often it runs (scan), where its `branch` is taken (cond)."""
+    op: str
+    where: str
+    function: str
+    branch: str
+    before: str
+    after: str
+    axes: tuple[str, ...]
+    group_size: int
+    times: int
+    received: tuple[int, ...]
+    predicted_us: float
+    why: str
+    communicator: str = ""
+    choice: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the busiest rank receives, each time."""
+        return max(self.received)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. `print` it, or take `to_json()`.
+
+    collectives: that one run makes; received: bytes in one run by rank. Of a cond both count the larger branch: they are at most that.
+    """
+    program: str
+    mesh: str
+    traffic: tuple[Traffic, ...]
+    collectives: int
+    received: tuple[int, ...]
+    argument_bytes: tuple[int, ...]
+    cost_source: str
+    unmet: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the busiest rank receives in one run; it need not be the busiest in each collective."""
+        return max(self.received)
+
+    @property
+    def imbalance(self) -> float:
+        """What the fullest rank holds of the arguments, over the mean."""
+        mean = sum(self.argument_bytes) / len(self.argument_bytes)
+        return max(self.argument_bytes) / mean if mean else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        plain = {**asdict(self), "traffic": [{**asdict(t), "bytes": t.bytes} for t in self.traffic], "bytes": self.bytes, "imbalance": self.imbalance}
+        return json.loads(json.dumps(plain))
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        console = Console(file=out, width=150, force_terminal=False)
+        table = Table(title=f"{self.program} on mesh {self.mesh or '(one rank)'}", title_justify="left", box=None, pad_edge=False)
+        routed, branched = any(t.communicator for t in self.traffic), any(t.branch for t in self.traffic)
+        for name in ("line", *(["branch"] if branched else []), "collective", "before", "after", "ranks", "times", "bytes", "µs",
+                     *(["by"] if routed else []), "why"):
+            table.add_column(name, justify="right" if name in ("ranks", "times", "bytes", "µs") else "left", overflow="fold")
+        for t in self.traffic:
+            table.add_row(t.where, *([t.branch] if branched else []), t.op, t.before, t.after, f"{'/'.join(t.axes)}={t.group_size}", str(t.times),
+                          bytes_text(t.bytes), f"{t.predicted_us:.3g}", *([t.communicator] if routed else []), t.why)
+        console.print(table)
+        for choice in dict.fromkeys(t.choice for t in self.traffic if t.choice):
+            console.print(choice)
+        most = "at most " if branched else ""
+        console.print(f"{most}{self.collectives} collectives, {bytes_text(self.bytes)} received per rank and run; times {self.cost_source}")
+        console.print(f"arguments: {bytes_text(max(self.argument_bytes))} on the fullest rank, {self.imbalance:.2f} x the mean")
+        for line in self.unmet:
+            console.print(line)
+        return out.getvalue()
+
+
+def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None, default: str = "float32",
+            cost: CostModel = CostModel(), runtime: Runtime | None = None) -> Explanation:
+    """Every collective of an explicit program, with its cost at these sizes, and what each rank holds.
+
+    runtime: says who takes each collective and how long that took when it was measured; all ranks then call this.
+    """
+    sizes = check_given(program, mesh, sizes, dtypes or {}, default)
+    kinds = value_dtypes(program, dtypes or {}, default)
+    held = tuple(sum(prod(mesh.local_shape(spec, sizes, c)) * ITEMSIZE[kinds[path]] for path, spec in program.arg_leaves())
+                 for c in mesh.coordinates())
+    traffic, (collectives, *received) = _Counter(mesh, sizes, cost).count(program, kinds)
+    source = cost.source
+    if runtime is not None:
+        traffic, source = _routed(traffic, runtime, cost)
+    return Explanation(program.name, str(mesh), tuple(t for t, _ in traffic), collectives, tuple(received), held, source, _unmet(program))
+
+
+def _routed(traffic: Sequence[tuple[Traffic, Call]], runtime: Runtime, cost: CostModel) -> tuple[tuple[tuple[Traffic, Call], ...], str]:
+    """The same with who takes each, and µs by the routing table where it has them; and where the times come from."""
+    runtime.create_groups(dict.fromkeys(t.axes for t, _ in traffic))
+    made, measured = [], 0
+    for t, call in traffic:
+        call = call._replace(device=runtime.device.type)
+        choice = runtime.group(t.axes).router.choice(call)
+        measured += choice.us is not None
+        made.append((replace(t, communicator=choice.communicator, choice=f"{t.op} of {bytes_text(max(call.nbytes, 0))}: {choice.why}",
+                             predicted_us=t.predicted_us if choice.us is None else choice.us), call))
+    assumed = f"; {len(made) - measured} of {len(made)}: {cost.source}" if measured < len(made) else ""
+    return tuple(made), f"{runtime.table.source}{assumed}" if measured else cost.source
+
+
+def _unmet(program: Program) -> tuple[str, ...]:
+    """Entries of the layout that some ops could not follow, a line for each dim and axis."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for dim, axis, where in (u for p in (program, *program.bodies()) for u in p.unmet):
+        places.setdefault((dim, axis), []).append(where)
+    return tuple(f"{dim} is not split over {axis} at {', '.join(dict.fromkeys(found))}: there another dim has it" for (dim, axis), found in places.items())
+
+
+@dataclass(frozen=True)
+class _Counter:
+    """Counts what a program sends: its rows, and one run's sum of them: collectives, then bytes received by rank."""
+    mesh: Mesh
+    sizes: Mapping[str, int]
+    cost: CostModel
+
+    def count(self, program: Program, kinds: Mapping[str, str], times: int = 1, branch: str = "") -> tuple[list[tuple[Traffic, Call]], list[int]]:
+        rows, total = [], [0] * (1 + self.mesh.world_size)
+        for step in program.steps:
+            if step.bodies:
+                again = self.sizes[step.options["dim"]] if step.op is SCAN else 1
+                parts = [self.count(body, inner_dtypes(step, body, kinds), times * again, taken)
+                         for body, taken in zip(step.bodies, _branches(step, branch))]
+                rows += [row for made, _ in parts for row in made]
+                total = [n + again * max(more) for n, *more in zip(total, *(sums for _, sums in parts))]
+            elif step.op.wire and self.mesh.size(axes_of(step, self.mesh)) > 1:
+                dtype = kinds[step.inputs[0]]
+                row = self._row(step, program, ITEMSIZE[dtype], times, branch)
+                rows.append((row, _call(step, self.mesh, self.sizes, dtype)))
+                total = [n + more for n, more in zip(total, (1, *row.received))]
+        return rows, total
+
+    def _row(self, step: Step, program: Program, itemsize: int, times: int, branch: str) -> Traffic:
+        got = tuple(received(step, self.mesh, self.sizes, rank) * itemsize for rank in range(self.mesh.world_size))
+        axes = axes_of(step, self.mesh)
+        return Traffic(step.op.name, str(step.where or ""), program.name, branch, str(step.ins[0]), str(step.outs[0]), axes, self.mesh.size(axes), times,
+                       got, self.cost.latency_us + max(got) / self.cost.bytes_per_us, step.why)
+
+
+def _branches(step: Step, branch: str) -> tuple[str, ...]:
+    """What the rows of a step's bodies say of the branch that they are in; `branch`: of the step itself."""
+    if step.op is not COND:
+        return (branch,)
+    around, on = branch and f"{branch}, ", step.inputs[0]
+    return f"{around}{step.body.name} if {on}", f"{around}{step.orelse.name} if not {on}"
+
+
+def _call(step: Step, mesh: Mesh, sizes: Mapping[str, int], dtype: str) -> Call:
+    """What the step asks of a GroupCoordinator, as rank 0 does."""
+    at = placed(step, mesh, sizes, 0)
+    wire, even = at.move.wire, at.move.wire.even(at.counts)
+    nbytes = wire.whole(at.counts) * ITEMSIZE[dtype] if even or not wire.many else -1
+    return Call(wire.name, at.kind if wire.reduces else None, getattr(torch, dtype), "cpu", nbytes, even)

@@ -1,0 +1,92 @@
+"""The simulator: all ranks of a mesh in one process, on the code that each rank would run.
+
+Every rank's generated function is a generator that yields its collectives. A round runs each rank to its next one; a
+collective happens when all ranks of its group ask for the same. Ranks that part ways are an error that says how.
+"""
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shardlib.lowering.emit import Emitter, load
+from shardlib.errors import SpecError
+from shardlib.run.failures import explain_failure
+from shardlib.mesh import Mesh
+from shardlib.program import Program
+from shardlib.run.surroundings import without_autocast
+from shardlib.language.wires import WIRES, Wire
+
+
+def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]], sizes: Mapping[str, int], log: list | None = None) -> list[dict[str, Tensor]]:
+    """Run an explicit program on every rank. `args`: each rank's shards by path. Each rank's result leaves, by position name.
+
+    `log` receives (rank, group ranks, method, numel) of every collective.
+    """
+    ranks, lines, wires = [], {}, {}
+    given = {path: str(t.dtype).removeprefix("torch.") for path, t in args[0].items()}
+    device = next((t.device for t in args[0].values()), torch.device("cpu"))
+    for rank in range(mesh.world_size):
+        e = Emitter(mesh, rank, sizes, yields=True, given=given)
+        source = e.program(program)
+        wires |= e.wires
+        groups = {name: mesh.group(axes, rank) for axes, name in e.groups.items()}
+        main = load(source, e.space(device), groups, f"{program.name} rank {rank}")
+        lines[main.__code__.co_filename] = e.lines
+        ranks.append(main(*(args[rank][path] for path, _ in program.arg_leaves())))
+    try:
+        with without_autocast():
+            outs = run_ranks(ranks, log, wires)
+    except Exception as error:
+        explain_failure(error, lines)
+        raise
+    return [{f"{i}": v for i, v in enumerate(out)} for out in outs]
+
+
+def run_ranks(ranks: Sequence[Any], log: list | None = None, wires: Mapping[str, Wire] = WIRES) -> list[tuple]:
+    """Drive the ranks' generators to their ends, performing the collectives they ask for over `wires`."""
+    waiting: dict[int, tuple] = {}
+    done: dict[int, tuple] = {}
+
+    def advance(rank: int, value: Any) -> None:
+        try:
+            waiting[rank] = ranks[rank].send(value)
+        except StopIteration as stop:
+            done[rank] = stop.value
+    for rank in range(len(ranks)):
+        advance(rank, None)
+    while waiting:
+        ready = next((g for g in dict.fromkeys(r[0] for r in waiting.values())
+                      if all(m in waiting and waiting[m][0] == g for m in g)), None)
+        if ready is None:
+            raise SpecError("the ranks part ways: " + "; ".join(
+                f"rank {r} waits in {waiting[r][1]} of ranks {list(waiting[r][0])}" if r in waiting else f"rank {r} has ended"
+                for r in range(len(ranks))))
+        requests = [waiting.pop(m) for m in ready]
+        if log is not None:
+            log.append((ready, requests[0][1], max(_numel(r[2]) for r in requests)))
+        for member, value in zip(ready, perform(requests, wires)):
+            advance(member, value)
+    return [done[r] for r in range(len(ranks))]
+
+
+def _numel(x: Any) -> int:
+    return sum(t.numel() for t in x) if isinstance(x, tuple) else x.numel()
+
+
+def perform(requests: Sequence[tuple], wires: Mapping[str, Wire] = WIRES) -> list[Any]:
+    """What each member of one collective gets; `requests`: theirs, (group, method, operand, *more).
+
+    SpecError where these do not fit.
+    """
+    method = requests[0][1]
+    if any(r[1] != method for r in requests):
+        raise SpecError(f"the ranks part ways: {', '.join(sorted({r[1] for r in requests}))} in one group at once")
+    wire, xs, more = wires[method], [r[2] for r in requests], [r[3:] for r in requests]
+    told = [said[wire.own:] for said in more]
+    if any(t != told[0] for t in told):
+        raise SpecError(f"{method}: the ranks say {' and '.join(map(str, dict.fromkeys(told)))} of one collective")
+    if len(dtypes := dict.fromkeys(p.dtype for x in xs for p in (x if wire.many else (x,)))) > 1:
+        raise SpecError(f"{method}: the ranks bring {' and '.join(str(d).removeprefix('torch.') for d in dtypes)}")
+    return wire.perform(xs, more)

@@ -1,0 +1,206 @@
+"""The step executor: a sharded function run line by line on this rank's tensors, for a debugger.
+
+The user's own Python runs; every op is typed, completed, converted and executed at once, so that a breakpoint in the
+function sees real values: `x.spec` is the type, `x.local` this rank's tensor. What an op needs (its conversions, its local
+code) is worked out once for each set of operand types, and kept.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shardlib.language.calls import check_given, check_tensors
+from shardlib.compiler.complete import complete_step
+from shardlib.distributed.runtime import Runtime
+from shardlib.dtypes import ITEMSIZE, changed, step_dtypes, value_dtypes
+from shardlib.lowering.emit import Emitter, load
+from shardlib.errors import SpecError
+from shardlib.run.failures import Lines, explain_failure
+from shardlib.layout import Layout
+from shardlib.params import Params, fill, leaf_values
+from shardlib.program import Op, Program, Step, leaves
+from shardlib.language.rearrange import RENAME
+from shardlib.compiler.sizes import Sizes, bound
+from shardlib.source import Where, user_frame
+from shardlib.spec import Spec
+from shardlib.run.surroundings import refuse_gradients, without_autocast
+from shardlib.language.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, raise_at_user_line
+
+
+KNOWN = frozenset(getattr(torch, name) for name in ITEMSIZE)
+PARAM = -2       # the id of values that are parameters: they follow an activation's split, others do not
+
+
+def _place() -> tuple[Any, int]:
+    """The user's call that is running: what looks up an index says it in its error."""
+    frame = user_frame()
+    return frame.f_code, frame.f_lasti
+
+
+class Stepper(Tracer):
+    """Executes each op as it is called. `recipes`: what was worked out before, at the same sizes."""
+    runs = True
+
+    def __init__(self, runtime: Runtime, layout: Layout, sizes: Sizes, recipes: dict) -> None:
+        super().__init__()
+        self.runtime, self.base, self.sizes, self.recipes = runtime, layout, sizes, recipes
+
+    def value(self, spec: Spec, local: Tensor, param: bool = False) -> Value:
+        """A value with data: `key` is what recipes know it by."""
+        made = Value(self, PARAM if param else -1, spec)
+        made.local, made.key = local, f"{spec.text} {_name(local.dtype)}{' param' if param else ''}"
+        return made
+
+    def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any]) -> Any:
+        """Execute one call."""
+        try:
+            key = (op, text or ins, outs, self.layout, *[x.key for x in operands], repr(attrs) if attrs else "", _place() if op.index else None)
+            function, made, lines = self.recipes[key]
+        except (KeyError, AttributeError):
+            function, made, lines = self._recipe(op, operands, text, ins, outs, attrs, self.layout if self.layout is not None else self.base)
+            self.recipes[key] = function, made, lines
+        try:
+            results = function(*[x.local for x in operands])
+        except Exception as error:
+            explain_failure(error, lines, Where.of(user_frame()))
+            raise
+        if len(made) == 1:
+            spec, name = made[0]
+            value = Value(self, -1, spec)
+            value.local, value.key = results[0], name
+            return value
+        return tuple(self.value(spec, t) for (spec, _), t in zip(made, results))
+
+    def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any],
+                layout: Layout) -> tuple[Callable, list[tuple[Spec, str]], Lines]:
+        """What runs a call like this one, the types of its results and what recipes know them by, and whose lines are whose."""
+        for i, x in enumerate(operands):
+            if not isinstance(x, Value) or x.tracer is not self:
+                raise SpecError(f"{op.name}: operand {i + 1} is no tensor of this function; pass tensors in as arguments")
+        frame = user_frame()
+        said = tuple(next((n for n, value in frame.f_locals.items() if value is x), "") for x in operands)
+        names = tuple(f"i{i}" for i in range(len(operands)))
+        if text is not None:
+            ins, outs = bind(op.name, text, operands, said)
+        elif ins is None:
+            ins = tuple(v.spec.whole() for v in operands)
+            outs = op.infer(ins, attrs)
+        made = tuple(f"o{i}" for i in range(len(outs)))
+        step = Step(op, ins, outs, names, made, tuple(sorted(attrs.items())), where=Where.of(frame), said=said)
+        given = {n: _name(x.local.dtype) for n, x in zip(names, operands)}
+        step_dtypes(step, [*given.values()])
+        if op is RENAME:
+            self.sizes.rename(step)
+            self.sizes.settle()
+        types = {name: x.spec for name, x in zip(names, operands)}
+        params = {name for name, x in zip(names, operands) if x.id == PARAM}
+        program = complete_step(step, types, params, layout, self.runtime.mesh, self.sizes.of)
+        e = Emitter(self.runtime.mesh, self.runtime.rank, self.sizes.of, given=given)
+        source = e.program(program)
+        self.runtime.create_groups(list(e.groups))
+        groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
+        function = load(source, e.space(self.runtime.device), groups, op.name)
+        for site in e.index_sites():
+            site.tell = self.runtime.end_others
+        dtypes = value_dtypes(program, given)
+        known = [(spec, f"{spec.text} {dtypes[name]}") for name, spec in program.result_leaves()]
+        return function, known, {function.__code__.co_filename: e.lines}
+
+    def whole(self, value: Value) -> Tensor:
+        """The scalar `value`, with what it owes paid."""
+        return self.run(RESHARD, (value,), None, (value.spec,), (value.spec.owing(),), {}).local
+
+    def scan(self, f: Function, carries: tuple[Value, ...], stacks: Sequence[Any], constants: Sequence[Any], static: dict[str, Any]) -> Any:
+        """Run the body of a scan layer by layer, through the user's own function."""
+        first = next(v for s in stacks for v in _values(s))
+        dim, rows = first.spec.dims[0], []
+        for i in range(first.local.shape[0]):
+            out = f(*carries, *(self._slice(s, i) for s in stacks), *constants, **static)
+            out = out if isinstance(out, tuple) else (out,)
+            for before, after in zip(carries, out):
+                if error := changed(f.__name__, _name(before.local.dtype), _name(after.local.dtype)):
+                    raise error
+            carries = out[:len(carries)]
+            rows.append(out[len(carries):])
+
+        def stacked(values: Sequence[Value]) -> Value:
+            spec = values[0].spec
+            return self.value(Spec((dim, *spec.dims), spec.owed), torch.stack([v.local for v in values]))
+        ys = []
+        for column in zip(*rows):
+            if isinstance(column[0], Params):
+                per_path = zip(*([v for _, v in leaf_values(c, "")] for c in column))
+                made = iter([stacked(values) for values in per_path])
+                ys.append(fill(column[0], "", lambda _: next(made)))
+            else:
+                ys.append(stacked(column))
+        return (*carries, *ys) if ys or len(carries) > 1 else carries[0]
+
+    def _slice(self, tree: Any, i: int) -> Any:
+        def one(v: Value) -> Value:
+            return self.value(Spec(v.spec.dims[1:], v.spec.owed), v.local[i], v.id == PARAM)
+        if isinstance(tree, Params):
+            old = dict(leaf_values(tree, ""))
+            return fill(tree, "", lambda path: one(old[path]))
+        return one(tree)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _values(tree: Any) -> list[Value]:
+    return [v for _, v in leaf_values(tree, "")] if isinstance(tree, Params) else [tree]
+
+
+def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any], sizes: Mapping[str, int], static: dict[str, Any],
+              recipes: dict) -> Any:
+    """Run `f` op by op on this rank's shards; shards come back."""
+    mesh = runtime.mesh
+    check_given(f, args)
+    layout = (f.layout if f.layout is not None else layout).on(mesh)
+    trees = [(name, _complete(tree, layout, mesh)) for name, tree in argument_trees(f, args)]
+    given = {path: v for (name, tree), arg in zip(trees, args) for (path, _), v in zip(leaves(name, tree), _tensors(arg))}
+    check_tensors(f, given.items())
+    if mesh.world_size > 1:
+        refuse_gradients(f.__name__, given.items())
+    program = Program(f.__name__, tuple(trees), (), (), True)
+    if any(v.dtype not in KNOWN for v in given.values()):
+        value_dtypes(program, {path: _name(v.dtype) for path, v in given.items()})
+    known = bound(program, {p: tuple(v.shape) for p, v in given.items()}, sizes, mesh, runtime.coordinate)
+    known, found = recipes.setdefault(tuple(known.of.items()), (known, {}))
+    stepper = Stepper(runtime, layout, known, found)
+    values = []
+    for (name, tree), arg in zip(trees, args):
+        param = isinstance(arg, Params)
+        made = {path: stepper.value(spec, given[path], param) for path, spec in leaves(name, tree)}
+        if param:
+            values.append(fill(arg, name, lambda path, made=made: made[path]))
+        else:
+            values.append(made[name])
+    with active(stepper), without_autocast():
+        try:
+            results = f.fn(*values, **static)
+        except (SpecError, TypeError, ValueError) as error:
+            raise_at_user_line(error)
+        given_back = results if isinstance(results, tuple) else (results,)
+        out = tuple(_locals(v) if spec is None else stepper.run(RESHARD, (v,), None, (v.spec,), (spec,), {}).local
+                    for spec, v in zip(f.outs, given_back, strict=True))
+    return out if len(out) > 1 else out[0]
+
+
+def _complete(tree: Any, layout: Layout, mesh: Any) -> Any:
+    def type_of(spec: Spec) -> Spec:
+        return layout.type_of(spec, mesh)
+    return type_of(tree) if isinstance(tree, Spec) else tree.map(type_of)
+
+
+def _tensors(arg: Any) -> list[Tensor]:
+    return [v for _, v in leaf_values(arg, "")] if isinstance(arg, Params) else [arg]
+
+
+def _locals(tree: Any) -> Any:
+    old = dict(leaf_values(tree, ""))
+    return fill(tree, "", lambda path: old[path].local)
