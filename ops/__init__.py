@@ -1,5 +1,10 @@
 """Operators of models, one file each: typing rule, what it does on local tensors, derivative."""
-from shardlib.ops import attention as _attention, cross_entropy as _cross_entropy, kv_cache, rms_norm as _rms_norm, rope as _rope, sampling, take as _take
+from shardlib.ops import attention as _attention
+from shardlib.ops import cross_entropy as _cross_entropy
+from shardlib.ops import kv_cache, sampling
+from shardlib.ops import rms_norm as _rms_norm
+from shardlib.ops import rope as _rope
+from shardlib.ops import take as _take
 from shardlib.ops.attention import attention
 from shardlib.ops.cross_entropy import cross_entropy
 from shardlib.ops.kv_cache import causal_mask, update_cache

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from shardlib.dtypes import widest
 from shardlib.errors import SpecError
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
 from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
-from shardlib.language.steps import Steps
-from shardlib.language.trace import apply
 
 
 def causal(q: Tensor, k: Tensor, offset: int) -> Tensor:

@@ -5,13 +5,13 @@ from math import prod
 from typing import Any, Mapping
 
 import torch
+from shardlib.ops import TABLE
 from torch import Tensor
 
-from shardlib.language.arithmetic import BINARY, SCALE, SHIFT
-from shardlib.ops import TABLE
-from shardlib.oracle import Case, Draw, normal
 from shardlib.compiler.parser import CORE
+from shardlib.language.arithmetic import BINARY, SCALE, SHIFT
 from shardlib.language.pointwise import UNARY
+from shardlib.oracle import Case, Draw, normal
 from shardlib.program import Op
 
 OPS: dict[str, Op] = {**CORE, **BINARY, "scale": SCALE, "shift": SHIFT, **TABLE}

@@ -23,22 +23,22 @@ import math
 from typing import Any, Mapping, Sequence
 
 import torch
+from shardlib.ops.take import local, pick
 from torch import Tensor
 
-from shardlib.language.arithmetic import SUB
 from shardlib.dtypes import Dtypes, widest
 from shardlib.errors import SpecError
-from shardlib.lowering.index_check import IndexSite
-from shardlib.local_code import LocalCode
-from shardlib.ops.take import local, pick
+from shardlib.language.arithmetic import SUB
 from shardlib.language.pointwise import OPS as UNARY
-from shardlib.program import Op, Step
 from shardlib.language.reductions import MAX
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
+from shardlib.local_code import LocalCode
+from shardlib.lowering.index_check import IndexSite
+from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Dim, Spec, parse_signature
-from shardlib.language.steps import Steps
-from shardlib.language.trace import apply
 
 
 def wide(x: Tensor) -> Tensor:

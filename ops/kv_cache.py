@@ -8,17 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from shardlib.ops.rope import positions
 from torch import Tensor
 
 from shardlib.errors import SpecError
-from shardlib.lowering.index_check import IndexSite
+from shardlib.language.trace import apply
 from shardlib.local_code import LocalCode
-from shardlib.ops.rope import positions
+from shardlib.lowering.index_check import IndexSite
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
-from shardlib.language.trace import apply
 
 
 def slots(start: Tensor, shape: tuple[int, ...], site: IndexSite) -> Tensor:

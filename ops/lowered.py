@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Callable
 
+from shardlib.ops import TABLE
 from torch import Tensor
 
-from shardlib import EXPLICIT, Params, SpecError, cond, local, param, scan as forward_scan, sharded, stacked
-from shardlib.ops import TABLE
+from shardlib import EXPLICIT, Params, SpecError, cond, local, param, sharded, stacked
+from shardlib import scan as forward_scan
 from shardlib.compiler.parser import CORE
-from shardlib.program import Op
 from shardlib.language.trace import apply
+from shardlib.program import Op
 
 
 def _function(op: Op) -> Callable:

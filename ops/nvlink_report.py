@@ -10,10 +10,9 @@ from itertools import product
 from typing import Sequence
 
 import torch
-from torch import Tensor
-
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS, STATE_WORDS
 from shardlib.triton_kernels.workspace import Workspace
+from torch import Tensor
 
 MOST_WORDS = 1 << 18
 """Words of a slot that a report looks at, for each rank."""

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from shardlib.dtypes import as_they_come, widest
 from shardlib.errors import SpecError
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
 from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec
-from shardlib.language.steps import Steps
-from shardlib.language.trace import apply
 
 
 def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from shardlib.dtypes import FLOATS, as_they_come, widest
 from shardlib.errors import SpecError
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
 from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
-from shardlib.language.steps import Steps
-from shardlib.language.trace import apply
 
 
 def frequencies(head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None) -> Tensor:

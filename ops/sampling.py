@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from shardlib.errors import SpecError
+from shardlib.language.trace import apply
 from shardlib.local_code import LocalCode
 from shardlib.params import uniform
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
-from shardlib.language.trace import apply
 
 
 def places(logits: Tensor, first: int) -> Tensor:

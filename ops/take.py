@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardlib.errors import SpecError
-from shardlib.lowering.index_check import IndexSite
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
 from shardlib.local_code import LocalCode
+from shardlib.lowering.index_check import IndexSite
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
-from shardlib.language.steps import Steps
-from shardlib.language.trace import apply
 
 
 def local(index: Tensor, start: int, size: int, site: IndexSite) -> tuple[Tensor, Tensor]:

@@ -4,18 +4,18 @@ The names here are all that most programs need, in the order in which one learns
 are in `shardlib.functions`, operators of models (attention, rms_norm, ...) in `shardlib.ops`.
 """
 from shardlib.api import compile, lower, sharded, simulate, step, value_and_grad
+from shardlib.errors import SpecError
 from shardlib.language.cond import cond
 from shardlib.language.einsum import einsum
-from shardlib.errors import SpecError
-from shardlib.reports.explain import explain
-from shardlib.layout import EXPLICIT, Layout
 from shardlib.language.local import local
-from shardlib.mesh import Mesh
-from shardlib.params import Params, init, param, stacked
-from shardlib.reports.prove import prove
 from shardlib.language.rearrange import rearrange, rename
 from shardlib.language.scan import scan
 from shardlib.language.verbs import all_gather, all_reduce, all_to_all, owe, permute, reduce_scatter, reshard, shard
+from shardlib.layout import EXPLICIT, Layout
+from shardlib.mesh import Mesh
+from shardlib.params import Params, init, param, stacked
+from shardlib.reports.explain import explain
+from shardlib.reports.prove import prove
 
 __version__ = "0.1.0"
 __all__ = ["sharded", "einsum", "Mesh", "Layout", "lower", "SpecError", "Params", "param", "stacked", "init", "scan", "compile",

@@ -7,24 +7,24 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from shardlib.language.calls import check_given, check_layout, check_static, check_tensors, refuse_named, what
-from shardlib.run.compiled import Compiled
+from shardlib.compiler.grad import REGATHER
+from shardlib.compiler.passes import DEFAULT, Pass
+from shardlib.compiler.pipeline import Gradients, lower_results, traced_function
+from shardlib.compiler.sizes import bind_sizes
 from shardlib.distributed.runtime import Runtime, shared_runtime
 from shardlib.dtypes import value_dtypes
 from shardlib.errors import SpecError
-from shardlib.compiler.grad import REGATHER
+from shardlib.language.calls import check_given, check_layout, check_static, check_tensors, refuse_named, what
+from shardlib.language.trace import Function, argument_trees, tracing
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh, check_sizes, current_mesh
 from shardlib.params import flat_leaves, leaf_dtypes, named_leaves, rebuild
-from shardlib.compiler.passes import DEFAULT, Pass
-from shardlib.compiler.pipeline import Gradients, lower_results, traced_function
 from shardlib.placement import join, place, shard_of
-from shardlib.run.prepared import Prepared
 from shardlib.program import Program, arg_types, leaves
+from shardlib.run.compiled import Compiled
+from shardlib.run.prepared import Prepared
 from shardlib.run.simulate import simulate as simulate_ranks
-from shardlib.compiler.sizes import bind_sizes
 from shardlib.run.step import run_steps
-from shardlib.language.trace import Function, argument_trees, tracing
 
 __all__ = ["Compiled", "Prepared", "Sharded", "ValueAndGrad", "arg_types", "compile", "lower", "shard_of", "sharded", "simulate", "step", "value_and_grad"]
 

@@ -29,17 +29,17 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from shardlib.compiler.sizes import Sizes
 from shardlib.dtypes import step_dtypes
-from shardlib.lowering.emit import Emitter, load
-from shardlib.local_code import LocalCode
-from shardlib.mesh import Mesh
-from shardlib.program import Op, Program, Result, Step
 from shardlib.language.rearrange import RENAME, by_factor, renamed
+from shardlib.local_code import LocalCode
+from shardlib.lowering.emit import Emitter, load
+from shardlib.mesh import Mesh
+from shardlib.placement import NotReplicated, join, place
+from shardlib.program import Op, Program, Result, Step
 from shardlib.reference import refer
 from shardlib.rules import RuleError, natural
-from shardlib.compiler.sizes import Sizes
 from shardlib.spec import Dim, Owed, Spec, parse_signature
-from shardlib.placement import NotReplicated, join, place
 
 Types = tuple[Spec, ...]
 Splits = Mapping[str, tuple[str, ...]]

@@ -13,11 +13,11 @@ from itertools import accumulate, islice
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from shardlib.errors import SpecError
+from shardlib.language.wires import Wire
 from shardlib.layout import Layout
 from shardlib.rules import Rule
 from shardlib.source import Where
 from shardlib.spec import Spec
-from shardlib.language.wires import Wire
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,18 +8,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Sequence
 
-from shardlib.language.arithmetic import DIV, SCALE
 from shardlib.compiler.planner import plan
 from shardlib.dtypes import FLOATS
+from shardlib.language.arithmetic import DIV, SCALE
 from shardlib.language.einsum import EINSUM
-from shardlib.mesh import Mesh
 from shardlib.language.pointwise import CAST, CAST_LIKE
-from shardlib.program import Op, Program, Step
 from shardlib.language.reductions import SPREAD
+from shardlib.language.trace import RESERVED, fresh
+from shardlib.mesh import Mesh
+from shardlib.program import Op, Program, Step
 from shardlib.rules import natural
 from shardlib.source import Where
 from shardlib.spec import Spec
-from shardlib.language.trace import RESERVED, fresh
 
 
 class Builder:

@@ -4,11 +4,11 @@ from __future__ import annotations
 from typing import Mapping, Set
 
 from shardlib.compiler.completer import Completer
+from shardlib.compiler.refusal import Refused
+from shardlib.compiler.refusals.messages import worded
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh
-from shardlib.compiler.refusals.messages import worded
 from shardlib.program import Program, Result, Step
-from shardlib.compiler.refusal import Refused
 from shardlib.spec import Spec
 
 

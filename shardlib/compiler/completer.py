@@ -12,21 +12,34 @@ from dataclasses import replace
 from typing import Any, Mapping, Sequence
 
 from shardlib.compiler.builder import Builder
-from shardlib.language.einsum import EINSUM
-from shardlib.language.cond import COND
+from shardlib.compiler.refusal import (
+    ChangedCarry,
+    Fact,
+    NoWay,
+    OwedPredicate,
+    Refused,
+    RuleRefuses,
+    SplitStack,
+    State,
+    UnlikeBranches,
+    UnlikeOperand,
+    UnlikeResult,
+    UnlikeReturn,
+    WrongMove,
+)
 from shardlib.errors import SpecError
-from shardlib.layout import EXPLICIT, Layout, pins
-from shardlib.mesh import Mesh
+from shardlib.language.cond import COND
+from shardlib.language.einsum import EINSUM
 from shardlib.language.moves import check_move
 from shardlib.language.pointwise import CAST_LIKE, WIDEN
-from shardlib.program import Program, Result, Scan, Step, Struct, leaves
 from shardlib.language.rearrange import RENAME, renamed, whole_in_rename
-from shardlib.compiler.refusal import (ChangedCarry, Fact, NoWay, OwedPredicate, Refused, RuleRefuses, SplitStack,
-                              State, UnlikeBranches, UnlikeOperand, UnlikeResult, UnlikeReturn, WrongMove)
-from shardlib.rules import RuleError, natural
 from shardlib.language.scan import SCAN
-from shardlib.spec import Spec
 from shardlib.language.trace import RESHARD
+from shardlib.layout import EXPLICIT, Layout, pins
+from shardlib.mesh import Mesh
+from shardlib.program import Program, Result, Scan, Step, Struct, leaves
+from shardlib.rules import RuleError, natural
+from shardlib.spec import Spec
 
 
 class Completer(Builder):

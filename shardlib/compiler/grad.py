@@ -11,18 +11,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Mapping, Sequence
 
-from shardlib.language.arithmetic import ADD
 from shardlib.compiler.builder import Builder
 from shardlib.dtypes import FLOATS, holds, inner_dtypes, step_dtypes, value_dtypes
 from shardlib.errors import SpecError
-from shardlib.mesh import Mesh
-from shardlib.program import Op, Program, Result, Scan, Step, Struct, leaves
+from shardlib.language.arithmetic import ADD
 from shardlib.language.rearrange import REARRANGE, RENAME
 from shardlib.language.reductions import SUM
-from shardlib.rules import Rule
 from shardlib.language.scan import SCAN
-from shardlib.spec import Dim, Spec
 from shardlib.language.trace import fresh
+from shardlib.mesh import Mesh
+from shardlib.program import Op, Program, Result, Scan, Step, Struct, leaves
+from shardlib.rules import Rule
+from shardlib.spec import Dim, Spec
 
 ONES_LIKE = Op("ones_like", rule=lambda s: Rule(), infer=lambda ins, attrs: (ins[0],), index=(0,), takes=("any",),
                emit=lambda e, s, a: f"torch.ones_like({a[0]})",

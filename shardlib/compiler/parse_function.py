@@ -5,18 +5,18 @@ import ast
 from dataclasses import replace
 from typing import Any, Callable, Sequence
 
+from shardlib.compiler.parse_text import Definitions, Tree, at_line, literal, name_of, not_printed, original, stacked_along
+from shardlib.errors import SpecError
 from shardlib.language.arithmetic import BINARY, SCALE, SHIFT
 from shardlib.language.cond import COND
-from shardlib.errors import SpecError
 from shardlib.language.local import local_op, local_vjp_op
 from shardlib.language.moves import check_move
-from shardlib.compiler.parse_text import Definitions, Tree, at_line, literal, name_of, not_printed, original, stacked_along
-from shardlib.program import Op, Program, Result, Scan, Step, Struct, check_keywords, leaves
 from shardlib.language.rearrange import RENAME
-from shardlib.rules import natural
 from shardlib.language.scan import SCAN
-from shardlib.spec import Spec, nameable, parse_signature
 from shardlib.language.trace import RESHARD
+from shardlib.program import Op, Program, Result, Scan, Step, Struct, check_keywords, leaves
+from shardlib.rules import natural
+from shardlib.spec import Spec, nameable, parse_signature
 
 MAX_STEPS = 1_000_000       # steps, those of bodies counted wherever they are used
 MAX_DEPTH = 16              # bodies within bodies

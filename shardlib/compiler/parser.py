@@ -12,17 +12,17 @@ import warnings
 from typing import Any, Callable, Mapping
 
 from shardlib.compiler import grad
-from shardlib.language import moves, pointwise, reductions
-from shardlib.language.arithmetic import RECIPROCAL
 from shardlib.compiler.complete import complete
-from shardlib.language.einsum import EINSUM
-from shardlib.errors import SpecError
-from shardlib.layout import EXPLICIT
-from shardlib.mesh import Mesh
 from shardlib.compiler.parse_function import FunctionText
 from shardlib.compiler.parse_text import Definitions, at_line, literal, name_of, not_printed, original, stacked_along
-from shardlib.program import Op, Program, Struct
+from shardlib.errors import SpecError
+from shardlib.language import moves, pointwise, reductions
+from shardlib.language.arithmetic import RECIPROCAL
+from shardlib.language.einsum import EINSUM
 from shardlib.language.rearrange import REARRANGE, RENAME
+from shardlib.layout import EXPLICIT
+from shardlib.mesh import Mesh
+from shardlib.program import Op, Program, Struct
 from shardlib.spec import check_text, nameable, parse
 
 CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE, **pointwise.TABLE, **reductions.TABLE, **grad.TABLE,

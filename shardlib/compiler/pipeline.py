@@ -5,16 +5,16 @@ from typing import Any, Mapping, Sequence
 
 import torch
 
-from shardlib.language.calls import check_layout, what
 from shardlib.compiler.complete import complete
-from shardlib.errors import SpecError
 from shardlib.compiler.grad import value_and_grad_program
+from shardlib.compiler.passes import Pass, chosen, rewrite
+from shardlib.errors import SpecError
+from shardlib.language.calls import check_layout, what
+from shardlib.language.trace import Function, trace_results
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh, check_sizes
 from shardlib.params import Params
-from shardlib.compiler.passes import Pass, chosen, rewrite
 from shardlib.program import Program
-from shardlib.language.trace import Function, trace_results
 
 
 class Gradients:

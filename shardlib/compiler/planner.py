@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Iterator, Mapping, Sequence
 
-from shardlib.language.changes import Search, change
 from shardlib.errors import SpecError
-from shardlib.mesh import Mesh
+from shardlib.language.changes import Search, change
 from shardlib.language.moves import MOVES, Move, cost
+from shardlib.mesh import Mesh
 from shardlib.spec import Spec
 
 LATENCY = 1e-6      # of one collective, in tensors: it only breaks ties towards fewer of them

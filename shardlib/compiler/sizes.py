@@ -20,9 +20,9 @@ from math import prod
 from typing import Mapping, Sequence
 
 from shardlib.errors import SpecError
+from shardlib.language.rearrange import RENAME, by_factor
 from shardlib.mesh import Mesh, check_sizes
 from shardlib.program import Program, Step
-from shardlib.language.rearrange import RENAME, by_factor
 from shardlib.spec import Dim
 
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-
 _UNCOPIED = frozenset(getattr(torch, name) for name in ("float4_e2m1fn_x2", *(f"{u}int{n}" for u in ("", "u") for n in range(1, 8))) if hasattr(torch, name))
 """Dtypes of one byte that torch does not copy; it moves them as bytes."""
 

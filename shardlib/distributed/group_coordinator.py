@@ -43,11 +43,10 @@ from shardlib.distributed.message_queue import MessageQueue
 from shardlib.distributed.reduction import check_reducible
 from shardlib.distributed.router import Router
 from shardlib.distributed.routing import UNMEASURED, Table
+from shardlib.distributed.streams import current_stream
 from shardlib.distributed.tensor_dicts import Label, Value, label
 from shardlib.distributed.watchdog import Watchdog
 from shardlib.errors import SpecError
-from shardlib.distributed.streams import current_stream
-
 
 _FACTS = {"all_reduce": " {}", "broadcast": " {} from member {}", "all_gather": " to {} along dim {} by {}", "broadcast_message": " from member {}",
           "broadcast_tensors": " from member {}",

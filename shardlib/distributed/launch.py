@@ -21,7 +21,6 @@ from shardlib.distributed.rank_error import RankError, wait_until
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 
-
 POLL_S = 5e-3
 """How often a process that waits for others to start asks the store."""
 

@@ -31,7 +31,6 @@ from typing import Any, Callable, NamedTuple, Sequence
 import msgspec
 import torch
 
-
 REPLAY = "replay"
 
 

@@ -42,8 +42,8 @@ from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.saying import flush, say
 from shardlib.distributed.scene import Scene, State
 from shardlib.distributed.siblings import end_stopped
-from shardlib.distributed.watch import Doing, Moment, Watch, encodable
 from shardlib.distributed.streams import marks, passed
+from shardlib.distributed.watch import Doing, Moment, Watch, encodable
 
 _FAILED, _STOP, _RAISED = 0x80, 0x81, 0x82      # what wakes the thread, beside the numbers of signals
 

@@ -11,11 +11,11 @@ from typing import Any, Callable, Sequence
 
 from shardlib.dtypes import fractional, reading
 from shardlib.errors import SpecError
+from shardlib.language.steps import Steps
 from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
 from shardlib.spec import Spec
-from shardlib.language.steps import Steps
 
 _SIGN = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 

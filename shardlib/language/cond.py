@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardlib.language.calls import check_count, what
 from shardlib.dtypes import fixed_dtypes, unlike
 from shardlib.errors import SpecError
+from shardlib.language.calls import check_count, what
+from shardlib.language.trace import Function, Value, apply, check_dims, trace_results
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op
 from shardlib.rules import Rule
-from shardlib.language.trace import Function, Value, apply, check_dims, trace_results
-
 
 COND = Op("cond", rule=lambda step: Rule(), index=(0,), takes=("any",))
 

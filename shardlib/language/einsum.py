@@ -15,12 +15,12 @@ from typing import Any, Mapping, Sequence
 
 from shardlib.dtypes import counted, reading
 from shardlib.errors import SpecError
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
 from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_signature
-from shardlib.language.steps import Steps
-from shardlib.language.trace import apply
 
 
 def einsum(text: str, *operands: Any) -> Any:

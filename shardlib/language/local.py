@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from shardlib import placement
-from shardlib.language.calls import what
 from shardlib.dtypes import ITEMSIZE, as_they_come
 from shardlib.errors import SpecError
+from shardlib.language.calls import what
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
 from shardlib.local_code import LocalCode
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_signature
-from shardlib.language.steps import Steps
-from shardlib.language.trace import apply
 
 
 def local(text: str, f: Callable, *operands: Any, dtype: str | Sequence[str] | None = None) -> Any:

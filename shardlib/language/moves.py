@@ -32,13 +32,12 @@ from typing import Callable, Iterable, Iterator, Mapping
 
 from shardlib.language import wires
 from shardlib.language.changes import Axes, Change, Search, change, changed_dims
+from shardlib.language.wires import Counts
 from shardlib.local_code import LocalCode
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec
-from shardlib.language.wires import Counts
-
 
 # -- the record ----------------------------------------------------------------------------------------------
 

@@ -12,15 +12,15 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
-from shardlib.language.arithmetic import align, broadcast
 from shardlib.dtypes import FLOATS, as_they_come, widest
 from shardlib.errors import SpecError
+from shardlib.language.arithmetic import align, broadcast
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
 from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
 from shardlib.spec import Spec
-from shardlib.language.steps import Steps
-from shardlib.language.trace import apply
 
 UNARY: dict[str, tuple[str, str]] = {
     "silu": ("F.silu({x})", "torch.ops.aten.silu_backward({g}, {x})"),

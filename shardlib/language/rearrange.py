@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import Any, Sequence
 
 from shardlib.errors import SpecError
+from shardlib.language.steps import Steps
+from shardlib.language.trace import apply
 from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.rules import Rule, RuleError
 from shardlib.spec import Dim, Spec, parse_signature
-from shardlib.language.steps import Steps
-from shardlib.language.trace import apply
 
 
 def _emit(e: LocalCode, step: Step, args: list[str]) -> str:

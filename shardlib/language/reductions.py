@@ -15,14 +15,14 @@ from torch import Tensor
 
 from shardlib.dtypes import counted, fractional, narrow, reading
 from shardlib.errors import SpecError
-from shardlib.local_code import LocalCode
 from shardlib.language.pointwise import CAST_LIKE, WIDEN
+from shardlib.language.steps import Steps
+from shardlib.language.trace import Value, apply
+from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec, nameable, parse_signature
-from shardlib.language.steps import Steps
-from shardlib.language.trace import Value, apply
 
 
 def _gone(step: Step) -> tuple[str, ...]:

@@ -12,13 +12,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shardlib.language.calls import what
 from shardlib.errors import SpecError
+from shardlib.language.calls import what
+from shardlib.language.trace import Function, Value, apply, check_dims, trace_results
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op, Scan
 from shardlib.rules import Rule
 from shardlib.spec import Dim, Spec
-from shardlib.language.trace import Function, Value, apply, check_dims, trace_results
 
 
 def scan(f: Function, carry: Any, stacked: Any, *constants: Any, **static: Any) -> Any:

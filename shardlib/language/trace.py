@@ -18,17 +18,17 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, Callable, Iterator, NoReturn, Sequence
 
+from shardlib.errors import SpecError
 from shardlib.language.arithmetic import BINARY, with_number
 from shardlib.language.calls import check_count, check_static, check_tree, misuse, what
-from shardlib.errors import SpecError
-from shardlib.layout import Layout
 from shardlib.language.moves import RESHARD, TABLE
+from shardlib.language.steps import Steps
+from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values, struct
 from shardlib.program import Op, Program, Result, Step, Struct, check_keywords
 from shardlib.signature import Signature
 from shardlib.source import Where, is_ours, user_frame, user_line
 from shardlib.spec import Dim, Spec, heading, nameable, parse_signature
-from shardlib.language.steps import Steps
 
 _ACTIVE: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
 RESERVED = (*TABLE, "scan", "sharded", "EXPLICIT", "Params", "Tensor", "param", "stacked", "nested")

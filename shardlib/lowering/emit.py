@@ -15,18 +15,18 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from shardlib.language.cond import COND
+from shardlib.compiler.passes.pack import Packing, emit_packed, packings
 from shardlib.dtypes import inner_dtypes, read_dtypes, value_dtypes, widest
 from shardlib.errors import SpecError
-from shardlib.lowering.index_check import IndexSite
-from shardlib.mesh import Mesh
-from shardlib.compiler.passes.pack import Packing, emit_packed, packings
+from shardlib.language.cond import COND
 from shardlib.language.pointwise import CAST_LIKE, WIDEN
-from shardlib.program import Program, Scan, Step
 from shardlib.language.scan import SCAN
-from shardlib.spec import Dim, Spec
-from shardlib.lowering.variables import reuse
 from shardlib.language.wires import Wire
+from shardlib.lowering.index_check import IndexSite
+from shardlib.lowering.variables import reuse
+from shardlib.mesh import Mesh
+from shardlib.program import Program, Scan, Step
+from shardlib.spec import Dim, Spec
 
 
 @dataclass(frozen=True)

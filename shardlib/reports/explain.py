@@ -16,16 +16,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shardlib.language.cond import COND
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import bytes_text
-from shardlib.mesh import Mesh
+from shardlib.language.cond import COND
 from shardlib.language.moves import axes_of, placed, received
+from shardlib.language.scan import SCAN
+from shardlib.mesh import Mesh
 from shardlib.program import Program, Step
 from shardlib.reports.project import check_given
-from shardlib.language.scan import SCAN
 
 
 @dataclass(frozen=True)

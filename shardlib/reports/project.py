@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Iterator, Mapping, Sequence
 
+from shardlib.compiler.sizes import complete_sizes
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import SpecError
-from shardlib.mesh import Mesh, check_sizes
 from shardlib.language.moves import Placed, axes_of, placed
-from shardlib.program import Program
 from shardlib.language.scan import SCAN
-from shardlib.compiler.sizes import complete_sizes
+from shardlib.mesh import Mesh, check_sizes
+from shardlib.program import Program
 from shardlib.spec import Spec
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Mapping, Sequence
 
-from shardlib.language.cond import COND
 from shardlib.errors import SpecError
+from shardlib.language.cond import COND
 from shardlib.mesh import Mesh
 from shardlib.program import Program
 from shardlib.reports.project import Call, check_given, project

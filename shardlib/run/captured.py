@@ -23,13 +23,13 @@ from typing import Any, Callable, NoReturn, Sequence
 import torch
 from torch import Tensor
 
-from shardlib.language.cond import COND
 from shardlib.distributed.graph_capture import new_graph, on_capture_stream
 from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.runtime import Runtime
-from shardlib.errors import SpecError
-from shardlib.program import Program, Step
 from shardlib.distributed.streams import passed
+from shardlib.errors import SpecError
+from shardlib.language.cond import COND
+from shardlib.program import Program, Step
 
 
 class Graph:

@@ -7,24 +7,24 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardlib.language.calls import check_given, check_layout, check_static, check_tensors, refuse_named
-from shardlib.run.captured import Captures, conditional
-from shardlib.distributed.runtime import Runtime
-from shardlib.dtypes import value_dtypes
-from shardlib.lowering.emit import Emitter, load
-from shardlib.errors import SpecError
-from shardlib.run.failures import Lines, explain_failure
-from shardlib.run.index_flags import IndexFlags
-from shardlib.layout import Layout
-from shardlib.mesh import Mesh, check_sizes
-from shardlib.params import Params, flat, flat_leaves, leaf_dtypes, named_leaves, present, rebuild
 from shardlib.compiler.passes import DEFAULT, Pass, chosen
 from shardlib.compiler.pipeline import Gradients, lower_results, traced_function
-from shardlib.run.prepared import Prepared, prepare, whole
-from shardlib.program import Program, Step, leaves
 from shardlib.compiler.sizes import bind_sizes
-from shardlib.run.surroundings import any_autocast, refuse_gradients, without_autocast
+from shardlib.distributed.runtime import Runtime
+from shardlib.dtypes import value_dtypes
+from shardlib.errors import SpecError
+from shardlib.language.calls import check_given, check_layout, check_static, check_tensors, refuse_named
 from shardlib.language.trace import Function, argument_trees
+from shardlib.layout import Layout
+from shardlib.lowering.emit import Emitter, load
+from shardlib.mesh import Mesh, check_sizes
+from shardlib.params import Params, flat, flat_leaves, leaf_dtypes, named_leaves, present, rebuild
+from shardlib.program import Program, Step, leaves
+from shardlib.run.captured import Captures, conditional
+from shardlib.run.failures import Lines, explain_failure
+from shardlib.run.index_flags import IndexFlags
+from shardlib.run.prepared import Prepared, prepare, whole
+from shardlib.run.surroundings import any_autocast, refuse_gradients, without_autocast
 
 
 class Compiled:

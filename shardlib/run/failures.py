@@ -11,11 +11,11 @@ from typing import Mapping, Sequence
 
 import torch
 
+from shardlib.compiler.refusals.user_source import WORDS
 from shardlib.distributed.rank_error import RankError
 from shardlib.errors import SpecError
 from shardlib.program import Step
 from shardlib.source import Where
-from shardlib.compiler.refusals.user_source import WORDS
 
 Lines = Mapping[str, Sequence[Step | None]]
 """By the file of generated code, the step that each of its lines is of."""

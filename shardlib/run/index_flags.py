@@ -5,9 +5,9 @@ from typing import Any, Callable, Sequence
 
 import torch
 
+from shardlib.distributed.streams import passed
 from shardlib.errors import SpecError
 from shardlib.lowering.index_check import IndexSite
-from shardlib.distributed.streams import passed
 
 
 class IndexFlags:

@@ -7,11 +7,11 @@ from typing import Any, Mapping
 import torch
 from torch import Tensor
 
-from shardlib.errors import SpecError
 from shardlib.compiler.passes.pack import pack, packings
+from shardlib.errors import SpecError
+from shardlib.language.scan import SCAN
 from shardlib.params import Params, leaf_dtypes, leaf_values
 from shardlib.program import Program, Scan, arg_types
-from shardlib.language.scan import SCAN
 
 
 @dataclass(frozen=True)

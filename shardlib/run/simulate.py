@@ -10,13 +10,13 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardlib.lowering.emit import Emitter, load
 from shardlib.errors import SpecError
-from shardlib.run.failures import explain_failure
+from shardlib.language.wires import WIRES, Wire
+from shardlib.lowering.emit import Emitter, load
 from shardlib.mesh import Mesh
 from shardlib.program import Program
+from shardlib.run.failures import explain_failure
 from shardlib.run.surroundings import without_autocast
-from shardlib.language.wires import WIRES, Wire
 
 
 def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]], sizes: Mapping[str, int], log: list | None = None) -> list[dict[str, Tensor]]:

@@ -11,23 +11,22 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shardlib.language.calls import check_given, check_tensors
 from shardlib.compiler.complete import complete_step
+from shardlib.compiler.sizes import Sizes, bound
 from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, changed, step_dtypes, value_dtypes
-from shardlib.lowering.emit import Emitter, load
 from shardlib.errors import SpecError
-from shardlib.run.failures import Lines, explain_failure
+from shardlib.language.calls import check_given, check_tensors
+from shardlib.language.rearrange import RENAME
+from shardlib.language.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, raise_at_user_line
 from shardlib.layout import Layout
+from shardlib.lowering.emit import Emitter, load
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op, Program, Step, leaves
-from shardlib.language.rearrange import RENAME
-from shardlib.compiler.sizes import Sizes, bound
+from shardlib.run.failures import Lines, explain_failure
+from shardlib.run.surroundings import refuse_gradients, without_autocast
 from shardlib.source import Where, user_frame
 from shardlib.spec import Spec
-from shardlib.run.surroundings import refuse_gradients, without_autocast
-from shardlib.language.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, raise_at_user_line
-
 
 KNOWN = frozenset(getattr(torch, name) for name in ITEMSIZE)
 PARAM = -2       # the id of values that are parameters: they follow an activation's split, others do not

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from typing import Sequence
 
-from shardlib.errors import SpecError
-from shardlib.mesh import Mesh
 from shardlib.compiler.passes.dead_steps import DROP_DEAD_STEPS
 from shardlib.compiler.passes.hoist_sums import HOIST_SUMS
 from shardlib.compiler.passes.replan_moves import REPLAN_MOVES
 from shardlib.compiler.passes.rewrite import Pass
+from shardlib.errors import SpecError
+from shardlib.mesh import Mesh
 from shardlib.program import Program
 
 DEFAULT = (HOIST_SUMS, REPLAN_MOVES, DROP_DEAD_STEPS)

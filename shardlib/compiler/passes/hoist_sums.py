@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shardlib.language.arithmetic import ADD, SUB
 from shardlib.compiler.passes.rewrite import Pass, uses
-from shardlib.program import Program, Step
+from shardlib.language.arithmetic import ADD, SUB
 from shardlib.language.trace import fresh
+from shardlib.program import Program, Step
 
 
 def hoist_sums(program: Program) -> Program:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shardlib.compiler.planner import Planned, plan
-from shardlib.mesh import Mesh
-from shardlib.language.moves import Move, cost
 from shardlib.compiler.passes.rewrite import Pass, renamed, uses
+from shardlib.compiler.planner import Planned, plan
+from shardlib.language.moves import Move, cost
+from shardlib.language.trace import fresh
+from shardlib.mesh import Mesh
 from shardlib.program import Program, Step
 from shardlib.spec import Spec
-from shardlib.language.trace import fresh
 
 
 def replan_moves(program: Program, mesh: Mesh) -> Program:

@@ -6,17 +6,29 @@ from __future__ import annotations
 
 from typing import Callable, Sequence
 
+from shardlib.compiler.refusal import (
+    ChangedCarry,
+    NoWay,
+    OwedPredicate,
+    Refused,
+    RuleRefuses,
+    SplitStack,
+    State,
+    UnlikeBranches,
+    UnlikeOperand,
+    UnlikeResult,
+    UnlikeReturn,
+    WrongMove,
+)
 from shardlib.compiler.refusals import offers
-from shardlib.language.cond import COND
-from shardlib.errors import SpecError, aligned
-from shardlib.program import Program, Step
-from shardlib.compiler.refusal import (ChangedCarry, NoWay, OwedPredicate, Refused, RuleRefuses, SplitStack, State,
-                              UnlikeBranches, UnlikeOperand, UnlikeResult, UnlikeReturn, WrongMove)
-from shardlib.rules import Rule, RuleError, natural
-from shardlib.language.scan import SCAN
-from shardlib.spec import Owed, Spec
-from shardlib.language.trace import RESHARD
 from shardlib.compiler.refusals.user_source import WORDS, label, labels, made_by, variable
+from shardlib.errors import SpecError, aligned
+from shardlib.language.cond import COND
+from shardlib.language.scan import SCAN
+from shardlib.language.trace import RESHARD
+from shardlib.program import Program, Step
+from shardlib.rules import Rule, RuleError, natural
+from shardlib.spec import Owed, Spec
 
 ROWS = 4        # operands in one message
 Row = tuple[str, Spec, str]

@@ -13,15 +13,15 @@ from typing import Iterator, Sequence
 
 from shardlib.compiler.completer import Completer, result_dims
 from shardlib.compiler.planner import Planned, plan
+from shardlib.compiler.refusal import State
+from shardlib.compiler.refusals.user_source import label, operand, written
 from shardlib.errors import SpecError, bytes_text
+from shardlib.language.scan import SCAN
+from shardlib.language.trace import RESHARD
 from shardlib.layout import EXPLICIT, Layout
 from shardlib.program import Program, Step
-from shardlib.compiler.refusal import State
 from shardlib.rules import Rule, natural
-from shardlib.language.scan import SCAN
 from shardlib.spec import Dim, Factor, Owed, Spec
-from shardlib.language.trace import RESHARD
-from shardlib.compiler.refusals.user_source import label, operand, written
 
 ITEMSIZE = 4        # bytes of an element in messages: float32
 SHOWN = 3           # offers in one message

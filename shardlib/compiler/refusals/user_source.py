@@ -9,10 +9,10 @@ import linecache
 from itertools import islice
 from typing import Sequence
 
-from shardlib.program import INFIX, Program, Step
 from shardlib.language.scan import SCAN
-from shardlib.source import Where
 from shardlib.language.trace import RESHARD
+from shardlib.program import INFIX, Program, Step
+from shardlib.source import Where
 
 SHORT = 40          # characters of an expression that stands for an operand's name
 DEPTH = 4           # calls within calls that are written out
