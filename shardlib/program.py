@@ -13,7 +13,7 @@ from itertools import accumulate, islice
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from shardlib.errors import SpecError
-from shardlib.language.wires import Wire
+from shardlib.wires import Wire
 from shardlib.layout import Layout
 from shardlib.rules import Rule
 from shardlib.source import Where

@@ -7,7 +7,8 @@ from typing import Iterator, Sequence
 import pytest
 import torch
 
-from shardlib.language import moves, wires
+from shardlib import wires
+from shardlib.language import moves
 from shardlib.compiler.planner import Planned, plan
 from shardlib.distributed import GroupCoordinator
 from shardlib.distributed.communicators.alone import Alone
@@ -26,7 +27,7 @@ from shardlib.run.simulate import simulate
 from shardlib.spec import Spec, parse
 from shardlib.placement import join
 from shardlib.language.trace import RESERVED
-from shardlib.language.wires import WIRES, Wire
+from shardlib.wires import WIRES, Wire
 
 # -- one wire and one move more: what one coordinate holds, on every rank ------------------------------------
 

@@ -17,7 +17,7 @@ from shardlib.dtypes import ITEMSIZE
 from shardlib.errors import SpecError
 from shardlib.layout import Layout
 from shardlib.params import Params
-from shardlib.signature import Signature
+from shardlib.language.signature import Signature
 
 _MISCALLED = re.compile(r"(\w+)\(\) (missing|takes|got) .*")
 _PUBLIC = ("shardlib", "shardlib.functions", "shardlib.ops")

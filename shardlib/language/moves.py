@@ -30,9 +30,9 @@ from itertools import combinations
 from math import prod
 from typing import Callable, Iterable, Iterator, Mapping
 
-from shardlib.language import wires
+from shardlib import wires
 from shardlib.language.changes import Axes, Change, Search, change, changed_dims
-from shardlib.language.wires import Counts
+from shardlib.wires import Counts
 from shardlib.local_code import LocalCode
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Step

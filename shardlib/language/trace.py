@@ -26,7 +26,7 @@ from shardlib.language.steps import Steps
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values, struct
 from shardlib.program import Op, Program, Result, Step, Struct, check_keywords
-from shardlib.signature import Signature
+from shardlib.language.signature import Signature
 from shardlib.source import Where, is_ours, user_frame, user_line
 from shardlib.spec import Dim, Spec, heading, nameable, parse_signature
 

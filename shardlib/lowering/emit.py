@@ -21,7 +21,7 @@ from shardlib.errors import SpecError
 from shardlib.language.cond import COND
 from shardlib.language.pointwise import CAST_LIKE, WIDEN
 from shardlib.language.scan import SCAN
-from shardlib.language.wires import Wire
+from shardlib.wires import Wire
 from shardlib.lowering.index_check import IndexSite
 from shardlib.lowering.variables import reuse
 from shardlib.mesh import Mesh

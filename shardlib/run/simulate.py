@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shardlib.errors import SpecError
-from shardlib.language.wires import WIRES, Wire
+from shardlib.wires import WIRES, Wire
 from shardlib.lowering.emit import Emitter, load
 from shardlib.mesh import Mesh
 from shardlib.program import Program
