@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any, Mapping, Sequence
 
@@ -16,15 +16,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from shardlib.classes import Classes, PerRank, classes_of
 from shardlib.cond import COND
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import bytes_text
 from shardlib.mesh import Mesh
-from shardlib.moves import axes_of, placed, received
+from shardlib.moves import Coordinate, Placed, axes_of, placed
 from shardlib.program import Program, Step
-from shardlib.project import check_given
+from shardlib.project import check_given, sent
 from shardlib.scan import SCAN
 
 
@@ -38,7 +39,10 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Traffic:
-    """One collective of a program. received: bytes by rank, each time; times: how often it runs (scan), where its `branch` is taken (cond)."""
+    """One collective of a program. times: how often it runs (scan), where its `branch` is taken (cond).
+
+    bytes_of: what ranks receive, each time.
+    """
     op: str
     where: str
     function: str
@@ -48,47 +52,72 @@ class Traffic:
     axes: tuple[str, ...]
     group_size: int
     times: int
-    received: tuple[int, ...]
+    bytes_of: PerRank
     predicted_us: float
     why: str
     communicator: str = ""
     choice: str = ""
 
     @property
+    def received(self) -> tuple[int, ...]:
+        """Bytes by rank, each time."""
+        return self.bytes_of.by_rank
+
+    @property
     def bytes(self) -> int:
         """Bytes that the busiest rank receives, each time."""
-        return max(self.received)
+        return self.bytes_of.most
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {**_plain(self, bytes_of="received"), "bytes": self.bytes}
 
 
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found. `print` it, or take `to_json()`.
 
-    collectives: that one run makes; received: bytes in one run by rank. Of a cond both count the larger branch: they are at most that.
+    collectives: that one run makes; bytes_of: what ranks receive in one run. Of a cond both count the larger branch:
+    they are at most that. held: the bytes of the arguments.
     """
     program: str
     mesh: str
     traffic: tuple[Traffic, ...]
     collectives: int
-    received: tuple[int, ...]
-    argument_bytes: tuple[int, ...]
+    bytes_of: PerRank
+    held: PerRank
     cost_source: str
     unmet: tuple[str, ...] = ()
 
     @property
+    def received(self) -> tuple[int, ...]:
+        """Bytes in one run, by rank."""
+        return self.bytes_of.by_rank
+
+    @property
+    def argument_bytes(self) -> tuple[int, ...]:
+        """Bytes of the arguments, by rank."""
+        return self.held.by_rank
+
+    @property
     def bytes(self) -> int:
         """Bytes that the busiest rank receives in one run; it need not be the busiest in each collective."""
-        return max(self.received)
+        return self.bytes_of.most
 
     @property
     def imbalance(self) -> float:
         """What the fullest rank holds of the arguments, over the mean."""
-        mean = sum(self.argument_bytes) / len(self.argument_bytes)
-        return max(self.argument_bytes) / mean if mean else 1.0
+        mean = self.held.total / self.held.classes.mesh.world_size
+        return self.held.most / mean if mean else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain data."""
-        plain = {**asdict(self), "traffic": [{**asdict(t), "bytes": t.bytes} for t in self.traffic], "bytes": self.bytes, "imbalance": self.imbalance}
+        """The same as plain data.
+
+        What ranks receive and hold is a list by rank. Of more than 1,024 ranks it is a list of {bytes, ranks, where}: each
+        number once, with how many ranks have it, and their coordinates.
+        """
+        plain = _plain(self, bytes_of="received", held="argument_bytes")
+        plain |= {"traffic": [t.to_json() for t in self.traffic], "bytes": self.bytes, "imbalance": self.imbalance}
         return json.loads(json.dumps(plain))
 
     def __str__(self) -> str:
@@ -107,10 +136,16 @@ class Explanation:
             console.print(choice)
         most = "at most " if branched else ""
         console.print(f"{most}{self.collectives} collectives, {bytes_text(self.bytes)} received per rank and run; times {self.cost_source}")
-        console.print(f"arguments: {bytes_text(max(self.argument_bytes))} on the fullest rank, {self.imbalance:.2f} x the mean")
+        console.print(f"arguments: {bytes_text(self.held.most)} on the fullest rank, {self.imbalance:.2f} x the mean")
         for line in self.unmet:
             console.print(line)
         return out.getvalue()
+
+
+def _plain(found: Traffic | Explanation, **names: str) -> dict[str, Any]:
+    """The fields, some under other names."""
+    values = {names.get(f.name, f.name): getattr(found, f.name) for f in fields(found)}
+    return {name: value.plain() if isinstance(value, PerRank) else value for name, value in values.items()}
 
 
 def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None, default: str = "float32",
@@ -121,13 +156,34 @@ def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapp
     """
     sizes = check_given(program, mesh, sizes, dtypes or {}, default)
     kinds = value_dtypes(program, dtypes or {}, default)
+    classes = _classes(program, mesh, sizes)
     held = tuple(sum(prod(mesh.local_shape(spec, sizes, c)) * ITEMSIZE[kinds[path]] for path, spec in program.arg_leaves())
-                 for c in mesh.coordinates())
-    traffic, (collectives, *received) = _Counter(mesh, sizes, cost).count(program, kinds)
+                 for c in classes.firsts)
+    traffic, (collectives, *received) = _Counter(classes, sizes, cost).count(program, kinds)
     source = cost.source
     if runtime is not None:
         traffic, source = _routed(traffic, runtime, cost)
-    return Explanation(program.name, str(mesh), tuple(t for t, _ in traffic), collectives, tuple(received), held, source, _unmet(program))
+    return Explanation(program.name, str(mesh), tuple(t for t, _ in traffic), collectives,
+                       PerRank(classes, tuple(received)), PerRank(classes, held), source, _unmet(program))
+
+
+def _classes(program: Program, mesh: Mesh, sizes: Mapping[str, int]) -> Classes:
+    """The classes of ranks that receive the same, and hold arguments of the same sizes.
+
+    Beside sizes two things tell ranks apart: who takes the larger parts of what does not divide (`Wire.turn`), and where
+    a rank stands along axes that change their order.
+    """
+    found = classes_of(mesh, [*(spec for _, spec in program.arg_leaves()), *sent(program)], sizes)
+    cuts: dict[str, set[int]] = {axis: set() for axis in mesh.axes}
+    steps = [s for p in (program, *program.bodies()) for s in p.steps if s.op.wire]
+    for at in {(s.op, s.ins, s.outs): placed(s, mesh, sizes, found.firsts[0]) for s in steps}.values():
+        for axis in (a for i in at.change.crossed for a in at.have.dims[i].axes):
+            cuts[axis] |= set(range(mesh.axes[axis]))
+        for turn in {at.move.wire.turn(prod(at.shape(at.have, c)), mesh.size(at.axes)) for c in found.firsts} - {0}:
+            for axis in reversed(at.axes):                              # the coordinates of that member
+                turn, digit = divmod(turn, mesh.axes[axis])
+                cuts[axis] |= {digit, digit + 1}
+    return found.cut(cuts)
 
 
 def _routed(traffic: Sequence[tuple[Traffic, Call]], runtime: Runtime, cost: CostModel) -> tuple[tuple[tuple[Traffic, Call], ...], str]:
@@ -154,13 +210,13 @@ def _unmet(program: Program) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Counter:
-    """Counts what a program sends: its rows, and one run's sum of them: collectives, then bytes received by rank."""
-    mesh: Mesh
+    """Counts what a program sends: its rows, and one run's sum of them: collectives, then bytes received by class."""
+    classes: Classes
     sizes: Mapping[str, int]
     cost: CostModel
 
     def count(self, program: Program, kinds: Mapping[str, str], times: int = 1, branch: str = "") -> tuple[list[tuple[Traffic, Call]], list[int]]:
-        rows, total = [], [0] * (1 + self.mesh.world_size)
+        rows, total, mesh = [], [0] * (1 + len(self.classes)), self.classes.mesh
         for step in program.steps:
             if step.bodies:
                 again = self.sizes[step.options["dim"]] if step.op is SCAN else 1
@@ -168,18 +224,21 @@ class _Counter:
                          for body, taken in zip(step.bodies, _branches(step, branch))]
                 rows += [row for made, _ in parts for row in made]
                 total = [n + again * max(more) for n, *more in zip(total, *(sums for _, sums in parts))]
-            elif step.op.wire and self.mesh.size(axes_of(step, self.mesh)) > 1:
+            elif step.op.wire and mesh.size(axes_of(step, mesh)) > 1:
                 dtype = kinds[step.inputs[0]]
                 row = self._row(step, program, ITEMSIZE[dtype], times, branch)
-                rows.append((row, _call(step, self.mesh, self.sizes, dtype)))
-                total = [n + more for n, more in zip(total, (1, *row.received))]
+                rows.append((row, _call(self._placed(step, self.classes.firsts[0]), dtype)))
+                total = [n + more for n, more in zip(total, (1, *row.bytes_of.values))]
         return rows, total
 
     def _row(self, step: Step, program: Program, itemsize: int, times: int, branch: str) -> Traffic:
-        got = tuple(received(step, self.mesh, self.sizes, rank) * itemsize for rank in range(self.mesh.world_size))
-        axes = axes_of(step, self.mesh)
-        return Traffic(step.op.name, str(step.where or ""), program.name, branch, str(step.ins[0]), str(step.outs[0]), axes, self.mesh.size(axes), times,
-                       got, self.cost.latency_us + max(got) / self.cost.bytes_per_us, step.why)
+        axes = axes_of(step, self.classes.mesh)
+        got = PerRank(self.classes, tuple(self._placed(step, c).received * itemsize for c in self.classes.firsts))
+        return Traffic(step.op.name, str(step.where or ""), program.name, branch, str(step.ins[0]), str(step.outs[0]), axes,
+                       self.classes.mesh.size(axes), times, got, self.cost.latency_us + got.most / self.cost.bytes_per_us, step.why)
+
+    def _placed(self, step: Step, here: Coordinate) -> Placed:
+        return placed(step, self.classes.mesh, self.sizes, here, self.classes.starts)
 
 
 def _branches(step: Step, branch: str) -> tuple[str, ...]:
@@ -190,9 +249,8 @@ def _branches(step: Step, branch: str) -> tuple[str, ...]:
     return f"{around}{step.body.name} if {on}", f"{around}{step.orelse.name} if not {on}"
 
 
-def _call(step: Step, mesh: Mesh, sizes: Mapping[str, int], dtype: str) -> Call:
-    """What the step asks of a GroupCoordinator, as rank 0 does."""
-    at = placed(step, mesh, sizes, 0)
-    wire, even = at.move.wire, at.move.wire.even(at.counts)
-    nbytes = wire.whole(at.counts) * ITEMSIZE[dtype] if even or not wire.many else -1
+def _call(at: Placed, dtype: str) -> Call:
+    """What a move asks of a GroupCoordinator."""
+    wire, even = at.move.wire, at.even
+    nbytes = wire.whole(at.part(at.here)) * ITEMSIZE[dtype] if even or not wire.many else -1
     return Call(wire.name, at.kind if wire.reduces else None, getattr(torch, dtype), "cpu", nbytes, even)

@@ -24,11 +24,11 @@ and who receives what.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 from math import prod
-from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Mapping, Sequence
 
 from shardlib import wires
 from shardlib.changes import Axes, Change, Search, change, changed_dims
@@ -36,17 +36,19 @@ from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec
-from shardlib.wires import Counts
+from shardlib.wires import Part
 
 if TYPE_CHECKING:
     from shardlib.emit import Emitter
+
+Coordinate = Mapping[str, int]
 
 
 # -- the record ----------------------------------------------------------------------------------------------
 
 def _communicate(e: Emitter, step: Step, args: list[str]) -> str:
     """The code of a move over a wire: cut, ask, join."""
-    move, at = step.op, placed(step, e.mesh, e.sizes, e.rank)
+    move, at = step.op, placed(step, e.mesh, e.sizes, e.coordinate)
     return move.join(at, e.collective(move.wire, at.axes, move.cut(at, args[0]), move.request(at)))
 
 
@@ -103,13 +105,17 @@ class Move(Op):
 
 @dataclass(frozen=True)
 class Placed:
-    """A move of a value whose dims have `sizes`, in the group of `rank`: who holds which rows, who gets which."""
+    """A move of a value whose dims have `sizes`, as the rank at `here` makes it: who holds which rows, and gets which.
+
+    starts: of each axis the coordinates that are looked at, where these stand for all.
+    """
     move: Move
     have: Spec
     want: Spec
     mesh: Mesh
     sizes: Mapping[str, int]
-    rank: int
+    here: Coordinate
+    starts: Mapping[str, Sequence[int]] | None = None
 
     @cached_property
     def change(self) -> Change:
@@ -120,17 +126,10 @@ class Placed:
         return self.move.group(self.change, self.mesh)
 
     @cached_property
-    def group(self) -> tuple[int, ...]:
-        return self.mesh.group(self.axes, self.rank)
-
-    @cached_property
-    def members(self) -> list[dict[str, int]]:
-        """Their coordinates, in order."""
-        return [self.mesh.coordinate(r) for r in self.group]
-
-    @cached_property
-    def me(self) -> int:
-        return self.group.index(self.rank)
+    def members(self) -> list[Coordinate]:
+        """The members of its group, in order."""
+        along = [self.starts[a] if self.starts else range(self.mesh.axes[a]) for a in self.axes]
+        return [{**self.here, **dict(zip(self.axes, at))} for at in product(*along)]
 
     @property
     def kind(self) -> str:
@@ -141,14 +140,15 @@ class Placed:
     def root(self) -> int | None:
         return self.move.root(self) if self.move.wire.rooted else None
 
-    def rows(self, spec: Spec, i: int, member: int) -> tuple[int, int]:
-        """(start, size) along dim i of what a member has of type `spec`."""
-        return self.mesh.rows(spec.dims[i], self.sizes, self.members[member])
+    def rows(self, spec: Spec, i: int, at: Coordinate) -> tuple[int, int]:
+        """(start, size) along dim i of what a rank has of type `spec`."""
+        return self.mesh.rows(spec.dims[i], self.sizes, at)
 
-    def shape(self, spec: Spec, member: int) -> tuple[int, ...]:
-        return self.mesh.local_shape(spec, self.sizes, self.members[member])
+    def shape(self, spec: Spec, at: Coordinate) -> tuple[int, ...]:
+        return self.mesh.local_shape(spec, self.sizes, at)
 
-    def passed(self, source: int, target: int, dims: Iterable[int]) -> dict[int, tuple[int, int]]:
+    def passed(self, source: Coordinate, target: Coordinate,
+               dims: Iterable[int]) -> dict[int, tuple[int, int]]:
         """By dim: (global start, size) of what `source` holds and `target` gets."""
         out = {}
         for i in dims:
@@ -157,15 +157,29 @@ class Placed:
             out[i] = (start, stop - start) if stop > start else (a, 0)
         return out
 
-    @cached_property
-    def counts(self) -> Counts:
-        """The same in elements."""
-        def elements(spec: Spec) -> list[int]:
-            return [prod(self.shape(spec, j)) for j in range(len(self.members))]
+    def part(self, at: Coordinate) -> Part:
+        """What a member brings, gets and passes on, in elements."""
+        def passes(target: Coordinate) -> int:
+            return prod(n for _, n in self.passed(at, target, range(len(self.have.dims))).values())
+        brings, gets = (prod(self.shape(spec, at)) for spec in (self.have, self.want))
+        made = Part(self.mesh.size(self.axes), self.number(at), brings, gets, self.root)
+        return replace(made, kept=passes(at), passes=list(map(passes, self.members))) if self.move.wire.many else made
 
-        def passed(j: int, i: int) -> int:
-            return prod(n for _, n in self.passed(j, i, range(len(self.have.dims))).values())
-        return Counts(elements(self.have), elements(self.want), passed, self.root)
+    def number(self, at: Coordinate) -> int:
+        """Which member of the group a rank is."""
+        n = 0
+        for axis in self.axes:
+            n = n * self.mesh.axes[axis] + at[axis]
+        return n
+
+    @property
+    def even(self) -> bool:
+        return self.move.wire.even(map(self.part, self.members))
+
+    @property
+    def received(self) -> int:
+        """Elements that this rank receives."""
+        return self.move.wire.received(self.part(self.here))
 
 
 # -- what is asked of a move ---------------------------------------------------------------------------------
@@ -198,15 +212,15 @@ def cost(move: Move, have: Spec, want: Spec, sizes: Mapping[str, int]) -> float:
     return share(k) * (1 / prod(sizes[a] for a in have.split_axes))
 
 
-def placed(step: Step, mesh: Mesh, sizes: Mapping[str, int], rank: int) -> Placed:
-    """A step that is a move, as the group of `rank` makes it."""
-    return Placed(step.op, step.ins[0], step.outs[0], mesh, sizes, rank)
+def placed(step: Step, mesh: Mesh, sizes: Mapping[str, int], here: Coordinate,
+           starts: Mapping[str, Sequence[int]] | None = None) -> Placed:
+    """A step that is a move, as the rank at `here` makes it."""
+    return Placed(step.op, step.ins[0], step.outs[0], mesh, sizes, here, starts)
 
 
 def received(step: Step, mesh: Mesh, sizes: Mapping[str, int], rank: int) -> int:
     """Elements that `rank` receives in a collective step."""
-    at = placed(step, mesh, sizes, rank)
-    return at.move.wire.received(at.counts, at.me)
+    return placed(step, mesh, sizes, mesh.coordinate(rank)).received
 
 
 # -- the moves that are local --------------------------------------------------------------------------------
@@ -280,7 +294,7 @@ ALL_REDUCE = Move(
 def _pieces(at: Placed, spec: Spec) -> tuple[int, tuple[int, ...]]:
     """The dim that is cut or put together, and how many rows of it each member has as type `spec`."""
     (i,) = at.change.dims
-    return i, tuple(at.rows(spec, i, j)[1] for j in range(len(at.members)))
+    return i, tuple(at.rows(spec, i, member)[1] for member in at.members)
 
 
 def _towards_reduce_scatter(s: Search) -> Iterator[Spec]:
@@ -312,24 +326,24 @@ ALL_GATHER = Move(
 
 def _cut(at: Placed, x: str) -> list[str]:
     """What this rank has, cut by what the others want."""
-    first = {i: at.rows(at.have, i, at.me)[0] for i in at.change.dims}
+    first = {i: at.rows(at.have, i, at.here)[0] for i in at.change.dims}
 
-    def piece(member: int) -> str:
-        wanted = at.passed(at.me, member, at.change.dims)
+    def piece(member: Coordinate) -> str:
+        wanted = at.passed(at.here, member, at.change.dims)
         return x + "".join(f".narrow({i}, {start - first[i]}, {n})" for i, (start, n) in wanted.items())
-    return [piece(j) for j in range(len(at.members))]
+    return [piece(member) for member in at.members]
 
 
 def _arriving(at: Placed) -> list[dict[int, tuple[int, int]]]:
     """By member, by dim: (global start, size) of what this rank gets from it."""
-    return [at.passed(j, at.me, at.change.dims) for j in range(len(at.members))]
+    return [at.passed(member, at.here, at.change.dims) for member in at.members]
 
 
 def _shapes(at: Placed) -> tuple:
     """Of what comes; and that all pieces of all members are even, where they are."""
-    mine = at.shape(at.have, at.me)
+    mine = at.shape(at.have, at.here)
     shapes = tuple(tuple(got[i][1] if i in got else n for i, n in enumerate(mine)) for got in _arriving(at))
-    return (shapes, True) if at.move.wire.even(at.counts) else (shapes,)
+    return (shapes, True) if at.even else (shapes,)
 
 
 def _join(at: Placed, got: str) -> str:

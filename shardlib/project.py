@@ -1,4 +1,4 @@
-"""Projection: what one rank of a mesh communicates, in order, when it runs an explicit program.
+"""Projection: what a rank of a mesh, or a class of ranks, communicates, in order, when it runs an explicit program.
 
 >>> from shardlib.layout import Layout
 >>> from shardlib.complete import complete
@@ -11,25 +11,32 @@
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Iterator, Mapping, Sequence
+from typing import Iterable, Iterator, Mapping, Sequence
 
+from shardlib.classes import Classes
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh, check_sizes
-from shardlib.moves import Placed, axes_of, placed
+from shardlib.moves import Coordinate, Placed, axes_of, placed
 from shardlib.program import Program
 from shardlib.scan import SCAN
 from shardlib.sizes import complete_sizes
 from shardlib.spec import Spec
 
+NAMED = 64          # the most ranks of a group that a message names one by one
+
 
 @dataclass(frozen=True)
 class Call:
-    """One collective of one rank. numel: elements that the rank brings; root: for rooted ones, the in-group rank."""
+    """One collective of one rank. numel: elements that the rank brings; root: for rooted ones, the in-group rank.
+
+    group: its ranks.  shapes: what each of them brings.  In the calls of a class, `group` is the axes that the group
+    is over, without those of one coordinate, and `shapes` are of the members that stand for all.
+    """
     op: str
-    group: tuple[int, ...]
+    group: tuple[int, ...] | tuple[str, ...]
     dtype: str
     numel: int
     shapes: tuple[tuple[int, ...], ...]
@@ -37,11 +44,27 @@ class Call:
     step: str = ""
 
     def __str__(self) -> str:
-        return f"{self.op} of {self.numel} {self.dtype} over ranks {' '.join(map(str, self.group))}"
+        ranks = " ".join(map(str, self.group)) if len(self.group) <= NAMED else \
+            f"{' '.join(map(str, self.group[:3]))} .. {self.group[-1]} ({len(self.group)} ranks)"
+        return f"{self.op} of {self.numel} {self.dtype} over ranks {ranks}"
 
     def same(self, other: Call) -> bool:
         """Whether two members of a group call the same collective."""
         return (self.op, self.group, self.dtype, self.shapes, self.root) == (other.op, other.group, other.dtype, other.shapes, other.root)
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """What the body of a scan calls, `times` over."""
+    name: str
+    times: int
+    calls: Calls
+
+    def unrolled(self) -> list[Call | Repeat]:
+        return [call for i in range(self.times) for call in _within(f"{self.name}[{i}].", self.calls)]
+
+
+Calls = tuple["Call | Repeat", ...]
 
 
 def check_given(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str], default: str = "float32") -> dict[str, int]:
@@ -55,12 +78,12 @@ def check_given(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: 
     sizes = complete_sizes(program, sizes)
     paths, places = [path for path, _ in program.arg_leaves()], [program, *program.bodies()]
     held = [spec for _, spec in program.arg_leaves()]
-    sent = [spec for p in places for s in p.steps if s.op.wire for spec in (*s.ins, *s.outs)]
     used = [spec for p in places for s in p.steps for spec in (*s.ins, *s.outs)]
     if lacking := [a for a in _axes((*held, *used)) if a not in mesh.axes]:
         raise SpecError(f"{program.name}: unknown axis {lacking[0]}; the mesh has {', '.join(mesh.axes) or 'none'}")
     scanned = [s.options["dim"] for p in places for s in p.steps if s.op is SCAN]
-    if lacking := [n for n in dict.fromkeys((*(n for spec in (*held, *sent) for n in spec.names), *scanned)) if n not in sizes]:
+    needed = dict.fromkeys((*(n for spec in (*held, *sent(program)) for n in spec.names), *scanned))
+    if lacking := [n for n in needed if n not in sizes]:
         raise SpecError(f"{program.name}: no size of {', '.join(lacking)}; sizes has {', '.join(sizes) or 'none'}: "
                         f"sizes=dict({', '.join(f'{n}=...' for n in lacking)})")
     if lacking := [path for path in dtypes if path not in paths]:
@@ -78,20 +101,55 @@ def _axes(specs: Sequence[Spec]) -> dict[str, None]:
 def project(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None,
             default: str = "float32") -> list[Call]:
     """The collectives of `rank`, scans unrolled. `dtypes`: of arguments by path, where they are not the default or int64 indices."""
-    return list(_calls(program, mesh, rank, sizes, value_dtypes(program, dtypes or {}, default), ""))
+    found = _calls(program, mesh, sizes, value_dtypes(program, dtypes or {}, default), mesh.coordinate(rank))
+    return [replace(call, group=mesh.group(call.group, rank)) for call in unrolled(found)]
 
 
-def _calls(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], dtypes: Mapping[str, str], at: str) -> Iterator[Call]:
+def project_classes(program: Program, classes: Classes, sizes: Mapping[str, int],
+                    dtypes: Mapping[str, str] | None = None, default: str = "float32") -> list[Calls]:
+    """The collectives of the ranks of each class."""
+    kinds = value_dtypes(program, dtypes or {}, default)
+    return [_calls(program, classes.mesh, sizes, kinds, here, classes.starts) for here in classes.firsts]
+
+
+def sent(program: Program) -> list[Spec]:
+    """The types before and after each collective of a program."""
+    steps = [s for p in (program, *program.bodies()) for s in p.steps if s.op.wire]
+    return [spec for s in steps for spec in (*s.ins, *s.outs)]
+
+
+def unrolled(calls: Iterable[Call | Repeat]) -> Iterator[Call]:
+    """The calls one after another, those of scans as often as they are made."""
+    for call in calls:
+        if isinstance(call, Repeat):
+            yield from unrolled(call.unrolled())
+        else:
+            yield call
+
+
+def _calls(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str],
+           here: Coordinate, starts: Mapping[str, Sequence[int]] | None = None) -> Calls:
+    made: list[Call | Repeat] = []
     for step in program.steps:
         for body in step.bodies:            # of a cond both: whichever is taken, all take it, since the predicate is whole
-            inner = inner_dtypes(step, body, dtypes)
-            for name in [f"{body.name}[{i}]" for i in range(sizes[step.options["dim"]])] if step.op is SCAN else [body.name]:
-                yield from _calls(body, mesh, rank, sizes, inner, f"{at}{name}.")
+            inner = _calls(body, mesh, sizes, inner_dtypes(step, body, dtypes), here, starts)
+            if step.op is SCAN:
+                made.append(Repeat(body.name, sizes[step.options["dim"]], inner))
+            else:
+                made += _within(f"{body.name}.", inner)
         if step.op.wire and mesh.size(axes_of(step, mesh)) > 1:
-            yield _call(placed(step, mesh, sizes, rank), dtypes[step.inputs[0]],
-                        f"{at}{step.outputs[0]}{f' ({step.where})' if step.where else ''}")
+            label = f"{step.outputs[0]}{f' ({step.where})' if step.where else ''}"
+            made.append(_call(placed(step, mesh, sizes, here, starts), dtypes[step.inputs[0]], label))
+    return tuple(made)
 
 
-def _call(move: Placed, dtype: str, step: str) -> Call:
-    shapes = tuple(move.shape(move.have, j) for j in range(len(move.members)))
-    return Call(move.move.name, move.group, dtype, prod(shapes[move.me]), shapes, move.root, step)
+def _call(at: Placed, dtype: str, label: str) -> Call:
+    shapes = tuple(at.shape(at.have, member) for member in at.members)
+    axes = tuple(a for a in at.axes if at.mesh.axes[a] > 1)
+    return Call(at.move.name, axes, dtype, prod(at.shape(at.have, at.here)), shapes, at.root, label)
+
+
+def _within(where: str, calls: Calls) -> list[Call | Repeat]:
+    """The same calls, whose steps are said to be in `where`."""
+    return [replace(call, name=where + call.name) if isinstance(call, Repeat) else replace(call, step=where + call.step)
+            for call in calls]

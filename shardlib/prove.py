@@ -1,21 +1,29 @@
-"""The proof that ranks cannot part ways: every rank's collectives are projected, and matched against each other.
+"""The proof that ranks cannot part ways: their collectives are projected, and matched against each other.
 
 A collective happens when all ranks of its group have come to it with the same op, dtype and shapes. `prove` runs that
 rule to the end, on the projections alone; where it gets stuck, it says which rank waits for what. The proof holds for
 any timing, since each rank's sequence is fixed by the program and not by data.
+
+It goes by classes of ranks (`shardlib.classes`), whose sequences are equal but for the ranks that they name. A
+collective of a class over some axes has members of all classes that differ from it along these alone, whichever of its
+ranks makes it: what happens in one group of such ranks happens in all. What can happen stays possible until it does,
+whatever happens before, so any order decides. The body of a scan is matched once, where all classes come to it together
+and leave it together: then they do so each time.
 """
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Mapping, Sequence
+from typing import Iterable, Mapping, Sequence
 
+from shardlib.classes import Classes, classes_of
 from shardlib.cond import COND
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.program import Program
-from shardlib.project import Call, check_given, project
+from shardlib.project import Call, Calls, Repeat, check_given, project_classes, sent
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,8 @@ def prove(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mappin
     """Prove that all ranks issue the same collectives in the same order. SpecError where they do not."""
     sizes = check_given(program, mesh, sizes, dtypes or {})
     check_branches(program)
-    return match(mesh, [project(program, mesh, rank, sizes, dtypes) for rank in range(mesh.world_size)])
+    classes = classes_of(mesh, sent(program), sizes)
+    return match(classes, project_classes(program, classes, sizes, dtypes))
 
 
 def check_branches(program: Program) -> None:
@@ -50,36 +59,97 @@ def _communicates(program: Program) -> bool:
     return any(s.op.wire or any(map(_communicates, s.bodies)) for s in program.steps)
 
 
-def match(mesh: Mesh, ranks: Sequence[Sequence[Call]]) -> Proof:
-    """Match the ranks' sequences of calls. SpecError, naming ranks and steps, where they cannot all end."""
-    for rank, calls in enumerate(ranks):
-        for call in calls:
-            mine = dict(zip(call.group, call.shapes)).get(rank)
+def match(classes: Classes, calls: Sequence[Calls]) -> Proof:
+    """Match the classes' sequences of calls. SpecError, naming ranks and steps, where their ranks cannot all end."""
+    for c, made in enumerate(calls):
+        for call in _each(made):
+            mine = dict(zip(classes.peers(c, call.group), call.shapes)).get(c)
             if mine is not None and call.numel != prod(mine):
-                raise SpecError(f"{_say(rank, call)}; its piece has shape {mine}")
-    at, done = [0] * len(ranks), 0
-    fired: list[str] = []
-    while any(i < len(calls) for i, calls in zip(at, ranks)):
-        for rank, calls in enumerate(ranks):
-            if at[rank] == len(calls):
+                raise SpecError(f"{_say(classes, c, call)}; its piece has shape {mine}")
+    said = "\n".join([f"{classes.mesh} {dict(classes.starts)}", *map(_text, calls)])
+    return Proof(classes.mesh, _Matching(classes, calls).run(), hashlib.sha256(said.encode()).hexdigest())
+
+
+class _Matching:
+    """Each class's calls, and how many of them it has made. `done`: the collectives that have happened, of all groups."""
+
+    def __init__(self, classes: Classes, calls: Sequence[Calls]) -> None:
+        self.classes, self.calls, self.at, self.done = classes, list(map(list, calls)), [0] * len(classes), 0
+
+    def run(self) -> int:
+        """Until all have ended. SpecError where they cannot."""
+        work = deque(range(len(self.classes)))
+        while work or (work := deque(self._come_to_a_scan())):
+            c = work.popleft()
+            call = self._next(c)
+            if not isinstance(call, Call):
                 continue
-            call = calls[at[rank]]
-            heads = [ranks[m][at[m]] if at[m] < len(ranks[m]) else None for m in call.group]
-            if all(h is not None and h.group == call.group for h in heads):
-                wrong = next((m for m, h in zip(call.group, heads) if not call.same(h)), None)
-                if wrong is not None:
-                    raise SpecError(f"ranks {rank} and {wrong} meet in different collectives: {_say(rank, call)}; "
-                                    f"{_say(wrong, ranks[wrong][at[wrong]])}")
-                for m in call.group:
-                    at[m] += 1
-                done += 1
-                fired.append(f"{call.op}{call.group}{call.dtype}{call.shapes}{call.root}")
-                break
-        else:
+            group = self.classes.peers(c, call.group)
+            if all(isinstance(other := self._next(m), Call) and other.group == call.group for m in group):
+                self._meet(c, group)
+                work.extend(group)
+        return self.done
+
+    def _next(self, c: int) -> Call | Repeat | None:
+        return self.calls[c][self.at[c]] if self.at[c] < len(self.calls[c]) else None
+
+    def _meet(self, c: int, group: Sequence[int]) -> None:
+        """All of the group have come to a collective over the same axes; it is the same one, and happens."""
+        call = self._next(c)
+        wrong = next((m for m in group if not call.same(self._next(m))), None)
+        if wrong is not None:
+            both = " and ".join(str(_rank(self.classes, m)) for m in (c, wrong))
+            raise SpecError(f"ranks {both} meet in different collectives: "
+                            f"{_say(self.classes, c, call)}; {_say(self.classes, wrong, self._next(wrong))}")
+        self.done += self.classes.groups(c, call.group)
+        for m in group:
+            self.at[m] += 1
+
+    def _come_to_a_scan(self) -> Iterable[int]:
+        """Nothing can happen outside of scans: those before one go in. The classes that then have something to do."""
+        heads = [self._next(c) for c in range(len(self.classes))]
+        inside = [c for c, head in enumerate(heads) if isinstance(head, Repeat)]
+        if len(inside) == len(heads) and self._together(heads):
+            self.at = [i + 1 for i in self.at]
+            return inside
+        if not inside and any(heads):
             raise SpecError("the ranks part ways: " + "; ".join(
-                _say(r, calls[i]) if i < len(calls) else f"rank {r} has ended" for r, (i, calls) in enumerate(zip(at, ranks))))
-    return Proof(mesh, done, hashlib.sha256("\n".join(fired).encode()).hexdigest())
+                _say(self.classes, c, head) if head else f"rank {_rank(self.classes, c)} has ended"
+                for c, head in enumerate(heads)))
+        for c in inside:
+            self.calls[c][self.at[c]:self.at[c] + 1] = heads[c].unrolled()
+        return inside
+
+    def _together(self, scans: Sequence[Repeat]) -> bool:
+        """Whether all that come to these scans leave them together, each time around."""
+        if len({scan.times for scan in scans}) > 1:
+            return False
+        try:
+            once = _Matching(self.classes, [scan.calls for scan in scans]).run() if scans[0].times else 0
+        except SpecError:
+            return False                # said by the calls themselves, one after another
+        self.done += once * scans[0].times
+        return True
 
 
-def _say(rank: int, call: Call) -> str:
-    return f"rank {rank} is in {call}{f' at {call.step}' if call.step else ''}"
+def _each(calls: Iterable[Call | Repeat]) -> Iterable[Call]:
+    """The calls, those of scans once."""
+    for call in calls:
+        yield from _each(call.calls) if isinstance(call, Repeat) else (call,)
+
+
+def _text(calls: Calls) -> str:
+    """All that a proof compares."""
+    return "; ".join(f"{call.times} x ({_text(call.calls)})" if isinstance(call, Repeat)
+                     else f"{call.op}{call.group}{call.dtype}{call.shapes}{call.root}" for call in calls)
+
+
+def _rank(classes: Classes, c: int) -> int:
+    """The first rank of a class."""
+    return classes.mesh.rank(classes.firsts[c])
+
+
+def _say(classes: Classes, c: int, call: Call) -> str:
+    rank = _rank(classes, c)
+    ranks = replace(call, group=classes.mesh.group(call.group, rank))
+    return f"rank {rank} is in {ranks}{f' at {call.step}' if call.step else ''}"

@@ -17,7 +17,7 @@ what members say.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,16 +26,19 @@ from shardlib.errors import SpecError
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Elements of one collective: what each member brings and gets, in the group's order, and what j has for i."""
-    brings: Sequence[int]
-    gets: Sequence[int]
-    passed: Callable[[int, int], int]
-    root: int | None = None
+class Part:
+    """One member of a collective of `k`, in elements: what it brings, and what it gets.
 
-    @property
-    def members(self) -> range:
-        return range(len(self.brings))
+    member: its number.  root: that of the root, over a rooted wire.
+    passes: over a wire for many, what it has for each member that is looked at.  kept: what it has for itself.
+    """
+    k: int
+    member: int
+    brings: int
+    gets: int
+    root: int | None = None
+    kept: int = 0
+    passes: Sequence[int] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +49,9 @@ class Wire:
     does:       what a member brings, and what it gets.
     perform(xs, more): what each member gets, of the members' operands and what else they say.
     share(k):   what one of k members receives, as a fraction of what it brings, were all pieces even.
-    received(counts, i): elements that member i receives.
-    whole(counts), pieces(counts): elements of the whole tensor, and of the pieces whose evenness counts.
+    received(part): elements that a member receives.
+    whole(part), pieces(part): elements of the whole tensor, and of the pieces whose evenness counts.
+    turn(n, k): of members that bring n elements, how many receive otherwise than the rest: the first ones.
     reduces:    it pays what is owed.
     rooted:     one member has a part of its own.
     many:       the operand is a tuple, a piece for each member; these know the whole only where pieces are even.
@@ -57,9 +61,10 @@ class Wire:
     does: tuple[str, str]
     perform: Callable[[Sequence[Any], Sequence[tuple]], list]
     share: Callable[[int], float]
-    received: Callable[[Counts, int], int]
-    whole: Callable[[Counts], int] = lambda counts: counts.brings[0]
-    pieces: Callable[[Counts], Sequence[int]] = lambda counts: counts.brings
+    received: Callable[[Part], int]
+    whole: Callable[[Part], int] = lambda part: part.brings
+    pieces: Callable[[Part], Sequence[int]] = lambda part: (part.brings,)
+    turn: Callable[[int, int], int] = lambda n, k: 0
     reduces: bool = False
     rooted: bool = False
     many: bool = False
@@ -68,9 +73,9 @@ class Wire:
     def __repr__(self) -> str:
         return f"Wire({self.name})"
 
-    def even(self, counts: Counts) -> bool:
+    def even(self, parts: Iterable[Part]) -> bool:
         """Whether all members' pieces have one size."""
-        return len(set(self.pieces(counts))) == 1
+        return len({n for part in parts for n in self.pieces(part)}) == 1
 
 
 # -- what each does ------------------------------------------------------------------------------------------
@@ -116,25 +121,25 @@ def _all_to_all(xs: Sequence[Sequence[Tensor]], more: Sequence[tuple]) -> list[t
     return got
 
 
-def _both_halves(counts: Counts, i: int) -> int:
+def _both_halves(part: Part) -> int:
     """A reduce_scatter and an all_gather of pieces as even as can be: the first n mod k members have one more."""
-    n, k = counts.brings[i], len(counts.brings)
-    piece = n // k + (i < n % k)
+    n, k = part.brings, part.k
+    piece = n // k + (part.member < n % k)
     return (k - 1) * piece + n - piece
 
 
 # -- the wires -----------------------------------------------------------------------------------------------
 
 ALL_REDUCE = Wire("all_reduce", ("a tensor", "the sum (or maximum) of all"), _all_reduce,
-                  share=lambda k: 2 * (k - 1) / k, received=_both_halves, reduces=True)
+                  share=lambda k: 2 * (k - 1) / k, received=_both_halves, turn=lambda n, k: n % k,
+                  reduces=True)
 REDUCE_SCATTER = Wire("reduce_scatter", ("a tensor", "its own piece of the sum"), _reduce_scatter,
-                      share=lambda k: (k - 1) / k, reduces=True, pieces=lambda counts: counts.gets,
-                      received=lambda counts, i: (len(counts.gets) - 1) * counts.gets[i])
+                      share=lambda k: (k - 1) / k, received=lambda part: (part.k - 1) * part.gets,
+                      pieces=lambda part: (part.gets,), reduces=True)
 ALL_GATHER = Wire("all_gather", ("a piece", "all pieces"), _all_gather,
-                  share=lambda k: k - 1.0, received=lambda counts, i: counts.gets[i] - counts.brings[i],
-                  whole=lambda counts: counts.gets[0])
+                  share=lambda k: k - 1.0, received=lambda part: part.gets - part.brings,
+                  whole=lambda part: part.gets)
 ALL_TO_ALL = Wire("all_to_all", ("a piece for each member", "a piece from each member"), _all_to_all,
-                  share=lambda k: (k - 1) / k, many=True, own=1,
-                  pieces=lambda counts: [counts.passed(j, i) for j in counts.members for i in counts.members],
-                  received=lambda counts, i: counts.gets[i] - counts.passed(i, i))
+                  share=lambda k: (k - 1) / k, received=lambda part: part.gets - part.kept,
+                  pieces=lambda part: part.passes, many=True, own=1)
 WIRES = {wire.name: wire for wire in (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, ALL_TO_ALL)}

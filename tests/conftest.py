@@ -1,15 +1,18 @@
 """Hypothesis without a deadline; in CI (the variable CI is set) the same examples every time. HYPOTHESIS_PROFILE=more draws ten times as many.
 
-Where there is no GPU, kernels run in Triton's interpreter: Triton decides that once, when it is first imported."""
+Tests may import what is in helpers/ by name. Where there is no GPU, kernels run in Triton's interpreter: Triton decides that once, when it is first imported."""
 from __future__ import annotations
 
 import os
-
+import sys
+from pathlib import Path
 from typing import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

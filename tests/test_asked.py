@@ -17,7 +17,7 @@ from shardlib.emit import Emitter, load
 from shardlib.errors import SpecError
 from shardlib.explain import _call
 from shardlib.mesh import Mesh
-from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, axes_of, check_move
+from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, axes_of, check_move, placed
 from shardlib.oracle import types
 from shardlib.program import Op, Program, Result, Step
 from shardlib.spec import parse
@@ -76,6 +76,6 @@ def test_all_ranks_ask_the_same_and_explain_says_it(op: Op) -> None:
             if not (op in (ALL_TO_ALL, PERMUTE) and calls[0].even):                 # what is even, the test of exchanges holds
                 assert calls[0] == expected(step, sizes, group[0]), f"{step.text} of {sizes}"
             if 0 in group:
-                assert calls[0] == _call(step, MESH, sizes, "bfloat16"), f"{step.text} of {sizes}"
+                assert calls[0] == _call(placed(step, MESH, sizes, MESH.coordinate(0)), "bfloat16"), f"{step.text} of {sizes}"
             seen.add(calls[0].even)
     assert seen == {ALL_REDUCE: {True}, PERMUTE: {False}}.get(op, {True, False})

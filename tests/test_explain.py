@@ -9,7 +9,8 @@ from typing import Callable
 import pytest
 import torch
 
-from shardlib import EXPLICIT, Layout, Mesh, SpecError, all_gather, all_reduce, cond, einsum, lower, prove, rearrange, reduce_scatter, rename, scan, sharded
+from shardlib import (EXPLICIT, Layout, Mesh, SpecError, all_gather, all_reduce, all_to_all, cond, einsum, lower, permute, prove, rearrange,
+                      reduce_scatter, rename, scan, sharded)
 from shardlib.api import value_and_grad
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.dtypes import value_dtypes
@@ -20,7 +21,7 @@ from shardlib.functions import max as max_over, sum as sum_over
 from shardlib.models import llama
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, logits_of, loss, next_token
-from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, PERMUTE, REDUCE_SCATTER, axes_of, changed_dims, received
+from shardlib.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, PERMUTE, REDUCE_SCATTER, axes_of, changed_dims, placed, received
 from shardlib.ops import embedding
 from shardlib.params import struct
 from shardlib.program import Op, Program, Result, Step
@@ -122,7 +123,7 @@ def test_what_an_exchange_brings(have: str, want: str, mesh: str, m: int, n: int
     assert [received(step, mesh, sizes, r) for r in ranks] == [len(held(after, r) - held(before, r)) for r in ranks]
     members = mesh.group(axes_of(step, mesh), 0)
     parts = {len(held(before, a) & held(after, b)) for a in members for b in members}
-    assert _call(step, mesh, sizes, "float32") == Call("all_to_all", None, torch.float32, "cpu", 4 * len(held(before, 0)) if len(parts) == 1 else -1, len(parts) == 1)
+    assert _call(placed(step, mesh, sizes, mesh.coordinate(0)), "float32") == Call("all_to_all", None, torch.float32, "cpu", 4 * len(held(before, 0)) if len(parts) == 1 else -1, len(parts) == 1)
 
 
 def test_what_ranks_hold() -> None:
@@ -198,6 +199,40 @@ def test_an_all_reduce_is_its_pieces(n: int, k: int, want: tuple[int, ...]) -> N
     mesh = Mesh(tp=k)
     assert explain(lower(f, mesh=mesh), mesh, dict(N=n)).received == want
     assert sum(want) == 2 * (k - 1) * n * 4
+
+
+def test_classes_of_ranks_receive_what_each_of_their_ranks_does() -> None:
+    """Of an all_reduce of 5 the first ranks of the group have larger parts; where a rank stands in a permute matters as well."""
+    mesh = Mesh(x=3, y=2, z=4)
+    program = lower(moved_about, mesh=mesh)
+    sizes = dict(M=7, N=5)
+    found = explain(program, mesh, sizes)
+    steps = {(s.op.name, str(s.ins[0]), str(s.outs[0])): s for s in program.steps if s.op.wire}
+    assert len(steps) == len(found.traffic) == 5
+    for t in found.traffic:
+        step = steps[t.op, t.before, t.after]
+        assert t.received == tuple(4 * received(step, mesh, sizes, rank) for rank in range(mesh.world_size)), t
+    assert len(set(found.received)) > 4
+
+
+@sharded("M/x/z N, M N +x +y, M N/z, M/y N -> M/z/x N, M N, M/z N, M N/y, M N", layout=EXPLICIT)
+def moved_about(a, b, c, d):
+    return (permute("M/x/z N -> M/z/x N", a), all_reduce("M N +x +y -> M N", b), all_to_all("M N/z -> M/z N", c),
+            all_to_all("M/y N -> M N/y", d), all_gather("M/y N -> M N", d))
+
+
+def test_many_ranks_are_said_by_classes() -> None:
+    """65,536 of them: as tuples whoever asks, as plain data each number once, with the ranks that have it."""
+    mesh = Mesh(dp=1024, cp=8, tp=8)
+    program = lower(logits_of, named_layout("tp+sp+fsdp+cp", mesh), mesh=mesh, config=CONFIG)
+    found = explain(program, mesh, {**SIZES, "B": 1540, "T": 64, "S": 64})
+    assert (len(found.received), max(found.received)) == (65536, found.bytes)
+    plain = found.to_json()
+    assert len(json.dumps(plain)) < 100_000
+    assert sum(each["ranks"] for each in plain["argument_bytes"]) == 65536
+    assert max(each["bytes"] for each in plain["received"]) == found.bytes
+    assert plain["traffic"][0]["received"][0] == {                              # who has 2 rows of 11, and none of 18 columns
+        "bytes": 2 * 18 * 4, "ranks": 1006 * 8 * 3, "where": ["dp=18-515,cp=0-7,tp=0-2", "dp=516-1023,cp=0-7,tp=0-2"]}
 
 
 @sharded("N/tp, N +tp -> N", layout=EXPLICIT)

@@ -15,12 +15,14 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 from unittest import mock
 
 import pytest
+import rank_by_rank
 import torch
-from hypothesis import assume, event, given, reject, strategies as st
+from hypothesis import assume, event, given, reject, settings, strategies as st
 
 from shardlib import EXPLICIT, all_gather, all_reduce, cond as choose, lower, reduce_scatter, rename as relabel, scan as scan_over, sharded, value_and_grad
 from shardlib.api import Sharded
 from shardlib.arithmetic import ADD
+from shardlib.classes import classes_of
 from shardlib.complete import complete
 from shardlib.cond import COND
 from shardlib.einsum import EINSUM
@@ -40,6 +42,8 @@ from shardlib.oracle import same, types
 from shardlib.parser import CORE, check, parse_program
 from shardlib.passes import DEFAULT, PASSES
 from shardlib.program import Op, Program, Result, Step, Struct, leaves
+from shardlib.project import project, project_classes, sent, unrolled
+from shardlib.prove import match
 from shardlib.reference import meaning
 from shardlib.scan import SCAN
 from shardlib.simulate import perform, simulate
@@ -479,6 +483,21 @@ def moved(program: Program, mesh: Mesh, sizes: Mapping[str, int], args: Mapping[
     with mock.patch("shardlib.simulate.perform", counted):
         run(program, mesh, sizes, args)
     return got, count
+
+
+@settings(max_examples=300)
+@given(programs())
+def test_a_proof_by_classes_is_one_rank_by_rank(drawn: Drawn) -> None:
+    """The ranks of a class make the same calls, each with its own group: none of them, made by itself, is another."""
+    program, mesh = drawn.explicit(), drawn.mesh
+    classes = classes_of(mesh, sent(program), drawn.sizes)
+    of_class, kind = project_classes(program, classes, drawn.sizes, default="float64"), classes.by_rank(range(len(classes)))
+    ranks = [project(program, mesh, rank, drawn.sizes, default="float64") for rank in range(mesh.world_size)]
+    for rank, (c, calls) in enumerate(zip(kind, ranks)):
+        for own, other in zip(calls, unrolled(of_class[c]), strict=True):
+            shapes = dict(zip(classes.peers(c, other.group), other.shapes))
+            assert own == replace(other, group=mesh.group(other.group, rank), shapes=tuple(shapes[kind[r]] for r in own.group)), drawn
+    assert match(classes, of_class).collectives == rank_by_rank.match(ranks), drawn
 
 
 @given(programs())
