@@ -18,11 +18,12 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, Callable, Iterator, NoReturn, Sequence
 
+from torch import Tensor
+
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import BINARY, with_number
 from shardlib.language.calls import check_count, check_static, check_tree, misuse, what
 from shardlib.language.moves import RESHARD, TABLE
-from shardlib.language.steps import Steps
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values, struct
 from shardlib.program import Op, Program, Result, Step, Struct, check_keywords
@@ -49,16 +50,16 @@ class Value:
     def __repr__(self) -> str:
         return f"Value({self.spec})"
 
-    def __add__(self, other): return _arithmetic("add", self, other)
-    def __radd__(self, other): return _arithmetic("add", other, self)
-    def __sub__(self, other): return _arithmetic("sub", self, other)
-    def __rsub__(self, other): return _arithmetic("sub", other, self)
-    def __mul__(self, other): return _arithmetic("mul", self, other)
-    def __rmul__(self, other): return _arithmetic("mul", other, self)
-    def __truediv__(self, other): return _arithmetic("div", self, other)
-    def __rtruediv__(self, other): return _arithmetic("div", other, self)
-    def __neg__(self): return _arithmetic("mul", self, -1)
-    def __pos__(self): return self
+    def __add__(self, other: Any) -> Value: return _arithmetic("add", self, other)
+    def __radd__(self, other: Any) -> Value: return _arithmetic("add", other, self)
+    def __sub__(self, other: Any) -> Value: return _arithmetic("sub", self, other)
+    def __rsub__(self, other: Any) -> Value: return _arithmetic("sub", other, self)
+    def __mul__(self, other: Any) -> Value: return _arithmetic("mul", self, other)
+    def __rmul__(self, other: Any) -> Value: return _arithmetic("mul", other, self)
+    def __truediv__(self, other: Any) -> Value: return _arithmetic("div", self, other)
+    def __rtruediv__(self, other: Any) -> Value: return _arithmetic("div", other, self)
+    def __neg__(self) -> Value: return _arithmetic("mul", self, -1)
+    def __pos__(self) -> Value: return self
 
     def __bool__(self) -> bool:
         raise SpecError("if: a traced value has no truth; a branch on data would let ranks part ways; use where(mask, a, b)")
@@ -94,7 +95,10 @@ class Value:
                         f"a split and an owed sum are, those of torch do not")
 
 
-def _arithmetic(name: str, a: Any, b: Steps) -> Value:
+Operand = Value | Tensor      # what an op takes: a Value. A field of Params is one in a trace; its class says Tensor
+
+
+def _arithmetic(name: str, a: Any, b: Any) -> Value:
     if isinstance(a, Value) and isinstance(b, Value):
         return apply(BINARY[name], (a, b))
     value, number = (a, b) if isinstance(a, Value) else (b, a)
