@@ -202,6 +202,9 @@ class Program:
     def __str__(self) -> str:
         return show(self)
 
+    def __repr__(self) -> str:
+        return str(self).rstrip()       # a debugger ends the line itself
+
     def bodies(self) -> list[Program]:
         """Every sub-program, innermost first, each once."""
         found: list[Program] = []

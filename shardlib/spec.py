@@ -57,6 +57,8 @@ class Factor:
     def __str__(self) -> str:
         return "/".join((self.name, *self.axes)) + ("/1" if self.whole else "")
 
+    __repr__ = __str__
+
 
 @dataclass(frozen=True)
 class Dim:
@@ -94,6 +96,8 @@ class Dim:
         head = str(self.factors[0])
         return head.replace(self.label, self.label + "~", 1) if self.ragged else head
 
+    __repr__ = __str__
+
 
 @dataclass(frozen=True)
 class Owed:
@@ -104,6 +108,8 @@ class Owed:
 
     def __str__(self) -> str:
         return {"+": f"+{self.axis}", "max": f"max:{self.axis}", "@": f"@{self.axis}:{self.at}"}[self.kind]
+
+    __repr__ = __str__
 
 
 class Resolves(Protocol):
@@ -132,6 +138,8 @@ class Spec:
 
     def __str__(self) -> str:
         return self.text
+
+    __repr__ = __str__
 
     def __hash__(self) -> int:
         return hash(self.text)
