@@ -51,7 +51,23 @@ def _compiled_here(f: Sharded | ValueAndGrad, static: dict[str, Any]) -> Compile
 
 
 def sharded(signature: str, *, layout: Layout | None = None) -> Callable[[Callable], Sharded]:
-    """Decorator: the function takes and returns tensors with the specs of `signature`. A `layout` here wins over the caller's."""
+    """Decorator: the function takes and returns tensors with the specs of `signature`.
+
+    A spec for each argument, `*` for a pytree of `Params`; what comes after `*,` is static: plain Python,
+    part of the program. A `layout` here wins over the caller's. Called on tensors it runs, on the mesh in
+    force; called in another sharded function it becomes part of that.
+
+    >>> @sharded("B D, D -> B D")
+    ... def scaled(x, w, *, times):
+    ...     for _ in range(times):
+    ...         x = x * w
+    ...     return x
+    >>> scaled(torch.ones(1, 2), torch.tensor([2.0, 3.0]), times=3)
+    tensor([[ 8., 27.]])
+    >>> scaled(torch.ones(1, 2), torch.ones(3), times=1)                # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    shardlib.errors.SpecError: scaled: D is 2 by x, and 3 by w ...
+    """
     if not isinstance(signature, str):
         raise SpecError(f'sharded: the signature is {what(signature)}; it is text, as in @sharded("B T D, D F -> B T F")')
     check_layout("sharded", layout)
@@ -67,6 +83,15 @@ def lower(f: Function | ValueAndGrad, layout: Layout | None = None, *args: Any, 
           sizes: Mapping[str, int] | None = None, passes: Sequence[Pass | str] = DEFAULT, dtypes: Mapping[str, str] | None = None,
           **static: Any) -> Program:
     """The explicit program of `f` under `layout`: what every rank will do. `print` it to read it.
+
+    >>> from shardlib import einsum
+    >>> f = sharded("B D, D F -> B F")(lambda x, w: einsum("B D, D F -> B F", x, w))
+    >>> lower(f, Layout(B="dp", D="dp"), mesh=Mesh(dp=8))               # FSDP: weights are gathered at use
+    @sharded("B/dp D, D/dp F -> B/dp F", layout=EXPLICIT)
+    def f(x, w):
+        w2 = all_gather("D/dp F -> D F", w)
+        v1 = einsum("B/dp D, D F -> B/dp F", x, w2)
+        return v1
 
     `args`: instances of the pytrees that `f` takes, where an annotation does not say enough (an optional field that is absent).
     dtypes: of arguments by path; gradients of arguments of several dtypes need casts, which are written where these are known.
@@ -126,6 +151,16 @@ def step(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh
     """`f` op by op on this rank, for a debugger: a breakpoint in it sees types (`x.spec`) and this rank's tensors (`x.local`).
 
     Called like what `compile` makes: with shards, giving shards. Of a `value_and_grad`, its function runs op by op, after all of it has run compiled.
+
+    >>> from shardlib import einsum
+    >>> @sharded("B F, F D -> B D")
+    ... def f(x, w):
+    ...     y = einsum("B F, F D -> B D +tp", x, w)
+    ...     print(f"x is {x.spec}, y is {y.spec}; here y is {y.local}")         # or breakpoint()
+    ...     return y
+    >>> step(f, Layout(F="tp"), mesh=Mesh(tp=1))(torch.ones(1, 3), torch.ones(3, 2))
+    x is B F/tp, y is B D +tp; here y is tensor([[3., 3.]])
+    tensor([[3., 3.]])
     """
     check_static(traced_function("step", f), static)
     check_layout("step", layout)
@@ -141,6 +176,13 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
     """`f` on all ranks of a mesh in this process: takes whole tensors, gives whole tensors, and checks that replicas agree.
 
     `log` receives (ranks, collective, elements) of everything that was communicated.
+
+    >>> from shardlib.functions import sum
+    >>> log, f = [], sharded("B D -> D")(lambda x: sum("B D -> D", x))
+    >>> simulate(f, Layout(B="x"), torch.ones(5, 2), mesh=Mesh(x=2, y=2), log=log)
+    tensor([5., 5.])
+    >>> log
+    [((0, 2), 'all_reduce', 2), ((1, 3), 'all_reduce', 2)]
     """
     mesh = current_mesh(mesh)
     traced = traced_function("simulate", f)
@@ -165,9 +207,21 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
 def compile(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,    # noqa: A001
             sizes: Mapping[str, int] | None = None, donate: Sequence[str] = (), graph: bool | str = False,
             passes: Sequence[Pass | str] = DEFAULT, **static: Any) -> Compiled:
-    """`f` for the ranks of a mesh. `sizes`: global sizes of dims that no argument holds whole. `donate`: arguments whose
-    buffers the results may reuse (a KV cache); the caller does not use them again. `graph=True`: on GPUs each call is the replay of a
-    CUDA graph, recorded on first use for its shapes (see `captured`); "auto" leaves out functions that cannot be recorded."""
+    """`f` for the ranks of a mesh: all of them call it, each with its shards, and get their shards.
+
+    sizes:  global sizes of dims that no argument holds whole.
+    donate: arguments whose buffers the results may reuse (a KV cache); the caller does not use them again.
+    graph:  on GPUs each call is the replay of a CUDA graph, recorded on first use for its shapes (see
+            `captured`); "auto" leaves out functions that cannot be recorded.
+
+    On a mesh of one rank shards are whole tensors; elsewhere `shard_of` cuts them.
+
+    >>> from shardlib.functions import silu
+    >>> gated = sharded("B F, B F -> B F")(lambda gate, up: silu(gate) * up)
+    >>> run = compile(gated, Layout(F="tp"), mesh=Mesh(tp=1))
+    >>> run(torch.tensor([[0.0, 1.0]]), torch.tensor([[5.0, 10.0]]))
+    tensor([[0.0000, 7.3106]])
+    """
     if graph not in (True, False, "auto"):
         raise SpecError(f'compile: graph is {graph!r}; it is True, False or "auto"')
     runtime = runtime or shared_runtime(current_mesh(mesh))

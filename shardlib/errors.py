@@ -16,7 +16,23 @@ from typing import Iterable, Sequence
 
 
 class SpecError(ValueError):
-    """A program, spec, layout or mesh that means nothing, or not what its author hopes."""
+    """A program, spec, layout or mesh that means nothing, or not what its author hopes.
+
+    >>> from shardlib import EXPLICIT, Mesh, einsum, lower, sharded
+    >>> f = sharded("D/tp, D -> +tp", layout=EXPLICIT)(lambda x, y: einsum("D/tp, D -> +tp", x, y))
+    >>> try:
+    ...     lower(f, mesh=Mesh(tp=2))
+    ... except SpecError as error:
+    ...     print(error)                                                # doctest: +ELLIPSIS
+    einsum: D is split over tp in x, whole in y ...
+    <BLANKLINE>
+      x   D/tp
+      y   D
+          ^^^^
+    <BLANKLINE>
+      einsum("D/tp, D/tp -> +tp", x, shard("D -> D/tp", y)) ... free
+    ...
+    """
     located = False
 
     def at(self, where: object) -> SpecError:

@@ -18,7 +18,19 @@ from shardlib.spec import MAX_NAME, MAX_TEXT, NAME, Spec, check_text
 
 
 class Layout:
-    """An ordered mapping dim -> mesh axes. `Layout()` is declarative with nothing split; `EXPLICIT` completes nothing."""
+    """An ordered mapping dim -> mesh axes; each dim takes the longest prefix of its axes that is still free.
+
+    `Layout()` is declarative with nothing split; `EXPLICIT` completes nothing.
+
+    >>> from shardlib.spec import parse
+    >>> layout = Layout(F="tp", T="tp")                                 # T is split where F is not
+    >>> [layout.complete_alone(parse(spec)) for spec in ("B T D", "B T F", "D F")]
+    [B T/tp D, B T F/tp, D F/tp]
+    >>> Layout(T="tp", F="tp").complete_alone(parse("B T F"))           # the other order: T wins
+    B T/tp F
+    >>> Layout.parse("K=tk,G=tg/dp") == Layout(K="tk", G=("tg", "dp"))
+    True
+    """
 
     def __init__(self, entries: Mapping[str, str | Sequence[str]] | None = None, **named: str | Sequence[str]) -> None:
         if not isinstance(entries, Mapping | None):
@@ -84,7 +96,18 @@ class Layout:
 
 
 class _Explicit(Layout):
-    """Nothing is completed and nothing converted: specs mean just what they say."""
+    """Nothing is completed and nothing converted: specs mean just what they say.
+
+    >>> from shardlib import EXPLICIT, Mesh, lower, sharded
+    >>> lower(sharded("D/tp -> D")(lambda x: x), Layout(), mesh=Mesh(tp=2))
+    @sharded("D/tp -> D", layout=EXPLICIT)
+    def f(x):
+        x2 = all_gather("D/tp -> D", x)
+        return x2
+    >>> lower(sharded("D/tp -> D", layout=EXPLICIT)(lambda x: x), mesh=Mesh(tp=2))     # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    shardlib.errors.SpecError: f: the result has D split over tp; the signature says "D" ...
+    """
 
     def on(self, mesh: Mesh) -> Layout:
         return self

@@ -27,7 +27,21 @@ MAX_AXES = 64
 
 
 class Mesh:
-    """Ordered named axes with sizes; an axis given a tuple of names instead of a size is an alias for their product."""
+    """Ordered named axes with sizes; the last one runs fastest.
+
+    An axis given a tuple of names instead of a size is an alias for their product. Within `with mesh:` it is
+    the mesh of everything that is not told another. Refused: sizes below 1, aliases of aliases.
+
+    >>> from shardlib import Layout, lower, sharded
+    >>> with Mesh(dp=2, tp=4, ep=("dp", "tp")) as mesh:
+    ...     lower(sharded("E D -> E D")(lambda x: -x), Layout(E="ep"))
+    @sharded("E/dp/tp D -> E/dp/tp D", layout=EXPLICIT)
+    def f(x):
+        v1 = x * -1
+        return v1
+    >>> mesh.extent(60, ("dp", "tp"), mesh.coordinate(5))     # of 60 rows: the first on rank 5, how many
+    (38, 8)
+    """
 
     def __init__(self, axes: Mapping[str, int | Sequence[str]] | None = None, **named: int | Sequence[str]) -> None:
         if not isinstance(axes, Mapping | None):

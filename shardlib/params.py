@@ -36,6 +36,14 @@ def param(spec: str, *, init: str = "normal", scale: float | None = None) -> Any
     """A field holding a tensor with dims `spec`; drawn by `init` ("normal", "ones", "zeros").
 
     `scale`: standard deviation of "normal"; by default 1/sqrt(first dim's size), of a group all of it, 1 for a scalar.
+
+    >>> from shardlib import init
+    >>> class Weights(Params):
+    ...     norm: Tensor = param("D", init="ones")
+    ...     table: Tensor = param("V D", scale=0.02)
+    >>> made = init(Weights, dict(D=4, V=1000))
+    >>> made.norm, round(made.table.std().item(), 2)
+    (tensor([1., 1., 1., 1.]), 0.02)
     """
     if init not in INITS:
         raise SpecError(f"param({spec!r}): init is {init!r}; it is one of {', '.join(INITS)}")
@@ -46,7 +54,20 @@ def param(spec: str, *, init: str = "normal", scale: float | None = None) -> Any
 
 
 def stacked(dim: str, of: type[Params]) -> Any:
-    """A field holding many `of`, stacked along a leading `dim`: what `scan` runs over."""
+    """A field holding many `of`, stacked along a leading `dim`: what `scan` runs over.
+
+    >>> from shardlib import scan, sharded
+    >>> class Layer(Params):
+    ...     gain: Tensor = param("D")
+    >>> class Net(Params):
+    ...     layers: Layer = stacked("L", Layer)
+    >>> @sharded("D, * -> D")
+    ... def layer(x, w: Layer):
+    ...     return x * w.gain
+    >>> net = sharded("D, * -> D")(lambda x, w: scan(layer, x, w.layers))
+    >>> net(torch.ones(2), Net(layers=Layer(gain=torch.tensor([[2.0, 3.0], [5.0, 7.0]]))))
+    tensor([10., 21.])
+    """
     kind = parse(dim)
     if len(kind.dims) != 1 or len(kind.names) != 1 or kind.owed or kind.ellipsis:
         raise SpecError(f'stacked("{kind}"): the dim along which they are stacked is one name, as in stacked("L", Block)')
@@ -57,7 +78,23 @@ def stacked(dim: str, of: type[Params]) -> Any:
 
 @dataclass_transform(field_specifiers=(param, stacked), frozen_default=True)
 class Params:
-    """Base of parameter pytrees: a subclass becomes a frozen dataclass of `param` and `stacked` fields."""
+    """Base of parameter pytrees: a subclass becomes a frozen dataclass of `param` and `stacked` fields.
+
+    In a signature it is `*`. A field that is not set is None, and no argument of the program.
+
+    >>> from shardlib import einsum, sharded
+    >>> class Linear(Params):
+    ...     w: Tensor = param("D F")
+    ...     bias: Tensor = param("F", init="zeros")
+    >>> @sharded("B D, * -> B F")
+    ... def linear(x, p: Linear):
+    ...     y = einsum("B D, D F -> B F", x, p.w)
+    ...     return y if p.bias is None else y + p.bias
+    >>> linear(torch.ones(1, 2), Linear(w=torch.ones(2, 3), bias=torch.arange(3.0)))
+    tensor([[2., 3., 4.]])
+    >>> linear(torch.ones(1, 2), Linear(w=torch.ones(2, 3)))
+    tensor([[2., 2., 2.]])
+    """
 
     def __init_subclass__(cls) -> None:
         if not heading(cls.__name__):
@@ -177,7 +214,17 @@ def leaf_dtypes(leaves: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 def init(like: type[Params] | Params, sizes: Mapping[str, int], types: Mapping[str, Spec] | None = None, *, mesh: Mesh | None = None,
          coordinate: Mapping[str, int] | None = None, seed: int = 0, dtype: torch.dtype = torch.float32, path: str = "w",
          device: torch.device | str = "cpu") -> Any:
-    """Parameters drawn at random: the shards that `coordinate` holds of leaves with `types` (by default: all of each leaf)."""
+    """Parameters drawn at random: the shards that `coordinate` holds of leaves with `types`; by default all.
+
+    An element is drawn by (seed, path, its index in the whole): a shard is a slice of the whole.
+
+    >>> class Mlp(Params):
+    ...     up: Tensor = param("D F")
+    >>> sizes = dict(D=4, F=6)
+    >>> piece = init(Mlp, sizes, {"w.up": parse("D F/tp")}, mesh=Mesh(tp=2), coordinate=dict(tp=1))
+    >>> torch.equal(piece.up, init(Mlp, sizes).up[:, 3:])
+    True
+    """
     if not (isinstance(like, Params) or isinstance(like, type) and issubclass(like, Params)):
         raise SpecError(f"init: what it draws is a class of Params, or an instance, not {like!r}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
