@@ -16,14 +16,30 @@ from shardlib.errors import SpecError
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op
 from shardlib.rules import Rule
-from shardlib.trace import Function, Value, apply, check_dims, trace_results
+from shardlib.trace import Function, Operand, Value, apply, check_dims, trace_results
 
 
 COND = Op("cond", rule=lambda step: Rule(), index=(0,), takes=("any",))
 
 
-def cond(predicate: Any, yes: Function, no: Function, *args: Any) -> Any:
-    """`yes(*args)` where the scalar `predicate` is true (not zero), else `no(*args)`."""
+def cond(predicate: Operand, yes: Function, no: Function, *args: Operand | Params) -> Any:
+    """`yes(*args)` where the scalar `predicate` is true (not zero), else `no(*args)`; the other does not run.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> from shardlib.functions import greater, square, sum
+    >>> @sharded("D -> D")
+    ... def shrunk(g):
+    ...     return g * 0.1
+    >>> @sharded("D -> D")
+    ... def kept(g):
+    ...     return g
+    >>> @sharded("D -> D")
+    ... def clipped(g):
+    ...     return cond(greater(sum("D -> ()", square(g)), 100), shrunk, kept, g)
+    >>> simulate(clipped, Layout(D="dp"), torch.tensor([3.0, 20.0]), mesh=Mesh(dp=2))
+    tensor([0.3000, 2.0000])
+    """
     if not isinstance(predicate, Value) or predicate.spec.dims:
         raise SpecError(f"cond: the predicate is {getattr(predicate, 'spec', type(predicate).__name__)}; it is a scalar, (), of the traced function")
     for f in (yes, no):

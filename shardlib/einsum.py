@@ -19,13 +19,34 @@ from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_signature
-from shardlib.trace import apply
+from shardlib.trace import Operand, Value, apply
 
 
-def einsum(text: str, *operands: Any) -> Any:
-    """The product of `operands` over equal names, summed over the names that the result lacks.
+def einsum(text: str, *operands: Operand) -> Value:
+    """The product of `operands`, which meet at equal names, summed over every name that the result lacks.
 
-    einsum("B T D, D F -> B T F", x, w): a projection. A name of an operand may be missing in the result, never the reverse.
+    Of "B T F, F D -> B T D" that is F: out[b, t, d] = sum over f of x[b, t, f] w[f, d]. A name may stand in
+    one operand alone (then that operand is summed over it, or the others are repeated along it); none
+    stands in the result alone.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, lower, sharded
+    >>> f = sharded("B F, F D -> B D")(lambda x, w: einsum("B F, F D -> B D", x, w))
+    >>> f(torch.tensor([[1.0, 10.0]]), torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
+    tensor([[41., 52., 63.]])
+
+    A split name that is kept stays split; over one that is summed, each rank has a term, and the sum is
+    owed until it is paid:
+
+    >>> lower(f, Layout(B="dp", F="tp"), mesh=Mesh(dp=2, tp=4))
+    @sharded("B/dp F/tp, F/tp D -> B/dp D", layout=EXPLICIT)
+    def f(x, w):
+        v1 = einsum("B/dp F/tp, F/tp D -> B/dp D +tp", x, w)
+        v = all_reduce("B/dp D +tp -> B/dp D", v1)
+        return v
+
+    Refused: a name split in one operand and whole in another (where nothing may be converted), two operands
+    that owe over one axis.
     """
     check(text)
     return apply(EINSUM, operands, text)

@@ -32,13 +32,22 @@ from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_signature
-from shardlib.trace import apply
+from shardlib.trace import Operand, apply
 
 
-def local(text: str, f: Callable, *operands: Any, dtype: str | Sequence[str] | None = None) -> Any:
+def local(text: str, f: Callable, *operands: Operand, dtype: str | Sequence[str] | None = None) -> Any:
     """`f` on each rank's tensors, typed as `text` says. `f` takes and returns tensors, and closes over none.
 
     dtype: of the results, of each by its own name if there are several; by default the first operand's.
+
+    >>> from shardlib import Layout, lower, sharded, simulate
+    >>> def running_max(x):                                             # torch, or a kernel of your own
+    ...     return x.cummax(1).values
+    >>> f = sharded("B T -> B T")(lambda x: local("B/dp T -> B/dp T", running_max, x))
+    >>> simulate(f, Layout(B="dp", T="dp"), torch.tensor([[1.0, 3.0, 2.0], [5.0, 4.0, 6.0]]), mesh=Mesh(dp=2))
+    tensor([[1., 3., 3.],
+            [5., 5., 6.]])
+    >>> check_local("B/dp T -> B/dp T", running_max, dict(B=3, T=5), Mesh(dp=2))
     """
     if not callable(f) or not operands:
         raise SpecError(f"local: {what(f)} is no function" if not callable(f) else f"local: {_short(f)} is given no operand")

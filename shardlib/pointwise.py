@@ -19,7 +19,7 @@ from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
 from shardlib.spec import Spec
-from shardlib.trace import apply
+from shardlib.trace import Operand, Value, apply
 
 UNARY: dict[str, tuple[str, str]] = {
     "silu": ("F.silu({x})", "torch.ops.aten.silu_backward({g}, {x})"),
@@ -72,15 +72,121 @@ def _unary(name: str, value: str, slope: str) -> tuple[Op, Op]:
 OPS: dict[str, Op] = {op.name: op for name, row in UNARY.items() for op in _unary(name, *row)}
 
 
-def _function(name: str) -> Callable[[Any], Any]:
-    def function(x: Any) -> Any:
-        return apply(OPS[name], (x,))
-    function.__name__ = function.__qualname__ = name
-    function.__doc__ = f"{name} of every element; refused of a sum that is still owed."
-    return function
+def silu(x: Operand) -> Value:
+    """x sigmoid(x), of every element. Refused of a sum that is still owed.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> sharded("D -> D")(silu)(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-0.2689,  0.0000,  0.7311])
+    """
+    return apply(OPS["silu"], (x,))
 
 
-silu, gelu, relu, tanh, sigmoid, exp, log, rsqrt, square = (_function(n) for n in UNARY)
+def gelu(x: Operand) -> Value:
+    """x times the cumulative normal distribution at x (Hendrycks and Gimpel 2016), exactly: no tanh.
+
+    Refused of a sum that is still owed.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> sharded("D -> D")(gelu)(torch.tensor([-1.0, 0.0, 1.0]))
+    tensor([-0.1587,  0.0000,  0.8413])
+    """
+    return apply(OPS["gelu"], (x,))
+
+
+def relu(x: Operand) -> Value:
+    """max(x, 0), of floats and of integers. Refused of a sum that is still owed: its terms have any sign.
+
+    >>> from shardlib import EXPLICIT, Mesh, einsum, lower, sharded
+    >>> @sharded("F/tp, F/tp D -> D +tp", layout=EXPLICIT)
+    ... def f(x, w):
+    ...     return relu(einsum("F/tp, F/tp D -> D +tp", x, w))
+    >>> lower(f, mesh=Mesh(tp=2))                                       # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    shardlib.errors.SpecError: relu: einsum(...) owes a sum over tp, and relu of a sum is not the sum ...
+    """
+    return apply(OPS["relu"], (x,))
+
+
+def tanh(x: Operand) -> Value:
+    """The hyperbolic tangent, between -1 and 1. Refused of a sum that is still owed.
+
+    To cap logits at 30 without a corner, whatever V is split over:
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> capped = sharded("V -> V")(lambda logits: 30 * tanh(logits / 30))
+    >>> simulate(capped, Layout(V="tp"), torch.tensor([-1.0, 10.0, 1000.0]), mesh=Mesh(tp=2))
+    tensor([-0.9996,  9.6454, 30.0000])
+    """
+    return apply(OPS["tanh"], (x,))
+
+
+def sigmoid(x: Operand) -> Value:
+    """1 / (1 + exp(-x)): a probability from its log odds. Refused of a sum that is still owed.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> log_odds = torch.tensor([1 / 4, 1.0, 3.0]).log()
+    >>> sharded("E -> E")(sigmoid)(log_odds)
+    tensor([0.2000, 0.5000, 0.7500])
+    """
+    return apply(OPS["sigmoid"], (x,))
+
+
+def exp(x: Operand) -> Value:
+    """e to the power of every element. Refused of a sum that is still owed. See also `logsumexp`.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> sharded("D -> D")(exp)(torch.tensor([0.0, 1.0]))
+    tensor([1.0000, 2.7183])
+    """
+    return apply(OPS["exp"], (x,))
+
+
+def log(x: Operand) -> Value:
+    """The natural logarithm, -inf of 0, NaN of what is negative. Refused of a sum that is still owed.
+
+    Perplexity per token, from how likely each was:
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> from shardlib.functions import mean
+    >>> perplexity = sharded("T -> ()")(lambda p: exp(-mean("T -> ()", log(p))))
+    >>> simulate(perplexity, Layout(T="cp"), torch.tensor([0.5, 0.5, 0.25, 0.25]), mesh=Mesh(cp=2))
+    tensor(2.8284)
+    """
+    return apply(OPS["log"], (x,))
+
+
+def rsqrt(x: Operand) -> Value:
+    """1 / sqrt(x). Refused of a sum that is still owed.
+
+    A norm over a split dim, which `rms_norm` refuses: of each row one number is sent.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> from shardlib.functions import mean
+    >>> norm = sharded("B D -> B D")(lambda x: x * rsqrt(mean("B D -> B", square(x))))
+    >>> simulate(norm, Layout(D="tp"), torch.tensor([[3.0, 4.0, 0.0, 0.0]]), mesh=Mesh(tp=2))
+    tensor([[1.2000, 1.6000, 0.0000, 0.0000]])
+    """
+    return apply(OPS["rsqrt"], (x,))
+
+
+def square(x: Operand) -> Value:
+    """x * x, of floats and of integers: there is no `**`. Refused of a sum that is still owed.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> sharded("D -> D")(square)(torch.tensor([-3, 2]))
+    tensor([9, 4])
+    """
+    return apply(OPS["square"], (x,))
+
 
 def _cast_vjp(b: Any, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [b.like(ct[0], step.inputs[0]), *[None] * (len(step.inputs) - 1)]
@@ -103,8 +209,15 @@ WIDEN = Op("widen", rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast
            reference=lambda d, x: x)
 
 
-def cast(x: Any, dtype: str) -> Any:
-    """`x` in another floating-point dtype: "float32", "bfloat16", "float16" or "float64". A sum may be owed."""
+def cast(x: Operand, dtype: str) -> Value:
+    """`x` in another floating-point dtype: "float32", "bfloat16", "float16" or "float64". A sum may be owed.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> half = sharded("D -> D")(lambda x: cast(x, "bfloat16"))
+    >>> half(torch.tensor([1.0, 1.01]))
+    tensor([1.0000, 1.0078], dtype=torch.bfloat16)
+    """
     if dtype not in FLOATS:
         raise SpecError(f"cast: {dtype!r} is not one of {', '.join(FLOATS)}")
     return apply(CAST, (x,), dtype=dtype)
@@ -130,8 +243,19 @@ WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=_where_infer, e
            reference=lambda d, mask, a, b: a.masked_fill(~mask, 0) + b.masked_fill(mask, 0))
 
 
-def where(mask: Any, a: Any, b: Any) -> Any:
-    """`a` where `mask`, else `b`. Both owe a sum, or neither does."""
+def where(mask: Operand, a: Operand, b: Operand) -> Value:
+    """`a` where `mask`, else `b`; dims that one of them lacks are broadcast. Both owe a sum, or neither does.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> @sharded("B T, B T D, D -> B T D")
+    ... def padded(real, x, filler):
+    ...     return where(real, x, filler)
+    >>> real, x = torch.tensor([[True, False]]), torch.ones(1, 2, 3)
+    >>> simulate(padded, Layout(T="cp"), real, x, torch.tensor([7.0, 8.0, 9.0]), mesh=Mesh(cp=2))
+    tensor([[[1., 1., 1.],
+             [7., 8., 9.]]])
+    """
     return apply(WHERE, (mask, a, b))
 
 
@@ -139,8 +263,15 @@ STOP_GRADIENT = Op("stop_gradient", rule=lambda s: Rule(linear=((0,),)), infer=_
                    reference=lambda d, x: x.detach())
 
 
-def stop_gradient(x: Any) -> Any:
-    """`x`, as a constant to `value_and_grad`."""
+def stop_gradient(x: Operand) -> Value:
+    """`x`, as a constant to `value_and_grad`. A sum may be owed.
+
+    >>> import torch
+    >>> from shardlib import sharded, value_and_grad
+    >>> f = sharded("() -> ()")(lambda x: x * x + stop_gradient(x * x * x))
+    >>> value_and_grad(f, wrt="x")(torch.tensor(3.0))                   # the slope of x * x alone
+    (tensor(36.), tensor(6.))
+    """
     return apply(STOP_GRADIENT, (x,))
 
 
@@ -150,13 +281,29 @@ COMPARE = {name: Op(name, keywords={"than": number}, rule=lambda s: Rule(), infe
            for name, sign, side in (("greater", ">", 1), ("less", "<", -1))}
 
 
-def greater(x: Any, than: float) -> Any:
-    """Whether each element is above a number: a mask, or the predicate of a cond."""
+def greater(x: Operand, than: float) -> Value:
+    """Whether each element is above a number: a mask, or the predicate of a cond.
+
+    Refused of a sum that is still owed. How many labels count, where -100 says that one does not:
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> from shardlib.functions import sum
+    >>> count = sharded("B T -> B")(lambda labels: sum("B T -> B", greater(labels, -1)))
+    >>> simulate(count, Layout(T="cp"), torch.tensor([[5, 0, -100], [3, -100, -100]]), mesh=Mesh(cp=2))
+    tensor([2, 1])
+    """
     return apply(COMPARE["greater"], (x,), than=than)
 
 
-def less(x: Any, than: float) -> Any:
-    """Whether each element is below a number."""
+def less(x: Operand, than: float) -> Value:
+    """Whether each element is below a number, which NaN is not. Refused of a sum that is still owed.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> sharded("D -> D")(lambda x: less(x, 0.5))(torch.tensor([0.0, 0.5, float("nan")]))
+    tensor([ True, False, False])
+    """
     return apply(COMPARE["less"], (x,), than=than)
 
 

@@ -16,7 +16,7 @@ from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.rules import Rule, RuleError
 from shardlib.spec import Dim, Spec, parse_signature
-from shardlib.trace import apply
+from shardlib.trace import Operand, Value, apply
 
 
 def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
@@ -69,8 +69,20 @@ RENAME = Op("rename", rule=lambda s: Rule(linear=((0,),)), emit=lambda e, s, a: 
             reference=lambda d, x: d.open(d.close(x, d.step.ins[0]), d.step.outs[0]))
 
 
-def rearrange(text: str, x: Any) -> Any:
-    """The same elements with dims transposed, merged or taken apart: rearrange("B T K G H -> B T (K G H)", q)."""
+def rearrange(text: str, x: Operand) -> Value:
+    """The same elements with dims transposed, merged or taken apart, in the notation of einops. Free.
+
+    A sum may be owed. Refused: dims that come or go, a group whose later factor is split. Wherever K is
+    split, ranks hold whole heads:
+
+    >>> from shardlib import Layout, Mesh, lower, sharded
+    >>> f = sharded("T K H -> (K H) T")(lambda q: rearrange("T K H -> (K H) T", q))
+    >>> lower(f, Layout(K="tp"), mesh=Mesh(tp=2))
+    @sharded("T K/tp H -> (K/tp H) T", layout=EXPLICIT)
+    def f(q):
+        v1 = rearrange("T K/tp H -> (K/tp H) T", q)
+        return v1
+    """
     ins, outs = parse_signature(text)
     if len(ins) != 1 or len(outs) != 1 or None in (*ins, *outs) or sorted(ins[0].names) != sorted(outs[0].names) \
             or any(not d.factors for s in (ins[0], outs[0]) for d in s.dims):
@@ -78,8 +90,21 @@ def rearrange(text: str, x: Any) -> Any:
     return apply(REARRANGE, (x,), text)
 
 
-def rename(text: str, x: Any) -> Any:
-    """The same tensor, its dims under other names, by position: rename("B T K H -> B S K H", k), rename("B (Y X) D -> B N D", x)."""
+def rename(text: str, x: Operand) -> Value:
+    """The same tensor, its dims under other names, by position. A sum may be owed.
+
+    Between a group and one name the dim is whole: rename("B (Y X) D -> B N D", x). Keys get a letter for
+    their time, so that scores can have both times:
+
+    >>> import torch
+    >>> from shardlib import einsum, sharded
+    >>> @sharded("T H -> T S")
+    ... def scores(x):
+    ...     return einsum("T H, S H -> T S", x, rename("T H -> S H", x))
+    >>> scores(torch.tensor([[1.0, 0.0], [2.0, 3.0]]))
+    tensor([[ 1.,  2.],
+            [ 2., 13.]])
+    """
     ins, outs = parse_signature(text)
     if len(ins) != 1 or len(outs) != 1 or None in (*ins, *outs) or len(ins[0].dims) != len(outs[0].dims):
         raise SpecError(f'rename "{text}": one spec on each side, with as many dims')

@@ -21,7 +21,7 @@ from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec, nameable, parse_signature
-from shardlib.trace import Value, apply
+from shardlib.trace import Operand, Value, apply
 
 
 def _gone(step: Step) -> tuple[str, ...]:
@@ -261,7 +261,7 @@ FROM_RANK = Op("from_rank", takes=("number",), rule=lambda s: Rule(linear=((0,),
                reference=lambda d, x: x * -1)
 
 
-def _call(op: Op, text: str, x: Any, lost: int | None = None) -> Any:
+def _call(op: Op, text: str, x: Operand, lost: int | None = None) -> Value:
     ins, outs = parse_signature(text)
     if len(ins) != 1 or len(outs) != 1 or None in (*ins, *outs) or any(n not in ins[0].labels for n in outs[0].labels):
         raise SpecError(f'{op.name} "{text}": one spec on each side, the right one with some of the dims of the left one')
@@ -272,35 +272,97 @@ def _call(op: Op, text: str, x: Any, lost: int | None = None) -> Any:
     return apply(op, (x,), text)
 
 
-def sum(text: str, x: Any) -> Any:
-    """The sum over the dims that the result lacks: sum("B T D -> B T", x)."""
+def sum(text: str, x: Operand) -> Value:
+    """The sum over the dims that the result lacks; int64 of integers and masks.
+
+    Over a split dim it is owed; a sum may be owed before.
+
+    >>> from shardlib import Layout, Mesh, lower, sharded
+    >>> f = sharded("B T D -> D")(lambda x: sum("B T D -> D", x))
+    >>> lower(f, Layout(B="dp"), mesh=Mesh(dp=4))
+    @sharded("B/dp T D -> D", layout=EXPLICIT)
+    def f(x):
+        v1 = sum("B/dp T D -> D +dp", x)
+        v = all_reduce("D +dp -> D", v1)
+        return v
+    """
     return _call(SUM, text, x)
 
 
-def mean(text: str, x: Any) -> Any:
-    """The mean over the dims that the result lacks, by their global sizes."""
+def mean(text: str, x: Operand) -> Value:
+    """The mean over the dims that the result lacks, by their global sizes.
+
+    What is split may be uneven, and a sum may be owed.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> f = sharded("B -> ()")(lambda x: mean("B -> ()", x))
+    >>> x = torch.tensor([0.0, 0.0, 6.0])                               # ranks have 0 0 and 6
+    >>> simulate(f, Layout(B="dp"), x, mesh=Mesh(dp=2))
+    tensor(2.)
+    """
     return _call(MEAN, text, x)
 
 
-def max(text: str, x: Any) -> Any:      # noqa: A001
-    """The maximum over the dims that the result lacks; NaN if there is one. It has no gradient."""
+def max(text: str, x: Operand) -> Value:      # noqa: A001
+    """The maximum over the dims that the result lacks; NaN if there is one. It has no gradient.
+
+    Over a split dim it is owed as a maximum, which is a type of its own: nothing but a reduction takes it.
+
+    >>> import torch
+    >>> from shardlib import EXPLICIT, Mesh, all_reduce, sharded, simulate
+    >>> @sharded("B V/tp -> B", layout=EXPLICIT)
+    ... def largest(x):
+    ...     return all_reduce("B max:tp -> B", max("B V/tp -> B max:tp", x))
+    >>> simulate(largest, None, torch.tensor([[1.0, 3.0, 2.0], [-5.0, -4.0, -6.0]]), mesh=Mesh(tp=2))
+    tensor([ 3., -4.])
+    """
     return _call(MAX, text, x)
 
 
-def softmax(x: Any, along: str) -> Any:
-    """softmax over the dim `along`, which is whole."""
+def softmax(x: Operand, along: str) -> Value:
+    """exp(x) over its sum along one dim. Refused where that dim is split: say that it is whole, as in `E/1`.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> route = sharded("T E/1 -> T E/1")(lambda x: softmax(x, along="E"))
+    >>> scores = torch.tensor([[0.0, 0.0], [1.0, 1000.0]])
+    >>> simulate(route, Layout(E="ep", T="dp"), scores, mesh=Mesh(dp=2, ep=2))
+    tensor([[0.5000, 0.5000],
+            [0.0000, 1.0000]])
+    """
     if isinstance(x, Value) and along not in x.spec.labels:
         raise SpecError(f"softmax: {along} is no dim of {x.spec}")
     return apply(SOFTMAX, (x,), along=along)
 
 
-def logsumexp(text: str, x: Any) -> Any:
-    """log of the sum of exp over the one dim that the result lacks: logsumexp("B V -> B", x)."""
+def logsumexp(text: str, x: Operand) -> Value:
+    """log of the sum of exp over the one dim that the result lacks, without overflow.
+
+    Where that dim is split, no logits move: ranks join a maximum, then a sum, each as large as the result.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> log, f = [], sharded("B V -> B")(lambda x: logsumexp("B V -> B", x))
+    >>> simulate(f, Layout(V="tp"), torch.tensor([[100.0, 100.0, 0.0]]), mesh=Mesh(tp=2), log=log)
+    tensor([100.6931])
+    >>> log                                                             # ranks, collective, elements
+    [((0, 1), 'all_reduce', 1), ((0, 1), 'all_reduce', 1)]
+    """
     return _call(LOGSUMEXP, text, x, lost=1)
 
 
-def argmax(text: str, x: Any) -> Any:
-    """The first index (int64) of the maximum over the one dim that the result lacks; a NaN is the maximum."""
+def argmax(text: str, x: Operand) -> Value:
+    """The first index (int64) of the maximum over the one dim that the result lacks; a NaN is the maximum.
+
+    Indices count over the whole dim, wherever it is split. Refused: a dim of size 0.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> f = sharded("B V -> B")(lambda logits: argmax("B V -> B", logits))
+    >>> simulate(f, Layout(V="tp"), torch.tensor([[0.0, 1.0, 2.0, 9.0, 9.0]]), mesh=Mesh(tp=2))
+    tensor([3])
+    """
     return _call(ARGMAX, text, x, lost=1)
 
 

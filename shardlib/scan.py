@@ -18,13 +18,28 @@ from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op, Scan
 from shardlib.rules import Rule
 from shardlib.spec import Dim, Spec
-from shardlib.trace import Function, Value, apply, check_dims, trace_results
+from shardlib.trace import Function, Operand, Value, apply, check_dims, trace_results
 
 
-def scan(f: Function, carry: Any, stacked: Any, *constants: Any, **static: Any) -> Any:
+def scan(f: Function, carry: Operand | tuple[Operand, ...], stacked: Any, *constants: Operand | Params,
+         **static: Any) -> Any:
     """Apply `f` over the slices of `stacked` (a tensor, a Params, or a tuple of them), passing `carry` on (a tensor, or a tuple of them).
 
     Returns the last carry, or carries; and where `f` returns more, those results, stacked.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> @sharded("B, B, () -> B, B")
+    ... def average(old, x, decay):
+    ...     new = decay * old + (1 - decay) * x
+    ...     return new, new
+    >>> @sharded("B, L B, () -> B, L B")
+    ... def averages(start, xs, decay):
+    ...     return scan(average, start, xs, decay)
+    >>> averages(torch.zeros(1), torch.full((3, 1), 8.0), torch.tensor(0.5))
+    (tensor([7.]), tensor([[4.],
+            [6.],
+            [7.]]))
     """
     if not isinstance(f, Function):
         raise SpecError(f"scan: the body is a @sharded function, not {what(f)}")

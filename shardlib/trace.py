@@ -18,6 +18,8 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, Callable, Iterator, NoReturn, Sequence
 
+from torch import Tensor
+
 from shardlib.arithmetic import BINARY, with_number
 from shardlib.calls import check_count, check_static, check_tree, misuse, what
 from shardlib.errors import SpecError
@@ -49,16 +51,16 @@ class Value:
     def __repr__(self) -> str:
         return f"Value({self.spec})"
 
-    def __add__(self, other): return _arithmetic("add", self, other)
-    def __radd__(self, other): return _arithmetic("add", other, self)
-    def __sub__(self, other): return _arithmetic("sub", self, other)
-    def __rsub__(self, other): return _arithmetic("sub", other, self)
-    def __mul__(self, other): return _arithmetic("mul", self, other)
-    def __rmul__(self, other): return _arithmetic("mul", other, self)
-    def __truediv__(self, other): return _arithmetic("div", self, other)
-    def __rtruediv__(self, other): return _arithmetic("div", other, self)
-    def __neg__(self): return _arithmetic("mul", self, -1)
-    def __pos__(self): return self
+    def __add__(self, other: Any) -> Value: return _arithmetic("add", self, other)
+    def __radd__(self, other: Any) -> Value: return _arithmetic("add", other, self)
+    def __sub__(self, other: Any) -> Value: return _arithmetic("sub", self, other)
+    def __rsub__(self, other: Any) -> Value: return _arithmetic("sub", other, self)
+    def __mul__(self, other: Any) -> Value: return _arithmetic("mul", self, other)
+    def __rmul__(self, other: Any) -> Value: return _arithmetic("mul", other, self)
+    def __truediv__(self, other: Any) -> Value: return _arithmetic("div", self, other)
+    def __rtruediv__(self, other: Any) -> Value: return _arithmetic("div", other, self)
+    def __neg__(self) -> Value: return _arithmetic("mul", self, -1)
+    def __pos__(self) -> Value: return self
 
     def __bool__(self) -> bool:
         raise SpecError("if: a traced value has no truth; a branch on data would let ranks part ways; use where(mask, a, b)")
@@ -92,6 +94,9 @@ class Value:
     def __torch_function__(cls, function: Any, *_: Any) -> Any:
         raise SpecError(f"torch.{getattr(function, '__name__', function)}: it is called on a traced value; the ops of shardlib know what "
                         f"a split and an owed sum are, those of torch do not")
+
+
+Operand = Value | Tensor      # what an op takes: a Value. A field of Params is one in a trace; its class says Tensor
 
 
 def _arithmetic(name: str, a: Any, b: Any) -> Value:
