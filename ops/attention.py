@@ -19,7 +19,7 @@ from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
-from shardlib.trace import apply
+from shardlib.trace import Operand, Value, apply
 
 
 def causal(q: Tensor, k: Tensor, offset: int) -> Tensor:
@@ -144,8 +144,23 @@ ATTENTION_VJP = Op("attention_vjp", rule=_rule_vjp, emit=_emit_vjp, takes=("floa
                    reference=_reference_vjp)
 
 
-def attention(text: str, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-    """Attention of queries q over keys k and values v; see the module for the spec."""
+def attention(text: str, q: Operand, k: Operand, v: Operand, mask: Operand | None = None) -> Value:
+    """The mean of v over the keys that a query sees, weighted by exp(q k / sqrt(H)) (Vaswani et al. 2017).
+
+    Specs are those of "B T K G H, B S K H, B S K H [, B T S] -> B T K G H": G queries share a kv head,
+    and v's last dim may have a letter of its own. S is whole. Without a mask query t sees keys s <= t; a mask
+    is true where a key is seen.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> @sharded("B T K G H, B S K H, B S K V -> B T K G V")
+    ... def f(q, k, v):
+    ...     return attention("B T K G H, B S K H, B S K V -> B T K G V", q, k, v)
+    >>> q, k = torch.zeros(1, 3, 1, 1, 2), torch.zeros(1, 3, 1, 2)         # all keys weigh alike
+    >>> v = torch.tensor([1.0, 3.0, 8.0]).view(1, 3, 1, 1)
+    >>> simulate(f, Layout(T="cp"), q, k, v, mesh=Mesh(cp=2)).flatten()
+    tensor([1., 2., 4.])
+    """
     ins, outs = parse_signature(text)
     ranks = [len(s.dims) if s else 0 for s in (*ins, *outs)]
     if ranks not in ([5, 4, 4, 5], [5, 4, 4, 3, 5]) or (len(ins) == 4) != (mask is not None):

@@ -37,7 +37,7 @@ from shardlib.reductions import MAX
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Dim, Spec, parse_signature
-from shardlib.trace import apply
+from shardlib.trace import Operand, Value, apply
 
 
 def wide(x: Tensor) -> Tensor:
@@ -178,10 +178,20 @@ LABEL_SUMS_VJP = Op("label_sums_vjp", rule=lambda s: Rule(linear=((3, 4),)), emi
                     reference=_sums_reference_vjp)
 
 
-def cross_entropy(text: str, logits: Any, labels: Any, *, ignore_index: int | None = None) -> Any:
-    """-log softmax(logits)[label] of every row: cross_entropy("B T V, B T -> B T", logits, labels). V may be split.
+def cross_entropy(text: str, logits: Operand, labels: Operand, *, ignore_index: int | None = None) -> Value:
+    """-log softmax(logits)[label] of every row, in nats; float32 of logits of 16 bits.
 
-    ignore_index: the label of rows whose loss and gradient are 0; None: there are none.
+    V may be split: no logits move. ignore_index: the label of rows whose loss and gradient are 0; None:
+    there are none. Refused, where it runs: another label outside of V.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> @sharded("T V, T -> T")
+    ... def losses(logits, labels):
+    ...     return cross_entropy("T V, T -> T", logits, labels, ignore_index=-100)
+    >>> logits, labels = torch.tensor([[2.0, 2.0, 2.0], [9.0, 0.0, 0.0]]), torch.tensor([1, -100])
+    >>> simulate(losses, Layout(V="tp"), logits, labels, mesh=Mesh(tp=2))
+    tensor([1.0986, 0.0000])
     """
     ins, outs = parse_signature(text)
     if len(ins) != 2 or len(outs) != 1 or None in (*ins, *outs) or len(ins[0].labels) != len(outs[0].labels) + 1 \

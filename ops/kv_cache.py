@@ -5,8 +5,6 @@
 """
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
-from shardlib.trace import apply
+from shardlib.trace import Operand, Value, apply
 
 
 def slots(start: Tensor, shape: tuple[int, ...], site: IndexSite) -> Tensor:
@@ -67,8 +65,22 @@ CAUSAL_MASK = Op("causal_mask", rule=lambda s: Rule(), emit=_mask, index=(0,), d
                  reference=_mask_reference)
 
 
-def update_cache(text: str, cache: Any, rows: Any, start: Any) -> Any:
-    """`cache` with new rows written from slot start[b] on. S and T are whole."""
+def update_cache(text: str, cache: Operand, rows: Operand, start: Operand) -> Value:
+    """`cache` with new rows written from slot start[b] on: row t to slot start[b] + t. S and T are whole.
+
+    It keeps the dtype of the cache. Refused: a slot that is not there. The buffer is reused where `compile`
+    is told `donate=("cache",)`.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> @sharded("B S K, B T K, B -> B S K")
+    ... def write(cache, k, start):
+    ...     return update_cache("B S K, B T K, B -> B S K", cache, k, start)
+    >>> cache, k = torch.zeros(2, 4, 1), torch.tensor([[1.0, 2.0], [3.0, 4.0]]).unsqueeze(-1)
+    >>> simulate(write, Layout(B="dp"), cache, k, torch.tensor([0, 2]), mesh=Mesh(dp=2)).squeeze(-1)
+    tensor([[1., 2., 0., 0.],
+            [0., 0., 3., 4.]])
+    """
     ins, outs = parse_signature(text)
     if len(ins) != 3 or len(outs) != 1 or None in (*ins, *outs) or ins[0].labels != outs[0].labels or len(ins[1].dims) != len(ins[0].dims) \
             or len(ins[2].dims) != 1:
@@ -76,8 +88,18 @@ def update_cache(text: str, cache: Any, rows: Any, start: Any) -> Any:
     return apply(UPDATE_CACHE, (cache, rows, start), text)
 
 
-def causal_mask(text: str, start: Any) -> Any:
-    """Which slots each query sees: causal_mask("B -> B T/1 S/1", start)."""
+def causal_mask(text: str, start: Operand) -> Value:
+    """Which slots of a cache each query sees, for `attention`: true where slot s <= start[b] + t.
+
+    Where no argument has T or S, `sizes` says how long they are.
+
+    >>> import torch
+    >>> from shardlib import compile, sharded
+    >>> seen = sharded("B -> B T S")(lambda start: causal_mask("B -> B T S", start))
+    >>> compile(seen, sizes=dict(T=2, S=4))(torch.tensor([1])).int()    # queries at positions 1 and 2
+    tensor([[[1, 1, 0, 0],
+             [1, 1, 1, 0]]], dtype=torch.int32)
+    """
     ins, outs = parse_signature(text)
     if len(ins) != 1 or len(outs) != 1 or None in (*ins, *outs) or len(ins[0].dims) != 1 or len(outs[0].dims) != 3:
         raise SpecError(f'causal_mask "{text}": the specs are those of "B -> B T/1 S/1"')

@@ -18,7 +18,7 @@ from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec
-from shardlib.trace import apply
+from shardlib.trace import Operand, Value, apply
 
 
 def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
@@ -64,8 +64,19 @@ RMS_NORM_VJP = Op("rms_norm_vjp", keywords={"eps": number}, infer=lambda ins, at
                   reference=lambda d, x, w, g: d.vjp(_reference, (x, w), g, d.step.ins[2]))
 
 
-def rms_norm(x: Any, w: Any, eps: float = 1e-6) -> Any:
-    """`x` normalised to mean square 1 along its last dim, times `w`."""
+def rms_norm(x: Operand, w: Operand, eps: float = 1e-6) -> Value:
+    """`x` normalised to mean square 1 along its last dim, times `w` (Zhang and Sennrich 2019).
+
+    x / sqrt(mean(x^2) + eps) * w, in x's dtype. Refused: an x whose last dim is split, or that owes a sum.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> norm = sharded("B D, D -> B D")(lambda x, w: rms_norm(x, w, eps=0.0))
+    >>> x, w = torch.tensor([[1.0, 7.0], [5.0, 5.0]]), torch.tensor([1.0, 10.0])
+    >>> simulate(norm, Layout(B="dp"), x, w, mesh=Mesh(dp=2))
+    tensor([[ 0.2000, 14.0000],
+            [ 1.0000, 10.0000]])
+    """
     return apply(RMS_NORM, (x, w), eps=float(eps))
 
 

@@ -18,7 +18,7 @@ from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
-from shardlib.trace import apply
+from shardlib.trace import Operand, Value, apply
 
 
 def frequencies(head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None) -> Tensor:
@@ -139,14 +139,39 @@ ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(back_turns), index=(1,), takes=
               reference=lambda d, g, table: d.vjp(lambda d, x: _rope_reference(d, x, table), (torch.zeros_like(g),), g, d.step.ins[0]))
 
 
-def rope_table(text: str, start: Any, *, theta: float, scaling: tuple[float, float, float, int] | None = None,
-               dtype: str = "float32") -> Any:
-    """Cosines and sines for positions start[b] + t, computed in float32: rope_table("B -> B T/1 H", start, theta=1e4)."""
+def rope_table(text: str, start: Operand, *, theta: float,
+               scaling: tuple[float, float, float, int] | None = None, dtype: str = "float32") -> Value:
+    """Cosines (first half of H), then sines, of the angles of positions start[b] + t (Su et al. 2021).
+
+    Pair i turns by theta^(-2i/H) radians a position. scaling: (factor, low_freq_factor, high_freq_factor,
+    original_context) of Llama 3, which turns the slow pairs `factor` times slower. Computed in
+    float32, rounded to `dtype`. Refused: an odd H.
+
+    >>> import torch
+    >>> from shardlib import compile, sharded
+    >>> @sharded("B -> B T H")
+    ... def table(start):
+    ...     return rope_table("B -> B T H", start, theta=1e4)
+    >>> compile(table, sizes=dict(T=2, H=4))(torch.tensor([0]))       # position 1: of 1 and 0.01 radians
+    tensor([[[1.0000, 1.0000, 0.0000, 0.0000],
+             [0.5403, 0.9999, 0.8415, 0.0100]]])
+    """
     return apply(ROPE_TABLE, (start,), text, theta=float(theta), scaling=scaling, dtype=dtype)
 
 
-def rope(text: str, x: Any, table: Any) -> Any:
-    """`x` with its last dim turned by its position's angles."""
+def rope(text: str, x: Operand, table: Operand) -> Value:
+    """`x` with each pair (i, i + H/2) of its last dim turned by its position's angle, from `rope_table`.
+
+    H is whole; x may owe a sum.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> turn = sharded("T H, T H -> T H")(lambda x, table: rope("T H, T H -> T H", x, table))
+    >>> cos, sin = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
+    >>> turn(torch.tensor([[3.0, 4.0], [3.0, 4.0]]), torch.cat((cos, sin), -1))   # by nothing, by a quarter
+    tensor([[ 3.,  4.],
+            [-4.,  3.]])
+    """
     if not isinstance(text, str) or text.count(",") != 1:
         raise SpecError(f'rope "{text}": specs of x, the table, and the result, as in "B T K H, B T H -> B T K H"')
     return apply(ROPE, (x, table), text)

@@ -7,7 +7,6 @@ the number row[b] in place of b: where rows change places, their draws go with t
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
-from shardlib.trace import apply
+from shardlib.trace import Operand, Value, apply
 
 
 def places(logits: Tensor, first: int) -> Tensor:
@@ -68,10 +67,22 @@ SAMPLE = Op("sample", keywords={"temperature": number, "top_p": number, "seed": 
             reference=_reference)
 
 
-def sample(text: str, logits: Any, position: Any, row: Any = None, *, temperature: float, top_p: float = 1.0, seed: int = 0) -> Any:
-    """One index a row, drawn by (seed, position, row): sample("B V, B -> B", logits, position, temperature=0.8).
+def sample(text: str, logits: Operand, position: Operand, row: Operand | None = None, *, temperature: float,
+           top_p: float = 1.0, seed: int = 0) -> Value:
+    """One index a row, of softmax(logits / temperature), drawn by (seed, position, row) alone, on every mesh.
 
-    Without `row` a row's number is its place.
+    The draw is among the likeliest that make up `top_p` (Holtzman et al. 2020). Without `row` a row's
+    number is its place. Refused: a temperature of 0 (that is `argmax`), a split V.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> @sharded("B V, B -> B")
+    ... def draw(logits, position):
+    ...     return sample("B V, B -> B", logits, position, temperature=0.8, top_p=0.95, seed=1)
+    >>> logits = torch.tensor([[0.0, 5.0, 5.0, 5.0]]).expand(6, 4)
+    >>> position = torch.zeros(6, dtype=torch.int64)
+    >>> [simulate(draw, Layout(B="dp"), logits, position, mesh=Mesh(dp=n)).tolist() for n in (1, 3)]
+    [[1, 2, 2, 2, 2, 3], [1, 2, 2, 2, 2, 3]]
     """
     ins, outs = parse_signature(text)
     if [len(s.dims) if s else 0 for s in (*ins, *outs)] not in ([2, 1, 1], [2, 1, 1, 1]) or (len(ins) == 3) != (row is not None):

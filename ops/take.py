@@ -19,7 +19,7 @@ from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import parse_signature
-from shardlib.trace import apply
+from shardlib.trace import Operand, Value, apply
 
 
 def local(index: Tensor, start: int, size: int, site: IndexSite) -> tuple[Tensor, Tensor]:
@@ -155,16 +155,41 @@ def _pair(step: Step) -> tuple[Any, Any]:
     return step.ins[0], step.outs[0]
 
 
-def embedding(text: str, ids: Any, table: Any) -> Any:
-    """Rows of a table: embedding("B T, V D -> B T D", ids, table)."""
+def embedding(text: str, ids: Operand, table: Operand) -> Value:
+    """Rows of a table, the row of each id.
+
+    Of a split table each rank gives the rows that it has, zeros for the others, and the sum is owed.
+    Refused, where it runs: an id outside of the whole table.
+
+    >>> from shardlib import Layout, Mesh, lower, sharded
+    >>> f = sharded("B T, V D -> B T D")(lambda ids, table: embedding("B T, V D -> B T D", ids, table))
+    >>> lower(f, Layout(B="dp", V="tp", T="tp"), mesh=Mesh(dp=2, tp=4))
+    @sharded("B/dp T/tp, V/tp D -> B/dp T/tp D", layout=EXPLICIT)
+    def f(ids, table):
+        ids2 = all_gather("B/dp T/tp -> B/dp T", ids)
+        v1 = embedding("B/dp T, V/tp D -> B/dp T D +tp", ids2, table)
+        v = reduce_scatter("B/dp T D +tp -> B/dp T/tp D", v1)
+        return v
+    """
     ins, outs = parse_signature(text)
     if len(ins) != 2 or len(outs) != 1 or None in (*ins, *outs) or len(ins[1].dims) != 2 or outs[0].labels != (*ins[0].labels, ins[1].labels[1]):
         raise SpecError(f'embedding "{text}": the specs are those of "B T, V D -> B T D"')
     return apply(EMBEDDING, (ids, table), text)
 
 
-def take(text: str, x: Any, index: Any) -> Any:
-    """x at `index` along the one dim that the result lacks: take("B T D, B -> B D", x, last)."""
+def take(text: str, x: Operand, index: Operand) -> Value:
+    """x at `index` along the one dim that the result lacks; over a split one the sum is owed.
+
+    An index is one of the whole dim. The last token of each row, where rows have padding behind it:
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> f = sharded("B T D, B -> B D")(lambda x, last: take("B T D, B -> B D", x, last))
+    >>> x = torch.tensor([[[1.0], [2.0], [0.0]], [[3.0], [4.0], [5.0]]])
+    >>> simulate(f, Layout(T="cp"), x, torch.tensor([1, 2]), mesh=Mesh(cp=2))
+    tensor([[2.],
+            [5.]])
+    """
     ins, outs = parse_signature(text)
     if len(ins) != 2 or len(outs) != 1 or None in (*ins, *outs) or len(ins[0].labels) != len(outs[0].labels) + 1 \
             or [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels) or any(n not in outs[0].labels for n in ins[1].labels):
