@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlib import Layout, Mesh, Params, SpecError, compile, einsum, init, param, rename, scan, sharded, simulate, stacked, step
+from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, all_gather, compile, einsum, explain, init,
+                      lower, owe, param, prove, rename, scan, sharded, simulate, stacked, step)
 from shardlib.functions import mean, silu, sum
 from shardlib.ops import rms_norm
 from shardlib.params import leaf_values, struct
@@ -252,3 +253,19 @@ def test_what_one_has_been_called_with_its_copy_has_not():
     other = run.at(D=2)
     run.lower(None, Parts(a=one))
     assert other(x, Parts(a=one)).tolist() == [2, 2] and run(x, Parts(a=one, b=one)).tolist() == [12, 12]
+
+
+def test_a_debugger_shows_what_print_shows() -> None:
+    seen = []
+
+    @sharded("T/tp D -> T D +dp", layout=EXPLICIT)
+    def f(x):
+        seen.append(x)
+        return owe("T D -> T D +dp", all_gather("T/tp D -> T D", x))
+
+    mesh = Mesh(dp=2, tp=2)
+    program = lower(f, mesh=mesh)
+    spec = program.steps[-1].outs[0]
+    assert repr([seen[0], spec, *spec.dims, *spec.owed]) == "[Value(T/tp D), T D +dp, T, D, +dp]"
+    for shown in (program, explain(program, mesh, SIZES), prove(program, mesh, SIZES)):
+        assert repr(shown) == str(shown).rstrip("\n")
