@@ -40,7 +40,7 @@ def param(spec: str, *, initial: str = "normal", scale: float | None = None, ini
 
     >>> from shardlib import init
     >>> class Weights(Params):
-    ...     norm: Tensor = param("D", init="ones")
+    ...     norm: Tensor = param("D", initial="ones")
     ...     table: Tensor = param("V D", scale=0.02)
     >>> made = init(Weights, dict(D=4, V=1000))
     >>> made.norm, round(made.table.std().item(), 2)
@@ -89,7 +89,7 @@ class Params:
     >>> from shardlib import einsum, sharded
     >>> class Linear(Params):
     ...     w: Tensor = param("D F")
-    ...     bias: Tensor = param("F", init="zeros")
+    ...     bias: Tensor = param("F", initial="zeros")
     >>> @sharded("B D, * -> B F")
     ... def linear(x, p: Linear):
     ...     y = einsum("B D, D F -> B F", x, p.w)
