@@ -17,6 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from fake_cuda import Cuda  # noqa: E402
+
+from shardlib.distributed.graph_capture import capture_stream  # noqa: E402
+
 COMMON = dict(deadline=None, report_multiple_bugs=False, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
 settings.register_profile("default", max_examples=100, **COMMON)
 settings.register_profile("ci", max_examples=100, derandomize=True, database=None, **{**COMMON, "print_blob": False})
@@ -31,3 +35,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
+    """In place of CUDA; none of its streams is left behind."""
+    capture_stream.cache_clear()
+    yield Cuda(monkeypatch)
+    capture_stream.cache_clear()

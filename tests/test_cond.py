@@ -9,8 +9,9 @@ from torch import Tensor
 
 from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, all_gather, compile, cond, einsum, explain, lower, param, prove, scan, sharded,
                       simulate, step, value_and_grad)
-from shardlib.functions import argmax, greater, max, silu, sum
+from shardlib.functions import argmax, greater, less, max, silu, sum
 from shardlib.language.cond import COND
+from shardlib.dtypes import fixed_dtypes
 from shardlib.compiler.parser import check, parse_program
 from shardlib.ops import rms_norm
 from shardlib.reports.project import project
@@ -232,6 +233,21 @@ def positive(y):
     return greater(largest(y), than=0.0)
 
 
+@sharded("T D -> T D, T")
+def itself_and_largest(x):
+    return x, largest(x)
+
+
+@sharded("T D -> T D, T")
+def itself_and_first(x):
+    return x, first(x)
+
+
+@sharded("T D -> T")
+def second_of_two(x):
+    return cond(greater(sum("T D -> ()", x), than=0.0), itself_and_largest, itself_and_first, x)[1]
+
+
 def branching(yes, no):
     @sharded("T D -> T")
     def f(x):
@@ -244,6 +260,21 @@ def test_branches_of_different_dtypes_are_refused_at_lowering():
         lower(branching(first, positive), Layout(), mesh=MESH)
     first_line, where = str(error.value).split("          ")
     assert first_line == "cond: first returns int64, positive returns bool; both return the same dtypes" and where.startswith("test_cond.py:")
+
+
+@pytest.mark.parametrize("yes, no", [(largest, first), (first, largest)])
+def test_what_one_branch_is_known_to_make_the_other_makes_too(yes, no):
+    """The largest of x is what x is, which the program does not say."""
+    assert fixed_dtypes(lower(branching(yes, no), mesh=MESH)) == ["int64"]
+
+
+@pytest.mark.parametrize("x, above, below", [(0.5, False, False), (0.75, True, False), (0.25, False, True)])
+def test_a_number_is_neither_above_nor_below_itself(x, above, below):
+    @sharded("T -> T, T")
+    def compared(x):
+        return greater(x, than=0.5), less(x, than=0.5)
+    for run in (compared, lambda x: simulate(compared, Layout(T="tp"), x, mesh=MESH)):
+        assert [y.tolist() for y in run(torch.tensor([x, x]))] == [[above] * 2, [below] * 2]
 
 
 @pytest.mark.parametrize("call", [prove, explain])
@@ -267,3 +298,8 @@ def test_branches_of_different_dtypes_are_refused_before_they_run(run):
         run(branching(first, largest), x)
     assert str(error.value).split("          ")[0] == "cond: first returns int64, largest returns float32; both return the same dtypes"
     assert run(branching(first, largest), x.long()).tolist() == [1, 0] and run(branching(largest, largest), x).tolist() == [3.0, 2.0]
+    with pytest.raises(SpecError) as error:
+        run(second_of_two, x)
+    assert str(error.value).split("          ")[0] == (
+        "cond: itself_and_largest returns float32, float32, itself_and_first returns float32, int64; both return the same dtypes")
+    assert run(second_of_two, x.long()).tolist() == [3, 2]

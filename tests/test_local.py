@@ -73,6 +73,24 @@ def mean_of_owed(x, w):
     return mean("B D -> ()", y)
 
 
+def doubled_again(w):
+    return w * 2
+
+
+@sharded("D, D -> ()")
+def mean_of_doubled(x, w):
+    """Nothing that goes in is split or owes: only the result names tp."""
+    return mean("D -> ()", x * local("D -> D +tp", doubled_again, w))
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(D="dp")])
+def test_an_operand_that_is_whole_owes_where_the_result_does(layout):
+    """Each of the two ranks adds 2 w."""
+    x, w = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    value, grad = simulate(value_and_grad(mean_of_doubled, "w"), layout, x, w, mesh=MESH)
+    assert torch.allclose(value, (x * 4 * w).mean()) and torch.allclose(grad, 4 * x / 5)
+
+
 @pytest.mark.parametrize("f, layout", [(mean_of_projected, Layout()), (mean_of_projected, Layout(B="dp", F="tp")),
                                        (mean_of_projected, Layout(D=("tp", "dp"))), (mean_of_owed, Layout(B="dp", F="tp"))])
 def test_what_owes_by_its_text_owes(f, layout):
@@ -180,6 +198,19 @@ def test_what_it_is_given_is_not_changed(run):
     for f, argument in ((doubled, "x"), (second_doubled, "w"), (detached, "x")):
         assert said(run, f) == f"local: {f.__name__} changes {argument} in place, which others may read; let it work on a copy"
     assert said(run, itself) == said(run, a_view) == ""
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_tensors_of_inference_mode_are_taken_outside_of_it(run):
+    """Torch counts nothing that is written to them; what is written to them in a function is seen all the same."""
+    with torch.inference_mode():
+        x, w = torch.full((4, 3), 2.0), torch.ones(3)
+
+    def called(f):
+        return sharded("B D, D -> B D")(lambda x, w: local("B/dp D/1, D/1 -> B/dp D/1", f, x, w))
+    assert torch.equal(run(called(scaled), x, w), torch.tanh(x))
+    with pytest.raises(SpecError, match="^local: doubled changes x in place"):
+        run(called(doubled), x, w)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -24,8 +24,13 @@ GROUP, ROUTING, WATCHDOG, TENSORS, QUEUE = (f"tests/distributed/test_{name}.py" 
     "group_coordinator", "routing", "watchdog", "tensor_dicts", "message_queue"))
 INDICES, LOSSES, ENDS = "tests/test_index_check.py", "tests/ops/test_cross_entropy.py", WATCHDOG + " -k ends_the_others"
 NVLINK, PROTOCOLS = "tests/ops/test_nvlink.py", "tests/triton_kernels/test_protocols.py"
-CALLS = "tests/test_asked.py"
+CALLS = "tests/distributed/test_asked.py"
 SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/test_sizes.py"
+LOCAL, PIECES = "tests/test_local.py", "tests/test_errors.py -k piece_that_is"
+REDUCTIONS, DTYPES, BY_HAND, FAILURES, CAPTURED, SURROUNDINGS, ARGUMENTS, WRT = (f"tests/test_{name}.py" for name in (
+    "reductions", "dtypes", "dtypes_by_hand", "failures", "captured", "surroundings", "calls", "wrt"))
+ATTENTION, CACHES, ROPE = (f"tests/ops/test_{name}.py" for name in ("attention", "kv_cache", "rope"))
+TOKENIZERS, GGUF = "tests/models/test_saved_tokenizers.py -k unless_the_folder", "tests/models/test_gguf_defaults.py"
 EXCHANGES = PLANNER + " -k exchange_says"
 ASKED = GROUP + " -k all_members_ask"
 CUT_OFF = WATCHDOG + " -k cut_off_from"
@@ -75,6 +80,8 @@ MUTANTS = (
     Mutant("shardlib/compiler/sizes.py", "if self.size(dim) != self.size(other):", "if self.size(dim) > self.size(other):", SIZES),
     Mutant("shardlib/compiler/sizes.py", "if not rest or self.size(whole) % rest:", "if not rest:", SIZES),
     Mutant("shardlib/compiler/sizes.py", "for p in (program, *program.bodies())", "for p in (program,)", SIZES),
+    Mutant("shardlib/compiler/sizes.py", "sizes.of, coordinate)[1]) != n:", "sizes.of, coordinate)[1]) < n:", PIECES),
+    Mutant("shardlib/compiler/sizes.py", "sizes.of, coordinate)[1]) != n:", "sizes.of, coordinate)[1]) > n:", PIECES),
     Mutant("shardlib/run/captured.py", "(t.data_ptr(), t.stride())", "t.data_ptr()", "tests/test_captured.py"),
     Mutant("shardlib/language/moves.py", "if any(e.coordinate[a] for a in fresh):",
            "if fresh and all(e.coordinate[a] for a in fresh):", PLANNER + " -k relabels_its_value"),
@@ -103,6 +110,8 @@ MUTANTS = (
            "if value in self.active}", GRAD),
     Mutant("shardlib/compiler/grad.py", "self.given.setdefault(self.root.get(name, name), [])", "self.given.setdefault(name, [])", GRAD),
     Mutant("shardlib/compiler/passes/pack.py", " and used.count(step.inputs[1]) == 1:", ":", PACK),
+    Mutant("shardlib/compiler/passes/pack.py", "(joins.op, joins.inputs[1:], joins.attrs, step.outs[0].dims[-1]) == (\n                last[1].op, last[1].inputs[1:],",
+           "(joins.op, joins.attrs, step.outs[0].dims[-1]) == (\n                last[1].op,", PACK),
     Mutant("shardlib/compiler/passes/pack.py", 'if n.split(".")[0] in prepared and uses[n] == 1}', 'if n.split(".")[0] in prepared}', PACK),
     Mutant("shardlib/compiler/passes/pack.py", "if inner and right and x.labels == left + inner and w.labels == inner + right and", "if inner and right and", PACK),
     Mutant("shardlib/compiler/passes/pack.py", "and out not in results else None", "else None", PACK),
@@ -140,6 +149,7 @@ MUTANTS = (
     Mutant("shardlib/wires.py", "whole=lambda part: part.gets)", "whole=lambda part: part.brings)", CALLS),
     Mutant("shardlib/language/moves.py", "passes=list(map(passes, self.members)))", "passes=[passes(self.members[0])])", EXPLAIN),
     Mutant("shardlib/program.py", "self.inputs[len(self.inputs) - len(paths):]", "self.inputs", COND),
+    Mutant("shardlib/dtypes.py", "for a, b in zip(made, others)):", "for a, b in zip(made[:1], others)):", COND),
     Mutant("shardlib/dtypes.py", "in found and i not in step.op.index:", "in found:", EXPLAIN),
     # shardlib/layout.py, mesh.py, spec.py, variables.py, local.py, step.py
     Mutant("shardlib/layout.py", "                used.update(prefix)\n", "", LAYOUT),
@@ -155,8 +165,10 @@ MUTANTS = (
     Mutant("shardlib/lowering/variables.py", "loops | {name for name, count in assigned.items() if count > 1}", "loops", f"{COND} {IN_PLACE}"),
     Mutant("shardlib/lowering/variables.py", "_renamed(block, {}, loops | ", "_renamed(block, {}, ", f"{GRAD} {IN_PLACE}"),
     Mutant("shardlib/language/local.py", "kinds = [s.owing(*(a for a in busy if a not in s.split_axes and a not in s.owed_axes)) for s in step.ins]",
-           "kinds = [s.owing() for s in step.ins]", "tests/test_local.py"),
+           "kinds = [s.owing() for s in step.ins]", LOCAL),
+    Mutant("shardlib/language/local.py", "for s in (*step.ins, *step.outs))]\n    kinds", "for s in step.ins)]\n    kinds", LOCAL),
     Mutant("shardlib/run/step.py", "repr(attrs) if attrs else \"\", _place()", "None, _place()", API),
+    Mutant("shardlib/run/step.py", "outs, self.layout, *[x.key", "outs, *[x.key", API),
     Mutant("shardlib/run/step.py", "if op is RENAME:", "if False:", API),
     Mutant("shardlib/run/step.py", "Spec(v.spec.dims[1:], v.spec.owed), v.local[i], v.id == PARAM)",
            "Spec(v.spec.dims[1:], v.spec.owed), v.local[i])", API),
@@ -262,4 +274,58 @@ MUTANTS = (
     Mutant("ops/rms_norm.py", "torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)", "x.dtype", "tests/ops/test_rms_norm.py"),
     Mutant("shardlib/language/reductions.py", "False if x.dtype == torch.bool else torch.iinfo(x.dtype).min\n        return", "0\n        return",
            "tests/test_reductions.py"),
+    # what is odd, empty or contradicts: at the edges
+    Mutant("shardlib/compiler/sizes.py", "if len(unknown) > 1 or not rest and not self.size(whole):", "if len(unknown) > 1:", SIZES),
+    Mutant("shardlib/dtypes.py", "return [next(filter(None, kinds), None) for kinds in zip(made, *others)]",
+           "return [kinds[0] for kinds in zip(made, *others)]", COND),
+    Mutant("shardlib/dtypes.py", "for step in reversed(program.steps):\n        for name, kind in _guesses",
+           "for step in program.steps:\n        for name, kind in _guesses", f"{BY_HAND} {EXPLAIN}"),
+    Mutant("shardlib/language/local.py", "if torch.is_inference_mode_enabled() or any(x.is_inference() for x in operands):",
+           "if torch.is_inference_mode_enabled():", LOCAL),
+    Mutant("shardlib/lowering/index_check.py", "self.seen is None and self.ignored is None and index.device",
+           "self.seen is None and index.device", f"{INDICES} {LOSSES}"),
+    Mutant("shardlib/lowering/index_check.py", "if not self.everywhere or self.seen is not None:", "if not self.everywhere:", INDICES),
+    Mutant("shardlib/run/index_flags.py", "        self.copy.copy_(self.noted)\n", "", INDICES),
+    Mutant("shardlib/language/reductions.py", "* float('nan')", "* 0", REDUCTIONS),
+    Mutant("shardlib/language/reductions.py", "(x == top) | (x.isnan() & top.isnan()), -index", "x == top, -index", REDUCTIONS),
+    Mutant("shardlib/language/reductions.py", "[b.call(WIDEN, [x]), top]", "[x, top]", f"{BY_HAND} {DTYPES}"),
+    Mutant("shardlib/params.py", "uniform(index, 2 * seed + 1)", "uniform(index, 2 * seed)", API),
+    Mutant("shardlib/params.py", "if missing := [n for spec, _ in rows.values() for n in spec.names if n not in sizes]:",
+           "if missing := []:", f"{API} {ARGUMENTS}"),
+    Mutant("shardlib/language/calls.py", "if x.device != first[1].device:", "if False:", ARGUMENTS),
+    Mutant("shardlib/language/calls.py", "if needed and name not in static]", "if name not in static]", ARGUMENTS),
+    Mutant("shardlib/run/failures.py", "if step is None or step.op.wire or isinstance(", "if step is None or isinstance(", FAILURES),
+    Mutant("shardlib/run/failures.py", ' or "DefaultCPUAllocator" in str(error)', "", FAILURES),
+    Mutant("shardlib/run/captured.py", "else x.clone() for x in self.made)", "else x for x in self.made)", CAPTURED),
+    Mutant("shardlib/run/captured.py", "in self._steps) == MOST_PYTREES:", "in self._steps) > MOST_PYTREES:", CAPTURED),
+    Mutant("shardlib/run/surroundings.py", 'for device in ("cpu", "cuda"):', 'for device in ("cuda",):', SURROUNDINGS),
+    Mutant("shardlib/run/surroundings.py", "    if not torch.is_grad_enabled():\n        return\n", "", SURROUNDINGS),
+    Mutant("shardlib/language/pointwise.py", "[b.call(WHERE, [mask, zero, ct[0]])]", "[b.call(WHERE, [mask, ct[0], zero])]", GRAD),
+    Mutant("shardlib/language/pointwise.py", '(("greater", ">", 1)', '(("greater", ">=", 1)', COND),
+    Mutant("shardlib/compiler/grad.py", "for _, value in parts.made):", "for _, value in parts.made[1:]):", GRAD),
+    Mutant("shardlib/lowering/emit.py", '        lines = lines if self.sizes[parts.dim] else []                  # without layers nothing is looked up, or refused\n',
+           "", INDICES),
+    Mutant("shardlib/lowering/emit.py", 'if dtypes[out] != dtypes[parts.carried[0][0]] else ""', 'if False else ""', BY_HAND),
+    Mutant("shardlib/lowering/emit.py", "if step.op.promotes and all(step.ins[i].dims for i in counting) and widest",
+           "if step.op.promotes and widest", f"{BY_HAND} {DTYPES}"),
+    Mutant("shardlib/compiler/passes/pack.py", "groups.setdefault((step.inputs[0], inner, dtypes.get(stacked[step.inputs[1]])), [])",
+           "groups.setdefault((step.inputs[0], inner), [])", f"{BY_HAND} {PACK}"),
+    Mutant("shardlib/run/compiled.py", "            self.f.check_dtypes(dtypes)\n            program =", "            program =", f"{BY_HAND} {WRT}"),
+    Mutant("ops/cross_entropy.py", "_filled(pick(above, labels, dim, start, site), without, 0)", "pick(above, labels, dim, start, site)", LOSSES),
+    Mutant("ops/cross_entropy.py", "!= list(outs[0].labels) or any(n not in outs[0].labels for n in ins[1].labels):",
+           "!= list(outs[0].labels):", f"{LOSSES} tests/test_errors.py"),
+    Mutant("ops/attention.py", "max(1, q.shape[-1]) ** -0.5", "q.shape[-1] ** -0.5", ATTENTION),
+    Mutant("ops/take.py", "return out.index_add_(0, here[inside], g[inside])",
+           "return out.index_copy_(0, here[inside], g[inside])", f"{INDICES} {GRAD}"),
+    Mutant("ops/sampling.py", "(above / max(temperature, tiny))", "(above / temperature)", SAMPLING),
+    Mutant("ops/kv_cache.py", "torch.arange(first, first + s, device", "torch.arange(0, s, device", CACHES),
+    Mutant("ops/rope.py", "return start[:, None] + offset if offset else start[:, None]", "return start[:, None]", ROPE),
+    Mutant("models/saved_tokenizer.py", 'config["add_prefix_space"] if config.get("add_prefix_space") is not None else True',
+           'config.get("add_prefix_space", True)', TOKENIZERS),
+    Mutant("models/gguf_vocabulary.py", " or len(set(tokens)) != len(tokens):", ":", f"{GGUF} tests/models/test_tokenizer.py"),
+    Mutant("models/contradictions.py", ", **{key: beside[key] for key in ROPE[1:] if key in beside}}", "}", "tests/models/test_contradictions.py"),
+    Mutant("models/slots.py", "is None or row in ended else row for s in source)",
+           "is None else row for s in source)", "tests/models/test_decoder.py"),
+    Mutant("models/decoding.py", "seed=sampling.seed)", "seed=0)", "tests/models/test_drawing.py"),
+    Mutant("shardlib/language/reductions.py", 'return f"{arg}.to(torch.float32)" if _rounded(e, step) else arg', "return arg", DTYPES),
 )
