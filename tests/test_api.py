@@ -85,6 +85,24 @@ def test_step_mode_shows_types_and_local_tensors_to_the_function():
     assert seen == [("T F/tp", (3, 5))]
 
 
+def test_step_mode_works_out_the_same_text_anew_under_another_layout():
+    """The operands are of the same types in both, whole; what the op makes of them is not."""
+    seen = []
+
+    def product(x, w):
+        y = einsum("T D, D F -> T F", x, w)
+        seen.append(str(y.spec))
+        return y
+    inner = sharded("T/1 D/1, D/1 F/1 -> T F", layout=Layout(T="tp"))(lambda x, w: product(x, w))
+
+    @sharded("T/1 D/1, D/1 F/1 -> T F, T F, T F")
+    def outer(x, w):
+        return product(x, w), inner(x, w), product(x, w)
+    x, w = torch.randn(3, 4), torch.randn(4, 5)
+    assert all(torch.equal(y, x @ w) for y in step(outer, Layout(F="tp"), mesh=Mesh(tp=1))(x, w))
+    assert seen == ["T F/tp", "T/tp F", "T F/tp"]
+
+
 def test_sizes_in_conflict_name_both_binders():
     with pytest.raises(SpecError) as error:
         net(torch.randn(3, 4), init(Net, dict(SIZES, D=6)))

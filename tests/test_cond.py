@@ -232,6 +232,21 @@ def positive(y):
     return greater(largest(y), than=0.0)
 
 
+@sharded("T D -> T D, T")
+def itself_and_largest(x):
+    return x, largest(x)
+
+
+@sharded("T D -> T D, T")
+def itself_and_first(x):
+    return x, first(x)
+
+
+@sharded("T D -> T")
+def second_of_two(x):
+    return cond(greater(sum("T D -> ()", x), than=0.0), itself_and_largest, itself_and_first, x)[1]
+
+
 def branching(yes, no):
     @sharded("T D -> T")
     def f(x):
@@ -267,3 +282,8 @@ def test_branches_of_different_dtypes_are_refused_before_they_run(run):
         run(branching(first, largest), x)
     assert str(error.value).split("          ")[0] == "cond: first returns int64, largest returns float32; both return the same dtypes"
     assert run(branching(first, largest), x.long()).tolist() == [1, 0] and run(branching(largest, largest), x).tolist() == [3.0, 2.0]
+    with pytest.raises(SpecError) as error:
+        run(second_of_two, x)
+    assert str(error.value).split("          ")[0] == (
+        "cond: itself_and_largest returns float32, float32, itself_and_first returns float32, int64; both return the same dtypes")
+    assert run(second_of_two, x.long()).tolist() == [3, 2]

@@ -1065,6 +1065,22 @@ def test_size_that_no_argument_holds():
         "project: w holds only a piece of F; say its global size: sizes=dict(F=...)")
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_piece_that_is_not_as_large_as_the_sizes_say(rows):
+    """F is told by another argument: too few rows, and too many, of each rank's piece."""
+    @sharded("B D, D F, F/1 -> B F, F/1")
+    def beside(x, w, bias):
+        return einsum("B D, D F -> B F", x, w), bias
+    mesh = Mesh(tp=2)
+    program = lower(beside, Layout(F="tp"), mesh=mesh)
+    for rank, here in ((0, 3), (1, 2)):
+        given = {"x": (2, 3), "w": (3, here), "bias": (5,)}
+        assert bind_sizes(program, given, {}, mesh, {"tp": rank}) == dict(B=2, D=3, F=5)
+        wrong = here - 2 + rows
+        assert first(bind_sizes, program, {**given, "w": (3, wrong)}, {}, mesh, {"tp": rank}) == (
+            f"beside: w has {wrong} rows of F/tp; with F=5 this rank holds {here}")
+
+
 def test_gradient_of_something_else_than_a_scalar():
     @sharded("B D, D F -> B F")
     def scores(x, w):

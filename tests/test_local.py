@@ -73,6 +73,24 @@ def mean_of_owed(x, w):
     return mean("B D -> ()", y)
 
 
+def doubled_again(w):
+    return w * 2
+
+
+@sharded("D, D -> ()")
+def mean_of_doubled(x, w):
+    """Nothing that goes in is split or owes: only the result names tp."""
+    return mean("D -> ()", x * local("D -> D +tp", doubled_again, w))
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(D="dp")])
+def test_an_operand_that_is_whole_owes_where_the_result_does(layout):
+    """Each of the two ranks adds 2 w."""
+    x, w = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    value, grad = simulate(value_and_grad(mean_of_doubled, "w"), layout, x, w, mesh=MESH)
+    assert torch.allclose(value, (x * 4 * w).mean()) and torch.allclose(grad, 4 * x / 5)
+
+
 @pytest.mark.parametrize("f, layout", [(mean_of_projected, Layout()), (mean_of_projected, Layout(B="dp", F="tp")),
                                        (mean_of_projected, Layout(D=("tp", "dp"))), (mean_of_owed, Layout(B="dp", F="tp"))])
 def test_what_owes_by_its_text_owes(f, layout):

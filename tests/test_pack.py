@@ -179,6 +179,19 @@ def kept_as_well(x, w: Turned, table):
     return einsum("B T K H, B T K H, B T D -> B T D", q2, k2, x), q, k2
 
 
+@sharded("B T D, *, B T H, B T H -> B T D")
+def turned_apart(x, w: Turned, one, other):
+    """q and k go through the same op, each with a table of its own."""
+    q, k = einsum("B T D, D K H -> B T K H", x, w.q), einsum("B T D, D K H -> B T K H", x, w.k)
+    q, k = rope("B T K H, B T H -> B T K H", q, one), rope("B T K H, B T H -> B T K H", k, other)
+    return einsum("B T K H, B T K H, B T D -> B T D", q, k, x)
+
+
+@sharded("B T D, *, B T H, B T H -> B T D")
+def all_turned_apart(x, w: TurnedStack, one, other):
+    return scan(turned_apart, x, w.layers, one, other)
+
+
 @sharded("B T D, * -> B T D")
 def all_turned(x, w: TurnedStack):
     return scan(turned, x, w.layers)
@@ -214,7 +227,8 @@ def twice(x, w: TurnedStack):
 TABLE = torch.randn(2, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("f, cls, more", [(all_turned, TurnedStack, ()), (all_kept, TurnedStack, (TABLE,)), (across, Stack, ()), (twice, TurnedStack, ())])
+@pytest.mark.parametrize("f, cls, more", [(all_turned, TurnedStack, ()), (all_kept, TurnedStack, (TABLE,)),
+                                          (all_turned_apart, TurnedStack, (TABLE, TABLE * 2)), (across, Stack, ()), (twice, TurnedStack, ())])
 def test_what_packing_must_keep_its_hands_off(f, cls, more):
     sizes = dict(L=2, D=4, K=3, H=2, F=4)
     w = init(cls, sizes, dtype=torch.float64)

@@ -26,6 +26,7 @@ INDICES, LOSSES, ENDS = "tests/test_index_check.py", "tests/ops/test_cross_entro
 NVLINK, PROTOCOLS = "tests/ops/test_nvlink.py", "tests/triton_kernels/test_protocols.py"
 CALLS = "tests/test_asked.py"
 SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/test_sizes.py"
+LOCAL, PIECES = "tests/test_local.py", "tests/test_errors.py -k piece_that_is"
 EXCHANGES = PLANNER + " -k exchange_says"
 ASKED = GROUP + " -k all_members_ask"
 CUT_OFF = WATCHDOG + " -k cut_off_from"
@@ -75,6 +76,8 @@ MUTANTS = (
     Mutant("shardlib/sizes.py", "if self.size(dim) != self.size(other):", "if self.size(dim) > self.size(other):", SIZES),
     Mutant("shardlib/sizes.py", "if not rest or self.size(whole) % rest:", "if not rest:", SIZES),
     Mutant("shardlib/sizes.py", "for p in (program, *program.bodies())", "for p in (program,)", SIZES),
+    Mutant("shardlib/sizes.py", "sizes.of, coordinate)[1]) != n:", "sizes.of, coordinate)[1]) < n:", PIECES),
+    Mutant("shardlib/sizes.py", "sizes.of, coordinate)[1]) != n:", "sizes.of, coordinate)[1]) > n:", PIECES),
     Mutant("shardlib/captured.py", "(t.data_ptr(), t.stride())", "t.data_ptr()", "tests/test_captured.py"),
     Mutant("shardlib/moves.py", "if any(e.coordinate[a] for a in fresh):",
            "if fresh and all(e.coordinate[a] for a in fresh):", PLANNER + " -k relabels_its_value"),
@@ -104,6 +107,8 @@ MUTANTS = (
            "active = {p for p, n in outer.items() if n in self.active}", GRAD),
     Mutant("shardlib/grad.py", "self.given.setdefault(self.root.get(name, name), [])", "self.given.setdefault(name, [])", GRAD),
     Mutant("shardlib/pack.py", " and used.count(step.inputs[1]) == 1:", ":", PACK),
+    Mutant("shardlib/pack.py", "(joins.op, joins.inputs[1:], joins.attrs, step.outs[0].dims[-1]) == (\n                last[1].op, last[1].inputs[1:],",
+           "(joins.op, joins.attrs, step.outs[0].dims[-1]) == (\n                last[1].op,", PACK),
     Mutant("shardlib/pack.py", 'if n.split(".")[0] in prepared and uses[n] == 1}', 'if n.split(".")[0] in prepared}', PACK),
     Mutant("shardlib/pack.py", "if inner and right and x.labels == left + inner and w.labels == inner + right and", "if inner and right and", PACK),
     Mutant("shardlib/pack.py", "and out not in results else None", "else None", PACK),
@@ -134,6 +139,7 @@ MUTANTS = (
     Mutant("shardlib/explain.py", "{exchanged(mesh, sizes, have, want, a, b) for a in members for b in members}",
            "{exchanged(mesh, sizes, have, want, members[0], b) for b in members}", EXPLAIN),
     Mutant("shardlib/dtypes.py", "step.inputs[len(step.inputs) - len(paths):]", "step.inputs", COND),
+    Mutant("shardlib/dtypes.py", "for a, b in zip(made, others)):", "for a, b in zip(made[:1], others)):", COND),
     Mutant("shardlib/dtypes.py", "in found and i not in step.op.index:", "in found:", EXPLAIN),
     # shardlib/layout.py, mesh.py, spec.py, variables.py, local.py, step.py
     Mutant("shardlib/layout.py", "                used.update(prefix)\n", "", LAYOUT),
@@ -149,8 +155,10 @@ MUTANTS = (
     Mutant("shardlib/variables.py", "loops | {name for name, count in assigned.items() if count > 1}", "loops", f"{COND} {IN_PLACE}"),
     Mutant("shardlib/variables.py", "_renamed(block, {}, loops | ", "_renamed(block, {}, ", f"{GRAD} {IN_PLACE}"),
     Mutant("shardlib/local.py", "kinds = [s.owing(*(a for a in busy if a not in s.split_axes and a not in s.owed_axes)) for s in step.ins]",
-           "kinds = [s.owing() for s in step.ins]", "tests/test_local.py"),
+           "kinds = [s.owing() for s in step.ins]", LOCAL),
+    Mutant("shardlib/local.py", "for s in (*step.ins, *step.outs))]\n    kinds", "for s in step.ins)]\n    kinds", LOCAL),
     Mutant("shardlib/step.py", "repr(attrs) if attrs else \"\", _place()", "None, _place()", API),
+    Mutant("shardlib/step.py", "outs, self.layout, *[x.key", "outs, *[x.key", API),
     Mutant("shardlib/step.py", "if op is RENAME:", "if False:", API),
     Mutant("shardlib/step.py", "Spec(v.spec.dims[1:], v.spec.owed), v.local[i], v.id == PARAM)",
            "Spec(v.spec.dims[1:], v.spec.owed), v.local[i])", API),
