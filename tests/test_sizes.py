@@ -1,4 +1,5 @@
-"""Every dim name has one size in a whole program: random chains of renames and rearranges against plain torch, and every contradiction."""
+"""Every dim name has one size in a whole program: random chains of renames, rearranges and scans
+against plain torch, from whatever binds them, and every contradiction."""
 from __future__ import annotations
 
 import linecache
@@ -17,6 +18,7 @@ from shardlib import value_and_grad
 from shardlib.functions import argmax, greater, max, mean, square, sum
 from shardlib.ops import take
 from shardlib.parser import parse_program
+from shardlib.sizes import bind_sizes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,93 +174,175 @@ def test_explicit_text_cannot_relabel_the_pieces_of_a_group():
 
 # -- random chains ----------------------------------------------------------------------------------------------------
 
+Steps = list[tuple[str, str]]
+"""Renames and rearranges: the op, and its text."""
+
+
 @dataclass
 class Chain:
-    """A random program of renames and rearranges, and what it means. `dims`: of the value so far, each a tuple of names."""
+    """A random program of renames, rearranges and a scan of such, and what it means.
+
+    dims: of the value so far, each a tuple of names.
+    """
     sizes: dict[str, int]
     dims: list[tuple[str, ...]]
-    steps: list[tuple[str, str]] = field(default_factory=list)
+    first: str = ""                 # the specs of x, of the scan's carry, and of one layer
+    carry: str = ""
+    layer: str = ""
+    before: Steps = field(default_factory=list)
+    inner: Steps | None = None      # of the scan's body, which then multiplies by its layer, and goes back
+    after: Steps = field(default_factory=list)
 
     @staticmethod
     def spec(dims) -> str:
         return " ".join(d[0] if len(d) == 1 else f"({' '.join(d)})" for d in dims)
 
-    def to(self, op: str, dims: list[tuple[str, ...]]) -> None:
-        self.steps.append((op, f"{self.spec(self.dims)} -> {self.spec(dims)}"))
-        self.dims = dims
+    @property
+    def stack(self) -> str:
+        """The spec of what the scan runs over; without one it is an argument that nothing reads."""
+        return f"L {self.layer}".strip()
 
-    def rename(self, draw, fresh) -> None:
+    def rename(self, draw, fresh) -> tuple[str, str]:
         """One dim under another name; a group under one, or under as many."""
         i = draw(st.integers(0, len(self.dims) - 1))
         old = self.dims[i]
         new = tuple(next(fresh) for _ in old) if draw(st.booleans()) else (next(fresh),)
         total = math.prod(self.sizes[n] for n in old)
         self.sizes.update(zip(new, [self.sizes[n] for n in old] if len(new) == len(old) else [total]))
-        self.to("rename", [*self.dims[:i], new, *self.dims[i + 1:]])
+        return self._to("rename", [*self.dims[:i], new, *self.dims[i + 1:]])
 
-    def rearrange(self, draw, fresh) -> None:
+    def rearrange(self, draw, fresh) -> tuple[str, str]:
         """All names in another order, some neighbours merged."""
         names, dims = draw(st.permutations([n for d in self.dims for n in d])), []
         while names:
             count = draw(st.integers(1, min(2, len(names))))
             dims, names = [*dims, tuple(names[:count])], names[count:]
-        self.to("rearrange", dims)
+        return self._to("rearrange", dims)
+
+    def _to(self, op: str, dims: list[tuple[str, ...]]) -> tuple[str, str]:
+        before, self.dims = self.dims, dims
+        return op, f"{self.spec(before)} -> {self.spec(dims)}"
+
+    def steps(self, draw, fresh, most: int) -> Steps:
+        ops = st.sampled_from((self.rename, self.rearrange))
+        return [draw(ops)(draw, fresh) for _ in range(draw(st.integers(0, most)))]
+
+    def loop(self, draw, fresh) -> None:
+        """A scan of layers, or of none. Its body has names of its own, and ends with those that it was given."""
+        dims, self.carry = self.dims, self.spec(self.dims)
+        self.inner = self.steps(draw, fresh, 3)
+        self.layer, self.dims = self.spec(self.dims), dims
+
+    def arguments(self) -> list[Tensor]:
+        """x, the stack and y."""
+        specs = self.first, self.stack, self.spec(self.dims)
+        return [torch.randn(self.shape(spec), dtype=torch.float64) for spec in specs]
+
+    def shape(self, text: str) -> list[int]:
+        groups = re.findall(r"(?<=\()[^)]+|\w+", text)
+        return [math.prod(self.sizes[n] for n in group.split()) for group in groups]
+
+    def program(self):
+        body = self.inner is not None and sharded(f"{self.carry}, {self.layer} -> {self.carry}")(
+            lambda x, w: along(back(self.inner), along(self.inner, x) * w))
+
+        @sharded(f"{self.first}, {self.stack}, {self.spec(self.dims)} -> ()")
+        def program(x, w, y):
+            x = along(self.before, x)
+            x = scan(body, x, w) if body else x
+            return sum(f"{self.spec(self.dims)} -> ()", square(along(self.after, x)) * y)
+        return program
+
+    def dense(self, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        """The same in plain torch, element by element of the names' grid."""
+        x = self.walk(self.before, x)
+        for layer in w if self.inner is not None else ():
+            x = self.walk(self.inner, x)
+            x = self.walk(back(self.inner), x * layer.reshape(x.shape))
+        return (self.walk(self.after, x).reshape(y.shape).square() * y).sum()
+
+    def walk(self, steps: Steps, x: Tensor) -> Tensor:
+        for op, text in steps:
+            left, right = (re.findall(r"\w+", side) for side in text.split("->"))
+            if op == "rearrange":
+                x = x.reshape([self.sizes[n] for n in left]).permute([left.index(n) for n in right])
+            x = x.reshape([self.sizes[n] for n in right])
+        return x
+
+
+def along(steps: Steps, x):
+    for op, text in steps:
+        x = {"rename": rename, "rearrange": rearrange}[op](text, x)
+    return x
+
+
+def back(steps: Steps) -> Steps:
+    """What undoes them."""
+    return [(op, " -> ".join(reversed(text.split(" -> ")))) for op, text in reversed(steps)]
 
 
 @st.composite
 def chains(draw) -> Chain:
     fresh = (f"N{i}" for i in range(100))
     names = [next(fresh) for _ in range(draw(st.integers(2, 4)))]
-    chain = Chain({n: draw(st.sampled_from((0, 1, 2, 3, 5))) for n in names}, [(n,) for n in names])
-    chain.rearrange(draw, fresh)
-    for _ in range(draw(st.integers(1, 5))):
-        draw(st.sampled_from((chain.rename, chain.rearrange)))(draw, fresh)
+    sizes = {n: draw(st.sampled_from((0, 1, 2, 3, 5))) for n in names}
+    chain = Chain(sizes | {"L": draw(st.integers(0, 3))}, [(n,) for n in names], " ".join(names))
+    chain.before = [chain.rearrange(draw, fresh), *chain.steps(draw, fresh, 3)]
+    if draw(st.booleans()):
+        chain.loop(draw, fresh)
+    chain.after = chain.steps(draw, fresh, 2)
     return chain
 
 
 @st.composite
 def layouts(draw, names) -> Layout:
-    return Layout({n: draw(st.sampled_from((("x",), ("y",), ("x", "y"), ("y", "x")))) for n in draw(st.permutations(sorted(names)))[:draw(st.integers(0, 4))]})
+    names = draw(st.permutations(sorted({*names} - {"L"})))[:draw(st.integers(0, 4))]
+    return Layout({n: draw(st.sampled_from((("x",), ("y",), ("x", "y"), ("y", "x")))) for n in names})
+
+
+MESHES = st.sampled_from((Mesh(x=2, y=3), Mesh(x=2, y=2), Mesh(x=3, y=1), Mesh(x=1, y=2)))
 
 
 @given(st.data())
-def test_chains_of_renames_and_rearranges(data):
-    """Value and gradient of random chains under random layouts are those of plain torch; contradicting arguments are refused."""
-    chain = data.draw(chains())
-    first = [(n,) for n in list(chain.sizes)[:len(chain.steps[0][1].split("->")[0].split())]]
-    text = f"{Chain.spec(first)}, {Chain.spec(chain.dims)} -> ()"
-
-    @sharded(text)
-    def program(x, y):
-        for op, what in chain.steps:
-            x = {"rename": rename, "rearrange": rearrange}[op](what, x)
-        return sum(f"{Chain.spec(chain.dims)} -> ()", square(x) * y)
-    x = torch.randn([chain.sizes[n] for n, in first], dtype=torch.float64)
-    shape = [math.prod(chain.sizes[n] for n in d) for d in chain.dims]
-    y = torch.randn(shape, dtype=torch.float64)
-    dense = x.clone().requires_grad_()
-    (chained(chain, dense).square() * y).sum().backward()
-    mesh = Mesh(x=2, y=3)
-    layout = data.draw(layouts(chain.sizes))
-    value, grad = simulate(value_and_grad(program, "x"), layout, x, y, mesh=mesh)
-    assert torch.allclose(value, (chained(chain, x).square() * y).sum()) and torch.allclose(grad, dense.grad)
-    explicit = lower(program, layout, mesh=mesh)
-    assert parse_program(str(explicit)) == explicit
-    i = data.draw(st.integers(0, len(shape) - 1))
-    wrong = torch.randn([n + (j == i) for j, n in enumerate(shape)], dtype=torch.float64)
+def test_chains_of_renames_rearranges_and_scans(data):
+    """Value and gradients are those of plain torch, under random layouts; arguments that contradict are refused."""
+    chain, mesh = data.draw(chains()), data.draw(MESHES)
+    layout, program, (x, w, y) = data.draw(layouts(chain.sizes)), chain.program(), chain.arguments()
+    want = chain.dense(x.requires_grad_(), w.requires_grad_(), y)
+    grads = torch.autograd.grad(want, (x, w), allow_unused=True)
+    x, w = x.detach(), w.detach()
+    value, of_x, of_w = simulate(value_and_grad(program, ["x", "w"]), layout, x, w, y, mesh=mesh)
+    assert torch.allclose(value, want) and torch.allclose(of_x, grads[0])
+    assert torch.allclose(of_w, torch.zeros_like(w) if grads[1] is None else grads[1])
+    i = data.draw(st.integers(0, y.ndim - 1))
+    wrong = torch.randn([n + (j == i) for j, n in enumerate(y.shape)], dtype=torch.float64)
     if len(chain.dims[i]) == 1:
-        assert said(simulate, program, layout, x, wrong, mesh=mesh).startswith("program: ")
+        assert said(simulate, program, layout, x, w, wrong, mesh=mesh).startswith("program: ")
 
 
-def chained(chain: Chain, x: Tensor) -> Tensor:
-    """The same in plain torch, element by element of the names' grid."""
-    names = [n for n in list(chain.sizes)[:x.ndim]]
-    for op, what in chain.steps:
-        left, right = (side.split() for side in what.replace("(", "").replace(")", "").split("->"))
-        if op == "rearrange":
-            x = x.reshape([chain.sizes[n] for n in left]).permute([left.index(n) for n in right])
-        names = right
-    return x.reshape([math.prod(chain.sizes[n] for n in d) for d in chain.dims])
+@given(st.data())
+def test_sizes_follow_on_every_rank_from_what_its_pieces_leave_open(data):
+    """Whatever is said at first: what an error asks for is not known, and all of it is enough. A wrong size is refused."""
+    chain, mesh = data.draw(chains()), data.draw(MESHES)
+    program = lower(chain.program(), data.draw(layouts(chain.sizes)), mesh=mesh)
+    assert parse_program(str(program)) == program
+    coordinate = mesh.coordinate(data.draw(st.integers(0, mesh.world_size - 1)))
+    shapes = {path: mesh.local_shape(kind, chain.sizes, coordinate) for path, kind in program.arg_leaves()}
+    whole = {path: mesh.local_shape(kind.whole(), chain.sizes, {}) for path, kind in program.arg_leaves()}
+    known = {n: chain.sizes[n] for n in data.draw(st.sets(st.sampled_from(sorted(chain.sizes))))}
+    while True:
+        try:
+            assert bind_sizes(program, shapes, known, mesh, coordinate) == chain.sizes
+            break
+        except SpecError as error:
+            asked = re.search(r"; say (?:its global size|the size of \w+): sizes=dict\((\w+)=\.\.\.\)", str(error))[1]
+            assert asked not in known
+            known[asked] = chain.sizes[asked]
+    assert bind_sizes(program, whole, {}, mesh, None) == chain.sizes
+    name = data.draw(st.sampled_from(sorted(chain.sizes)))
+    wrong = chain.sizes[name] + 1
+    for known in ({}, chain.sizes):
+        assert f"{name} is {wrong}" in said(bind_sizes, program, whole, {**known, name: wrong}, mesh, None)
 
 
 # -- ops over a group -------------------------------------------------------------------------------------------------
