@@ -9,8 +9,9 @@ from torch import Tensor
 
 from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, all_gather, compile, cond, einsum, explain, lower, param, prove, scan, sharded,
                       simulate, step, value_and_grad)
-from shardlib.functions import argmax, greater, max, silu, sum
+from shardlib.functions import argmax, greater, less, max, silu, sum
 from shardlib.cond import COND
+from shardlib.dtypes import fixed_dtypes
 from shardlib.parser import check, parse_program
 from shardlib.ops import rms_norm
 from shardlib.project import project
@@ -259,6 +260,21 @@ def test_branches_of_different_dtypes_are_refused_at_lowering():
         lower(branching(first, positive), Layout(), mesh=MESH)
     first_line, where = str(error.value).split("          ")
     assert first_line == "cond: first returns int64, positive returns bool; both return the same dtypes" and where.startswith("test_cond.py:")
+
+
+@pytest.mark.parametrize("yes, no", [(largest, first), (first, largest)])
+def test_what_one_branch_is_known_to_make_the_other_makes_too(yes, no):
+    """The largest of x is what x is, which the program does not say."""
+    assert fixed_dtypes(lower(branching(yes, no), mesh=MESH)) == ["int64"]
+
+
+@pytest.mark.parametrize("x, above, below", [(0.5, False, False), (0.75, True, False), (0.25, False, True)])
+def test_a_number_is_neither_above_nor_below_itself(x, above, below):
+    @sharded("T -> T, T")
+    def compared(x):
+        return greater(x, than=0.5), less(x, than=0.5)
+    for run in (compared, lambda x: simulate(compared, Layout(T="tp"), x, mesh=MESH)):
+        assert [y.tolist() for y in run(torch.tensor([x, x]))] == [[above] * 2, [below] * 2]
 
 
 @pytest.mark.parametrize("call", [prove, explain])

@@ -9,7 +9,7 @@ from torch import Tensor, bfloat16, float16, float32, float64, int64
 
 from shardlib import (Layout, Mesh, Params, SpecError, compile, einsum, explain, lower, param, scan, sharded, simulate, stacked, step,
                       value_and_grad)
-from shardlib.functions import cast, greater, logsumexp, mean, softmax, sum, where
+from shardlib.functions import argmax, cast, greater, logsumexp, mean, softmax, sum, where
 from shardlib.ops import attention, rms_norm, rope, rope_table
 from shardlib.parser import parse_program
 
@@ -289,3 +289,22 @@ def test_a_function_called_at_other_dtypes_is_written_anew() -> None:
     for kind in (float32, float64, bfloat16):
         w = Layer(norm=torch.rand(6), up=torch.rand(6, 5).to(kind), down=torch.rand(5, 6))
         assert called(x, w).dtype == stepped(x, w).dtype == torch.promote_types(float32, kind)
+
+
+@sharded("T D, () -> T D, T, T D")
+def with_its_best(x, by):
+    return x, argmax("T D -> T", x), cast(x, "bfloat16")
+
+
+@sharded("T D, L -> T D, L T, L T D")
+def all_their_best(x, bys):
+    return scan(with_its_best, x, bys)
+
+
+@every_executor
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_what_a_scan_stacks_has_its_own_dtype_without_rounds_too(call, rounds: int) -> None:
+    if rounds or call is not EXECUTORS["step"]:         # which runs the user's own loop, and has no value to tell by
+        made = call(all_their_best, torch.randn(3, 4), torch.ones(rounds))
+        assert [(y.dtype, y.shape) for y in made] == [
+            (float32, (3, 4)), (int64, (rounds, 3)), (bfloat16, (rounds, 3, 4))]

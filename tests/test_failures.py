@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from builtins import compile as compile_text
 from typing import Callable
 
 import pytest
@@ -12,9 +13,14 @@ from torch import Tensor
 from shardlib import Layout, Mesh, Params, SpecError, compile, cond, einsum, init, local, lower, param, scan, sharded, simulate, stacked, step, value_and_grad
 from shardlib.distributed.rank_error import RankError
 from shardlib.emit import Emitter
+from shardlib.failures import explain_failure
 from shardlib.functions import mean, silu, sum
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, loss, next_logits
+from shardlib.moves import ALL_REDUCE
+from shardlib.program import Op, Step, Where
+from shardlib.reductions import SUM
+from shardlib.spec import parse
 
 SIZES = dict(B=4, D=6, F=5, L=3)
 
@@ -203,3 +209,22 @@ def test_a_compiled_function_can_be_traced_whole():
         run = compile(f, mesh=Mesh(dp=1))
         want = run(x)
         assert torch.equal(torch.compile(lambda x: run(x), fullgraph=True, backend="eager")(x), want)
+
+
+@pytest.mark.parametrize("op", (ALL_REDUCE, SUM), ids=lambda op: op.name)
+def test_what_a_collective_raises_passes_as_it_is(op: Op) -> None:
+    """It names its step itself; an op of this rank does not."""
+    step_ = Step(op, (parse("D +tp"),), (parse("D"),), ("x",), ("y",), where=Where("model.py", 3))
+    code = compile_text("fail()", "<shardlib failing>", "exec")
+
+    def fail() -> None:
+        raise RuntimeError("peers are gone")
+    with pytest.raises(RuntimeError) as raised:
+        exec(code, {"fail": fail})
+    lines = {"<shardlib failing>": (step_,)}
+    if op is ALL_REDUCE:
+        assert explain_failure(raised.value, lines) is None
+        return
+    with pytest.raises(SpecError) as said:
+        explain_failure(raised.value, lines)
+    assert str(said.value) == "sum: peers are gone          model.py:3"

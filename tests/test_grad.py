@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardlib import Layout, Mesh, Params, SpecError, einsum, lower, param, rename, scan, sharded, simulate, stacked, value_and_grad
-from shardlib.functions import silu, stop_gradient, sum
+from shardlib.functions import silu, stop_gradient, sum, where
 from shardlib.moves import ALL_GATHER, ALL_REDUCE
 from shardlib.ops import rope
 
@@ -92,3 +92,34 @@ def test_a_table_that_an_op_takes_as_a_constant_has_no_gradient():
     line = turned.fn.__code__.co_firstlineno + 2
     assert str(error.value) == f"value_and_grad: rope has no derivative by table; stop_gradient makes it a constant          test_grad.py:{line}"
     assert not simulate(value_and_grad(of_a_constant, "table"), Layout(), x, table, mesh=Mesh())[1].any()
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(T="tp", D="dp")])
+def test_each_side_of_where_gets_its_own_rows(layout):
+    @sharded("T D, T D, T D, T D -> ()")
+    def chosen(mask, a, b, c):
+        return sum("T D -> ()", where(mask, a, b) * c)
+    a, b, c = torch.randn(3, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    value, of_a, of_b = simulate(value_and_grad(chosen, ["a", "b"]), layout, a > 0, a, b, c, mesh=MESH)
+    assert torch.allclose(value, (torch.where(a > 0, a, b) * c).sum())
+    assert torch.equal(of_a, torch.where(a > 0, c, 0)) and torch.equal(of_b, torch.where(a > 0, 0, c))
+
+
+@sharded("T D, * -> T D, T")
+def layer_and_sums(x, w: Layer):
+    y = einsum("T D, D F -> T F", x, w.up)
+    return x, sum("T F -> T", y)
+
+
+@sharded("T D, * -> ()")
+def loss_of_what_is_stacked(x, w: Net):
+    _, sums = scan(layer_and_sums, x, w.layers)
+    return sum("L T -> ()", sums)
+
+
+def test_what_a_scan_stacks_has_no_gradient_yet():
+    """A loss that depends on it is refused, be it the first that is stacked."""
+    with pytest.raises(SpecError) as error:
+        lower(value_and_grad(loss_of_what_is_stacked, "w"), mesh=MESH)
+    assert str(error.value).split("          ")[0] == (
+        "value_and_grad: the loss depends on what scan stacks; only its carry has a gradient yet")

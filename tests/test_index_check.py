@@ -355,7 +355,7 @@ def left(cache, rows, begin):
 
 
 def test_code_that_does_not_run_refuses_nothing() -> None:
-    """A branch that is not taken, in a loop before which its checks might be done; and a loop without rounds."""
+    """A branch that is not taken, in a loop before which its checks might be done; and a loop without rounds, whose were."""
     @sharded("B S, S, B T, B -> B S")
     def body(cache, weight, rows, begin):
         return cond(greater(sum("S -> ()", weight), than=0.0), written, left, cache, rows, begin)
@@ -369,6 +369,17 @@ def test_code_that_does_not_run_refuses_nothing() -> None:
         with pytest.raises(SpecError, match="^update_cache: begin holds 2, outside of 0 to 1 "):
             run(cache, torch.ones(2, 3), rows, bad)
     assert torch.equal(compile(layers)(cache, torch.zeros(0, 3), rows, bad), cache)
+
+    @sharded("B S, S, B T, B -> B S")
+    def rewritten(cache, weight, rows, begin):
+        return written(cache, rows, begin)
+
+    @sharded("B S, L S, B T, B -> B S")
+    def always(cache, weights, rows, begin):
+        return scan(rewritten, cache, weights, rows, begin)
+    assert torch.equal(compile(always)(cache, torch.zeros(0, 3), rows, bad), cache)
+    with pytest.raises(SpecError, match="^update_cache: begin holds 2, outside of 0 to 1 "):
+        compile(always)(cache, torch.zeros(1, 3), rows, bad)
 
 
 @sharded("B, V D -> B D")

@@ -200,6 +200,19 @@ def test_what_it_is_given_is_not_changed(run):
     assert said(run, itself) == said(run, a_view) == ""
 
 
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_tensors_of_inference_mode_are_taken_outside_of_it(run):
+    """Torch counts nothing that is written to them; what is written to them in a function is seen all the same."""
+    with torch.inference_mode():
+        x, w = torch.full((4, 3), 2.0), torch.ones(3)
+
+    def called(f):
+        return sharded("B D, D -> B D")(lambda x, w: local("B/dp D/1, D/1 -> B/dp D/1", f, x, w))
+    assert torch.equal(run(called(scaled), x, w), torch.tanh(x))
+    with pytest.raises(SpecError, match="^local: doubled changes x in place"):
+        run(called(doubled), x, w)
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_what_it_returns_is_what_is_said(run):
     rows = 2 if run == "simulate" else 4

@@ -1,4 +1,4 @@
-"""max and argmax of what is odd: nothing, NaN, infinities, ties, integers, masks; whole, and over pieces of which some are empty."""
+"""Reductions of what is odd: nothing, NaN, infinities, ties, integers, masks; whole, and over pieces of which some are empty."""
 from __future__ import annotations
 
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from shardlib import Layout, Mesh, sharded, simulate
-from shardlib.functions import argmax, max
+from shardlib.functions import argmax, max, mean, sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOWEST = {torch.float64: -torch.inf, torch.float32: -torch.inf, torch.int64: -2 ** 63, torch.int32: -2 ** 31, torch.bool: False}
@@ -41,3 +41,13 @@ def test_max_and_argmax_of_odd_values(data: st.DataObject, dtype: torch.dtype, l
     torch.testing.assert_close(simulate(top, layout, x, mesh=mesh), want, rtol=0, atol=0, equal_nan=True)
     if size and dtype != torch.bool:            # torch has no argmax of masks
         assert simulate(best, layout, x, mesh=mesh).tolist() == first
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_mean_of_nothing_is_nan_and_its_sum_is_zero(layout: Layout) -> None:
+    @sharded("B V -> B, B")
+    def of_nothing(x):
+        return mean("B V -> B", x), sum("B V -> B", x)
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):
+        means, sums = simulate(of_nothing, layout, torch.ones(2, 0, dtype=dtype), mesh=Mesh(x=2, y=2))
+        assert means.isnan().all() and sums.tolist() == [0, 0]

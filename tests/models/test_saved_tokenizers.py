@@ -49,11 +49,12 @@ def folders(draw: st.DrawFn) -> dict[str, Any]:
     config = {**tokens, "tokenizer_class": maybe("PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "TokenizersBackend"),
               "legacy": maybe(True, False), "add_prefix_space": maybe(True, False), "add_bos_token": maybe(True, False), "add_eos_token": maybe(True, False),
               "split_special_tokens": maybe(False, True), "chat_template": maybe(*CHATS), "clean_up_tokenization_spaces": maybe(True), "model_max_length": maybe(3)}
+    null = ("add_prefix_space",) if draw(st.booleans()) else ()
     if draw(st.booleans()):
         config["added_tokens_decoder"] = {"20": {"content": "<new>", "lstrip": draw(st.booleans()), "rstrip": False, "normalized": False, "single_word": False,
                                                  "special": draw(st.booleans())}}
     return {"tokenizer.json": json.loads(core.to_str()), "config.json": {"model_type": "llama"},
-            "tokenizer_config.json": {key: value for key, value in config.items() if value is not None},
+            "tokenizer_config.json": {key: value for key, value in config.items() if value is not None or key in null},
             "special_tokens_map.json": maybe({"bos_token": "</s>"}, {"eos_token": {"content": "<s>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}}),
             "added_tokens.json": maybe({"<new>": 20}, {"<s>": 1}), "chat_template.jinja": maybe(*CHATS)}
 

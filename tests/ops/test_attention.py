@@ -71,3 +71,14 @@ def test_in_every_dtype(dtype: torch.dtype, t: int, s: int, g: int) -> None:
     out, grads = attend(q, k, v, bias(mask, g, dtype)), attend_vjp(q, k, v, mask, ct)
     assert not out[0, 0].any() and not grads[0][0, 0].any() and not grads[1][1, 0].any() and not grads[2][1, 0].any()
     assert all(bool(x.isfinite().all()) for x in (out, *grads))
+
+
+@pytest.mark.parametrize("f", (masked, causal))
+def test_heads_without_a_dim_see_all_keys_alike(f: Any) -> None:
+    """q k is a sum over nothing, 0: v gets the mean's gradient, q and k have none."""
+    q, k, mask = torch.ones(1, 2, 1, 1, 0), torch.ones(1, 2, 1, 0), torch.ones(1, 2, 2, dtype=torch.bool).tril()
+    v, weight = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1), torch.tensor([10.0, 20.0]).view(1, 2, 1, 1, 1)
+    args = (q, k, v, mask, weight) if f is masked else (q, k, v, weight)
+    value, of_q, of_k, of_v = simulate(value_and_grad(f, ("q", "k", "v")), Layout(), *args, mesh=Mesh(x=1))
+    assert value == 10 * 1 + 20 * 2 and of_v.flatten().tolist() == [10 + 20 / 2, 20 / 2]
+    assert of_q.shape == q.shape and of_k.shape == k.shape

@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from shardlib import Layout, Mesh, compile, scan, sharded, simulate
 from shardlib.functions import sum
-from shardlib.ops import update_cache
+from shardlib.ops import causal_mask, update_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,3 +86,14 @@ def test_a_cache_is_updated_and_the_old_one_is_what_it_was(body: Any, after: boo
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert bool((given == cache).all()) and (donate or bool((kept == cache).all())), "an argument that nobody gave up has changed"
+
+
+@pytest.mark.parametrize("layout", (Layout(), Layout(S="x"), Layout(T="x"), Layout(B="x"), Layout(T="x", S="y")))
+def test_a_query_sees_the_slots_up_to_its_own(layout: Layout) -> None:
+    """Wherever a rank's queries and slots begin."""
+    @sharded("B, T, S -> B T S")
+    def seen(start, queries, slots):
+        return causal_mask("B -> B T S", start)
+    start, t, s = torch.tensor([0, 2, 4]), 3, 7
+    want = [[[slot <= b + query for slot in range(s)] for query in range(t)] for b in start.tolist()]
+    assert simulate(seen, layout, start, torch.ones(t), torch.ones(s), mesh=Mesh(x=3, y=2)).tolist() == want
