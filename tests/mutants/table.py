@@ -24,7 +24,7 @@ GROUP, ROUTING, WATCHDOG, TENSORS, QUEUE = (f"tests/distributed/test_{name}.py" 
     "group_coordinator", "routing", "watchdog", "tensor_dicts", "message_queue"))
 INDICES, LOSSES, ENDS = "tests/test_index_check.py", "tests/ops/test_cross_entropy.py", WATCHDOG + " -k ends_the_others"
 NVLINK, PROTOCOLS = "tests/ops/test_nvlink.py", "tests/triton_kernels/test_protocols.py"
-CALLS = "tests/test_asked.py"
+CALLS = "tests/distributed/test_asked.py"
 SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/test_sizes.py"
 LOCAL, PIECES = "tests/test_local.py", "tests/test_errors.py -k piece_that_is"
 EXCHANGES = PLANNER + " -k exchange_says"
