@@ -9,6 +9,7 @@ from math import prod
 
 import pytest
 import torch
+from asking import Asked
 
 from shardlib.distributed import GroupCoordinator
 from shardlib.distributed.communicators.alone import Alone
@@ -24,17 +25,6 @@ from shardlib.spec import parse
 
 MESH = Mesh(x=2, y=3)
 TWO = types(parse("T D"), ("x", "y"), ("+", "max"))
-
-
-class Asked(Alone):
-    """Takes nothing, and notes what it is asked."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-
-    def supports(self, call: Call) -> str | None:
-        self.calls.append(call)
-        return "noted"
 
 
 def asked(step: Step, sizes: dict[str, int], rank: int) -> Call:

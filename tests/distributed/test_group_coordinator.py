@@ -5,6 +5,7 @@ from typing import Any, Callable
 
 import pytest
 import torch
+from asking import Asked
 from pool import Pool, World
 from torch import Tensor
 
@@ -129,17 +130,6 @@ def test_a_refusal_lists_every_reason_once() -> None:
     with pytest.raises(SpecError) as refused:
         group.all_reduce(torch.ones(3))
     assert str(refused.value) == "all_reduce over tp: picky takes at most 8 bytes, not 12; shy takes nothing"
-
-
-class Asked(Alone):
-    """Takes nothing, and notes what it is asked."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-
-    def supports(self, call: Call) -> str | None:
-        self.calls.append(call)
-        return "noted"
 
 
 def asked(me: int, collective: Callable[[GroupCoordinator], object]) -> Call:
