@@ -1,10 +1,12 @@
 """Hypothesis without a deadline; in CI (the variable CI is set) the same examples every time. HYPOTHESIS_PROFILE=more draws ten times as many.
 
-Where there is no GPU, kernels run in Triton's interpreter: Triton decides that once, when it is first imported."""
+Where there is no GPU, kernels run in Triton's interpreter: Triton decides that once, when it is first imported.
+Test modules may import the helpers of this folder by name."""
 from __future__ import annotations
 
 import os
-
+import sys
+from pathlib import Path
 from typing import Iterator
 
 import pytest
@@ -13,6 +15,12 @@ from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from fake_cuda import Cuda  # noqa: E402
+
+from shardlib.distributed.graph_capture import capture_stream  # noqa: E402
 
 COMMON = dict(deadline=None, report_multiple_bugs=False, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
 settings.register_profile("default", max_examples=100, **COMMON)
@@ -28,3 +36,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
+    """In place of CUDA; none of its streams is left behind."""
+    capture_stream.cache_clear()
+    yield Cuda(monkeypatch)
+    capture_stream.cache_clear()

@@ -1,17 +1,17 @@
 """Captured steps: what they return and keep on the CPU, where a replay is the call itself; and what CUDA is told, on a stand-in for it."""
 from __future__ import annotations
 
-from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 import torch
+from fake_cuda import Cuda
 from torch import Tensor
 
 from shardlib import Layout, Mesh, Params, SpecError, compile, cond, einsum, param, sharded, value_and_grad
 from shardlib.captured import Graph
-from shardlib.distributed.graph_capture import capture_stream, new_graph
+from shardlib.distributed.graph_capture import new_graph
 from shardlib.distributed.runtime import connect
 from shardlib.distributed.watch import Moment, Watch
 from shardlib.functions import silu, sum
@@ -155,59 +155,6 @@ def test_a_step_makes_nothing_on_the_host() -> None:
 
 # -- what CUDA is told --------------------------------------------------------------------------------------------------
 
-class Cuda:
-    """Streams with names, graphs that replay nothing, events that pass when they are told to; and a log."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.log: list[str] = []
-        self.events: list[SimpleNamespace] = []
-        self.pools = 0
-        self.now, side = self.stream("main"), self.stream("side")
-        for name, function in (("Stream", lambda device: side), ("stream", self.on), ("current_stream", lambda device=None: self.now),
-                               ("graph", self.graph), ("CUDAGraph", self.new), ("graph_pool_handle", self.pool)):
-            monkeypatch.setattr(torch.cuda, name, function)
-        capture_stream.cache_clear()
-
-    def stream(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(name=name, wait_stream=lambda other: None, record_event=self.event)
-
-    def event(self) -> SimpleNamespace:
-        self.events.append(made := SimpleNamespace(done=False))
-        made.query = lambda: made.done
-        return made
-
-    def new(self) -> Any:
-        class Made:
-            replay = staticmethod(lambda: self.log.append("replay"))
-            reset = staticmethod(lambda: self.log.append("reset"))
-        return Made()
-
-    def pool(self) -> tuple[int, int]:
-        self.pools += 1
-        return self.pools, 0
-
-    @contextmanager
-    def on(self, stream: SimpleNamespace) -> Iterator[None]:
-        before, self.now = self.now, stream
-        try:
-            yield
-        finally:
-            self.now = before
-
-    @contextmanager
-    def graph(self, graph: object, pool: tuple, stream: SimpleNamespace, mode: str) -> Iterator[None]:
-        self.log.append(f"capture on {stream.name} in pool {pool[0]}, {mode}")
-        yield
-        self.log.append("captured")
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
-    monkeypatch.setattr("shardlib.distributed.graph_capture._POOLS", {})
-    yield Cuda(monkeypatch)
-    capture_stream.cache_clear()
-
-
 class Rank:
     """A rank on a GPU that is not there, with a watch."""
     device = torch.device("cuda", 0)
@@ -227,10 +174,12 @@ def test_a_graph_runs_is_recorded_and_is_watched(cuda: Cuda) -> None:
     rank = Rank()
     graph = Graph("next_token, 8 rows", lambda: cuda.log.append(f"call on {cuda.now.name}"), rank)
     assert rank.compared == [("the graph of next_token, 8 rows", "next_token, 8 rows")]
-    assert cuda.log == ["call on side", "capture on side in pool 1, thread_local", "call on side", "captured"] and rank.watch.now is None
+    side = "side 1 of cuda:0"
+    assert cuda.log == [f"{side} waits for main", f"call on {side}", f"capture on {side} in pool 1, thread_local", f"call on {side}", "captured",
+                        f"main waits for {side}"] and rank.watch.now is None
     for _ in range(3):
         graph.replay()
-    assert cuda.log[4:] == ["replay"] * 3
+    assert cuda.log[6:] == ["replay on main"] * 3
     for number, event in enumerate(cuda.events, 1):         # the oldest that the device has not come past
         assert str(Moment.of(rank.watch.now)) == f"replay {number} of next_token, 8 rows (ranks 0 1)"
         event.done = True
