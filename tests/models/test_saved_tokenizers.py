@@ -49,12 +49,11 @@ def folders(draw: st.DrawFn) -> dict[str, Any]:
     config = {**tokens, "tokenizer_class": maybe("PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "TokenizersBackend"),
               "legacy": maybe(True, False), "add_prefix_space": maybe(True, False), "add_bos_token": maybe(True, False), "add_eos_token": maybe(True, False),
               "split_special_tokens": maybe(False, True), "chat_template": maybe(*CHATS), "clean_up_tokenization_spaces": maybe(True), "model_max_length": maybe(3)}
-    null = ("add_prefix_space",) if draw(st.booleans()) else ()
     if draw(st.booleans()):
         config["added_tokens_decoder"] = {"20": {"content": "<new>", "lstrip": draw(st.booleans()), "rstrip": False, "normalized": False, "single_word": False,
                                                  "special": draw(st.booleans())}}
     return {"tokenizer.json": json.loads(core.to_str()), "config.json": {"model_type": "llama"},
-            "tokenizer_config.json": {key: value for key, value in config.items() if value is not None or key in null},
+            "tokenizer_config.json": {key: value for key, value in config.items() if value is not None},
             "special_tokens_map.json": maybe({"bos_token": "</s>"}, {"eos_token": {"content": "<s>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}}),
             "added_tokens.json": maybe({"<new>": 20}, {"<s>": 1}), "chat_template.jinja": maybe(*CHATS)}
 
@@ -110,3 +109,14 @@ SAVED = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": 
 def test_what_contradicts_is_said_in_a_line(files, said, tmp_path, recwarn):
     Tokenizer.load(write(tmp_path, {"tokenizer.json": SAVED, **files}))
     assert [str(w.message) for w in recwarn if w.category is CheckpointWarning] == [f"{tmp_path}: {line}" for line in said]
+
+
+@pytest.mark.parametrize("said, blank", [({}, True), *(({"add_prefix_space": x}, x is not False) for x in (None, True, False))])
+def test_a_blank_is_put_before_a_text_unless_the_folder_says_no(said, blank, tmp_path):
+    """Of the class LlamaTokenizer. Null says nothing, as it does for transformers."""
+    words = {word: id for id, word in enumerate(("<s>", "</s>", "a", "\u2581", "\u2581a", "<unk>"))}
+    core = {"type": "BPE", "unk_token": None, "vocab": words, "merges": ["\u2581 a"]}
+    write(tmp_path, {"tokenizer.json": {**SAVED, "model": core}, "config.json": {"model_type": "llama"},
+                     "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", **said}})
+    ids = Tokenizer.load(tmp_path).encode("a a")
+    assert ids == AutoTokenizer.from_pretrained(tmp_path)("a a").input_ids == [4 if blank else 2, 4]

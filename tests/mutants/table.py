@@ -27,6 +27,10 @@ NVLINK, PROTOCOLS = "tests/ops/test_nvlink.py", "tests/triton_kernels/test_proto
 CALLS = "tests/distributed/test_asked.py"
 SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/test_sizes.py"
 LOCAL, PIECES = "tests/test_local.py", "tests/test_errors.py -k piece_that_is"
+REDUCTIONS, DTYPES, BY_HAND, FAILURES, CAPTURED, SURROUNDINGS, ARGUMENTS, WRT = (f"tests/test_{name}.py" for name in (
+    "reductions", "dtypes", "dtypes_by_hand", "failures", "captured", "surroundings", "calls", "wrt"))
+ATTENTION, CACHES, ROPE = (f"tests/ops/test_{name}.py" for name in ("attention", "kv_cache", "rope"))
+TOKENIZERS, GGUF = "tests/models/test_saved_tokenizers.py -k unless_the_folder", "tests/models/test_gguf_defaults.py"
 EXCHANGES = PLANNER + " -k exchange_says"
 ASKED = GROUP + " -k all_members_ask"
 CUT_OFF = WATCHDOG + " -k cut_off_from"
@@ -264,4 +268,58 @@ MUTANTS = (
     Mutant("ops/rms_norm.py", "torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)", "x.dtype", "tests/ops/test_rms_norm.py"),
     Mutant("shardlib/reductions.py", "False if x.dtype == torch.bool else torch.iinfo(x.dtype).min\n        return", "0\n        return",
            "tests/test_reductions.py"),
+    # what is odd, empty or contradicts: at the edges
+    Mutant("shardlib/sizes.py", "if len(unknown) > 1 or not rest and not self.size(whole):", "if len(unknown) > 1:", SIZES),
+    Mutant("shardlib/dtypes.py", "return [next(filter(None, kinds), None) for kinds in zip(made, *others)]",
+           "return [kinds[0] for kinds in zip(made, *others)]", COND),
+    Mutant("shardlib/dtypes.py", "for step in reversed(program.steps):\n        for name, kind in _guesses",
+           "for step in program.steps:\n        for name, kind in _guesses", f"{BY_HAND} {EXPLAIN}"),
+    Mutant("shardlib/local.py", "if torch.is_inference_mode_enabled() or any(x.is_inference() for x in operands):",
+           "if torch.is_inference_mode_enabled():", LOCAL),
+    Mutant("shardlib/index_check.py", "self.seen is None and self.ignored is None and index.device",
+           "self.seen is None and index.device", f"{INDICES} {LOSSES}"),
+    Mutant("shardlib/index_check.py", "if not self.everywhere or self.seen is not None:", "if not self.everywhere:", INDICES),
+    Mutant("shardlib/index_check.py", "        self.copy.copy_(self.noted)\n", "", INDICES),
+    Mutant("shardlib/reductions.py", "* float('nan')", "* 0", REDUCTIONS),
+    Mutant("shardlib/reductions.py", "(x == top) | (x.isnan() & top.isnan()), -index", "x == top, -index", REDUCTIONS),
+    Mutant("shardlib/reductions.py", "[b.call(WIDEN, [x]), top]", "[x, top]", f"{BY_HAND} {DTYPES}"),
+    Mutant("shardlib/params.py", "uniform(index, 2 * seed + 1)", "uniform(index, 2 * seed)", API),
+    Mutant("shardlib/params.py", "if missing := [n for spec, _ in rows.values() for n in spec.names if n not in sizes]:",
+           "if missing := []:", f"{API} {ARGUMENTS}"),
+    Mutant("shardlib/calls.py", "if x.device != first[1].device:", "if False:", ARGUMENTS),
+    Mutant("shardlib/calls.py", "if needed and name not in static]", "if name not in static]", ARGUMENTS),
+    Mutant("shardlib/failures.py", "if step is None or step.op in COLLECTIVES or isinstance(", "if step is None or isinstance(", FAILURES),
+    Mutant("shardlib/failures.py", ' or "DefaultCPUAllocator" in str(error)', "", FAILURES),
+    Mutant("shardlib/captured.py", "else x.clone() for x in self.made)", "else x for x in self.made)", CAPTURED),
+    Mutant("shardlib/captured.py", "in self._steps) == MOST_PYTREES:", "in self._steps) > MOST_PYTREES:", CAPTURED),
+    Mutant("shardlib/surroundings.py", 'for device in ("cpu", "cuda"):', 'for device in ("cuda",):', SURROUNDINGS),
+    Mutant("shardlib/surroundings.py", "    if not torch.is_grad_enabled():\n        return\n", "", SURROUNDINGS),
+    Mutant("shardlib/pointwise.py", "[b.call(WHERE, [mask, zero, ct[0]])]", "[b.call(WHERE, [mask, ct[0], zero])]", GRAD),
+    Mutant("shardlib/pointwise.py", '(("greater", ">", 1)', '(("greater", ">=", 1)', COND),
+    Mutant("shardlib/grad.py", "if any(o in self.given for o in step.outputs[1:]):", "if any(o in self.given for o in step.outputs[2:]):", GRAD),
+    Mutant("shardlib/emit.py", '        lines = lines if self.sizes[step.options["dim"]] else []        # without layers nothing is looked up, or refused\n',
+           "", INDICES),
+    Mutant("shardlib/emit.py", 'if dtypes[out] != dtypes[results[0][0]] else ""', 'if False else ""', BY_HAND),
+    Mutant("shardlib/emit.py", "if step.op.promotes and all(step.ins[i].dims for i in counting) and widest",
+           "if step.op.promotes and widest", f"{BY_HAND} {DTYPES}"),
+    Mutant("shardlib/pack.py", "groups.setdefault((step.inputs[0], inner, dtypes.get(stacked[step.inputs[1]])), [])",
+           "groups.setdefault((step.inputs[0], inner), [])", f"{BY_HAND} {PACK}"),
+    Mutant("shardlib/api.py", "            self.f.check_dtypes(dtypes)\n            program =", "            program =", f"{BY_HAND} {WRT}"),
+    Mutant("ops/cross_entropy.py", "_filled(pick(above, labels, dim, start, site), without, 0)", "pick(above, labels, dim, start, site)", LOSSES),
+    Mutant("ops/cross_entropy.py", "!= list(outs[0].labels) or any(n not in outs[0].labels for n in ins[1].labels):",
+           "!= list(outs[0].labels):", f"{LOSSES} tests/test_errors.py"),
+    Mutant("ops/attention.py", "max(1, q.shape[-1]) ** -0.5", "q.shape[-1] ** -0.5", ATTENTION),
+    Mutant("ops/take.py", "return out.index_add_(0, here[inside], g[inside])",
+           "return out.index_copy_(0, here[inside], g[inside])", f"{INDICES} {GRAD}"),
+    Mutant("ops/sampling.py", "(above / max(temperature, tiny))", "(above / temperature)", SAMPLING),
+    Mutant("ops/kv_cache.py", "torch.arange(first, first + s, device", "torch.arange(0, s, device", CACHES),
+    Mutant("ops/rope.py", "return start[:, None] + offset if offset else start[:, None]", "return start[:, None]", ROPE),
+    Mutant("models/saved_tokenizer.py", 'config["add_prefix_space"] if config.get("add_prefix_space") is not None else True',
+           'config.get("add_prefix_space", True)', TOKENIZERS),
+    Mutant("models/gguf_vocabulary.py", " or len(set(tokens)) != len(tokens):", ":", f"{GGUF} tests/models/test_tokenizer.py"),
+    Mutant("models/contradictions.py", ", **{key: beside[key] for key in ROPE[1:] if key in beside}}", "}", "tests/models/test_contradictions.py"),
+    Mutant("models/slots.py", "is None or row in ended else row for s in source)",
+           "is None else row for s in source)", "tests/models/test_decoder.py"),
+    Mutant("models/decoding.py", "seed=sampling.seed)", "seed=0)", "tests/models/test_drawing.py"),
+    Mutant("shardlib/reductions.py", 'return f"{arg}.to(torch.float32)" if _rounded(e, step) else arg', "return arg", DTYPES),
 )
