@@ -290,6 +290,9 @@ def test_a_scan_that_classes_do_not_leave_together() -> None:
     two = replace(one, op="all_gather")
     assert match(classes, [(one, Repeat("f", 2, (two, one)), two), (Repeat("g", 3, (one, two)),)]).collectives == 6
     assert match(classes, [(Repeat("f", 0, (one,)),), (Repeat("g", 0, (two,)),)]).collectives == 0
+    assert match(classes, [(Repeat("f", 3, (one,)),), (Repeat("g", 2, (one,)), one)]).collectives == 3
+    with pytest.raises(SpecError, match="rank 1 has ended$"):
+        match(classes, [(Repeat("f", 3, (one,)),), (Repeat("g", 2, (one,)),)])
     with pytest.raises(SpecError, match=r"rank 1 is in all_gather of 1 float32 over ranks 0 1 at g\[1\]\.z$"):
         late = Repeat("g", 2, (replace(two, step="z"),))
         match(classes, [(one, Repeat("f", 2, (one, two))), (one, one, late)])
