@@ -148,11 +148,11 @@ def rope_table(text: str, start: Operand, *, theta: float,
     float32, rounded to `dtype`. Refused: an odd H.
 
     >>> import torch
-    >>> from shardlib import compile, sharded
-    >>> @sharded("B -> B T H")
-    ... def table(start):
-    ...     return rope_table("B -> B T H", start, theta=1e4)
-    >>> compile(table, sizes=dict(T=2, H=4))(torch.tensor([0]))       # position 1: of 1 and 0.01 radians
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> @sharded("B, B T H -> B T H")
+    ... def times(start, x):
+    ...     return x * rope_table("B -> B T H", start, theta=1e4)
+    >>> simulate(times, Layout(T="cp"), torch.tensor([0]), torch.ones(1, 2, 4), mesh=Mesh(cp=2))
     tensor([[[1.0000, 1.0000, 0.0000, 0.0000],
              [0.5403, 0.9999, 0.8415, 0.0100]]])
     """
