@@ -12,7 +12,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from record import RESULTS, commit, hardware, of_all, row, versions

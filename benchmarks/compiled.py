@@ -7,10 +7,10 @@ from record import medians, paired, ratio, row, write
 
 from shardlib import Layout, Mesh, compile, init
 from shardlib.models.decoding import llama_of
+from shardlib.models.files.model_files import open_checkpoint
 from shardlib.models.llama import Cache, Llama, LlamaConfig, next_logits
-from shardlib.models.llama_weights import load
 from shardlib.models.llama_config import config_of
-from shardlib.models.model_files import open_checkpoint
+from shardlib.models.llama_weights import load
 from shardlib.params import fill, struct
 
 SMALL = LlamaConfig(vocab_size=256, d_model=64, num_layers=32, num_kv_heads=2, queries_per_kv=2, head_dim=16, d_ff=128, norm_eps=1e-5,

@@ -17,9 +17,9 @@ from record import row, write
 from shardlib import Layout, Mesh
 from shardlib.distributed.runtime import connect
 from shardlib.models.decoding import Model
+from shardlib.models.files.model_files import open_checkpoint
+from shardlib.models.files.tokenizer import Tokenizer
 from shardlib.models.layouts import named_layout
-from shardlib.models.model_files import open_checkpoint
-from shardlib.models.tokenizer import Tokenizer
 from shardlib.params import leaf_values
 
 PROMPT, NEW, ROUNDS = "The history of the sea is", 32, 5
@@ -27,7 +27,8 @@ PROMPT, NEW, ROUNDS = "The history of the sea is", 32, 5
 
 def transformers_model(model: Model):
     """The same weights in transformers' LlamaForCausalLM."""
-    from transformers import LlamaConfig as Config, LlamaForCausalLM
+    from transformers import LlamaConfig as Config
+    from transformers import LlamaForCausalLM
     c = model.config
     hf = LlamaForCausalLM(Config(vocab_size=c.vocab_size, hidden_size=c.d_model, num_hidden_layers=c.num_layers, num_key_value_heads=c.num_kv_heads,
                                  num_attention_heads=c.num_kv_heads * c.queries_per_kv, head_dim=c.head_dim, intermediate_size=c.d_ff,

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
-from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,12 @@ from record import row, write
 from torch import Tensor
 
 from shardlib.ops.few_rows import make_counts, rows_matmul
-from shardlib.triton_kernels.matmul_rows import Tile, gated_matmul_rows, gated_matmul_rows_reference, matmul_rows
+from shardlib.triton_kernels.matmul_rows import (
+    Tile,
+    gated_matmul_rows,
+    gated_matmul_rows_reference,
+    matmul_rows,
+)
 from shardlib.triton_kernels.rms_norm import add_rms_norm, rms_norm
 
 SHAPES = {"8B qkv": (4096, 1536, False), "8B o": (1024, 4096, False), "8B gate+up": (4096, 3584, True), "8B down": (3584, 4096, False),

@@ -10,8 +10,9 @@ import datetime
 import json
 import os
 import statistics
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from record import RESULTS, commit, hardware, of_all, row, versions

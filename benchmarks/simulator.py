@@ -13,12 +13,12 @@ from record import row, write
 from torch import Tensor
 
 from shardlib import Layout, Mesh, Params, compile, einsum, init, lower, param, sharded
-from shardlib.functions import silu
 from shardlib.api import arg_types
 from shardlib.distributed.runtime import connect
+from shardlib.functions import silu
 from shardlib.lowering.emit import Emitter, load
-from shardlib.run.simulate import run_ranks
 from shardlib.placement import place
+from shardlib.run.simulate import run_ranks
 
 MESH, LAYOUT = Mesh(dp=2, tp=4), Layout(B="dp", F="tp")
 SIZES = dict(B=4, T=16, D=128, F=512)

@@ -15,8 +15,8 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Callable, Iterable, Sequence
 
 import torch
 
@@ -24,8 +24,8 @@ from shardlib import Mesh, SpecError
 from shardlib.distributed.runtime import connect
 from shardlib.errors import bytes_text
 from shardlib.models.decoding import Model, Sampling
+from shardlib.models.files.model_files import open_checkpoint
 from shardlib.models.layouts import named_layout
-from shardlib.models.model_files import open_checkpoint
 from shardlib.params import Params, leaf_values
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,8 +10,8 @@ buckets share one piece of memory a leaf. It grows, and is then another: what wa
 """
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Mapping, Sequence
 
 import torch
 from torch import Tensor

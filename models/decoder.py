@@ -8,20 +8,20 @@ decides anything: see `decoding`.
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from shardlib.api import Compiled, Prepared, arg_types, shard_of
-from shardlib.run.captured import Graph
 from shardlib.distributed.runtime import Runtime
 from shardlib.models.cache_buffer import CacheBuffer
 from shardlib.models.llama import Cache
 from shardlib.models.slots import Slots, Smaller, round_up
 from shardlib.params import fill, leaf_values
+from shardlib.run.captured import Graph
 from shardlib.spec import Spec
 
 PROMPT_TOKENS, LATER_TOKENS = 1 << 15, 1 << 12

@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Callable, Collection, Sequence
 
 import torch
 
 from shardlib import Layout, Mesh, SpecError, compile, lower, sharded
 from shardlib.api import Compiled
 from shardlib.distributed.runtime import Runtime
-from shardlib.models.checkpoint import Checkpoint
+from shardlib.language.trace import Function
 from shardlib.models.cache_buffer import CacheBuffer
 from shardlib.models.decoder import Decoder
-from shardlib.models.llama import Cache, Llama, LlamaConfig, next_logits, next_token, prompt_logits, prompt_token
+from shardlib.models.files.checkpoint import Checkpoint
+from shardlib.models.llama import (
+    Cache,
+    Llama,
+    LlamaConfig,
+    next_logits,
+    next_token,
+    prompt_logits,
+    prompt_token,
+)
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
 from shardlib.models.random_weights import random_weights, shape_of
@@ -26,7 +35,6 @@ from shardlib.models.slots import Slots
 from shardlib.ops import sample
 from shardlib.params import fill, leaf_values, struct
 from shardlib.program import Program
-from shardlib.language.trace import Function
 
 WORTH_MOVING, WORTH_CAPTURING = 4, 256
 """Steps that must be to come for rows to be moved into a smaller bucket; where that has no graph yet, for one to be captured, too."""

@@ -19,11 +19,12 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -32,17 +33,17 @@ from shardlib import Mesh, SpecError
 from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.runtime import connect
 from shardlib.errors import bytes_text
-from shardlib.reports.explain import Explanation, explain
-from shardlib.models.byte_tokenizer import ByteTokenizer
-from shardlib.models.checkpoint import Checkpoint, CheckpointError, CheckpointWarning
 from shardlib.models.decoding import Generated, Model, Sampling, check_prompts
+from shardlib.models.files.byte_tokenizer import ByteTokenizer
+from shardlib.models.files.checkpoint import Checkpoint, CheckpointError, CheckpointWarning
+from shardlib.models.files.model_files import open_checkpoint
+from shardlib.models.files.tokenizer import Tokenizer
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama_config import config_of
-from shardlib.models.model_files import open_checkpoint
 from shardlib.models.random_weights import shape_of
 from shardlib.models.results import Result, Results, digest
-from shardlib.models.tokenizer import Tokenizer
 from shardlib.params import leaf_values
+from shardlib.reports.explain import Explanation, explain
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

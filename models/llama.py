@@ -13,8 +13,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shardlib import Params, einsum, param, rename, scan, sharded, stacked
-from shardlib.functions import mean, silu, argmax
-from shardlib.ops import (attention, causal_mask, cross_entropy, embedding, rms_norm, rope, rope_table, take, update_cache)
+from shardlib.functions import argmax, mean, silu
+from shardlib.ops import (
+    attention,
+    causal_mask,
+    cross_entropy,
+    embedding,
+    rms_norm,
+    rope,
+    rope_table,
+    take,
+    update_cache,
+)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 >>> config_from_hf({"model_type": "qwen2"})
 Traceback (most recent call last):
     ...
-shardlib.models.checkpoint.CheckpointError: config.json: model_type is 'qwen2', which is not implemented; it may be 'llama'
+shardlib.models.files.checkpoint.CheckpointError: config.json: model_type is 'qwen2', which is not implemented; it may be 'llama'
 
 Refused with a `CheckpointError`: other architectures, experts, biases, other activations, quantised Hugging Face
 folders, and rotary embeddings other than the plain one and Llama 3's.
@@ -15,15 +15,16 @@ folders, and rotary embeddings other than the plain one and Llama 3's.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 
 from shardlib.mesh import Mesh
-from shardlib.models.checkpoint import Checkpoint, CheckpointError
+from shardlib.models.files.checkpoint import Checkpoint, CheckpointError
+from shardlib.models.files.weights import Weight, load_weights
 from shardlib.models.llama import LlamaConfig, RopeScaling
-from shardlib.models.weights import Weight, load_weights
 from shardlib.spec import parse
 
 MAX_SIZE = 1 << 31

@@ -9,18 +9,19 @@ Where the head is tied to the embedding, a leaf `head` that is asked for is read
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Mapping, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shardlib.mesh import Mesh
-from shardlib.models.checkpoint import Checkpoint
+from shardlib.models.files.checkpoint import Checkpoint
+from shardlib.models.files.model_files import open_checkpoint
+from shardlib.models.files.weights import Weight, load_weights
 from shardlib.models.llama import LlamaConfig
 from shardlib.models.llama_config import config_of
-from shardlib.models.model_files import open_checkpoint
-from shardlib.models.weights import Weight, load_weights
 from shardlib.spec import Spec
 
 

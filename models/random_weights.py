@@ -14,7 +14,7 @@ same everywhere, slowly.
 from __future__ import annotations
 
 import zlib
-from typing import Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor

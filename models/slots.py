@@ -12,8 +12,9 @@ over which the cache is split by rows has an equal run of slots, and a row never
 """
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Collection, NamedTuple, Sequence
+from typing import NamedTuple
 
 
 def round_up(n: int) -> int:

@@ -6,7 +6,8 @@ query t seeing keys s <= t; with one, it sees where the mask is true. A query th
 from __future__ import annotations
 
 import math
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F

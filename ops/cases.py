@@ -1,16 +1,17 @@
 """Calls of every op, for the tests of the typing rules and the table of them in the docs."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
-from typing import Any, Mapping
+from typing import Any
 
 import torch
-from shardlib.ops import TABLE
 from torch import Tensor
 
 from shardlib.compiler.parser import CORE
 from shardlib.language.arithmetic import BINARY, SCALE, SHIFT
 from shardlib.language.pointwise import UNARY
+from shardlib.ops import TABLE
 from shardlib.oracle import Case, Draw, normal
 from shardlib.program import Op
 

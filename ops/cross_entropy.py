@@ -20,10 +20,10 @@ and its derivative reads the logits once, without anything of their size being k
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from shardlib.ops.take import local, pick
 from torch import Tensor
 
 from shardlib.dtypes import Dtypes, widest
@@ -35,6 +35,7 @@ from shardlib.language.steps import Steps
 from shardlib.language.trace import Operand, Value, apply
 from shardlib.local_code import LocalCode
 from shardlib.lowering.index_check import IndexSite
+from shardlib.ops.take import local, pick
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule

@@ -5,9 +5,16 @@ Counts are int32 zeros on the GPU, made once for each stream that calls: kernels
 from __future__ import annotations
 
 import torch
-from shardlib.triton_kernels.decode_attention import MOST_SPLITS, decode_attention
-from shardlib.triton_kernels.matmul_rows import MOST_ROWS, Tile, gated_matmul_rows, gated_matmul_rows_reference, matmul_rows
 from torch import Tensor
+
+from shardlib.triton_kernels.decode_attention import MOST_SPLITS, decode_attention
+from shardlib.triton_kernels.matmul_rows import (
+    MOST_ROWS,
+    Tile,
+    gated_matmul_rows,
+    gated_matmul_rows_reference,
+    matmul_rows,
+)
 
 COUNTS = 4096
 """Counts that the largest shapes need: a row's kv head of attention has one, and a tile of a matmul."""

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import torch
-from shardlib.ops.rope import positions
 from torch import Tensor
 
 from shardlib.errors import SpecError
 from shardlib.language.trace import Operand, Value, apply
 from shardlib.local_code import LocalCode
 from shardlib.lowering.index_check import IndexSite
+from shardlib.ops.rope import positions
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule

@@ -6,16 +6,17 @@ A function that `local` names is to be imported as it is named.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Callable
+from typing import Any
 
-from shardlib.ops import TABLE
 from torch import Tensor
 
 from shardlib import EXPLICIT, Params, SpecError, cond, local, param, sharded, stacked
 from shardlib import scan as forward_scan
 from shardlib.compiler.parser import CORE
 from shardlib.language.trace import apply
+from shardlib.ops import TABLE
 from shardlib.program import Op
 
 

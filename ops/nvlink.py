@@ -15,11 +15,17 @@ tensors beyond the capacity. A call on a third stream is a `SpecError`.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from typing import Sequence
 
 import torch
+from torch import Tensor
+
+from shardlib.distributed.communicators.protocol import Call, Place
+from shardlib.distributed.flat import Cut
+from shardlib.distributed.streams import current_stream
+from shardlib.errors import SpecError, bytes_text
 from shardlib.ops.nvlink_report import Reader, missing
 from shardlib.triton_kernels import exchange
 from shardlib.triton_kernels.all_reduce import one_shot, two_shot
@@ -28,12 +34,6 @@ from shardlib.triton_kernels.lamport import SLOTS
 from shardlib.triton_kernels.launching import Grid
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter
 from shardlib.triton_kernels.workspace import Workspace, symmetric_workspace
-from torch import Tensor
-
-from shardlib.distributed.communicators.protocol import Call, Place
-from shardlib.distributed.flat import Cut
-from shardlib.distributed.streams import current_stream
-from shardlib.errors import SpecError, bytes_text
 
 CAPACITY = 64 << 20
 """Bytes of the largest tensor a channel takes."""

@@ -6,13 +6,14 @@ began. So it needs no clock, a report costs nothing until it is asked for, and c
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from itertools import product
-from typing import Sequence
 
 import torch
+from torch import Tensor
+
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS, STATE_WORDS
 from shardlib.triton_kernels.workspace import Workspace
-from torch import Tensor
 
 MOST_WORDS = 1 << 18
 """Words of a slot that a report looks at, for each rank."""

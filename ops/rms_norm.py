@@ -6,7 +6,8 @@ On one axis: the last dim is whole; `x` owes nothing; other dims may be split; a
 """
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor

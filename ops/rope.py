@@ -7,7 +7,8 @@ its first operand; H is whole. The table has the dtype that it is asked for; the
 from __future__ import annotations
 
 import math
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor

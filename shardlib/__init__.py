@@ -10,7 +10,16 @@ from shardlib.language.einsum import einsum
 from shardlib.language.local import local
 from shardlib.language.rearrange import rearrange, rename
 from shardlib.language.scan import scan
-from shardlib.language.verbs import all_gather, all_reduce, all_to_all, owe, permute, reduce_scatter, reshard, shard
+from shardlib.language.verbs import (
+           all_gather,
+           all_reduce,
+           all_to_all,
+           owe,
+           permute,
+           reduce_scatter,
+           reshard,
+           shard,
+)
 from shardlib.layout import EXPLICIT, Layout
 from shardlib.mesh import Mesh
 from shardlib.params import Params, init, param, stacked

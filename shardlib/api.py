@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -14,8 +15,9 @@ from shardlib.compiler.sizes import bind_sizes
 from shardlib.distributed.runtime import Runtime, shared_runtime
 from shardlib.dtypes import value_dtypes
 from shardlib.errors import SpecError
+from shardlib.language.arguments import argument_trees
 from shardlib.language.calls import check_given, check_layout, check_static, check_tensors, refuse_named, what
-from shardlib.language.trace import Function, argument_trees, tracing
+from shardlib.language.trace import Function, tracing
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh, check_sizes, current_mesh
 from shardlib.params import flat_leaves, leaf_dtypes, named_leaves, rebuild

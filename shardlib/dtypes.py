@@ -18,8 +18,9 @@ indexed or masked by, here, in a body, or after ops that keep the dtype (moves, 
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 

@@ -12,7 +12,7 @@ and code to paste with its cost.
 """
 from __future__ import annotations
 
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 
 class SpecError(ValueError):

@@ -10,7 +10,7 @@ free. Usually B, E, K, G, F, V, T, S, D. A wrong order is slow, never wrong.
 from __future__ import annotations
 
 import re
-from typing import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import replace
 from math import prod
-from typing import Mapping, Sequence
 
 from shardlib.errors import SpecError
 from shardlib.spec import MAX_NAME, MAX_TEXT, NAME, Dim, Factor, Spec, check_text

@@ -18,9 +18,10 @@ import dataclasses
 import math
 import warnings
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, dataclass_transform
+from functools import cache
+from typing import Any, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -156,7 +157,7 @@ def leaf_values(tree: Params, path: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}.{f.name}", value
 
 
-@lru_cache(maxsize=None)
+@cache
 def _field_names(kind: type[Params]) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(kind))
 

@@ -13,7 +13,7 @@ for linear ones. What ranks elsewhere hold of a value that is held at one coordi
 from __future__ import annotations
 
 import itertools
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor

@@ -8,16 +8,17 @@ Programs compare by what they mean: source lines and reasons are left out.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from shardlib.errors import SpecError
-from shardlib.wires import Wire
 from shardlib.layout import Layout
 from shardlib.rules import Rule
 from shardlib.source import Where
 from shardlib.spec import Spec
+from shardlib.wires import Wire
 
 
 @dataclass(frozen=True, eq=False)

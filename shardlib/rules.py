@@ -15,8 +15,8 @@ shardlib.rules.RuleError: silu: operand 1 owes a sum over tp, and silu of a sum 
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 from shardlib.errors import SpecError
 from shardlib.spec import Owed, Spec

@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import keyword
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Collection, Mapping, Protocol
+from typing import Protocol
 
 from shardlib.errors import SpecError
 

@@ -5,8 +5,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, all_gather, compile, einsum, explain, init,
-                      lower, owe, param, prove, rename, scan, sharded, simulate, stacked, step)
+from shardlib import (
+    EXPLICIT,
+    Layout,
+    Mesh,
+    Params,
+    SpecError,
+    all_gather,
+    compile,
+    einsum,
+    explain,
+    init,
+    lower,
+    owe,
+    param,
+    prove,
+    rename,
+    scan,
+    sharded,
+    simulate,
+    stacked,
+    step,
+)
 from shardlib.functions import mean, silu, sum
 from shardlib.ops import rms_norm
 from shardlib.params import leaf_values, struct

@@ -8,32 +8,35 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import assume, given, strategies as st
-from torch import Tensor, float16, float32, float64, bfloat16, int8, int16, int32, int64, uint8
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor, bfloat16, float16, float32, float64, int8, int16, int32, int64, uint8
 
 from shardlib import Layout, Mesh, SpecError
 from shardlib.compiler.complete import complete
-from shardlib.dtypes import value_dtypes
-from shardlib.lowering.emit import Emitter, load
 from shardlib.compiler.grad import value_and_grad_program
+from shardlib.compiler.parser import parse_program
+from shardlib.compiler.passes import rewrite
+from shardlib.dtypes import value_dtypes
+from shardlib.language.reductions import SUM
+from shardlib.lowering.emit import Emitter, load
 from shardlib.ops import TABLE
 from shardlib.ops.cases import CASES
 from shardlib.oracle import Case, normal
-from shardlib.compiler.parser import parse_program
-from shardlib.compiler.passes import rewrite
-from shardlib.program import Program, Result, Step
-from shardlib.reports.project import project
-from shardlib.language.reductions import SUM
-from shardlib.reference import refer
-from shardlib.run.simulate import perform, simulate as run_ranks
-from shardlib.spec import Spec
 from shardlib.placement import join, place
+from shardlib.program import Program, Result, Step
+from shardlib.reference import refer
+from shardlib.reports.project import project
+from shardlib.run.simulate import perform
+from shardlib.run.simulate import simulate as run_ranks
+from shardlib.spec import Spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = dict(B=3, T=4, D=4, F=2, K=2, G=2, H=4, V=5, S=6)
@@ -213,25 +216,32 @@ def in_(kind: torch.dtype, xs: Sequence[Tensor]) -> list[Tensor]:
     return [x.to(kind) if x.is_floating_point() else x for x in xs]
 
 
+STATISTICS = ("mean", "softmax", "softmax_vjp", "logsumexp", "exp_minus", "sum_exp", "log_plus", "rms_norm", "rms_norm_vjp",
+              "cross_entropy_vjp", "label_sums_vjp")
 EXACT = ("sample", "argmax", "rank_of", "from_rank", "greater", "less", "causal_mask", "finite")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.op.name not in EXACT], ids=str)
 def test_an_op_computes_in_the_dtype_that_it_gives(case: Case) -> None:
-    """Of operands of two float dtypes: the narrow ones alone are rounded, before. The result is as near to float64's as plain torch's."""
+    """Of operands of two float dtypes: the narrow ones alone are rounded, before. The result is as near to float64's as plain torch's.
+
+    Statistics of 16 bits are nearer: they are rounded once, and float32 adds less than a hundredth of that.
+    """
     step, program, off = case.step(case.ins, case.outs), Call(case, ()).program(), {}
-    for one, other in itertools.permutations(FLOATS, 2):
+    for one, other in itertools.product(FLOATS, repeat=2):
         kinds = tuple(torch.bool if is_mask(case, i) else int64 if is_index(case, i) else (one, other)[i % 2] for i in range(len(case.ins)))
         call = Call(case, kinds)
         xs, sizes = call.operands(), call.sizes
         made, want = (run(program, Mesh(), sizes, ys) for ys in (xs, in_(float64, xs)))
         for i, (a, b) in enumerate(zip(made, want)):
             wide = widest(a.dtype, *(x.dtype for x in xs if x.is_floating_point()))
+            wide = float32 if wide.itemsize == 2 and case.op.name in ("rope", "rope_vjp") else wide   # no complex numbers are so narrow
             plain, exact = (refer(step, sizes, in_(kind, xs))[i] for kind in (wide, float64))
             off.setdefault((i, a.dtype), []).append((roundings(a, b), roundings(plain.to(a.dtype), exact)))
     for of, found in off.items():
         mine, torchs = map(max, zip(*found))
-        assert mine <= allowed(torchs, added(case, SIZES)), of
+        once = case.op.name in STATISTICS and of[1].itemsize == 2
+        assert mine <= (1.01 if once else allowed(torchs, added(case, SIZES))), of
 
 
 # -- forward and gradient, on one rank and on pieces -------------------------------------------------------------------

@@ -7,11 +7,26 @@ import pytest
 import torch
 from torch import Tensor, bfloat16, float16, float32, float64, int64
 
-from shardlib import (Layout, Mesh, Params, SpecError, compile, einsum, explain, lower, param, scan, sharded, simulate, stacked, step,
-                      value_and_grad)
+from shardlib import (
+    Layout,
+    Mesh,
+    Params,
+    SpecError,
+    compile,
+    einsum,
+    explain,
+    lower,
+    param,
+    scan,
+    sharded,
+    simulate,
+    stacked,
+    step,
+    value_and_grad,
+)
+from shardlib.compiler.parser import parse_program
 from shardlib.functions import argmax, cast, greater, logsumexp, mean, softmax, sum, where
 from shardlib.ops import attention, rms_norm, rope, rope_table
-from shardlib.compiler.parser import parse_program
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE, TWO = Mesh(tp=1), Mesh(tp=2)

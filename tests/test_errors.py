@@ -13,26 +13,46 @@ import sys
 import textwrap
 
 import pytest
-import shardlib
 import torch
 from torch import Tensor
 
-from shardlib import (EXPLICIT, Layout, Mesh, Params, SpecError, all_reduce, cond, einsum, lower, owe, param, rearrange, reduce_scatter, reshard, scan,
-                      shard, sharded, stacked, value_and_grad)
+import shardlib
+from shardlib import (
+    EXPLICIT,
+    Layout,
+    Mesh,
+    Params,
+    SpecError,
+    all_reduce,
+    cond,
+    einsum,
+    lower,
+    owe,
+    param,
+    rearrange,
+    reduce_scatter,
+    reshard,
+    scan,
+    shard,
+    sharded,
+    stacked,
+    value_and_grad,
+)
 from shardlib.compiler.completer import Completer
-from shardlib.distributed.launch import Launch
-from shardlib.lowering.emit import Emitter
-from shardlib.functions import argmax, exp, greater, max, mean, silu, softmax, where
-from shardlib.compiler.refusals.messages import worded
-from shardlib.language.moves import TABLE as MOVES
-from shardlib.ops import TABLE as OPS, attention, causal_mask, rms_norm
 from shardlib.compiler.parser import parse_program
 from shardlib.compiler.refusal import Refused, RuleRefuses
-from shardlib.run.simulate import simulate
+from shardlib.compiler.refusals.messages import worded
 from shardlib.compiler.sizes import bind_sizes
-from shardlib.spec import parse
-from shardlib.placement import join, place
+from shardlib.distributed.launch import Launch
+from shardlib.functions import argmax, exp, greater, max, mean, silu, softmax, where
+from shardlib.language.moves import TABLE as MOVES
 from shardlib.language.trace import Function, trace
+from shardlib.lowering.emit import Emitter
+from shardlib.ops import TABLE as OPS
+from shardlib.ops import attention, causal_mask, rms_norm
+from shardlib.placement import join, place
+from shardlib.run.simulate import simulate
+from shardlib.spec import parse
 
 MESH = Mesh(dp=2, tp=4)
 SIZES = dict(B=8, T=128, D=512, F=2048, K=8, G=4, V=1000, E=16)

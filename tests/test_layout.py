@@ -1,10 +1,11 @@
 """Layouts: one ordered line, completed by the longest prefix of axes that is still free."""
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shardlib.errors import SpecError
 from shardlib.layout import EXPLICIT, Layout

@@ -5,7 +5,8 @@ import threading
 from math import prod
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shardlib.errors import SpecError
 from shardlib.mesh import MAX_RANKS, Mesh, current_mesh

@@ -10,45 +10,54 @@ from __future__ import annotations
 import itertools
 import linecache
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any
 from unittest import mock
 
 import pytest
 import rank_by_rank
 import torch
-from hypothesis import assume, event, given, reject, settings, strategies as st
+from hypothesis import assume, event, given, reject, settings
+from hypothesis import strategies as st
 
-from shardlib import EXPLICIT, all_gather, all_reduce, cond as choose, lower, reduce_scatter, rename as relabel, scan as scan_over, sharded, value_and_grad
+from shardlib import EXPLICIT, all_gather, all_reduce, lower, reduce_scatter, sharded, value_and_grad
+from shardlib import cond as choose
+from shardlib import rename as relabel
+from shardlib import scan as scan_over
 from shardlib.api import Sharded
-from shardlib.language.arithmetic import ADD
-from shardlib.reports.classes import classes_of
 from shardlib.compiler.complete import complete
+from shardlib.compiler.grad import value_and_grad_program
+from shardlib.compiler.parser import CORE, check, parse_program
+from shardlib.compiler.passes import DEFAULT, PASSES
+from shardlib.errors import SpecError
+from shardlib.functions import argmax as best_of
+from shardlib.functions import greater, logsumexp
+from shardlib.functions import sum as total
+from shardlib.language.arithmetic import ADD
 from shardlib.language.cond import COND
 from shardlib.language.einsum import EINSUM
-from shardlib.lowering.emit import Emitter
-from shardlib.errors import SpecError
-from shardlib.reports.explain import explain
-from shardlib.functions import argmax as best_of, greater, logsumexp, sum as total
-from shardlib.compiler.grad import value_and_grad_program
+from shardlib.language.moves import RESHARD
+from shardlib.language.moves import TABLE as MOVES
+from shardlib.language.scan import SCAN
 from shardlib.layout import Layout
+from shardlib.lowering.emit import Emitter
 from shardlib.mesh import Mesh
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, loss, next_token
-from shardlib.language.moves import RESHARD, TABLE as MOVES
-from shardlib.ops import TABLE, embedding as look_up, lowered
+from shardlib.ops import TABLE, lowered
+from shardlib.ops import embedding as look_up
 from shardlib.ops.cases import OPS
 from shardlib.oracle import same, types
-from shardlib.compiler.parser import CORE, check, parse_program
-from shardlib.compiler.passes import DEFAULT, PASSES
+from shardlib.placement import join, place
 from shardlib.program import Op, Program, Result, Step, Struct, leaves
+from shardlib.reference import meaning
+from shardlib.reports.classes import classes_of
+from shardlib.reports.explain import explain
 from shardlib.reports.project import project, project_classes, sent, unrolled
 from shardlib.reports.prove import match
-from shardlib.reference import meaning
-from shardlib.language.scan import SCAN
 from shardlib.run.simulate import perform, simulate
 from shardlib.spec import Dim, Factor, Spec, parse
-from shardlib.placement import join, place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-6            # of the largest element: programs subtract, divide and normalise what they rounded

@@ -10,34 +10,35 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import torch
 
-from shardlib.language.arithmetic import MUL
 from shardlib.compiler.builder import Builder
 from shardlib.compiler.complete import complete
-from shardlib.language.cond import COND
+from shardlib.compiler.parser import check, parse_program
 from shardlib.errors import SpecError
-from shardlib.layout import Layout
+from shardlib.language.arithmetic import MUL
+from shardlib.language.cond import COND
 from shardlib.language.local import local_op, local_vjp_op
-from shardlib.mesh import Mesh
 from shardlib.language.moves import TABLE as MOVES
+from shardlib.language.pointwise import OPS as UNARY
+from shardlib.language.rearrange import RENAME
+from shardlib.language.scan import SCAN
+from shardlib.layout import Layout
+from shardlib.mesh import Mesh
 from shardlib.ops import TABLE
 from shardlib.ops.cases import CASES, OPS
 from shardlib.oracle import Case, NoSuchCall, Trial, disagreements, dual, same, some, types, verdicts
-from shardlib.compiler.parser import check, parse_program
-from shardlib.language.pointwise import OPS as UNARY
+from shardlib.placement import join, place
 from shardlib.program import Program, Result
-from shardlib.language.rearrange import RENAME
 from shardlib.rules import Rule, RuleError
-from shardlib.language.scan import SCAN
 from shardlib.run.simulate import simulate
 from shardlib.spec import parse
-from shardlib.placement import join, place
 
 SIZES = dict(B=2, T=5, D=4, F=3, K=3, G=2, H=4, V=5, S=6)          # no split is degenerate; some are uneven, B is below 3 ranks
 LARGE = dict(B=5, T=7, D=6, F=5, K=7, G=5, H=4, V=7, S=8)          # the same on two axes
@@ -53,9 +54,10 @@ def of_two_axes() -> list[Case]:
     return [c for c in CASES if c.op.name in ON_TWO_AXES and len(c.ins) < 3]
 
 
-def accepted(case: Case, kinds: tuple[str, ...] = ("+",)) -> list:
-    """What the rule accepts on one axis."""
-    return [found for found in verdicts(case, ("x",), kinds) if found[2] is not None]
+@cache
+def accepted(case: Case, kinds: tuple[str, ...] = ("+",)) -> tuple:
+    """What the rule accepts on one axis. It depends on no size; of five operands there are thousands of typings."""
+    return tuple(found for found in verdicts(case, ("x",), kinds) if found[2] is not None)
 
 
 def odd_sizes(case: Case) -> list[dict[str, int]]:

@@ -9,19 +9,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import shardlib
 import shardlib.functions
-from shardlib import EXPLICIT, Layout, Mesh, Params, SpecError, cond, einsum, lower, param, reshard, scan, sharded, stacked, value_and_grad
-from shardlib.functions import argmax, cast, greater, mean, silu, softmax
+from shardlib import (
+    EXPLICIT,
+    Layout,
+    Mesh,
+    Params,
+    SpecError,
+    cond,
+    einsum,
+    lower,
+    param,
+    reshard,
+    scan,
+    sharded,
+    stacked,
+    value_and_grad,
+)
 from shardlib.compiler.complete import complete
-from shardlib.lowering.emit import Emitter
-from shardlib.ops import TABLE as OPS, rms_norm, rope, rope_table
 from shardlib.compiler.parser import check, parse_program
+from shardlib.functions import argmax, cast, greater, mean, silu, softmax
+from shardlib.language.trace import Function, trace
+from shardlib.lowering.emit import Emitter
+from shardlib.ops import TABLE as OPS
+from shardlib.ops import rms_norm, rope, rope_table
 from shardlib.spec import parse, parse_signature
-from shardlib.language.trace import Function
 
 ROOT = Path(__file__).resolve().parents[1]
 MESH = Mesh(dp=2, tp=2)
@@ -289,7 +306,7 @@ def loss(x, w: Net):
 
 
 PROGRAMS = [lower(net, Layout(B="dp", F="tp", V="tp"), mesh=MESH), lower(value_and_grad(loss), Layout(B="dp", F="tp", D="dp"), mesh=MESH),
-            lower(twice, Layout(), mesh=MESH), complete(shardlib.trace.trace(soft), Layout(B="tp"), MESH)]
+            lower(twice, Layout(), mesh=MESH), complete(trace(soft), Layout(B="tp"), MESH)]
 TEXTS = [str(p) for p in PROGRAMS]
 
 

@@ -5,7 +5,8 @@ import re
 import time
 
 import pytest
-from hypothesis import example, given, strategies as st
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from shardlib.errors import SpecError, aligned
 from shardlib.mesh import Mesh

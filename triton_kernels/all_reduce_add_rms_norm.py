@@ -22,7 +22,16 @@ from torch import Tensor
 from shardlib.triton_kernels.all_reduce import all_reduce_reference
 from shardlib.triton_kernels.lamport import add_up, clear, enter, leave, place, receive, spin, without_empty
 from shardlib.triton_kernels.launching import Grid, launch
-from shardlib.triton_kernels.quads import KINDS, add_words, load_quads, push_quads_once, push_words_once, scale_words, square_words, store_quads_once
+from shardlib.triton_kernels.quads import (
+    KINDS,
+    add_words,
+    load_quads,
+    push_quads_once,
+    push_words_once,
+    scale_words,
+    square_words,
+    store_quads_once,
+)
 from shardlib.triton_kernels.workspace import Workspace
 
 

@@ -15,9 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardlib.triton_kernels.lamport import EMPTY, await_words, clear, enter, leave, place, receive, without_empty
+from shardlib.triton_kernels.lamport import (
+    EMPTY,
+    await_words,
+    clear,
+    enter,
+    leave,
+    place,
+    receive,
+    without_empty,
+)
 from shardlib.triton_kernels.launching import Grid, launch
-from shardlib.triton_kernels.quads import load_quads, piece_address, push_quads_once, push_words_once, store_quads, store_quads_once
+from shardlib.triton_kernels.quads import (
+    load_quads,
+    piece_address,
+    push_quads_once,
+    push_words_once,
+    store_quads,
+    store_quads_once,
+)
 from shardlib.triton_kernels.workspace import Workspace
 
 PLAIN, HIDDEN = tl.constexpr(1), tl.constexpr(2)

@@ -5,7 +5,8 @@ arguments to that one directly. A key says all that the compiled code depends on
 """
 from __future__ import annotations
 
-from typing import Any, Callable, Hashable, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 

@@ -21,8 +21,9 @@ from __future__ import annotations
 import inspect
 import random
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import triton.runtime.interpreter as interpreter

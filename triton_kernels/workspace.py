@@ -6,9 +6,10 @@ it run one after another. It is allocated and filled before the first call, so t
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -5,8 +5,9 @@ that the op's rule gives.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Sequence
+from typing import Any
 
 from shardlib.compiler.planner import plan
 from shardlib.dtypes import FLOATS

@@ -1,7 +1,7 @@
 """Completion as callers see it: the explicit program, or in words what it refuses."""
 from __future__ import annotations
 
-from typing import Mapping, Set
+from collections.abc import Mapping
 
 from shardlib.compiler.completer import Completer
 from shardlib.compiler.refusal import Refused
@@ -20,7 +20,7 @@ def complete(program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, i
         raise worded(refused) from None
 
 
-def complete_step(step: Step, types: Mapping[str, Spec], params: Set[str], layout: Layout, mesh: Mesh,
+def complete_step(step: Step, types: Mapping[str, Spec], params: set[str], layout: Layout, mesh: Mesh,
                   sizes: Mapping[str, int] | None = None) -> Program:
     """The explicit program of `step` alone, its operands being of these `types`; `params` are parameters."""
     completer = Completer(Program("step", (), (step,), ()), layout, mesh, sizes, types)

@@ -8,8 +8,9 @@ is raised, and `shardlib.messages` words it.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from shardlib.compiler.builder import Builder
 from shardlib.compiler.refusal import (

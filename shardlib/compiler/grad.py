@@ -8,8 +8,9 @@ again (`regather`), so that backward keeps no whole copy of what is split.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from shardlib.compiler.builder import Builder
 from shardlib.dtypes import FLOATS, holds, inner_dtypes, step_dtypes, value_dtypes

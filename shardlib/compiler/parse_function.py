@@ -2,10 +2,20 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Callable, Sequence
+from typing import Any
 
-from shardlib.compiler.parse_text import Definitions, Tree, at_line, literal, name_of, not_printed, original, stacked_along
+from shardlib.compiler.parse_text import (
+    Definitions,
+    Tree,
+    at_line,
+    literal,
+    name_of,
+    not_printed,
+    original,
+    stacked_along,
+)
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import BINARY, SCALE, SHIFT
 from shardlib.language.cond import COND

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import ast
 import warnings
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from shardlib.compiler import grad
 from shardlib.compiler.complete import complete
 from shardlib.compiler.parse_function import FunctionText
-from shardlib.compiler.parse_text import Definitions, at_line, literal, name_of, not_printed, original, stacked_along
+from shardlib.compiler.parse_text import (
+    Definitions,
+    at_line,
+    literal,
+    name_of,
+    not_printed,
+    original,
+    stacked_along,
+)
 from shardlib.errors import SpecError
 from shardlib.language import moves, pointwise, reductions
 from shardlib.language.arithmetic import RECIPROCAL

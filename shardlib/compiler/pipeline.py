@@ -1,7 +1,8 @@
 """From a sharded function to its explicit program: traced, completed under a layout, differentiated, rewritten."""
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 

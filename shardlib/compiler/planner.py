@@ -14,9 +14,9 @@ that owes what the value does not denote, or that is held elsewhere, is out of r
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Iterator, Mapping, Sequence
 
 from shardlib.errors import SpecError
 from shardlib.language.changes import Search, change

@@ -6,8 +6,8 @@ there instead. To try a program is therefore to catch a fact. A fact holds what 
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping, Set
 
 from shardlib.errors import SpecError
 from shardlib.layout import Layout
@@ -34,7 +34,7 @@ class State:
     mesh: Mesh
     sizes: Mapping[str, int]
     given: Mapping[str, Spec]
-    params: Set[str]
+    params: set[str]
     types: Mapping[str, Spec]
     now: Mapping[str, str]
     source: Mapping[str, str]

@@ -16,8 +16,8 @@ shardlib.errors.SpecError: f: N is 4 by rename "B X -> B N" at f.py:2, and 5 by 
 """
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Mapping, Sequence
 
 from shardlib.errors import SpecError
 from shardlib.language.rearrange import RENAME, by_factor

@@ -12,9 +12,10 @@ shardlib.errors.SpecError: collective 3 of group tp (ranks 0 1): its ranks do no
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, Callable, Sequence
+from typing import Any
 
 from shardlib.errors import SpecError
 

@@ -18,9 +18,10 @@ tensor(6.)
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor

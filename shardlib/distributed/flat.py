@@ -13,10 +13,10 @@ A Cut is worked out once for each shape, and remembered.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Sequence
 
 import torch
 from torch import Tensor

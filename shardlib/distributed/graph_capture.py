@@ -9,15 +9,15 @@ torch.cuda.graph has a stream of its own for this, which nobody can warm up: it 
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Iterator
+from functools import cache
 from weakref import WeakSet
 
 import torch
 
 
-@lru_cache(maxsize=None)
+@cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
     """Made at the first call, and the same ever after."""
     return torch.cuda.Stream(device)

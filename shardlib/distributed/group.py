@@ -1,10 +1,10 @@
 """A group of ranks: who stands where, and what a collective of it must fit, each a SpecError before anything is sent."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from operator import index
-from typing import Sequence
 
 import torch
 from torch import Tensor

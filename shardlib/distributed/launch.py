@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from time import sleep
-from typing import Mapping, Sequence
 from uuid import uuid4
 
 import torch.distributed as dist

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 YIELD_S = 5e-5
 """How long a wait only offers its core to others before it sleeps. Ranks that outnumber the cores pass them round this way: on an idle

@@ -11,7 +11,7 @@ Refused with a `SpecError`, on every rank alike: a sum of bool, a max of complex
 """
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

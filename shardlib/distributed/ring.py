@@ -11,7 +11,7 @@ and a word is set after the bytes that it counts (see `segment` on the order of 
 from __future__ import annotations
 
 import os
-from typing import Sequence
+from collections.abc import Sequence
 
 from shardlib.distributed.communicators.protocol import Place
 from shardlib.distributed.rank_error import RankError, wait_until

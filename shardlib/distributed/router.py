@@ -8,8 +8,9 @@
 """
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import inf
-from typing import Mapping, NamedTuple, Sequence
+from typing import NamedTuple
 
 from shardlib.distributed.communicators.protocol import Call, Communicator
 from shardlib.distributed.routing import UNMEASURED, Table

@@ -20,9 +20,10 @@ import math
 import os
 import platform
 from bisect import bisect
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Sequence
+from typing import Annotated
 
 import msgspec
 import torch
@@ -116,7 +117,7 @@ def hardware(device: torch.device) -> str:
     return f"{os.cpu_count()} cores of {_processor()}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _processor() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []

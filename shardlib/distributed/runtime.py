@@ -20,10 +20,11 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from importlib.metadata import entry_points
 from threading import get_ident
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any
 from weakref import WeakSet
 
 import torch

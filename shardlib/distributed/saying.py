@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Callable
 
 SAYING_S = 1.0
 """Seconds that a report may take to be written: a pipe that nobody reads takes for ever."""

@@ -1,8 +1,8 @@
 """What ranks say of themselves, and what one of them makes of it when it reports."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping
 
 import msgspec
 

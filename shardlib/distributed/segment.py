@@ -31,9 +31,10 @@ import platform
 import secrets
 import struct
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 from shardlib.distributed.communicators.protocol import Place
 from shardlib.distributed.topology import SHARED

@@ -1,7 +1,7 @@
 """CUDA streams by their handles, and how far the GPU has come on them."""
 from __future__ import annotations
 
-from typing import Iterable
+from collections.abc import Iterable
 
 import torch
 

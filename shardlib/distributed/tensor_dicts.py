@@ -15,7 +15,7 @@ whatever is no tensor, tensors that are sparse, nested, quantized, fake or on so
 """
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 import msgspec
 import torch

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 SHARED = Path("/dev/shm")
 

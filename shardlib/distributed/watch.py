@@ -24,9 +24,10 @@ True
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from time import monotonic
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 import torch

@@ -7,7 +7,8 @@ A number of Python widens no dtype: integers stay integers under whole numbers, 
 """
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from shardlib.dtypes import fractional, reading
 from shardlib.errors import SpecError

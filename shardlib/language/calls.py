@@ -9,15 +9,16 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from typing import Any, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from shardlib.dtypes import ITEMSIZE
 from shardlib.errors import SpecError
+from shardlib.language.signature import Signature
 from shardlib.layout import Layout
 from shardlib.params import Params
-from shardlib.language.signature import Signature
 
 _MISCALLED = re.compile(r"(\w+)\(\) (missing|takes|got) .*")
 _PUBLIC = ("shardlib", "shardlib.functions", "shardlib.ops")

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Mapping, Sequence
 
 from shardlib.dtypes import counted, reading
 from shardlib.errors import SpecError

@@ -15,10 +15,11 @@ does not see (through `x.data`, `x.numpy()`, or the pointer in a kernel of your 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import cache
 from itertools import repeat
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,14 +63,14 @@ def local(text: str, f: Callable, *operands: Operand, dtype: str | Sequence[str]
     return apply(local_op(f), operands, text, dtype=kinds)
 
 
-@lru_cache(maxsize=None)
+@cache
 def local_op(f: Callable) -> Op:
     """The op that runs `f`. Its types are those of its text: nothing is completed, nothing follows."""
     return Op("local", rule=lambda s: Rule(), asserted=True, function=f, vjp=_vjp, emit=_emit, keywords={"dtype": _names},
               reads=as_they_come, dtype=lambda d, options: options.get("dtype") or repeat(d[0]))
 
 
-@lru_cache(maxsize=None)
+@cache
 def local_vjp_op(f: Callable) -> Op:
     return Op("local_vjp", rule=lambda s: Rule(), asserted=True, function=f,
               emit=lambda e, s, a: f"{e.use(local_vjp)}({e.use(f)}, {len(s.outs)}, {', '.join(a)})", reads=as_they_come, dtype=lambda d, o: d)

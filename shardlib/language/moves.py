@@ -24,11 +24,11 @@ and who receives what.
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, product
 from math import prod
-from typing import Callable, Iterable, Iterator, Mapping, Sequence
 
 from shardlib import wires
 from shardlib.language.changes import Axes, Change, Search, change, changed_dims

@@ -7,7 +7,8 @@ derivatives are linear in `g`, so a cotangent may be owed. `relu` and `square` t
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -9,7 +9,7 @@ constant) it is one of products, and the dim is whole: (K/a G) of 3 x 4 is 8 and
 """
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from shardlib.errors import SpecError
 from shardlib.language.steps import Steps

@@ -8,7 +8,8 @@ inside of an op is summed in float32, and rounded once.
 from __future__ import annotations
 
 import math
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor

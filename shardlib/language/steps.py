@@ -7,7 +7,8 @@ Values are names; every step is typed by its op's rule as it is added.
 """
 from __future__ import annotations
 
-from typing import Any, Mapping, Protocol, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from shardlib.mesh import Mesh
 from shardlib.program import Op

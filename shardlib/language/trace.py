@@ -12,22 +12,24 @@ the wrong number of operands, values of another trace.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from itertools import count
-from typing import Any, Callable, Iterator, NoReturn, Sequence
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from shardlib.errors import SpecError
+from shardlib.language.arguments import argument_trees
 from shardlib.language.arithmetic import BINARY, with_number
 from shardlib.language.calls import check_count, check_static, check_tree, misuse, what
 from shardlib.language.moves import RESHARD, TABLE
+from shardlib.language.signature import Signature
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values, struct
 from shardlib.program import Op, Program, Result, Step, Struct, check_keywords
-from shardlib.language.signature import Signature
 from shardlib.source import Where, is_ours, user_frame, user_line
 from shardlib.spec import Dim, Spec, heading, nameable, parse_signature
 
@@ -43,7 +45,7 @@ class NoMethod(SpecError, AttributeError):
 class Value:
     """A tensor in a traced function: dims by name, no data. Arithmetic on it records steps."""
     __slots__ = ("tracer", "id", "spec", "local", "key")
-    
+
     def __init__(self, tracer: Tracer, ident: int, spec: Spec) -> None:
         self.tracer, self.id, self.spec = tracer, ident, spec
 
@@ -251,30 +253,6 @@ def active(tracer: Tracer) -> Iterator[None]:
         yield
     finally:
         _ACTIVE.reset(token)
-
-
-def argument_trees(f: Function, args: Sequence[Any]) -> list[tuple[str, Any]]:
-    """(name, spec or Struct) of every argument; a pytree's from the instance in `args`, else from its annotation."""
-    hints, trees = f.hints(), []
-    if len(args) > len(f.arg_names):
-        check_count(f, args)
-    for i, (name, spec) in enumerate(zip(f.arg_names, f.ins)):
-        given = args[i] if i < len(args) else None
-        if spec is None and given is not None and not isinstance(given, Struct):
-            check_tree(f, name, given, hints.get(name))
-        elif spec is not None and isinstance(given, Params):
-            raise SpecError(f"{f.__name__}: {name} is {what(given)}; it is one tensor, {spec}")
-        trees.append((name, spec if spec is not None else _struct(f, name, given if isinstance(given, (Params, Struct)) else hints.get(name))))
-    return trees
-
-
-def _struct(f: Function, name: str, given: Any) -> Struct:
-    if isinstance(given, Struct):
-        return given
-    if isinstance(given, Params) or (isinstance(given, type) and issubclass(given, Params)):
-        return struct(given)
-    raise SpecError(f'{f.__name__}: {name} is "*" in "{f.signature}", a pytree; annotate it with its Params class, '
-                    f'or pass an instance')
 
 
 def _argument(tracer: Tracer, name: str, tree: Any, hint: Any, given: Any) -> Any:

@@ -8,7 +8,16 @@ What each does is in `shardlib.language.moves`.
 """
 from __future__ import annotations
 
-from shardlib.language.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, OWE, PERMUTE, REDUCE_SCATTER, RESHARD, SHARD
+from shardlib.language.moves import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    OWE,
+    PERMUTE,
+    REDUCE_SCATTER,
+    RESHARD,
+    SHARD,
+)
 from shardlib.language.trace import Operand, Value, apply
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import linecache
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,12 @@ from shardlib.errors import SpecError
 from shardlib.language.cond import COND
 from shardlib.language.pointwise import CAST_LIKE, WIDEN
 from shardlib.language.scan import SCAN
-from shardlib.wires import Wire
 from shardlib.lowering.index_check import IndexSite
 from shardlib.lowering.variables import reuse
 from shardlib.mesh import Mesh
 from shardlib.program import Program, Scan, Step
 from shardlib.spec import Dim, Spec
+from shardlib.wires import Wire
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ there. `IndexFlags` of `run` copies these notes out behind a call and reads them
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 import torch
 from torch import Tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Sequence
+from collections.abc import Sequence
 
 _VARIABLE = re.compile(r"""'[^']*'|"[^"]*"|\bv\d+\b""")
 _TARGETS = re.compile(r"(for )?([v0-9, ]+?)( = |, in )")

@@ -12,11 +12,12 @@ split a dim, the pieces of each are cut again. Every axis is cut there into inte
 """
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, product
 from math import prod
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any
 
 from shardlib.mesh import Mesh
 from shardlib.spec import Spec

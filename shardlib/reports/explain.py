@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from shardlib.reports.classes import Classes, PerRank, classes_of
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
@@ -26,6 +26,7 @@ from shardlib.language.moves import Coordinate, Placed, axes_of, placed
 from shardlib.language.scan import SCAN
 from shardlib.mesh import Mesh
 from shardlib.program import Program, Step
+from shardlib.reports.classes import Classes, PerRank, classes_of
 from shardlib.reports.project import check_given, sent
 
 

@@ -11,11 +11,10 @@
 """
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Iterable, Iterator, Mapping, Sequence
 
-from shardlib.reports.classes import Classes
 from shardlib.compiler.sizes import complete_sizes
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import SpecError
@@ -23,6 +22,7 @@ from shardlib.language.moves import Coordinate, Placed, axes_of, placed
 from shardlib.language.scan import SCAN
 from shardlib.mesh import Mesh, check_sizes
 from shardlib.program import Program
+from shardlib.reports.classes import Classes
 from shardlib.spec import Spec
 
 NAMED = 64          # the most ranks of a group that a message names one by one

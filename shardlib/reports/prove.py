@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Iterable, Mapping, Sequence
 
-from shardlib.reports.classes import Classes, classes_of
 from shardlib.errors import SpecError
 from shardlib.language.cond import COND
 from shardlib.mesh import Mesh
 from shardlib.program import Program
+from shardlib.reports.classes import Classes, classes_of
 from shardlib.reports.project import Call, Calls, Repeat, check_given, project_classes, sent
 
 

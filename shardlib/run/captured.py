@@ -17,8 +17,9 @@ arguments that want gradients, and ranks that come to record different graphs.
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Callable, NoReturn, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor

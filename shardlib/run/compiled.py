@@ -1,8 +1,9 @@
 """Compiled programs: one plain Python function for every set of argument shapes, called with this rank's shards."""
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from shardlib.compiler.sizes import bind_sizes
 from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import value_dtypes
 from shardlib.errors import SpecError
+from shardlib.language.arguments import argument_trees
 from shardlib.language.calls import check_given, check_layout, check_static, check_tensors, refuse_named
-from shardlib.language.trace import Function, argument_trees
+from shardlib.language.trace import Function
 from shardlib.layout import Layout
 from shardlib.lowering.emit import Emitter, load
 from shardlib.mesh import Mesh, check_sizes

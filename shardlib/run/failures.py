@@ -7,7 +7,7 @@ with the line as a note; what a collective raises passes as it is, since it name
 """
 from __future__ import annotations
 
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 

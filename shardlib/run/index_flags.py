@@ -1,7 +1,8 @@
 """What a device has noted of indices, copied out behind a call, and read before a later one, once it has arrived."""
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 

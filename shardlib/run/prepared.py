@@ -1,8 +1,9 @@
 """Arguments in the form in which a program runs fastest: weights packed, what a scan runs over held layer by layer."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -5,18 +5,19 @@ collective happens when all ranks of its group ask for the same. Ranks that part
 """
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardlib.errors import SpecError
-from shardlib.wires import WIRES, Wire
 from shardlib.lowering.emit import Emitter, load
 from shardlib.mesh import Mesh
 from shardlib.program import Program
 from shardlib.run.failures import explain_failure
 from shardlib.run.surroundings import without_autocast
+from shardlib.wires import WIRES, Wire
 
 
 def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]], sizes: Mapping[str, int], log: list | None = None) -> list[dict[str, Tensor]]:

@@ -6,7 +6,8 @@ code) is worked out once for each set of operand types, and kept.
 """
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,18 @@ from shardlib.compiler.sizes import Sizes, bound
 from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, changed, step_dtypes, value_dtypes
 from shardlib.errors import SpecError
+from shardlib.language.arguments import argument_trees
 from shardlib.language.calls import check_given, check_tensors
 from shardlib.language.rearrange import RENAME
-from shardlib.language.trace import RESHARD, Function, Tracer, Value, active, argument_trees, bind, raise_at_user_line
+from shardlib.language.trace import (
+    RESHARD,
+    Function,
+    Tracer,
+    Value,
+    active,
+    bind,
+    raise_at_user_line,
+)
 from shardlib.layout import Layout
 from shardlib.lowering.emit import Emitter, load
 from shardlib.params import Params, fill, leaf_values

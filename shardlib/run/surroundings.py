@@ -6,8 +6,9 @@ that require grad are refused where there are several ranks.
 """
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Iterable, Iterator
+from typing import Any
 
 import torch
 

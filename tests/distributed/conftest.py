@@ -1,19 +1,14 @@
-"""Fixtures for tests on real ranks. Test modules of this folder may import its other files by name."""
+"""Fixtures for tests on real ranks."""
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
-from typing import Iterator
+from collections.abc import Iterator
 
 import pytest
+from family import ours
+from pool import Pool
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from family import ours  # noqa: E402
-from pool import Pool  # noqa: E402
-
-from shardlib.distributed import segment  # noqa: E402
+from shardlib.distributed import segment
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,23 @@ from asking import Asked
 from shardlib.distributed import GroupCoordinator
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.communicators.protocol import Call
-from shardlib.lowering.emit import Emitter, load
 from shardlib.errors import SpecError
-from shardlib.reports.explain import _call
+from shardlib.language.moves import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    COLLECTIVES,
+    PERMUTE,
+    REDUCE_SCATTER,
+    axes_of,
+    check_move,
+    placed,
+)
+from shardlib.lowering.emit import Emitter, load
 from shardlib.mesh import Mesh
-from shardlib.language.moves import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, PERMUTE, REDUCE_SCATTER, axes_of, check_move, placed
 from shardlib.oracle import types
 from shardlib.program import Op, Program, Result, Step
+from shardlib.reports.explain import _call
 from shardlib.spec import parse
 
 MESH = Mesh(x=2, y=3)

@@ -15,7 +15,6 @@ from shardlib.distributed.communicators.shared_memory import TAKES
 from shardlib.distributed.segment import unsupported
 from shardlib.mesh import Mesh
 
-
 GLOO, SHARED = "torch.distributed (gloo)", "shared memory"
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conformance import COLLECTIVES, LAYOUTS, Case, fixed_cases, quad_cases
 from family import family
+from here import HELPERS
 from pool import Pool, World
 
 from shardlib.distributed import GroupCoordinator
@@ -50,7 +51,7 @@ def test_every_collective_has_cases_and_every_scenario_is_run() -> None:
     assert {case.collective for case in fixed_cases(("tp",), 2)} == set(COLLECTIVES)
     assert {case.layout for case in fixed_cases(("tp",), 2)} == {case.layout for case in quad_cases(("tp",), 2)} == set(LAYOUTS)
     folder = Path(__file__).parent
-    written = re.findall(r"^def (\w+)\(runtime: Runtime", (folder / "scenarios.py").read_text(), re.MULTILINE)
+    written = re.findall(r"^def (\w+)\(runtime: Runtime", (HELPERS / "scenarios.py").read_text(), re.MULTILINE)
     called = set(re.findall(r'\.run\("(\w+)"', "".join(path.read_text() for path in folder.glob("test_*.py"))))
     assert written and set(written) == called
 

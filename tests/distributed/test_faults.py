@@ -5,9 +5,9 @@ Real processes under torchrun's agent, over gloo and over shared memory: see `fa
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 from fault_cases import CASES

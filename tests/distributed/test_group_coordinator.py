@@ -1,7 +1,8 @@
 """What a GroupCoordinator says of itself, its messages and its refusals, on real ranks."""
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch

@@ -5,8 +5,9 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def attempt(made: SharedMemory, step: int, size: int, most: int) -> tuple[Tensor
     """A random call, the same on all members: its result and the oracle's."""
     draw = random.Random(step)
     name, root = draw.choice(module.TAKES), draw.randrange(size)
-    op, dtype = draw.choice((("sum", "max"))), getattr(torch, draw.choice(DTYPES))
+    op, dtype = draw.choice(("sum", "max")), getattr(torch, draw.choice(DTYPES))
     if (op, str(dtype)[6:]) in REFUSED:
         dtype = torch.bfloat16
     counts = [draw.choice((0, 1, 7, draw.randrange(most))) for _ in range(size)]

@@ -8,25 +8,27 @@ import fcntl
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 import tokenizers
 import torch
+from here import HELPERS
 from transformers import LlamaConfig, LlamaForCausalLM
 from two_hosts import Hosts, Job, missing, processes, two_hosts
 
 from shardlib import Layout, Mesh
 from shardlib.distributed import connect, segment
 from shardlib.models.decoding import Model
-from shardlib.models.model_files import open_checkpoint
-from shardlib.models.tokenizer import Tokenizer
+from shardlib.models.files.model_files import open_checkpoint
+from shardlib.models.files.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(missing() != "", reason=missing()),
               pytest.mark.skipif(segment.unsupported() is not None, reason=str(segment.unsupported()))]
 
-WORKER = Path(__file__).with_name("two_hosts_worker.py")
+WORKER = HELPERS / "two_hosts_worker.py"
 TIMEOUT_S = 10
 GLOO, ELSEWHERE = "torch.distributed (gloo)", {"shared_memory": "members run on 2 hosts"}
 TOTAL = "all_reduce sum of 4 float32, at step 1 of total, model.py:7: N +dp -> N"

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from shardlib import Layout, Mesh, SpecError, lower, reshard, sharded
-from shardlib.distributed import connect, watchdog as watchdog_module
+from shardlib.distributed import connect
+from shardlib.distributed import watchdog as watchdog_module
 from shardlib.distributed.agreement import same_plan
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.group_coordinator import GroupCoordinator

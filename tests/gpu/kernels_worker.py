@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,12 @@ from torch import Tensor
 
 from shardlib.triton_kernels.all_reduce_add_rms_norm import all_reduce_add_rms_norm_reference
 from shardlib.triton_kernels.decode_attention import decode_attention, decode_attention_reference
-from shardlib.triton_kernels.matmul_rows import Tile, gated_matmul_rows, gated_matmul_rows_reference, matmul_rows
+from shardlib.triton_kernels.matmul_rows import (
+    Tile,
+    gated_matmul_rows,
+    gated_matmul_rows_reference,
+    matmul_rows,
+)
 from shardlib.triton_kernels.rms_norm import add_rms_norm, rms_norm
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

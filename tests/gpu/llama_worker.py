@@ -6,12 +6,11 @@ import sys
 import torch
 
 from shardlib import Layout, Mesh, compile, init, value_and_grad
-from shardlib.api import shard_of
-from shardlib.api import arg_types
+from shardlib.api import arg_types, shard_of
 from shardlib.distributed.runtime import connect
 from shardlib.models.decoding import Model, llama_of
-from shardlib.models.llama import LlamaConfig, logits_of, loss
 from shardlib.models.layouts import named_layout
+from shardlib.models.llama import LlamaConfig, logits_of, loss
 from shardlib.ops.nvlink import nvlink
 from shardlib.params import fill, leaf_values
 

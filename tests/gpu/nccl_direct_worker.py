@@ -8,13 +8,13 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1] / "distributed"))
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 from conformance import Case, check, fixed_cases, only, quad_cases
 
 from shardlib import Mesh

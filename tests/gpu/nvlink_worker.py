@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "distributed"))
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 from conformance import check, fixed_cases, quad_cases
 
 from shardlib import Mesh

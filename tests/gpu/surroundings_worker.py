@@ -11,7 +11,7 @@ from threading import Thread
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "distributed"))
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 from conformance import check, fixed_cases, only, quad_cases
 from scenarios import CONTEXTS, Within
 

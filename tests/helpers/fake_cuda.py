@@ -1,9 +1,10 @@
 """A stand-in for CUDA that writes down what it is told."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 import torch

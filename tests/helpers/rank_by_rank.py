@@ -4,8 +4,8 @@
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
-from typing import Sequence
 
 from shardlib.errors import SpecError
 from shardlib.reports.project import Call

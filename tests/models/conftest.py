@@ -1,15 +1,13 @@
-"""A tiny Llama with random weights, and the files that others would write of it. Tests here may import their neighbours by name."""
-import sys
+"""A tiny Llama with random weights, and the files that others would write of it."""
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from gguf import GGMLQuantizationType
 from transformers import LlamaConfig, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 GGUF_NAMES = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight",
               "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
@@ -77,7 +75,5 @@ def write_gguf(path: Path, model: LlamaForCausalLM, kind: GGMLQuantizationType) 
 
 
 def permuted(data: np.ndarray, heads: int) -> np.ndarray:
-    """Copied from convert_hf_to_gguf.py, LlamaModel.permute."""
-    return (data.reshape(heads, 2, data.shape[0] // heads // 2, *data.shape[1:])
-            .swapaxes(1, 2)
-            .reshape(data.shape))
+    """Rows of each head with its halves interleaved, as GGUF keeps what turns by pairs."""
+    return rearrange(data, "(heads two half) ... -> (heads half two) ...", heads=heads, two=2)

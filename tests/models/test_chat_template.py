@@ -2,8 +2,8 @@
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from shardlib.models.chat_template import ChatTemplate
-from shardlib.models.checkpoint import CheckpointError
+from shardlib.models.files.chat_template import ChatTemplate
+from shardlib.models.files.checkpoint import CheckpointError
 
 
 @pytest.mark.parametrize("source, message", [

@@ -17,12 +17,12 @@ from tokenizers.models import BPE
 from transformers import LlamaForCausalLM
 
 from shardlib import Layout, Mesh
-from shardlib.models.checkpoint import CheckpointError, CheckpointWarning
 from shardlib.models.decoding import weight_types
+from shardlib.models.files.checkpoint import CheckpointError, CheckpointWarning
+from shardlib.models.files.model_files import INDEX, open_checkpoint
 from shardlib.models.generate import main
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
-from shardlib.models.model_files import INDEX, open_checkpoint
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
@@ -124,7 +124,7 @@ def test_a_head_that_is_neither_stored_nor_tied_is_refused(tiny_folder, tmp_path
 
 @pytest.mark.parametrize("at", [(0, 0), (69, 95)])
 def test_a_head_and_an_embedding_are_compared_in_parts_to_the_last_number(at, tiny_folder, tmp_path, monkeypatch, recwarn):
-    monkeypatch.setattr("shardlib.models.contradictions.PART", 1000)
+    monkeypatch.setattr("shardlib.models.files.contradictions.PART", 1000)
 
     def one_number(tensors: dict) -> None:
         tensors[HEAD] = tensors[EMBED].clone()
@@ -150,7 +150,7 @@ JUNK = [None, True, 0, -1, 1 << 40, 0.5, "", "x", [], [1], {}, {"a": {}}, {"rope
 
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings", "tie_word_embeddings", "dtype",
                                  "num_hidden_layers"])
-@pytest.mark.filterwarnings("ignore::shardlib.models.checkpoint.CheckpointWarning")
+@pytest.mark.filterwarnings("ignore::shardlib.models.files.checkpoint.CheckpointWarning")
 def test_values_of_any_kind(key, tiny_folder, tmp_path):
     path = changed(tiny_folder, tmp_path / "m", rope_scaling=LLAMA3, rope_parameters=PLAIN)
     fields = json.loads((path / "config.json").read_text())

@@ -7,9 +7,10 @@ import re
 import shutil
 import socket
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import llama_reference as reference
 import pytest
@@ -17,20 +18,21 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
+from here import HELPERS
 from launching import GENERATE, Finished, run, torchrun
 from simulated import generate, line, tree
 
 from shardlib import Layout, Mesh
 from shardlib.distributed.runtime import connect
-from shardlib.models.checkpoint import CheckpointError
 from shardlib.models.decoding import Model, Sampling, weight_types
+from shardlib.models.files.checkpoint import CheckpointError
+from shardlib.models.files.model_files import find_model, open_checkpoint
+from shardlib.models.files.tokenizer import Tokenizer
 from shardlib.models.generate import main
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import Llama, LlamaConfig
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
-from shardlib.models.model_files import find_model, open_checkpoint
-from shardlib.models.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -261,7 +263,7 @@ from shardlib import Mesh
 from shardlib.distributed.runtime import connect
 from shardlib.models.decoding import Model
 from shardlib.models.layouts import named_layout
-from shardlib.models.model_files import open_checkpoint
+from shardlib.models.files.model_files import open_checkpoint
 
 with connect(Mesh(dp=2), "cpu") as runtime:
     model = Model.load(open_checkpoint(sys.argv[1]), named_layout("tp", Mesh(dp=2)), runtime)
@@ -350,17 +352,17 @@ def bad(folder: Path, tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_bad_input_alone(bad: list[tuple[list[str], str]], capfd: pytest.CaptureFixture[str]) -> None:
-    for arguments, line in bad:
-        line += "none" if line.endswith("the mesh has ") else ""
-        line += "this process was started without torchrun; start torchrun --nproc-per-node 3, or change the mesh" if line.endswith("but ") else ""
-        assert (main(["--quiet", *arguments]), *capfd.readouterr()) == (1, "", f"error: {line}\n")
+    for arguments, said in bad:
+        said += "none" if said.endswith("the mesh has ") else ""
+        said += "this process was started without torchrun; start torchrun --nproc-per-node 3, or change the mesh" if said.endswith("but ") else ""
+        assert (main(["--quiet", *arguments]), *capfd.readouterr()) == (1, "", f"error: {said}\n")
 
 
 def on_two_ranks(cases: Sequence[Sequence[str]], folder: Path) -> list[list[dict[str, Any]]]:
     """What each rank did of each command line: exit status, stdout, stderr."""
     stores = [dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False) for _ in cases]
     (folder / "cases.json").write_text(json.dumps([{"arguments": list(case), "port": store.port} for case, store in zip(cases, stores)]))
-    finished = torchrun(2, [Path(__file__).with_name("generate_worker.py"), folder], deadline_s=300)
+    finished = torchrun(2, [HELPERS / "generate_worker.py", folder], deadline_s=300)
     assert (finished.returncode, finished.stdout) == (0, ""), finished.stderr
     return [list(made) for made in zip(*(json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)), strict=True)]
 
@@ -377,11 +379,11 @@ def test_a_rank_that_rank_0_left(tiny: Known, monkeypatch: pytest.MonkeyPatch, c
 def test_bad_input_on_two_ranks(bad: list[tuple[list[str], str]], tmp_path: Path) -> None:
     """Every rank ends by itself, within seconds, with an exit status that is not 0; one of them says why, in one line."""
     found = on_two_ranks([["--quiet", "--mesh", "tp=2", *arguments] for arguments, _ in bad], tmp_path)
-    for (arguments, line), made in zip(bad, found, strict=True):
-        line += "tp" if line.endswith("the mesh has ") else ""
-        line += "torchrun started 2 processes; start torchrun --nproc-per-node 3, or change the mesh" if line.endswith("but ") else ""
+    for (arguments, said), made in zip(bad, found, strict=True):
+        said += "tp" if said.endswith("the mesh has ") else ""
+        said += "torchrun started 2 processes; start torchrun --nproc-per-node 3, or change the mesh" if said.endswith("but ") else ""
         assert [m["code"] for m in made] == [1, 1], (arguments, made)
-        assert sorted(m["stderr"] for m in made) == ["", f"error: {line}\n"]
+        assert sorted(m["stderr"] for m in made) == ["", f"error: {said}\n"]
         assert [m["stdout"] for m in made] == ["", ""]
 
 

@@ -13,8 +13,8 @@ from bpe_oracle import Oracle, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardlib.models.checkpoint import CheckpointError, CheckpointWarning
-from shardlib.models.tokenizer import Tokenizer, from_metadata
+from shardlib.models.files.checkpoint import CheckpointError, CheckpointWarning
+from shardlib.models.files.tokenizer import Tokenizer, from_metadata
 
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 LLAMA3 = (r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

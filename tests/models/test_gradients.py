@@ -7,6 +7,7 @@ from pathlib import Path
 import llama_reference as reference
 import pytest
 import torch
+from here import HELPERS
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import torchrun
@@ -14,9 +15,9 @@ from simulated import Ran, configs, placements, run, tree
 
 from shardlib import Layout, Mesh, lower
 from shardlib.api import value_and_grad
+from shardlib.language.moves import COLLECTIVES
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, loss
-from shardlib.language.moves import COLLECTIVES
 from shardlib.program import leaves
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,7 +149,7 @@ def test_real_ranks_compute_what_the_simulator_does(tmp_path: Path) -> None:
     batch, mesh = Batch(CONFIG, 3, 5, 0, torch.float32), Mesh(x=2)
     layouts = ("K=x,F=x,V=x", "K=x,F=x,V=x,T=x", "B=x,D=x", "T=x", "B=x,K=x,F=x")
     torch.save({"mesh": str(mesh), "layouts": layouts, "config": CONFIG, "sizes": batch.sizes, "args": batch.args}, tmp_path / "job.pt")
-    finished = torchrun(2, [Path(__file__).with_name("gradients_worker.py"), tmp_path])
+    finished = torchrun(2, [HELPERS / "gradients_worker.py", tmp_path])
     assert finished.returncode == 0, finished.stderr
     for rank in range(2):
         made = torch.load(tmp_path / f"rank{rank}.pt")

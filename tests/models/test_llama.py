@@ -16,10 +16,10 @@ from simulated import configs, line, placements, run, tree
 from shardlib import Layout, Mesh, SpecError, lower, simulate
 from shardlib.api import shard_of
 from shardlib.models.decoding import weight_types
+from shardlib.models.files.model_files import open_checkpoint
 from shardlib.models.llama import Cache, LlamaConfig, logits_of, loss, next_logits
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
-from shardlib.models.model_files import open_checkpoint
 from shardlib.params import init
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,8 +69,8 @@ class Trial:
         assert found.dtype == self.dtype
         assert reference.is_as_good(reference.error(found, self.truth[at]), errors, self.dtype)
 
-    def run(self, f: Any, shards: Any = (), sizes: Any = {}, **args: Any) -> Any:
-        return run(f, self.layout, self.mesh, args, {**self.sizes, **sizes}, shards or self.shards, config=self.config)
+    def run(self, f: Any, shards: Any = (), sizes: Any = (), **args: Any) -> Any:
+        return run(f, self.layout, self.mesh, args, {**self.sizes, **dict(sizes)}, shards or self.shards, config=self.config)
 
 
 def trials(rows: int = 4, time: int = 6) -> st.SearchStrategy[Trial]:

@@ -15,8 +15,8 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, logging
 
-from shardlib.models.checkpoint import CheckpointWarning
-from shardlib.models.tokenizer import Tokenizer
+from shardlib.models.files.checkpoint import CheckpointWarning
+from shardlib.models.files.tokenizer import Tokenizer
 
 WORDS = ("<unk>", "<s>", "</s>", "▁", "a", "b", "c", "Ġ", "▁a", "ab", "▁ab", "Ġa", "<0x0A>")
 MERGES = [("a", "b"), ("▁", "a"), ("▁", "ab"), ("Ġ", "a")]

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import decoders, pre_tokenizers, processors
 from tokenizers.models import BPE, WordLevel
 
-from shardlib.models.checkpoint import CheckpointError
-from shardlib.models.gguf_header import read_gguf_header
-from shardlib.models.gguf_vocabulary import LLAMA3, read_vocabulary
-from shardlib.models.model_files import find_model
-from shardlib.models.tokenizer import Tokenizer, from_metadata
+from shardlib.models.files.checkpoint import CheckpointError
+from shardlib.models.files.gguf_header import read_gguf_header
+from shardlib.models.files.gguf_vocabulary import LLAMA3, read_vocabulary
+from shardlib.models.files.model_files import find_model
+from shardlib.models.files.tokenizer import Tokenizer, from_metadata
 
 try:
     PATH = find_model("smollm2")
@@ -160,7 +160,7 @@ def test_damaged_vocabularies(change, message, tmp_path):
 JUNK = [None, True, 0, -1, 1 << 40, 0.5, math.nan, "", "x", [], [1], ["", ""], [[]], {}, {"content": 3}]
 
 
-@pytest.mark.filterwarnings("ignore::shardlib.models.checkpoint.CheckpointWarning")
+@pytest.mark.filterwarnings("ignore::shardlib.models.files.checkpoint.CheckpointWarning")
 @pytest.mark.parametrize("key", [*small(), "tokenizer.chat_template", "tokenizer.ggml.add_bos_token"])
 def test_values_of_any_kind_in_a_gguf_file(key):
     """They mean something, or there is an error of ours."""
@@ -171,7 +171,7 @@ def test_values_of_any_kind_in_a_gguf_file(key):
             pass
 
 
-@pytest.mark.filterwarnings("ignore::shardlib.models.checkpoint.CheckpointWarning")
+@pytest.mark.filterwarnings("ignore::shardlib.models.files.checkpoint.CheckpointWarning")
 @pytest.mark.parametrize("file, key", [("tokenizer_config", "eos_token"), ("tokenizer_config", "chat_template"), ("config", "eos_token_id"),
                                        ("generation_config", "eos_token_id"), ("tokenizer_config", "bos_token")])
 def test_values_of_any_kind_in_a_folder(file, key, tmp_path):
@@ -229,7 +229,7 @@ def test_the_ids_that_end_a_text(files, eos_ids, tmp_path):
     assert Tokenizer.load(folder(tmp_path / "m", **files)).eos_ids == eos_ids
 
 
-@pytest.mark.filterwarnings("ignore::shardlib.models.checkpoint.CheckpointWarning")
+@pytest.mark.filterwarnings("ignore::shardlib.models.files.checkpoint.CheckpointWarning")
 def test_where_a_folder_keeps_its_chat_template(tmp_path):
     several = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
     path = folder(tmp_path / "m", tokenizer_config={"chat_template": several})

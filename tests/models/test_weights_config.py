@@ -7,11 +7,11 @@ import pytest
 from transformers import LlamaConfig as TheirConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from shardlib.models.checkpoint import CheckpointError
-from shardlib.models.gguf_header import read_gguf_header
+from shardlib.models.files.checkpoint import CheckpointError
+from shardlib.models.files.gguf_header import read_gguf_header
+from shardlib.models.files.model_files import find_model, open_checkpoint
 from shardlib.models.llama import LlamaConfig, RopeScaling
 from shardlib.models.llama_config import config_from_gguf, config_from_hf, config_of
-from shardlib.models.model_files import find_model, open_checkpoint
 
 HF = dict(model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
           num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=131072, tie_word_embeddings=True)

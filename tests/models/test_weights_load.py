@@ -22,13 +22,13 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
-from shardlib.models.checkpoint import Checkpoint, CheckpointError
-from shardlib.models.gguf_header import read_gguf_header
+from shardlib.models.files.checkpoint import Checkpoint, CheckpointError
+from shardlib.models.files.gguf_header import read_gguf_header
+from shardlib.models.files.model_files import find_model, open_checkpoint
+from shardlib.models.files.ranges import read_ranges, spans_of, stored_sizes
+from shardlib.models.files.weights import QUANTISED, Weight, load_weights
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import LLAMA, load
-from shardlib.models.model_files import find_model, open_checkpoint
-from shardlib.models.ranges import read_ranges, spans_of, stored_sizes
-from shardlib.models.weights import QUANTISED, Weight, load_weights
 from shardlib.spec import Spec, parse
 
 WHOLE = {row.path: parse(row.spec) for row in LLAMA}

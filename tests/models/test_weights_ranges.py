@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardlib.mesh import Mesh
-from shardlib.models.checkpoint import TensorEntry
-from shardlib.models.ranges import ByteRange, boxes, read_ranges, spans_of, stored_sizes
+from shardlib.models.files.checkpoint import TensorEntry
+from shardlib.models.files.ranges import ByteRange, boxes, read_ranges, spans_of, stored_sizes
 from shardlib.spec import Spec, parse
 
 LEAVES = [("V D", "V D"), ("L D", "D"), ("L D K G H", "(K G H) D"), ("L D K H", "(K H) D"), ("L K G H D", "D (K G H)"), ("L F D", "D F"),

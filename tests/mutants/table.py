@@ -16,17 +16,17 @@ class Mutant(NamedTuple):
     tests: str
 
 
-PASSES, PLANNER, IN_PLACE, COND, GRAD = ("tests/test_passes.py", "tests/test_planner.py", "tests/test_in_place.py", "tests/test_cond.py",
-                                         "tests/test_grad.py")
-PACK, API, PROVE, EXPLAIN, LAYOUT, MESH = ("tests/test_pack.py", "tests/test_api.py", "tests/test_prove.py", "tests/test_explain.py",
+PASSES, PLANNER, IN_PLACE, COND, GRAD = ("tests/compiler/test_passes.py", "tests/compiler/test_planner.py", "tests/lowering/test_in_place.py", "tests/language/test_cond.py",
+                                         "tests/compiler/test_grad.py")
+PACK, API, PROVE, EXPLAIN, LAYOUT, MESH = ("tests/compiler/test_pack.py", "tests/test_api.py", "tests/reports/test_prove.py", "tests/reports/test_explain.py",
                                            "tests/test_layout.py", "tests/test_mesh.py")
 GROUP, ROUTING, WATCHDOG, TENSORS, QUEUE = (f"tests/distributed/test_{name}.py" for name in (
     "group_coordinator", "routing", "watchdog", "tensor_dicts", "message_queue"))
-INDICES, LOSSES, ENDS = "tests/test_index_check.py", "tests/ops/test_cross_entropy.py", WATCHDOG + " -k ends_the_others"
+INDICES, LOSSES, ENDS = "tests/lowering/test_index_check.py", "tests/ops/test_cross_entropy.py", WATCHDOG + " -k ends_the_others"
 NVLINK, PROTOCOLS = "tests/ops/test_nvlink.py", "tests/triton_kernels/test_protocols.py"
 CALLS = "tests/distributed/test_asked.py"
-SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/test_sizes.py"
-LOCAL, PIECES = "tests/test_local.py", "tests/test_errors.py -k piece_that_is"
+SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/compiler/test_sizes.py"
+LOCAL, PIECES = "tests/language/test_local.py", "tests/test_errors.py -k piece_that_is"
 REDUCTIONS, DTYPES, BY_HAND, FAILURES, CAPTURED, SURROUNDINGS, ARGUMENTS, WRT = (f"tests/test_{name}.py" for name in (
     "reductions", "dtypes", "dtypes_by_hand", "failures", "captured", "surroundings", "calls", "wrt"))
 ATTENTION, CACHES, ROPE = (f"tests/ops/test_{name}.py" for name in ("attention", "kv_cache", "rope"))
@@ -69,8 +69,8 @@ MUTANTS = (
     Mutant("shardlib/language/moves.py", "even(map(self.part, self.members))", "even([self.part(self.here)])", EXCHANGES),
     Mutant("shardlib/language/moves.py", "return [at.passed(member, at.here, at", "return [at.passed(at.here, member, at", EXCHANGES),
     Mutant("shardlib/language/moves.py", "key=lambda j: (arrive[j][dim][0], j))", "key=lambda j: j)", PLANNER + " -k relabels_its_value"),
-    Mutant("shardlib/run/simulate.py", "if any(t != told[0] for t in told):", "if False:", "tests/test_simulate.py"),
-    Mutant("shardlib/wires.py", "if more[0][1:] == (True,) and len(", "if len(", "tests/test_simulate.py"),
+    Mutant("shardlib/run/simulate.py", "if any(t != told[0] for t in told):", "if False:", "tests/run/test_simulate.py"),
+    Mutant("shardlib/wires.py", "if more[0][1:] == (True,) and len(", "if len(", "tests/run/test_simulate.py"),
     # shardlib/lowering/emit.py, moves.py, convert.py
     Mutant("shardlib/lowering/emit.py", "torch.stack({lists[out]}{reverse})", "torch.stack({lists[out]})", GRAD),
     Mutant("shardlib/lowering/emit.py", '".unbind(0)") + reverse for p', '".unbind(0)") for p', GRAD),
@@ -82,7 +82,7 @@ MUTANTS = (
     Mutant("shardlib/compiler/sizes.py", "for p in (program, *program.bodies())", "for p in (program,)", SIZES),
     Mutant("shardlib/compiler/sizes.py", "sizes.of, coordinate)[1]) != n:", "sizes.of, coordinate)[1]) < n:", PIECES),
     Mutant("shardlib/compiler/sizes.py", "sizes.of, coordinate)[1]) != n:", "sizes.of, coordinate)[1]) > n:", PIECES),
-    Mutant("shardlib/run/captured.py", "(t.data_ptr(), t.stride())", "t.data_ptr()", "tests/test_captured.py"),
+    Mutant("shardlib/run/captured.py", "(t.data_ptr(), t.stride())", "t.data_ptr()", "tests/run/test_captured.py"),
     Mutant("shardlib/language/moves.py", "if any(e.coordinate[a] for a in fresh):",
            "if fresh and all(e.coordinate[a] for a in fresh):", PLANNER + " -k relabels_its_value"),
     Mutant("shardlib/language/moves.py", '"sum" if self.change.lost[0].kind == "+" else "max"', '"sum"',
@@ -139,10 +139,10 @@ MUTANTS = (
     Mutant("shardlib/wires.py", "piece = n // k + (part.member < n % k)", "piece = n // k", EXPLAIN),
     Mutant("shardlib/wires.py", "turn=lambda n, k: n % k,", "turn=lambda n, k: 0,", EXPLAIN),
     Mutant("shardlib/reports/explain.py", "cuts[axis] |= set(range(mesh.axes[axis]))", "pass", EXPLAIN),
-    Mutant("shardlib/reports/classes.py", "for more in ((0, 1) if size % k else (0,))}", "for more in (0,)}", "tests/test_classes.py"),
-    Mutant("shardlib/reports/classes.py", "cuts[axis] |= {size % k for size in reached}", "pass", "tests/test_classes.py"),
+    Mutant("shardlib/reports/classes.py", "for more in ((0, 1) if size % k else (0,))}", "for more in (0,)}", "tests/reports/test_classes.py"),
+    Mutant("shardlib/reports/classes.py", "cuts[axis] |= {size % k for size in reached}", "pass", "tests/reports/test_classes.py"),
     Mutant("shardlib/reports/classes.py", "for axis, interval in self.boxes[c].items() if axis not in axes)", "for axis, interval in self.boxes[c].items())",
-           "tests/test_classes.py"),
+           "tests/reports/test_classes.py"),
     Mutant("shardlib/wires.py", "lambda k: 2 * (k - 1) / k", "lambda k: (k - 1) / k", PLANNER + " -k costs_is"),
     Mutant("shardlib/reports/explain.py", "n + again * max(more)", "n + again * sum(more)", "tests/test_programs.py -k larger_branch"),
     Mutant("shardlib/reports/explain.py", "kinds), times * again, taken)", "kinds), again, taken)", EXPLAIN),
@@ -275,7 +275,7 @@ MUTANTS = (
     Mutant("ops/attention.py", "g.masked_fill(~seen[:, :, None, None, None], 0)", "g", "tests/ops/test_attention.py"),
     Mutant("ops/rms_norm.py", "torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)", "x.dtype", "tests/ops/test_rms_norm.py"),
     Mutant("shardlib/language/reductions.py", "False if x.dtype == torch.bool else torch.iinfo(x.dtype).min\n        return", "0\n        return",
-           "tests/test_reductions.py"),
+           "tests/language/test_reductions.py"),
     # what is odd, empty or contradicts: at the edges
     Mutant("shardlib/compiler/sizes.py", "if len(unknown) > 1 or not rest and not self.size(whole):", "if len(unknown) > 1:", SIZES),
     Mutant("shardlib/dtypes.py", "return [next(filter(None, kinds), None) for kinds in zip(made, *others)]",
@@ -322,10 +322,10 @@ MUTANTS = (
     Mutant("ops/sampling.py", "(above / max(temperature, tiny))", "(above / temperature)", SAMPLING),
     Mutant("ops/kv_cache.py", "torch.arange(first, first + s, device", "torch.arange(0, s, device", CACHES),
     Mutant("ops/rope.py", "return start[:, None] + offset if offset else start[:, None]", "return start[:, None]", ROPE),
-    Mutant("models/saved_tokenizer.py", 'config["add_prefix_space"] if config.get("add_prefix_space") is not None else True',
+    Mutant("models/files/saved_tokenizer.py", 'config["add_prefix_space"] if config.get("add_prefix_space") is not None else True',
            'config.get("add_prefix_space", True)', TOKENIZERS),
-    Mutant("models/gguf_vocabulary.py", " or len(set(tokens)) != len(tokens):", ":", f"{GGUF} tests/models/test_tokenizer.py"),
-    Mutant("models/contradictions.py", ", **{key: beside[key] for key in ROPE[1:] if key in beside}}", "}", "tests/models/test_contradictions.py"),
+    Mutant("models/files/gguf_vocabulary.py", " or len(set(tokens)) != len(tokens):", ":", f"{GGUF} tests/models/test_tokenizer.py"),
+    Mutant("models/files/contradictions.py", ", **{key: beside[key] for key in ROPE[1:] if key in beside}}", "}", "tests/models/test_contradictions.py"),
     Mutant("models/slots.py", "is None or row in ended else row for s in source)",
            "is None else row for s in source)", "tests/models/test_decoder.py"),
     Mutant("models/decoding.py", "seed=sampling.seed)", "seed=0)", "tests/models/test_drawing.py"),

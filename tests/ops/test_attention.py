@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shardlib import Layout, Mesh, lower, sharded, simulate, value_and_grad
 from shardlib.functions import sum

@@ -4,14 +4,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from shardlib import Layout, Mesh, SpecError, lower, sharded, simulate, value_and_grad
 from shardlib.dtypes import value_dtypes
 from shardlib.functions import cast, greater, mean, sum
-from shardlib.models.llama import LlamaConfig, loss as llama_loss
 from shardlib.language.moves import COLLECTIVES
+from shardlib.models.llama import LlamaConfig
+from shardlib.models.llama import loss as llama_loss
 from shardlib.ops import cross_entropy
 from shardlib.oracle import same
 from shardlib.params import init

@@ -7,14 +7,28 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, strategies as st
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.flat import Cut
 from shardlib.errors import SpecError
 from shardlib.ops import nvlink
-from shardlib.ops.nvlink import BLOCK_REGISTERS, CAPACITY, CHANNELS, GRIDS, MOST_BLOCKS, MOST_RANKS, ONE_SHOT, QUAD, SMS, NVLink, grid_of, slot_bytes
+from shardlib.ops.nvlink import (
+    BLOCK_REGISTERS,
+    CAPACITY,
+    CHANNELS,
+    GRIDS,
+    MOST_BLOCKS,
+    MOST_RANKS,
+    ONE_SHOT,
+    QUAD,
+    SMS,
+    NVLink,
+    grid_of,
+    slot_bytes,
+)
 from shardlib.ops.nvlink_report import Reader, missing
 from shardlib.triton_kernels import exchange
 from shardlib.triton_kernels.all_reduce_add_rms_norm import filled_bytes

@@ -1,14 +1,12 @@
-"""Tests of kernels without a GPU: in Triton's interpreter, which tests/conftest.py asks for. Tests here may import their neighbours by name."""
+"""Tests of kernels without a GPU: in Triton's interpreter, which tests/conftest.py asks for."""
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

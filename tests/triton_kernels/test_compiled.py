@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from here import HELPERS
 
 DEADLINE_S = 240.0
 WORLDS = (2, 3, 4, 8)
@@ -38,7 +39,7 @@ def of_few_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
 
 def compile_all(folder: Path, *what: str) -> list[dict[str, Any]]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
-    done = subprocess.run([sys.executable, Path(__file__).with_name("compile_worker.py"), folder / "out.json", *what], env=env, timeout=DEADLINE_S,
+    done = subprocess.run([sys.executable, HELPERS / "compile_worker.py", folder / "out.json", *what], env=env, timeout=DEADLINE_S,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "out.json").read_text())

@@ -6,14 +6,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from hypothesis import given, settings, strategies as st
+from accuracy import near
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from accuracy import near
-
 from shardlib.triton_kernels.decode_attention import decode_attention, decode_attention_reference
-from shardlib.triton_kernels.matmul_rows import Tile, gated_matmul_rows, gated_matmul_rows_reference, matmul_rows, matmul_rows_reference
-from shardlib.triton_kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from shardlib.triton_kernels.matmul_rows import (
+    Tile,
+    gated_matmul_rows,
+    gated_matmul_rows_reference,
+    matmul_rows,
+    matmul_rows_reference,
+)
+from shardlib.triton_kernels.rms_norm import (
+    add_rms_norm,
+    add_rms_norm_reference,
+    rms_norm,
+    rms_norm_reference,
+)
 
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(OLD, reason="the interpreter of Triton 3.6 runs no loops with numpy 2.4")]

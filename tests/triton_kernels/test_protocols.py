@@ -6,21 +6,44 @@ protocol itself does not. A control that passes would mean that the simulator no
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trials import (
+    DTYPES,
+    FAMILIES,
+    GUARD,
+    MOVES,
+    NORMS,
+    SUMS,
+    UNTOUCHED,
+    WARPS,
+    Call,
+    data,
+    random_calls,
+    workspaces,
+    wrong,
+)
 
-from shardlib.triton_kernels import all_reduce, all_reduce_add_rms_norm, exchange, lamport, quads, reduce_scatter
+from shardlib.triton_kernels import (
+    all_reduce,
+    all_reduce_add_rms_norm,
+    exchange,
+    lamport,
+    quads,
+    reduce_scatter,
+)
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS
 from shardlib.triton_kernels.quads import pack, unpack_high, unpack_low
 from shardlib.triton_kernels.simulator import Deadlock, Simulation
 from shardlib.triton_kernels.workspace import Workspace
-from trials import DTYPES, FAMILIES, GUARD, MOVES, NORMS, SUMS, UNTOUCHED, WARPS, Call, data, random_calls, workspaces, wrong
 
 SEEDS = (0, 2, 3, 5)
 """Of `trial`: each control goes wrong on some of them, the protocols themselves on none."""

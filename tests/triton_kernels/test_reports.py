@@ -1,14 +1,15 @@
 """What a report says of a kernel that waits for a rank that never calls: read off the arena, as the kernel itself has left it."""
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from trials import Call, data, workspaces
 
 from shardlib.ops.nvlink_report import Reader, missing
 from shardlib.triton_kernels.simulator import Deadlock, Simulation
-from trials import Call, data, workspaces
 
 RANKS = (4, 7, 9)
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,15 +2,15 @@
 thing left out."""
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from accuracy import near
+from torch import Tensor
 
 from shardlib.triton_kernels import decode_attention, matmul_rows
 from shardlib.triton_kernels.simulator import Simulation

@@ -15,7 +15,7 @@ True
 """
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from shardlib.compiler.passes.dead_steps import DROP_DEAD_STEPS
 from shardlib.compiler.passes.hoist_sums import HOIST_SUMS

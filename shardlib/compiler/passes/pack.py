@@ -6,9 +6,9 @@ a leaf of the stacked arguments, used there only, with the contracted dims in fr
 """
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Collection, Mapping
 
 import torch
 from torch import Tensor

@@ -1,8 +1,8 @@
 """What a pass is, and what passes share: how often values are used, and renaming."""
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Callable, Mapping
 
 from shardlib.mesh import Mesh
 from shardlib.program import Program, Step

@@ -4,7 +4,7 @@ One function for each kind of fact in `shardlib.refusal`; what there is to paste
 """
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from shardlib.compiler.refusal import (
     ChangedCarry,

@@ -6,10 +6,10 @@ the program is completed again with it. Only what types is offered, so what a me
 """
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
-from typing import Iterator, Sequence
 
 from shardlib.compiler.completer import Completer, result_dims
 from shardlib.compiler.planner import Planned, plan

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import ast
 import linecache
+from collections.abc import Sequence
 from itertools import islice
-from typing import Sequence
 
 from shardlib.language.scan import SCAN
 from shardlib.language.trace import RESHARD

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor

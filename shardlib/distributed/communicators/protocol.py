@@ -6,8 +6,9 @@ the coordinator's matter. A result is always new memory: it aliases neither an a
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple, Protocol, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import torch

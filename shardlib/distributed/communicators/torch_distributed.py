@@ -14,7 +14,7 @@ where in it each member stands, and pieces are permuted.
 """
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist

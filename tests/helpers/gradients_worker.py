@@ -1,0 +1,30 @@
+"""One rank of test_gradients: the loss and its gradients under several layouts, written to a file per rank.
+
+    torchrun --nproc-per-node 2 gradients_worker.py FOLDER
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from shardlib import Layout, Mesh, compile
+from shardlib.api import shard_of, value_and_grad
+from shardlib.distributed.runtime import connect
+from shardlib.models.llama import loss
+from shardlib.params import fill, leaf_values
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    job = torch.load(folder / "job.pt", weights_only=False)
+    mesh, made = Mesh.parse(job["mesh"]), {}
+    with connect(mesh, "cpu") as runtime:
+        for text in job["layouts"]:
+            step = compile(value_and_grad(loss), Layout.parse(text), runtime=runtime, sizes=job["sizes"], config=job["config"])
+            types = dict(step.lower(None, None, job["args"]["w"]).arg_leaves())
+            here = {path: shard_of(t, types[path], mesh, runtime.coordinate) for name, arg in job["args"].items()
+                    for path, t in (leaf_values(arg, name) if name == "w" else [(name, arg)])}
+            value, grads = step(*(fill(arg, name, here.__getitem__) if name == "w" else here[name] for name, arg in job["args"].items()))
+            made[text] = [value, *(g for _, g in leaf_values(grads, ""))]
+    torch.save(made, folder / f"rank{runtime.rank}.pt")
