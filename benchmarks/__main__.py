@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = sys.argv[1:] or ["tracing", "step_overhead", "compiled", "simulator", "shared_memory", "decoding"]
+NAMES = sys.argv[1:] or ["tracing", "step_overhead", "compiled", "simulator", "shared_memory", "decoding", "scale"]
 
 for name in NAMES:
     print(f"== {name}", flush=True)

@@ -72,7 +72,7 @@ def changed_dims(have: Spec, want: Spec) -> list[int]:
 
 
 class Search:
-    """A planner at type `here`, on its way to `want`; `axes`: those that are not yet where they are wanted."""
+    """A planner at type `here`, on its way to `want`; `axes`: those not yet where they are wanted."""
 
     def __init__(self, here: Spec, want: Spec, axes: Sequence[str]) -> None:
         self.here, self.want, self.axes = here, want, axes

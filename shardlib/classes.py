@@ -1,7 +1,8 @@
 """Classes of ranks: those that hold and send pieces of the same sizes, so that one of them speaks for all.
 
-Along a mesh axis a piece changes its size at few places: n rows over k coordinates at n mod k, and where several axes
-split a dim, the pieces of each are cut again. Every axis is cut there into intervals; a class is an interval of each.
+Along a mesh axis a piece changes its size at few places: n rows over k coordinates at n mod k, and where
+several axes split a dim, the pieces of each are cut again. Every axis is cut there into intervals; a class
+is an interval of each.
 
 >>> from shardlib.spec import parse
 >>> found = classes_of(Mesh(dp=1024, tp=8), [parse("B/dp T D/tp")], dict(B=1540, T=5, D=16))
@@ -26,7 +27,7 @@ LISTED = 1024       # ranks of the largest mesh of which plain data lists every 
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a mesh's ranks, in the order of their first ones. `starts`: where the intervals of an axis begin."""
+    """The classes of a mesh's ranks, by their first ones. `starts`: of each axis, where intervals begin."""
     mesh: Mesh
     starts: Mapping[str, tuple[int, ...]]
 
@@ -58,7 +59,7 @@ class Classes:
         return prod(len(interval) for axis, interval in self.boxes[c].items() if axis not in axes)
 
     def peers(self, c: int, axes: Sequence[str]) -> list[int]:
-        """The classes of the members of a group over `axes` with a rank of class `c`, in the order of the group."""
+        """The classes of the members of a group over `axes` with a rank of class `c`, in its order."""
         digits, steps = self._digits[c], self._steps
         base = sum(digit * steps[a] for a, digit in digits.items() if a not in axes)
         return [base + sum(i * steps[a] for a, i in zip(axes, at))
@@ -83,12 +84,13 @@ class Classes:
 
     def cut(self, more: Mapping[str, Iterable[int]]) -> Classes:
         """The same with further cuts."""
-        return Classes(self.mesh, {axis: tuple(sorted({*starts, *more.get(axis, ())} & {*range(self.mesh.axes[axis])}))
-                                   for axis, starts in self.starts.items()})
+        def starts(axis: str) -> tuple[int, ...]:
+            return tuple(sorted({*self.starts[axis], *more.get(axis, ())} & {*range(self.mesh.axes[axis])}))
+        return Classes(self.mesh, {axis: starts(axis) for axis in self.starts})
 
 
 def classes_of(mesh: Mesh, specs: Iterable[Spec], sizes: Mapping[str, int]) -> Classes:
-    """The classes of ranks that hold pieces of the same sizes of all `specs`, or what one coordinate holds, or not."""
+    """The classes of ranks that hold pieces of one size each of `specs`; a coordinate that holds stands alone."""
     cuts: dict[str, set[int]] = {axis: {0} for axis in mesh.axes}
     dims = {(sizes[d.factors[0].name], d.axes): None for spec in specs for d in spec.dims if d.axes}
     for n, axes in dims:
@@ -128,8 +130,8 @@ class PerRank:
         of: dict[int, list[int]] = {}
         for c, n in enumerate(self.values):
             of.setdefault(n, []).append(c)
-        return [{"bytes": n, "ranks": sum(map(self.classes.count, which)), "where": list(map(self._where, which))}
-                for n, which in sorted(of.items(), reverse=True)]
+        return [{"bytes": n, "ranks": sum(map(self.classes.count, cs)), "where": list(map(self._where, cs))}
+                for n, cs in sorted(of.items(), reverse=True)]
 
     def _where(self, c: int) -> str:
         box = self.classes.boxes[c].items()

@@ -77,8 +77,8 @@ class Traffic:
 class Explanation:
     """What `explain` found. `print` it, or take `to_json()`.
 
-    collectives: that one run makes; bytes_of: what ranks receive in one run. Of a cond both count the larger branch:
-    they are at most that. held: the bytes of the arguments.
+    collectives: that one run makes; bytes_of: what ranks receive in one run. Of a cond both count the larger
+    branch: they are at most that. held: the bytes of the arguments.
     """
     program: str
     mesh: str
@@ -113,11 +113,12 @@ class Explanation:
     def to_json(self) -> dict[str, Any]:
         """The same as plain data.
 
-        What ranks receive and hold is a list by rank. Of more than 1,024 ranks it is a list of {bytes, ranks, where}: each
-        number once, with how many ranks have it, and their coordinates.
+        What ranks receive and hold is a list by rank. Of more than 1,024 ranks it is a list of {bytes,
+        ranks, where}: each number once, with how many ranks have it, and their coordinates.
         """
         plain = _plain(self, bytes_of="received", held="argument_bytes")
-        plain |= {"traffic": [t.to_json() for t in self.traffic], "bytes": self.bytes, "imbalance": self.imbalance}
+        plain["traffic"] = [t.to_json() for t in self.traffic]
+        plain |= {"bytes": self.bytes, "imbalance": self.imbalance}
         return json.loads(json.dumps(plain))
 
     def __str__(self) -> str:
@@ -170,8 +171,8 @@ def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapp
 def _classes(program: Program, mesh: Mesh, sizes: Mapping[str, int]) -> Classes:
     """The classes of ranks that receive the same, and hold arguments of the same sizes.
 
-    Beside sizes two things tell ranks apart: who takes the larger parts of what does not divide (`Wire.turn`), and where
-    a rank stands along axes that change their order.
+    Beside sizes two things tell ranks apart: who takes the larger parts of what does not divide
+    (`Wire.turn`), and where a rank stands along axes that change their order.
     """
     found = classes_of(mesh, [*(spec for _, spec in program.arg_leaves()), *sent(program)], sizes)
     cuts: dict[str, set[int]] = {axis: set() for axis in mesh.axes}
@@ -179,7 +180,8 @@ def _classes(program: Program, mesh: Mesh, sizes: Mapping[str, int]) -> Classes:
     for at in {(s.op, s.ins, s.outs): placed(s, mesh, sizes, found.firsts[0]) for s in steps}.values():
         for axis in (a for i in at.change.crossed for a in at.have.dims[i].axes):
             cuts[axis] |= set(range(mesh.axes[axis]))
-        for turn in {at.move.wire.turn(prod(at.shape(at.have, c)), mesh.size(at.axes)) for c in found.firsts} - {0}:
+        brought = {prod(at.shape(at.have, c)) for c in found.firsts}
+        for turn in {at.move.wire.turn(n, mesh.size(at.axes)) for n in brought} - {0}:
             for axis in reversed(at.axes):                              # the coordinates of that member
                 turn, digit = divmod(turn, mesh.axes[axis])
                 cuts[axis] |= {digit, digit + 1}
@@ -210,7 +212,7 @@ def _unmet(program: Program) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Counter:
-    """Counts what a program sends: its rows, and one run's sum of them: collectives, then bytes received by class."""
+    """Counts what a program sends: its rows, and one run's sum: collectives, then bytes received by class."""
     classes: Classes
     sizes: Mapping[str, int]
     cost: CostModel
@@ -233,9 +235,11 @@ class _Counter:
 
     def _row(self, step: Step, program: Program, itemsize: int, times: int, branch: str) -> Traffic:
         axes = axes_of(step, self.classes.mesh)
-        got = PerRank(self.classes, tuple(self._placed(step, c).received * itemsize for c in self.classes.firsts))
-        return Traffic(step.op.name, str(step.where or ""), program.name, branch, str(step.ins[0]), str(step.outs[0]), axes,
-                       self.classes.mesh.size(axes), times, got, self.cost.latency_us + got.most / self.cost.bytes_per_us, step.why)
+        got = PerRank(self.classes, tuple(self._placed(step, c).received * itemsize
+                                          for c in self.classes.firsts))
+        us = self.cost.latency_us + got.most / self.cost.bytes_per_us
+        return Traffic(step.op.name, str(step.where or ""), program.name, branch, str(step.ins[0]), str(step.outs[0]),
+                       axes, self.classes.mesh.size(axes), times, got, us, step.why)
 
     def _placed(self, step: Step, here: Coordinate) -> Placed:
         return placed(step, self.classes.mesh, self.sizes, here, self.classes.starts)

@@ -10,10 +10,10 @@
 | all_to_all | `T/tp D -> T D/tp` | a split moves from one dim to another |
 | permute | `T/x/y D -> T/y/x D` | the order of a dim's axes changes |
 
-Every move is the identity on what its operand denotes, so its transpose is the move between the duals. A move
-that communicates has a wire (`shardlib.wires`), and two may share one: permute goes over that of all_to_all. The
-planner asks a record for its neighbours and its cost, the writer of code for its request, reports for its group
-and who receives what.
+Every move is the identity on what its operand denotes, so its transpose is the move between the duals. A
+move that communicates has a wire (`shardlib.wires`), and two may share one: permute goes over that of
+all_to_all. The planner asks a record for its neighbours and its cost, the writer of code for its request,
+reports for its group and who receives what.
 
 >>> from shardlib.mesh import Mesh
 >>> from shardlib.spec import parse
@@ -74,7 +74,7 @@ class Move(Op):
     merges(before, after): whether two of it in a row are one over the product of their axes.
 
     Of a move over a wire, besides:
-    axes(change):  those over which it communicates; `ordered`: members stand as these do, else as in the mesh.
+    axes(change):  those over which it communicates; `ordered`: members stand so, else as in the mesh.
     cut(at, x), join(at, got): the code of the operand that a rank brings, and of what it makes of what comes.
     request(at):   what it says beside the operand.
     root(at):      the member that is the root, over a rooted wire.
@@ -105,7 +105,7 @@ class Move(Op):
 
 @dataclass(frozen=True)
 class Placed:
-    """A move of a value whose dims have `sizes`, as the rank at `here` makes it: who holds which rows, and gets which.
+    """A move of a value whose dims have `sizes`, as the rank at `here` makes it: who has which rows.
 
     starts: of each axis the coordinates that are looked at, where these stand for all.
     """
@@ -163,7 +163,9 @@ class Placed:
             return prod(n for _, n in self.passed(at, target, range(len(self.have.dims))).values())
         brings, gets = (prod(self.shape(spec, at)) for spec in (self.have, self.want))
         made = Part(self.mesh.size(self.axes), self.number(at), brings, gets, self.root)
-        return replace(made, kept=passes(at), passes=list(map(passes, self.members))) if self.move.wire.many else made
+        if not self.move.wire.many:
+            return made
+        return replace(made, kept=passes(at), passes=list(map(passes, self.members)))
 
     def number(self, at: Coordinate) -> int:
         """Which member of the group a rank is."""
@@ -241,7 +243,8 @@ def _towards_shard(s: Search) -> Iterator[Spec]:
 
 SHARD = Move(
     "shard", example="`T D -> T/tp D`", does="none: keep the own piece", emit=_shard,
-    legal=lambda c: c.gained and not (c.shrunk or c.lost or c.new or {*c.gained} & {o.axis for o in c.have.owed}),
+    legal=lambda c: (c.gained and not (c.shrunk or c.lost or c.new)
+                     and not {*c.gained} & {o.axis for o in c.have.owed}),
     neighbours=_towards_shard, merges=_always)
 
 
@@ -365,7 +368,8 @@ def _towards_all_to_all(s: Search) -> Iterator[Spec]:
 ALL_TO_ALL = Move(
     "all_to_all", example="`T/tp D -> T D/tp`", does="a split moves from one dim to another",
     legal=lambda c: len(c.shrunk) == len(c.grown) == 1 and c.gained == c.gone and not (c.lost or c.new),
-    neighbours=_towards_all_to_all, wire=wires.ALL_TO_ALL, axes=lambda c: c.gone, cut=_cut, request=_shapes, join=_join)
+    neighbours=_towards_all_to_all, wire=wires.ALL_TO_ALL, axes=lambda c: c.gone,
+    cut=_cut, request=_shapes, join=_join)
 
 
 def _towards_permute(s: Search) -> Iterator[Spec]:

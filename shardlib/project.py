@@ -1,4 +1,4 @@
-"""Projection: what a rank of a mesh, or a class of ranks, communicates, in order, when it runs an explicit program.
+"""Projection: what a rank, or a class of ranks, communicates, in order, when it runs an explicit program.
 
 >>> from shardlib.layout import Layout
 >>> from shardlib.complete import complete
@@ -30,10 +30,10 @@ NAMED = 64          # the most ranks of a group that a message names one by one
 
 @dataclass(frozen=True)
 class Call:
-    """One collective of one rank. numel: elements that the rank brings; root: for rooted ones, the in-group rank.
+    """One collective of one rank. numel: elements that it brings; root: for rooted ones, the in-group rank.
 
-    group: its ranks.  shapes: what each of them brings.  In the calls of a class, `group` is the axes that the group
-    is over, without those of one coordinate, and `shapes` are of the members that stand for all.
+    group: its ranks.  shapes: what each of them brings.  In the calls of a class, `group` is the axes that it is
+    over, without those of one coordinate, and `shapes` are of the members that stand for all.
     """
     op: str
     group: tuple[int, ...] | tuple[str, ...]
@@ -151,5 +151,5 @@ def _call(at: Placed, dtype: str, label: str) -> Call:
 
 def _within(where: str, calls: Calls) -> list[Call | Repeat]:
     """The same calls, whose steps are said to be in `where`."""
-    return [replace(call, name=where + call.name) if isinstance(call, Repeat) else replace(call, step=where + call.step)
-            for call in calls]
+    return [replace(call, name=where + call.name) if isinstance(call, Repeat)
+            else replace(call, step=where + call.step) for call in calls]

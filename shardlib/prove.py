@@ -1,14 +1,14 @@
 """The proof that ranks cannot part ways: their collectives are projected, and matched against each other.
 
-A collective happens when all ranks of its group have come to it with the same op, dtype and shapes. `prove` runs that
-rule to the end, on the projections alone; where it gets stuck, it says which rank waits for what. The proof holds for
-any timing, since each rank's sequence is fixed by the program and not by data.
+A collective happens when all ranks of its group have come to it with the same op, dtype and shapes. `prove`
+runs that rule to the end, on the projections alone; where it gets stuck, it says which rank waits for what.
+The proof holds for any timing, since each rank's sequence is fixed by the program and not by data.
 
-It goes by classes of ranks (`shardlib.classes`), whose sequences are equal but for the ranks that they name. A
-collective of a class over some axes has members of all classes that differ from it along these alone, whichever of its
-ranks makes it: what happens in one group of such ranks happens in all. What can happen stays possible until it does,
-whatever happens before, so any order decides. The body of a scan is matched once, where all classes come to it together
-and leave it together: then they do so each time.
+It goes by classes of ranks (`shardlib.classes`), whose sequences are equal but for the ranks that they
+name. A collective of a class over some axes has members of all classes that differ from it along these
+alone, whichever of its ranks makes it: what happens in one group of such ranks happens in all. What can
+happen stays possible until it does, whatever happens before, so any order decides. The body of a scan is
+matched once, where all classes come to it together and leave it together: then they do so each time.
 """
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _communicates(program: Program) -> bool:
 
 
 def match(classes: Classes, calls: Sequence[Calls]) -> Proof:
-    """Match the classes' sequences of calls. SpecError, naming ranks and steps, where their ranks cannot all end."""
+    """Match the classes' calls. SpecError, naming ranks and steps, where their ranks cannot all end."""
     for c, made in enumerate(calls):
         for call in _each(made):
             mine = dict(zip(classes.peers(c, call.group), call.shapes)).get(c)
@@ -71,7 +71,7 @@ def match(classes: Classes, calls: Sequence[Calls]) -> Proof:
 
 
 class _Matching:
-    """Each class's calls, and how many of them it has made. `done`: the collectives that have happened, of all groups."""
+    """Each class's calls, and how many it has made. `done`: the collectives that were, of all groups."""
 
     def __init__(self, classes: Classes, calls: Sequence[Calls]) -> None:
         self.classes, self.calls, self.at, self.done = classes, list(map(list, calls)), [0] * len(classes), 0
@@ -106,7 +106,7 @@ class _Matching:
             self.at[m] += 1
 
     def _come_to_a_scan(self) -> Iterable[int]:
-        """Nothing can happen outside of scans: those before one go in. The classes that then have something to do."""
+        """Nothing happens outside of scans any more: those before one go in. Who then has something to do."""
         heads = [self._next(c) for c in range(len(self.classes))]
         inside = [c for c, head in enumerate(heads) if isinstance(head, Repeat)]
         if len(inside) == len(heads) and self._together(heads):

@@ -7,9 +7,9 @@
 | all_gather | a piece | all pieces |
 | all_to_all | a piece for each member | a piece from each member |
 
-A wire knows members and elements, and neither specs nor meshes. What goes over it is a request, `(method, operand,
-*more)`: generated code makes it a call of the group's coordinator, the simulator performs it, the proof compares
-what members say.
+A wire knows members and elements, and neither specs nor meshes. What goes over it is a request, `(method,
+operand, *more)`: generated code makes it a call of the group's coordinator, the simulator performs it, the
+proof compares what members say.
 
 >>> [y.tolist() for y in ALL_GATHER.perform([torch.ones(1), torch.zeros(2)], [(0, (1, 2))] * 2)]
 [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
@@ -30,7 +30,7 @@ class Part:
     """One member of a collective of `k`, in elements: what it brings, and what it gets.
 
     member: its number.  root: that of the root, over a rooted wire.
-    passes: over a wire for many, what it has for each member that is looked at.  kept: what it has for itself.
+    passes: over a wire for many, what it has for each member that is looked at.  kept: for itself.
     """
     k: int
     member: int
@@ -54,8 +54,8 @@ class Wire:
     turn(n, k): of members that bring n elements, how many receive otherwise than the rest: the first ones.
     reduces:    it pays what is owed.
     rooted:     one member has a part of its own.
-    many:       the operand is a tuple, a piece for each member; these know the whole only where pieces are even.
-    own:        how many of the things that a request says are the member's own matter; the rest all say alike.
+    many:       the operand is a tuple, a piece for each member; the whole is known only where these are even.
+    own:        how many of the things that a request says are the member's own; the rest all say alike.
     """
     name: str
     does: tuple[str, str]
@@ -111,7 +111,7 @@ def _all_gather(xs: Sequence[Tensor], more: Sequence[tuple]) -> list[Tensor]:
 
 
 def _all_to_all(xs: Sequence[Sequence[Tensor]], more: Sequence[tuple]) -> list[tuple[Tensor, ...]]:
-    """Piece i of member j is what i gets from j: of the shape it expects, and where they are even, as large as all."""
+    """Piece i of member j is what i gets from j, of the shape it expects; even ones are all as large."""
     got = [tuple(x[i].clone() for x in xs) for i in range(len(xs))]
     for member, (pieces, (expected, *_)) in enumerate(zip(got, more)):
         if (come := tuple(tuple(p.shape) for p in pieces)) != expected:
@@ -122,7 +122,7 @@ def _all_to_all(xs: Sequence[Sequence[Tensor]], more: Sequence[tuple]) -> list[t
 
 
 def _both_halves(part: Part) -> int:
-    """A reduce_scatter and an all_gather of pieces as even as can be: the first n mod k members have one more."""
+    """A reduce_scatter and an all_gather of even pieces; the first n mod k members have one more."""
     n, k = part.brings, part.k
     piece = n // k + (part.member < n % k)
     return (k - 1) * piece + n - piece

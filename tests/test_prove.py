@@ -1,7 +1,7 @@
-"""The proof: it holds for the programs of the models, and for no calls of ranks of which one does something else.
+"""The proof: it holds for the programs of the models, and for no ranks of which one does something else.
 
-It goes by classes of ranks. What it says is what matching rank by rank says (`helpers/rank_by_rank.py`), and that is held
-against the absence of circles.
+It goes by classes of ranks. What it says is what matching rank by rank says (`helpers/rank_by_rank.py`), and
+that is held against the absence of circles.
 """
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def test_the_programs_of_the_models(name: str, mesh: str, layout: str) -> None:
 
 
 def test_digests_tell_plans_apart() -> None:
-    found = {prove(lowered(name, *place), Mesh.parse(place[0]), SIZES).digest for name in PROGRAMS for place in PLACES}
+    found = {prove(lowered(name, *place), Mesh.parse(place[0]), SIZES).digest
+             for name in PROGRAMS for place in PLACES}
     assert len(found) == len(PROGRAMS) * len(PLACES)
     mesh, program = Mesh(tp=2), lower(next_token, named_layout("tp", Mesh(tp=2)), mesh=Mesh(tp=2), config=CONFIG)
     others = (SIZES, {**SIZES, "T": 6, "S": 6}, {**SIZES, "B": 4})
@@ -251,7 +252,7 @@ HOW = (skipped, repeated, resized, rooted, other_dtype, other_op, other_axes)
 
 
 @given(projected(), st.sampled_from(HOW), st.data())
-def test_one_rank_that_does_something_else_is_rejected(made: tuple, how: Callable, data: st.DataObject) -> None:
+def test_one_rank_that_does_otherwise_is_rejected(made: tuple, how: Callable, data: st.DataObject) -> None:
     """Whatever it is that it does."""
     classes, of_class = made
     c = data.draw(st.sampled_from([c for c in range(len(classes)) if classes.count(c) == 1]))
@@ -265,7 +266,7 @@ def test_one_rank_that_does_something_else_is_rejected(made: tuple, how: Callabl
 
 @given(projected(), st.data())
 def test_changed_classes_are_judged_as_their_ranks_are(made: tuple, data: st.DataObject) -> None:
-    """They may be right: all may leave out the same collective, and one may swap two that nobody else waits for."""
+    """They may be right: all may leave out the same collective, one may swap two that nobody waits for."""
     classes, of_class = made
     how, at = data.draw(st.sampled_from((skipped, repeated, swapped))), data.draw(st.integers(0, 60))
     inside = data.draw(st.booleans())                               # of the body of a scan, each time
@@ -275,7 +276,8 @@ def test_changed_classes_are_judged_as_their_ranks_are(made: tuple, data: st.Dat
     assert verdict(match, classes, of_class) == verdict(rank_by_rank.match, every_rank(classes, of_class))
 
 
-def changed(calls: Calls, how: Callable, at: int, mesh: Mesh, draw: Callable, inside: bool) -> Iterable[Call | Repeat]:
+def changed(calls: Calls, how: Callable, at: int, mesh: Mesh, draw: Callable,
+            inside: bool) -> Iterable[Call | Repeat]:
     if inside and (scans := [i for i, call in enumerate(calls) if isinstance(call, Repeat) and call.calls]):
         i = scans[at % len(scans)]
         body = tuple(changed(calls[i].calls, how, at, mesh, draw, False))
@@ -284,11 +286,12 @@ def changed(calls: Calls, how: Callable, at: int, mesh: Mesh, draw: Callable, in
 
 
 def test_a_scan_that_classes_do_not_leave_together() -> None:
-    """One enters late and leaves early: what it calls before the scan, the other calls in it; in the end they have met."""
+    """One enters late and leaves early: what it calls before the scan, the other calls in it; all meet."""
     classes = Classes(Mesh(tp=2), {"tp": (0, 1)})
     one = Call("all_reduce", ("tp",), "float32", 1, ((1,), (1,)))
     two = replace(one, op="all_gather")
-    assert match(classes, [(one, Repeat("f", 2, (two, one)), two), (Repeat("g", 3, (one, two)),)]).collectives == 6
+    late = one, Repeat("f", 2, (two, one)), two
+    assert match(classes, [late, (Repeat("g", 3, (one, two)),)]).collectives == 6
     assert match(classes, [(Repeat("f", 0, (one,)),), (Repeat("g", 0, (two,)),)]).collectives == 0
     assert match(classes, [(Repeat("f", 3, (one,)),), (Repeat("g", 2, (one,)), one)]).collectives == 3
     with pytest.raises(SpecError, match="rank 1 has ended$"):

@@ -12,7 +12,7 @@ from shardlib.project import Call
 
 
 def match(ranks: Sequence[Sequence[Call]]) -> int:
-    """How many collectives the ranks' calls are. SpecError, naming ranks and steps, where they cannot all end."""
+    """How many collectives these are. SpecError, naming ranks and steps, where the ranks cannot all end."""
     for rank, calls in enumerate(ranks):
         for call in calls:
             mine = dict(zip(call.group, call.shapes)).get(rank)
