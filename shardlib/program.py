@@ -203,6 +203,10 @@ class Program:
             out.update(zip(step.outputs, step.outs))
         return out
 
+    def names(self) -> set[str]:
+        """What no new value may be called: every value, and every pytree that some are leaves of."""
+        return {name for value in self.types() for name in (value, value.split(".")[0])}
+
     def __str__(self) -> str:
         return show(self)
 

@@ -31,6 +31,7 @@ class Rule:
     sums:   dims that are summed away where a result lacks them: split, that result owes the sum.
     maxes:  the same for a maximum.
     uses:   for each result, the operands whose values it depends on; all of them where nothing is said.
+    shapes: operands of which only the dims count: what they owe does not matter.
     Any other dim that a result lacks must be whole, too. A dim that only results have is made there, as its spec says.
     """
     linear: tuple[tuple[int, ...], ...] = ()
@@ -38,6 +39,7 @@ class Rule:
     sums: tuple[str, ...] = ()
     maxes: tuple[str, ...] = ()
     uses: tuple[tuple[int, ...], ...] = ()
+    shapes: tuple[int, ...] = ()
 
 
 class RuleError(SpecError):
@@ -58,7 +60,7 @@ def natural(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], name
     axes = _label_axes(op, rule, ins, outs, names, sorted({i for used in uses for i in used}))
     types = []
     for out, used in zip(outs, uses):
-        passed = _owed(op, rule, ins, axes, names, used)
+        passed = _owed(op, rule, ins, axes, names, [i for i in used if i not in rule.shapes])
         gone = {n: a for n, a in axes.items() if a and n not in out.names}
         for name, split in gone.items():
             if name not in rule.sums and name not in rule.maxes:

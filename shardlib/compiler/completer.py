@@ -48,7 +48,7 @@ class Completer(Builder):
 
     def __init__(self, program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, int] | None = None,
                  given: Mapping[str, Spec] | None = None) -> None:
-        super().__init__(mesh, {n for s in program.steps for n in s.outputs})
+        super().__init__(mesh, program.names())
         self.program, self.layout, self.sizes, self.given = program, layout, sizes or {}, given or {}
         self.now: dict[str, str] = {}               # a value of the program as written -> the value here
         self.now.update({name: self.declare(name, spec) for name, spec in self.given.items()})

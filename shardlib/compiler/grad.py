@@ -25,10 +25,10 @@ from shardlib.program import Op, Program, Result, Scan, Step, Struct, leaves
 from shardlib.rules import Rule
 from shardlib.spec import Dim, Spec
 
-ONES_LIKE = Op("ones_like", rule=lambda s: Rule(), infer=lambda ins, attrs: (ins[0],), index=(0,), takes=("any",),
+ONES_LIKE = Op("ones_like", rule=lambda s: Rule(shapes=(0,)), infer=lambda ins, attrs: (ins[0].owing(),), index=(0,), takes=("any",),
                emit=lambda e, s, a: f"torch.ones_like({a[0]})",
                reference=lambda d, x: x.new_ones(()))
-ZEROS_LIKE = Op("zeros_like", rule=lambda s: Rule(linear=((0,),)), infer=lambda ins, attrs: (ins[0].owing(),), index=(0,), takes=("any",),
+ZEROS_LIKE = Op("zeros_like", rule=lambda s: Rule(shapes=(0,)), infer=lambda ins, attrs: (ins[0].owing(),), index=(0,), takes=("any",),
                 emit=lambda e, s, a: f"torch.zeros_like({a[0]})",
                 reference=lambda d, x: x.new_zeros(()))
 TABLE = {"ones_like": ONES_LIKE, "zeros_like": ZEROS_LIKE}
@@ -65,7 +65,7 @@ class _Backward(Builder):
 
     def __init__(self, program: Program, active: set[str], mesh: Mesh, regather: str, params: set[str],
                  dtypes: dict[str, str | None]) -> None:
-        super().__init__(mesh, {*program.types()})
+        super().__init__(mesh, program.names())
         self.dtypes = dtypes
         self.program, self.regather, self.params = program, regather, params
         self.types.update(program.types())

@@ -21,12 +21,13 @@ from shardlib.compiler.passes.dead_steps import DROP_DEAD_STEPS
 from shardlib.compiler.passes.hoist_sums import HOIST_SUMS
 from shardlib.compiler.passes.replan_moves import REPLAN_MOVES
 from shardlib.compiler.passes.rewrite import Pass
+from shardlib.compiler.passes.rotate_scan import ROTATE_SCAN
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.program import Program
 
 DEFAULT = (HOIST_SUMS, REPLAN_MOVES, DROP_DEAD_STEPS)
-PASSES = {each.name: each for each in DEFAULT}
+PASSES = {each.name: each for each in (*DEFAULT, ROTATE_SCAN)}
 
 
 def chosen(passes: Sequence[Pass | str]) -> tuple[Pass, ...]:

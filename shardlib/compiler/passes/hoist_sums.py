@@ -36,7 +36,7 @@ def _once(program: Program) -> Program:
             continue
         if any(o.kind == "max" for o in a.ins[0].owed) or (a.ins, a.outs) != (b.ins, b.outs) or any(count[s.outputs[0]] != 1 for s in (a, b)):
             continue
-        total = fresh("", set(program.types()))
+        total = fresh("", program.names())
         added = Step(step.op, (a.ins[0], b.ins[0]), (a.ins[0],), (a.inputs[0], b.inputs[0]), (total,), where=step.where)
         paid = Step(a.op, a.ins, step.outs, (total,), step.outputs, where=step.where, why="two reductions made one")
         steps = [s for s in program.steps[:at] if s is not a and s is not b] + [added, paid, *program.steps[at + 1:]]

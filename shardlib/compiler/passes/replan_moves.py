@@ -26,7 +26,7 @@ def replan_moves(program: Program, mesh: Mesh) -> Program:
     steps: list[Step] = []
     made: dict[str, Step] = {}
     count = uses(program)
-    taken = set(program.types())
+    taken = program.names()
     alias: dict[str, str] = {}
     for step in program.steps:
         step = renamed(step, alias).rewritten(lambda body: replan_moves(body, mesh))
