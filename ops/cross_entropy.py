@@ -39,7 +39,7 @@ from shardlib.ops.take import local, pick
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
-from shardlib.spec import Dim, Spec, parse_signature
+from shardlib.spec import Dim, Spec, parse_specs
 
 
 def wide(x: Tensor) -> Tensor:
@@ -165,19 +165,26 @@ def _sums_reference_vjp(d: Dims, x: Tensor, labels: Tensor, top: Tensor, *g: Ten
 
 
 IGNORE = {"ignore_index": lambda value: value is None or isinstance(value, int) and not isinstance(value, bool)}
-LABELLED = dict(keywords=IGNORE, index=(1,), takes=("float", "index", "float"), reads=_reads)
-CROSS_ENTROPY = Op("cross_entropy", rule=lambda s: Rule(whole=_over(s).names), emit=_over_logits(token_losses, pieces=False), vjp=_vjp,
-                   distribute=_over_pieces, dtype=lambda d, o: [widest(d[0], "float32")], **LABELLED,
-                   reference=_reference)
-CROSS_ENTROPY_VJP = Op("cross_entropy_vjp", rule=lambda s: Rule(linear=((2,),), whole=_over(s).names),
-                       emit=_over_logits(token_losses_vjp, pieces=False), dtype=_as_logits, **LABELLED,
-                       reference=lambda d, x, labels, g: d.vjp(_reference, (x, labels), g, d.step.ins[2]))
-LABEL_SUMS = Op("label_sums", rule=lambda s: Rule(sums=_over(s).names), emit=_over_logits(label_sums, pieces=True), vjp=_label_sums_vjp,
-                dtype=lambda d, o: [widest(d[0], d[2], "float32")] * 2, **LABELLED,
-                reference=_sums_reference)
-LABEL_SUMS_VJP = Op("label_sums_vjp", rule=lambda s: Rule(linear=((3, 4),)), emit=_over_logits(label_sums_vjp, pieces=True),
-                    dtype=_as_logits, **LABELLED,
-                    reference=_sums_reference_vjp)
+
+
+def _labelled(name: str, **more: Any) -> Op:
+    """An op of logits and labels, which may be told to ignore one."""
+    return Op(name, keywords=IGNORE, index=(1,), takes=("float", "index", "float"), reads=_reads, **more)
+
+
+CROSS_ENTROPY = _labelled(
+    "cross_entropy", rule=lambda s: Rule(whole=_over(s).names), emit=_over_logits(token_losses, pieces=False), vjp=_vjp,
+    distribute=_over_pieces, dtype=lambda d, o: [widest(d[0], "float32")], reference=_reference)
+CROSS_ENTROPY_VJP = _labelled(
+    "cross_entropy_vjp", rule=lambda s: Rule(linear=((2,),), whole=_over(s).names),
+    emit=_over_logits(token_losses_vjp, pieces=False), dtype=_as_logits,
+    reference=lambda d, x, labels, g: d.vjp(_reference, (x, labels), g, d.step.ins[2]))
+LABEL_SUMS = _labelled(
+    "label_sums", rule=lambda s: Rule(sums=_over(s).names), emit=_over_logits(label_sums, pieces=True), vjp=_label_sums_vjp,
+    dtype=lambda d, o: [widest(d[0], d[2], "float32")] * 2, reference=_sums_reference)
+LABEL_SUMS_VJP = _labelled(
+    "label_sums_vjp", rule=lambda s: Rule(linear=((3, 4),)), emit=_over_logits(label_sums_vjp, pieces=True),
+    dtype=_as_logits, reference=_sums_reference_vjp)
 
 
 def cross_entropy(text: str, logits: Operand, labels: Operand, *, ignore_index: int | None = None) -> Value:
@@ -195,12 +202,15 @@ def cross_entropy(text: str, logits: Operand, labels: Operand, *, ignore_index: 
     >>> simulate(losses, Layout(V="tp"), logits, labels, mesh=Mesh(tp=2))
     tensor([1.0986, 0.0000])
     """
-    ins, outs = parse_signature(text)
-    if len(ins) != 2 or len(outs) != 1 or None in (*ins, *outs) or len(ins[0].labels) != len(outs[0].labels) + 1 \
+    meant = (f'cross_entropy "{text}": the specs are those of "B T V, B T -> B T": the losses lack one dim of the logits, '
+             f'and have those of the labels')
+    ins, outs = parse_specs(text, meant)
+    if len(ins) != 2 or len(outs) != 1 or len(ins[0].labels) != len(outs[0].labels) + 1 \
             or [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels) or any(n not in outs[0].labels for n in ins[1].labels):
-        raise SpecError(f'cross_entropy "{text}": the specs are those of "B T V, B T -> B T": the losses lack one dim of the logits, and have '
-                        f'those of the labels')
-    return apply(CROSS_ENTROPY, (logits, labels), text, **({} if ignore_index is None else {"ignore_index": ignore_index}))
+        raise SpecError(meant)
+    if ignore_index is None:
+        return apply(CROSS_ENTROPY, (logits, labels), text)
+    return apply(CROSS_ENTROPY, (logits, labels), text, ignore_index=ignore_index)
 
 
 TABLE = {op.name: op for op in (CROSS_ENTROPY, CROSS_ENTROPY_VJP, LABEL_SUMS, LABEL_SUMS_VJP)}

@@ -40,7 +40,8 @@ def rows_matmul(x: Tensor, w: Tensor, counts: Tensor, gated: bool = False) -> Te
     """x @ w; gated, silu of the first half of its columns times the second. x: (rows, K); w: (K, N). By kernels of its own where the rows are few
     and w lies by columns; by the library's elsewhere."""
     if 0 < len(x) <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16) and w.mT.is_contiguous() and x.is_contiguous() and w.numel():
-        return (gated_matmul_rows if gated else matmul_rows)(x, w, tile_of(len(x), *w.shape, gated), counts)
+        lines, columns = w.shape
+        return (gated_matmul_rows if gated else matmul_rows)(x, w, tile_of(len(x), lines, columns, gated), counts)
     return gated_matmul_rows_reference(x, w) if gated else x @ w
 
 

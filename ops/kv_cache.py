@@ -16,7 +16,7 @@ from shardlib.ops.rope import positions
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
-from shardlib.spec import parse_signature
+from shardlib.spec import parse_specs
 
 
 def slots(start: Tensor, shape: tuple[int, ...], site: IndexSite) -> Tensor:
@@ -81,10 +81,10 @@ def update_cache(text: str, cache: Operand, rows: Operand, start: Operand) -> Va
     tensor([[1., 2., 0., 0.],
             [0., 0., 3., 4.]])
     """
-    ins, outs = parse_signature(text)
-    if len(ins) != 3 or len(outs) != 1 or None in (*ins, *outs) or ins[0].labels != outs[0].labels or len(ins[1].dims) != len(ins[0].dims) \
-            or len(ins[2].dims) != 1:
-        raise SpecError(f'update_cache "{text}": the specs are those of "B S K H, B T K H, B -> B S K H"')
+    meant = f'update_cache "{text}": the specs are those of "B S K H, B T K H, B -> B S K H"'
+    ins, outs = parse_specs(text, meant)
+    if len(ins) != 3 or len(outs) != 1 or ins[0].labels != outs[0].labels or len(ins[1].dims) != len(ins[0].dims) or len(ins[2].dims) != 1:
+        raise SpecError(meant)
     return apply(UPDATE_CACHE, (cache, rows, start), text)
 
 
@@ -100,9 +100,10 @@ def causal_mask(text: str, start: Operand) -> Value:
     tensor([[[1, 1, 0, 0],
              [1, 1, 1, 0]]], dtype=torch.int32)
     """
-    ins, outs = parse_signature(text)
-    if len(ins) != 1 or len(outs) != 1 or None in (*ins, *outs) or len(ins[0].dims) != 1 or len(outs[0].dims) != 3:
-        raise SpecError(f'causal_mask "{text}": the specs are those of "B -> B T/1 S/1"')
+    meant = f'causal_mask "{text}": the specs are those of "B -> B T/1 S/1"'
+    ins, outs = parse_specs(text, meant)
+    if len(ins) != 1 or len(outs) != 1 or len(ins[0].dims) != 1 or len(outs[0].dims) != 3:
+        raise SpecError(meant)
     return apply(CAUSAL_MASK, (start,), text)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from shardlib import EXPLICIT, Params, SpecError, cond, local, param, sharded, stacked
 from shardlib import scan as forward_scan
 from shardlib.compiler.parser import CORE
-from shardlib.language.trace import apply
+from shardlib.language.trace import Executor, apply
 from shardlib.ops import TABLE
 from shardlib.program import Op
 
@@ -29,7 +29,7 @@ def _function(op: Op) -> Callable:
 
 def scan(f: Any, carry: Any, stacks: tuple, *constants: Any, reverse: bool = False) -> Any:
     """`shardlib.scan`; in `reverse`, as backward has it, from the last layer to the first."""
-    if reverse and carry.tracer.runs:
+    if reverse and isinstance(carry.tracer, Executor):
         raise SpecError("scan: step runs no scan in reverse; lower, compile and simulate do")
     made = forward_scan(f, carry, stacks, *constants)
     if reverse:

@@ -110,7 +110,8 @@ class NVLink:
 
     def __init__(self, place: Place, channels: Sequence[Workspace]) -> None:
         self.group, self.me, self.size, self.device = place.name, place.me, place.size, place.device
-        self._free, self._channels = list(channels), {}
+        self._free = list(channels)
+        self._channels: dict[int, Workspace] = {}                               # by stream
         self._sums, self._moves = (32, 64) if self.size <= 4 else (64, 128)     # registers of a thread
         self._ranks, self._reader = place.ranks, Reader(place.device)
         self.workspace_bytes = sum(w.arena.nbytes for w in channels)

@@ -56,7 +56,8 @@ def missing(workspace: Workspace, reader: Reader, ranks: Sequence[int]) -> list[
     looks = [(name, rank, 4 * quads, 4) for name, rank in product(names, others)]
     if line:
         looks += [("words of lines", rank, -(-quads // line), 1) for rank in others]
-    found, start = [], slot * workspace.slot_bytes // 4
+    found: list[str] = []
+    start = slot * workspace.slot_bytes // 4
     for name, rank, count, width in looks if quads else ():
         words = reader.read(workspace.arena[start:start + count])
         if words is None:

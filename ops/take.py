@@ -21,7 +21,7 @@ from shardlib.lowering.index_check import IndexSite
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
-from shardlib.spec import parse_signature
+from shardlib.spec import parse_specs
 
 
 def local(index: Tensor, start: int, size: int, site: IndexSite) -> tuple[Tensor, Tensor]:
@@ -173,9 +173,10 @@ def embedding(text: str, ids: Operand, table: Operand) -> Value:
         v = reduce_scatter("B/dp T D +tp -> B/dp T/tp D", v1)
         return v
     """
-    ins, outs = parse_signature(text)
-    if len(ins) != 2 or len(outs) != 1 or None in (*ins, *outs) or len(ins[1].dims) != 2 or outs[0].labels != (*ins[0].labels, ins[1].labels[1]):
-        raise SpecError(f'embedding "{text}": the specs are those of "B T, V D -> B T D"')
+    meant = f'embedding "{text}": the specs are those of "B T, V D -> B T D"'
+    ins, outs = parse_specs(text, meant)
+    if len(ins) != 2 or len(outs) != 1 or len(ins[1].dims) != 2 or outs[0].labels != (*ins[0].labels, ins[1].labels[1]):
+        raise SpecError(meant)
     return apply(EMBEDDING, (ids, table), text)
 
 
@@ -192,11 +193,12 @@ def take(text: str, x: Operand, index: Operand) -> Value:
     tensor([[2.],
             [5.]])
     """
-    ins, outs = parse_signature(text)
-    if len(ins) != 2 or len(outs) != 1 or None in (*ins, *outs) or len(ins[0].labels) != len(outs[0].labels) + 1 \
+    meant = (f'take "{text}": the specs are those of "B T D, B -> B D": the result lacks one dim of the first operand, '
+             f'and has those of the index')
+    ins, outs = parse_specs(text, meant)
+    if len(ins) != 2 or len(outs) != 1 or len(ins[0].labels) != len(outs[0].labels) + 1 \
             or [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels) or any(n not in outs[0].labels for n in ins[1].labels):
-        raise SpecError(f'take "{text}": the specs are those of "B T D, B -> B D": the result lacks one dim of the first operand, '
-                        f'and has those of the index')
+        raise SpecError(meant)
     return apply(TAKE, (x, index), text)
 
 

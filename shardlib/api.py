@@ -167,11 +167,20 @@ def step(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh
     check_static(traced_function("step", f), static)
     check_layout("step", layout)
     check_sizes(sizes or {})
-    there, recipes = runtime or shared_runtime(current_mesh(mesh)), {}
+    there = runtime or shared_runtime(current_mesh(mesh))
     if not isinstance(f, ValueAndGrad):
-        return lambda *args, **named: refuse_named(f, named) or run_steps(f, layout or Layout(), there, args, sizes or {}, static, recipes)
+        return _lines(f, layout or Layout(), there, sizes or {}, static)
     whole, lines = compile(f, layout, runtime=there, sizes=sizes, **static), step(f.f, layout, runtime=there, sizes=sizes, **static)
     return torch.no_grad()(lambda *args, **named: (whole(*args, **named), lines(*args))[0])
+
+
+def _lines(f: Function, layout: Layout, runtime: Runtime, sizes: Mapping[str, int], static: dict[str, Any]) -> Callable:
+    recipes: dict[Any, Any] = {}
+
+    def run(*args: Any, **named: Any) -> Any:
+        refuse_named(f, named)
+        return run_steps(f, layout, runtime, args, sizes, static, recipes)
+    return run
 
 
 def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh: Mesh | None = None, log: list | None = None, **static: Any) -> Any:

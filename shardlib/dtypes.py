@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -30,6 +30,7 @@ from shardlib.program import Op, Program, Scan, Step
 ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "bool": 1, "uint8": 1, "int8": 1}
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 Dtypes = Sequence[str | None]
+Kind = TypeVar("Kind", str, str | None)
 
 
 @lru_cache(maxsize=1024)
@@ -107,7 +108,11 @@ _HOLDS = {"any": {*ITEMSIZE}, "number": {*ITEMSIZE} - {"bool"}, "float": {*FLOAT
 
 # -- a program ---------------------------------------------------------------------------------------------------------
 
-def value_dtypes(program: Program, given: Mapping[str, str | None], default: str | None = "float32") -> dict[str, str | None]:
+@overload
+def value_dtypes(program: Program, given: Mapping[str, str], default: str = "float32") -> dict[str, str]: ...
+@overload
+def value_dtypes(program: Program, given: Mapping[str, str | None], default: str | None = "float32") -> Mapping[str, str | None]: ...
+def value_dtypes(program: Program, given: Mapping[str, Any], default: Any = "float32") -> Any:
     """The dtype of every value; None follows from None: not known. SpecError for what an op does not take, for a cond whose branches
     make different dtypes, and for a scan whose carry changes."""
     guessed = _guessed(program, {})
@@ -119,7 +124,7 @@ def value_dtypes(program: Program, given: Mapping[str, str | None], default: str
     return out
 
 
-def inner_dtypes(step: Step, body: Program, dtypes: Mapping[str, str | None]) -> dict[str, str | None]:
+def inner_dtypes(step: Step, body: Program, dtypes: Mapping[str, Kind]) -> Mapping[str, Kind]:
     """The dtype of every value of a step's body, of those outside."""
     return value_dtypes(body, {path: dtypes[n] for path, n in step.passed(body)})
 

@@ -13,6 +13,7 @@ and code to paste with its cost.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 
 class SpecError(ValueError):
@@ -45,7 +46,13 @@ class SpecError(ValueError):
         return made
 
 
-def aligned(rows: Sequence[tuple[str, object, str]], caret: str | None = None) -> str:
+class Itemized(Protocol):
+    """What has its text item by item: a spec."""
+
+    def items(self) -> list[str]: ...
+
+
+def aligned(rows: Sequence[tuple[str, Itemized, str]], caret: str | None = None) -> str:
     """Rows of (name, spec, note), one column a dim name or owed axis, and a caret line under the column `caret`.
 
     `caret` is a dim's name, or an owed item; the name of a group's factor points at the group.

@@ -15,6 +15,7 @@ from torch import Tensor
 from shardlib.mesh import Mesh
 from shardlib.program import Step
 from shardlib.spec import Dim, Spec
+from shardlib.wires import Wire
 
 
 class LocalCode(Protocol):
@@ -63,7 +64,7 @@ class LocalCode(Protocol):
     def view(self, text: str, shape: Sequence[int]) -> str:
         """`text` viewed as `shape`: a view of a view is one view."""
 
-    def collective(self, axes: Sequence[str], method: str, args: Sequence[str], extra: str, many: bool = False) -> str:
+    def collective(self, wire: Wire, axes: Sequence[str], pieces: Sequence[str], more: tuple) -> str:
         """A call of the coordinator of the group over `axes`; over one rank, nothing is left of it."""
 
     def read(self, variable: str, have: str, want: str) -> str:

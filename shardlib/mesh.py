@@ -164,17 +164,18 @@ class Mesh:
         where = f'spec "{spec}"'
         dims = tuple(Dim(tuple(Factor(f.name, self.expand(f.axes, where), keep_whole and f.whole) for f in d.factors), d.size, d.ragged)
                      for d in spec.dims)
-        owed = tuple(replace(o, axis=a, at=self.axes[a] - 1 if o.at == "last" else o.at)
+        owed = tuple(replace(o, axis=a, at=o.coordinate(self.axes[a]))
                      for o in spec.owed for a in self.expand((o.axis,), where))
         for o in owed:
-            if o.kind == "@" and not 0 <= o.at < self.axes[o.axis]:
+            at = o.coordinate(self.axes[o.axis])
+            if at is not None and not 0 <= at < self.axes[o.axis]:
                 raise SpecError(f"{where}: axis {o.axis} has coordinates 0 to {self.axes[o.axis] - 1}, not {o.at}")
         return Spec(dims, owed, spec.ellipsis)
 
     def rows(self, dim: Dim, sizes: Mapping[str, int], coordinate: Mapping[str, int]) -> tuple[int, int]:
         """(start, size) of what `coordinate` holds along `dim`, in rows of it."""
         if not dim.factors:
-            return 0, dim.size
+            return 0, dim.constant
         inner = prod(sizes[f.name] for f in dim.factors[1:])
         start, size = self.extent(sizes[dim.factors[0].name], dim.axes, coordinate)
         return start * inner, size * inner

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, dataclass_transform
+from typing import Any, ClassVar, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ def stacked(dim: str, of: type[Params]) -> Any:
     return field(default=None, metadata={"stack": kind.dims[0], "of": of})
 
 
-@dataclass_transform(field_specifiers=(param, stacked), frozen_default=True)
+@dataclass_transform(field_specifiers=(param, stacked), frozen_default=True, eq_default=False)
 class Params:
     """Base of parameter pytrees: a subclass becomes a frozen dataclass of `param` and `stacked` fields.
 
@@ -100,6 +100,7 @@ class Params:
     >>> linear(torch.ones(1, 2), Linear(w=torch.ones(2, 3)))
     tensor([[2., 2., 2.]])
     """
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]       # of each subclass
 
     def __init_subclass__(cls) -> None:
         if not heading(cls.__name__):
@@ -142,8 +143,8 @@ def fill(like: type[Params] | Params, path: str, leaf: Callable[[str], Any]) -> 
         value = None if isinstance(like, type) else getattr(like, f.name)
         if not isinstance(like, type) and value is None:
             continue
-        inner = f.metadata.get("of") if value is None else value
-        values[f.name] = fill(inner, f"{path}.{f.name}", leaf) if "of" in f.metadata else leaf(f"{path}.{f.name}")
+        here = f"{path}.{f.name}"
+        values[f.name] = fill(f.metadata["of"] if value is None else value, here, leaf) if "of" in f.metadata else leaf(here)
     return kind(**values)
 
 
@@ -157,9 +158,7 @@ def leaf_values(tree: Params, path: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}.{f.name}", value
 
 
-@cache
-def _field_names(kind: type[Params]) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(kind))
+_field_names: Callable[[type], tuple[str, ...]] = cache(lambda kind: tuple(f.name for f in dataclasses.fields(kind)))
 
 
 def flat(tree: Params) -> list[Any]:
@@ -278,7 +277,7 @@ def global_index(spec: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: M
     """The row-major global index (int64) of every element that `coordinate` holds."""
     index = torch.zeros((), dtype=torch.int64, device="cpu")
     for dim in spec.dims:
-        whole = math.prod(sizes[f.name] for f in dim.factors) if dim.factors else dim.size
+        _, whole = mesh.rows(dim.split(()), sizes, {})
         start, size = mesh.rows(dim, sizes, coordinate)
         index = index[..., None] * whole + torch.arange(start, start + size, device="cpu")
     return index

@@ -34,7 +34,7 @@ def place(x: Tensor, kind: Spec, sizes: Mapping[str, int], mesh: Mesh, generator
     combos = list(itertools.product(*(range(mesh.axes[o.axis]) for o in owed)))
     pieces = {c: x for c in combos}
     if len(combos) > 1 and owed[0].kind == "+":
-        scale = max(1.0, float(x.abs().nan_to_num(0, 0, 0).max()) if x.numel() else 1.0)
+        scale = max(1.0, float(x.detach().abs().nan_to_num(0, 0, 0).max()) if x.numel() else 1.0)
         drawn = [(scale * torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu")).to(x.dtype) for _ in combos[1:]]
         pieces = dict(zip(combos, [x - torch.stack(drawn).sum(0), *drawn]))
     elif len(combos) > 1:
@@ -81,9 +81,9 @@ def join(pieces: Sequence[Tensor], kind: Spec, sizes: Mapping[str, int], mesh: M
             stack = torch.stack(found)
             out[tuple(slice(a, b) for a, b in spot)] = stack.amax(0) if "max" in kinds else stack.sum(0) if len(found) > 1 else found[0]
         copies.append(out)
-    scale = max(1.0, float(copies[0].double().abs().nan_to_num().max()) if copies[0].numel() else 1.0)
+    scale = max(1.0, float(copies[0].detach().double().abs().nan_to_num().max()) if copies[0].numel() else 1.0)
     for other in copies[1:]:
         same = (other == copies[0]) | (other.isnan() & copies[0].isnan()) if other.is_floating_point() else other == copies[0]
-        if not bool(same.all()) and float((other.double() - copies[0].double()).abs().nan_to_num(1e30).max()) > tolerance * scale:
+        if not bool(same.all()) and float((other.detach().double() - copies[0].detach().double()).abs().nan_to_num(1e30).max()) > tolerance * scale:
             raise NotReplicated(f"{kind}: the copies on different ranks differ")
     return copies[0]

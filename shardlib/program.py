@@ -75,6 +75,12 @@ class Op:
         """Whether a call gives a spec string."""
         return self.infer is None
 
+    def inferred(self, ins: tuple[Spec, ...], attrs: Mapping[str, Any]) -> tuple[Spec, ...]:
+        """The results' dims, of a call without a spec string."""
+        if self.infer is None:
+            raise TypeError(f"{self.name}: a call gives a spec string")
+        return self.infer(ins, attrs)
+
     def __repr__(self) -> str:
         return f"Op({self.name})"
 
@@ -239,8 +245,8 @@ class Scan:
 
     @classmethod
     def of(cls, step: Step) -> Scan:
-        options, taken = step.options, tuple(step.passed(step.body))
-        given = tuple(zip((name for name, _ in step.body.result_leaves()), step.outputs))
+        (body,), options = step.bodies, step.options
+        taken, given = tuple(step.passed(body)), tuple(zip((name for name, _ in body.result_leaves()), step.outputs))
         first = options.get("carries", 1)
         last = first + options["stacked"]
         return cls(options["dim"], options.get("reverse", False), taken[:first], taken[first:last], taken[last:], given[:first], given[first:])
@@ -359,25 +365,26 @@ def _show_step(step: Step, classes: dict[str, Struct], functions: list[Program])
 
 
 def _show_cond(step: Step, classes: dict[str, Struct], functions: list[Program]) -> str:
-    args = _show_trees([tree for _, tree in step.body.args], [value for _, value in step.passed(step.body)], classes)
-    chosen = [_function_name(b, functions) for b in step.bodies]
+    body, chosen = step.bodies[0], [_function_name(b, functions) for b in step.bodies]
+    args = _show_trees([tree for _, tree in body.args], [value for _, value in step.passed(body)], classes)
     return f"{_show_targets(step, classes)} = cond({', '.join([step.inputs[0], *chosen, *args])})"
 
 
 def _show_scan(step: Step, classes: dict[str, Struct], functions: list[Program]) -> str:
-    parts, trees = Scan.of(step), [tree for _, tree in step.body.args]
+    parts, body = Scan.of(step), step.bodies[0]
+    trees = [tree for _, tree in body.args]
     starts = accumulate((len(leaves("", tree)) for tree in trees), initial=0)
-    shown = list(zip(starts, _show_trees(trees, [value for _, value in step.passed(step.body)], classes)))
+    shown = list(zip(starts, _show_trees(trees, [value for _, value in step.passed(body)], classes)))
     first = len(parts.carries)
     last = first + len(parts.stacked)
     carries, stacked = ([text for start, text in shown if low <= start < high] for low, high in ((0, first), (first, last)))
-    operands = [_function_name(step.body, functions), carries[0] if first == 1 else f"({', '.join(carries)})", f"({', '.join(stacked)},)",
+    operands = [_function_name(body, functions), carries[0] if first == 1 else f"({', '.join(carries)})", f"({', '.join(stacked)},)",
                 *(text for start, text in shown if start >= last), *(["reverse=True"] if parts.reverse else [])]
     return f"{_show_targets(step, classes)} = scan({', '.join(operands)})"
 
 
 def _show_targets(step: Step, classes: dict[str, Struct]) -> str:
-    return ", ".join(_show_trees([r.tree for r in step.body.results], step.outputs, classes))
+    return ", ".join(_show_trees([r.tree for r in step.bodies[0].results], step.outputs, classes))
 
 
 def _show_trees(trees: Sequence[Tree], values: Sequence[str], classes: dict[str, Struct]) -> list[str]:

@@ -25,7 +25,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import Literal, Protocol, TypeGuard
 
 from shardlib.errors import SpecError
 
@@ -38,7 +38,7 @@ MAX_TEXT = 2000         # characters of a spec
 MAX_NAME = 64           # characters of the name of an axis, and of a dim in a layout
 
 
-def nameable(text: object) -> bool:
+def nameable(text: object) -> TypeGuard[str]:
     """Whether `text` may name a value, an argument or a field of a program: ASCII, and no keyword."""
     return isinstance(text, str) and bool(re.fullmatch(NAME, text)) and not keyword.iskeyword(text)
 
@@ -80,6 +80,11 @@ class Dim:
         return tuple(f.name for f in self.factors)
 
     @property
+    def constant(self) -> int:
+        """The size of a dim that has no name."""
+        return 0 if self.size is None else self.size
+
+    @property
     def axes(self) -> tuple[str, ...]:
         return self.factors[0].axes if self.factors else ()
 
@@ -105,7 +110,11 @@ class Owed:
     """What is still owed on an axis: a sum ("+"), a max ("max"), or the value is held at one coordinate ("@")."""
     kind: str
     axis: str
-    at: int | str | None = None
+    at: int | Literal["last"] | None = None
+
+    def coordinate(self, size: int) -> int | None:
+        """Where on an axis of `size` the value is held; None of what is not held."""
+        return size - 1 if self.at == "last" else self.at
 
     def __str__(self) -> str:
         return {"+": f"+{self.axis}", "max": f"max:{self.axis}", "@": f"@{self.axis}:{self.at}"}[self.kind]
@@ -241,7 +250,7 @@ def _parse(text: str) -> Spec:
         if match := _OWED.fullmatch(item):
             plus, biggest, held, at = match.groups()
             owed.append(Owed("+", plus) if plus else Owed("max", biggest) if biggest
-                        else Owed("@", held, at if at == "last" else int(at)))
+                        else Owed("@", held, "last" if at == "last" else int(at)))
         elif owed:
             raise SpecError(f"spec {text!r}: {item} stands after {owed[-1]}; dims come before what is owed")
         else:
@@ -283,3 +292,14 @@ def _parse_signature(text: str) -> tuple[tuple[Spec | None, ...], tuple[Spec | N
     def side(part: str) -> tuple[Spec | None, ...]:
         return tuple(None if s.strip(" ") == "*" else parse(s.strip(" ")) for s in part.split(",")) if part.strip(" ") else ()
     return side(left), side(right)
+
+
+def parse_specs(text: str, otherwise: str) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
+    """Operands and results of an op, whose text has no `*`. SpecError that says `otherwise` where it has one."""
+    def plain(side: tuple[Spec | None, ...]) -> tuple[Spec, ...]:
+        specs = tuple(s for s in side if s is not None)
+        if len(specs) != len(side):
+            raise SpecError(otherwise)
+        return specs
+    ins, outs = parse_signature(text)
+    return plain(ins), plain(outs)

@@ -21,6 +21,7 @@ from shardlib.layout import Layout
 from shardlib.params import Params
 
 _MISCALLED = re.compile(r"(\w+)\(\) (missing|takes|got) .*")
+_STARS: dict[object, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _PUBLIC = ("shardlib", "shardlib.functions", "shardlib.ops")
 
 
@@ -108,15 +109,16 @@ def misuse(error: TypeError | ValueError, ours: Any) -> SpecError | None:
     last = max((i for i, frame in enumerate(frames) if not ours(frame.f_globals.get("__name__", ""))), default=-1)
     if last + 1 < len(frames):
         return SpecError(f"{frames[last + 1].f_code.co_name}: {error}") if last >= 0 else None
-    called = _MISCALLED.fullmatch(str(error))
-    f = called and next((f for m in _PUBLIC if inspect.isfunction(f := getattr(sys.modules.get(m), called[1], None))), None)
+    if not (called := _MISCALLED.fullmatch(str(error))):
+        return None
+    f = next((f for m in _PUBLIC if inspect.isfunction(f := getattr(sys.modules.get(m), called[1], None))), None)
     return SpecError(f"{called[1]}: it is called {called[1]}({_parameters(f)}), and {str(error).partition('() ')[2]}") if f else None
 
 
 def _parameters(f: Any) -> str:
-    said = []
+    said: list[str] = []
     for p in inspect.signature(f).parameters.values():
         if p.kind is p.KEYWORD_ONLY and "*" not in said and not any(n.startswith("*") for n in said):
             said.append("*")
-        said.append({p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name)
+        said.append(_STARS.get(p.kind, "") + p.name)
     return ", ".join(said)

@@ -13,8 +13,17 @@ from typing import Any
 from shardlib.dtypes import fixed_dtypes, unlike
 from shardlib.errors import SpecError
 from shardlib.language.calls import check_count, what
-from shardlib.language.trace import Function, Operand, Value, apply, check_dims, trace_results
-from shardlib.params import Params, fill, leaf_values
+from shardlib.language.trace import (
+    Executor,
+    Function,
+    Operand,
+    Value,
+    apply,
+    check_dims,
+    tensors,
+    trace_results,
+)
+from shardlib.params import Params, fill
 from shardlib.program import Op
 from shardlib.rules import Rule
 
@@ -45,11 +54,9 @@ def cond(predicate: Operand, yes: Function, no: Function, *args: Operand | Param
         if not isinstance(f, Function):
             raise SpecError(f"cond: a branch is a @sharded function, not {what(f)}")
         check_count(f, args)
-    flat = [v for a in args for v in ([x for _, x in leaf_values(a, "")] if isinstance(a, Params) else [a])]
-    if wrong := [v for v in flat if not isinstance(v, Value)]:
-        raise SpecError(f"cond: {what(wrong[0])} is neither a tensor of the traced function nor a Params")
-    if predicate.tracer.runs:
-        return (yes if bool(predicate.tracer.whole(predicate)) else no)(*args)
+    flat = [v for a in args for v in tensors("cond", a)]
+    if isinstance(tracer := predicate.tracer, Executor):
+        return (yes if bool(tracer.whole(predicate)) else no)(*args)
     (body, results), (orelse, others) = (trace_results(f, list(args)) for f in (yes, no))
     for f, branch in ((yes, body), (no, orelse)):
         for (path, spec), v in zip(branch.arg_leaves(), flat):

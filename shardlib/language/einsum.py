@@ -20,7 +20,7 @@ from shardlib.language.trace import Operand, Value, apply
 from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
-from shardlib.spec import Spec, parse_signature
+from shardlib.spec import Spec, parse_specs
 
 
 def einsum(text: str, *operands: Operand) -> Value:
@@ -56,9 +56,7 @@ def einsum(text: str, *operands: Operand) -> Value:
 @lru_cache(maxsize=4096)
 def check(text: str) -> None:
     """SpecError for a text that is no einsum."""
-    ins, outs = parse_signature(text)
-    if len(outs) != 1 or outs[0] is None or None in ins:
-        raise SpecError(f'einsum "{text}": specs of the operands, "->", and the spec of one result')
+    ins, outs = _specs(text)
     known = {label for s in ins for label in s.labels}
     for label in outs[0].labels:
         if label not in known and not (outs[0].ellipsis and not label):
@@ -66,6 +64,14 @@ def check(text: str) -> None:
     opened = {f.name for s in (*ins, outs[0]) for d in s.dims if len(d.factors) > 1 for f in d.factors}
     if loose := next((n for n in opened if n in known), None):
         raise SpecError(f'einsum "{text}": {loose} stands alone and in a group; a group matches only the same group')
+
+
+def _specs(text: str) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
+    meant = f'einsum "{text}": specs of the operands, "->", and the spec of one result'
+    ins, outs = parse_specs(text, meant)
+    if len(outs) != 1:
+        raise SpecError(meant)
+    return ins, outs
 
 
 def _rule(step: Step) -> Rule:
@@ -127,7 +133,7 @@ def _args(shape: Sequence[int]) -> str:
 
 def pairwise(text: str, size: Mapping[str, int]) -> list[tuple[Spec, ...]]:
     """The contractions, two operands at a time, that opt-einsum finds cheapest: (left, right, result) specs."""
-    ins, outs = parse_signature(text)
+    ins, outs = _specs(text)
     found = _path([list(s.labels) for s in ins], list(outs[0].labels), size)
     by = {d.label: d for s in ins for d in s.dims}
     return [tuple(Spec(tuple(by[n] for n in part)) for part in step[2:]) for step in found]

@@ -34,7 +34,7 @@ from shardlib.local_code import LocalCode
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
-from shardlib.spec import Spec, parse_signature
+from shardlib.spec import Spec, parse_signature, parse_specs
 
 
 def local(text: str, f: Callable, *operands: Operand, dtype: str | Sequence[str] | None = None) -> Any:
@@ -66,7 +66,8 @@ def local(text: str, f: Callable, *operands: Operand, dtype: str | Sequence[str]
 @cache
 def local_op(f: Callable) -> Op:
     """The op that runs `f`. Its types are those of its text: nothing is completed, nothing follows."""
-    return Op("local", rule=lambda s: Rule(), asserted=True, function=f, vjp=_vjp, emit=_emit, keywords={"dtype": _names},
+    return Op("local", rule=lambda s: Rule(), asserted=True, function=f, vjp=lambda b, s, ct: _vjp(f, b, s, ct),
+              emit=lambda e, s, a: _emit(f, e, s, a), keywords={"dtype": _names},
               reads=as_they_come, dtype=lambda d, options: options.get("dtype") or repeat(d[0]))
 
 
@@ -80,11 +81,11 @@ def _names(dtype: Any) -> bool:
     return dtype is None or isinstance(dtype, tuple) and all(isinstance(kind, str) and kind in ITEMSIZE for kind in dtype)
 
 
-def _emit(e: LocalCode, step: Step, args: Sequence[str]) -> str:
+def _emit(f: Callable, e: LocalCode, step: Step, args: Sequence[str]) -> str:
     shapes, kinds = tuple(map(e.shape, step.outs)), step.options.get("dtype", (None,) * len(step.outs))
     if len(kinds) != len(shapes):
         raise SpecError(f"local: dtype names {len(kinds)}, the text has {len(shapes)} results")
-    return f"{e.use(run_local)}({e.use(step.op.function)}, {shapes}, {kinds}, {', '.join(args)})"
+    return f"{e.use(run_local)}({e.use(f)}, {shapes}, {kinds}, {', '.join(args)})"
 
 
 def run_local(f: Callable, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str | None], *operands: Tensor) -> Any:
@@ -149,8 +150,7 @@ def local_vjp(f: Callable, count: int, *args: Tensor) -> Any:
     return made if len(made) > 1 else made[0]
 
 
-def _vjp(b: Steps, step: Step, cotangents: Sequence[str]) -> list[str]:
-    f = step.op.function
+def _vjp(f: Callable, b: Steps, step: Step, cotangents: Sequence[str]) -> list[str]:
     busy = [a for a in b.mesh.axes if any(a in s.split_axes or a in s.owed_axes for s in (*step.ins, *step.outs))]
     kinds = [s.owing(*(a for a in busy if a not in s.split_axes and a not in s.owed_axes)) for s in step.ins]
     return list(b.add(local_vjp_op(f), [*step.inputs, *cotangents], kinds))
@@ -182,7 +182,8 @@ def check_local(text: str, f: Callable, sizes: Mapping[str, int], mesh: Mesh, wh
 
     Operands are drawn at random, fp64, pieces of owed sums too; `f` may write to none of them, in whatever way.
     """
-    ins, outs = (tuple(s.resolve(mesh) for s in side) for side in parse_signature(text))
+    written = parse_specs(text, f'local "{text}": "*" belongs in the signature of a @sharded function')
+    ins, outs = (tuple(s.resolve(mesh) for s in side) for side in written)
     generator = torch.Generator().manual_seed(0)
     for _ in range(trials):
         xs = [torch.randn(mesh.local_shape(s.whole(), sizes, {}), generator=generator, dtype=torch.float64, device="cpu") for s in ins]

@@ -37,7 +37,7 @@ from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec
-from shardlib.wires import Part
+from shardlib.wires import Part, Wire
 
 Coordinate = Mapping[str, int]
 
@@ -46,8 +46,9 @@ Coordinate = Mapping[str, int]
 
 def _communicate(e: LocalCode, step: Step, args: list[str]) -> str:
     """The code of a move over a wire: cut, ask, join."""
-    move, at = step.op, placed(step, e.mesh, e.sizes, e.coordinate)
-    return move.join(at, e.collective(move.wire, at.axes, move.cut(at, args[0]), move.request(at)))
+    at = placed(step, e.mesh, e.sizes, e.coordinate)
+    move = at.move
+    return move.join(at, e.collective(at.wire, at.axes, move.cut(at, args[0]), move.request(at)))
 
 
 def _alone(before: Change, after: Change) -> bool:
@@ -87,12 +88,12 @@ class Move(Op):
     reorders: bool = False
     neighbours: Callable[[Search], Iterator[Spec]]
     merges: Callable[[Change, Change], bool] = _alone
-    axes: Callable[[Change], Axes] | None = None
+    axes: Callable[[Change], Axes] = lambda change: ()
     ordered: bool = False
     cut: Callable[[Placed, str], list[str]] = lambda at, x: [x]
     join: Callable[[Placed, str], str] = lambda at, got: got
-    request: Callable[[Placed], tuple] | None = None
-    root: Callable[[Placed], int] | None = None
+    request: Callable[[Placed], tuple] = lambda at: ()
+    root: Callable[[Placed], int | None] = lambda at: None
     share: Callable[[int], float] | None = None
 
     def group(self, made: Change, mesh: Mesh) -> Axes:
@@ -135,8 +136,15 @@ class Placed:
         return "sum" if self.change.lost[0].kind == "+" else "max"
 
     @property
+    def wire(self) -> Wire:
+        """What its move goes over; of a move that communicates."""
+        if self.move.wire is None:
+            raise TypeError(f"{self.move.name}: nothing is communicated")
+        return self.move.wire
+
+    @property
     def root(self) -> int | None:
-        return self.move.root(self) if self.move.wire.rooted else None
+        return self.move.root(self)
 
     def rows(self, spec: Spec, i: int, at: Coordinate) -> tuple[int, int]:
         """(start, size) along dim i of what a rank has of type `spec`."""
@@ -161,7 +169,7 @@ class Placed:
             return prod(n for _, n in self.passed(at, target, range(len(self.have.dims))).values())
         brings, gets = (prod(self.shape(spec, at)) for spec in (self.have, self.want))
         made = Part(self.mesh.size(self.axes), self.number(at), brings, gets, self.root)
-        if not self.move.wire.many:
+        if not self.wire.many:
             return made
         return replace(made, kept=passes(at), passes=list(map(passes, self.members)))
 
@@ -174,12 +182,12 @@ class Placed:
 
     @property
     def even(self) -> bool:
-        return self.move.wire.even(map(self.part, self.members))
+        return self.wire.even(map(self.part, self.members))
 
     @property
     def received(self) -> int:
         """Elements that this rank receives."""
-        return self.move.wire.received(self.part(self.here))
+        return self.wire.received(self.part(self.here))
 
 
 # -- what is asked of a move ---------------------------------------------------------------------------------
@@ -199,9 +207,15 @@ def check_move(op: Move, have: Spec, want: Spec) -> str | None:
     return None if op.legal(made) else f'it does not lead from "{have}" to "{want}"'
 
 
+def _move(step: Step) -> Move:
+    if not isinstance(step.op, Move):
+        raise TypeError(f"{step.op.name} is no move")
+    return step.op
+
+
 def axes_of(step: Step, mesh: Mesh) -> Axes:
     """The mesh axes over which a collective step communicates, as its group has them."""
-    return step.op.group(change(step.ins[0], step.outs[0]), mesh)
+    return _move(step).group(change(step.ins[0], step.outs[0]), mesh)
 
 
 def cost(move: Move, have: Spec, want: Spec, sizes: Mapping[str, int]) -> float:
@@ -215,7 +229,7 @@ def cost(move: Move, have: Spec, want: Spec, sizes: Mapping[str, int]) -> float:
 def placed(step: Step, mesh: Mesh, sizes: Mapping[str, int], here: Coordinate,
            starts: Mapping[str, Sequence[int]] | None = None) -> Placed:
     """A step that is a move, as the rank at `here` makes it."""
-    return Placed(step.op, step.ins[0], step.outs[0], mesh, sizes, here, starts)
+    return Placed(_move(step), step.ins[0], step.outs[0], mesh, sizes, here, starts)
 
 
 def received(step: Step, mesh: Mesh, sizes: Mapping[str, int], rank: int) -> int:
@@ -241,7 +255,7 @@ def _towards_shard(s: Search) -> Iterator[Spec]:
 
 SHARD = Move(
     "shard", example="`T D -> T/tp D`", does="none: keep the own piece", emit=_shard,
-    legal=lambda c: (c.gained and not (c.shrunk or c.lost or c.new)
+    legal=lambda c: (bool(c.gained) and not (c.shrunk or c.lost or c.new)
                      and not {*c.gained} & {o.axis for o in c.have.owed}),
     neighbours=_towards_shard, merges=_always)
 
@@ -270,7 +284,7 @@ def _towards_owe(s: Search) -> Iterator[Spec]:
 
 OWE = Move(
     "owe", example="`D -> D +tp`, `T/tp D -> T D +tp`", does="none: keep at coordinate 0, or pad with zeros",
-    legal=lambda c: (not (c.grown or c.lost) and c.new and {*c.gone} <= {o.axis for o in c.new}
+    legal=lambda c: (not (c.grown or c.lost) and c.new != () and {*c.gone} <= {o.axis for o in c.new}
                      and all(o.kind == "+" for o in c.new)),
     emit=_owe, neighbours=_towards_owe, merges=_always)
 
@@ -382,7 +396,7 @@ def _towards_permute(s: Search) -> Iterator[Spec]:
 
 PERMUTE = Move(
     "permute", example="`T/x/y D -> T/y/x D`", does="the order of a dim's axes changes",
-    legal=lambda c: c.crossed and not (c.grown or c.shrunk or c.lost or c.new), reorders=True,
+    legal=lambda c: bool(c.crossed) and not (c.grown or c.shrunk or c.lost or c.new), reorders=True,
     neighbours=_towards_permute, axes=lambda c: tuple(a for i in c.dims for a in c.have.dims[i].axes),
     wire=wires.ALL_TO_ALL, share=lambda k: 1.0 if k > 1 else 0.0, cut=_cut, request=_shapes, join=_join)
 

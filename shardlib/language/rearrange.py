@@ -17,7 +17,7 @@ from shardlib.language.trace import Operand, Value, apply
 from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.rules import Rule, RuleError
-from shardlib.spec import Dim, Spec, parse_signature
+from shardlib.spec import Dim, Spec, parse_specs
 
 
 def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
@@ -84,10 +84,11 @@ def rearrange(text: str, x: Operand) -> Value:
         v1 = rearrange("T K/tp H -> (K/tp H) T", q)
         return v1
     """
-    ins, outs = parse_signature(text)
-    if len(ins) != 1 or len(outs) != 1 or None in (*ins, *outs) or sorted(ins[0].names) != sorted(outs[0].names) \
+    meant = f'rearrange "{text}": one spec on each side, with the same names'
+    ins, outs = parse_specs(text, meant)
+    if len(ins) != 1 or len(outs) != 1 or sorted(ins[0].names) != sorted(outs[0].names) \
             or any(not d.factors for s in (ins[0], outs[0]) for d in s.dims):
-        raise SpecError(f'rearrange "{text}": one spec on each side, with the same names')
+        raise SpecError(meant)
     return apply(REARRANGE, (x,), text)
 
 
@@ -106,9 +107,10 @@ def rename(text: str, x: Operand) -> Value:
     tensor([[ 1.,  2.],
             [ 2., 13.]])
     """
-    ins, outs = parse_signature(text)
-    if len(ins) != 1 or len(outs) != 1 or None in (*ins, *outs) or len(ins[0].dims) != len(outs[0].dims):
-        raise SpecError(f'rename "{text}": one spec on each side, with as many dims')
+    meant = f'rename "{text}": one spec on each side, with as many dims'
+    ins, outs = parse_specs(text, meant)
+    if len(ins) != 1 or len(outs) != 1 or len(ins[0].dims) != len(outs[0].dims):
+        raise SpecError(meant)
     return apply(RENAME, (x,), text)
 
 

@@ -23,7 +23,7 @@ from shardlib.local_code import LocalCode
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
-from shardlib.spec import Spec, nameable, parse_signature
+from shardlib.spec import Spec, nameable, parse_specs
 
 
 def _gone(step: Step) -> tuple[str, ...]:
@@ -264,9 +264,10 @@ FROM_RANK = Op("from_rank", takes=("number",), rule=lambda s: Rule(linear=((0,),
 
 
 def _call(op: Op, text: str, x: Operand, lost: int | None = None) -> Value:
-    ins, outs = parse_signature(text)
-    if len(ins) != 1 or len(outs) != 1 or None in (*ins, *outs) or any(n not in ins[0].labels for n in outs[0].labels):
-        raise SpecError(f'{op.name} "{text}": one spec on each side, the right one with some of the dims of the left one')
+    meant = f'{op.name} "{text}": one spec on each side, the right one with some of the dims of the left one'
+    ins, outs = parse_specs(text, meant)
+    if len(ins) != 1 or len(outs) != 1 or any(n not in ins[0].labels for n in outs[0].labels):
+        raise SpecError(meant)
     if lost is not None and len(ins[0].labels) - len(outs[0].labels) != lost:
         raise SpecError(f'{op.name} "{text}": it runs over {lost} dim, the spec drops {len(ins[0].labels) - len(outs[0].labels)}')
     if [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels):

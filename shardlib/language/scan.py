@@ -14,7 +14,16 @@ from typing import Any
 
 from shardlib.errors import SpecError
 from shardlib.language.calls import what
-from shardlib.language.trace import Function, Operand, Value, apply, check_dims, trace_results
+from shardlib.language.trace import (
+    Executor,
+    Function,
+    Operand,
+    Value,
+    apply,
+    check_dims,
+    tensors,
+    trace_results,
+)
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op, Scan
 from shardlib.rules import Rule
@@ -43,20 +52,18 @@ def scan(f: Function, carry: Operand | tuple[Operand, ...], stacked: Any, *const
     """
     if not isinstance(f, Function):
         raise SpecError(f"scan: the body is a @sharded function, not {what(f)}")
-    carries, stacks = (x if isinstance(x, tuple) else (x,) for x in (carry, stacked))
-    if wrong := [c for c in carries if not isinstance(c, Value)] or [carry] * (not carries):
-        raise SpecError(f"scan: the carry is {what(wrong[0])}; it is a tensor of the traced function, or a tuple of them")
-    values = [v for s in stacks for v in _tensors(s)]
+    carries, stacks = _carries(carry), stacked if isinstance(stacked, tuple) else (stacked,)
+    values = [v for s in stacks for v in tensors("scan", s)]
     first = _stacked_dim(values)
-    if carries[0].tracer.runs:
-        return carries[0].tracer.scan(f, carries, stacks, constants, static)
+    if isinstance(tracer := carries[0].tracer, Executor):
+        return tracer.scan(f, carries, stacks, constants, static)
     if len(f.ins) != len(carries) + len(stacks) + len(constants):
         raise SpecError(f"scan: {f.__name__} takes {len(f.ins)} arguments; it gets {'the carry' if len(carries) == 1 else f'{len(carries)} carries'}, {len(stacks)} stacked and "
                         f"{len(constants)} constants")
     body, results = trace_results(f, [*carries, *(_slice(s) for s in stacks), *constants], static)
     if len(body.results) < len(carries) or any(isinstance(r, Params) for r in results[:len(carries)]):
         raise SpecError(f"scan: {f.__name__} returns {len(body.results)}; the first {len(carries)} are the carries, tensors")
-    fixed = [v for c in constants for v in _tensors(c)]
+    fixed = [v for c in constants for v in tensors("scan", c)]
     operands = (*carries, *values, *fixed)
     for i, ((path, spec), v) in enumerate(zip(body.arg_leaves(), operands)):
         stack = len(carries) <= i < len(carries) + len(values)
@@ -67,8 +74,17 @@ def scan(f: Function, carry: Operand | tuple[Operand, ...], stacked: Any, *const
     out = tuple(fill(r, "", lambda _: next(flat)) if isinstance(r, Params) else next(flat) for r in results)
     for tree in out:
         if isinstance(tree, Params):
-            carries[0].tracer.group(tree)
+            tracer.group(tree)
     return out if len(out) > 1 else out[0]
+
+
+def _carries(carry: Any) -> tuple[Value, ...]:
+    given = carry if isinstance(carry, tuple) else (carry,)
+    carries = tuple(c for c in given if isinstance(c, Value))
+    if len(carries) < len(given) or not given:
+        wrong = next((c for c in given if not isinstance(c, Value)), carry)
+        raise SpecError(f"scan: the carry is {what(wrong)}; it is a tensor of the traced function, or a tuple of them")
+    return carries
 
 
 def _stacked_dim(values: list[Value]) -> Dim:
@@ -80,14 +96,6 @@ def _stacked_dim(values: list[Value]) -> Dim:
     if first.axes:
         raise SpecError(f"scan: {first.label} is split over {'/'.join(first.axes)}; a scan over a split dim is a pipeline, which is not built yet")
     return first
-
-
-def _tensors(tree: Any) -> list[Value]:
-    if isinstance(tree, Params):
-        return [v for _, v in leaf_values(tree, "")]
-    if not isinstance(tree, Value):
-        raise SpecError(f"scan: {what(tree)} is neither a tensor of the traced function nor a Params")
-    return [tree]
 
 
 def _slice(tree: Any) -> Any:

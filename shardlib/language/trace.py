@@ -12,6 +12,7 @@ the wrong number of operands, values of another trace.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,7 +32,7 @@ from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values, struct
 from shardlib.program import Op, Program, Result, Step, Struct, check_keywords
 from shardlib.source import Where, is_ours, user_frame, user_line
-from shardlib.spec import Dim, Spec, heading, nameable, parse_signature
+from shardlib.spec import Dim, Spec, heading, nameable, parse_specs
 
 _ACTIVE: ContextVar[Tracer | None] = ContextVar("tracer", default=None)
 RESERVED = (*TABLE, "scan", "sharded", "EXPLICIT", "Params", "Tensor", "param", "stacked", "nested")
@@ -126,9 +127,7 @@ class Function(Signature):
 
 
 class Tracer:
-    """Records steps. One that `runs` executes them instead (`shardlib.step`). Values are numbered; names are given at the end, from the user's variables where it has them."""
-
-    runs = False
+    """Records steps. Values are numbered; names are given at the end, from the user's variables where it has them."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -193,6 +192,23 @@ class Tracer:
                        tuple(_result(tree, value, final) for tree, value in results), where=where)
 
 
+class Executor(Tracer, ABC):
+    """Executes each op as it is called, in place of recording it (`shardlib.step`)."""
+
+    @abstractmethod
+    def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any]) -> Any:
+        """Execute one call."""
+
+    @abstractmethod
+    def whole(self, value: Value) -> Tensor:
+        """The scalar `value`, with what it owes paid."""
+
+    @abstractmethod
+    def scan(self, f: Function, carries: tuple[Value, ...], stacks: Sequence[Any], constants: Sequence[Any],
+             static: dict[str, Any]) -> Any:
+        """Run the body of a scan, once for each slice of the stacked."""
+
+
 def fresh(base: str, taken: set[str]) -> str:
     """A name that is not yet in `taken`, like `base`; it is added."""
     name = base if nameable(base) and base not in taken else next(n for i in count(2 if base else 1) if (n := f"{base or 'v'}{i}") not in taken)
@@ -206,6 +222,14 @@ def _values(value: Any) -> list[tuple[str, Value]]:
     if isinstance(value, Params):
         return [(path, v) for path, v in leaf_values(value, "") if isinstance(v, Value)]
     return []
+
+
+def tensors(op: str, tree: Any) -> list[Value]:
+    """Those of an operand of a scan or a cond: a traced value, or a pytree of them."""
+    found = [v for _, v in leaf_values(tree, "")] if isinstance(tree, Params) else [tree]
+    if wrong := [v for v in found if not isinstance(v, Value)]:
+        raise SpecError(f"{op}: {what(wrong[0])} is neither a tensor of the traced function nor a Params")
+    return found
 
 
 def _result(tree: Any, value: Any, final: dict[str, str]) -> Result:
@@ -266,7 +290,7 @@ def _argument(tracer: Tracer, name: str, tree: Any, hint: Any, given: Any) -> An
 
 
 def _fill_struct(tracer: Tracer, cls: type[Params], tree: Struct, path: str) -> Any:
-    kinds = {f.name: f.metadata.get("of") for f in dataclasses.fields(cls)}
+    kinds = {f.name: f.metadata["of"] for f in dataclasses.fields(cls) if "of" in f.metadata}
     return cls(**{n: _fill_struct(tracer, kinds[n], sub, f"{path}.{n}") if isinstance(sub, Struct)
                   else tracer.new(sub, f"{path}.{n}") for n, sub in tree.fields})
 
@@ -282,7 +306,7 @@ def _checked_results(f: Function, results: Any) -> list[tuple[Any, Any]]:
     given = results if isinstance(results, tuple) else (results,)
     if len(given) != len(f.outs):
         raise SpecError(f'{f.__name__}: it returns {len(given)}, its signature "{f.signature}" names {len(f.outs)} results')
-    out = []
+    out: list[tuple[Any, Any]] = []
     for spec, value in zip(f.outs, given):
         if spec is None:
             if not isinstance(value, Params):
@@ -290,12 +314,17 @@ def _checked_results(f: Function, results: Any) -> list[tuple[Any, Any]]:
             for path, leaf in leaf_values(value, ""):
                 if not isinstance(leaf, Value):
                     raise SpecError(f'{f.__name__}: {path[1:]} of result "*" is {what(leaf)}, not a tensor of the traced function')
-            tree = struct(fill(value, "", lambda p, v=dict(leaf_values(value, "")): v[p].spec))
-            out.append((tree, value))
+            out.append((_types(value), value))
         else:
             check_dims(f"{f.__name__}: the result", spec, value)
             out.append((spec, value))
     return out
+
+
+def _types(tree: Params) -> Struct:
+    """The specs of a pytree of traced values."""
+    values = dict(leaf_values(tree, ""))
+    return struct(fill(tree, "", lambda path: values[path].spec))
 
 
 def _inline(tracer: Tracer, f: Function, args: Sequence[Any], static: dict[str, Any]) -> Any:
@@ -327,7 +356,7 @@ def apply(op: Op, operands: Sequence[Any], text: str | None = None, *, ins: Sequ
     tracer = _ACTIVE.get()
     if tracer is None:
         raise SpecError(f"{op.name} was called outside of a @sharded function; put the computation into one, and call that")
-    if tracer.runs:
+    if isinstance(tracer, Executor):
         return tracer.run(op, operands, text, ins, outs, attrs)
     frame = user_frame()
     said = tracer.notice(frame)
@@ -338,21 +367,25 @@ def apply(op: Op, operands: Sequence[Any], text: str | None = None, *, ins: Sequ
             name = next((n for n, value in frame.f_locals.items() if value is x), f"operand {i + 1}")
             raise SpecError(f"{op.name}: {name} belongs to another trace; a function takes all it uses as arguments")
     names = tuple(said.get(v.id, "") for v in operands)
-    where = Where.of(frame)
-    if text is not None:
-        ins, outs = bind(op.name, text, operands, names)
-    elif ins is None:
-        ins = tuple(v.spec.whole() for v in operands)
-        outs = op.infer(ins, attrs)
-    made = tracer.record(op, operands, ins, outs, attrs, body, where, names, called, orelse)
+    ins, outs = specs_of(op, operands, text, ins, outs, attrs, names)
+    made = tracer.record(op, operands, ins, outs, attrs, body, Where.of(frame), names, called, orelse)
     return made if len(made) != 1 else made[0]
+
+
+def specs_of(op: Op, operands: Sequence[Value], text: str | None, ins: Sequence[Spec] | None, outs: Sequence[Spec] | None,
+             attrs: dict[str, Any], names: Sequence[str]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
+    """Of a call's operands and results: those of its text, those given, or whole operands and what the op infers from them."""
+    if text is not None:
+        return bind(op.name, text, operands, names)
+    if ins is not None and outs is not None:
+        return tuple(ins), tuple(outs)
+    whole = tuple(v.spec.whole() for v in operands)
+    return whole, op.inferred(whole, attrs)
 
 
 def bind(op: str, text: str, operands: Sequence[Value], names: Sequence[str]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
     """Operand and result specs of `text`, its dims checked against the operands', "..." replaced by the dims it stands for."""
-    ins, outs = parse_signature(text)
-    if None in ins or None in outs:
-        raise SpecError(f'{op} "{text}": "*" belongs in the signature of a @sharded function')
+    ins, outs = parse_specs(text, f'{op} "{text}": "*" belongs in the signature of a @sharded function')
     if len(ins) != len(operands):
         raise SpecError(f'{op} "{text}": the text has {len(ins)} operand specs, {len(operands)} operands were given')
     dots: tuple[Dim, ...] | None = None
@@ -366,7 +399,7 @@ def bind(op: str, text: str, operands: Sequence[Value], names: Sequence[str]) ->
         raise SpecError(f'{op} "{text}": "..." in the result stands for dims of an operand, and no operand has it')
 
     def open_(spec: Spec) -> Spec:
-        return Spec((*dots, *spec.dims), spec.owed) if spec.ellipsis else spec
+        return Spec((*(dots or ()), *spec.dims), spec.owed) if spec.ellipsis else spec
     ins, outs = tuple(map(open_, ins)), tuple(map(open_, outs))
     for i, (spec, value) in enumerate(zip(ins, operands)):
         check_dims(f'{op} "{text}": {names[i] or f"operand {i + 1}"}', spec, value)

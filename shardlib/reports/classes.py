@@ -101,8 +101,8 @@ def classes_of(mesh: Mesh, specs: Iterable[Spec], sizes: Mapping[str, int]) -> C
             cuts[axis] |= {size % k for size in reached}
             reached = {size // k + more for size in reached for more in ((0, 1) if size % k else (0,))}
     for owed in {o: None for spec in specs for o in spec.owed if o.kind == "@"}:
-        at = mesh.axes[owed.axis] - 1 if owed.at == "last" else owed.at
-        cuts[owed.axis] |= {at, at + 1}
+        at = owed.coordinate(mesh.axes[owed.axis])
+        cuts[owed.axis] |= {at, at + 1} if at is not None else set()
     return Classes(mesh, dict.fromkeys(mesh.axes, (0,))).cut(cuts)
 
 

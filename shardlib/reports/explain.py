@@ -199,14 +199,14 @@ def _classes(program: Program, mesh: Mesh, sizes: Mapping[str, int]) -> Classes:
         for axis in (a for i in at.change.crossed for a in at.have.dims[i].axes):
             cuts[axis] |= set(range(mesh.axes[axis]))
         brought = {prod(at.shape(at.have, c)) for c in found.firsts}
-        for turn in {at.move.wire.turn(n, mesh.size(at.axes)) for n in brought} - {0}:
+        for turn in {at.wire.turn(n, mesh.size(at.axes)) for n in brought} - {0}:
             for axis in reversed(at.axes):                              # the coordinates of that member
                 turn, digit = divmod(turn, mesh.axes[axis])
                 cuts[axis] |= {digit, digit + 1}
     return found.cut(cuts)
 
 
-def _routed(traffic: Sequence[tuple[Traffic, Call]], runtime: Runtime, cost: CostModel) -> tuple[tuple[tuple[Traffic, Call], ...], str]:
+def _routed(traffic: Sequence[tuple[Traffic, Call]], runtime: Runtime, cost: CostModel) -> tuple[list[tuple[Traffic, Call]], str]:
     """The same with who takes each, and µs by the routing table where it has them; and where the times come from."""
     runtime.create_groups(dict.fromkeys(t.axes for t, _ in traffic))
     made, measured = [], 0
@@ -217,7 +217,7 @@ def _routed(traffic: Sequence[tuple[Traffic, Call]], runtime: Runtime, cost: Cos
         made.append((replace(t, communicator=choice.communicator, choice=f"{t.op} of {bytes_text(max(call.nbytes, 0))}: {choice.why}",
                              predicted_us=t.predicted_us if choice.us is None else choice.us), call))
     assumed = f"; {len(made) - measured} of {len(made)}: {cost.source}" if measured < len(made) else ""
-    return tuple(made), f"{runtime.table.source}{assumed}" if measured else cost.source
+    return made, f"{runtime.table.source}{assumed}" if measured else cost.source
 
 
 def _unmet(program: Program) -> tuple[str, ...]:
@@ -267,12 +267,12 @@ def _branches(step: Step, branch: str) -> tuple[str, ...]:
     """What the rows of a step's bodies say of the branch that they are in; `branch`: of the step itself."""
     if step.op is not COND:
         return (branch,)
-    around, on = branch and f"{branch}, ", step.inputs[0]
-    return f"{around}{step.body.name} if {on}", f"{around}{step.orelse.name} if not {on}"
+    around, on, (yes, no) = branch and f"{branch}, ", step.inputs[0], step.bodies
+    return f"{around}{yes.name} if {on}", f"{around}{no.name} if not {on}"
 
 
 def _call(at: Placed, dtype: str) -> Call:
     """What a move asks of a GroupCoordinator."""
-    wire, even = at.move.wire, at.even
+    wire, even = at.wire, at.even
     nbytes = wire.whole(at.part(at.here)) * ITEMSIZE[dtype] if even or not wire.many else -1
     return Call(wire.name, at.kind if wire.reduces else None, getattr(torch, dtype), "cpu", nbytes, even)

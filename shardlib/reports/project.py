@@ -43,6 +43,11 @@ class Call:
     root: int | None = None
     step: str = ""
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Those that its group is over, in the calls of a class."""
+        return tuple(a for a in self.group if isinstance(a, str))
+
     def __str__(self) -> str:
         ranks = " ".join(map(str, self.group)) if len(self.group) <= NAMED else \
             f"{' '.join(map(str, self.group[:3]))} .. {self.group[-1]} ({len(self.group)} ranks)"
@@ -102,7 +107,7 @@ def project(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], d
             default: str = "float32") -> list[Call]:
     """The collectives of `rank`, scans unrolled. `dtypes`: of arguments by path, where they are not the default or int64 indices."""
     found = _calls(program, mesh, sizes, value_dtypes(program, dtypes or {}, default), mesh.coordinate(rank))
-    return [replace(call, group=mesh.group(call.group, rank)) for call in unrolled(found)]
+    return [replace(call, group=mesh.group(call.axes, rank)) for call in unrolled(found)]
 
 
 def project_classes(program: Program, classes: Classes, sizes: Mapping[str, int],

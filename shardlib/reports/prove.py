@@ -64,7 +64,7 @@ def check_branches(program: Program) -> None:
             check_branches(body)
         if step.op is COND and step.ins[0].owed and any(_communicates(b) for b in step.bodies):
             raise SpecError(f"cond on {step.inputs[0]}, which is {step.ins[0]}: ranks that see different pieces of it part ways before "
-                            f"the collectives of {step.body.name} and {step.orelse.name}")
+                            f"the collectives of {' and '.join(b.name for b in step.bodies)}")
 
 
 def _communicates(program: Program) -> bool:
@@ -75,7 +75,7 @@ def match(classes: Classes, calls: Sequence[Calls]) -> Proof:
     """Match the classes' calls. SpecError, naming ranks and steps, where their ranks cannot all end."""
     for c, made in enumerate(calls):
         for call in _each(made):
-            mine = dict(zip(classes.peers(c, call.group), call.shapes)).get(c)
+            mine = dict(zip(classes.peers(c, call.axes), call.shapes)).get(c)
             if mine is not None and call.numel != prod(mine):
                 raise SpecError(f"{_say(classes, c, call)}; its piece has shape {mine}")
     said = "\n".join([f"{classes.mesh} {dict(classes.starts)}", *map(_text, calls)])
@@ -93,43 +93,48 @@ class _Matching:
         work = deque(range(len(self.classes)))
         while work or (work := deque(self._come_to_a_scan())):
             c = work.popleft()
-            call = self._next(c)
-            if not isinstance(call, Call):
+            call = self._call(c)
+            if call is None:
                 continue
-            group = self.classes.peers(c, call.group)
-            if all(isinstance(other := self._next(m), Call) and other.group == call.group for m in group):
-                self._meet(c, group)
+            group = self.classes.peers(c, call.axes)
+            if all((other := self._call(m)) is not None and other.group == call.group for m in group):
+                self._meet(c, call, group)
                 work.extend(group)
         return self.done
 
     def _next(self, c: int) -> Call | Repeat | None:
         return self.calls[c][self.at[c]] if self.at[c] < len(self.calls[c]) else None
 
-    def _meet(self, c: int, group: Sequence[int]) -> None:
-        """All of the group have come to a collective over the same axes; it is the same one, and happens."""
+    def _call(self, c: int) -> Call | None:
+        """The collective that a class has come to; None where it has come to a scan, or ended."""
         call = self._next(c)
-        wrong = next((m for m in group if not call.same(self._next(m))), None)
-        if wrong is not None:
-            both = " and ".join(str(_rank(self.classes, m)) for m in (c, wrong))
-            raise SpecError(f"ranks {both} meet in different collectives: "
-                            f"{_say(self.classes, c, call)}; {_say(self.classes, wrong, self._next(wrong))}")
-        self.done += self.classes.groups(c, call.group)
+        return call if isinstance(call, Call) else None
+
+    def _meet(self, c: int, call: Call, group: Sequence[int]) -> None:
+        """All of the group have come to a collective over the same axes; it is the same one, and happens."""
+        for m in group:
+            other = self._call(m)
+            if other is not None and not call.same(other):
+                both = " and ".join(str(_rank(self.classes, n)) for n in (c, m))
+                raise SpecError(f"ranks {both} meet in different collectives: "
+                                f"{_say(self.classes, c, call)}; {_say(self.classes, m, other)}")
+        self.done += self.classes.groups(c, call.axes)
         for m in group:
             self.at[m] += 1
 
     def _come_to_a_scan(self) -> Iterable[int]:
         """Nothing happens outside of scans any more: those before one go in. Who then has something to do."""
         heads = [self._next(c) for c in range(len(self.classes))]
-        inside = [c for c, head in enumerate(heads) if isinstance(head, Repeat)]
-        if len(inside) == len(heads) and self._together(heads):
+        inside = {c: head for c, head in enumerate(heads) if isinstance(head, Repeat)}
+        if len(inside) == len(heads) and self._together([*inside.values()]):
             self.at = [i + 1 for i in self.at]
             return inside
         if not inside and any(heads):
             raise SpecError("the ranks part ways: " + "; ".join(
-                _say(self.classes, c, head) if head else f"rank {_rank(self.classes, c)} has ended"
+                _say(self.classes, c, head) if isinstance(head, Call) else f"rank {_rank(self.classes, c)} has ended"
                 for c, head in enumerate(heads)))
-        for c in inside:
-            self.calls[c][self.at[c]:self.at[c] + 1] = heads[c].unrolled()
+        for c, scan in inside.items():
+            self.calls[c][self.at[c]:self.at[c] + 1] = scan.unrolled()
         return inside
 
     def _together(self, scans: Sequence[Repeat]) -> bool:
@@ -163,5 +168,5 @@ def _rank(classes: Classes, c: int) -> int:
 
 def _say(classes: Classes, c: int, call: Call) -> str:
     rank = _rank(classes, c)
-    ranks = replace(call, group=classes.mesh.group(call.group, rank))
+    ranks = replace(call, group=classes.mesh.group(call.axes, rank))
     return f"rank {rank} is in {ranks}{f' at {call.step}' if call.step else ''}"

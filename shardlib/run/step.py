@@ -22,12 +22,12 @@ from shardlib.language.calls import check_given, check_tensors
 from shardlib.language.rearrange import RENAME
 from shardlib.language.trace import (
     RESHARD,
+    Executor,
     Function,
-    Tracer,
     Value,
     active,
-    bind,
     raise_at_user_line,
+    specs_of,
 )
 from shardlib.layout import Layout
 from shardlib.lowering.emit import Emitter, load
@@ -48,9 +48,8 @@ def _place() -> tuple[Any, int]:
     return frame.f_code, frame.f_lasti
 
 
-class Stepper(Tracer):
+class Stepper(Executor):
     """Executes each op as it is called. `recipes`: what was worked out before, at the same sizes."""
-    runs = True
 
     def __init__(self, runtime: Runtime, layout: Layout, sizes: Sizes, recipes: dict) -> None:
         super().__init__()
@@ -91,11 +90,7 @@ class Stepper(Tracer):
         frame = user_frame()
         said = tuple(next((n for n, value in frame.f_locals.items() if value is x), "") for x in operands)
         names = tuple(f"i{i}" for i in range(len(operands)))
-        if text is not None:
-            ins, outs = bind(op.name, text, operands, said)
-        elif ins is None:
-            ins = tuple(v.spec.whole() for v in operands)
-            outs = op.infer(ins, attrs)
+        ins, outs = specs_of(op, operands, text, ins, outs, attrs, said)
         made = tuple(f"o{i}" for i in range(len(outs)))
         step = Step(op, ins, outs, names, made, tuple(sorted(attrs.items())), where=Where.of(frame), said=said)
         given = {n: _name(x.local.dtype) for n, x in zip(names, operands)}
