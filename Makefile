@@ -40,6 +40,9 @@ demo: $(VENV)/.demo ## a language model, tensor parallel over 3 processes of thi
 	@SHARDLIB_ERROR_FILE=$(VENV)/error OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 3 -m shardlib.models.generate \
 	  --model smollm2 --mesh tp=3 --prompt "$(PROMPT)" --max-new-tokens 48 $(ARGS) || { cat $(VENV)/error >&2; exit 1; }
 
+test-fast: $(VENV)/.test ## what proves most in two minutes: the language, types, errors, programs on all ranks of small meshes
+	$(BIN)/python -m pytest --import-mode=importlib -q $(FAST) $(ARGS)
+
 test: $(VENV)/.test ## every test that needs no GPU
 	$(BIN)/python -m pytest --import-mode=importlib -q tests --ignore=tests/gpu $(ARGS)
 
@@ -106,4 +109,4 @@ for line in sys.stdin:
 endef
 export REUSE
 
-.PHONY: help demo test test-gpu mutants bench clean distclean
+.PHONY: help demo test-fast test test-gpu mutants bench clean distclean
