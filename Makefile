@@ -28,6 +28,11 @@ DOWNLOADS = \
 else
 $(error TORCH is '$(TORCH)'; it may be 'pinned' (the default) or 'installed')
 endif
+FAST := $(addprefix tests/,test_spec.py test_mesh.py test_layout.py test_errors.py test_api.py test_readme.py \
+  test_packaging.py language compiler/test_passes.py compiler/test_pack.py compiler/test_grad.py \
+  reports/test_explain.py reports/test_classes.py run/test_failures.py run/test_wrt.py lowering/test_in_place.py \
+  test_rules_oracle.py models/test_llama.py) \
+  -k "not wheel and not prefill and (not test_rules_oracle or one_axis and 2 or every or alike or page)"
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c $(PINS)
 
@@ -39,6 +44,9 @@ demo: $(VENV)/.demo ## a language model, tensor parallel over 3 processes of thi
 	@echo '== starting 3 processes'; rm -f $(VENV)/error
 	@SHARDLIB_ERROR_FILE=$(VENV)/error OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 3 -m shardlib.models.generate \
 	  --model smollm2 --mesh tp=3 --prompt "$(PROMPT)" --max-new-tokens 48 $(ARGS) || { cat $(VENV)/error >&2; exit 1; }
+
+test-fast: $(VENV)/.test ## what proves most in two minutes: types, rules on two ranks, errors, the compiler, Llama on meshes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --import-mode=importlib -q $(FAST) $(ARGS)
 
 test: $(VENV)/.test ## every test that needs no GPU
 	$(BIN)/python -m pytest --import-mode=importlib -q tests --ignore=tests/gpu $(ARGS)
@@ -106,4 +114,4 @@ for line in sys.stdin:
 endef
 export REUSE
 
-.PHONY: help demo test test-gpu mutants bench clean distclean
+.PHONY: help demo test-fast test test-gpu mutants bench clean distclean
