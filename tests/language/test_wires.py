@@ -1,4 +1,5 @@
-"""A move is one record, a wire another: one more of each, made here, works in whatever plans, runs and reports."""
+"""A move is one record, a wire another: one more of each, made here, works in whatever plans,
+runs and reports."""
 from __future__ import annotations
 
 import inspect
@@ -79,7 +80,8 @@ def test_ranks_in_one_process_make_it(program: Program) -> None:
     x, log = torch.arange(20.0).view(5, 4), []
     pieces = [x[:3] if c["dp"] == 0 else x[3:] for c in MESH.coordinates()]
     held = [c["tp"] == 2 for c in MESH.coordinates()]
-    made = simulate(program, MESH, [{"v0": p if h else p + torch.nan} for p, h in zip(pieces, held)], SIZES, log)
+    made = simulate(program, MESH, [{"v0": p if h else p + torch.nan} for p, h in zip(pieces, held)], SIZES,
+                    log)
     assert torch.equal(join([r["0"] for r in made], WHOLE, SIZES, MESH), x)
     assert sorted((group, method) for group, method, _ in log) == [
         ((0, 1, 2), "broadcast"), *(((i, i + 3), "all_gather") for i in range(3)), ((3, 4, 5), "broadcast")]

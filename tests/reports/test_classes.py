@@ -1,4 +1,5 @@
-"""Classes of ranks: all ranks of one hold pieces of one size, and no axis is cut where sizes do not change."""
+"""Classes of ranks: all ranks of one hold pieces of one size,
+and no axis is cut where sizes do not change."""
 from __future__ import annotations
 
 import itertools
@@ -28,7 +29,8 @@ def test_ranks_of_a_class_hold_pieces_of_one_size(order: tuple[str, ...]) -> Non
 
 def test_what_one_coordinate_holds_is_a_class_of_its_own() -> None:
     mesh = Mesh(pp=5, tp=2)
-    assert classes_of(mesh, [parse("N @pp:2"), parse("N +tp")], dict(N=4)).starts == {"pp": (0, 2, 3), "tp": (0,)}
+    assert classes_of(mesh, [parse("N @pp:2"), parse("N +tp")],
+                      dict(N=4)).starts == {"pp": (0, 2, 3), "tp": (0,)}
     assert classes_of(mesh, [parse("N @pp:last")], dict(N=4)).starts == {"pp": (0, 4), "tp": (0,)}
 
 
@@ -55,7 +57,8 @@ def test_who_meets_whom(axes: tuple[str, ...]) -> None:
 
 def test_plain_data() -> None:
     few, many = (Classes(Mesh(a=n, b=2), {"a": (0, 3, 4), "b": (0,)}) for n in (LISTED // 2, LISTED))
-    assert PerRank(few, (1, 2, 1)).plain() == list(PerRank(few, (1, 2, 1)).by_rank) == [1] * 6 + [2] * 2 + [1] * (LISTED - 8)
+    assert (PerRank(few, (1, 2, 1)).plain() == list(PerRank(few, (1, 2, 1)).by_rank) == [1] * 6 + [2] * 2
+            + [1] * (LISTED - 8))
     assert PerRank(many, (1, 2, 1)).plain() == [
         {"bytes": 2, "ranks": 2, "where": ["a=3,b=0-1"]},
         {"bytes": 1, "ranks": 2 * LISTED - 2, "where": ["a=0-2,b=0-1", f"a=4-{LISTED - 1},b=0-1"]}]
