@@ -3,7 +3,7 @@ one kernel beside a collective and a norm, in one run, by graph replay.
 
     torchrun --nproc-per-node 4 benchmarks/fused_norm.py          on the GPUs: writes results/fused_norm.json
     torchrun --nproc-per-node 4 benchmarks/fused_norm.py sweep    every grid: what `grid_of_rows` in
-                                                                      shardlib/ops/nvlink.py is taken from
+                                                                  shardlib/ops/nvlink.py is taken from
 
 A figure is the median over rounds of the slowest rank's µs a call, of 20 calls one after another in a CUDA
 graph, bf16. The peers are torch's all_reduces, their input in symmetric memory already, each with our own

@@ -1,7 +1,7 @@
 """Generate text: `python -m shardlib.models.generate --prompt "..."`, alone or under torchrun with a mesh.
 
-    torchrun --nproc-per-node 3 -m shardlib.models.generate --model smollm2 --mesh tp=3 --prompt "The capital
-    of France is"
+    torchrun --nproc-per-node 3 -m shardlib.models.generate --model smollm2 --mesh tp=3 \\
+        --prompt "The capital of France is"
 
 Rank 0 reads the headers and the tokenizer, and tells the others; each rank reads the bytes of its own shards.
 Progress goes to stderr, text to stdout; `--json` prints one object for machines. `--plan` prints every

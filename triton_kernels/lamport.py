@@ -11,8 +11,8 @@ A slot holds what the other ranks send, one after another (`place`); what a rank
 
 Why this is safe: whoever pushes for call n has finished call n - 1, so it has everybody's data of call n - 1,
 and a rank pushes that only after its whole call n - 2, with the clearing of slot (n - 3) % 3 = n % 3, is done
-(a kernel ends with all its stores performed). Two slots are not enough: then call n would clear what call n +
-1 already receives.
+(a kernel ends with all its stores performed). Two slots are not enough: then call n would clear what call
+n + 1 already receives.
 Every quad is pushed once: a second copy could come when the first has been read and cleared.
 
 EMPTY is 0x7FFF7FFF, a NaN in float32 and a pair of NaNs in float16 and bfloat16. What is added up and equals

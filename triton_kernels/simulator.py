@@ -14,8 +14,8 @@ weak as a GPU's:
   an address never go back in time
 - a rank starts its blocks in order, and holds at most `resident` of them at once
 
-    Simulation(seed=3).run([lambda: one_shot(x0, workspace0, blocks=2), lambda: one_shot(x1, workspace1,
-    blocks=2)])
+    Simulation(seed=3).run([lambda: one_shot(x0, workspace0, blocks=2),
+                            lambda: one_shot(x1, workspace1, blocks=2)])
 
 returns what each rank returned. `Deadlock` says who waits for ever. A pass is evidence, not proof: this is a
 model, without the ordering of copy engines and without threads of a block that part ways; what it finds is

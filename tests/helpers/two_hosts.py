@@ -3,7 +3,7 @@
     with two_hosts() as hosts:
         job = hosts.torchrun(folder, [WORKER, folder])  # torchrun --nnodes 2 --nproc-per-node 2, on each host
         job.end()                                       # AssertionError if it does not in time
-        job.said(3, "stdout")                                   # by rank
+        job.said(3, "stdout")                           # by rank
         hosts.cut_cable()
 
 A host has a network, a host name, a /dev/shm, and process numbers of its own; files are those of the machine,
