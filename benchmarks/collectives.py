@@ -1,11 +1,14 @@
-"""Collectives between GPUs of one host: ours beside NCCL and torch's symmetric memory kernels, in one run, by graph replay.
+"""Collectives between GPUs of one host: ours beside NCCL and torch's symmetric memory kernels, in one run,
+by graph replay.
 
-    torchrun --nproc-per-node 2 benchmarks/collectives.py       on the GPUs: adds the rows of groups of 2 to results/collectives.json
+    torchrun --nproc-per-node 2 benchmarks/collectives.py       on the GPUs: adds the rows of groups of 2
+                                                                to results/collectives.json
     python benchmarks/collectives.py                            draws results/collectives.svg of what is there
 
-A figure is the median over rounds of the slowest rank's µs a call, of calls one after another in a CUDA graph. The floor is an empty
-kernel in a graph (0.64 µs), each trip from GPU to GPU (0.75 µs), and the bytes at what a copy engine reaches (365 GB/s), all three
-measured on H200; of the ways to do a collective, the one whose floor is lowest.
+A figure is the median over rounds of the slowest rank's µs a call, of calls one after another in a CUDA
+graph. The floor is an empty kernel in a graph (0.64 µs), each trip from GPU to GPU (0.75 µs), and the bytes
+at what a copy engine reaches (365 GB/s), all three measured on H200; of the ways to do a collective, the one
+whose floor is lowest.
 """
 from __future__ import annotations
 
@@ -48,12 +51,15 @@ def torch_kernels(group: Any, name: str, x: torch.Tensor) -> dict[str, Callable[
 
 
 def nccl_calls(group: Any, name: str, x: torch.Tensor) -> Callable[[], Any]:
-    """NCCL through torch.distributed at its best: in place where it can be, into a buffer that is there already."""
+    """NCCL through torch.distributed at its best: in place where it can be,
+    into a buffer that is there already."""
     import torch.distributed as dist
     pg, n = group.device_group, group.world_size
     piece, out = x[:x.numel() // n].clone(), torch.empty_like(x)
-    return {"all_reduce": lambda: dist.all_reduce(out, group=pg), "reduce_scatter": lambda: dist.reduce_scatter_tensor(piece, x, group=pg),
-            "all_gather": lambda: dist.all_gather_into_tensor(out, piece, group=pg), "all_to_all": lambda: dist.all_to_all_single(out, x, group=pg)}[name]
+    return {"all_reduce": lambda: dist.all_reduce(out, group=pg),
+            "reduce_scatter": lambda: dist.reduce_scatter_tensor(piece, x, group=pg),
+            "all_gather": lambda: dist.all_gather_into_tensor(out, piece, group=pg),
+            "all_to_all": lambda: dist.all_to_all_single(out, x, group=pg)}[name]
 
 
 def measure() -> None:
@@ -72,14 +78,20 @@ def measure() -> None:
         ours, direct = made["NVLink"], made.get("NCCL")
         for name in NAMES:
             for nbytes in SIZES:
-                x = torch.randn(nbytes // (16 * n) * 16 * n // DTYPE.itemsize, device=group.device, dtype=DTYPE)      # whole quads a piece
-                contestants = {"ours": call_of(name, ours, group, x), "NCCL": nccl_calls(group, name, x), **torch_kernels(group, name, x)}
+                # whole quads a piece
+                x = torch.randn(nbytes // (16 * n) * 16 * n // DTYPE.itemsize, device=group.device,
+                                dtype=DTYPE)
+                contestants = {"ours": call_of(name, ours, group, x), "NCCL": nccl_calls(group, name, x),
+                               **torch_kernels(group, name, x)}
                 if direct is not None:
                     contestants["NCCL by nccl4py"] = call_of(name, direct, group, x)
                 calls = 20 if nbytes <= 4 << 20 else 8
-                us = {who: time_on_gpu(call, group, calls, capturing=True) for who, call in contestants.items()}
-                rows.append(row(f"{name}, {n} GPUs, {x.nbytes} B", "µs", us.pop("ours"), us, floor(name, n, x.nbytes)) | {
-                    "collective": name, "gpus": n, "bytes": x.nbytes, "readme": nbytes in README.get(n, ())})
+                us = {who: time_on_gpu(call, group, calls, capturing=True)
+                      for who, call in contestants.items()}
+                rows.append(row(f"{name}, {n} GPUs, {x.nbytes} B", "µs", us.pop("ours"), us,
+                                floor(name, n, x.nbytes)) | {
+                                    "collective": name, "gpus": n, "bytes": x.nbytes,
+                                    "readme": nbytes in README.get(n, ())})
                 if runtime.rank == 0:
                     r = rows[-1]
                     print(r["case"], r["ours"], r["peers"], "floor", r["floor"], flush=True)
@@ -93,8 +105,10 @@ def save(rows: list[dict], n: int, workspace_bytes: int) -> None:
     old = json.loads(file.read_text()) if file.exists() else {"rows": []}
     for r in rows:
         r.update(hardware=hardware(), commit=commit())
-    rows = sorted([r for r in old["rows"] if r["gpus"] != n] + rows, key=lambda r: (r["gpus"], NAMES.index(r["collective"]), r["bytes"]))
-    record = {"hardware": of_all(rows, "hardware"), "versions": versions() | {"nccl": ".".join(map(str, torch.cuda.nccl.version()))},
+    rows = sorted([r for r in old["rows"] if r["gpus"] != n] + rows,
+                  key=lambda r: (r["gpus"], NAMES.index(r["collective"]), r["bytes"]))
+    record = {"hardware": of_all(rows, "hardware"),
+              "versions": versions() | {"nccl": ".".join(map(str, torch.cuda.nccl.version()))},
               "commit": of_all(rows, "commit"), "date": datetime.date.today().isoformat(),
               "workspace_bytes": {**old.get("workspace_bytes", {}), str(n): workspace_bytes}, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
@@ -102,15 +116,18 @@ def save(rows: list[dict], n: int, workspace_bytes: int) -> None:
 
 
 def draw() -> None:
-    """µs, and GB/s of the whole tensor, over bytes: a column for each collective, a pair of rows for each number of GPUs."""
+    """µs, and GB/s of the whole tensor, over bytes: a column for each collective,
+    a pair of rows for each number of GPUs."""
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"svg.hashsalt": "shardlib", "svg.fonttype": "none"})
     record = json.loads((RESULTS / "collectives.json").read_text())
     counts = sorted({r["gpus"] for r in record["rows"]})
-    figure, axes = plt.subplots(2 * len(counts), len(NAMES), figsize=(4.2 * len(NAMES), 6.4 * len(counts)), sharex=True, squeeze=False)
-    styles = {"shardlib": ("C3", 2.2), "NCCL": ("C0", 1.4), "torch one-shot": ("C1", 1.4), "torch two-shot": ("C2", 1.4), "NCCL by nccl4py": ("C9", 1.0), "floor": ("0.6", 1.0)}
+    figure, axes = plt.subplots(2 * len(counts), len(NAMES), figsize=(4.2 * len(NAMES), 6.4 * len(counts)),
+                                sharex=True, squeeze=False)
+    styles = {"shardlib": ("C3", 2.2), "NCCL": ("C0", 1.4), "torch one-shot": ("C1", 1.4),
+              "torch two-shot": ("C2", 1.4), "NCCL by nccl4py": ("C9", 1.0), "floor": ("0.6", 1.0)}
     for i, n in enumerate(counts):
         for j, name in enumerate(NAMES):
             rows = [r for r in record["rows"] if r["gpus"] == n and r["collective"] == name]
@@ -121,7 +138,8 @@ def draw() -> None:
             for who, points in series.items():
                 color, width = styles[who]
                 sizes, times = zip(*points)
-                style = dict(color=color, linewidth=width, label=who, linestyle="--" if who == "floor" else "-")
+                style = dict(color=color, linewidth=width, label=who,
+                             linestyle="--" if who == "floor" else "-")
                 axes[2 * i][j].loglog(sizes, times, **style)
                 axes[2 * i + 1][j].loglog(sizes, [b / t / 1e3 for b, t in points], **style)
             axes[2 * i][j].set_title(f"{name}, {n} GPUs")

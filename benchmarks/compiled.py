@@ -13,25 +13,29 @@ from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
 from shardlib.params import fill, struct
 
-SMALL = LlamaConfig(vocab_size=256, d_model=64, num_layers=32, num_kv_heads=2, queries_per_kv=2, head_dim=16, d_ff=128, norm_eps=1e-5,
-                    rope_theta=10000.0, rope_scaling=None, tied=True, max_context=512)
+SMALL = LlamaConfig(vocab_size=256, d_model=64, num_layers=32, num_kv_heads=2, queries_per_kv=2, head_dim=16,
+                    d_ff=128, norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, tied=True,
+                    max_context=512)
 
 
 def contestants(config: LlamaConfig, w: Llama, rows: int, t: int, slots: int) -> dict:
     plain = PlainLlama(w, config, rows, slots)
     step = compile(next_logits, Layout(), sizes=config.sizes, donate=("cache",), config=config)
     packed = step.prepare("w", w)
-    cache = step.prepare("cache", init(Cache, dict(config.sizes, B=rows, S=slots), dtype=w.embed.dtype, path="cache"))
-    ids, start, last = torch.randint(0, config.vocab_size, (rows, t)), torch.full((rows,), 3), torch.full((rows,), t - 1)
+    cache = step.prepare("cache",
+                         init(Cache, dict(config.sizes, B=rows, S=slots), dtype=w.embed.dtype, path="cache"))
+    ids, start, last = (torch.randint(0, config.vocab_size, (rows, t)), torch.full((rows,), 3),
+                        torch.full((rows,), t - 1))
     ours, theirs = step(ids, packed, cache, start, last)[0], plain.step(ids, start, last)
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
         raise SystemExit(f"the two disagree by {float((ours - theirs).abs().max())}")
-    return {"ours": lambda: step(ids, packed, cache, start, last), "plain torch": lambda: plain.step(ids, start, last)}
+    return {"ours": lambda: step(ids, packed, cache, start, last),
+            "plain torch": lambda: plain.step(ids, start, last)}
 
 
 def main() -> None:
     rows = []
-    torch.set_num_threads(1)        # one thread of a quiet core: with more, what else the machine does decides
+    torch.set_num_threads(1)  # one thread of a quiet core: with more, what else the machine does decides
     with torch.inference_mode():
         checkpoint = open_checkpoint("smollm2")
         real = config_of(checkpoint)

@@ -1,12 +1,14 @@
-"""Generation on GPUs: ms a decode step of published Llama shapes, beside the same step written by hand, and where its time goes.
+"""Generation on GPUs: ms a decode step of published Llama shapes, beside the same step written by hand,
+and where its time goes.
 
     torchrun --nproc-per-node 4 benchmarks/decode.py --mesh tp=4 --shapes llama3-8b,llama3-70b
     python benchmarks/decode.py --shapes llama3-8b
 
-128-token prompts, 128 new tokens, bf16. Each row of results/decode.json: `ours` is the device's time of a step, one replay after another;
-`peers` the hand-written program (`plain_decode.py`) with each way of adding up, in the same run; `floor` the bytes of weights and live
-cache over the measured read rate; with ms between tokens of `generate`, of the whole call over its tokens, and to the first token. Rows
-of other cards and meshes stay. profiles/decode.json: µs a step by kernel, from a profile of one replay.
+128-token prompts, 128 new tokens, bf16. Each row of results/decode.json: `ours` is the device's time of a
+step, one replay after another; `peers` the hand-written program (`plain_decode.py`) with each way of adding
+up, in the same run; `floor` the bytes of weights and live cache over the measured read rate; with ms between
+tokens of `generate`, of the whole call over its tokens, and to the first token. Rows of other cards and
+meshes stay. profiles/decode.json: µs a step by kernel, from a profile of one replay.
 """
 from __future__ import annotations
 
@@ -54,7 +56,10 @@ def by_hand(model: Model, rows: int, sums: str, group: dist.ProcessGroup | None)
 
 
 def kernels(model: Model, rows: int) -> dict[str, list[float]]:
-    """name -> [µs a step, launches a step] of every kernel of the last of a few replays, the longest first. Ranks have met by then."""
+    """name -> [µs a step, launches a step] of every kernel of the last of a few replays, the longest first.
+
+    Ranks have met by then.
+    """
     decoder, replays = model.decoder(), 4
     with torch.inference_mode():
         slots = decoder.begin([[1] * PROMPT] * rows, NEW, [])
@@ -67,12 +72,16 @@ def kernels(model: Model, rows: int) -> dict[str, list[float]]:
     times: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[re.sub(r"<[^(]*", "", event.name).removeprefix("void ").removeprefix("at::native::")[:70]].append((event.time_range.start, event.time_range.elapsed_us()))
-    last = {name: [us for _, us in sorted(found)[-(len(found) // replays):]] for name, found in times.items() if len(found) >= replays}
-    return {name: [round(sum(us), 1), len(us)] for name, us in sorted(last.items(), key=lambda item: -sum(item[1]))}
+            times[re.sub(r"<[^(]*", "", event.name).removeprefix("void ").removeprefix("at::native::")[:70]
+                  ].append((event.time_range.start, event.time_range.elapsed_us()))
+    last = {name: [us for _, us in sorted(found)[-(len(found) // replays):]] for name, found in times.items()
+            if len(found) >= replays}
+    return {name: [round(sum(us), 1), len(us)]
+            for name, us in sorted(last.items(), key=lambda item: -sum(item[1]))}
 
 
-def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list[str], rate: float) -> tuple[list[dict], dict]:
+def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list[str],
+        rate: float) -> tuple[list[dict], dict]:
     """Rows of one shape, and its kernels."""
     model = Model.random(shape, named_layout("tp", mesh), runtime).pack()
     group = None
@@ -84,13 +93,16 @@ def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list
         peers, tokens = {}, {}
         for how in sums if group else ["nccl"]:
             try:
-                peers[f"by hand, {how}" if group else "by hand"], tokens[how] = by_hand(model, batch, how, group)
+                peers[f"by hand, {how}" if group
+                      else "by hand"], tokens[how] = by_hand(model, batch, how, group)
             except RuntimeError as error:
                 print(f"by hand, {how}: {str(error).splitlines()[0]}", flush=True)
         ours = model.generate([[1]] * batch, 8).tokens[0][1:]
-        rows.append({"case": f"{shape}, tp={mesh.world_size}, batch {batch}", "unit": "ms/step", "ours": round(m.step_ms, 4),
-                     "peers": {k: round(v, 4) for k, v in peers.items()}, "floor": round(m.floor_ms, 4), "token_ms": round(m.token_ms, 4),
-                     "call_ms": round(m.call_ms, 4), "first_ms": round(m.first_ms, 2), "bytes_per_second": round(rate / 1e12, 3),
+        rows.append({"case": f"{shape}, tp={mesh.world_size}, batch {batch}", "unit": "ms/step",
+                     "ours": round(m.step_ms, 4), "peers": {k: round(v, 4) for k, v in peers.items()},
+                     "floor": round(m.floor_ms, 4), "token_ms": round(m.token_ms, 4),
+                     "call_ms": round(m.call_ms, 4), "first_ms": round(m.first_ms, 2),
+                     "bytes_per_second": round(rate / 1e12, 3),
                      "same_tokens": {how: sum(a == b for a, b in zip(ours, t)) for how, t in tokens.items()}})
         if runtime.rank == 0:
             print(json.dumps(rows[-1]), flush=True)
@@ -100,7 +112,8 @@ def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list
 
 
 def merge(path: Path, new: list[dict]) -> None:
-    """The rows of a file, those of one case and card that were measured again replaced; above them, what all rows say of themselves."""
+    """The rows of a file, those of one case and card that were measured again replaced;
+    above them, what all rows say of themselves."""
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     keys = {(r["case"], r["hardware"]) for r in new}
     rows = [r for r in old if (r["case"], r["hardware"]) not in keys] + new
@@ -120,12 +133,15 @@ def main() -> None:
     mesh = Mesh.parse(options.mesh)
     with connect(mesh, "cuda") as runtime:
         rate = read_rate(runtime.device)
-        facts = {"hardware": hardware(), "versions": versions(), "commit": os.environ.get("COMMIT") or commit(), "date": datetime.date.today().isoformat()}
+        facts = {"hardware": hardware(), "versions": versions(),
+                 "commit": os.environ.get("COMMIT") or commit(), "date": datetime.date.today().isoformat()}
         for shape in options.shapes.split(","):
-            rows, profiles = run(runtime, shape, mesh, [int(b) for b in options.batch.split(",")], options.sums.split(","), rate)
+            rows, profiles = run(runtime, shape, mesh, [int(b) for b in options.batch.split(",")],
+                                 options.sums.split(","), rate)
             if runtime.rank == 0:
                 merge(options.out / "results" / "decode.json", [{**r, **facts} for r in rows])
-                merge(options.out / "profiles" / "decode.json", [{"case": case, **facts, "us_and_launches": found} for case, found in profiles.items()])
+                merge(options.out / "profiles" / "decode.json",
+                      [{"case": case, **facts, "us_and_launches": found} for case, found in profiles.items()])
             gc.collect()
             torch.cuda.empty_cache()
 

@@ -1,10 +1,12 @@
-"""Attention of one new token over a cache by lengths, on one GPU: ours beside torch's attention with a mask, caches back to back in a graph.
+"""Attention of one new token over a cache by lengths, on one GPU:
+ours beside torch's attention with a mask, caches back to back in a graph.
 
     python benchmarks/decode_attention.py           adds rows to results/decode_attention.json
-    python benchmarks/decode_attention.py sweep     every number of splits: what `splits_of` in shardlib/ops/few_rows.py is taken from
+    python benchmarks/decode_attention.py sweep     every number of splits: what `splits_of` in
+                                                    shardlib/ops/few_rows.py is taken from
 
-The shapes are those of one rank of Llama-3-8B (2 kv heads of 4 queries) and 70B (of 8) at tp=4, bf16. The floor is the bytes of the keys and
-values that are seen, at the rate of a sum of 2 GiB.
+The shapes are those of one rank of Llama-3-8B (2 kv heads of 4 queries) and 70B (of 8) at tp=4, bf16. The
+floor is the bytes of the keys and values that are seen, at the rate of a sum of 2 GiB.
 """
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ CASES = [(1, 256), (8, 256), (32, 256), (128, 256), (1, 4096), (8, 4096), (1, 32
 GROUPS = {"8B": 4, "70B": 8}
 
 
-def tensors(rows: int, keys: int, group: int, most: int = LAYERS) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+def tensors(rows: int, keys: int, group: int,
+            most: int = LAYERS) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor, Tensor]:
     """q, caches of every layer, lengths, and counts."""
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
@@ -42,8 +45,10 @@ def torch_us(q: Tensor, caches: list[tuple[Tensor, Tensor]], lengths: Tensor) ->
     """As the compiled program has it: the queries of one kv head are rows, under a bias."""
     keys = caches[0][0].shape[1]
     seen = torch.arange(keys, device="cuda") < lengths[:, None]
-    bias = torch.zeros(seen.shape, dtype=q.dtype, device="cuda").masked_fill_(~seen, float("-inf"))[:, None, None]
-    return graph_us([lambda k=k, v=v: F.scaled_dot_product_attention(q[:, 0], k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias) for k, v in caches])
+    bias = torch.zeros(seen.shape, dtype=q.dtype,
+                       device="cuda").masked_fill_(~seen, float("-inf"))[:, None, None]
+    return graph_us([lambda k=k, v=v: F.scaled_dot_product_attention(
+        q[:, 0], k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias) for k, v in caches])
 
 
 TUNED = ((32, 4, 2), (64, 4, 2), (64, 4, 3), (128, 4, 2), (32, 2, 3))
@@ -68,10 +73,12 @@ def sweep() -> None:
         us = {}
         for splits, (block, warps, stages) in product((1, 2, 4, 8, 16, 32, 64), TUNED):
             if splits * block <= 2 * keys and rows * HEADS * splits <= 2048:
-                us[splits, block, warps, stages] = graph_us([lambda k=k, v=v: decode_attention(q, k, v, lengths, counts, splits, block, warps, stages)
-                                                             for k, v in caches], 3)
+                us[splits, block, warps, stages] = graph_us(
+                    [lambda k=k, v=v: decode_attention(q, k, v, lengths, counts, splits, block, warps, stages)
+                     for k, v in caches], 3)
         best = sorted(us, key=us.get)[:6]
-        print(f"{name} {rows} x {keys}: floor {2 * caches[0][0].nbytes / rate:.2f} torch {torch_us(q, caches, lengths):.2f}  "
+        print(f"{name} {rows} x {keys}: floor {2 * caches[0][0].nbytes / rate:.2f} torch "
+              f"{torch_us(q, caches, lengths):.2f}  "
               + "  ".join(f"{c} {us[c]:.2f}" for c in best), flush=True)
 
 
@@ -80,7 +87,8 @@ def main() -> None:
     for (rows, keys), (name, group) in product(CASES, GROUPS.items()):
         q, caches, lengths, counts = tensors(rows, keys, group)
         us = graph_us([lambda k=k, v=v: attend_lengths(q, k, v, lengths, counts) for k, v in caches])
-        rows_.append(row(f"{name}, {rows} row{'s' * (rows > 1)} of {keys} keys", "µs", us, {"torch": torch_us(q, caches, lengths)}, 2 * caches[0][0].nbytes / rate)
+        rows_.append(row(f"{name}, {rows} row{'s' * (rows > 1)} of {keys} keys", "µs", us,
+                         {"torch": torch_us(q, caches, lengths)}, 2 * caches[0][0].nbytes / rate)
                      | {"readme": name == "8B"})
     write("decode_attention", rows_, read_TB_s=round(rate / 1e6, 3))
 

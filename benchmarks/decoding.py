@@ -1,6 +1,8 @@
-"""SmolLM2's greedy decoding: ms a token, ours (tp=1) beside transformers' generate, and ours on two processes beside one, on the same cores.
+"""SmolLM2's greedy decoding: ms a token, ours (tp=1) beside transformers' generate,
+and ours on two processes beside one, on the same cores.
 
-Two processes meet in shared memory and have half of the cores each. Each way is timed after a first generation, with its compilation.
+Two processes meet in shared memory and have half of the cores each. Each way is timed after a first
+generation, with its compilation.
 """
 from __future__ import annotations
 
@@ -30,15 +32,20 @@ def transformers_model(model: Model):
     from transformers import LlamaConfig as Config
     from transformers import LlamaForCausalLM
     c = model.config
-    hf = LlamaForCausalLM(Config(vocab_size=c.vocab_size, hidden_size=c.d_model, num_hidden_layers=c.num_layers, num_key_value_heads=c.num_kv_heads,
-                                 num_attention_heads=c.num_kv_heads * c.queries_per_kv, head_dim=c.head_dim, intermediate_size=c.d_ff,
-                                 rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, tie_word_embeddings=c.tied, max_position_embeddings=c.max_context))
+    hf = LlamaForCausalLM(Config(vocab_size=c.vocab_size, hidden_size=c.d_model,
+                                 num_hidden_layers=c.num_layers, num_key_value_heads=c.num_kv_heads,
+                                 num_attention_heads=c.num_kv_heads * c.queries_per_kv, head_dim=c.head_dim,
+                                 intermediate_size=c.d_ff, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+                                 tie_word_embeddings=c.tied, max_position_embeddings=c.max_context))
     w = dict(leaf_values(model.weights, ""))
     state = {"model.embed_tokens.weight": w[".embed"], "model.norm.weight": w[".norm"]}
     rows = {"input_layernorm": ("norm1", lambda x: x), "post_attention_layernorm": ("norm2", lambda x: x),
-            "self_attn.q_proj": ("wq", lambda x: x.flatten(1).t()), "self_attn.k_proj": ("wk", lambda x: x.flatten(1).t()),
-            "self_attn.v_proj": ("wv", lambda x: x.flatten(1).t()), "self_attn.o_proj": ("wo", lambda x: x.flatten(0, 2).t()),
-            "mlp.gate_proj": ("gate", lambda x: x.t()), "mlp.up_proj": ("up", lambda x: x.t()), "mlp.down_proj": ("down", lambda x: x.t())}
+            "self_attn.q_proj": ("wq", lambda x: x.flatten(1).t()),
+            "self_attn.k_proj": ("wk", lambda x: x.flatten(1).t()),
+            "self_attn.v_proj": ("wv", lambda x: x.flatten(1).t()),
+            "self_attn.o_proj": ("wo", lambda x: x.flatten(0, 2).t()),
+            "mlp.gate_proj": ("gate", lambda x: x.t()), "mlp.up_proj": ("up", lambda x: x.t()),
+            "mlp.down_proj": ("down", lambda x: x.t())}
     for i in range(c.num_layers):
         for name, (leaf, turn) in rows.items():
             state[f"model.layers.{i}.{name}.weight"] = turn(w[f".layers.{leaf}"][i]).contiguous()
@@ -61,7 +68,8 @@ def measure(dtype: torch.dtype) -> dict[str, float]:
 
         def theirs() -> list[int]:
             with torch.inference_mode():
-                return hf.generate(inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)[0].tolist()
+                return hf.generate(inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+                                   pad_token_id=0)[0].tolist()
         if dtype == torch.float32 and ours() != theirs():
             raise SystemExit("the two generate different tokens")
         times: dict[str, list[float]] = {"ours": [], "transformers": []}
@@ -94,22 +102,27 @@ def one_of(count: int) -> None:
 def on_processes(count: int) -> float:
     """ms a token of that many processes, which share the cores."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), __file__]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(max(1, os.cpu_count() // count))}, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
+    done = subprocess.run(command,
+                          env={**os.environ, "OMP_NUM_THREADS": str(max(1, os.cpu_count() // count))},
+                          stdout=subprocess.PIPE, text=True, check=True, timeout=600)
     return json.loads(done.stdout)
 
 
 def main() -> None:
     rows = []
     fp32 = measure(torch.float32)
-    rows.append(row("SmolLM2-135M greedy decoding, fp32, tp=1", "ms/token", fp32["ours"], {"transformers generate": fp32["transformers"]}))
+    rows.append(row("SmolLM2-135M greedy decoding, fp32, tp=1", "ms/token", fp32["ours"],
+                    {"transformers generate": fp32["transformers"]}))
     bf16 = measure(torch.bfloat16)
-    rows.append(row("SmolLM2-135M greedy decoding, bf16, tp=1", "ms/token", bf16["ours"], {"transformers generate": bf16["transformers"]}))
+    rows.append(row("SmolLM2-135M greedy decoding, bf16, tp=1", "ms/token", bf16["ours"],
+                    {"transformers generate": bf16["transformers"]}))
     processes: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(3):
         for count, times in processes.items():
             times.append(on_processes(count))
     one, two = (statistics.median(times) for times in processes.values())
-    rows.append(row("SmolLM2-135M greedy decoding, fp32, tp=2 through shared memory", "ms/token", two, {"ours at tp=1": one}))
+    rows.append(row("SmolLM2-135M greedy decoding, fp32, tp=2 through shared memory", "ms/token", two,
+                    {"ours at tp=1": one}))
     write("decoding", rows, threads=torch.get_num_threads())
 
 

@@ -1,8 +1,10 @@
-"""Llama's decode step on GPUs in plain torch, written for speed by hand: what captured generation is measured against.
+"""Llama's decode step on GPUs in plain torch, written for speed by hand:
+what captured generation is measured against.
 
-One process a GPU. The same packed weights (those of a `Model`, so that both choose the same tokens), one matmul for q, k and v, one for
-gate and up; what is pointwise between matmuls compiled by torch.compile; attention by torch's own kernel over a static cache; two sums a
-layer, by NCCL or by torch's symmetric memory in one shot or two; the whole step in a CUDA graph, which feeds itself.
+One process a GPU. The same packed weights (those of a `Model`, so that both choose the same tokens), one
+matmul for q, k and v, one for gate and up; what is pointwise between matmuls compiled by torch.compile;
+attention by torch's own kernel over a static cache; two sums a layer, by NCCL or by torch's symmetric memory
+in one shot or two; the whole step in a CUDA graph, which feeds itself.
 """
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def turned(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class PlainDecode:
-    """Steps of `rows` sequences, with a cache of `slots`. `sums`: how the ranks add up; weights: `Model.weights`, packed."""
+    """Steps of `rows` sequences, with a cache of `slots`.
+
+    `sums`: how the ranks add up; weights: `Model.weights`, packed.
+    """
 
     def __init__(self, model: Any, rows: int, slots: int, sums: str, group: dist.ProcessGroup | None) -> None:
         self.c, self.rows, self.sums, self.group = model.config, rows, sums, group
@@ -49,8 +54,10 @@ class PlainDecode:
         self.layers = list(zip(*(parts[f"w.layers.{name}"] for name in layers)))
         self.embed, self.norm = parts["w.embed"], parts["w.norm"]
         self.head = parts.get("w.head", self.embed)
-        self.cache = torch.zeros((c.num_layers, 2, rows, slots, self.kv, c.head_dim), dtype=dtype, device=device)
-        self.inv = (1.0 / (c.rope_theta ** (torch.arange(0, c.head_dim, 2, device="cpu").float() / c.head_dim))).to(device)
+        self.cache = torch.zeros((c.num_layers, 2, rows, slots, self.kv, c.head_dim), dtype=dtype,
+                                 device=device)
+        self.inv = (1.0 / (c.rope_theta ** (
+            torch.arange(0, c.head_dim, 2, device="cpu").float() / c.head_dim))).to(device)
         self.slot = torch.arange(slots, device=device)
         self.ids, self.position = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
         self.buffer = self._symmetric(rows * c.d_model, dtype, device) if group and sums != "nccl" else None
@@ -90,16 +97,19 @@ class PlainDecode:
         c, b, kv, g, h = self.c, self.rows, self.kv, self.c.queries_per_kv, self.c.head_dim
         angle = self.position[:, None, None].float() * self.inv
         cos, sin = angle.cos().to(self.embed.dtype), angle.sin().to(self.embed.dtype)
-        bias = torch.zeros((b, 1, 1, len(self.slot)), dtype=cos.dtype, device=cos.device).masked_fill_((self.slot > self.position[:, None])[:, None, None], float("-inf"))
+        bias = torch.zeros((b, 1, 1, len(self.slot)), dtype=cos.dtype, device=cos.device).masked_fill_(
+            (self.slot > self.position[:, None])[:, None, None], float("-inf"))
         where = self.position[:, None, None, None].expand(b, 1, kv, h)
         x, y = self.embedded(), None
         for (norm1, qkv, wo, norm2, gate_up, down), (ks, vs) in zip(self.layers, self.cache.unbind(0)):
-            x, n = add_norm(x, y, norm1, c.norm_eps) if y is not None else (x, F.rms_norm(x, (c.d_model,), norm1, c.norm_eps))
+            x, n = (add_norm(x, y, norm1, c.norm_eps) if y is not None
+                    else (x, F.rms_norm(x, (c.d_model,), norm1, c.norm_eps)))
             qk, v = (n @ qkv).split((kv * (g + 1) * h, kv * h), -1)
             q, k = turned(qk.view(b, kv * (g + 1), h), cos, sin).split((kv * g, kv), 1)
             ks.scatter_(1, where, k[:, None])
             vs.scatter_(1, where, v.view(b, 1, kv, h))
-            a = F.scaled_dot_product_attention(q.view(b, kv, g, h), ks.transpose(1, 2), vs.transpose(1, 2), attn_mask=bias)
+            a = F.scaled_dot_product_attention(q.view(b, kv, g, h), ks.transpose(1, 2), vs.transpose(1, 2),
+                                               attn_mask=bias)
             x, n = add_norm(x, self.summed(a.reshape(b, kv * g * h), wo), norm2, c.norm_eps)
             y = self.summed(swiglu(n @ gate_up), down)
         _, n = add_norm(x, y, self.norm, c.norm_eps)

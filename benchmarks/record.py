@@ -1,7 +1,8 @@
-"""What every benchmark writes: benchmarks/results/NAME.json, with hardware, versions, commit and date beside the rows.
+"""What every benchmark writes: benchmarks/results/NAME.json, with hardware, versions,
+commit and date beside the rows.
 
-A row: {case, unit, ours, peers: {name: value}, floor}; lower is better; floor is null where there is none. A row with "readme"
-false is left out of the README's table.
+A row: {case, unit, ours, peers: {name: value}, floor}; lower is better; floor is null where there is none. A
+row with "readme" false is left out of the README's table.
 """
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def row(case: str, unit: str, ours: float, peers: Mapping[str, float], floor: float | None = None) -> dict:
-    return {"case": case, "unit": unit, "ours": _short(ours), "peers": {k: _short(v) for k, v in peers.items()},
+    return {"case": case, "unit": unit, "ours": _short(ours),
+            "peers": {k: _short(v) for k, v in peers.items()},
             "floor": None if floor is None else _short(floor)}
 
 
@@ -32,7 +34,8 @@ def _short(x: float) -> float:
 def write(name: str, rows: Sequence[dict], **notes: object) -> None:
     """Write the rows of benchmark `name`, and print them."""
     RESULTS.mkdir(exist_ok=True)
-    record = {"hardware": hardware(), "versions": versions(), "commit": commit(), "date": datetime.date.today().isoformat(), **notes, "rows": list(rows)}
+    record = {"hardware": hardware(), "versions": versions(), "commit": commit(),
+              "date": datetime.date.today().isoformat(), **notes, "rows": list(rows)}
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     for r in rows:
         peers = "  ".join(f"{k} {v:g} (ours/peer {r['ours'] / v:.3f})" for k, v in r["peers"].items() if v)
@@ -42,8 +45,9 @@ def write(name: str, rows: Sequence[dict], **notes: object) -> None:
 def hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] \
-        if Path("/proc/cpuinfo").exists() else [platform.processor()]
+    names = ([line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+              if line.startswith("model name")]
+             if Path("/proc/cpuinfo").exists() else [platform.processor()])
     return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
 
 
@@ -59,13 +63,16 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """The commit, with + where the tree differs from it."""
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(["git", *args], capture_output=True, text=True,
+                              cwd=Path(__file__).parent).stdout.strip()
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
-def paired(contestants: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds a call of each contestant, taken in turn in every round, so that whatever slows the machine slows all."""
+def paired(contestants: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1,
+           warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds a call of each contestant, taken in turn in every round,
+    so that whatever slows the machine slows all."""
     for f in contestants.values():
         for _ in range(warmup):
             f()

@@ -1,7 +1,8 @@
-"""Collectives and messages between processes of one host: ours through shared memory beside torch's over gloo, in one run.
+"""Collectives and messages between processes of one host:
+ours through shared memory beside torch's over gloo, in one run.
 
-µs of the slowest rank, the median over rounds in which both take turns. A message's latency is from before the put to after the
-last reader's get, on the clock that processes of a host share.
+µs of the slowest rank, the median over rounds in which both take turns. A message's latency is from before
+the put to after the last reader's get, on the clock that processes of a host share.
 """
 from __future__ import annotations
 
@@ -34,16 +35,22 @@ Contestants = Mapping[str, Callable[[], object]]
 
 
 def collectives(group: GroupCoordinator, nbytes: int) -> dict[str, Contestants]:
-    """Each collective of `nbytes` as a whole: ours by way of the coordinator, torch's into memory that is there already."""
+    """Each collective of `nbytes` as a whole: ours by way of the coordinator,
+    torch's into memory that is there already."""
     n, torch_group = group.world_size, group.device_group
     x, sizes = torch.randn(nbytes // 4), (nbytes // 4 // n,) * n
     piece, whole, share = x[:sizes[0]].clone(), torch.empty_like(x), torch.empty(sizes[0])
-    assert {group.route(name, x, "sum").name for name in ("all_reduce", "all_gather", "reduce_scatter", "broadcast")} == {"shared memory"}
+    assert {group.route(name, x, "sum").name
+            for name in ("all_reduce", "all_gather", "reduce_scatter", "broadcast")} == {"shared memory"}
     return {
-        "all_reduce": {"ours": lambda: group.all_reduce(x), "gloo": lambda: dist.all_reduce(whole, group=torch_group)},
-        "all_gather": {"ours": lambda: group.all_gather(piece, 0, sizes), "gloo": lambda: _all_gather(whole, piece, torch_group)},
-        "reduce_scatter": {"ours": lambda: group.reduce_scatter(x, 0, sizes), "gloo": lambda: _reduce_scatter(share, x, group=torch_group)},
-        "broadcast": {"ours": lambda: group.broadcast(x, 0), "gloo": lambda: dist.broadcast(whole, group_src=0, group=torch_group)},
+        "all_reduce": {"ours": lambda: group.all_reduce(x),
+                       "gloo": lambda: dist.all_reduce(whole, group=torch_group)},
+        "all_gather": {"ours": lambda: group.all_gather(piece, 0, sizes),
+                       "gloo": lambda: _all_gather(whole, piece, torch_group)},
+        "reduce_scatter": {"ours": lambda: group.reduce_scatter(x, 0, sizes),
+                           "gloo": lambda: _reduce_scatter(share, x, group=torch_group)},
+        "broadcast": {"ours": lambda: group.broadcast(x, 0),
+                      "gloo": lambda: dist.broadcast(whole, group_src=0, group=torch_group)},
     }
 
 
@@ -98,13 +105,15 @@ def worker() -> None:
             calls = {"ours": 50, "gloo": 5} if nbytes < 1 << 20 else {"ours": 5, "gloo": 2}
             for name, contestants in collectives(group, nbytes).items():
                 found = in_turn(group, contestants, calls)
-                rows.append(row(f"{name} of {bytes_text(nbytes)}, {n} processes", "µs", found["ours"], {"gloo": found["gloo"]}) | {
-                    "bytes": nbytes, "readme": nbytes in (4 << 10, 256 << 10)})
+                rows.append(row(f"{name} of {bytes_text(nbytes)}, {n} processes", "µs", found["ours"],
+                                {"gloo": found["gloo"]}) | {
+                                    "bytes": nbytes, "readme": nbytes in (4 << 10, 256 << 10)})
         for nbytes in (100, 100_000):
             contestants = messages(group, queue, nbytes)
             late, each = latency(group, contestants), in_turn(group, contestants, {"ours": 200, "gloo": 10})
             for what, found in (("latency", late), ("each of many in a row", each)):
-                rows.append(row(f"message of {bytes_text(nbytes)} to {n - 1} readers, {what}", "µs", found["ours"], {"broadcast_object_list": found["gloo"]}))
+                rows.append(row(f"message of {bytes_text(nbytes)} to {n - 1} readers, {what}", "µs",
+                                found["ours"], {"broadcast_object_list": found["gloo"]}))
         if runtime.rank == 0:
             print(json.dumps(rows))
 
@@ -112,8 +121,10 @@ def worker() -> None:
 def main() -> None:
     rows = []
     for n in PROCESSES:
-        found = subprocess.run([str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", str(n), __file__, "--worker"],
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200)
+        found = subprocess.run([str(Path(sys.executable).with_name("torchrun")), "--standalone",
+                                "--nproc-per-node", str(n), __file__, "--worker"],
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                               timeout=1200)
         if found.returncode:
             raise SystemExit(found.stderr[-3000:])
         rows += json.loads(found.stdout.splitlines()[-1])

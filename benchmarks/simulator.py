@@ -1,4 +1,5 @@
-"""One step of an 8-rank MLP (TP x DP): the simulator, one process, beside 8 processes on the same machine, which meet in shared memory."""
+"""One step of an 8-rank MLP (TP x DP): the simulator, one process, beside 8 processes on the same machine,
+which meet in shared memory."""
 from __future__ import annotations
 
 import os
@@ -43,8 +44,10 @@ def simulated() -> float:
     for rank in range(8):
         e = Emitter(MESH, rank, SIZES, yields=True)
         source = e.program(program)
-        mains.append(load(source, {**e.helpers, **e.constants}, {n: MESH.group(a, rank) for a, n in e.groups.items()}, "mlp"))
-    values = {n: place(torch.randn([SIZES[d] for d in k.labels]), k, SIZES, MESH) for n, k in program.arg_leaves()}
+        mains.append(load(source, {**e.helpers, **e.constants},
+                          {n: MESH.group(a, rank) for a, n in e.groups.items()}, "mlp"))
+    values = {n: place(torch.randn([SIZES[d] for d in k.labels]), k, SIZES, MESH)
+              for n, k in program.arg_leaves()}
     times = []
     for _ in range(60):
         begin = time.perf_counter()
@@ -70,10 +73,12 @@ def worker() -> None:
 
 
 def main() -> None:
-    found = subprocess.run([str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "8", __file__, "worker"], capture_output=True, text=True,
+    found = subprocess.run([str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "8",
+                            __file__, "worker"], capture_output=True, text=True,
                            check=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
-    write("simulator", [row("8-rank MLP step (dp=2, tp=4)", "ms", simulated(), {"8 processes through shared memory": float(found.stdout.split()[-1])})])
+    write("simulator", [row("8-rank MLP step (dp=2, tp=4)", "ms", simulated(),
+                            {"8 processes through shared memory": float(found.stdout.split()[-1])})])
 
 
 if __name__ == "__main__":

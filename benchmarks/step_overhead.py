@@ -1,4 +1,5 @@
-"""What one op costs above plain torch, called one by one: step mode, and DTensor, on the same ops (one gloo process)."""
+"""What one op costs above plain torch, called one by one:
+step mode, and DTensor, on the same ops (one gloo process)."""
 from __future__ import annotations
 
 import os
@@ -32,7 +33,8 @@ def per_call(body, prepare) -> float:
 
 
 def ours(op, specs: str, tensors) -> float:
-    """Step mode's µs a call: the time of a function that calls the op N times, less that of one that calls it once."""
+    """Step mode's µs a call: the time of a function that calls the op N times,
+    less that of one that calls it once."""
     def repeated(times: int):
         def unary(x):
             for _ in range(times):
@@ -68,16 +70,19 @@ def main() -> None:
     def d(t, place):
         return DTensor.from_local(t, device_mesh, [place], run_check=False)
     cases = {
-        "add": (lambda a, b: a + b, "B F, B F -> B F", (x, y), (d(x, Shard(1)), d(y, Shard(1))), lambda a, b: a + b),
+        "add": (lambda a, b: a + b, "B F, B F -> B F", (x, y), (d(x, Shard(1)), d(y, Shard(1))),
+                lambda a, b: a + b),
         "silu": (silu, "B F -> B F", (x,), (d(x, Shard(1)),), torch.nn.functional.silu),
-        "matmul": (lambda a, b: einsum("B D, D F -> B F", a, b), "B D, D F -> B F", (x, w), (d(x, Replicate()), d(w, Shard(1))), torch.matmul),
+        "matmul": (lambda a, b: einsum("B D, D F -> B F", a, b), "B D, D F -> B F", (x, w),
+                   (d(x, Replicate()), d(w, Shard(1))), torch.matmul),
     }
     rows = []
     with torch.inference_mode():
         for name, (op, specs, plain, tensors, function) in cases.items():
             base = per_call(lambda t: function(*t), lambda: plain)
             theirs = per_call(lambda t: function(*t), lambda: tensors)
-            rows.append(row(f"{name} of 4 x 64, µs above plain torch ({base:.1f})", "µs", ours(op, specs, plain) - base, {"DTensor": theirs - base}))
+            rows.append(row(f"{name} of 4 x 64, µs above plain torch ({base:.1f})", "µs",
+                            ours(op, specs, plain) - base, {"DTensor": theirs - base}))
     write("step_overhead", rows)
     dist.destroy_process_group()
 

@@ -1,12 +1,13 @@
-"""How fast a model generates: `python -m shardlib.models.bench_generate`, alone or under torchrun with a mesh.
+"""How fast a model generates: `python -m shardlib.models.bench_generate`,
+alone or under torchrun with a mesh.
 
     torchrun --nproc-per-node 4 -m shardlib.models.bench_generate \\
         --weights random:llama3-8b --mesh tp=4 --batch 1,8,32,128
 
 For each batch: ms a step as the device takes it, one replay after another; ms between two tokens as a user of
-`generate` sees them; time to the first token; tokens/s of the whole call. `floor` is the share of the memory floor:
-the bytes of weights and of live cache that a step must read on this rank, over the rate at which the device reads
-memory, measured in the same run. `--json` prints one object.
+`generate` sees them; time to the first token; tokens/s of the whole call. `floor` is the share of the memory
+floor: the bytes of weights and of live cache that a step must read on this rank, over the rate at which the
+device reads memory, measured in the same run. `--json` prints one object.
 """
 from __future__ import annotations
 
@@ -34,7 +35,10 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one batch. step_ms: by the device; token_ms: between tokens; call_ms: the whole call over a row's tokens."""
+    """Of one batch.
+
+    step_ms: by the device; token_ms: between tokens; call_ms: the whole call over a row's tokens.
+    """
     rows: int
     step_ms: float
     token_ms: float
@@ -45,8 +49,10 @@ class Measured:
 
 
 def measure(model: Model, rows: int, prompt: int, new: int, rate: float, graph: bool = True) -> Measured:
-    """Generates `new` tokens after prompts of `prompt`; medians of ROUNDS calls, after one that makes the programs."""
-    prompts = [[(7 * row + 3 * at + 1) % model.config.vocab_size for at in range(prompt)] for row in range(rows)]
+    """Generates `new` tokens after prompts of `prompt`;
+    medians of ROUNDS calls, after one that makes the programs."""
+    prompts = [[(7 * row + 3 * at + 1) % model.config.vocab_size for at in range(prompt)]
+               for row in range(rows)]
     calls = []
     for _ in range(ROUNDS + 1):
         came: list[float] = []
@@ -55,7 +61,8 @@ def measure(model: Model, rows: int, prompt: int, new: int, rate: float, graph: 
         calls.append((made.seconds / new, came[0] - began, (came[-1] - came[0]) / max(1, new - 1)))
     call, first, token = (statistics.median(column) * 1e3 for column in zip(*calls[1:]))
     floor = (step_bytes(model) + model.decoder().cache_bytes(rows, prompt + new // 2)) / rate
-    return Measured(rows, step_ms(model, prompts, new, graph), token, call, first, rows / call * 1e3, floor * 1e3)
+    return Measured(rows, step_ms(model, prompts, new, graph), token, call, first, rows / call * 1e3,
+                    floor * 1e3)
 
 
 def step_ms(model: Model, prompts: Sequence[Sequence[int]], new: int, graph: bool = True) -> float:
@@ -110,7 +117,8 @@ def arguments() -> argparse.ArgumentParser:
                                      description="Measure how fast a Llama generates.")
     parser.add_argument("--weights", default="random:llama3-1b",
                         help="random:llama3-1b, random:llama3-8b, random:llama3-70b")
-    parser.add_argument("--model", help="in place of --weights: smollm2, a Hugging Face Llama folder, or a .gguf file")
+    parser.add_argument("--model",
+                        help="in place of --weights: smollm2, a Hugging Face Llama folder, or a .gguf file")
     parser.add_argument("--mesh", default="", help='axes and sizes, as in "tp=4"; by default one rank')
     parser.add_argument("--layout", default="tp")
     parser.add_argument("--batch", default="1,8,32,128", help="rows, one number or several")
@@ -153,8 +161,10 @@ def run(options: argparse.Namespace) -> None:
         say("  rows   ms a step   floor ms   share    ms a token   first token ms   tokens/s")
         made = []
         for rows in batches:
-            made.append(m := measure(model, rows, options.prompt_tokens, options.new_tokens, rate, not options.eager))
-            say(f"{m.rows:6} {m.step_ms:11.3f} {m.floor_ms:10.3f} {m.floor_ms / m.step_ms:6.0%} {m.token_ms:13.3f} "
+            made.append(
+                m := measure(model, rows, options.prompt_tokens, options.new_tokens, rate, not options.eager))
+            say(f"{m.rows:6} {m.step_ms:11.3f} {m.floor_ms:10.3f} {m.floor_ms / m.step_ms:6.0%} "
+                f"{m.token_ms:13.3f} "
                 f"{m.first_ms:16.1f} {m.tokens_per_second:10.0f}")
         if options.json and runtime.rank == 0:
             print(json.dumps({"weights": name, "mesh": str(mesh), "bytes_per_second": rate,

@@ -1,7 +1,8 @@
 """The memory of keys and values, of which every batch takes the front.
 
-Rows are first within a layer, so that the cache of a smaller bucket is a prefix of a larger one's, and captured steps of all
-buckets share one piece of memory a leaf. It grows, and is then another: what was captured on the old one is no more.
+Rows are first within a layer, so that the cache of a smaller bucket is a prefix of a larger one's, and
+captured steps of all buckets share one piece of memory a leaf. It grows, and is then another: what was
+captured on the old one is no more.
 
 >>> buffer = CacheBuffer(torch.float32, torch.device("cpu"))
 >>> large, small = (buffer.views({"k": (2, rows, 8, 3, 4)})["k"] for rows in (4, 2))
@@ -26,10 +27,12 @@ class CacheBuffer:
 
     def room(self, shapes: Mapping[str, Sequence[int]]) -> bool:
         """Whether there is room for leaves of these shapes, layer by layer."""
-        return all(p in self._flat and self._flat[p].shape[1] >= prod(shape[1:]) for p, shape in shapes.items())
+        return all(p in self._flat and self._flat[p].shape[1] >= prod(shape[1:])
+                   for p, shape in shapes.items())
 
     def views(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """path -> this rank's stacked leaf (L B S K H) of this shape: of each layer the front of what there is."""
+        """path -> this rank's stacked leaf (L B S K H) of this shape:
+        of each layer the front of what there is."""
         if not self.room(shapes):
             self._flat.clear()
             self._flat = {p: torch.zeros((shape[0], prod(shape[1:])), dtype=self.dtype, device=self.device)

@@ -1,10 +1,10 @@
-"""The device's side of generation: ids, positions, row numbers, end flags and the cache, and the step that takes them
-further.
+"""The device's side of generation: ids, positions, row numbers, end flags and the cache,
+and the step that takes them further.
 
-All of them lie in buffers that stay where they are, those of a smaller bucket in the front of them: a captured step
-reads and writes them there, and feeds the next one without the host. A row that has ended, or a slot that has no row,
-keeps its token and its position: what it writes into the cache lies beyond what it has, in its own slot. Nothing here
-decides anything: see `decoding`.
+All of them lie in buffers that stay where they are, those of a smaller bucket in the front of them: a
+captured step reads and writes them there, and feeds the next one without the host. A row that has ended, or a
+slot that has no row, keeps its token and its position: what it writes into the cache lies beyond what it has,
+in its own slot. Nothing here decides anything: see `decoding`.
 """
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from shardlib.run.captured import Graph
 from shardlib.spec import Spec
 
 PROMPT_TOKENS, LATER_TOKENS = 1 << 15, 1 << 12
-"""Tokens of all rows that go through the model at once: at the beginning of prompts; after it, where attention takes a mask."""
+"""Tokens of all rows that go through the model at once: at the beginning of prompts;
+after it, where attention takes a mask."""
 CAPTURED_TOKENS = 1 << 13
-"""Up to which the beginning of prompts is captured, once its size comes again: its launches take longer than its work."""
+"""Up to which the beginning of prompts is captured, once its size comes again:
+its launches take longer than its work."""
 SMALLEST_CHUNK, ENDS = 16, 16
 
 
@@ -43,12 +45,14 @@ class Beginning:
 class Decoder:
     """Generates for one batch after another.
 
-    steps: the compiled program for (at the beginning of prompts, rows, capacity).  draws: whether it takes the rows' numbers.
+    steps: the compiled program for (at the beginning of prompts, rows, capacity).  draws: whether it takes
+    the rows' numbers.
     graph: steps are captured, in buckets of rows and rounded capacities; else sizes are exact.
     """
 
     def __init__(self, name: str, steps: Callable[[bool, int, int], Compiled], draws: bool, weights: Prepared,
-                 sizes: Mapping[str, int], most: int, runtime: Runtime, cache: CacheBuffer, graph: bool) -> None:
+                 sizes: Mapping[str, int], most: int, runtime: Runtime, cache: CacheBuffer,
+                 graph: bool) -> None:
         self.name, self.steps, self.draws, self.weights = name, steps, draws, weights
         self.sizes, self.most, self.runtime, self.buffer, self.graph = sizes, most, runtime, cache, graph
         self.capacity, self._made, self._turn = 0, 0, 0
@@ -57,17 +61,20 @@ class Decoder:
         self._caches: dict[tuple[int, int], object] = {}
         self._allocate(0, ENDS)
 
-    # -- a batch -----------------------------------------------------------------------------------------------------
+    # -- a batch ---------------------------------------------------------------------------------------------
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Sequence[int]) -> Slots:
         """Takes the prompts in, and chooses their first tokens."""
         longest = max(map(len, prompts))
-        self.capacity = min(round_up(longest + max_new_tokens), self.most) if self.graph else longest + max_new_tokens
-        slots = Slots.of(len(prompts), self._ranks(len(prompts))) if self.graph else Slots(tuple(range(len(prompts))))
+        self.capacity = (min(round_up(longest + max_new_tokens), self.most) if self.graph
+                         else longest + max_new_tokens)
+        slots = (Slots.of(len(prompts), self._ranks(len(prompts))) if self.graph
+                 else Slots(tuple(range(len(prompts)))))
         if slots.size > len(self.ids) or len(eos_ids) > len(self.ends):
             self._allocate(max(slots.size, len(self.ids)), max(round_up(len(eos_ids)), len(self.ends)))
         rows = [[0] if row is None else prompts[row] for row in slots.rows]
-        state = {name: getattr(self, name)[:slots.size] for name in ("ids", "position", "row", "live", "tokens")}
+        state = {name: getattr(self, name)[:slots.size]
+                 for name in ("ids", "position", "row", "live", "tokens")}
         state["position"].copy_(self._tensor([len(p) for p in rows]))
         state["row"].copy_(self._tensor([row or 0 for row in slots.rows]))
         state["live"].copy_(self._tensor([row is not None for row in slots.rows]))
@@ -123,7 +130,7 @@ class Decoder:
                 for layer in leaf.unbind(0):
                     layer.index_copy_(0, to, layer.index_select(0, origin))
 
-    # -- steps -------------------------------------------------------------------------------------------------------
+    # -- steps -----------------------------------------------------------------------------------------------
 
     def _step(self, size: int, capacity: int) -> None:
         """Feeds the last tokens, and puts those that follow in their place: all of it on the device."""
@@ -137,12 +144,14 @@ class Decoder:
         self.live[:size].logical_and_((self.tokens[:size, None] != self.ends).all(-1))
 
     def _prefill(self, size: int, rows: Sequence[Sequence[int]]) -> None:
-        """The prompts in chunks, padded on the right: what padding writes is overwritten before a query may see it."""
+        """The prompts in chunks, padded on the right: what padding writes is overwritten
+        before a query may see it."""
         lengths, chosen = self._tensor([len(p) for p in rows]), torch.zeros_like(self.tokens[:size])
         for leaf in self._views(size, self.capacity).values():
-            leaf.zero_()                # a slot that is masked counts as 0 times what lies there: it must not be a NaN
+            leaf.zero_()  # a slot that is masked counts as 0 times what lies there: it must not be a NaN
         for begin, count in self._chunks(size, max(map(len, rows))):
-            ids = self._tensor([[*p[begin:begin + count], *[0] * (count - len(p[begin:begin + count]))] for p in rows])
+            ids = self._tensor(
+                [[*p[begin:begin + count], *[0] * (count - len(p[begin:begin + count]))] for p in rows])
             last = (lengths - 1 - begin).clamp(0, count - 1)
             if self.graph and begin == 0 and ids.numel() <= CAPTURED_TOKENS:
                 self._begin_prompts(ids, last, chosen)
@@ -162,7 +171,8 @@ class Decoder:
         made = self._beginnings[key]
         if made is None:
             graph = Graph(f"{self.name}, the beginning of {size} rows of {count} in {capacity}",
-                          lambda: self._run(True, size, capacity, ids, self.zeros[:size], last, chosen), self.runtime)
+                          lambda: self._run(True, size, capacity, ids, self.zeros[:size], last, chosen),
+                          self.runtime)
             self._beginnings[key] = Beginning(ids, last, chosen, graph)
             return
         made.ids.copy_(ids)
@@ -182,7 +192,8 @@ class Decoder:
 
     def _run(self, first: bool, size: int, capacity: int, ids: Tensor, start: Tensor, last: Tensor,
              out: Tensor) -> None:
-        """One call of a program on this rank's shards of whole tensors; the tokens that it chooses go to `out`."""
+        """One call of a program on this rank's shards of whole tensors;
+        the tokens that it chooses go to `out`."""
         step, cache = self.steps(first, size, capacity), self._cache(size, capacity)
         given = {"ids": ids, "start": start, "last": last, **({"row": self.row[:size]} if self.draws else {})}
         types, mesh, here = dict(step.program.args), self.runtime.mesh, self.runtime.coordinate
@@ -193,7 +204,7 @@ class Decoder:
             for path, x in self._views(size, capacity).items():
                 x.copy_(dict(leaf_values(after, "cache"))[path])
 
-    # -- buffers -----------------------------------------------------------------------------------------------------
+    # -- buffers ---------------------------------------------------------------------------------------------
 
     def _allocate(self, rows: int, ends: int) -> None:
         """The state of so many slots; graphs on smaller buffers are let go."""
@@ -228,8 +239,10 @@ class Decoder:
         return start // count
 
     def _shapes(self, size: int, capacity: int) -> dict[str, tuple[int, ...]]:
-        sizes, mesh, here = {**self.sizes, "B": size, "S": capacity}, self.runtime.mesh, self.runtime.coordinate
-        return {path: mesh.local_shape(kind, sizes, here) for path, kind in self._kinds(size, capacity).items()}
+        sizes, mesh, here = ({**self.sizes, "B": size, "S": capacity}, self.runtime.mesh,
+                             self.runtime.coordinate)
+        return {path: mesh.local_shape(kind, sizes, here)
+                for path, kind in self._kinds(size, capacity).items()}
 
     def _views(self, size: int, capacity: int) -> dict[str, Tensor]:
         shapes = self._shapes(size, capacity)

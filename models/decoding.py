@@ -1,7 +1,8 @@
 """Batch generation: prefill once, then one token at a time for every unfinished prompt.
 
-Prompts of unequal length are padded on the right. Each row has its own position: what padding wrote into the cache is
-overwritten before any query may see it. What is on the device is the `Decoder`'s; what is decided, by tokens alone, is decided here.
+Prompts of unequal length are padded on the right. Each row has its own position: what padding wrote into the
+cache is overwritten before any query may see it. What is on the device is the `Decoder`'s; what is decided,
+by tokens alone, is decided here.
 """
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ from shardlib.params import fill, leaf_values, struct
 from shardlib.program import Program
 
 WORTH_MOVING, WORTH_CAPTURING = 4, 256
-"""Steps that must be to come for rows to be moved into a smaller bucket; where that has no graph yet, for one to be captured, too."""
+"""Steps that must be to come for rows to be moved into a smaller bucket;
+where that has no graph yet, for one to be captured, too."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def drawn(logits, position, row, sampling):
 
 @dataclass(frozen=True)
 class Generated:
-    """Prompt and answer ids of every row, the end token included where it was met; seconds from prefill to the last token."""
+    """Prompt and answer ids of every row, the end token included where it was met;
+    seconds from prefill to the last token."""
     tokens: list[list[int]]
     new_tokens: int
     seconds: float
@@ -78,30 +81,40 @@ class Generated:
 class Model:
     """A Llama on this rank: its shards, and the programs that run it."""
 
-    def __init__(self, config: LlamaConfig, weights: Llama, layout: Layout, runtime: Runtime, dtype: torch.dtype) -> None:
-        self.config, self.weights, self.layout, self.runtime, self.dtype = config, weights, layout, runtime, dtype
+    def __init__(self, config: LlamaConfig, weights: Llama, layout: Layout, runtime: Runtime,
+                 dtype: torch.dtype) -> None:
+        self.config, self.weights, self.layout, self.runtime, self.dtype = (
+            config, weights, layout, runtime, dtype)
         self._steps: dict[tuple[Sampling, bool], Compiled] = {}
         self._decoders: dict[tuple[Sampling, bool], Decoder] = {}
         self._cache = CacheBuffer(dtype, runtime.device)
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, layout: Layout, runtime: Runtime, dtype: torch.dtype = torch.float32) -> Model:
+    def load(cls, checkpoint: Checkpoint, layout: Layout, runtime: Runtime,
+             dtype: torch.dtype = torch.float32) -> Model:
         """The shards that this rank's specs need, and no more."""
         config = config_of(checkpoint)
         types = weight_types(config, layout, runtime.mesh)
         shards = load(checkpoint, types, runtime.mesh, runtime.coordinate, dtype, runtime.device)
-        return cls(config, fill(llama_of(config), "", lambda path: shards.pop(path[1:])), layout, runtime, dtype)
+        return cls(config, fill(llama_of(config), "", lambda path: shards.pop(path[1:])), layout, runtime,
+                   dtype)
 
     @classmethod
-    def random(cls, name: str, layout: Layout, runtime: Runtime, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Model:
-        """A model of the published shape `name`, its weights drawn on this rank's device: to measure without a download."""
+    def random(cls, name: str, layout: Layout, runtime: Runtime, dtype: torch.dtype = torch.bfloat16,
+               seed: int = 0) -> Model:
+        """A model of the published shape `name`, its weights drawn on this rank's device:
+        to measure without a download."""
         config = shape_of(name)
         mesh, types = runtime.mesh, weight_types(config, layout, runtime.mesh)
         drawn = random_weights(config, types, mesh, runtime.coordinate, dtype, runtime.device, seed)
-        return cls(config, fill(llama_of(config), "", lambda path: drawn.pop(path[1:])), layout, runtime, dtype)
+        return cls(config, fill(llama_of(config), "", lambda path: drawn.pop(path[1:])), layout, runtime,
+                   dtype)
 
     def pack(self) -> Model:
-        """The same model with its weights in the form that runs fastest. Each plain weight is let go as soon as it is packed."""
+        """The same model with its weights in the form that runs fastest.
+
+        Each plain weight is let go as soon as it is packed.
+        """
         step, weights = self._step(Sampling()), self.weights
         leaves = dict(leaf_values(weights, "w"))
         self.weights = weights = None
@@ -123,7 +136,8 @@ class Model:
     def _step(self, sampling: Sampling, first: bool = False) -> Compiled:
         if (sampling, first) not in self._steps:
             function, static = self._function(sampling, first)
-            made = compile(function, self.layout, runtime=self.runtime, sizes=self.config.sizes, donate=("cache",), **static)
+            made = compile(function, self.layout, runtime=self.runtime, sizes=self.config.sizes,
+                           donate=("cache",), **static)
             made.lower(None, llama_of(self.config))
             self._steps[sampling, first] = made
         return self._steps[sampling, first]
@@ -133,17 +147,22 @@ class Model:
         if (sampling, graph) not in self._decoders:
             function, _ = self._function(sampling)
             self._decoders[sampling, graph] = Decoder(
-                function.__name__, lambda first, rows, capacity: self._step(sampling, first).at(B=rows, S=capacity),
-                sampling.temperature > 0, self.weights, self.config.sizes, self.config.max_context, self.runtime, self._cache, graph)
+                function.__name__,
+                lambda first, rows, capacity: self._step(sampling, first).at(B=rows, S=capacity),
+                sampling.temperature > 0, self.weights, self.config.sizes, self.config.max_context,
+                self.runtime, self._cache, graph)
         return self._decoders[sampling, graph]
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int] = (), sampling: Sampling = Sampling(),
-                 on_tokens: Callable[[list[int | None]], None] = lambda new: None, graph: bool | None = None) -> Generated:
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int] = (),
+                 sampling: Sampling = Sampling(),
+                 on_tokens: Callable[[list[int | None]], None] = lambda new: None,
+                 graph: bool | None = None) -> Generated:
         """Continue every prompt by up to `max_new_tokens`.
 
         on_tokens: gets each step's new token per row, None where a row is done.
-        graph: each step is the replay of a CUDA graph, of a bucket of rows and a capacity of the cache, rounded up; by default
-        on GPUs. The host then follows one step behind: all ranks decide what comes after step n + 1 by the tokens of step n.
+        graph: each step is the replay of a CUDA graph, of a bucket of rows and a capacity of the cache,
+        rounded up; by default on GPUs. The host then follows one step behind: all ranks decide what comes
+        after step n + 1 by the tokens of step n.
         """
         check_prompts(prompts, max_new_tokens, self.config)
         graph = self.runtime.device.type == "cuda" if graph is None else graph
@@ -171,7 +190,7 @@ class Model:
                     slots = smaller.slots
         made, seconds = sum(map(len, tokens)) - sum(map(len, prompts)), time.perf_counter() - began
         for step in (self._step(sampling, True), self._step(sampling)):
-            step.check()                                # replays note what they are asked for, and nobody has looked yet
+            step.check()  # replays note what they are asked for, and nobody has looked yet
         return Generated(tokens, made, seconds)
 
 
@@ -192,16 +211,19 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config:
         raise SpecError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
     for token in (t for p in prompts for t in p):
         if not 0 <= token < config.vocab_size:
-            raise SpecError(f"token {token} of a prompt is none of the model's, which are 0 to {config.vocab_size - 1}; its tokenizer is another's")
+            raise SpecError(f"token {token} of a prompt is none of the model's, which are 0 to "
+                            f"{config.vocab_size - 1}; its tokenizer is another's")
     longest = max(map(len, prompts))
     if longest + max_new_tokens > config.max_context:
-        raise SpecError(f"the prompt has {longest} tokens and {max_new_tokens} are to follow; the model's context is {config.max_context}")
+        raise SpecError(f"the prompt has {longest} tokens and {max_new_tokens} are to follow; the model's "
+                        f"context is {config.max_context}")
 
 
 def llama_of(config: LlamaConfig) -> Llama:
     """The Llama pytree of `config`: without a head where it is tied."""
     full = fill(Llama, "", lambda path: path)
-    return Llama(embed=full.embed, layers=full.layers, norm=full.norm, head=None if config.tied else full.head)
+    return Llama(embed=full.embed, layers=full.layers, norm=full.norm,
+                 head=None if config.tied else full.head)
 
 
 def weight_types(config: LlamaConfig, layout: Layout, mesh: Mesh) -> dict[str, object]:

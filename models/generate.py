@@ -1,14 +1,16 @@
 """Generate text: `python -m shardlib.models.generate --prompt "..."`, alone or under torchrun with a mesh.
 
-    torchrun --nproc-per-node 3 -m shardlib.models.generate --model smollm2 --mesh tp=3 --prompt "The capital of France is"
+    torchrun --nproc-per-node 3 -m shardlib.models.generate --model smollm2 --mesh tp=3 \\
+        --prompt "The capital of France is"
 
-Rank 0 reads the headers and the tokenizer, and tells the others; each rank reads the bytes of its own shards. Progress goes
-to stderr, text to stdout; `--json` prints one object for machines. `--plan` prints every collective of one token to stdout instead.
-Bad input ends every rank with a non-zero exit code and one line.
+Rank 0 reads the headers and the tokenizer, and tells the others; each rank reads the bytes of its own shards.
+Progress goes to stderr, text to stdout; `--json` prints one object for machines. `--plan` prints every
+collective of one token to stdout instead. Bad input ends every rank with a non-zero exit code and one line.
 
-With `--results FILE` what is finished is kept: started again, by hand or by `torchrun --max-restarts`, the command generates the
-requests that are not in the file yet, to the tokens that they would have had, since a draw depends on the seed, the position and
-the row in its batch alone. So the file may come from other meshes and layouts, and from other batches where they leave the rows.
+With `--results FILE` what is finished is kept: started again, by hand or by `torchrun --max-restarts`, the
+command generates the requests that are not in the file yet, to the tokens that they would have had, since a
+draw depends on the seed, the position and the row in its batch alone. So the file may come from other meshes
+and layouts, and from other batches where they leave the rows.
 """
 from __future__ import annotations
 
@@ -57,28 +59,36 @@ class _Parser(argparse.ArgumentParser):
 
 def arguments() -> argparse.ArgumentParser:
     parser = _Parser(prog="shardlib.models.generate", description="Generate text with a Llama.")
-    parser.add_argument("--model", default="smollm2", help="smollm2, a Hugging Face Llama folder, or a .gguf file")
-    parser.add_argument("--weights", help="in place of --model, random ones of a published shape, to measure: random:llama3-8b")
+    parser.add_argument("--model", default="smollm2",
+                        help="smollm2, a Hugging Face Llama folder, or a .gguf file")
+    parser.add_argument("--weights", help="in place of --model, random ones of a published shape, to "
+                        "measure: random:llama3-8b")
     parser.add_argument("--mesh", default="", help='axes and sizes, as in "dp=2,tp=2"; by default one rank')
-    parser.add_argument("--layout", default="tp", help="tp, sp, fsdp, cp, joined by +; or a layout, as in B=dp,K=tp,F=tp")
+    parser.add_argument("--layout", default="tp",
+                        help="tp, sp, fsdp, cp, joined by +; or a layout, as in B=dp,K=tp,F=tp")
     parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
     parser.add_argument("--batch", type=int, help="prompts that are generated at once; by default all")
-    parser.add_argument("--results", help="a file of JSON lines: requests that are in it are done, finished ones are appended")
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as it is; otherwise it is a chat turn")
+    parser.add_argument("--results", help="a file of JSON lines: requests that are in it are done, finished "
+                        "ones are appended")
+    parser.add_argument("--raw", action="store_true",
+                        help="continue the prompt as it is; otherwise it is a chat turn")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is one for each process")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout: tokens, text, tokens_per_second; or the plan")
-    parser.add_argument("--plan", action="store_true", help="print every collective of one token, with its cost, to stdout, and end")
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        help="by default cuda where there is one for each process")
+    parser.add_argument("--json", action="store_true",
+                        help="one JSON object on stdout: tokens, text, tokens_per_second; or the plan")
+    parser.add_argument("--plan", action="store_true",
+                        help="print every collective of one token, with its cost, to stdout, and end")
     parser.add_argument("--quiet", action="store_true", help="no progress: only errors go to stderr")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):        # a terminal that cannot show an answer must not end the job
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show an answer must not end the job
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _reporting():
@@ -96,7 +106,8 @@ class _Reported(Exception):
 
 @contextmanager
 def _reporting() -> Iterator[None]:
-    """What a user can do wrong, or meet, becomes one line on stderr, said by the first rank that comes to it."""
+    """What a user can do wrong, or meet, becomes one line on stderr,
+    said by the first rank that comes to it."""
     try:
         yield
     except RankError as error:          # the watchdog has said it
@@ -108,11 +119,15 @@ def _reporting() -> Iterator[None]:
 
 
 def _first() -> bool:
-    """Whether no rank before this one has met an error: the others follow, or lose their peer. torchrun keeps the count."""
+    """Whether no rank before this one has met an error: the others follow, or lose their peer.
+
+    torchrun keeps the count.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                              timeout=timedelta(seconds=10))
         return store.add(f"shardlib/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
     except (RuntimeError, ValueError, KeyError):
         return True
@@ -140,7 +155,8 @@ def run(options: argparse.Namespace) -> None:
         world = tuple(mesh.axes)
         runtime.create_groups([world] if world else [])
         runtime.open_queue(world)
-        say(f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {runtime.device.type}, mesh {str(mesh) or '()'}, layout {str(layout) or '()'}; "
+        say(f"{mesh.world_size} rank{'s' * (mesh.world_size > 1)} on {runtime.device.type}, mesh "
+            f"{str(mesh) or '()'}, layout {str(layout) or '()'}; "
             f"{'drawing ' + options.weights if options.weights else 'reading ' + options.model}")
         job, request = None, None
         if runtime.rank == 0:
@@ -161,9 +177,11 @@ def run(options: argparse.Namespace) -> None:
         _say_plan(plan, say)
         made = []
         for rows in job["batches"]:
-            stream = _Stream(request.tokenizer) if request and not options.json and len(job["prompts"]) == 1 else None
+            stream = (_Stream(request.tokenizer) if request and not options.json and len(job["prompts"]) == 1
+                      else None)
             prompts = [job["prompts"][row] for row in rows]
-            made.append(model.generate(prompts, options.max_new_tokens, set(job["eos"]), sampling, stream or (lambda new: None)))
+            made.append(model.generate(prompts, options.max_new_tokens, set(job["eos"]), sampling,
+                                       stream or (lambda new: None)))
             if request:
                 request.keep(rows, made[-1])
             if stream:
@@ -174,7 +192,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _sampling(options: argparse.Namespace) -> Sampling:
     if not options.temperature >= 0 or not 0 < options.top_p <= 1:
-        raise SpecError(f"--temperature {options.temperature} --top-p {options.top_p}: temperature is at least 0, top-p above 0 and at most 1")
+        raise SpecError(f"--temperature {options.temperature} --top-p {options.top_p}: temperature is at "
+                        "least 0, top-p above 0 and at most 1")
     if abs(options.seed) >= 2 ** 63:
         raise SpecError(f"--seed {options.seed}: a seed is above -2**63 and below 2**63")
     return Sampling(options.temperature, options.top_p, options.seed)
@@ -188,7 +207,10 @@ class _Request:
     results: Results
 
     def batches(self, size: int | None) -> list[list[int]]:
-        """The batches of which something is not done. They are the same in every attempt: a draw depends on the row."""
+        """The batches of which something is not done.
+
+        They are the same in every attempt: a draw depends on the row.
+        """
         rows, size = list(range(len(self.prompts))), size or len(self.prompts)
         batches = [rows[i:i + size] for i in rows[::size]]
         return [batch for batch in batches if not self.results.done.keys() >= set(batch)]
@@ -203,26 +225,34 @@ def _prepare(options: argparse.Namespace) -> tuple[_Request | None, dict[str, An
     try:
         if any(not text.strip() for text in options.prompt) or not options.prompt:
             raise SpecError("the prompt is empty; give one with --prompt")
-        if any("\udc80" <= c <= "\udcff" for text in options.prompt for c in text):       # how Python hands on bytes it cannot decode
+        # how Python hands on bytes it cannot decode
+        if any("\udc80" <= c <= "\udcff" for text in options.prompt for c in text):
             raise SpecError("the prompt is not UTF-8 text")
         checkpoint = None if options.weights else open_checkpoint(options.model)
         tokenizer = Tokenizer.load(options.model) if checkpoint else ByteTokenizer()
-        texts = options.prompt if options.raw else [tokenizer.chat([{"role": "user", "content": text}]) for text in options.prompt]
+        texts = (options.prompt if options.raw
+                 else [tokenizer.chat([{"role": "user", "content": text}]) for text in options.prompt])
         prompts = [tokenizer.encode(text) for text in texts]
-        check_prompts(prompts, options.max_new_tokens, config_of(checkpoint) if checkpoint else shape_of(options.weights))
-        request = _Request(tokenizer, prompts, Results(None if options.plan else options.results, _digests(prompts, options)))
-        return request, {"checkpoint": checkpoint and checkpoint.to_plain(), "prompts": prompts, "eos": sorted(tokenizer.eos_ids),
-                         "batches": request.batches(options.batch)}
+        check_prompts(prompts, options.max_new_tokens,
+                      config_of(checkpoint) if checkpoint else shape_of(options.weights))
+        request = _Request(tokenizer, prompts,
+                           Results(None if options.plan else options.results, _digests(prompts, options)))
+        return request, {"checkpoint": checkpoint and checkpoint.to_plain(), "prompts": prompts,
+                         "eos": sorted(tokenizer.eos_ids), "batches": request.batches(options.batch)}
     except (SpecError, CheckpointError, OSError) as error:
         return None, {"error": str(error)}
 
 
 def _digests(prompts: Sequence[Sequence[int]], options: argparse.Namespace) -> list[str]:
-    """What every request is known by. Greedy tokens depend on no seed, and drawn ones on the row in the batch too."""
+    """What every request is known by.
+
+    Greedy tokens depend on no seed, and drawn ones on the row in the batch too.
+    """
     model = f"{options.weights} {options.seed} {options.mesh}" if options.weights else options.model
     all_tokens, size = (model, options.max_new_tokens, options.dtype), options.batch or len(prompts)
     draws = (options.temperature, options.top_p, options.seed)
-    return [digest(p, (*all_tokens, *draws, row % size) if options.temperature else all_tokens) for row, p in enumerate(prompts)]
+    return [digest(p, (*all_tokens, *draws, row % size) if options.temperature else all_tokens)
+            for row, p in enumerate(prompts)]
 
 
 def _speaker(options: argparse.Namespace) -> Callable[[str], None]:
@@ -236,7 +266,8 @@ def _saying(say: Callable[[str], None]) -> Iterator[None]:
     shown = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-        say(f"note: {message}") if issubclass(category, CheckpointWarning) else shown(message, category, *rest)
+        say(f"note: {message}") if issubclass(category,
+                                              CheckpointWarning) else shown(message, category, *rest)
     with warnings.catch_warnings():
         warnings.simplefilter("always", CheckpointWarning)
         warnings.showwarning = show
@@ -247,10 +278,12 @@ def _tensors(tree: Any) -> Iterable[torch.Tensor]:
     return (t for _, t in leaf_values(tree, ""))
 
 
-def _plan(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, options: argparse.Namespace) -> Explanation:
+def _plan(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling,
+          options: argparse.Namespace) -> Explanation:
     """The collectives of one token, by the line that asked for them. Every rank calls it."""
     sizes = dict(model.config.sizes, B=len(prompts), T=1, S=max(map(len, prompts)) + options.max_new_tokens)
-    return explain(model.lower(sampling), model.runtime.mesh, sizes, default=options.dtype, runtime=model.runtime)
+    return explain(model.lower(sampling), model.runtime.mesh, sizes, default=options.dtype,
+                   runtime=model.runtime)
 
 
 def _print_plan(plan: Explanation, as_json: bool) -> None:
@@ -260,7 +293,8 @@ def _print_plan(plan: Explanation, as_json: bool) -> None:
 def _say_plan(plan: Explanation, say: Callable[[str], None]) -> None:
     say(f"plan of one token: {plan.collectives} collectives, {bytes_text(plan.bytes)} received per rank")
     for t in plan.traffic:
-        say(f"  {t.where:16} {t.times:3} x {t.op:14} {'/'.join(t.axes)}={t.group_size}  {bytes_text(t.bytes):>8}  {t.before} -> {t.after}")
+        say(f"  {t.where:16} {t.times:3} x {t.op:14} {'/'.join(t.axes)}={t.group_size}  "
+            f"{bytes_text(t.bytes):>8}  {t.before} -> {t.after}")
 
 
 class _Stream:
@@ -281,13 +315,16 @@ class _Stream:
         print(self.tokenizer.decode(self.ids)[len(self.shown):], flush=True)
 
 
-def _finish(made: Sequence[Generated], done: Mapping[int, Result], options: argparse.Namespace, say: Callable[[str], None]) -> None:
+def _finish(made: Sequence[Generated], done: Mapping[int, Result], options: argparse.Namespace,
+            say: Callable[[str], None]) -> None:
     """All results, those of earlier attempts too; the rate is that of this attempt."""
-    results, new, seconds = [done[row] for row in sorted(done)], sum(m.new_tokens for m in made), sum(m.seconds for m in made)
+    results, new, seconds = ([done[row] for row in sorted(done)], sum(m.new_tokens for m in made),
+                             sum(m.seconds for m in made))
     rate = new / seconds if made else 0.0
     if options.json:
         one = [{"tokens": r.tokens, "text": r.text} for r in results]
-        print(json.dumps({**(one[0] if len(one) == 1 else {"completions": one}), "tokens_per_second": rate}), flush=True)
+        print(json.dumps({**(one[0] if len(one) == 1 else {"completions": one}), "tokens_per_second": rate}),
+              flush=True)
         return
     if len(results) > 1 or not made:            # one alone was shown as it came
         for r in results:

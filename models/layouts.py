@@ -5,9 +5,9 @@
 >>> str(named_layout("tp+sp+fsdp", Mesh(dp=2, tk=2, tg=2)))
 'B=dp,K=tk,G=tg,F=tk/tg,V=tk/tg,T=tk/tg,D=dp'
 
-Names join with "+": tp (tensor parallel), sp (sequence parallel, on top of it), fsdp (weights split over dp), cp (context
-parallel). An axis that the mesh lacks is left out. More tensor-parallel ranks than kv heads: a mesh with axes tk and tg.
-A text with "=" is a layout of its own: "B=dp,K=tp,F=tp".
+Names join with "+": tp (tensor parallel), sp (sequence parallel, on top of it), fsdp (weights split over dp),
+cp (context parallel). An axis that the mesh lacks is left out. More tensor-parallel ranks than kv heads: a
+mesh with axes tk and tg. A text with "=" is a layout of its own: "B=dp,K=tp,F=tp".
 """
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def named_layout(text: str, mesh: Mesh) -> Layout:
             raise SpecError(f"layout {text!r}: {part!r} is not one of {', '.join(NAMES)}, and no DIM=AXIS")
     wide = ("tk", "tg") if "tk" in mesh.axes else ("tp",)
     time = (("cp",) if "cp" in parts or "cp" in mesh.axes else ()) + (wide if "sp" in parts else ())
-    wanted = {"B": ("dp",), "K": wide[:1], "G": wide[1:], "F": wide, "V": wide, "T": time, "D": ("dp",) if "fsdp" in parts else ()}
+    wanted = {"B": ("dp",), "K": wide[:1], "G": wide[1:], "F": wide, "V": wide, "T": time,
+              "D": ("dp",) if "fsdp" in parts else ()}
     entries = {dim: tuple(a for a in axes if a in mesh.axes) for dim, axes in wanted.items()}
     return Layout({dim: axes for dim, axes in entries.items() if axes})

@@ -3,8 +3,9 @@
 B batch  T query time  S key time (cache slots)  P key time in a prompt  D d_model  L layers
 K kv heads  G queries per kv head  H head_dim  F d_ff  V vocab
 
-No line here knows of ranks or meshes. `Layout(K="tp", F="tp", V="tp")` makes it tensor parallel, `T="tp"` after that
-sequence parallel, `B="dp"` before it data parallel, `D="dp"` at the end FSDP, `T="cp"` context parallel.
+No line here knows of ranks or meshes. `Layout(K="tp", F="tp", V="tp")` makes it tensor parallel, `T="tp"`
+after that sequence parallel, `B="dp"` before it data parallel, `D="dp"` at the end FSDP, `T="cp"` context
+parallel.
 """
 from __future__ import annotations
 
@@ -119,7 +120,8 @@ def cached_block(x, w: Block, cache: KeyValue, start, angles, mask, *, config):
 
 @sharded("B T D, *, *, B, B T/1 H -> B T D, *")
 def prompt_block(x, w: Block, cache: KeyValue, start, angles, *, config):
-    """The same where nothing is in the cache yet: attention is causal among the new tokens, and no mask is made."""
+    """The same where nothing is in the cache yet: attention is causal among the new tokens,
+    and no mask is made."""
     q, k, v = heads(x, w, angles, config)
     kept = KeyValue(k=update_cache("B S K H, B T K H, B -> B S K H", cache.k, k, start),
                     v=update_cache("B S K H, B T K H, B -> B S K H", cache.v, v, start))
@@ -129,7 +131,8 @@ def prompt_block(x, w: Block, cache: KeyValue, start, angles, *, config):
 
 def angles_at(start, config):
     scaling = config.rope_scaling and (config.rope_scaling.factor, config.rope_scaling.low_freq_factor,
-                                       config.rope_scaling.high_freq_factor, config.rope_scaling.original_context)
+                                       config.rope_scaling.high_freq_factor,
+                                       config.rope_scaling.original_context)
     return rope_table("B -> B T/1 H", start, theta=config.rope_theta, scaling=scaling)
 
 
@@ -146,7 +149,8 @@ def next_logits(ids, w: Llama, cache: Cache, start, last, *, config):
 def prompt_logits(ids, w: Llama, cache: Cache, start, last, *, config):
     """The same at the beginning of prompts: `start` is 0 everywhere."""
     x = embedding("B T, V D -> B T D", ids, w.embed)
-    x, layers = scan(prompt_block, x, (w.layers, cache.layers), start, angles_at(start, config), config=config)
+    x, layers = scan(prompt_block, x, (w.layers, cache.layers), start, angles_at(start, config),
+                     config=config)
     return logits_at(x, w, last, config), Cache(layers=layers)
 
 
@@ -174,10 +178,12 @@ def logits_of(ids, w: Llama, start, *, config):
     """Logits after every token, without a cache: training, scoring."""
     x = embedding("B T, V D -> B T D", ids, w.embed)
     x = scan(block, x, w.layers, angles_at(start, config), config=config)
-    return einsum("B T D, V D -> B T V", rms_norm(x, w.norm, config.norm_eps), w.embed if w.head is None else w.head)
+    return einsum("B T D, V D -> B T V", rms_norm(x, w.norm, config.norm_eps),
+                  w.embed if w.head is None else w.head)
 
 
 @sharded("B T/1, B T/1, *, B -> ()")
 def loss(ids, labels, w: Llama, start, *, config):
     """Mean cross entropy, in nats per token."""
-    return mean("B T -> ()", cross_entropy("B T V, B T -> B T", logits_of(ids, w, start, config=config), labels))
+    return mean("B T -> ()",
+                cross_entropy("B T V, B T -> B T", logits_of(ids, w, start, config=config), labels))

@@ -1,7 +1,9 @@
-"""The LlamaConfig that a checkpoint's own words describe, or a refusal: nothing that is not implemented is passed over.
+"""The LlamaConfig that a checkpoint's own words describe, or a refusal:
+nothing that is not implemented is passed over.
 
->>> config = config_from_hf({"model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96,
-...     "num_hidden_layers": 2, "num_attention_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 128})
+>>> config = config_from_hf({"model_type": "llama", "vocab_size": 256, "hidden_size": 64,
+...     "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "rms_norm_eps": 1e-5,
+...     "max_position_embeddings": 128})
 >>> config.num_kv_heads, config.queries_per_kv, config.head_dim, config.rope_theta
 (4, 1, 16, 10000.0)
 >>> config_from_hf({"model_type": "qwen2"})
@@ -9,9 +11,9 @@ Traceback (most recent call last):
     ...
 shardlib.models.files.checkpoint.CheckpointError: config.json: model_type is 'qwen2', which is not implemented; it may be 'llama'
 
-Refused with a `CheckpointError`: other architectures, experts, biases, other activations, quantised Hugging Face
-folders, and rotary embeddings other than the plain one and Llama 3's.
-"""
+Refused with a `CheckpointError`: other architectures, experts, biases, other activations, quantised Hugging
+Face folders, and rotary embeddings other than the plain one and Llama 3's.
+"""  # noqa: E501
 from __future__ import annotations
 
 import math
@@ -58,19 +60,22 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     kv_heads = said.size("num_key_value_heads", default=heads)
     theta, scaling = _hf_rope(said)
     return LlamaConfig(
-        vocab_size=said.size("vocab_size"), d_model=d_model, num_layers=said.size("num_hidden_layers"), num_kv_heads=kv_heads,
-        queries_per_kv=said.whole(heads, kv_heads, "query heads for each kv head"),
-        head_dim=said.even(said.size("head_dim", default=None) or said.whole(d_model, heads, "elements a head")),
-        d_ff=said.size("intermediate_size"), norm_eps=said.number("rms_norm_eps", default=1e-6), rope_theta=theta,
-        rope_scaling=scaling, tied=said.flag("tie_word_embeddings", default=False),
+        vocab_size=said.size("vocab_size"), d_model=d_model, num_layers=said.size("num_hidden_layers"),
+        num_kv_heads=kv_heads, queries_per_kv=said.whole(heads, kv_heads, "query heads for each kv head"),
+        head_dim=said.even(said.size("head_dim", default=None)
+                           or said.whole(d_model, heads, "elements a head")),
+        d_ff=said.size("intermediate_size"), norm_eps=said.number("rms_norm_eps", default=1e-6),
+        rope_theta=theta, rope_scaling=scaling, tied=said.flag("tie_word_embeddings", default=False),
         max_context=said.size("max_position_embeddings"))
 
 
 def _hf_rope(said: _Said) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_scaling` and `rope_theta` (transformers 4) or from `rope_parameters` (5)."""
+    """Base and scaling, from `rope_scaling` and `rope_theta` (transformers 4)
+    or from `rope_parameters` (5)."""
     found = said.fields.get("rope_scaling") or said.fields.get("rope_parameters") or {}
     if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
-        raise said.error("its rotary embedding is not one set of numbers for all layers, which is not implemented")
+        raise said.error(
+            "its rotary embedding is not one set of numbers for all layers, which is not implemented")
     length = said.fields.get("original_max_position_embeddings")
     before = {"rope_theta": said.fields.get("rope_theta", 10000.0), "rope_type": found.get("type", "default"),
               "original_max_position_embeddings": said.fields.get("max_position_embeddings")}
@@ -81,8 +86,8 @@ def _hf_rope(said: _Said) -> tuple[float, RopeScaling | None]:
     theta = rope.number("rope_theta")
     if rope.fields["rope_type"] == "default":
         return theta, None
-    return theta, RopeScaling(rope.number("factor"), rope.number("low_freq_factor"), rope.number("high_freq_factor"),
-                              rope.size("original_max_position_embeddings"))
+    return theta, RopeScaling(rope.number("factor"), rope.number("low_freq_factor"),
+                              rope.number("high_freq_factor"), rope.size("original_max_position_embeddings"))
 
 
 def config_from_gguf(metadata: Mapping[str, Any], tied: bool) -> LlamaConfig:
@@ -95,31 +100,37 @@ def config_from_gguf(metadata: Mapping[str, Any], tied: bool) -> LlamaConfig:
     said.only("llama.attention.sliding_window", 0, default=0)
     d_model, heads = said.size("llama.embedding_length"), said.size("llama.attention.head_count")
     kv_heads = said.size("llama.attention.head_count_kv", default=heads)
-    head_dim = said.size("llama.attention.key_length", default=None) or said.whole(d_model, heads, "elements a head")
+    head_dim = (said.size("llama.attention.key_length", default=None)
+                or said.whole(d_model, heads, "elements a head"))
     said.only("llama.attention.value_length", head_dim, default=head_dim)
     said.only("llama.rope.dimension_count", head_dim, default=head_dim)
     return LlamaConfig(
-        vocab_size=said.size("llama.vocab_size"), d_model=d_model, num_layers=said.size("llama.block_count"), num_kv_heads=kv_heads,
-        queries_per_kv=said.whole(heads, kv_heads, "query heads for each kv head"), head_dim=said.even(head_dim),
-        d_ff=said.size("llama.feed_forward_length"), norm_eps=said.number("llama.attention.layer_norm_rms_epsilon"),
+        vocab_size=said.size("llama.vocab_size"), d_model=d_model, num_layers=said.size("llama.block_count"),
+        num_kv_heads=kv_heads, queries_per_kv=said.whole(heads, kv_heads, "query heads for each kv head"),
+        head_dim=said.even(head_dim), d_ff=said.size("llama.feed_forward_length"),
+        norm_eps=said.number("llama.attention.layer_norm_rms_epsilon"),
         rope_theta=said.number("llama.rope.freq_base", default=10000.0), rope_scaling=None, tied=tied,
         max_context=said.size("llama.context_length"))
 
 
 def _with_rope_scaling(config: LlamaConfig, checkpoint: Checkpoint) -> LlamaConfig:
-    """The Llama 3 scaling whose frequency divisors the tensor rope_freqs holds; GGUF stores nothing else of it."""
+    """The Llama 3 scaling whose frequency divisors the tensor rope_freqs holds;
+    GGUF stores nothing else of it."""
     table, pairs = [Weight("rope_freqs", "P", "rope_freqs.weight", "P")], config.head_dim // 2
-    loaded = load_weights(checkpoint, table, {"P": pairs}, {"rope_freqs": parse("P")}, Mesh(), {}, torch.float32)
+    loaded = load_weights(checkpoint, table, {"P": pairs}, {"rope_freqs": parse("P")}, Mesh(), {},
+                          torch.float32)
     held = loaded["rope_freqs"].tolist()
     scaling = RopeScaling(factor=min(1e6, max(1.0, *held)), **LLAMA3)
     made = [_divisor(scaling, config.rope_theta ** (-pair / pairs)) for pair in range(pairs)]
     if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(held, made)):
-        raise CheckpointError("tensor rope_freqs.weight is not the scaling of Llama 3.1; others are not implemented")
+        raise CheckpointError(
+            "tensor rope_freqs.weight is not the scaling of Llama 3.1; others are not implemented")
     return replace(config, rope_scaling=None if scaling.factor == 1 else scaling)
 
 
 def _divisor(scaling: RopeScaling, frequency: float) -> float:
-    """By how much Llama 3 slows a rotary frequency: 1 for the fast ones, `factor` for the slow, between them a blend."""
+    """By how much Llama 3 slows a rotary frequency: 1 for the fast ones, `factor` for the slow,
+    between them a blend."""
     turns = scaling.original_context * frequency / (2 * math.pi)
     fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     fast = min(1.0, max(0.0, fast))
@@ -145,7 +156,8 @@ class _Said:
     def only(self, key: str, *allowed: Any, default: Any = None) -> None:
         value = self.get(key, default)
         if value not in allowed:
-            raise self.error(f"{key} is {_short(value)}, which is not implemented; it may be {' or '.join(map(repr, allowed))}")
+            raise self.error(f"{key} is {_short(value)}, which is not implemented; it may be "
+                             f"{' or '.join(map(repr, allowed))}")
 
     def size(self, key: str, default: Any = _REQUIRED) -> int:
         value = self.get(key, default)

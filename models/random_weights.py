@@ -7,9 +7,9 @@ Traceback (most recent call last):
     ...
 shardlib.errors.SpecError: no shape llama4; there are llama3-1b, llama3-8b, llama3-70b
 
-Each rank draws what it holds with its device's own generator, seeded by the leaf and by where its piece begins:
-replicas are equal, and seconds suffice. They are other numbers on other meshes and devices; `shardlib.init` draws the
-same everywhere, slowly.
+Each rank draws what it holds with its device's own generator, seeded by the leaf and by where its piece
+begins: replicas are equal, and seconds suffice. They are other numbers on other meshes and devices;
+`shardlib.init` draws the same everywhere, slowly.
 """
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from shardlib.models.llama import LlamaConfig, RopeScaling
 from shardlib.spec import Spec
 
 
-def _shape(d_model: int, num_layers: int, queries_per_kv: int, head_dim: int, d_ff: int, scaling: RopeScaling | None,
-           tied: bool, context: int) -> LlamaConfig:
+def _shape(d_model: int, num_layers: int, queries_per_kv: int, head_dim: int, d_ff: int,
+           scaling: RopeScaling | None, tied: bool, context: int) -> LlamaConfig:
     return LlamaConfig(vocab_size=128256, d_model=d_model, num_layers=num_layers, num_kv_heads=8,
-                       queries_per_kv=queries_per_kv, head_dim=head_dim, d_ff=d_ff, norm_eps=1e-5, rope_theta=5e5,
-                       rope_scaling=scaling, tied=tied, max_context=context)
+                       queries_per_kv=queries_per_kv, head_dim=head_dim, d_ff=d_ff, norm_eps=1e-5,
+                       rope_theta=5e5, rope_scaling=scaling, tied=tied, max_context=context)
 
 
 SHAPES = {
-    "llama3-1b": _shape(2048, 16, 4, 64, 8192, RopeScaling(32.0, 1.0, 4.0, 8192), True, 131072),     # Llama 3.2
+    "llama3-1b": _shape(2048, 16, 4, 64, 8192, RopeScaling(32.0, 1.0, 4.0, 8192), True, 131072),  # Llama 3.2
     "llama3-8b": _shape(4096, 32, 4, 128, 14336, None, False, 8192),
     "llama3-70b": _shape(8192, 80, 8, 128, 28672, None, False, 8192),
 }
@@ -49,7 +49,8 @@ def shape_of(name: str) -> LlamaConfig:
 
 def random_weights(config: LlamaConfig, types: Mapping[str, Spec], mesh: Mesh, coordinate: Mapping[str, int],
                    dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
-    """What `coordinate` holds of each leaf of `types`: norms of 1, else normal numbers that keep an activation's size."""
+    """What `coordinate` holds of each leaf of `types`: norms of 1,
+    else normal numbers that keep an activation's size."""
     made = {}
     for path, kind in types.items():
         shape, labels = mesh.local_shape(kind, config.sizes, coordinate), kind.labels

@@ -2,9 +2,10 @@
 
     {"request": 0, "of": "d2a84f4b8b650937", "tokens": [1, 5, 2], "text": " Paris"}
 
-Requests are numbered from 0; `of` is a digest of the prompt and of all options that decide its tokens. A last line that was cut
-short, by a process that died while it wrote, is dropped; one that lacks its newline alone gets it. Refused with a `SpecError`, and the
-file left as it is: results of other prompts or options, two of one request that differ, what is no results, what cannot be written.
+Requests are numbered from 0; `of` is a digest of the prompt and of all options that decide its tokens. A last
+line that was cut short, by a process that died while it wrote, is dropped; one that lacks its newline alone
+gets it. Refused with a `SpecError`, and the file left as it is: results of other prompts or options, two of
+one request that differ, what is no results, what cannot be written.
 """
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Results:
-    """The results in `path`, of the requests whose digests are `expected`. With no path they are kept in memory alone."""
+    """The results in `path`, of the requests whose digests are `expected`.
+
+    With no path they are kept in memory alone.
+    """
 
     def __init__(self, path: str | None, expected: Sequence[str]) -> None:
         self.path, self.expected = Path(path) if path else None, tuple(expected)
@@ -56,11 +60,13 @@ class Results:
         if not 0 <= result.request < len(self.expected) or self.expected[result.request] != result.of:
             raise SpecError(f"{where}: a result of other prompts or options; name another file")
         if self.done.setdefault(result.request, result) != result:
-            raise SpecError(f"{where}: another result of request {result.request} than in a line before; delete one of them")
+            raise SpecError(f"{where}: another result of request {result.request} than in a line before; "
+                            "delete one of them")
 
     def _begins(self, rest: bytes) -> bool:
         """Whether one of our lines begins with `rest`, as far as it can be known beforehand."""
-        known = (msgspec.json.encode(Result(i, of, [], "")).partition(b"]")[0] for i, of in enumerate(self.expected))
+        known = (msgspec.json.encode(Result(i, of, [], "")).partition(b"]")[0]
+                 for i, of in enumerate(self.expected))
         return any(rest.startswith(begin) or begin.startswith(rest) for begin in known)
 
     def add(self, request: int, tokens: list[int], text: str) -> None:
@@ -73,7 +79,10 @@ class Results:
 
 
 def _open(path: Path) -> bytes:
-    """What the file holds, which is made where there is none. SpecError where nothing could be appended later."""
+    """What the file holds, which is made where there is none.
+
+    SpecError where nothing could be appended later.
+    """
     try:
         with path.open("a+b") as file:
             os.fsync(file.fileno())

@@ -1,7 +1,7 @@
 """Which row of a batch lies where, as rows end: plain numbers, the same on every rank.
 
-A bucket has places for 1, 2, 4, 8, ... rows on each rank, so that few sizes are ever captured. Each of the `ranks`
-over which the cache is split by rows has an equal run of slots, and a row never leaves its rank.
+A bucket has places for 1, 2, 4, 8, ... rows on each rank, so that few sizes are ever captured. Each of the
+`ranks` over which the cache is split by rows has an equal run of slots, and a row never leaves its rank.
 
 >>> slots = Slots.of(5, ranks=2)
 >>> slots.rows
@@ -46,7 +46,8 @@ class Slots:
     def without(self, ended: Collection[int]) -> Smaller | None:
         """The smallest bucket that holds the rows that have not ended; None where it is this one."""
         each = self.size // self.ranks
-        blocks = [[i for i in range(each) if self.rows[rank * each + i] not in (None, *ended)] for rank in range(self.ranks)]
+        blocks = [[i for i in range(each) if self.rows[rank * each + i] not in (None, *ended)]
+                  for rank in range(self.ranks)]
         size = round_up(max(map(len, blocks)))
         if size >= each:
             return None
@@ -62,7 +63,10 @@ class Slots:
 
 
 class Smaller(NamedTuple):
-    """A smaller bucket. source: for each slot, which it was.  moves: for each rank, (to, from) of rows, counted there."""
+    """A smaller bucket.
+
+    source: for each slot, which it was.  moves: for each rank, (to, from) of rows, counted there.
+    """
     slots: Slots
     source: tuple[int, ...]
     moves: tuple[Sequence[tuple[int, int]], ...]

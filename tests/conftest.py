@@ -1,6 +1,9 @@
-"""Hypothesis without a deadline; in CI (the variable CI is set) the same examples every time. HYPOTHESIS_PROFILE=more draws ten times as many.
+"""Hypothesis without a deadline; in CI (the variable CI is set) the same examples every time.
 
-Tests may import what is in helpers/ by name. Where there is no GPU, kernels run in Triton's interpreter: Triton decides that once, when it is first imported."""
+HYPOTHESIS_PROFILE=more draws ten times as many.
+
+Tests may import what is in helpers/ by name. Where there is no GPU, kernels run in Triton's interpreter:
+Triton decides that once, when it is first imported."""
 from __future__ import annotations
 
 import os
@@ -21,9 +24,11 @@ from fake_cuda import Cuda  # noqa: E402
 
 from shardlib.distributed.graph_capture import capture_stream  # noqa: E402
 
-COMMON = dict(deadline=None, report_multiple_bugs=False, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
+COMMON = dict(deadline=None, report_multiple_bugs=False, print_blob=True, suppress_health_check=[
+    HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
 settings.register_profile("default", max_examples=100, **COMMON)
-settings.register_profile("ci", max_examples=100, derandomize=True, database=None, **{**COMMON, "print_blob": False})
+settings.register_profile("ci", max_examples=100, derandomize=True, database=None,
+                          **{**COMMON, "print_blob": False})
 settings.register_profile("more", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 

@@ -1,4 +1,5 @@
-"""Calling, compiling, stepping and simulating one function: the same numbers; parameters drawn alike on every mesh."""
+"""Calling, compiling, stepping and simulating one function: the same numbers;
+parameters drawn alike on every mesh."""
 from __future__ import annotations
 
 import pytest
@@ -66,11 +67,13 @@ def dense(x: Tensor, w: Net) -> tuple[Tensor, Tensor]:
 
 
 def arguments() -> tuple[Tensor, Net]:
-    return torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), init(Net, SIZES, dtype=torch.float64)
+    return (torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+            init(Net, SIZES, dtype=torch.float64))
 
 
 RUNS = [
-    lambda x, w: net(x, w), lambda x, w: compile(net)(x, w), lambda x, w: step(net)(x, w), lambda x, w: compile(net, Layout(F="tp"), mesh=Mesh(tp=1))(x, w),
+    lambda x, w: net(x, w), lambda x, w: compile(net)(x, w), lambda x, w: step(net)(x, w),
+    lambda x, w: compile(net, Layout(F="tp"), mesh=Mesh(tp=1))(x, w),
     lambda x, w: simulate(net, Layout(F="tp", T="tp"), x, w, mesh=Mesh(tp=2)),
     lambda x, w: simulate(net, Layout(T="dp", F="tp", D="dp"), x, w, mesh=Mesh(dp=3, tp=2))]
 
@@ -84,7 +87,8 @@ def test_every_way_to_run_gives_the_dense_result(run):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_where_new_tensors_are_by_default_does_not_matter(run):
-    """Every tensor that shardlib makes says its device: a user may load a model within torch.device("cuda")."""
+    """Every tensor that shardlib makes says its device:
+    a user may load a model within torch.device("cuda")."""
     x, w = arguments()
     want = run(x, w)
     with torch.device("meta"):
@@ -143,9 +147,11 @@ def test_shards_of_drawn_parameters_are_slices_of_the_whole():
     whole = dict(leaf_values(init(Net, SIZES, seed=7), "w"))
     types = {path: Layout(F="tp", D="dp").complete_alone(spec) for path, spec in struct(Net).leaves("w")}
     for coordinate in mesh.coordinates():
-        for path, shard in leaf_values(init(Net, SIZES, types, mesh=mesh, coordinate=coordinate, seed=7), "w"):
+        for path, shard in leaf_values(
+                init(Net, SIZES, types, mesh=mesh, coordinate=coordinate, seed=7), "w"):
             assert torch.equal(shard, whole[path][region(types[path], SIZES, mesh, coordinate)])
-    assert not torch.equal(whole["w.layers.up"], dict(leaf_values(init(Net, SIZES, seed=8), "w"))["w.layers.up"])
+    assert not torch.equal(whole["w.layers.up"],
+                           dict(leaf_values(init(Net, SIZES, seed=8), "w"))["w.layers.up"])
 
 
 def test_drawn_numbers_are_standard_normal():
@@ -153,7 +159,8 @@ def test_drawn_numbers_are_standard_normal():
         x: Tensor = param("N", scale=1.0)
     x = init(Big, dict(N=200_000), dtype=torch.float64).x
     assert abs(float(x.mean())) < 4 / 200_000 ** 0.5 and abs(float(x.var()) - 1) < 4 * (2 / 200_000) ** 0.5
-    assert float((x.abs() > 1.959964).double().mean()) == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / 200_000) ** 0.5)
+    assert (float((x.abs() > 1.959964).double().mean())
+            == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / 200_000) ** 0.5))
 
 
 class Parts(Params):
@@ -173,7 +180,8 @@ def test_a_pytree_with_other_fields_set_is_another_program():
     x, one = torch.ones(2), torch.ones(2)
     run = compile(weighed)
     for _ in range(2):
-        for w, want in ((Parts(a=one, b=one), 12.0), (Parts(a=one, c=one), 102.0), (Parts(a=one, b=one, c=one), 112.0), (Parts(b=one), 11.0)):
+        for w, want in ((Parts(a=one, b=one), 12.0), (Parts(a=one, c=one), 102.0),
+                        (Parts(a=one, b=one, c=one), 112.0), (Parts(b=one), 11.0)):
             assert run(x, w).tolist() == [want] * 2
 
 
@@ -192,8 +200,10 @@ def test_a_pytree_whose_inner_fields_differ_is_another_program():
     x, one = torch.zeros(2), torch.ones(2, 2)
     run = compile(deeply_weighed)
     for _ in range(2):
-        for w, want in ((Layers(parts=Parts(a=one), last=Parts(b=one)), 22.0), (Layers(parts=Parts(b=one), last=Parts(a=one)), 22.0),
-                        (Layers(parts=Parts(b=one), last=Parts(c=one)), 220.0), (Layers(parts=Parts(a=one), last=Parts(c=one)), 202.0)):
+        for w, want in ((Layers(parts=Parts(a=one), last=Parts(b=one)), 22.0),
+                        (Layers(parts=Parts(b=one), last=Parts(a=one)), 22.0),
+                        (Layers(parts=Parts(b=one), last=Parts(c=one)), 220.0),
+                        (Layers(parts=Parts(a=one), last=Parts(c=one)), 202.0)):
             assert run(x, w).tolist() == [want] * 2
 
 
@@ -212,14 +222,17 @@ def test_parameters_are_drawn_as_their_fields_say():
         layers: Kinds = stacked("L", Kinds)
         odd: Tensor = param("4 N")
     w = init(Many, dict(L=3, D=16, K=64, H=2, N=1024), dtype=torch.float64)
-    for drawn, std in ((w.layers.plain, 1 / 4), (w.layers.grouped, 1 / 128 ** 0.5), (w.layers.wide, 3.0), (w.odd, 1 / 2)):
+    for drawn, std in ((w.layers.plain, 1 / 4), (w.layers.grouped, 1 / 128 ** 0.5), (w.layers.wide, 3.0),
+                       (w.odd, 1 / 2)):
         n = drawn.numel()
-        assert abs(float(drawn.mean())) < 4 * std / n ** 0.5 and abs(float(drawn.var()) / std ** 2 - 1) < 4 * (2 / n) ** 0.5
+        assert (abs(float(drawn.mean())) < 4 * std / n ** 0.5
+                and abs(float(drawn.var()) / std ** 2 - 1) < 4 * (2 / n) ** 0.5)
         rows = drawn.reshape(-1, 1024)
         assert len({float(row[0]) for row in rows}) == len(rows)
-    assert w.layers.scalar.shape == (3,) and bool(w.layers.scalar.all()) and float(w.layers.scalar.abs().max()) < 6
+    assert (w.layers.scalar.shape == (3,) and bool(w.layers.scalar.all())
+            and float(w.layers.scalar.abs().max()) < 6)
     assert not w.layers.none.any() and bool((w.layers.ones == 1).all()) and not w.layers.zeros.any()
-    assert not torch.allclose(w.layers.plain * 12, w.layers.wide)                    # each field draws its own
+    assert not torch.allclose(w.layers.plain * 12, w.layers.wide)  # each field draws its own
 
 
 class Norm(Params):
@@ -237,7 +250,8 @@ def norm_layer(x, w: Norm):
 
 @sharded("T D, * -> T D, T, T")
 def many_kinds(x, w: Norms):
-    """The same op with other attributes, a dim that is named here, parameters that are gathered layer by layer."""
+    """The same op with other attributes, a dim that is named here,
+    parameters that are gathered layer by layer."""
     x = scan(norm_layer, x * 2.0 + x * 3.0, w.layers)
     scores = einsum("T D, S D -> T S", x, rename("T D -> S D", x))
     return x, mean("T S -> T", scores), mean("T D -> T", x * 2.0 - x * -3.0)
@@ -245,13 +259,15 @@ def many_kinds(x, w: Norms):
 
 def test_step_mode_works_out_each_call_by_itself():
     x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    w = Norms(layers=Norm(weight=torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.5, 1.0, -1.0, 2.0]], dtype=torch.float64)))
+    w = Norms(
+        layers=Norm(weight=torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.5, 1.0, -1.0, 2.0]], dtype=torch.float64)))
     want = 5 * x
     for weight in w.layers.weight:
         want = want / (want.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
     meant = (want, (want @ want.T).mean(1), 5 * want.mean(1))
-    runs = (step(many_kinds, Layout(T="dp", D="dp"), mesh=Mesh(dp=1)), compile(many_kinds), lambda *args: simulate(
-        many_kinds, Layout(T="dp", D="dp"), *args, mesh=Mesh(dp=2)))
+    runs = (step(many_kinds, Layout(T="dp", D="dp"), mesh=Mesh(dp=1)), compile(many_kinds),
+            lambda *args: simulate(
+                many_kinds, Layout(T="dp", D="dp"), *args, mesh=Mesh(dp=2)))
     for run in runs:
         for got, y in zip(run(x, w), meant, strict=True):
             assert torch.allclose(got, y, rtol=1e-12, atol=1e-12)
@@ -271,7 +287,8 @@ def test_equal_numbers_of_two_types_are_two_programs():
     x = torch.tensor([1, 2])
     for k, kind in ((2, torch.int64), (2.0, torch.float32), (2, torch.int64)):
         assert times(x, k=k).dtype == kind
-    assert [y.dtype for y in step(twice_over)(x)] == [y.dtype for y in compile(twice_over)(x)] == [torch.int64, torch.float32]
+    assert ([y.dtype for y in step(twice_over)(x)] == [y.dtype for y in compile(twice_over)(x)]
+            == [torch.int64, torch.float32])
 
 
 def test_sizes_are_told_apart_by_name():
@@ -297,7 +314,8 @@ def test_the_old_word_for_what_a_field_is_filled_with() -> None:
     with pytest.warns(DeprecationWarning) as said:
         class Old(Params):
             ones: Tensor = param("D", init="ones")
-    assert str(said[0].message) == "param('D'): init= is now initial=; a checker of types takes init for a word of dataclasses"
+    assert str(said[0].message) == (
+        "param('D'): init= is now initial=; a checker of types takes init for a word of dataclasses")
     assert init(Old, dict(D=3)).ones.tolist() == [1, 1, 1]
     with pytest.raises(SpecError) as refused:
         param("D", initial="random")

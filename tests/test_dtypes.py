@@ -1,7 +1,9 @@
-"""The dtype policy: every op, at all dtypes of its operands, gives what the policy says, and what is said of it before it runs.
+"""The dtype policy: every op, at all dtypes of its operands, gives what the policy says,
+and what is said of it before it runs.
 
-The policy is written here once more, as a table in torch's terms, and held against the dtypes that are computed and against what the
-generated code gives: on one rank and on pieces, forward and in gradients. Values are held against
+The policy is written here once more, as a table in torch's terms, and held against the dtypes that are
+computed and against what the generated code gives: on one rank and on pieces, forward and in gradients.
+Values are held against
 float64, and may be twice as far from it as plain torch's.
 """
 from __future__ import annotations
@@ -45,7 +47,7 @@ KINDS = (*FLOATS, int64, int32, int8, torch.bool)
 Dtypes = Sequence[torch.dtype]
 
 
-# -- the policy --------------------------------------------------------------------------------------------------------
+# -- the policy ----------------------------------------------------------------------------------------------
 
 def widest(*kinds: torch.dtype) -> torch.dtype:
     out = kinds[0]
@@ -66,19 +68,24 @@ def first(x: torch.dtype, *others: torch.dtype) -> torch.dtype:
     return x
 
 
-GIVES: dict[str, Any] = {           # of the dtypes of all operands; what is missing gives the widest of those that are no index
-    **dict.fromkeys(("div", "mean", "reciprocal", "scale"), fraction), **dict.fromkeys(("sum", "einsum"), total),
-    **dict.fromkeys(("rms_norm", "rope", "rope_vjp", "update_cache", "from_rank", "ones_like", "zeros_like"), first),
-    **dict.fromkeys(("greater", "less", "causal_mask"), lambda *kinds: torch.bool), "rope_table": lambda start: float32,
-    **dict.fromkeys(("argmax", "rank_of", "sample"), lambda *kinds: int64), "rms_norm_vjp": lambda x, w, g: (x, w),
+# of the dtypes of all operands; what is missing gives the widest of those that are no index
+GIVES: dict[str, Any] = {
+    **dict.fromkeys(("div", "mean", "reciprocal", "scale"), fraction),
+    **dict.fromkeys(("sum", "einsum"), total), **dict.fromkeys(
+        ("rms_norm", "rope", "rope_vjp", "update_cache", "from_rank", "ones_like", "zeros_like"), first),
+    **dict.fromkeys(("greater", "less", "causal_mask"), lambda *kinds: torch.bool),
+    "rope_table": lambda start: float32,
+    **dict.fromkeys(("argmax", "rank_of", "sample"), lambda *kinds: int64),
+    "rms_norm_vjp": lambda x, w, g: (x, w),
     "cast_like": lambda x, like: like if like.is_floating_point else x, "widen": lambda x: widest(x, float32),
     "attention_vjp": lambda q, k, v, *rest: (widest(q, k, v, rest[-1]),) * 3,
-    "cross_entropy": lambda x, labels: widest(x, float32), "label_sums": lambda x, labels, top: (widest(x, top, float32),) * 2,
+    "cross_entropy": lambda x, labels: widest(x, float32),
+    "label_sums": lambda x, labels, top: (widest(x, top, float32),) * 2,
     **dict.fromkeys(("cross_entropy_vjp", "label_sums_vjp"), first),
 }
-TAKES_ANY = {"add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "mean", "max", "spread", "cast", "cast_like", "widen",
-             "where", "stop_gradient", "ones_like", "zeros_like", "rearrange", "rename", "take", "take_vjp", "embedding", "embedding_vjp",
-             "update_cache"}
+TAKES_ANY = {"add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "mean", "max", "spread",
+             "cast", "cast_like", "widen", "where", "stop_gradient", "ones_like", "zeros_like", "rearrange",
+             "rename", "take", "take_vjp", "embedding", "embedding_vjp", "update_cache"}
 TAKES_NUMBERS = {"sub", "greater", "less", "relu", "square", "argmax", "rank_of", "from_rank"}
 MASKS = {("where", 0), ("attention", 3)}
 LIKES, TABLES = {("cast_like", 1), ("ones_like", 0), ("zeros_like", 0)}, {("rope", 1), ("rope_vjp", 1)}
@@ -101,21 +108,24 @@ def gives(case: Case, kinds: Dtypes) -> tuple[torch.dtype, ...] | None:
         elif is_index(case, i):
             legal = not kind.is_floating_point and kind != torch.bool
         else:
-            legal = name in TAKES_ANY or kind.is_floating_point or name in TAKES_NUMBERS and kind != torch.bool
+            legal = (name in TAKES_ANY or kind.is_floating_point or name in TAKES_NUMBERS
+                     and kind != torch.bool)
         if not legal:
             return None
     if name == "cast":
         return (getattr(torch, dict(case.attrs)["dtype"]),)
     if name in ("scale", "shift"):
         (x,) = kinds
-        return (fraction(x) if isinstance(dict(case.attrs)["by"], float) else int64 if x == torch.bool else x,)
+        return (fraction(x) if isinstance(dict(case.attrs)["by"], float) else int64 if x == torch.bool
+                else x,)
     if name == "spread":
         return (fraction(*kinds) if dict(case.attrs).get("mean") else kinds[0],)
-    made = GIVES[name](*kinds) if name in GIVES else widest(*(k for i, k in enumerate(kinds) if i not in case.op.index))
+    made = (GIVES[name](*kinds) if name in GIVES
+            else widest(*(k for i, k in enumerate(kinds) if i not in case.op.index)))
     return made if isinstance(made, tuple) else (made,) * len(case.outs)
 
 
-# -- one call at given dtypes ------------------------------------------------------------------------------------------
+# -- one call at given dtypes --------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Call:
@@ -133,10 +143,12 @@ class Call:
             draw = self.case.draws[i] if i < len(self.case.draws) else normal
             x = draw(Mesh().local_shape(spec, self.sizes, {}), self.sizes, g, made)
             made.append(x.abs() if kind == torch.uint8 else x)
-        return [(x > 0 if kind == torch.bool else x if kind.is_floating_point else x.round()).to(kind) for x, kind in zip(made, self.kinds)]
+        return [(x > 0 if kind == torch.bool else x if kind.is_floating_point else x.round()).to(kind)
+                for x, kind in zip(made, self.kinds)]
 
     def program(self, layout: Layout = Layout(), mesh: Mesh = Mesh(), reduced: bool = False) -> Program:
-        """The call as a program, completed; `reduced`: to the sum of its first result in float64, a scalar."""
+        """The call as a program, completed; `reduced`: to the sum of its first
+        result in float64, a scalar."""
         case = self.case
         steps = [case.step(case.ins, case.outs)]
         results = [Result(s, (n,)) for s, n in zip(case.outs, steps[0].outputs)]
@@ -153,8 +165,10 @@ def names(kinds: Dtypes) -> dict[str, str]:
 
 def run(program: Program, mesh: Mesh, sizes: dict[str, int], operands: Sequence[Tensor]) -> list[Tensor]:
     placed = [place(x, kind, sizes, mesh) for x, (_, kind) in zip(operands, program.arg_leaves())]
-    outs = run_ranks(program, mesh, [{f"x{i}": p[r] for i, p in enumerate(placed)} for r in range(mesh.world_size)], sizes)
-    return [join([o[str(i)] for o in outs], kind, sizes, mesh, 0.1) for i, (_, kind) in enumerate(program.result_leaves())]
+    outs = run_ranks(program, mesh,
+                     [{f"x{i}": p[r] for i, p in enumerate(placed)} for r in range(mesh.world_size)], sizes)
+    return [join([o[str(i)] for o in outs], kind, sizes, mesh, 0.1)
+            for i, (_, kind) in enumerate(program.result_leaves())]
 
 
 def roundings(got: Tensor, want: Tensor) -> float:
@@ -166,7 +180,8 @@ def roundings(got: Tensor, want: Tensor) -> float:
 
 
 def added(case: Case, sizes: dict[str, int], by: Spec | None = None) -> int:
-    """How many numbers the op adds up for one element of a result; of the gradient by an operand of spec `by`."""
+    """How many numbers the op adds up for one element of a result;
+    of the gradient by an operand of spec `by`."""
     rule, there = case.op.rule(case.step(case.ins, case.outs)), {n for s in case.ins for n in s.names}
     kept = {n for s in case.outs for n in s.names} if by is None else {*by.names}
     return math.prod(sizes[n] for n in there if n not in kept or n in (*rule.whole, *rule.sums))
@@ -175,20 +190,26 @@ def added(case: Case, sizes: dict[str, int], by: Spec | None = None) -> int:
 def allowed(torchs: float, n: int) -> float:
     """Roundings that a result of n numbers may be off: twice what torch's is.
 
-    What torch's is, of a handful of numbers, is chance, and may be none. So it counts for no less than what each result goes through
-    at best: n numbers that are added up by halves are rounded log2(n) times on the way, and what comes of them once more.
+    What torch's is, of a handful of numbers, is chance, and may be none. So it counts for no less than what
+    each result goes through at best: n numbers that are added up by halves are rounded log2(n) times on the
+    way, and what comes of them once more.
     """
     return 2 * max(torchs, 1 + math.log2(max(n, 1)))
 
 
 def choices(case: Case) -> Iterator[tuple[torch.dtype, ...]]:
-    """All dtypes of two operands; of more, all of one beside others of float32 or bfloat16. Masks of derivatives were checked before."""
+    """All dtypes of two operands; of more, all of one beside others of float32 or bfloat16.
+
+    Masks of derivatives were checked before.
+    """
     if len(case.ins) < 3:
         yield from itertools.product(KINDS, repeat=len(case.ins))
         return
     for base in (float32, bfloat16):
-        rest = tuple(torch.bool if is_mask(case, i) else int64 if is_index(case, i) else base for i in range(len(case.ins)))
-        for i, kind in itertools.product([i for i in range(len(case.ins)) if (case.op.name, i) != ("attention_vjp", 3)], KINDS):
+        rest = tuple(torch.bool if is_mask(case, i) else int64 if is_index(case, i) else base
+                     for i in range(len(case.ins)))
+        for i, kind in itertools.product(
+                [i for i in range(len(case.ins)) if (case.op.name, i) != ("attention_vjp", 3)], KINDS):
             yield (*rest[:i], kind, *rest[i + 1:])
 
 
@@ -216,26 +237,30 @@ def in_(kind: torch.dtype, xs: Sequence[Tensor]) -> list[Tensor]:
     return [x.to(kind) if x.is_floating_point() else x for x in xs]
 
 
-STATISTICS = ("mean", "softmax", "softmax_vjp", "logsumexp", "exp_minus", "sum_exp", "log_plus", "rms_norm", "rms_norm_vjp",
-              "cross_entropy_vjp", "label_sums_vjp")
+STATISTICS = ("mean", "softmax", "softmax_vjp", "logsumexp", "exp_minus", "sum_exp", "log_plus", "rms_norm",
+              "rms_norm_vjp", "cross_entropy_vjp", "label_sums_vjp")
 EXACT = ("sample", "argmax", "rank_of", "from_rank", "greater", "less", "causal_mask", "finite")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.op.name not in EXACT], ids=str)
 def test_an_op_computes_in_the_dtype_that_it_gives(case: Case) -> None:
-    """Of operands of two float dtypes: the narrow ones alone are rounded, before. The result is as near to float64's as plain torch's.
+    """Of operands of two float dtypes: the narrow ones alone are rounded, before.
+
+    The result is as near to float64's as plain torch's.
 
     Statistics of 16 bits are nearer: they are rounded once, and float32 adds less than a hundredth of that.
     """
     step, program, off = case.step(case.ins, case.outs), Call(case, ()).program(), {}
     for one, other in itertools.product(FLOATS, repeat=2):
-        kinds = tuple(torch.bool if is_mask(case, i) else int64 if is_index(case, i) else (one, other)[i % 2] for i in range(len(case.ins)))
+        kinds = tuple(torch.bool if is_mask(case, i) else int64 if is_index(case, i) else (one, other)[i % 2]
+                      for i in range(len(case.ins)))
         call = Call(case, kinds)
         xs, sizes = call.operands(), call.sizes
         made, want = (run(program, Mesh(), sizes, ys) for ys in (xs, in_(float64, xs)))
         for i, (a, b) in enumerate(zip(made, want)):
             wide = widest(a.dtype, *(x.dtype for x in xs if x.is_floating_point()))
-            wide = float32 if wide.itemsize == 2 and case.op.name in ("rope", "rope_vjp") else wide   # no complex numbers are so narrow
+            # no complex numbers are so narrow
+            wide = float32 if wide.itemsize == 2 and case.op.name in ("rope", "rope_vjp") else wide
             plain, exact = (refer(step, sizes, in_(kind, xs))[i] for kind in (wide, float64))
             off.setdefault((i, a.dtype), []).append((roundings(a, b), roundings(plain.to(a.dtype), exact)))
     for of, found in off.items():
@@ -244,27 +269,32 @@ def test_an_op_computes_in_the_dtype_that_it_gives(case: Case) -> None:
         assert mine <= (1.01 if once else allowed(torchs, added(case, SIZES))), of
 
 
-# -- forward and gradient, on one rank and on pieces -------------------------------------------------------------------
+# -- forward and gradient, on one rank and on pieces ---------------------------------------------------------
 
 @st.composite
 def calls(draw: st.DrawFn, differentiable: bool = False) -> tuple[Call, Layout]:
-    case = draw(st.sampled_from([c for c in CASES if not differentiable or c.differentiable and len(c.outs) == 1]))
-    index, others = st.sampled_from((int64, int32, int16, uint8)), st.sampled_from(FLOATS if differentiable else KINDS)
-    kinds = tuple(torch.bool if is_mask(case, i) else draw(index if is_index(case, i) else others) for i in range(len(case.ins)))
+    case = draw(st.sampled_from(
+        [c for c in CASES if not differentiable or c.differentiable and len(c.outs) == 1]))
+    index, others = (st.sampled_from((int64, int32, int16, uint8)),
+                     st.sampled_from(FLOATS if differentiable else KINDS))
+    kinds = tuple(torch.bool if is_mask(case, i) else draw(index if is_index(case, i) else others)
+                  for i in range(len(case.ins)))
     assume(gives(case, kinds))
     dims = [n for s in case.ins for n in s.names]
     return Call(case, kinds), Layout(**{draw(st.sampled_from(dims)): "tp"} if dims else {})
 
 
 def in_pieces(call: Call, layout: Layout, reduced: bool = False) -> Program:
-    """The call's program where the layout has it: an op without text or pieces may need a dim whole, and says so."""
+    """The call's program where the layout has it: an op without text or pieces may need
+    a dim whole, and says so."""
     try:
         return call.program(layout, Mesh(tp=2), reduced)
     except SpecError as error:
         case, said = call.case, str(error).split("\n")[0]
         whole = case.op.rule(case.step(case.ins, case.outs)).whole
-        assert said in {f"{case.op.name}: {n} is split over tp in x0; {case.op.name} needs all of {n} on each rank" for n in whole}
-        assert not case.op.takes_text and not case.op.distribute        # else it is converted, or has a form for it
+        assert said in {f"{case.op.name}: {n} is split over tp in x0; {case.op.name} needs all of {n} on "
+                        "each rank" for n in whole}
+        assert not case.op.takes_text and not case.op.distribute  # else it is converted, or has a form for it
         assume(False)
         raise
 
@@ -298,7 +328,8 @@ def test_dtypes_are_those_of_the_policy_on_pieces(drawn: tuple[Call, Layout]) ->
 def test_gradients_have_the_dtypes_of_their_values(drawn: tuple[Call, Layout]) -> None:
     call, layout = drawn
     wrt, xs, made = [f"x{i}" for i in call.case.differentiable], call.operands(), []
-    for mesh, forward in ((Mesh(tp=2), in_pieces(call, layout, reduced=True)), (Mesh(), call.program(reduced=True))):
+    for mesh, forward in ((Mesh(tp=2), in_pieces(call, layout, reduced=True)),
+                          (Mesh(), call.program(reduced=True))):
         program = rewrite(value_and_grad_program(forward, wrt, mesh, dtypes=names(call.kinds)), mesh)
         said = value_dtypes(program, names(call.kinds))
         made.append(run(program, mesh, call.sizes, xs))
@@ -307,4 +338,5 @@ def test_gradients_have_the_dtypes_of_their_values(drawn: tuple[Call, Layout]) -
         assert parse_program(str(program), TABLE) == program
     exact = run(program, Mesh(), call.sizes, in_(float64, xs))
     for i, a, b, c in zip(call.case.differentiable, *(grads[1:] for grads in (*made, exact))):
-        assert roundings(a, c) <= allowed(roundings(b, c), added(call.case, call.sizes, call.case.ins[i])), program
+        assert roundings(a, c) <= allowed(roundings(b, c),
+                                          added(call.case, call.sizes, call.case.ins[i])), program

@@ -30,8 +30,8 @@ from shardlib.ops import attention, rms_norm, rope, rope_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE, TWO = Mesh(tp=1), Mesh(tp=2)
-EXECUTORS = {"simulate": lambda f, *xs: simulate(f, Layout(), *xs, mesh=TWO), "compile": lambda f, *xs: compile(f)(*xs),
-             "step": lambda f, *xs: step(f)(*xs)}
+EXECUTORS = {"simulate": lambda f, *xs: simulate(f, Layout(), *xs, mesh=TWO),
+             "compile": lambda f, *xs: compile(f)(*xs), "step": lambda f, *xs: step(f)(*xs)}
 every_executor = pytest.mark.parametrize("call", EXECUTORS.values(), ids=EXECUTORS)
 
 
@@ -84,10 +84,12 @@ def test_statistics_of_integers_and_masks(f: Any) -> None:
     if f is normaliser:
         with pytest.raises(SpecError) as error:
             simulate(f, Layout(), x, mesh=ONE)
-        assert str(error.value).splitlines()[0].startswith('logsumexp: x is int64; it takes floats, as cast(x, "float32") makes them')
+        assert str(error.value).splitlines()[0].startswith(
+            'logsumexp: x is int64; it takes floats, as cast(x, "float32") makes them')
         return
     for mesh in (ONE, TWO):
-        assert simulate(f, Layout(T="tp"), x, mesh=mesh).item() == 5.5 and simulate(f, Layout(T="tp"), x, mesh=mesh).dtype == float32
+        assert (simulate(f, Layout(T="tp"), x, mesh=mesh).item() == 5.5
+                and simulate(f, Layout(T="tp"), x, mesh=mesh).dtype == float32)
         assert simulate(f, Layout(T="tp"), x > 2, mesh=mesh).item() == 0.75
 
 
@@ -106,7 +108,8 @@ def test_the_derivative_of_softmax_is_as_exact_as_torchs() -> None:
     ours = simulate(value_and_grad(f, "x"), Layout(), x, w, mesh=ONE)[1]
     plain = lambda x: x.softmax(1) * w.to(x.dtype)      # noqa: E731
     (exact,), (theirs,) = torchs(float64, plain, x), torchs(bfloat16, plain, x)
-    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() and (ours - exact).norm() <= 1.1 * (theirs - exact).norm()
+    assert ((ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+            and (ours - exact).norm() <= 1.1 * (theirs - exact).norm())
 
 
 def test_the_derivative_of_attention_is_as_exact_as_torchs() -> None:
@@ -120,7 +123,8 @@ def test_the_derivative_of_attention_is_as_exact_as_torchs() -> None:
         rows = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return rows.transpose(1, 2)[:, :, :, None] * w.to(q.dtype)
     g = torch.Generator().manual_seed(0)
-    q, k, v, w = ((3 * torch.randn(2, 48, 2, *heads, generator=g)).bfloat16() for heads in ((1, 16), (16,), (16,), (1, 16)))
+    q, k, v, w = ((3 * torch.randn(2, 48, 2, *heads, generator=g)).bfloat16()
+                  for heads in ((1, 16), (16,), (16,), (1, 16)))
     ours = simulate(value_and_grad(f, ("q", "k", "v")), Layout(), q, k, v, w, mesh=ONE)[1:]
     for mine, exact, theirs in zip(ours, torchs(float64, plain, q, k, v), torchs(bfloat16, plain, q, k, v)):
         assert mine.dtype == bfloat16 and (mine - exact).norm() <= 2 * (theirs - exact).norm()
@@ -184,7 +188,8 @@ def test_the_gradients_of_a_product_of_two_dtypes() -> None:
         assert torch.equal(made[1], w.bfloat16().expand(4, 6)) and torch.allclose(made[2], x.float().sum(0))
     kinds = dict(x="bfloat16", w="float32")
     program = lower(backward, Layout(), mesh=ONE, dtypes=kinds)
-    assert str(program).count("cast") == str(program).count(", dtype='bfloat16')") == 1 and parse_program(str(program)) == program
+    assert (str(program).count("cast") == str(program).count(", dtype='bfloat16')") == 1
+            and parse_program(str(program)) == program)
     assert "cast" not in str(lower(backward, Layout(), mesh=ONE))
     assert "cast" not in str(lower(backward, Layout(), mesh=ONE, dtypes=dict(x="float16", w="float16")))
 
@@ -201,7 +206,8 @@ class Net(Params):
 
 @sharded("B D, * -> B D")
 def keeps(x, w: Layer):
-    return x + cast(einsum("B F, F D -> B D", einsum("B D, D F -> B F", rms_norm(x, w.norm), w.up), w.down), "bfloat16")
+    return x + cast(einsum("B F, F D -> B D", einsum("B D, D F -> B F", rms_norm(x, w.norm), w.up), w.down),
+                    "bfloat16")
 
 
 @sharded("B D, * -> B D")
@@ -218,24 +224,29 @@ def scanning(body: Any) -> Any:
 
 def net() -> Net:
     g = torch.Generator().manual_seed(0)
-    norm, up, down = torch.rand(3, 6, generator=g), torch.randn(3, 6, 5, generator=g), torch.randn(3, 5, 6, generator=g)
+    norm, up, down = (torch.rand(3, 6, generator=g), torch.randn(3, 6, 5, generator=g),
+                      torch.randn(3, 5, 6, generator=g))
     return Net(layers=Layer(norm=norm.double(), up=up, down=down.half()))
 
 
-@pytest.mark.parametrize("layout", (Layout(), Layout(B="tp"), Layout(F="tp"), Layout(B="tp", D="tp")), ids=str)
+@pytest.mark.parametrize("layout", (Layout(), Layout(B="tp"), Layout(F="tp"), Layout(B="tp", D="tp")),
+                         ids=str)
 def test_gradients_through_a_scan_of_several_dtypes(layout: Layout) -> None:
     x, w = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)).bfloat16(), net()
     value, dx, dw = simulate(value_and_grad(scanning(keeps), ("x", "w")), layout, x, w, mesh=TWO)
-    assert [y.dtype for y in (value, dx, dw.layers.norm, dw.layers.up, dw.layers.down)] == [bfloat16, bfloat16, float64, float32, float16]
+    assert ([y.dtype for y in (value, dx, dw.layers.norm, dw.layers.up, dw.layers.down)]
+            == [bfloat16, bfloat16, float64, float32, float16])
     exact = [y.double().requires_grad_() for y in (x, w.layers.norm, w.layers.up, w.layers.down)]
     h = exact[0]
     for norm, up, down in zip(*exact[1:]):
         h = h + torch.nn.functional.rms_norm(h, (6,), norm, 1e-6) @ up @ down
-    for got, want in zip((dx, dw.layers.norm, dw.layers.up, dw.layers.down), torch.autograd.grad(h.mean(), exact)):
+    for got, want in zip((dx, dw.layers.norm, dw.layers.up, dw.layers.down),
+                         torch.autograd.grad(h.mean(), exact)):
         assert (got - want).norm() < 0.02 * want.norm()
 
 
-CHANGED = "scan: the carry is bfloat16, widens returns it as float32; a carry keeps its dtype: cast one of them"
+CHANGED = (
+    "scan: the carry is bfloat16, widens returns it as float32; a carry keeps its dtype: cast one of them")
 
 
 @every_executor
@@ -253,7 +264,8 @@ def test_a_dtype_that_is_not_known_is_one_error(call: Any, kind: torch.dtype) ->
     with pytest.raises(SpecError) as error:
         call(average, torch.zeros(2, 3).to(kind))
     assert str(error.value).splitlines()[0].split("          ")[0] == (
-        f"average: x is {str(kind)[6:]}; a tensor of a program is one of float64, int64, float32, int32, bfloat16, float16, int16, bool, uint8, int8")
+        f"average: x is {str(kind)[6:]}; a tensor of a program is one of float64, int64, float32, int32, "
+        "bfloat16, float16, int16, bool, uint8, int8")
 
 
 @every_executor
@@ -264,7 +276,8 @@ def test_what_an_op_does_not_take_is_refused_before_it_runs(call: Any) -> None:
     with pytest.raises(SpecError) as error:
         call(less_masks, torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))
     first_line, where = str(error.value).splitlines()[0].split("          ")
-    assert first_line == "sub: right is bool; it takes integers and floats" and where.startswith("test_dtypes_by_hand.py:")
+    assert (first_line == "sub: right is bool; it takes integers and floats"
+            and where.startswith("test_dtypes_by_hand.py:"))
 
 
 def test_prepared_weights_of_several_dtypes_are_packed_by_dtype() -> None:
@@ -319,7 +332,7 @@ def all_their_best(x, bys):
 @every_executor
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_what_a_scan_stacks_has_its_own_dtype_without_rounds_too(call, rounds: int) -> None:
-    if rounds or call is not EXECUTORS["step"]:         # which runs the user's own loop, and has no value to tell by
+    if rounds or call is not EXECUTORS["step"]:  # which runs the user's own loop, and has no value to tell by
         made = call(all_their_best, torch.randn(3, 4), torch.ones(rounds))
         assert [(y.dtype, y.shape) for y in made] == [
             (float32, (3, 4)), (int64, (rounds, 3)), (bfloat16, (rounds, 3, 4))]

@@ -1,7 +1,8 @@
-"""Golden error messages: what a user reads for each mistake, whole; and the code they offer, pasted and typed again.
+"""Golden error messages: what a user reads for each mistake, whole;
+and the code they offer, pasted and typed again.
 
-Every function here holds a mistake that users of sharding APIs have made. `wrong(f, ...)` states the message. Lines are
-counted from the function's decorator: `model.py:4` is its fourth line.
+Every function here holds a mistake that users of sharding APIs have made. `wrong(f, ...)` states the message.
+Lines are counted from the function's decorator: `model.py:4` is its fourth line.
 """
 import ast
 import dataclasses
@@ -73,17 +74,19 @@ class Wrong:
         with pytest.raises(SpecError) as caught:
             self.lower()
         first = self.f.fn.__code__.co_firstlineno
-        return re.sub(r"test_errors\.py:(\d+)", lambda m: f"model.py:{int(m[1]) - first + 1}", str(caught.value))
+        return re.sub(r"test_errors\.py:(\d+)", lambda m: f"model.py:{int(m[1]) - first + 1}",
+                      str(caught.value))
 
 
 CASES: dict[str, Wrong] = {}
 
 
 def wrong(f, says, layout=None, **sizes):
-    CASES[f.__name__] = Wrong(f, says.strip("\n"), layout, SIZES if not sizes else {k: v for k, v in sizes.items() if v})
+    CASES[f.__name__] = Wrong(f, says.strip("\n"), layout,
+                              SIZES if not sizes else {k: v for k, v in sizes.items() if v})
 
 
-# -- sums that are owed ------------------------------------------------------------------------------------------------
+# -- sums that are owed --------------------------------------------------------------------------------------
 
 @sharded("B F/tp, F/tp D -> B D", layout=EXPLICIT)
 def silu_before_the_reduction(x, w):
@@ -304,7 +307,7 @@ returned_before_the_reduction: the result owes a sum over tp; the signature says
 """)
 
 
-# -- conversions that are not what they say ----------------------------------------------------------------------------
+# -- conversions that are not what they say ------------------------------------------------------------------
 
 @sharded("B D -> B D", layout=EXPLICIT)
 def all_reduce_of_a_whole_value(x):
@@ -377,7 +380,7 @@ all_reduce: y owes a sum over dp; the text takes "B D +tp"          model.py:4
 """)
 
 
-# -- splits ------------------------------------------------------------------------------------------------------------
+# -- splits --------------------------------------------------------------------------------------------------
 
 @sharded("B/tp D, D F/tp -> B F/tp", layout=EXPLICIT)
 def one_axis_on_two_dims(x, w):
@@ -513,7 +516,7 @@ norm: x has T whole; the signature of norm takes "B T/tp D"          model.py:3
 """, B=8, D=512, T=128)
 
 
-# -- sizes unknown, long programs ---------------------------------------------------------------------------------------
+# -- sizes unknown, long programs ----------------------------------------------------------------------------
 
 @sharded("B F/tp, F/tp D -> B D", layout=EXPLICIT)
 def sizes_that_nobody_said(x, w):
@@ -572,7 +575,7 @@ all_reduce: layers[-1] owes no sum over tp; reducing it would count it once for 
 """)
 
 
-# -- scan --------------------------------------------------------------------------------------------------------------
+# -- scan ----------------------------------------------------------------------------------------------------
 
 class Mlp(Params):
     up: Tensor = param("D F")
@@ -620,7 +623,7 @@ scan: the carry goes into layer_that_owes as "B D" and owes a sum over tp when i
 """)
 
 
-# -- at the line that traces -------------------------------------------------------------------------------------------
+# -- at the line that traces ---------------------------------------------------------------------------------
 
 @sharded("B T/tq D -> B T D", layout=EXPLICIT)
 def unknown_axis(x):
@@ -789,7 +792,7 @@ where: operand 1 is a Tensor, no traced value; make it an argument of the @shard
 
 
 
-# -- what nobody has written ---------------------------------------------------------------------------------------------
+# -- what nobody has written ---------------------------------------------------------------------------------
 
 @sharded("T S, B T S, B T S -> B T S")
 def a_narrow_operand_first(seen, scores, other):
@@ -891,11 +894,12 @@ def test_a_message_is_short_and_in_the_users_words(name):
     assert not re.search(r"\bv\d+\b|\boffered\b|\brank \d", text)
 
 
-# -- the offered code, pasted ------------------------------------------------------------------------------------------
+# -- the offered code, pasted --------------------------------------------------------------------------------
 
 def offers(message):
     """The lines of code that a message offers."""
-    found = [re.fullmatch(r"  (\S.*?) {5,}(?:free|[\d.]+ [kMG]?B per rank|[\d.]+ x the size).*", line) for line in message.split("\n")[1:]]
+    found = [re.fullmatch(r"  (\S.*?) {5,}(?:free|[\d.]+ [kMG]?B per rank|[\d.]+ x the size).*", line)
+             for line in message.split("\n")[1:]]
     return [m[1] for m in found if m]
 
 
@@ -906,7 +910,8 @@ def bare(node):
             self.generic_visit(call)
             if getattr(call.func, "id", "") in MOVES:
                 return call.args[1]
-            return ast.Call(call.func, [a for a in call.args if not (isinstance(a, ast.Constant) and isinstance(a.value, str))], [])
+            return ast.Call(call.func, [a for a in call.args
+                                        if not (isinstance(a, ast.Constant) and isinstance(a.value, str))], [])
     return ast.unparse(Strip().visit(ast.parse(ast.unparse(node), mode="eval").body))
 
 
@@ -920,9 +925,11 @@ def pasted(f, message, code):
         new = ast.parse(code).body[0].value
     else:
         new = ast.parse(code, mode="eval").body
-        same = [n for n in ast.walk(tree) if isinstance(n, ast.expr) and getattr(n, "lineno", 0) == line and bare(n) == bare(new)]
+        same = [n for n in ast.walk(tree)
+                if isinstance(n, ast.expr) and getattr(n, "lineno", 0) == line and bare(n) == bare(new)]
         signs = {"add": ast.Add, "mul": ast.Mult}
-        called = [n for n in same if isinstance(n, ast.Call) and n.func.id == op or isinstance(n, ast.BinOp) and isinstance(n.op, signs.get(op, ()))]
+        called = [n for n in same if isinstance(n, ast.Call) and n.func.id == op or isinstance(n, ast.BinOp)
+                  and isinstance(n.op, signs.get(op, ()))]
         spot = (called or same)[0]
 
     class Paste(ast.NodeTransformer):
@@ -956,15 +963,17 @@ def test_offered_code_means_the_same_on_one_rank_and_on_eight(name, code):
     for mesh in (Mesh(dp=1, tp=1), MESH):
         program = lower(fixed, case.layout, mesh=mesh)
         draw = torch.Generator().manual_seed(0)
-        whole = {path: torch.randn(mesh.local_shape(kind.whole(), sizes, {}), generator=draw, dtype=torch.float64) / 5
+        whole = {path: torch.randn(mesh.local_shape(kind.whole(), sizes, {}), generator=draw,
+                                   dtype=torch.float64) / 5
                  for path, kind in program.arg_leaves()}
         shards = {path: place(whole[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
-        outs = simulate(program, mesh, [{path: s[rank] for path, s in shards.items()} for rank in range(mesh.world_size)], sizes)
+        outs = simulate(program, mesh, [{path: s[rank] for path, s in shards.items()}
+                                        for rank in range(mesh.world_size)], sizes)
         results.append(join([out["0"] for out in outs], program.result_leaves()[0][1], sizes, mesh))
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
 
 
-# -- mistakes that are not in one function ------------------------------------------------------------------------------
+# -- mistakes that are not in one function -------------------------------------------------------------------
 
 def said(call, *args, **kwargs):
     """The message of the SpecError that a call raises, its lines counted from the enclosing test's."""
@@ -979,7 +988,8 @@ def test_axis_twice_in_a_signature():
         @sharded("B/tp T/tp -> B T")
         def f(x):
             return x
-    assert said(decorate) == ('spec "B/tp T/tp": axis tp is used twice; an axis splits one dim, or is owed, once          model.py:3')
+    assert said(decorate) == ('spec "B/tp T/tp": axis tp is used twice; an axis splits one dim, or is owed, '
+                              'once          model.py:3')
 
 
 def test_dim_twice_in_a_signature():
@@ -987,7 +997,8 @@ def test_dim_twice_in_a_signature():
         @sharded("D D -> D")
         def f(x):
             return x
-    assert said(decorate) == 'spec "D D": dim D appears twice; give the second one its own letter          model.py:3'
+    assert said(decorate) == (
+        'spec "D D": dim D appears twice; give the second one its own letter          model.py:3')
 
 
 def test_signature_of_another_number_of_arguments():
@@ -995,17 +1006,20 @@ def test_signature_of_another_number_of_arguments():
         @sharded("B T -> B T")
         def f(x, eps):
             return x
-    assert said(decorate) == ('f: the signature "B T -> B T" names 1 arguments, the function takes 2 (x, eps); static ones come after a "*,"'
+    assert said(decorate) == ('f: the signature "B T -> B T" names 1 arguments, the function takes 2 (x, '
+                              'eps); static ones come after a "*,"'
                               '          model.py:3')
 
 
 @pytest.mark.parametrize("text, message", [
     ("", 'an empty string is no spec; the scalar is written "()"'),
-    ("B  T/", "spec 'B  T/': 'T/' is neither a dim (D, D/tp, D/1, R~/ep, 4, (K G H)) nor owed (+tp, max:tp, @pp:0)"),
+    ("B  T/",
+     "spec 'B  T/': 'T/' is neither a dim (D, D/tp, D/1, R~/ep, 4, (K G H)) nor owed (+tp, max:tp, @pp:0)"),
     ("B +tp T", "spec 'B +tp T': T stands after +tp; dims come before what is owed"),
     ("B (K G/tp)", "spec 'B (K G/tp)': in the group (K G/tp) only the first factor may be split"),
     ("B (K", "spec 'B (K': items are separated by blanks, and each parenthesis has its partner"),
-    ("B +tp max:dp", 'spec "B max:dp +tp": an owed max beside an owed sum has no meaning; reduce one of them first'),
+    ("B +tp max:dp",
+     'spec "B max:dp +tp": an owed max beside an owed sum has no meaning; reduce one of them first'),
 ])
 def test_specs(text, message):
     assert said(parse, text) == message
@@ -1014,7 +1028,8 @@ def test_specs(text, message):
 def test_layouts_and_meshes():
     assert said(Layout, B=("dp", "dp")) == "layout: B is split over dp/dp; an axis splits a dim once"
     assert said(Layout.parse, "B=dp,B=tp") == "layout 'B=dp,B=tp': dim B is given twice"
-    assert said(Mesh, dp=2, ep=("dp", "tp")) == "mesh: alias ep names dp, tp; it may name each of the axes dp once"
+    assert said(Mesh, dp=2, ep=("dp", "tp")) == (
+        "mesh: alias ep names dp, tp; it may name each of the axes dp once")
     assert said(Mesh.parse, "dp=2;tp=4") == "mesh 'dp=2;tp=4': 'dp=2;tp=4' is not NAME=SIZE"
 
 
@@ -1022,12 +1037,14 @@ def test_too_few_ranks_for_the_mesh():
     launched = Launch(rank=0, world_size=4, local_rank=0, local_world_size=4, launched=True)
     assert said(launched.check, MESH) == ("mesh dp=2,tp=4 has 8 ranks, but torchrun started 4 processes; "
                                           "start torchrun --nproc-per-node 8, or change the mesh")
-    assert said(Launch().check, MESH) == ("mesh dp=2,tp=4 has 8 ranks, but this process was started without torchrun; "
-                                          "start torchrun --nproc-per-node 8, or change the mesh")
+    assert said(Launch().check,
+                MESH) == ("mesh dp=2,tp=4 has 8 ranks, but this process was started without torchrun; "
+                          "start torchrun --nproc-per-node 8, or change the mesh")
 
 
 def test_op_outside_of_a_sharded_function():
-    assert said(silu, torch.ones(3)) == "silu was called outside of a @sharded function; put the computation into one, and call that"
+    assert said(silu, torch.ones(3)) == (
+        "silu was called outside of a @sharded function; put the computation into one, and call that")
 
 
 def test_value_of_another_trace():
@@ -1039,7 +1056,8 @@ def test_value_of_another_trace():
         old = kept[0]
         return x + old
     lower(f, mesh=MESH)
-    assert said(lower, f, mesh=MESH) == "add: old belongs to another trace; a function takes all it uses as arguments          model.py:8"
+    assert said(lower, f, mesh=MESH) == (
+        "add: old belongs to another trace; a function takes all it uses as arguments          model.py:8")
 
 
 @sharded("B D, D F -> B F")
@@ -1056,9 +1074,12 @@ def first(call, *args, **kwargs):
 
 def test_sizes_that_conflict():
     program = lower(project, mesh=Mesh(tp=1))
-    assert first(bind_sizes, program, {"x": (2, 3), "w": (4, 5)}, {}, Mesh(tp=1), {"tp": 0}) == "project: D is 3 by x, and 4 by w"
-    assert first(bind_sizes, program, {"x": (2, 3), "w": (3, 5)}, {"D": 4}, Mesh(tp=1), {"tp": 0}) == "project: D is 4 by sizes, and 3 by x"
-    assert first(bind_sizes, program, {"x": (2, 3, 4), "w": (3, 5)}, {}, Mesh(tp=1), {"tp": 0}) == "project: x has 3 dims, its spec B D has 2"
+    assert first(bind_sizes, program, {"x": (2, 3), "w": (4, 5)}, {}, Mesh(tp=1), {"tp": 0}) == (
+        "project: D is 3 by x, and 4 by w")
+    assert first(bind_sizes, program, {"x": (2, 3), "w": (3, 5)}, {"D": 4}, Mesh(tp=1), {"tp": 0}) == (
+        "project: D is 4 by sizes, and 3 by x")
+    assert first(bind_sizes, program, {"x": (2, 3, 4), "w": (3, 5)}, {}, Mesh(tp=1), {"tp": 0}) == (
+        "project: x has 3 dims, its spec B D has 2")
 
 
 def test_tensors_whose_sizes_conflict():
@@ -1117,14 +1138,16 @@ def test_gradient_of_an_op_without_one():
     def best(x, w):
         return max("B F -> ()", einsum("B D, D F -> B F", x, w))
     assert said(lower, value_and_grad(best, ("w",)), mesh=MESH) == (
-        "value_and_grad: max has no derivative; stop_gradient makes its operand a constant          model.py:4")
+        "value_and_grad: max has no derivative; stop_gradient makes its operand a constant          "
+        "model.py:4")
 
 
 def test_gradient_by_no_argument():
     @sharded("B D -> ()")
     def loss(x):
         return mean("B D -> ()", x)
-    assert said(value_and_grad, loss, ("v",)) == "value_and_grad: loss has no argument v; the arguments are x          model.py:2"
+    assert said(value_and_grad, loss, ("v",)) == (
+        "value_and_grad: loss has no argument v; the arguments are x          model.py:2")
 
 
 def test_pytree_without_a_type():
@@ -1166,20 +1189,25 @@ def test_completion_raises_a_fact_and_the_state_of_the_body():
     with pytest.raises(Refused) as caught:
         Completer(trace(scan_of_a_mistake), EXPLICIT, MESH).run()
     fact, state = caught.value.fact, caught.value.state
-    assert isinstance(fact, RuleRefuses) and fact.step in state.program.steps and str(fact.typed.ins[0]) == "B D +tp"
+    assert (isinstance(fact, RuleRefuses) and fact.step in state.program.steps
+            and str(fact.typed.ins[0]) == "B D +tp")
     assert state.program.name == "layer_with_a_mistake" and str(state.type_of("x")) == "B D"
     assert str(worded(caught.value)).startswith("silu: partial owes a sum over tp")
 
 
-# -- every rank says the same, before it communicates -------------------------------------------------------------------
+# -- every rank says the same, before it communicates --------------------------------------------------------
 
 def test_every_rank_says_the_same():
     """Two processes with other hash seeds: nothing in a message depends on the order of a set."""
-    code = ("import importlib.util, sys; spec = importlib.util.spec_from_file_location('test_errors', sys.argv[1]);"
-            "m = importlib.util.module_from_spec(spec); sys.modules['test_errors'] = m; spec.loader.exec_module(m);"
+    code = ("import importlib.util, sys; spec = importlib.util.spec_from_file_location('test_errors', "
+            "sys.argv[1]);"
+            "m = importlib.util.module_from_spec(spec); sys.modules['test_errors'] = m; "
+            "spec.loader.exec_module(m);"
             "print('\\n'.join(c.message() for c in m.CASES.values()))")
-    started = [subprocess.Popen([sys.executable, "-c", code, __file__], env={**os.environ, "PYTHONHASHSEED": seed, "RANK": rank}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for seed, rank in (("1", "0"), ("2", "3"))]
+    started = [subprocess.Popen([sys.executable, "-c", code, __file__],
+                                env={**os.environ, "PYTHONHASHSEED": seed, "RANK": rank}, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for seed, rank in (("1", "0"), ("2", "3"))]
     outs = [process.communicate(timeout=60) for process in started]
     assert outs[0][0] == outs[1][0] == "\n".join(c.says for c in CASES.values()) + "\n", outs[0][1]
 
@@ -1210,7 +1238,8 @@ def f(x, w):
 
 
 @pytest.mark.parametrize("was, now, message", [
-    ("silu(z)", "silu(y)", "silu: y owes a sum over tp, and silu of a sum is not the sum of silu          line 6"),
+    ("silu(z)", "silu(y)",
+     "silu: y owes a sum over tp, and silu of a sum is not the sum of silu          line 6"),
     ("return u", "return y", 'this is no program: "B D +tp" stands where "B D" is said, line 7'),
     ('D +tp", x', 'D", x', 'this is no program: "B D +tp" stands where "B D" is said, line 3'),
     ("all_reduce", "all_gather", 'all_gather: it does not lead from "B D +tp" to "B D"          line 5'),

@@ -19,19 +19,25 @@ AXES = ("dp", "tp", "x", "y")
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
     dims = draw(st.permutations(DIMS))
-    return Layout({d: tuple(draw(st.permutations(AXES))[:draw(st.integers(1, 3))]) for d in dims[:draw(st.integers(0, 5))]})
+    return Layout({d: tuple(draw(st.permutations(AXES))[:draw(st.integers(1, 3))])
+                   for d in dims[:draw(st.integers(0, 5))]})
 
 
 @st.composite
-def completions(draw: st.DrawFn) -> tuple[Layout, tuple[str, ...], dict[str, tuple[str, ...]], tuple[str, ...]]:
+def completions(draw: st.DrawFn) -> tuple[Layout, tuple[str, ...], dict[str, tuple[str, ...]],
+                                          tuple[str, ...]]:
     """A layout, names, what some of them are pinned to, and axes that are taken."""
-    axes, names = list(draw(st.permutations(AXES))), tuple(draw(st.permutations(DIMS))[:draw(st.integers(0, 5))])
-    pinned = {n: tuple(axes.pop() for _ in range(draw(st.integers(0, 2))) if axes) for n in names if draw(st.integers(0, 3)) == 0}
+    axes, names = (list(draw(st.permutations(AXES))),
+                   tuple(draw(st.permutations(DIMS))[:draw(st.integers(0, 5))]))
+    pinned = {n: tuple(axes.pop() for _ in range(draw(st.integers(0, 2))) if axes)
+              for n in names if draw(st.integers(0, 3)) == 0}
     return draw(layouts()), names, pinned, tuple(axes[:draw(st.integers(0, 1))])
 
 
-def by_hand(layout: Layout, names: tuple[str, ...], pinned: Mapping[str, tuple[str, ...]], taken: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The rule, word for word: the entries in order, each dim taking the longest prefix of its axes that is still free."""
+def by_hand(layout: Layout, names: tuple[str, ...], pinned: Mapping[str, tuple[str, ...]],
+            taken: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The rule, word for word: the entries in order, each dim taking the longest prefix
+    of its axes that is still free."""
     given = [a for n in names for a in pinned.get(n, ())] + list(taken)
     out = {n: pinned.get(n, ()) for n in names}
     for dim, axes in layout.entries.items():
@@ -89,7 +95,7 @@ def test_an_alias_is_its_axes() -> None:
     assert EXPLICIT.on(mesh) is EXPLICIT
 
 
-# -- text and equality -------------------------------------------------------------------------------------------------
+# -- text and equality ---------------------------------------------------------------------------------------
 
 @given(layouts())
 def test_a_layout_is_read_back(layout: Layout) -> None:
@@ -112,7 +118,7 @@ def test_any_text_is_a_layout_or_a_spec_error(text: str) -> None:
     assert Layout.parse(str(layout)) == layout
 
 
-# -- what is refused, in whole -----------------------------------------------------------------------------------------
+# -- what is refused, in whole -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("entries, says", (
     ({"B": "d p"}, "layout: 'd p' is no name; use letters, digits and _"),

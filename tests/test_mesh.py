@@ -27,7 +27,7 @@ def splits(draw: st.DrawFn) -> tuple[Mesh, tuple[str, ...], int]:
     return mesh, axes[:draw(st.integers(0, len(axes)))], draw(st.integers(0, 40))
 
 
-# -- extents -----------------------------------------------------------------------------------------------------------
+# -- extents -------------------------------------------------------------------------------------------------
 
 @given(splits())
 def test_pieces_tile_the_rows_in_order_of_the_axes(case: tuple) -> None:
@@ -44,15 +44,18 @@ def test_pieces_tile_the_rows_in_order_of_the_axes(case: tuple) -> None:
 @given(splits(), st.integers(0, 3), st.integers(1, 3))
 def test_the_rows_of_a_group_are_those_of_whole_units_of_its_first_dim(case: tuple, g: int, h: int) -> None:
     mesh, axes, n = case
-    group, sizes, rows = parse("(K G H)").dims[0].split(axes), dict(K=n, G=g, H=h), [k for k in range(n) for _ in range(g * h)]
+    group, sizes, rows = (parse("(K G H)").dims[0].split(axes), dict(K=n, G=g, H=h),
+                          [k for k in range(n) for _ in range(g * h)])
     for c in mesh.coordinates():
         (at, some), (start, size) = mesh.extent(n, axes, c), mesh.rows(group, sizes, c)
-        assert rows[start:start + size] == [k for k in range(at, at + some) for _ in range(g * h)] and start == at * g * h
+        assert (rows[start:start + size] == [k for k in range(at, at + some) for _ in range(g * h)]
+                and start == at * g * h)
 
 
 def test_a_value_is_held_by_a_coordinate_that_there_is() -> None:
     mesh = Mesh(pp=3)
-    assert [str(mesh.resolve(parse(f"D @pp:{at}"))) for at in (0, 2, "last")] == ["D @pp:0", "D @pp:2", "D @pp:2"]
+    assert [str(mesh.resolve(parse(f"D @pp:{at}")))
+            for at in (0, 2, "last")] == ["D @pp:0", "D @pp:2", "D @pp:2"]
     with pytest.raises(SpecError) as refused:
         mesh.resolve(parse("D @pp:3"))
     assert str(refused.value) == 'spec "D @pp:3": axis pp has coordinates 0 to 2, not 3'
@@ -94,10 +97,11 @@ def test_the_local_shape_is_that_of_the_extents(mesh: Mesh, t: int, k: int) -> N
     axes = list(mesh.axes)
     spec = parse("T 3 (K G)").split({"T": tuple(axes[:1]), "(K G)": tuple(axes[1:])})
     for c in mesh.coordinates():
-        assert mesh.local_shape(spec, dict(T=t, K=k, G=2), c) == (mesh.extent(t, axes[:1], c)[1], 3, 2 * mesh.extent(k, axes[1:], c)[1])
+        assert mesh.local_shape(spec, dict(T=t, K=k, G=2),
+                                c) == (mesh.extent(t, axes[:1], c)[1], 3, 2 * mesh.extent(k, axes[1:], c)[1])
 
 
-# -- ranks -------------------------------------------------------------------------------------------------------------
+# -- ranks ---------------------------------------------------------------------------------------------------
 
 @given(meshes())
 def test_ranks_and_coordinates_are_inverse_and_the_last_axis_runs_fastest(mesh: Mesh) -> None:
@@ -128,7 +132,7 @@ def test_the_order_of_axes_is_the_order_of_the_group() -> None:
     assert mesh.group((), 4) == (4,)
 
 
-# -- text, equality, the mesh in force ---------------------------------------------------------------------------------
+# -- text, equality, the mesh in force -----------------------------------------------------------------------
 
 @given(meshes(), st.data())
 def test_a_mesh_is_read_back(mesh: Mesh, data: st.DataObject) -> None:
@@ -167,7 +171,7 @@ def test_any_text_is_a_mesh_or_a_spec_error(text: str) -> None:
     assert Mesh.parse(str(mesh)) == mesh
 
 
-# -- what is refused, in whole -----------------------------------------------------------------------------------------
+# -- what is refused, in whole -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("axes, says", (
     (dict(x=0), "mesh: axis x has size 0; a size is an integer of at least 1"),

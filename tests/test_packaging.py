@@ -1,4 +1,5 @@
-"""The package from outside: imports only go down, the folder map is complete, a wheel works where no checkout is."""
+"""The package from outside: imports only go down, the folder map is complete,
+a wheel works where no checkout is."""
 
 import ast
 import graphlib
@@ -36,7 +37,8 @@ SOURCES = {module_name(path): path for floor in sorted(FLOORS) for path in sorte
 def imports(module: str, path: Path) -> Iterator[str]:
     """Every module that a file imports at any depth of nesting, what only a type checker reads included.
 
-    `from shardlib.compiler.passes import fuse` gives `shardlib.compiler.passes.fuse`, be it a module or a name in one.
+    `from shardlib.compiler.passes import fuse` gives `shardlib.compiler.passes.fuse`, be it a module or a
+    name in one.
     """
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
     nodes = [ast.parse(path.read_text())]
@@ -49,7 +51,8 @@ def imports(module: str, path: Path) -> Iterator[str]:
                 above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
                 base = ".".join([*above, *([node.module] if node.module else [])])
                 yield from (f"{base}.{alias.name}" for alias in node.names)
-            case ast.Call(ast.Name(id=name) | ast.Attribute(attr=name), [ast.Constant(value=str(target)), *_]):
+            case ast.Call(ast.Name(id=name) | ast.Attribute(attr=name),
+                          [ast.Constant(value=str(target)), *_]):
                 if name in ("import_module", "__import__"):
                     yield target
         nodes += ast.iter_child_nodes(node)
@@ -73,7 +76,8 @@ KERNELS_MAY = ("torch", "triton", "numpy", "shardlib.triton_kernels", *sys.stdli
 
 
 def climbs(module: str, target: str) -> bool:
-    """Whether `target` lies above the floor of `module`, or is none of the few things that a kernel may import."""
+    """Whether `target` lies above the floor of `module`,
+    or is none of the few things that a kernel may import."""
     floor = floor_of(module)
     if floor == "shardlib.triton_kernels":
         return not any(is_in(target, allowed) for allowed in KERNELS_MAY)
@@ -92,9 +96,12 @@ def test_imports_only_go_down(module: str) -> None:
         ("shardlib.language.trace", "from shardlib import models", ["shardlib.models"]),
         ("shardlib.language.trace", "from .. import ops", ["shardlib.ops"]),
         ("shardlib.compiler.passes.fuse", "from ...ops.swiglu import swiglu", ["shardlib.ops.swiglu.swiglu"]),
-        ("shardlib.language.trace", "try:\n    import triton.language\nexcept ImportError:\n    pass", ["triton.language"]),
-        ("shardlib.language.trace", "import importlib\nimportlib.import_module('shardlib.ops')", ["shardlib.ops"]),
-        ("shardlib.language.trace", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import shardlib.ops", ["shardlib.ops"]),
+        ("shardlib.language.trace", "try:\n    import triton.language\nexcept ImportError:\n    pass",
+         ["triton.language"]),
+        ("shardlib.language.trace", "import importlib\nimportlib.import_module('shardlib.ops')",
+         ["shardlib.ops"]),
+        ("shardlib.language.trace",
+         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import shardlib.ops", ["shardlib.ops"]),
         ("shardlib.language.trace", "import tritonish, shardlib.opsy, torch", []),
         ("shardlib.ops.swiglu", "from shardlib.triton_kernels import swiglu", []),
         ("shardlib.ops.swiglu", "import shardlib.spec, shardlib.models.llama", ["shardlib.models.llama"]),
@@ -113,12 +120,14 @@ def test_no_import_cycles() -> None:
     def resolve(target: str) -> str:
         return target if target in SOURCES else target.rpartition(".")[0]
 
-    graph = {module: {resolve(target) for target in imports(module, path)} for module, path in SOURCES.items()}
+    graph = {module: {resolve(target) for target in imports(module, path)}
+             for module, path in SOURCES.items()}
     graphlib.TopologicalSorter(graph).prepare()
 
 
 STOREYS = ("vocabulary", "language", "compiler", "lowering", "distributed", "reports", "run", "top")
-TOP = ("shardlib", "shardlib.__main__", "shardlib.api", "shardlib.cli", "shardlib.functions", "shardlib.oracle", "shardlib.parser")
+TOP = ("shardlib", "shardlib.__main__", "shardlib.api", "shardlib.cli", "shardlib.functions",
+       "shardlib.oracle", "shardlib.parser")
 
 
 def storey_of(module: str) -> str:
@@ -129,7 +138,8 @@ def storey_of(module: str) -> str:
 
 @pytest.mark.parametrize("module", [module for module in SOURCES if floor_of(module) == "shardlib"])
 def test_imports_go_down_from_storey_to_storey(module: str) -> None:
-    found = {target if target in SOURCES else target.rpartition(".")[0] for target in imports(module, SOURCES[module])}
+    found = {target if target in SOURCES else target.rpartition(".")[0]
+             for target in imports(module, SOURCES[module])}
     mine = STOREYS.index(storey_of(module))
     assert [target for target in found if target in SOURCES and floor_of(target) == "shardlib"
             and STOREYS.index(storey_of(target)) > mine and target != "shardlib"] == []
@@ -139,7 +149,8 @@ def test_the_rooms_are_small() -> None:
     """One noun a file. The language's own lists are longer where each entry is one row, and say so."""
     lines = {module: len(path.read_text().splitlines()) for module, path in SOURCES.items()}
     assert {module: n for module, n in lines.items() if n > 400} == {}
-    assert len([module for module in SOURCES if module.count(".") < 2 and floor_of(module) == "shardlib" and "." in module
+    assert len([module for module in SOURCES
+                if module.count(".") < 2 and floor_of(module) == "shardlib" and "." in module
                 and SOURCES[module].parent.name == "shardlib"]) < 20
 
 
@@ -161,13 +172,15 @@ def test_every_package_folder_is_in_the_package_map() -> None:
 def run(*command: str | Path, cwd: Path) -> str:
     """Run a command away from the checkout; its output, which a failure shows whole."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    result = subprocess.run(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)
     assert result.returncode == 0, result.stdout
     return result.stdout
 
 
 def test_import_does_not_import_triton(tmp_path: Path) -> None:
-    loaded = "import sys, shardlib, shardlib.cli; shardlib.cli.main(['--version']); print('triton' in sys.modules)"
+    loaded = ("import sys, shardlib, shardlib.cli; shardlib.cli.main(['--version']); print('triton' in "
+              "sys.modules)")
     assert run(sys.executable, "-c", loaded, cwd=tmp_path).splitlines()[-1] == "False"
 
 
@@ -199,12 +212,14 @@ def test_version_report_survives_a_broken_machine(monkeypatch: pytest.MonkeyPatc
     report = cli.version_report()
     assert report.startswith("shardlib not installed\n")
     assert "\ntriton    not installed\nnumpy     not installed\n" in report
-    assert "\ntorch     not available (ModuleNotFoundError: import of torch halted; None in sys.modules)\n" in report
+    assert ("\ntorch     not available (ModuleNotFoundError: import of torch halted; None in "
+            "sys.modules)\n") in report
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the sources, so that nothing is left in the checkout and no stale build gets in."""
+    """A wheel built from a copy of the sources, so that nothing is left in the checkout
+    and no stale build gets in."""
     folder = tmp_path_factory.mktemp("wheel")
     for path in ROOT.glob("*.*"):
         if path.suffix in (".toml", ".md"):
@@ -212,7 +227,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "LICENSE", folder)
     for floor in FLOORS:
         shutil.copytree(floor, folder / floor.name, ignore=shutil.ignore_patterns("__pycache__"))
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation", ".", cwd=folder)
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation", ".",
+        cwd=folder)
     return next(folder.glob("*.whl"))
 
 
@@ -233,17 +249,20 @@ def test_wheel_works_where_no_checkout_is(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "venv"
     venv.create(home, symlinks=True)
     python = home / "bin" / "python"
-    install = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel)
+    install = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index",
+               wheel)
     run(*install, cwd=tmp_path)
     dependencies = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     site_packages = next(home.glob("lib/python*/site-packages"))
     (site_packages / "dependencies.pth").write_text("\n".join(dependencies))
 
-    program = "import shardlib as s, shardlib.ops as o, shardlib.models as m; print(s.__file__, o.__file__, m.__file__)"
+    program = ("import shardlib as s, shardlib.ops as o, shardlib.models as m; print(s.__file__, o.__file__, "
+               "m.__file__)")
     files = run(python, "-c", program, cwd=tmp_path).split()
     assert [Path(file).is_relative_to(site_packages) for file in files] == [True] * 3, files
     assert run(home / "bin" / "shardlib", "--version", cwd=tmp_path).startswith("shardlib 0.1.0\n")
     assert run(python, "-m", "shardlib", "--version", cwd=tmp_path).startswith("shardlib 0.1.0\n")
-    answer = json.loads(run(python, "-m", "shardlib.models.generate", "--model", "smollm2", "--raw", "--prompt", "The capital of France is",
-                            "--max-new-tokens", "1", "--json", cwd=tmp_path))
+    answer = json.loads(
+        run(python, "-m", "shardlib.models.generate", "--model", "smollm2", "--raw", "--prompt",
+            "The capital of France is", "--max-new-tokens", "1", "--json", cwd=tmp_path))
     assert (answer["tokens"], answer["text"]) == ([504, 3575, 282, 4649, 314, 7042], " Paris")

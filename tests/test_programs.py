@@ -1,9 +1,11 @@
-"""Random well-typed programs: run on every rank they are what they mean in float64; printed they read back; their mutants are refused.
+"""Random well-typed programs: run on every rank they are what they mean in float64; printed they read back;
+their mutants are refused.
 
-What a program means is said by the references of its ops (`shardlib.reference.meaning`), its gradients by autograd of these.
+What a program means is said by the references of its ops (`shardlib.reference.meaning`), its gradients by
+autograd of these.
 
-`Writer` draws a declarative program from the ops themselves, a step at a time, and a step that the layout makes ill-typed is
-left out. A failure shrinks to a program that a person can read; the assertion prints it.
+`Writer` draws a declarative program from the ops themselves, a step at a time, and a step that the layout
+makes ill-typed is left out. A failure shrinks to a program that a person can read; the assertion prints it.
 """
 from __future__ import annotations
 
@@ -60,14 +62,17 @@ from shardlib.run.simulate import perform, simulate
 from shardlib.spec import Dim, Factor, Spec, parse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOLERANCE = 1e-6            # of the largest element: programs subtract, divide and normalise what they rounded
+TOLERANCE = 1e-6  # of the largest element: programs subtract, divide and normalise what they rounded
 BATCH = ("B", "T", "D", "F", "K")
 SIZES = (0, 1, 2, 3, 5, 7)
 
 
 @dataclass(frozen=True)
 class Value:
-    """holds: "any" float, "bounded" (by about 5), "positive" (bounded away from 0), "mask", "ids". order: of magnitude, at most."""
+    """holds: "any" float, "bounded" (by about 5), "positive" (bounded away from 0), "mask", "ids".
+
+    order: of magnitude, at most.
+    """
     name: str
     spec: Spec
     holds: str = "bounded"
@@ -79,9 +84,13 @@ class NotHere(Exception):
 
 
 class Writer:
-    """Draws the steps of a program, and its arguments as they are needed. `fits` says whether the program still types."""
+    """Draws the steps of a program, and its arguments as they are needed.
 
-    def __init__(self, draw: Callable, sizes: dict[str, int], mesh: Mesh, fits: Callable[[Program], bool], prefix: str = "") -> None:
+    `fits` says whether the program still types.
+    """
+
+    def __init__(self, draw: Callable, sizes: dict[str, int], mesh: Mesh, fits: Callable[[Program], bool],
+                 prefix: str = "") -> None:
         self.draw, self.sizes, self.mesh, self.fits, self.prefix = draw, sizes, mesh, fits, prefix
         self.args: dict[str, Spec] = {}
         self.weights: dict[str, Spec] = {}
@@ -91,7 +100,7 @@ class Writer:
         self.texts: dict[str, Spec] = {}            # as written, with its /1
         self.count = itertools.count()
 
-    # -- choices ---------------------------------------------------------------------------------------------------
+    # -- choices ---------------------------------------------------------------------------------------------
 
     def one_of(self, choices: Sequence) -> Any:
         if not choices:
@@ -116,7 +125,8 @@ class Writer:
 
     def float_(self, *holds: str, order: int = 6, dims: int = 0) -> Value:
         """A float value, made or new."""
-        found = [v for v in self.values if v.holds in (holds or ("any", "bounded", "positive")) and v.order <= order and len(v.spec.dims) >= dims]
+        found = [v for v in self.values if v.holds in (holds or ("any", "bounded", "positive"))
+                 and v.order <= order and len(v.spec.dims) >= dims]
         if found and self.draw(st.integers(0, 4)):
             return self.one_of(found)
         labels = self.draw(st.permutations(BATCH))[:self.draw(st.integers(max(dims, 1), 3))]
@@ -125,8 +135,10 @@ class Writer:
     def with_dims(self, spec: Spec | str, *holds: str) -> Value:
         """A value of just these dims."""
         spec = parse(spec) if isinstance(spec, str) else spec
-        found = [v for v in self.values if v.spec == spec and v.holds in (holds or ("any", "bounded", "positive"))]
-        return self.one_of(found) if found and self.maybe() else self.new(spec, holds[0] if holds else "bounded", holds != ("mask",) and self.maybe())
+        found = [v for v in self.values
+                 if v.spec == spec and v.holds in (holds or ("any", "bounded", "positive"))]
+        return (self.one_of(found) if found and self.maybe()
+                else self.new(spec, holds[0] if holds else "bounded", holds != ("mask",) and self.maybe()))
 
     def narrower(self, than: Spec, *holds: str) -> Value:
         """A value with some of the dims of `than`, in order."""
@@ -138,11 +150,13 @@ class Writer:
         if not plain or self.draw(st.integers(0, 7)):
             return spec
         at = self.one_of(plain)
-        return replace(spec, dims=tuple(replace(d, factors=(replace(d.factors[0], whole=True),)) if i == at else d for i, d in enumerate(spec.dims)))
+        return replace(spec, dims=tuple(replace(d, factors=(replace(d.factors[0], whole=True),)) if i == at
+                                        else d for i, d in enumerate(spec.dims)))
 
-    # -- steps -----------------------------------------------------------------------------------------------------
+    # -- steps -----------------------------------------------------------------------------------------------
 
-    def add(self, name: str | Op, inputs: Sequence[Value], out: Spec | str | None = None, holds: str = "any", order: int = 1, **attrs: Any) -> Value:
+    def add(self, name: str | Op, inputs: Sequence[Value], out: Spec | str | None = None, holds: str = "any",
+            order: int = 1, **attrs: Any) -> Value:
         """One step, if the program still types with it. An op without text says its result itself."""
         op = OPS[name] if isinstance(name, str) else name
         ins = tuple(v.spec for v in inputs)
@@ -151,14 +165,17 @@ class Writer:
             ins, outs = tuple(map(self.pinned, ins)), (self.pinned(out),)
         else:
             outs = op.infer(ins, attrs)
-        return self.record(Step(op, ins, outs, tuple(v.name for v in inputs), (f"{self.prefix}v{next(self.count)}",), tuple(sorted(attrs.items()))), holds, order)
+        return self.record(Step(op, ins, outs, tuple(v.name for v in inputs),
+                                (f"{self.prefix}v{next(self.count)}",), tuple(sorted(attrs.items()))), holds,
+                           order)
 
     def record(self, step: Step, holds: str, order: int) -> Value:
         self.steps.append(step)
         if not self.fits(self.program("f", step.outputs)):
             self.steps.pop()
             event(f"left out: {step.op.name}")
-            assert not step.op.takes_text or step.op in (RESHARD, SCAN, COND), f"{step.op.name} is refused\n{self.program('f', ())}\n{step.text}"
+            assert not step.op.takes_text or step.op in (
+                RESHARD, SCAN, COND), f"{step.op.name} is refused\n{self.program('f', ())}\n{step.text}"
             raise NotHere
         self.texts.update(zip(step.outputs, step.outs))
         made = [Value(n, s.whole(), holds, order) for n, s in zip(step.outputs, step.outs)]
@@ -166,14 +183,17 @@ class Writer:
         return made[0]
 
     def program(self, name: str, results: Sequence[str]) -> Program:
-        kinds = {**self.args, **self.weights, **{n: s for step in self.steps for n, s in zip(step.outputs, step.outs)}}
+        kinds = {**self.args, **self.weights,
+                 **{n: s for step in self.steps for n, s in zip(step.outputs, step.outs)}}
         args = list(self.args.items())
         if self.weights:
-            args.append((f"{self.prefix}w", Struct("Weights", tuple((n.split(".")[1], s) for n, s in self.weights.items()))))
-        return Program(name, tuple(args), tuple(self.steps), tuple(Result(kinds[r].whole(), (r,)) for r in results))
+            args.append((f"{self.prefix}w",
+                         Struct("Weights", tuple((n.split(".")[1], s) for n, s in self.weights.items()))))
+        return Program(name, tuple(args), tuple(self.steps),
+                       tuple(Result(kinds[r].whole(), (r,)) for r in results))
 
 
-# -- one function for each kind of step ------------------------------------------------------------------------------
+# -- one function for each kind of step ----------------------------------------------------------------------
 
 def pointwise(w: Writer) -> None:
     x = w.float_()
@@ -181,9 +201,12 @@ def pointwise(w: Writer) -> None:
     allowed += ["square"] if x.order <= 2 else []
     allowed += {"bounded": ["exp"], "positive": ["log", "rsqrt", "reciprocal"]}.get(x.holds, [])
     name = w.one_of(allowed)
-    attrs = {"scale": dict(by=-1.5), "shift": dict(by=w.one_of((0, 0.5)) if name == "shift" else 0), "cast": dict(dtype="float64")}.get(name, {})
-    holds = "positive" if name == "exp" or name == "sigmoid" and x.holds == "bounded" else "bounded" if name in ("tanh", "sigmoid") else "any"
-    w.add(name, [x], holds=holds, order=2 * x.order if name == "square" else 2 if holds != "any" else x.order, **attrs)
+    attrs = {"scale": dict(by=-1.5), "shift": dict(by=w.one_of((0, 0.5)) if name == "shift" else 0),
+             "cast": dict(dtype="float64")}.get(name, {})
+    holds = ("positive" if name == "exp" or name == "sigmoid" and x.holds == "bounded"
+             else "bounded" if name in ("tanh", "sigmoid") else "any")
+    w.add(name, [x], holds=holds, order=2 * x.order if name == "square" else 2 if holds != "any" else x.order,
+          **attrs)
 
 
 def binary(w: Writer) -> None:
@@ -238,7 +261,8 @@ def argmax(w: Writer) -> None:
 
 def softmax(w: Writer) -> None:
     x = w.float_(dims=1)
-    w.add("softmax", [x], holds="bounded", along=w.one_of([d.label for d in x.spec.dims if len(d.factors) == 1]))
+    w.add("softmax", [x], holds="bounded",
+          along=w.one_of([d.label for d in x.spec.dims if len(d.factors) == 1]))
 
 
 def rearrange(w: Writer) -> None:
@@ -257,15 +281,18 @@ def rearrange(w: Writer) -> None:
 def rename(w: Writer) -> None:
     x = w.float_(dims=1)
     old = w.one_of([d for d in x.spec.dims if len(d.factors) == 1])
-    new = w.one_of([n for n in ("P", "Q", "R") if n not in x.spec.names and w.sizes.get(n, w.sizes[old.label]) == w.sizes[old.label]])
+    new = w.one_of([n for n in ("P", "Q", "R")
+                    if n not in x.spec.names and w.sizes.get(n, w.sizes[old.label]) == w.sizes[old.label]])
     w.sizes[new] = w.sizes[old.label]
-    w.add("rename", [x], Spec(tuple(Dim((Factor(new),)) if d == old else d for d in x.spec.dims)), x.holds, x.order)
+    w.add("rename", [x], Spec(tuple(Dim((Factor(new),)) if d == old else d for d in x.spec.dims)), x.holds,
+          x.order)
 
 
 def spread(w: Writer) -> None:
     x = w.float_()
     more = [Dim((Factor(n),)) for n in w.some(BATCH) if n not in x.spec.names][:1]
-    w.add("spread", [x], Spec((*more, *x.spec.dims)), x.holds, x.order, **({"mean": True} if w.maybe() else {}))
+    w.add("spread", [x], Spec((*more, *x.spec.dims)), x.holds, x.order,
+          **({"mean": True} if w.maybe() else {}))
 
 
 def rms_norm(w: Writer) -> None:
@@ -275,7 +302,8 @@ def rms_norm(w: Writer) -> None:
 
 def rope(w: Writer) -> None:
     """A made table has float32's angles, which are off by some 1e-7: no other step takes it, lest it grow."""
-    w.add("rope_table", [w.new("B", "start")], "B T H", holds="table", theta=10.0, scaling=w.one_of((None, (4.0, 1.0, 2.0, 9))), dtype="float64")
+    w.add("rope_table", [w.new("B", "start")], "B T H", holds="table", theta=10.0,
+          scaling=w.one_of((None, (4.0, 1.0, 2.0, 9))), dtype="float64")
     w.add("rope", [w.with_dims("B T K H", "bounded"), w.with_dims("B T H")], "B T K H")
 
 
@@ -286,7 +314,8 @@ def attention(w: Writer) -> None:
 
 
 def update_cache(w: Writer) -> None:
-    w.add("update_cache", [w.with_dims("B S K H"), w.with_dims("B T K H"), w.new("B", "start")], "B S K H", order=6)
+    w.add("update_cache", [w.with_dims("B S K H"), w.with_dims("B T K H"), w.new("B", "start")], "B S K H",
+          order=6)
 
 
 def embedding(w: Writer) -> None:
@@ -302,7 +331,8 @@ def take(w: Writer) -> None:
 
 def reshard(w: Writer) -> None:
     x = w.float_()
-    w.record(Step(RESHARD, (x.spec,), (w.one_of(types(x.spec, tuple(w.mesh.axes)[:2], ())),), (x.name,), (f"v{next(w.count)}",)), x.holds, x.order)
+    w.record(Step(RESHARD, (x.spec,), (w.one_of(types(x.spec, tuple(w.mesh.axes)[:2], ())),), (x.name,),
+                  (f"v{next(w.count)}",)), x.holds, x.order)
 
 
 def scan(w: Writer) -> None:
@@ -315,7 +345,8 @@ def scan(w: Writer) -> None:
     last = body.values[-1]
     grown = body.add("einsum", [Value("c", carry.spec), body.add("tanh", [last])], carry.spec)
     out = body.add("tanh", [grown])
-    constants = [w.new(s, body.holds[n]) for n, s in [*body.args.items()][2:]] + [w.new(s, body.holds[n]) for n, s in body.weights.items()]
+    constants = ([w.new(s, body.holds[n]) for n, s in [*body.args.items()][2:]]
+                 + [w.new(s, body.holds[n]) for n, s in body.weights.items()])
     body.args.update({n.replace("w.p", "p"): s for n, s in body.weights.items()})
     body.steps = [replace(s, inputs=tuple(i.replace("w.p", "p") for i in s.inputs)) for s in body.steps]
     body.weights = {}
@@ -323,7 +354,8 @@ def scan(w: Writer) -> None:
     program = body.program("body", [out.name, *keep])
     inputs = [carry, stack, *constants]
     outs = (carry.spec, *(Spec((stack.spec.dims[0], *s.dims)) for _, s in program.result_leaves()[1:]))
-    w.record(Step(SCAN, tuple(w.texts.get(v.name, v.spec) for v in inputs), outs, tuple(v.name for v in inputs), tuple(f"v{next(w.count)}" for _ in outs),
+    w.record(Step(SCAN, tuple(w.texts.get(v.name, v.spec) for v in inputs), outs,
+                  tuple(v.name for v in inputs), tuple(f"v{next(w.count)}" for _ in outs),
                   (("dim", "L"), ("stacked", 1)), program), "bounded", 1)
 
 
@@ -336,11 +368,13 @@ def cond(w: Writer) -> None:
         body = Writer(w.draw, w.sizes, w.mesh, lambda p: True, name)
         body.args = {"c": x.spec}
         bodies.append(body.program(name, [body.add(op, [Value("c", x.spec)]).name]))
-    w.record(Step(COND, (chosen.spec, w.texts.get(x.name, x.spec)), (x.spec,), (chosen.name, x.name), (f"v{next(w.count)}",), body=bodies[0], orelse=bodies[1]), "any", x.order)
+    w.record(Step(COND, (chosen.spec, w.texts.get(x.name, x.spec)), (x.spec,), (chosen.name, x.name),
+                  (f"v{next(w.count)}",), body=bodies[0], orelse=bodies[1]), "any", x.order)
 
 
-KINDS = [pointwise, binary, compare, where, einsum, einsum, reduction, two_reductions, argmax, softmax, rearrange, rename, spread, rms_norm, rope, attention,
-         update_cache, embedding, take, reshard, scan, cond]
+KINDS = [pointwise, binary, compare, where, einsum, einsum, reduction, two_reductions, argmax, softmax,
+         rearrange, rename, spread, rms_norm, rope, attention, update_cache, embedding, take, reshard, scan,
+         cond]
 
 
 def write(w: Writer, count: int, kinds: Sequence[Callable[[Writer], None]]) -> None:
@@ -353,7 +387,7 @@ def write(w: Writer, count: int, kinds: Sequence[Callable[[Writer], None]]) -> N
             continue
 
 
-# -- programs ----------------------------------------------------------------------------------------------------------
+# -- programs ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Drawn:
@@ -366,7 +400,8 @@ class Drawn:
     floats: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.program}\nlayout {self.layout}\nmesh {self.mesh}\nsizes {dict(self.sizes)}\n\n{self.explicit()}"
+        return (f"{self.program}\nlayout {self.layout}\nmesh {self.mesh}\nsizes {dict(self.sizes)}\n\n"
+                f"{self.explicit()}")
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
@@ -378,7 +413,8 @@ class Drawn:
 @st.composite
 def layouts(draw: st.DrawFn, mesh: Mesh, dims: Sequence[str]) -> Layout:
     entries = draw(st.permutations(dims))[:draw(st.integers(1, len(dims)))]
-    return Layout({d: axes for d in entries if (axes := tuple(draw(st.permutations(list(mesh.axes)))[:draw(st.integers(1, 2))]))})
+    return Layout({d: axes for d in entries
+                   if (axes := tuple(draw(st.permutations(list(mesh.axes)))[:draw(st.integers(1, 2))]))})
 
 
 @st.composite
@@ -386,7 +422,8 @@ def programs(draw: st.DrawFn, kinds: Sequence[Callable[[Writer], None]] = KINDS)
     mesh = Mesh({a: draw(st.sampled_from((2, 3, 1, 4))) for a in "xyz"[:draw(st.integers(1, 3))]})
     if mesh.world_size > 12:
         mesh = Mesh(x=2, y=3)
-    sizes = {n: draw(st.sampled_from(SIZES[::-1])) for n in (*BATCH, "G")} | dict(H=draw(st.sampled_from((4, 2))), V=draw(st.sampled_from((5, 3, 1))))
+    sizes = ({n: draw(st.sampled_from(SIZES[::-1])) for n in (*BATCH, "G")}
+             | dict(H=draw(st.sampled_from((4, 2))), V=draw(st.sampled_from((5, 3, 1)))))
     sizes |= dict(S=sizes["T"] + draw(st.integers(0, 2)), L=draw(st.integers(0, 3)))
     layout = draw(layouts(mesh, (*BATCH, "G", "V", "S", "P")))
     w = Writer(draw, sizes, mesh, lambda p: types_under(p, layout, mesh))
@@ -421,33 +458,40 @@ def whole_args(drawn: Drawn) -> dict[str, torch.Tensor]:
             out[name] = torch.rand(shape, generator=g, dtype=torch.float64) + 0.5
         else:
             below = {"mask": 2, "start": sizes["S"] - sizes["T"] + 1}.get(holds) or sizes[holds]
-            out[name] = torch.randint(below, shape, generator=g).to(torch.bool if holds == "mask" else torch.int64)
+            out[name] = torch.randint(below, shape,
+                                      generator=g).to(torch.bool if holds == "mask" else torch.int64)
     return out
 
 
-def run(program: Program, mesh: Mesh, sizes: Mapping[str, int], args: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+def run(program: Program, mesh: Mesh, sizes: Mapping[str, int],
+        args: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """The results of an explicit program, put together."""
     pieces = {path: place(args[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
-    ran = simulate(program, mesh, [{p: x[rank] for p, x in pieces.items()} for rank in range(mesh.world_size)], sizes)
-    return [join([r[str(i)] for r in ran], kind, sizes, mesh, TOLERANCE) for i, (_, kind) in enumerate(program.result_leaves())]
+    ran = simulate(program, mesh,
+                   [{p: x[rank] for p, x in pieces.items()} for rank in range(mesh.world_size)], sizes)
+    return [join([r[str(i)] for r in ran], kind, sizes, mesh, TOLERANCE)
+            for i, (_, kind) in enumerate(program.result_leaves())]
 
 
 def dense(program: Program, drawn: Drawn) -> list[torch.Tensor]:
     return meaning(program, whole_args(drawn), drawn.sizes)
 
 
-def check_equal(drawn: Drawn, program: Program, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:
+def check_equal(drawn: Drawn, program: Program, got: Sequence[torch.Tensor],
+                want: Sequence[torch.Tensor]) -> None:
     for (name, _), a, b in zip(program.result_leaves(), got, want, strict=True):
         assert same(a, b, TOLERANCE), f"result {name} is {a}\nand should be {b}\n{drawn}\n{program}"
 
 
-# -- what holds for each -----------------------------------------------------------------------------------------------
+# -- what holds for each -------------------------------------------------------------------------------------
 
 @given(programs())
 def test_on_every_mesh_and_layout_a_program_is_what_it_means(drawn: Drawn) -> None:
     explicit = drawn.explicit()
-    check_equal(drawn, explicit, run(explicit, drawn.mesh, drawn.sizes, whole_args(drawn)), dense(drawn.program, drawn))
-    assert [s.labels for _, s in explicit.result_leaves()] == [s.labels for _, s in drawn.program.result_leaves()]
+    check_equal(drawn, explicit, run(explicit, drawn.mesh, drawn.sizes, whole_args(drawn)),
+                dense(drawn.program, drawn))
+    assert ([s.labels for _, s in explicit.result_leaves()]
+            == [s.labels for _, s in drawn.program.result_leaves()])
 
 
 @given(programs())
@@ -466,13 +510,16 @@ def test_passes_keep_types_and_results(drawn: Drawn) -> None:
     for name in DEFAULT:
         rewritten = PASSES[name](program, drawn.mesh)
         assert check(rewritten, drawn.mesh) == rewritten, f"{name}\n{drawn}\n{rewritten}"
-        assert [s for _, s in rewritten.result_leaves()] == [s for _, s in program.result_leaves()] and rewritten.args == program.args
+        assert ([s for _, s in rewritten.result_leaves()] == [s for _, s in program.result_leaves()]
+                and rewritten.args == program.args)
         check_equal(drawn, rewritten, run(rewritten, drawn.mesh, drawn.sizes, whole_args(drawn)), want)
         program = rewritten
 
 
-def moved(program: Program, mesh: Mesh, sizes: Mapping[str, int], args: Mapping[str, torch.Tensor]) -> tuple[list[int], int]:
-    """Bytes that each rank received when the program ran, counted at the collectives themselves; and how many rank 0 made."""
+def moved(program: Program, mesh: Mesh, sizes: Mapping[str, int],
+          args: Mapping[str, torch.Tensor]) -> tuple[list[int], int]:
+    """Bytes that each rank received when the program ran, counted at the collectives themselves;
+    and how many rank 0 made."""
     got, count = [0] * mesh.world_size, 0
 
     def counted(requests: Sequence[tuple], *wires: Any) -> list[Any]:
@@ -497,15 +544,18 @@ def moved(program: Program, mesh: Mesh, sizes: Mapping[str, int], args: Mapping[
 @settings(max_examples=300)
 @given(programs())
 def test_a_proof_by_classes_is_one_rank_by_rank(drawn: Drawn) -> None:
-    """The ranks of a class make the same calls, each with its own group: none of them, made by itself, is another."""
+    """The ranks of a class make the same calls, each with its own group:
+    none of them, made by itself, is another."""
     program, mesh = drawn.explicit(), drawn.mesh
     classes = classes_of(mesh, sent(program), drawn.sizes)
-    of_class, kind = project_classes(program, classes, drawn.sizes, default="float64"), classes.by_rank(range(len(classes)))
+    of_class, kind = (project_classes(program, classes, drawn.sizes, default="float64"),
+                      classes.by_rank(range(len(classes))))
     ranks = [project(program, mesh, rank, drawn.sizes, default="float64") for rank in range(mesh.world_size)]
     for rank, (c, calls) in enumerate(zip(kind, ranks)):
         for own, other in zip(calls, unrolled(of_class[c]), strict=True):
             shapes = dict(zip(classes.peers(c, other.group), other.shapes))
-            assert own == replace(other, group=mesh.group(other.group, rank), shapes=tuple(shapes[kind[r]] for r in own.group)), drawn
+            assert own == replace(other, group=mesh.group(other.group, rank),
+                                  shapes=tuple(shapes[kind[r]] for r in own.group)), drawn
     assert match(classes, of_class).collectives == rank_by_rank.match(ranks), drawn
 
 
@@ -516,7 +566,8 @@ def test_explain_says_what_moves(drawn: Drawn) -> None:
     told = {p: str(t.dtype).removeprefix("torch.") for p, t in args.items() if not t.is_floating_point()}
     found = explain(program, drawn.mesh, drawn.sizes, told, default="float64")
     received, count = moved(program, drawn.mesh, drawn.sizes, args)
-    assert (found.received, found.collectives, found.bytes) == (tuple(received), count, max(received)), str(drawn)
+    assert (found.received, found.collectives,
+            found.bytes) == (tuple(received), count, max(received)), str(drawn)
     emitter = Emitter(drawn.mesh, 0, drawn.sizes)
     emitter.program(program)
     assert {t.axes for t in found.traffic} == {*emitter.groups}, str(drawn)
@@ -553,20 +604,24 @@ def test_of_a_cond_explain_says_the_larger_branch(n: int, text: str) -> None:
     program = lower(either, mesh=mesh)
     found, ran = explain(program, mesh, sizes, default="float64"), []
     for sign in (1.0, -1.0):
-        ran.append(moved(program, mesh, sizes, {name: torch.full((n,), sign, dtype=torch.float64) for name in "ab"}))
-    assert found.received == tuple(max(got) for got in zip(*(got for got, _ in ran))) and found.collectives == max(count for _, count in ran) or n == 0
+        ran.append(
+            moved(program, mesh, sizes, {name: torch.full((n,), sign, dtype=torch.float64) for name in "ab"}))
+    assert (found.received == tuple(max(got) for got in zip(*(got for got, _ in ran)))
+            and found.collectives == max(count for _, count in ran) or n == 0)
 
 
-@given(st.lists(st.lists(st.integers(-3, 3), min_size=4, max_size=4), min_size=5, max_size=5), st.sampled_from(("x=2,y=3", "x=3,y=2", "y=4,x=2", "x=1,y=3")))
+@given(st.lists(st.lists(st.integers(-3, 3), min_size=4, max_size=4), min_size=5, max_size=5),
+       st.sampled_from(("x=2,y=3", "x=3,y=2", "y=4,x=2", "x=1,y=3")))
 def test_of_conds_in_a_scan_explain_says_at_most_what_moves(rows: list[list[int]], text: str) -> None:
     mesh, sizes = Mesh.parse(text), dict(N=4, L=3)
     program, (c, *a, b) = lower(layers, mesh=mesh), torch.tensor(rows, dtype=torch.float64)
     found = explain(program, mesh, sizes, default="float64")
     got, count = moved(program, mesh, sizes, dict(c=c, a=torch.stack(a), b=b))
-    assert all(have <= most for have, most in zip(got, found.received)) and count <= found.collectives and max(got) <= found.bytes
+    assert (all(have <= most for have, most in zip(got, found.received)) and count <= found.collectives
+            and max(got) <= found.bytes)
 
 
-# -- a printed program is Python ---------------------------------------------------------------------------------------
+# -- a printed program is Python -----------------------------------------------------------------------------
 
 def pasted(program: Program, mesh: Mesh) -> Program:
     """What Python makes of the program's text."""
@@ -578,16 +633,21 @@ def pasted(program: Program, mesh: Mesh) -> Program:
 
 
 def numbered(program: Program) -> Program:
-    """The program with the values that it makes numbered: Python does not know what it returns by the name in the return."""
+    """The program with the values that it makes numbered:
+    Python does not know what it returns by the name in the return."""
     names = {name: f"n{i}" for i, name in enumerate(n for s in program.steps for n in s.outputs)}
-    steps = tuple(replace(s, inputs=tuple(names.get(i, i) for i in s.inputs), outputs=tuple(names[o] for o in s.outputs)).rewritten(numbered) for s in program.steps)
-    return replace(program, steps=steps, results=tuple(replace(r, values=tuple(names.get(v, v) for v in r.values)) for r in program.results))
+    steps = tuple(replace(s, inputs=tuple(names.get(i, i) for i in s.inputs),
+                          outputs=tuple(names[o] for o in s.outputs)).rewritten(numbered)
+                  for s in program.steps)
+    return replace(program, steps=steps, results=tuple(
+        replace(r, values=tuple(names.get(v, v) for v in r.values)) for r in program.results))
 
 
 @sharded("B V, V D -> B, B, B D")
 def choices(x, table):
     best = best_of("B V -> B", x)
-    return best, logsumexp("B V -> B", x), choose(greater(total("B V -> ()", x), than=0.0), looked_up, looked_up, best, table) * 2.0 + 1.0
+    return (best, logsumexp("B V -> B", x),
+            choose(greater(total("B V -> ()", x), than=0.0), looked_up, looked_up, best, table) * 2.0 + 1.0)
 
 
 @sharded("B, V D -> B D")
@@ -595,11 +655,12 @@ def looked_up(ids, table):
     return relabel("B E -> B D", look_up("B, V E -> B E", ids, relabel("V D -> V E", table)))
 
 
-CONFIG = LlamaConfig(vocab_size=11, d_model=18, num_layers=2, num_kv_heads=3, queries_per_kv=2, head_dim=4, d_ff=7, norm_eps=1e-5,
-                     rope_theta=1e4, rope_scaling=None, tied=False, max_context=64)
+CONFIG = LlamaConfig(vocab_size=11, d_model=18, num_layers=2, num_kv_heads=3, queries_per_kv=2, head_dim=4,
+                     d_ff=7, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=False, max_context=64)
 
 
-@pytest.mark.parametrize("mesh, layout", [("tp=2", "tp"), ("dp=2,tp=2", "tp+sp+fsdp"), ("cp=2,tp=2", "tp+cp")])
+@pytest.mark.parametrize("mesh, layout",
+                         [("tp=2", "tp"), ("dp=2,tp=2", "tp+sp+fsdp"), ("cp=2,tp=2", "tp+cp")])
 @pytest.mark.parametrize("f", [next_token, value_and_grad(loss)], ids=["next_token", "loss_and_grad"])
 def test_the_printed_programs_of_a_model_are_python(f: Any, mesh: str, layout: str) -> None:
     made = Mesh.parse(mesh)
@@ -617,7 +678,8 @@ def test_what_is_printed_of_argmax_logsumexp_and_cond_is_python(layout: Layout) 
 
 def test_every_verb_of_the_language_is_in_shardlib() -> None:
     import shardlib
-    assert [verb for verb in MOVES if getattr(shardlib, verb, None) is None or verb not in shardlib.__all__] == []
+    assert ([verb for verb in MOVES if getattr(shardlib, verb, None) is None or verb not in shardlib.__all__]
+            == [])
     assert all(name in lowered.__all__ and callable(getattr(lowered, name)) for name in (*CORE, *TABLE))
 
     @sharded("M/x/y N -> M/y/x N", layout=EXPLICIT)
@@ -630,11 +692,12 @@ def test_a_scalar_that_owes_is_written_without_parentheses() -> None:
     for owed in ("+tp", "+dp +tp", "max:tp"):
         with pytest.raises(SpecError) as error:
             parse(f"() {owed}")
-        assert str(error.value) == f"spec '() {owed}': () is the scalar and stands alone; a scalar that owes is written \"{owed}\""
+        assert str(error.value) == (
+            f"spec '() {owed}': () is the scalar and stands alone; a scalar that owes is written \"{owed}\"")
         assert str(parse(owed)) == owed
 
 
-# -- gradients ---------------------------------------------------------------------------------------------------------
+# -- gradients -----------------------------------------------------------------------------------------------
 
 def with_loss(drawn: Drawn) -> Program:
     """The program with one result: the sum of the squares of its float results."""
@@ -653,12 +716,15 @@ def autograd(program: Program, drawn: Drawn, wrt: Sequence[str]) -> list[torch.T
     """The gradients of what the program means by the leaves `wrt`, by torch.autograd."""
     args = {n: x.requires_grad_(n in wrt) for n, x in whole_args(drawn).items()}
     (loss,) = meaning(program, args, drawn.sizes)
-    found = torch.autograd.grad(loss, [args[n] for n in wrt], allow_unused=True) if loss.requires_grad else [None] * len(wrt)
+    found = (torch.autograd.grad(loss, [args[n] for n in wrt], allow_unused=True) if loss.requires_grad
+             else [None] * len(wrt))
     return [torch.zeros_like(args[n]) if g is None else g for n, g in zip(wrt, found)]
 
 
-@given(programs([k for k in KINDS if k not in (cond, update_cache, spread)]), st.sampled_from(("all", "weights", "nothing")))
-def test_gradients_are_those_of_autograd_each_in_the_type_of_its_argument(drawn: Drawn, regather: str) -> None:
+@given(programs([k for k in KINDS if k not in (cond, update_cache, spread)]),
+       st.sampled_from(("all", "weights", "nothing")))
+def test_gradients_are_those_of_autograd_each_in_the_type_of_its_argument(drawn: Drawn,
+                                                                          regather: str) -> None:
     program = with_loss(drawn)
     leaves_of = {n: [path for path, _ in leaves(n, tree)] for n, tree in program.args}
     wrt = [n for n, paths in leaves_of.items() if drawn.holds[paths[0]] in ("bounded", "positive")]
@@ -666,7 +732,8 @@ def test_gradients_are_those_of_autograd_each_in_the_type_of_its_argument(drawn:
     try:
         made = value_and_grad_program(explicit, wrt, drawn.mesh, regather)
     except SpecError as error:
-        assert re.search("has no derivative|the loss depends on what scan stacks", str(error)), f"{error}\n{drawn}"
+        assert re.search("has no derivative|the loss depends on what scan stacks",
+                         str(error)), f"{error}\n{drawn}"
         event("no derivative")
         reject()
     paths = [p for n in wrt for p in leaves_of[n]]
@@ -679,7 +746,7 @@ def test_gradients_are_those_of_autograd_each_in_the_type_of_its_argument(drawn:
     assert check(made, drawn.mesh) == made and parse_program(str(made), TABLE) == made, str(made)
 
 
-# -- mutants -----------------------------------------------------------------------------------------------------------
+# -- mutants -------------------------------------------------------------------------------------------------
 
 def mutants(program: Program, mesh: Mesh) -> Iterator[tuple[str, Program]]:
     """The program with one thing changed: what a slip of the hand, or of a pass, would make of it."""
@@ -689,43 +756,54 @@ def mutants(program: Program, mesh: Mesh) -> Iterator[tuple[str, Program]]:
         if step.op.moves:
             yield f"without {step.op.name}", renamed(with_step(), step.outputs[0], step.inputs[0])
             again = replace(step, inputs=step.outputs, outputs=("again",))
-            yield f"{step.op.name} twice", renamed(with_step(step, replace(again, outputs=("again_",))), step.outputs[0], "again_", at + 2)
+            yield f"{step.op.name} twice", renamed(with_step(step, replace(again, outputs=("again_",))),
+                                                   step.outputs[0], "again_", at + 2)
         for j, spec in enumerate(step.outs):
             for other in types(spec, tuple(mesh.axes)[:2], ("+", "max"))[:12]:
                 if other != spec:
-                    yield f"{step.outputs[j]} as {other}", with_step(replace(step, outs=(*step.outs[:j], other, *step.outs[j + 1:])))
+                    yield (f"{step.outputs[j]} as {other}",
+                           with_step(replace(step, outs=(*step.outs[:j], other, *step.outs[j + 1:]))))
         for j, spec in enumerate(step.ins):
             if spec.owed:
-                yield f"operand {j} of {step.outputs[0]} owes nothing", with_step(replace(step, ins=(*step.ins[:j], spec.owing(), *step.ins[j + 1:])))
+                yield (f"operand {j} of {step.outputs[0]} owes nothing",
+                       with_step(replace(step, ins=(*step.ins[:j], spec.owing(), *step.ins[j + 1:]))))
         if len(mesh.axes) > 1:
             a, b = tuple(mesh.axes)[:2]
-            yield f"{a} and {b} swapped in {step.outputs[0]}", with_step(replace(step, ins=tuple(swap(s, a, b) for s in step.ins),
-                                                                                 outs=tuple(swap(s, a, b) for s in step.outs)))
-        if len(step.inputs) > 1 and not {0, 1} & {*step.op.index} and step.op is not SCAN and step.ins[0] != step.ins[1]:
-            yield f"operands of {step.outputs[0]} swapped", with_step(replace(step, inputs=(step.inputs[1], step.inputs[0], *step.inputs[2:])))
+            yield (f"{a} and {b} swapped in {step.outputs[0]}",
+                   with_step(replace(step, ins=tuple(swap(s, a, b) for s in step.ins),
+                                     outs=tuple(swap(s, a, b) for s in step.outs))))
+        if (len(step.inputs) > 1 and not {0, 1} & {*step.op.index} and step.op is not SCAN
+            and step.ins[0] != step.ins[1]):
+            yield (f"operands of {step.outputs[0]} swapped",
+                   with_step(replace(step, inputs=(step.inputs[1], step.inputs[0], *step.inputs[2:]))))
     for at, (name, tree) in enumerate(program.args):
         for other in types(tree, tuple(mesh.axes)[:2], ("+",)) if isinstance(tree, Spec) else ():
             if other != tree:
-                yield f"{name} as {other}", replace(program, args=(*program.args[:at], (name, other), *program.args[at + 1:]))
+                yield (f"{name} as {other}",
+                       replace(program, args=(*program.args[:at], (name, other), *program.args[at + 1:])))
 
 
 def renamed(program: Program, old: str, new: str, start: int = 0) -> Program:
     def name(i: str) -> str:
         return new if i == old else i
-    steps = tuple(s if at < start else replace(s, inputs=tuple(map(name, s.inputs))) for at, s in enumerate(program.steps))
-    return replace(program, steps=steps, results=tuple(replace(r, values=tuple(map(name, r.values))) for r in program.results))
+    steps = tuple(s if at < start else replace(s, inputs=tuple(map(name, s.inputs)))
+                  for at, s in enumerate(program.steps))
+    return replace(program, steps=steps,
+                   results=tuple(replace(r, values=tuple(map(name, r.values))) for r in program.results))
 
 
 def swap(spec: Spec, a: str, b: str) -> Spec:
     to = {a: b, b: a}
-    return Spec(tuple(d.split(tuple(to.get(x, x) for x in d.axes)) for d in spec.dims), tuple(replace(o, axis=to.get(o.axis, o.axis)) for o in spec.owed))
+    return Spec(tuple(d.split(tuple(to.get(x, x) for x in d.axes)) for d in spec.dims),
+                tuple(replace(o, axis=to.get(o.axis, o.axis)) for o in spec.owed))
 
 
 @given(programs(), st.data())
 def test_a_mutant_is_refused_or_means_what_it_does(drawn: Drawn, data: st.DataObject) -> None:
     explicit = drawn.explicit()
     every = list(mutants(explicit, drawn.mesh))
-    for at in data.draw(st.lists(st.integers(0, max(0, len(every) - 1)), max_size=12, unique=True)) if every else ():
+    for at in (data.draw(st.lists(st.integers(0, max(0, len(every) - 1)), max_size=12, unique=True)) if every
+               else ()):
         what, mutant = every[at]
         try:
             typed = check(mutant, drawn.mesh)

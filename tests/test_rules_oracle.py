@@ -1,9 +1,9 @@
 """Typing rules against brute force: a rule accepts exactly what is right, in value and in derivative.
 
-For every op, all combinations of the types of its operands are run on every rank of small meshes, with the op's own
-generated code, and compared with the op's reference on the whole tensors. Owed pieces are random and as large as the value;
-seeds too. Of what is refused on two axes, and of texts that are ill-typed, a sample is tried, the same one every time;
-ORACLE=all in the environment tries all of it.
+For every op, all combinations of the types of its operands are run on every rank of small meshes, with the
+op's own generated code, and compared with the op's reference on the whole tensors. Owed pieces are random and
+as large as the value; seeds too. Of what is refused on two axes, and of texts that are ill-typed, a sample is
+tried, the same one every time; ORACLE=all in the environment tries all of it.
 """
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ from shardlib.rules import Rule, RuleError
 from shardlib.run.simulate import simulate
 from shardlib.spec import parse
 
-SIZES = dict(B=2, T=5, D=4, F=3, K=3, G=2, H=4, V=5, S=6)          # no split is degenerate; some are uneven, B is below 3 ranks
+# no split is degenerate; some are uneven, B is below 3 ranks
+SIZES = dict(B=2, T=5, D=4, F=3, K=3, G=2, H=4, V=5, S=6)
 LARGE = dict(B=5, T=7, D=6, F=5, K=7, G=5, H=4, V=7, S=8)          # the same on two axes
 HELD = ("+", "@0", "@1")
 MOST = None if os.environ.get("ORACLE") == "all" else 20
@@ -56,14 +57,18 @@ def of_two_axes() -> list[Case]:
 
 @cache
 def accepted(case: Case, kinds: tuple[str, ...] = ("+",)) -> tuple:
-    """What the rule accepts on one axis. It depends on no size; of five operands there are thousands of typings."""
+    """What the rule accepts on one axis.
+
+    It depends on no size; of five operands there are thousands of typings.
+    """
     return tuple(found for found in verdicts(case, ("x",), kinds) if found[2] is not None)
 
 
 def odd_sizes(case: Case) -> list[dict[str, int]]:
     """None odd; all dims 0 or 1; and each by itself 0, 1, and uneven."""
     names = dict.fromkeys(n for s in (*case.ins, *case.outs) for n in s.names)
-    return [SIZES, dict.fromkeys(SIZES, 0), dict.fromkeys(SIZES, 1), *({**SIZES, n: size} for n in names for size in (0, 1, 7))]
+    return [SIZES, dict.fromkeys(SIZES, 0), dict.fromkeys(SIZES, 1),
+            *({**SIZES, n: size} for n in names for size in (0, 1, 7))]
 
 
 def test_every_op_has_a_case() -> None:
@@ -71,13 +76,13 @@ def test_every_op_has_a_case() -> None:
 
 
 def test_every_op_has_a_reference() -> None:
-    """But for moves, which keep what their operand denotes; scan and cond, which mean what their bodies do; and local, whose
-    text asserts what it is: `check_local` holds it against the function of whole tensors."""
+    """But for moves, which keep what their operand denotes; scan and cond, which mean what their bodies do;
+    and local, whose text asserts what it is: `check_local` holds it against the function of whole tensors."""
     without = (*MOVES.values(), SCAN, COND, local_op(abs), local_vjp_op(abs))
     assert [op.name for op in {*OPS.values(), *without} if (op.reference is None) != (op in without)] == []
 
 
-# -- sound and complete ------------------------------------------------------------------------------------------------
+# -- sound and complete --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ranks", (2, 3))
 @every_case
@@ -102,7 +107,8 @@ def test_what_a_rule_accepts_is_right_at_sizes_0_and_1(case: Case, ranks: int) -
             continue
         for ins, _, outs in accepted(case)[:None if ranks > 1 else 1]:
             results = trial.run(ins, outs)
-            assert [p for j in range(len(outs)) if (p := trial.wrong(results, ins, outs, j))] == [], (sizes, ins, outs)
+            assert ([p for j in range(len(outs)) if (p := trial.wrong(results, ins, outs, j))]
+                    == []), (sizes, ins, outs)
             ran += 1
     assert ran
 
@@ -118,7 +124,7 @@ def test_an_owed_max_is_refused(case: Case) -> None:
             case.rule(ins)
 
 
-# -- the oracle sees what is wrong ------------------------------------------------------------------------------------
+# -- the oracle sees what is wrong ---------------------------------------------------------------------------
 
 def with_rule(name: str, text: str, rule: Rule) -> Case:
     case = next(c for c in CASES if c.op.name == name and c.text == text)
@@ -132,14 +138,21 @@ def test_no_pointwise_function_passes_for_linear(name: str) -> None:
 
 
 @pytest.mark.parametrize("name, text, rule, says", (
-    ("rms_norm", "B T D, D -> B T D", Rule(linear=((1,),)), "rms_norm on x=2: B T D/x, D/x -> B T D/x is accepted, but result 0 is wrong"),
-    ("add", "B T, B T -> B T", Rule(linear=((0,), (1,))), "add on x=2: B T, B T +x -> B T +x is accepted, but result 0 is wrong"),
-    ("mul", "B T, B T -> B T", Rule(linear=((0, 1),)), "mul on x=2: B T +x, B T +x -> B T +x is accepted, but result 0 is wrong"),
-    ("mul", "B T, B T -> B T", Rule(linear=((0,),)), "mul on x=2: B T, B T +x -> B T +x is refused, but right"),
-    ("softmax", "B T D -> B T D", Rule(whole=("T", "D")), "softmax on x=2: B T D/x -> B T D/x is refused, but right"),
-    ("max", "B T D -> B", Rule(sums=("T", "D")), "max on x=2: B T/x D -> B +x is accepted, but result 0 is wrong"),
+    ("rms_norm", "B T D, D -> B T D", Rule(linear=((1,),)),
+     "rms_norm on x=2: B T D/x, D/x -> B T D/x is accepted, but result 0 is wrong"),
+    ("add", "B T, B T -> B T", Rule(linear=((0,), (1,))),
+     "add on x=2: B T, B T +x -> B T +x is accepted, but result 0 is wrong"),
+    ("mul", "B T, B T -> B T", Rule(linear=((0, 1),)),
+     "mul on x=2: B T +x, B T +x -> B T +x is accepted, but result 0 is wrong"),
+    ("mul", "B T, B T -> B T", Rule(linear=((0,),)),
+     "mul on x=2: B T, B T +x -> B T +x is refused, but right"),
+    ("softmax", "B T D -> B T D", Rule(whole=("T", "D")),
+     "softmax on x=2: B T D/x -> B T D/x is refused, but right"),
+    ("max", "B T D -> B", Rule(sums=("T", "D")),
+     "max on x=2: B T/x D -> B +x is accepted, but result 0 is wrong"),
     ("attention", "B T K G H, B S K H, B S K V -> B T K G V", Rule(linear=((2,),), whole=("H",), sums=("S",)),
-     "attention on x=2: B T K G H, B S/x K H, B S/x K V -> B T K G V +x is accepted, but result 0 is wrong"),
+     ("attention on x=2: B T K G H, B S/x K H, B S/x K V -> B T K G V +x is accepted, but result 0 is "
+      "wrong")),
 ))
 def test_a_wrong_rule_is_found(name: str, text: str, rule: Rule, says: str) -> None:
     assert says in disagreements(with_rule(name, text, rule), Mesh(x=2), SIZES)
@@ -147,7 +160,8 @@ def test_a_wrong_rule_is_found(name: str, text: str, rule: Rule, says: str) -> N
 
 @pytest.mark.parametrize("name, text, emit", (
     ("softmax", "B T D -> B T D", lambda e, s, a: f"{a[0]}.softmax(0)"),
-    ("rms_norm", "B T D, D -> B T D", lambda e, s, a: f"F.rms_norm({a[0]}, ({e.shape(s.ins[1])[0]},), {a[1]}, 2e-6)"),
+    ("rms_norm", "B T D, D -> B T D",
+     lambda e, s, a: f"F.rms_norm({a[0]}, ({e.shape(s.ins[1])[0]},), {a[1]}, 2e-6)"),
     ("argmax", "B T V -> B T", lambda e, s, a: f"{a[0]}.argmin(2)"),
     ("causal_mask", "B -> B T S", lambda e, s, a: f"~({OPS['causal_mask'].emit(e, s, a)})"),
 ))
@@ -159,15 +173,18 @@ def test_code_that_is_wrong_alike_on_all_ranks_is_found(name: str, text: str, em
 
 
 def test_a_wrong_derivative_is_found() -> None:
-    step = replace(MUL, name="own_rows", emit=lambda e, s, a: f"{a[0]} * {1 + e.rank} + ({a[0]} * {-e.rank}).detach()", reference=lambda d, x: x)
-    found = disagreements(Case(replace(step, rule=lambda s: Rule(), infer=lambda ins, attrs: (ins[0],)), "B -> B"), Mesh(x=2), SIZES)
+    step = replace(MUL, name="own_rows", emit=lambda e, s, a: f"{a[0]} * {1 + e.rank} + ({a[0]} * "
+                   f"{-e.rank}).detach()", reference=lambda d, x: x)
+    found = disagreements(Case(replace(step, rule=lambda s: Rule(), infer=lambda ins, attrs: (ins[0],)),
+                               "B -> B"), Mesh(x=2), SIZES)
     assert "own_rows on x=2: B -> B is accepted, but the cotangent of operand 0 is wrong" in found
 
 
-# -- derivatives -------------------------------------------------------------------------------------------------------
+# -- derivatives ---------------------------------------------------------------------------------------------
 
 def vjp_problems(trial: Trial, ins: tuple, outs: tuple, settled: bool) -> list[str]:
-    """What is wrong with the program that the op's vjp writes, for cotangents of the dual types or, if `settled`, owing nothing."""
+    """What is wrong with the program that the op's vjp writes, for cotangents of the dual types or,
+    if `settled`, owing nothing."""
     case, mesh, b = trial.case, trial.mesh, Builder(trial.mesh)
     step = case.step(ins, outs)
     for name, kind in zip(step.inputs, ins):
@@ -175,16 +192,21 @@ def vjp_problems(trial: Trial, ins: tuple, outs: tuple, settled: bool) -> list[s
     b.add(step.op, step.inputs, outs, step.outputs, attrs=step.attrs)
     seeds = [b.declare(f"g{j}", out.owing() if settled else dual(out, mesh)) for j, out in enumerate(outs)]
     made = [case.op.vjp(b, step, seeds)[i] for i in case.differentiable]
-    program = Program("vjp", tuple((n, b.types[n]) for n in (*step.inputs, *seeds)), tuple(b.steps), tuple(Result(b.types[m], (m,)) for m in made), True)
+    program = Program("vjp", tuple((n, b.types[n]) for n in (*step.inputs, *seeds)), tuple(b.steps),
+                      tuple(Result(b.types[m], (m,)) for m in made), True)
     data = [{**{n: trial.operand(i, ins[i])[rank] for i, n in enumerate(step.inputs)},
-             **{g: trial.cotangent(j, b.types[g])[rank] for j, g in enumerate(seeds)}} for rank in range(mesh.world_size)]
+             **{g: trial.cotangent(j, b.types[g])[rank] for j, g in enumerate(seeds)}}
+            for rank in range(mesh.world_size)]
     ran, found = simulate(program, mesh, data, trial.sizes), []
     for at, (i, name) in enumerate(zip(case.differentiable, made)):
         got = join([r[str(at)] for r in ran], b.types[name], trial.sizes, mesh)
-        if got.dtype != trial.operand(i, ins[i])[0].dtype or not same(got.double(), sum(each[at] for each in trial.gradients), case.tolerance):
-            found.append(f"{case}: the cotangent of operand {i} is wrong, for operands {', '.join(map(str, ins))}\n{program}")
+        if (got.dtype != trial.operand(i, ins[i])[0].dtype
+            or not same(got.double(), sum(each[at] for each in trial.gradients), case.tolerance)):
+            found.append(f"{case}: the cotangent of operand {i} is wrong, for operands "
+                         f"{', '.join(map(str, ins))}\n{program}")
         if not settled and b.types[name] != dual(ins[i], mesh):
-            found.append(f"{case}: the cotangent of operand {i}, {ins[i]}, has type {b.types[name]}, not {dual(ins[i], mesh)}")
+            found.append(f"{case}: the cotangent of operand {i}, {ins[i]}, has type {b.types[name]}, not "
+                         f"{dual(ins[i], mesh)}")
     return found
 
 
@@ -193,14 +215,16 @@ def vjp_problems(trial: Trial, ins: tuple, outs: tuple, settled: bool) -> list[s
 def test_a_derivative_is_typed_by_the_rules_and_is_that_of_autograd(case: Case, ranks: int) -> None:
     trial = Trial(case, Mesh(x=ranks), SIZES)
     for ins, _, outs in accepted(case):
-        assert vjp_problems(trial, ins, outs, settled=False) + vjp_problems(trial, ins, outs, settled=True) == []
+        assert (vjp_problems(trial, ins, outs, settled=False)
+                + vjp_problems(trial, ins, outs, settled=True) == [])
 
 
 def test_every_vjp_op_is_in_a_derivative() -> None:
     used = set()
     for case in (c for c in CASES if c.op.vjp):
         b, step = Builder(Mesh()), case.step(case.ins, case.rule(case.ins))
-        names = [*zip(step.inputs, step.ins), *zip(step.outputs, step.outs), *((f"g{j}", out) for j, out in enumerate(step.outs))]
+        names = [*zip(step.inputs, step.ins), *zip(step.outputs, step.outs),
+                 *((f"g{j}", out) for j, out in enumerate(step.outs))]
         for name, kind in names:
             b.declare(name, kind)
         case.op.vjp(b, step, [f"g{j}" for j in range(len(step.outs))])
@@ -208,11 +232,12 @@ def test_every_vjp_op_is_in_a_derivative() -> None:
     assert {n for n in OPS if n.endswith("_vjp")} <= used
 
 
-# -- explicit text and the page ----------------------------------------------------------------------------------------
+# -- explicit text and the page ------------------------------------------------------------------------------
 
 def one_step(case: Case, ins: tuple, outs: tuple) -> Program:
     step = case.step(ins, outs)
-    return Program("one", tuple(zip(step.inputs, ins)), (step,), tuple(Result(s, (n,)) for s, n in zip(outs, step.outputs)), True)
+    return Program("one", tuple(zip(step.inputs, ins)), (step,),
+                   tuple(Result(s, (n,)) for s, n in zip(outs, step.outputs)), True)
 
 
 @every_case
@@ -226,9 +251,11 @@ def test_explicit_text_is_typed_by_the_rule_and_reads_back(case: Case) -> None:
 
 @every_case
 def test_explicit_text_with_another_result_is_a_spec_error(case: Case) -> None:
-    wrong = [(ins, (*outs[:j], other, *outs[j + 1:])) for ins, made, outs in accepted(case) for j, out in enumerate(outs)
+    wrong = [(ins, (*outs[:j], other, *outs[j + 1:])) for ins, made, outs in accepted(case)
+             for j, out in enumerate(outs)
              for other in types(case.outs[j], ("x",), ("+", "max"))
-             if other != out and all(other.axes(d.label) == made.get(d.label, ()) for d in case.made if d.label in other.labels)]
+             if other != out and all(other.axes(d.label) == made.get(d.label, ()) for d in case.made
+                                     if d.label in other.labels)]
     for ins, outs in some(wrong, MOST, case):
         with pytest.raises(SpecError):
             check(one_step(case, ins, outs), Mesh(x=2))
@@ -236,26 +263,31 @@ def test_explicit_text_with_another_result_is_a_spec_error(case: Case) -> None:
 
 @every_case
 def test_explicit_text_that_the_rule_refuses_is_a_spec_error(case: Case) -> None:
-    refused = [(ins, made) for ins, made, outs in verdicts(case, ("x",)) if outs is None and not case.op.distribute]
+    refused = [(ins, made) for ins, made, outs in verdicts(case, ("x",))
+               if outs is None and not case.op.distribute]
     for ins, made in some(refused, MOST, case):
         with pytest.raises(SpecError):
             check(one_step(case, ins, tuple(s.split(made) for s in case.outs)), Mesh(x=2))
 
 
-@pytest.mark.parametrize("name, text", (("logsumexp", "B V T -> B T"), ("logsumexp", "V -> ()"), ("argmax", "B T V -> B T"), ("argmax", "V B -> B")))
+@pytest.mark.parametrize("name, text", (("logsumexp", "B V T -> B T"), ("logsumexp", "V -> ()"),
+                                        ("argmax", "B T V -> B T"), ("argmax", "V B -> B")))
 @pytest.mark.parametrize("size", (1, 2, 5))
 def test_a_distributed_form_is_the_op(name: str, text: str, size: int) -> None:
     """Over a split dim, with ties, infinities, NaN, and ranks that hold nothing."""
     case, mesh, sizes = Case(OPS[name], text), Mesh(x=2, y=2), {**SIZES, "V": size}
     given, wanted = case.ins[0], case.outs[0]
-    for axes, special in itertools.product((("x",), ("x", "y"), ("y", "x")), (0.0, torch.inf, -torch.inf, torch.nan)):
-        x = torch.randint(-2, 3, mesh.local_shape(given, sizes, {}), generator=torch.Generator().manual_seed(size)).double()
+    for axes, special in itertools.product((("x",), ("x", "y"), ("y", "x")),
+                                           (0.0, torch.inf, -torch.inf, torch.nan)):
+        x = torch.randint(-2, 3, mesh.local_shape(given, sizes, {}),
+                          generator=torch.Generator().manual_seed(size)).double()
         x.view(-1)[::3] += special
         kind = given.split({"V": axes})
         program = complete(one_step(case, (kind,), (wanted,)), Layout(), mesh)
         ran = simulate(program, mesh, [{"x0": p} for p in place(x, program.args[0][1], sizes, mesh)], sizes)
         dim = given.labels.index("V")
-        assert same(join([r["0"] for r in ran], wanted, sizes, mesh), getattr(x, name)(dim), 1e-9), (program, x)
+        assert same(join([r["0"] for r in ran], wanted, sizes, mesh), getattr(x, name)(dim),
+                    1e-9), (program, x)
 
 
 def test_the_page_of_rules_is_made_from_the_rules() -> None:

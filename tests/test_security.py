@@ -1,5 +1,6 @@
-"""Text from anywhere is data: whatever is written as a spec, a name, a layout, a mesh or a program, either a `SpecError`
-says what is wrong with it, or the code that ranks then run holds our own identifiers and literals, and nothing else.
+"""Text from anywhere is data: whatever is written as a spec, a name, a layout, a mesh or a program, either a
+`SpecError` says what is wrong with it, or the code that ranks then run holds our own identifiers and
+literals, and nothing else.
 """
 import ast
 import re
@@ -45,10 +46,11 @@ MESH = Mesh(dp=2, tp=2)
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-# -- what generated code may hold --------------------------------------------------------------------------------------
+# -- what generated code may hold ----------------------------------------------------------------------------
 
-NODES = {"Module", "FunctionDef", "arguments", "arg", "Assign", "Return", "For", "If", "Expr", "Yield", "Pass", "Name", "Load", "Store", "Attribute",
-         "Call", "keyword", "Constant", "Tuple", "List", "BinOp", "Add", "Sub", "Mult", "Div", "Pow", "BitAnd", "BitOr", "UnaryOp", "USub", "Invert",
+NODES = {"Module", "FunctionDef", "arguments", "arg", "Assign", "Return", "For", "If", "Expr", "Yield",
+         "Pass", "Name", "Load", "Store", "Attribute", "Call", "keyword", "Constant", "Tuple", "List",
+         "BinOp", "Add", "Sub", "Mult", "Div", "Pow", "BitAnd", "BitOr", "UnaryOp", "USub", "Invert",
          "Compare", "Gt", "Lt", "Eq", "Subscript", "Slice", "IfExp", "ListComp", "comprehension"}
 NAMES = re.compile(r"[avgus][0-9]+|inv[0-9]+|[pj]|main|torch|F|bool|float|zip")
 KEYWORDS = ("dtype", "device", "keepdim", "min", "at")
@@ -62,19 +64,24 @@ def is_known(attribute: ast.Attribute) -> bool:
         return False
     if base in ("torch", "F"):
         found = getattr(torch if base == "torch" else torch.nn.functional, name, None)
-        return name == "ops" or isinstance(found, torch.dtype) or callable(found) and name not in ("load", "save", "compile", "classes")
+        return (name == "ops" or isinstance(found, torch.dtype) or callable(found)
+                and name not in ("load", "save", "compile", "classes"))
     if base in ("torch.ops", "torch.ops.aten"):
         return base == "torch.ops.aten" or name == "aten"
-    return hasattr(Tensor, name) or name in ("append", "all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+    return (hasattr(Tensor, name)
+            or name in ("append", "all_reduce", "reduce_scatter", "all_gather", "all_to_all"))
 
 
 def assert_safe(source: str, helpers: dict) -> None:
-    """Generated code is an AST of these nodes, names, attributes and strings; helpers are functions of the library."""
+    """Generated code is an AST of these nodes, names, attributes and strings;
+    helpers are functions of the library."""
     assert all(f.__module__.startswith("shardlib.") and f.__name__ == name for name, f in helpers.items())
     for node in ast.walk(ast.parse(source)):
         assert type(node).__name__ in NODES, ast.unparse(node)
-        name = getattr(node, "id", None) or getattr(node, "arg", None) or (node.name if isinstance(node, ast.FunctionDef) else None)
-        assert name is None or NAMES.fullmatch(name) or name in helpers or isinstance(node, ast.keyword) and name in KEYWORDS, name
+        name = (getattr(node, "id", None) or getattr(node, "arg", None)
+                or (node.name if isinstance(node, ast.FunctionDef) else None))
+        assert (name is None or NAMES.fullmatch(name) or name in helpers or isinstance(node, ast.keyword)
+                and name in KEYWORDS), name
         if isinstance(node, ast.Attribute):
             assert is_known(node), ast.unparse(node)
         if isinstance(node, ast.Constant) and not isinstance(node.value, (int, float, bool, type(None))):
@@ -103,19 +110,21 @@ def accepts(make) -> object:
         return None
 
 
-# -- text ---------------------------------------------------------------------------------------------------------------
+# -- text ----------------------------------------------------------------------------------------------------
 
 NASTY = [
-    "__import__('os').system('echo')", "os.system('echo')", "eval('1')", "x.__class__", "lambda: 0", '"', "'", "\\", "\n", "\t",
-    "\0", "(", ")", "#", ";", "=", "->", ",", " ", "...", "*", "~", "/1", "/tp", "/dp/tp", "/tq", "+tp", "+dp", "max:tp",
-    "@tp:0", "@tp:last", "@tp:99", "B", "D", "D2", "()", "(K G)", "4", "0", "-1", "1e999", "9" * 30, "9" * 5000, "inf", "nan",
-    "None", "True", "é", "ﬁ", "名", "²", "class", "for", "__init__", "__2", "f__2", "v1", "a0", "main", "torch", "einsum", "scan",
-    "Params", "float32); import os; (", "{x}", "{}", "%s", "\ud800", "\u2028", "\x0c",
+    "__import__('os').system('echo')", "os.system('echo')", "eval('1')", "x.__class__", "lambda: 0", '"', "'",
+    "\\", "\n", "\t", "\0", "(", ")", "#", ";", "=", "->", ",", " ", "...", "*", "~", "/1", "/tp", "/dp/tp",
+    "/tq", "+tp", "+dp", "max:tp", "@tp:0", "@tp:last", "@tp:99", "B", "D", "D2", "()", "(K G)", "4", "0",
+    "-1", "1e999", "9" * 30, "9" * 5000, "inf", "nan", "None", "True", "é", "ﬁ", "名", "²", "class", "for",
+    "__init__", "__2", "f__2", "v1", "a0", "main", "torch", "einsum", "scan", "Params",
+    "float32); import os; (", "{x}", "{}", "%s", "\ud800", "\u2028", "\x0c",
 ]
 NEAR = (st.lists(st.sampled_from(["B", "T", "D", "K", "tp", "dp", *NASTY]), max_size=8).map(" ".join)
         | st.lists(st.sampled_from(NASTY), max_size=4).map("".join))
 ANY = st.text(max_size=30) | NEAR
-SPECS = ["B/dp T D +tp", "M/dp/tp", "B T (K/tp G H)", "R~/tp D", "E/1 4 D", "()", "B max:tp", "X @tp:0", "... D"]
+SPECS = ["B/dp T D +tp", "M/dp/tp", "B T (K/tp G H)", "R~/tp D", "E/1 4 D", "()", "B max:tp", "X @tp:0",
+         "... D"]
 
 
 @st.composite
@@ -148,7 +157,8 @@ def test_any_text_as_a_spec(text):
 
 
 @QUICK
-@given(ANY | changed(["B T D, D F -> B T F", "B/dp D/tp, D/tp F -> B/dp F +tp", "B T D -> B T", "B T D -> (B T) D"]),
+@given(ANY | changed(
+    ["B T D, D F -> B T F", "B/dp D/tp, D/tp F -> B/dp F +tp", "B T D -> B T", "B T D -> (B T) D"]),
        st.sampled_from(["einsum", "rest"]))
 def test_any_text_in_a_call(text, op):
     calls = {"einsum": lambda x, w: einsum(text, x, w), "rest": lambda x, w: reshard(text, x)}
@@ -159,10 +169,11 @@ def test_any_text_in_a_call(text, op):
     program = accepts(run)
     if program is not None:
         assert_program_safe(program, MESH)
-    for call in (lambda x: argmax(text, x), lambda x: mean(text, x), lambda x: softmax(x, text), lambda x: cast(x, text),
-                 lambda x: shardlib.rename(text, x), lambda x: shardlib.rearrange(text, x),
-                 lambda x: shardlib.functions.sum(text, x), lambda x: shardlib.all_reduce(text, x),
-                 lambda x: rope(text, x, x), lambda x: rope_table(text, x, theta=1e4)):
+    for call in (lambda x: argmax(text, x), lambda x: mean(text, x), lambda x: softmax(x, text),
+                 lambda x: cast(x, text), lambda x: shardlib.rename(text, x),
+                 lambda x: shardlib.rearrange(text, x), lambda x: shardlib.functions.sum(text, x),
+                 lambda x: shardlib.all_reduce(text, x), lambda x: rope(text, x, x),
+                 lambda x: rope_table(text, x, theta=1e4)):
         program = accepts(lambda: lower(sharded("B T D -> B T D")(call), Layout(B="dp"), mesh=MESH))
         if program is not None:
             assert_program_safe(program, MESH)
@@ -261,7 +272,7 @@ def test_variables_named_like_what_a_program_calls():
     assert_program_safe(program, MESH)
 
 
-# -- programs as text ---------------------------------------------------------------------------------------------------
+# -- programs as text ----------------------------------------------------------------------------------------
 
 class Mlp(Params):
     norm: Tensor = param("D")
@@ -305,7 +316,8 @@ def loss(x, w: Net):
     return mean("B V -> ()", einsum("B D, D V -> B V", y, w.head))
 
 
-PROGRAMS = [lower(net, Layout(B="dp", F="tp", V="tp"), mesh=MESH), lower(value_and_grad(loss), Layout(B="dp", F="tp", D="dp"), mesh=MESH),
+PROGRAMS = [lower(net, Layout(B="dp", F="tp", V="tp"), mesh=MESH),
+            lower(value_and_grad(loss), Layout(B="dp", F="tp", D="dp"), mesh=MESH),
             lower(twice, Layout(), mesh=MESH), complete(trace(soft), Layout(B="tp"), MESH)]
 TEXTS = [str(p) for p in PROGRAMS]
 
@@ -320,7 +332,8 @@ def read(text):
     if program is None:
         return
     assert parse_program(str(program), ops=OPS) == program
-    completed = accepts(lambda: check(program, MESH) if program.explicit else complete(program, Layout(B="dp", F="tp"), MESH))
+    completed = accepts(lambda: check(program, MESH) if program.explicit
+                        else complete(program, Layout(B="dp", F="tp"), MESH))
     if completed is not None:
         assert_program_safe(completed, MESH)
 
@@ -337,14 +350,16 @@ def test_programs_with_a_few_edits(text):
     read(text)
 
 
-KEYWORDS_OF_OPS = ['along="D"', 'dtype="float32"', 'dtype="os"', "by=2", "eps=1e-6", 'eps="os"', 'of="D"', "mean=True", "than=0",
-                   "theta=1e4, scaling=None", "theta=1e4, scaling=(1, 2, 3, 4)", "temperature=1.0, top_p=1.0, seed=0"]
+KEYWORDS_OF_OPS = ['along="D"', 'dtype="float32"', 'dtype="os"', "by=2", "eps=1e-6", 'eps="os"', 'of="D"',
+                   "mean=True", "than=0", "theta=1e4, scaling=None", "theta=1e4, scaling=(1, 2, 3, 4)",
+                   "temperature=1.0, top_p=1.0, seed=0"]
 
 
 @st.composite
 def calls(draw):
     """A program of one or two calls of any op, with any specs, operands and keywords."""
-    spec = st.sampled_from(["B D", "B/dp D", "D", "()", "B D F", "B D/tp", "B D +tp", "B T K G H", "(B D)", "4 D"])
+    spec = st.sampled_from(
+        ["B D", "B/dp D", "D", "()", "B D F", "B D/tp", "B D +tp", "B T K G H", "(B D)", "4 D"])
     lines = []
     for i in range(draw(st.integers(1, 2))):
         name = draw(st.sampled_from([*shardlib.parser.CORE, *OPS, "scan", "cond", "local"]))
@@ -357,7 +372,8 @@ def calls(draw):
     ins = ", ".join(draw(spec) for _ in "xyz")
     g = '@sharded("B D -> B D", layout=EXPLICIT)\ndef g(x):\n    return x\n'
     style = draw(st.sampled_from(["", ", layout=EXPLICIT"]))
-    return f'{g}@sharded("{ins} -> {result}"{style})\ndef f(x, y, z):\n' + "\n".join(lines) + "\n    return v0"
+    return (f'{g}@sharded("{ins} -> {result}"{style})\ndef f(x, y, z):\n' + "\n".join(lines)
+            + "\n    return v0")
 
 
 @settings(QUICK, max_examples=600)
@@ -387,8 +403,10 @@ REFUSED = [
     "@sharded('B -> B')\ndef f(x):\n    return x\n    return x",
     "@sharded('B -> B')\ndef f(x):\n    x = silu(x)\n    return x",
     "@sharded('B -> B')\ndef f(x, *, y):\n    return x",
-    "class A(Params):\n    x: Tensor = param(open('/etc/passwd'))\n@sharded('* -> B')\ndef f(w: A):\n    return w.x",
-    "class A(Params, metaclass=M):\n    x: Tensor = param('B')\n@sharded('* -> B')\ndef f(w: A):\n    return w.x",
+    ("class A(Params):\n    x: Tensor = param(open('/etc/passwd'))\n@sharded('* -> B')\ndef f(w: A):\n"
+     "    return w.x"),
+    ("class A(Params, metaclass=M):\n    x: Tensor = param('B')\n@sharded('* -> B')\ndef f(w: A):\n"
+     "    return w.x"),
     "class A(object):\n    x: Tensor = param('B')\n@sharded('* -> B')\ndef f(w: A):\n    return w.x",
     "class A(Params):\n    x: Tensor = param(['B'])\n@sharded('* -> B')\ndef f(w: A):\n    return w.x",
     "@sharded(['B -> B'])\ndef f(x):\n    return x",
@@ -429,7 +447,8 @@ def test_reading_a_program_executes_imports_and_opens_nothing():
 
 def doubled_classes(n):
     classes = ["class C0(Params):\n    x: Tensor = param('B')"]
-    classes += [f"class C{i}(Params):\n    x: C{i - 1} = nested(C{i - 1})\n    y: C{i - 1} = nested(C{i - 1})" for i in range(1, n)]
+    classes += [f"class C{i}(Params):\n    x: C{i - 1} = nested(C{i - 1})\n    y: C{i - 1} = nested(C{i - 1})"
+                for i in range(1, n)]
     return "\n".join([*classes, f"@sharded('* -> B')\ndef f(w: C{n - 1}):\n    return w.x"])
 
 
@@ -445,8 +464,9 @@ def doubled_functions(n):
     "@sharded('B -> B')\ndef f(x):\n    return x" + ".a" * 900,
     "@sharded('B -> B')\ndef f(x):\n    y = x * " + "-" * 900 + "1\n    return y",
     "9" * 100_000, "\0", "\ud800", "\ufeff\ufeff", "if x:\n" * 50, "#" * 5_000_000,
-    "@sharded('" + "B" * 100_000 + " -> B')\ndef f(x):\n    return x", "@sharded('" + "B, " * 20_000 + "B -> B')\ndef f(x):\n    return x",
-    doubled_classes(60), doubled_functions(12), doubled_functions(60), b"x = 1", None, 3,
+    "@sharded('" + "B" * 100_000 + " -> B')\ndef f(x):\n    return x",
+    "@sharded('" + "B, " * 20_000 + "B -> B')\ndef f(x):\n    return x", doubled_classes(60),
+    doubled_functions(12), doubled_functions(60), b"x = 1", None, 3,
 ], ids=range(21))
 def test_deep_and_huge_text_is_refused_at_once(text):
     began = time.monotonic()
@@ -455,7 +475,7 @@ def test_deep_and_huge_text_is_refused_at_once(text):
     assert time.monotonic() - began < 5
 
 
-# -- the library's own source -------------------------------------------------------------------------------------------
+# -- the library's own source --------------------------------------------------------------------------------
 
 def sources(*folders):
     files = [f for folder in folders for f in sorted((ROOT / folder).rglob("*.py")) if ".venv" not in f.parts]
@@ -464,23 +484,31 @@ def sources(*folders):
 
 
 def test_code_is_executed_in_one_place_only():
-    """`exec` and `compile` of text are called by `load` in emit.py, on what the emitter wrote; nothing calls `eval`."""
+    """`exec` and `compile` of text are called by `load` in emit.py, on what the emitter wrote;
+    nothing calls `eval`."""
     found = []
     for file, tree in sources("shardlib", "ops", "models", "triton_kernels"):
         for function in [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)] + [tree]:
             for node in ast.walk(function):
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__"):
+                if (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+                    and node.func.id in ("eval", "exec", "__import__")):
                     found.append((file, getattr(function, "name", "")))
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("eval", "exec", "system", "popen"):
+                if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                    and node.func.attr in ("eval", "exec", "system", "popen")):
                     if getattr(node.func.value, "id", "") in ("builtins", "os"):
                         found.append((file, ast.unparse(node)))
-    assert {f for f, name in found if name} == {"shardlib/lowering/emit.py"} and {name for _, name in found if name} == {"load"}
+    assert ({f for f, name in found if name} == {"shardlib/lowering/emit.py"}
+            and {name for _, name in found if name} == {"load"})
 
 
 def test_nothing_is_pickled():
-    """Nor by torch: its object collectives pickle, and its files are pickles. Benchmarks alone call those, as peers."""
+    """Nor by torch: its object collectives pickle, and its files are pickles.
+
+    Benchmarks alone call those, as peers.
+    """
     banned = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
-    calls = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list", "recv_object_list"}
+    calls = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list",
+             "send_object_list", "recv_object_list"}
     for file, tree in sources("shardlib", "ops", "models", "triton_kernels", "benchmarks", "docs", "tests"):
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
@@ -490,4 +518,5 @@ def test_nothing_is_pickled():
             if isinstance(node, ast.Attribute):
                 assert node.attr not in calls or file.startswith("benchmarks/"), f"{file}:{node.lineno}"
                 if not file.startswith("tests/"):
-                    assert not (node.attr in ("load", "save") and getattr(node.value, "id", "") == "torch"), f"{file}:{node.lineno}"
+                    assert not (node.attr in ("load", "save")
+                                and getattr(node.value, "id", "") == "torch"), f"{file}:{node.lineno}"

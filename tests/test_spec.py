@@ -34,12 +34,13 @@ def specs(draw: st.DrawFn) -> Spec:
         return Dim((factor(),), ragged=kind == "ragged")
     dims = tuple(dim() for _ in range(draw(st.integers(0, 4))))
     sums = draw(st.sampled_from(("+", "max")))
-    owed = [Owed("@", a, draw(st.one_of(st.integers(0, 99), st.just("last")))) if draw(st.booleans()) else Owed(sums, a)
+    owed = [Owed("@", a, draw(st.one_of(st.integers(0, 99), st.just("last")))) if draw(st.booleans())
+            else Owed(sums, a)
             for a in axes[:draw(st.integers(0, 2))]]
     return Spec(dims, tuple(owed), draw(st.booleans()))
 
 
-# -- round trips -------------------------------------------------------------------------------------------------------
+# -- round trips ---------------------------------------------------------------------------------------------
 
 @given(specs())
 def test_what_is_printed_is_read_back(spec: Spec) -> None:
@@ -52,11 +53,13 @@ def test_what_is_printed_is_read_back(spec: Spec) -> None:
 def test_blanks_and_the_order_of_what_is_owed_do_not_matter(spec: Spec, data: st.DataObject) -> None:
     items = spec.items()
     shuffled = items[:len(items) - len(spec.owed)] + data.draw(st.permutations([str(o) for o in spec.owed]))
-    text = "".join(" " * data.draw(st.integers(i > 0, 3)) + item for i, item in enumerate(shuffled)) + " " * data.draw(st.integers(0, 2))
+    text = ("".join(" " * data.draw(st.integers(i > 0, 3)) + item for i, item in enumerate(shuffled))
+            + " " * data.draw(st.integers(0, 2)))
     assert parse(text if items else "()") == spec
 
 
-@given(st.lists(st.one_of(st.none(), specs()), max_size=4), st.lists(st.one_of(st.none(), specs()), max_size=3))
+@given(st.lists(st.one_of(st.none(), specs()), max_size=4),
+       st.lists(st.one_of(st.none(), specs()), max_size=3))
 def test_a_signature_is_read_back(ins: list, outs: list) -> None:
     def side(given: list) -> str:
         return ", ".join("*" if s is None else str(s) for s in given)
@@ -73,14 +76,16 @@ def test_a_type_is_its_own_text(spec: Spec) -> None:
         return
     kind = spec.resolve(mesh)
     assert kind.resolve(mesh) == kind == parse(str(kind)) and "/1" not in str(kind).split("/1")[0]
-    assert not any(f.whole for d in kind.dims for f in d.factors) and not any(o.at == "last" for o in kind.owed)
+    assert (not any(f.whole for d in kind.dims for f in d.factors)
+            and not any(o.at == "last" for o in kind.owed))
 
 
-# -- arbitrary text ----------------------------------------------------------------------------------------------------
+# -- arbitrary text ------------------------------------------------------------------------------------------
 
 ALPHABET = "ABDT abxy/~()+@:.10_,-> \tmaxlst\n"
-pieces = st.sampled_from(("B", "T/tp", "D/1", "R~", "R~/ep", "(", ")", "(K/tp G H)", "(K G/tp)", "...", "+tp", "+dp", "max:tp", "@pp:0", "@pp:last",
-                          "4", "0", "/", "//", "+", "@", "max:", " ", "  ", "\t", "D", "()", "é", "１", "\u00a0", "B B", "->", ",", "*"))
+pieces = st.sampled_from(("B", "T/tp", "D/1", "R~", "R~/ep", "(", ")", "(K/tp G H)", "(K G/tp)", "...", "+tp",
+                          "+dp", "max:tp", "@pp:0", "@pp:last", "4", "0", "/", "//", "+", "@", "max:", " ",
+                          "  ", "\t", "D", "()", "é", "１", "\u00a0", "B B", "->", ",", "*"))
 
 
 def ends_well(text: str) -> None:
@@ -101,12 +106,14 @@ def ends_well(text: str) -> None:
     assert time.perf_counter() - start < 1
 
 
-@given(st.one_of(st.text(ALPHABET, max_size=40), st.text(max_size=20), st.lists(pieces, max_size=12).map("".join), st.lists(pieces, max_size=12).map(" ".join)))
+@given(st.one_of(st.text(ALPHABET, max_size=40), st.text(max_size=20),
+                 st.lists(pieces, max_size=12).map("".join), st.lists(pieces, max_size=12).map(" ".join)))
 def test_any_text_is_a_spec_or_a_spec_error(text: str) -> None:
     ends_well(text)
 
 
-@pytest.mark.parametrize("unit", ("A", "(", ")", "()", "( ", "A/", "A/a", "/a", " ", "A ", "+", "+a ", "~", "(A)", "1", "1 ", "@a:1", "9", ".", "A(", "\t", "A,", "->"))
+@pytest.mark.parametrize("unit", ("A", "(", ")", "()", "( ", "A/", "A/a", "/a", " ", "A ", "+", "+a ", "~",
+                                  "(A)", "1", "1 ", "@a:1", "9", ".", "A(", "\t", "A,", "->"))
 def test_long_text_ends_soon(unit: str) -> None:
     ends_well(unit * (MAX_TEXT // len(unit)))
     ends_well("B " + unit * ((MAX_TEXT - 4) // len(unit)) + " )")
@@ -118,7 +125,7 @@ def test_many_names_and_axes_end_soon() -> None:
     ends_well(" ".join(f"+a{i}" for i in range(330)))
 
 
-# -- what is refused, in whole -----------------------------------------------------------------------------------------
+# -- what is refused, in whole -------------------------------------------------------------------------------
 
 NOT_AN_ITEM = "is neither a dim (D, D/tp, D/1, R~/ep, 4, (K G H)) nor owed (+tp, max:tp, @pp:0)"
 BLANKS = "items are separated by blanks, and each parenthesis has its partner"
@@ -133,7 +140,8 @@ BLANKS = "items are separated by blanks, and each parenthesis has its partner"
     ("T/tp/tp", 'spec "T/tp/tp": axis tp is used twice; an axis splits one dim, or is owed, once'),
     ("T/tp D +tp", 'spec "T/tp D +tp": axis tp is used twice; an axis splits one dim, or is owed, once'),
     ("T +tp +tp", 'spec "T +tp +tp": axis tp is used twice; an axis splits one dim, or is owed, once'),
-    ("T max:x +y", 'spec "T max:x +y": an owed max beside an owed sum has no meaning; reduce one of them first'),
+    ("T max:x +y",
+     'spec "T max:x +y": an owed max beside an owed sum has no meaning; reduce one of them first'),
     ("T +x D", "spec 'T +x D': D stands after +x; dims come before what is owed"),
     ("T ...", f"spec 'T ...': '...' {NOT_AN_ITEM}"),
     ("T/2", f"spec 'T/2': 'T/2' {NOT_AN_ITEM}"),
@@ -188,13 +196,14 @@ def test_a_type_that_the_mesh_lacks_says(text: str, says: str) -> None:
     assert str(caught.value) == says
 
 
-# -- what a spec says --------------------------------------------------------------------------------------------------
+# -- what a spec says ----------------------------------------------------------------------------------------
 
 def test_labels_names_and_axes() -> None:
     spec = parse("B/dp (K/tp G H) 4 R~/ep T/1 +x @pp:last")
     assert spec.labels == ("B", "(K G H)", "4", "R", "T")
     assert spec.names == ("B", "K", "G", "H", "R", "T")
-    assert (spec.axes("(K G H)"), spec.axes("4"), spec.axes("T"), spec.split_axes, spec.owed_axes) == (("tp",), (), (), ("dp", "tp", "ep"), ("x",))
+    assert (spec.axes("(K G H)"), spec.axes("4"), spec.axes("T"), spec.split_axes,
+            spec.owed_axes) == (("tp",), (), (), ("dp", "tp", "ep"), ("x",))
     assert str(spec.whole()) == "B (K G H) 4 R~ T"
     assert str(spec.owing("q").split({"B": ("x", "y"), "(K G H)": ("z",)})) == "B/x/y (K/z G H) 4 R~ T +q"
 

@@ -1,10 +1,12 @@
-"""Attention of the newest queries over a cache, of whose keys each row has so many: softmax(q k / sqrt(H)) v without a mask.
+"""Attention of the newest queries over a cache, of whose keys each row has so many:
+softmax(q k / sqrt(H)) v without a mask.
 
-The queries of one kv head, of all T new tokens, are the rows of one product: they share what is read. Query t sees the first lengths[b] + t keys
-of row b; what lies behind them is not read. A query that sees none gives zeros.
+The queries of one kv head, of all T new tokens, are the rows of one product: they share what is read. Query t
+sees the first lengths[b] + t keys of row b; what lies behind them is not read. A query that sees none gives
+zeros.
 
-A row's keys are cut into `splits`, a block each. What a block leaves is the largest score, the sum of the weights and the weighted values; the
-last one merges all: see `splits`.
+A row's keys are cut into `splits`, a block each. What a block leaves is the largest score, the sum of the
+weights and the weighted values; the last one merges all: see `splits`.
 """
 from __future__ import annotations
 
@@ -39,8 +41,8 @@ def _shift(most):
 
 
 @triton.jit
-def _attend(q, k_ptr, v_ptr, seen, first, stop, stride_s, H: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-            STAGES: tl.constexpr):
+def _attend(q, k_ptr, v_ptr, seen, first, stop, stride_s, H: tl.constexpr, HEAD: tl.constexpr,
+            ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """(largest score, sum of weights, weighted values) of keys first ... stop - 1."""
     most, weights = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     values = tl.zeros((ROWS, HEAD), tl.float32)
@@ -48,13 +50,17 @@ def _attend(q, k_ptr, v_ptr, seen, first, stop, stride_s, H: tl.constexpr, HEAD:
     for start in tl.range(first, stop, BLOCK, num_stages=STAGES):
         s = start + tl.arange(0, BLOCK)
         there = s < stop
-        k = tl.load(k_ptr + s.to(tl.int64)[None, :] * stride_s + h[:, None], mask=there[None, :] & (h < H)[:, None], other=0)
-        v = tl.load(v_ptr + s.to(tl.int64)[:, None] * stride_s + h[None, :], mask=there[:, None] & (h < H)[None, :], other=0)
-        score = tl.where(there[None, :] & (s[None, :] < seen[:, None]), tl.dot(q, k, input_precision="ieee") * (LOG2_E / H ** 0.5), float("-inf"))
+        k = tl.load(k_ptr + s.to(tl.int64)[None, :] * stride_s + h[:, None],
+                    mask=there[None, :] & (h < H)[:, None], other=0)
+        v = tl.load(v_ptr + s.to(tl.int64)[:, None] * stride_s + h[None, :],
+                    mask=there[:, None] & (h < H)[None, :], other=0)
+        score = tl.where(there[None, :] & (s[None, :] < seen[:, None]),
+                         tl.dot(q, k, input_precision="ieee") * (LOG2_E / H ** 0.5), float("-inf"))
         larger = tl.maximum(most, tl.max(score, 1))
         kept, weight = tl.exp2(most - _shift(larger)), tl.exp2(score - _shift(larger)[:, None])
         weights = weights * kept + tl.sum(weight, 1)
-        if v.dtype == tl.float32:                   # added up by blocks: errors grow with their number, not with that of the keys
+        # added up by blocks: errors grow with their number, not with that of the keys
+        if v.dtype == tl.float32:
             values = values * kept[:, None] + tl.dot(weight, v, input_precision="ieee")
         else:
             values = tl.dot(weight.to(v.dtype), v, values * kept[:, None])
@@ -75,21 +81,24 @@ def _merge(parts_ptr, splits, there, HEAD: tl.constexpr, ROWS: tl.constexpr, MOS
     for s in tl.range(0, splits, loop_unroll_factor=4):
         at = parts_ptr + s * (ROWS * (HEAD + 2))
         kept = tl.exp2(tl.load(at + row) - shift)
-        values += tl.load(at + 2 * ROWS + row[:, None] * HEAD + h[None, :], mask=there[:, None], other=0) * kept[:, None]
+        values += tl.load(at + 2 * ROWS + row[:, None] * HEAD + h[None, :], mask=there[:, None],
+                          other=0) * kept[:, None]
     return weights, values
 
 
 @triton.jit
 def _store(out_ptr, weights, values, there):
-    tl.store(out_ptr, (values / tl.where(weights == 0, 1.0, weights)[:, None]).to(out_ptr.dtype.element_ty), mask=there)
+    tl.store(out_ptr, (values / tl.where(weights == 0, 1.0, weights)[:, None]).to(out_ptr.dtype.element_ty),
+             mask=there)
 
 
 @triton.jit(do_not_specialize=["T", "heads", "splits"])
-def decode_attention_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, parts_ptr, counts_ptr, T, heads, splits, stride_b, stride_s, stride_k,
-                            G: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+def decode_attention_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, parts_ptr, counts_ptr, T, heads,
+                            splits, stride_b, stride_s, stride_k, G: tl.constexpr, H: tl.constexpr,
+                            HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
                             STAGES: tl.constexpr, MOST: tl.constexpr):
-    """HEAD and ROWS: powers of two that have room for H, and for T G. SPLIT: whether there are several splits; parts: of each, float32: largest
-    scores, sums of weights, values; MOST: of splits."""
+    """HEAD and ROWS: powers of two that have room for H, and for T G. SPLIT: whether there are several
+    splits; parts: of each, float32: largest scores, sums of weights, values; MOST: of splits."""
     split, head = tl.program_id(0) % splits, tl.program_id(0) // splits
     b, kv = head // heads, head % heads
     row, h = tl.arange(0, ROWS), tl.arange(0, HEAD)
@@ -101,38 +110,46 @@ def decode_attention_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, parts_ptr
     each = tl.cdiv(tl.cdiv(keys, splits), BLOCK) * BLOCK
     offset = b.to(tl.int64) * stride_b + kv.to(tl.int64) * stride_k
     first, stop = split * each, tl.minimum((split + 1) * each, keys)
-    most, weights, values = _attend(q, k_ptr + offset, v_ptr + offset, length + row // G, first, stop, stride_s, H, HEAD, ROWS, BLOCK, STAGES)
+    most, weights, values = _attend(q, k_ptr + offset, v_ptr + offset, length + row // G, first, stop,
+                                    stride_s, H, HEAD, ROWS, BLOCK, STAGES)
     if SPLIT:
         part = parts_ptr + tl.program_id(0).to(tl.int64) * (ROWS * (HEAD + 2))
         tl.store(part + row, most)
         tl.store(part + ROWS + row, weights)
         tl.store(part + 2 * ROWS + row[:, None] * HEAD + h[None, :], values, mask=(row < T * G)[:, None])
         if last_to_leave(counts_ptr + head, splits):
-            weights, values = _merge(parts_ptr + head.to(tl.int64) * splits * (ROWS * (HEAD + 2)), splits, row < T * G, HEAD, ROWS, MOST)
+            weights, values = _merge(parts_ptr + head.to(tl.int64) * splits * (ROWS * (HEAD + 2)), splits,
+                                     row < T * G, HEAD, ROWS, MOST)
             _store(out_ptr + at, weights, values, there)
     else:
         _store(out_ptr + at, weights, values, there)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor, splits: int, block: int = 64, warps: int = 4,
-                     stages: int = 2) -> Tensor:
-    """(B, T, K, G, H): q, alike, contiguous, attends to k and v, (B, S, K, H) with strides alike and of H 1; lengths: (B,), integers.
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor, splits: int,
+                     block: int = 64, warps: int = 4, stages: int = 2) -> Tensor:
+    """(B, T, K, G, H): q, alike, contiguous, attends to k and v, (B, S, K, H) with strides alike and of H 1;
+    lengths: (B,), integers.
 
-    lengths[b] + T - 1 is at most S: the caller's promise, since lengths are on the device. counts: int32 zeros, at least B K, that no kernel
-    on another stream uses meanwhile.
+    lengths[b] + T - 1 is at most S: the caller's promise, since lengths are on the device. counts: int32
+    zeros, at least B K, that no kernel on another stream uses meanwhile.
     """
     (rows, new, heads, g, h), out = q.shape, torch.empty_like(q)
-    assert q.is_contiguous() and k.stride() == v.stride() and k.stride(-1) == 1 and k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    assert (q.is_contiguous() and k.stride() == v.stride() and k.stride(-1) == 1 and k.shape == v.shape
+            and q.dtype == k.dtype == v.dtype)
     assert (k.shape[0], *k.shape[2:]) == (rows, heads, h) and lengths.shape == (rows,)
     assert new * g <= MOST_QUERIES and splits <= MOST_SPLITS and counts.numel() >= rows * heads
     if q.numel() == 0 or k.shape[1] == 0:
         return out.zero_()
     padded, head = max(16, triton.next_power_of_2(new * g)), max(16, triton.next_power_of_2(h))
-    parts = torch.empty(rows * heads * splits * padded * (head + 2) if splits > 1 else 4, dtype=torch.float32, device=q.device)
+    parts = torch.empty(rows * heads * splits * padded * (head + 2) if splits > 1 else 4, dtype=torch.float32,
+                        device=q.device)
     strides = k.stride()[:3]
-    constants = dict(G=g, H=h, HEAD=head, ROWS=padded, BLOCK=block, SPLIT=splits > 1, STAGES=stages, MOST=MOST_SPLITS)
-    key = (q.dtype, lengths.dtype, q.device, *(s % 16 == 0 for s in strides), *(s == 1 for s in strides), max(strides) < 2**31, *constants.values(),
+    constants = dict(G=g, H=h, HEAD=head, ROWS=padded, BLOCK=block, SPLIT=splits > 1, STAGES=stages,
+                     MOST=MOST_SPLITS)
+    key = (q.dtype, lengths.dtype, q.device, *(s % 16 == 0 for s in strides), *(s == 1 for s in strides),
+           max(strides) < 2**31, *constants.values(),
            *(x.data_ptr() % 16 for x in (q, k, v, lengths, counts)))
-    launch(decode_attention_kernel, key, Grid(rows * heads * splits, warps), (q, k, v, lengths, out, parts, counts, new, heads, splits, *strides),
+    launch(decode_attention_kernel, key, Grid(rows * heads * splits, warps),
+           (q, k, v, lengths, out, parts, counts, new, heads, splits, *strides),
            lambda: constants, q.device.type == "cpu")
     return out

@@ -1,7 +1,9 @@
-"""Launching a kernel again without asking Triton which one it is: that takes longer than the smallest collectives themselves.
+"""Launching a kernel again without asking Triton which one it is:
+that takes longer than the smallest collectives themselves.
 
-The first launch goes through Triton as usual, and gives the compiled kernel. Every later one with the same key passes its
-arguments to that one directly. A key says all that the compiled code depends on: dtypes, constants, the alignment of what is passed.
+The first launch goes through Triton as usual, and gives the compiled kernel. Every later one with the same
+key passes its arguments to that one directly. A key says all that the compiled code depends on: dtypes,
+constants, the alignment of what is passed.
 """
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ _COMPILED: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
 
 class Grid(NamedTuple):
-    """How a kernel is launched. registers: of a thread, at most; what does not fit them spills. None: as many as the compiler likes."""
+    """How a kernel is launched.
+
+    registers: of a thread, at most; what does not fit them spills. None: as many as the compiler likes.
+    """
     blocks: int
     warps: int = 8
     registers: int | None = None
@@ -30,10 +35,10 @@ class Grid(NamedTuple):
         return self if self.blocks <= most else self._replace(blocks=most)
 
 
-def launch(kernel: Any, key: tuple[Hashable, ...], grid: Grid, arguments: tuple[Any, ...], constants: Callable[[], dict[str, Any]],
-           interpret: bool) -> None:
-    """Runs the kernel. arguments: in order, those that are no constants, the first a tensor; `constants` is called only when it has
-    to be."""
+def launch(kernel: Any, key: tuple[Hashable, ...], grid: Grid, arguments: tuple[Any, ...],
+           constants: Callable[[], dict[str, Any]], interpret: bool) -> None:
+    """Runs the kernel. arguments: in order, those that are no constants, the first a tensor; `constants` is
+    called only when it has to be."""
     blocks, warps, registers = grid
     key = (kernel, warps, registers, *key)
     known = None if interpret else _COMPILED.get(key)
@@ -44,4 +49,5 @@ def launch(kernel: Any, key: tuple[Hashable, ...], grid: Grid, arguments: tuple[
             _COMPILED[key] = compiled, tuple(named[n] for n in kernel.arg_names[len(arguments):])
     else:
         compiled, rest = known
-        compiled[blocks, 1, 1](*arguments, *rest, stream=torch._C._cuda_getCurrentRawStream(arguments[0].device.index))
+        compiled[blocks, 1, 1](*arguments, *rest,
+                               stream=torch._C._cuda_getCurrentRawStream(arguments[0].device.index))

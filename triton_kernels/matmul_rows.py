@@ -1,10 +1,13 @@
-"""x @ w for few rows, which takes as long as reading w does. w, (K, N), lies in memory by columns: what a block needs of it is a few long lines.
+"""x @ w for few rows, which takes as long as reading w does. w, (K, N), lies in memory by columns: what a
+block needs of it is a few long lines.
 
-One row is multiplied and added up as it is read. Several rows of 16 bits go through the tensor cores, padded to the 8, 16 or 32 that these
-take: that costs nothing, as long as w is what is waited for. Products are added up in float32 and rounded once. Rows of float32 are
-multiplied one by one: they want more than the tensor cores have.
+One row is multiplied and added up as it is read. Several rows of 16 bits go through the tensor cores, padded
+to the 8, 16 or 32 that these take: that costs nothing, as long as w is what is waited for. Products are added
+up in float32 and rounded once. Rows of float32 are multiplied one by one: they want more than the tensor
+cores have.
 
-`gated_matmul_rows` is for a w that holds a gate and a value, one beside the other: silu(gate) * value, without a rounding between.
+`gated_matmul_rows` is for a w that holds a gate and a value, one beside the other: silu(gate) * value,
+without a rounding between.
 """
 from __future__ import annotations
 
@@ -34,8 +37,9 @@ def gated_matmul_rows_reference(x: Tensor, w: Tensor) -> Tensor:
 
 
 class Tile(NamedTuple):
-    """What a block does: columns of w at a time, lines of them at once; warps of it; steps whose loads are under way (unrolled, where the
-    tensor cores have no part). splits: blocks that share those columns, where the tensor cores have one."""
+    """What a block does: columns of w at a time, lines of them at once; warps of it; steps whose loads are
+    under way (unrolled, where the tensor cores have no part). splits: blocks that share those columns, where
+    the tensor cores have one."""
     columns: int
     lines: int
     warps: int
@@ -68,8 +72,8 @@ def _gated(y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "N"])
-def one_row_kernel(x_ptr, w_ptr, out_ptr, rows, K, N, GATED: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
-                   STAGES: tl.constexpr):
+def one_row_kernel(x_ptr, w_ptr, out_ptr, rows, K, N, GATED: tl.constexpr, WHOLE: tl.constexpr,
+                   COLUMNS: tl.constexpr, LINES: tl.constexpr, STAGES: tl.constexpr):
     """A block has one row of x and one tile of w. WHOLE: LINES divides K."""
     tile, row = tl.program_id(0) // rows, tl.program_id(0) % rows
     column, line = _columns(tile, N, GATED, COLUMNS), tl.arange(0, LINES)
@@ -95,14 +99,16 @@ def _store(out_ptr, y, tile, rows, N, GATED: tl.constexpr, ROWS: tl.constexpr, C
     y, row, n = tl.trans(y), tl.arange(0, ROWS), _outputs(tile, GATED, COLUMNS)
     if GATED:
         y = _gated(y, ROWS, COLUMNS)
-    tl.store(out_ptr + row[:, None] * N + n[None, :], y.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (n < N)[None, :])
+    tl.store(out_ptr + row[:, None] * N + n[None, :], y.to(out_ptr.dtype.element_ty),
+             mask=(row < rows)[:, None] & (n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "N", "splits"])
-def rows_kernel(x_ptr, w_ptr, out_ptr, parts_ptr, counts_ptr, rows, K, N, splits, GATED: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
-                ROWS: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, STAGES: tl.constexpr):
-    """ROWS: a power of two that has room for the rows. The lines of w come first in the product: they are its long side. SPLIT: whether there are
-    several splits, of the lines; parts: the products of each."""
+def rows_kernel(x_ptr, w_ptr, out_ptr, parts_ptr, counts_ptr, rows, K, N, splits, GATED: tl.constexpr,
+                WHOLE: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                LINES: tl.constexpr, STAGES: tl.constexpr):
+    """ROWS: a power of two that has room for the rows. The lines of w come first in the product: they are its
+    long side. SPLIT: whether there are several splits, of the lines; parts: the products of each."""
     tile, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     column, line, row = _columns(tile, N, GATED, COLUMNS), tl.arange(0, LINES), tl.arange(0, ROWS)
     w = w_ptr + column.to(tl.int64)[:, None] * K + line[None, :]
@@ -115,7 +121,8 @@ def rows_kernel(x_ptr, w_ptr, out_ptr, parts_ptr, counts_ptr, rows, K, N, splits
             xs, ws = tl.load(x + start), tl.load(w + start)
         else:
             there = start + line < K
-            xs, ws = tl.load(x + start, mask=there[:, None], other=0), tl.load(w + start, mask=there[None, :], other=0)
+            xs, ws = (tl.load(x + start, mask=there[:, None], other=0),
+                      tl.load(w + start, mask=there[None, :], other=0))
         y = tl.dot(ws, xs, y)
     if SPLIT:
         at = tl.arange(0, COLUMNS)[:, None] * ROWS + row[None, :]
@@ -131,9 +138,11 @@ def rows_kernel(x_ptr, w_ptr, out_ptr, parts_ptr, counts_ptr, rows, K, N, splits
 
 
 def matmul_rows(x: Tensor, w: Tensor, tile: Tile, counts: Tensor | None = None) -> Tensor:
-    """x @ w; x: (rows, K), contiguous, up to MOST_ROWS rows; w: (K, N), w.mT contiguous; of one dtype (float32, bfloat16 or float16).
+    """x @ w; x: (rows, K), contiguous, up to MOST_ROWS rows; w: (K, N), w.mT contiguous;
+    of one dtype (float32, bfloat16 or float16).
 
-    counts: where a tile is split, int32 zeros, one for each tile, that no kernel on another stream uses meanwhile.
+    counts: where a tile is split, int32 zeros, one for each tile, that no kernel on another stream uses
+    meanwhile.
     """
     return _matmul(x, w, w.shape[1], False, tile, counts)
 
@@ -145,18 +154,23 @@ def gated_matmul_rows(x: Tensor, w: Tensor, tile: Tile, counts: Tensor | None = 
 
 
 def _matmul(x: Tensor, w: Tensor, columns: int, gated: bool, tile: Tile, counts: Tensor | None) -> Tensor:
-    (rows, lines), out, count = x.shape, x.new_empty(x.shape[0], columns), triton.cdiv(w.shape[1], tile.columns)
-    assert 0 < rows <= MOST_ROWS and len(w) == lines and x.dtype == w.dtype and x.is_contiguous() and w.mT.is_contiguous() and out.numel()
+    (rows, lines), out, count = (x.shape, x.new_empty(x.shape[0], columns),
+                                 triton.cdiv(w.shape[1], tile.columns))
+    assert (0 < rows <= MOST_ROWS and len(w) == lines and x.dtype == w.dtype and x.is_contiguous()
+            and w.mT.is_contiguous() and out.numel())
     whole, splits = lines % tile.lines == 0, 1 if rows == 1 else tile.splits
     constants = dict(GATED=gated, WHOLE=whole, COLUMNS=tile.columns, LINES=tile.lines, STAGES=tile.stages)
     aligned = (x.data_ptr() % 16, w.data_ptr() % 16, lines % 16, lines == 1)
     if rows == 1 or x.dtype == torch.float32:
-        launch(one_row_kernel, (x.dtype, x.device, *constants.values(), *aligned), Grid(count * rows, tile.warps), (x, w, out, rows, lines, columns),
+        launch(one_row_kernel, (x.dtype, x.device, *constants.values(), *aligned),
+               Grid(count * rows, tile.warps), (x, w, out, rows, lines, columns),
                lambda: constants, x.device.type == "cpu")
         return out
     constants |= dict(SPLIT=splits > 1, ROWS=max(8, triton.next_power_of_2(rows)))
-    parts = x.new_empty(count * splits * tile.columns * constants["ROWS"] if splits > 1 else 4, dtype=torch.float32)
+    parts = x.new_empty(count * splits * tile.columns * constants["ROWS"] if splits > 1 else 4,
+                        dtype=torch.float32)
     assert splits == 1 or counts is not None and counts.numel() >= count
     launch(rows_kernel, (x.dtype, x.device, *constants.values(), *aligned), Grid(count * splits, tile.warps),
-           (x, w, out, parts, parts if counts is None else counts, rows, lines, columns, splits), lambda: constants, x.device.type == "cpu")
+           (x, w, out, parts, parts if counts is None else counts, rows, lines, columns, splits),
+           lambda: constants, x.device.type == "cpu")
     return out

@@ -1,9 +1,11 @@
 """Quads: 16 bytes at an address, as four 32-bit words, one quad a thread. What the kernels between GPUs move.
 
-Addresses are int64 tensors, so that a peer's memory is a number like any other. On a GPU each function is one instruction of
-16 bytes; in Triton's interpreter, which knows no assembler, the same by loads and stores of words.
+Addresses are int64 tensors, so that a peer's memory is a number like any other. On a GPU each function is one
+instruction of 16 bytes; in Triton's interpreter, which knows no assembler, the same by loads and stores of
+words.
 
-A word holds one float32, or two 16-bit floats. `unpack` and `pack` go to float32 and back, rounding to nearest even.
+A word holds one float32, or two 16-bit floats. `unpack` and `pack` go to float32 and back, rounding to
+nearest even.
 """
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ def load_quads(address, INTERPRET: tl.constexpr):
         p = address.to(tl.pointer_type(tl.int32))
         return tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
     else:
-        return tl.inline_asm_elementwise("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [address],
-                                         dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1)
+        return tl.inline_asm_elementwise("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l",
+                                         [address], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                                         is_pure=False, pack=1)
 
 
 @triton.jit
@@ -28,8 +31,8 @@ def store_quads(address, a, b, c, d, INTERPRET: tl.constexpr):
     if INTERPRET:
         _store_words(address, a, b, c, d)
     else:
-        tl.inline_asm_elementwise("st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;", "=r,l,r,r,r,r", [address, a, b, c, d],
-                                  dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise("st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;", "=r,l,r,r,r,r",
+                                  [address, a, b, c, d], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -38,19 +41,23 @@ def store_quads_once(address, a, b, c, d, there, INTERPRET: tl.constexpr):
     if INTERPRET:
         _store_words_once(address, a, b, c, d, there)
     else:
-        tl.inline_asm_elementwise("{ .reg .pred p;\nsetp.ne.s32 p, $6, 0;\n@p st.global.v4.b32 [$1], {$2, $3, $4, $5};\nmov.b32 $0, 0; }",
-                                  "=r,l,r,r,r,r,r", [address, a, b, c, d, there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise("{ .reg .pred p;\nsetp.ne.s32 p, $6, 0;\n"
+                                  "@p st.global.v4.b32 [$1], {$2, $3, $4, $5};\nmov.b32 $0, 0; }",
+                                  "=r,l,r,r,r,r,r", [address, a, b, c, d, there.to(tl.int32)], dtype=tl.int32,
+                                  is_pure=False, pack=1)
 
 
 @triton.jit
 def push_quads_once(address, a, b, c, d, there, INTERPRET: tl.constexpr):
-    """Writes four words to each address of any GPU, so that its threads may poll for them; of those lanes alone that are `there`: a second
-    copy of a quad could come too late, and be taken for a later one."""
+    """Writes four words to each address of any GPU, so that its threads may poll for them; of those lanes
+    alone that are `there`: a second copy of a quad could come too late, and be taken for a later one."""
     if INTERPRET:
         _store_words_once(address, a, b, c, d, there)
     else:
-        tl.inline_asm_elementwise("{ .reg .pred p;\nsetp.ne.s32 p, $6, 0;\n@p st.relaxed.sys.global.v4.b32 [$1], {$2, $3, $4, $5};\nmov.b32 $0, 0; }",
-                                  "=r,l,r,r,r,r,r", [address, a, b, c, d, there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise("{ .reg .pred p;\nsetp.ne.s32 p, $6, 0;\n"
+                                  "@p st.relaxed.sys.global.v4.b32 [$1], {$2, $3, $4, $5};\nmov.b32 $0, 0; }",
+                                  "=r,l,r,r,r,r,r", [address, a, b, c, d, there.to(tl.int32)], dtype=tl.int32,
+                                  is_pure=False, pack=1)
 
 
 @triton.jit
@@ -59,13 +66,17 @@ def push_words_once(address, word, there, INTERPRET: tl.constexpr):
     if INTERPRET:
         tl.store(address.to(tl.pointer_type(tl.int32)), word, mask=there)
     else:
-        tl.inline_asm_elementwise("{ .reg .pred p;\nsetp.ne.s32 p, $3, 0;\n@p st.relaxed.sys.global.b32 [$1], $2;\nmov.b32 $0, 0; }", "=r,l,r,r",
+        tl.inline_asm_elementwise("{ .reg .pred p;\nsetp.ne.s32 p, $3, 0;\n"
+                                  "@p st.relaxed.sys.global.b32 [$1], $2;\nmov.b32 $0, 0; }", "=r,l,r,r",
                                   [address, word, there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def piece_address(rank: tl.constexpr, q, piece, inner, W: tl.constexpr, FLAT: tl.constexpr):
-    """Where quad q of a rank's piece lies in (outer, W, inner), in bytes. piece: quads of it; inner: those side by side (FLAT: all)."""
+    """Where quad q of a rank's piece lies in (outer, W, inner), in bytes.
+
+    piece: quads of it; inner: those side by side (FLAT: all).
+    """
     if FLAT:
         return (rank * piece + q).to(tl.int64) * 16
     else:
@@ -122,9 +133,11 @@ def pack(low, high, KIND: tl.constexpr, INTERPRET: tl.constexpr):
             return (low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | \
                    (high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
     elif KIND == "bf16":
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low],
+                                         dtype=tl.int32, is_pure=True, pack=1)
     else:
-        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [high, low],
+                                         dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -160,7 +173,8 @@ def scale_words(x, y, scale, KIND: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def _bf16_bits(x):
-    """bfloat16 of a float32, in the low 16 bits of an int32: the interpreter's own conversion cuts off instead of rounding."""
+    """bfloat16 of a float32, in the low 16 bits of an int32:
+    the interpreter's own conversion cuts off instead of rounding."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
     return tl.where(x != x, 0x7FC0, (rounded >> 16) & 0xFFFF)

@@ -1,4 +1,5 @@
-"""rms_norm of each row, and of each row with a residual added: one block a row, which is read and written once.
+"""rms_norm of each row, and of each row with a residual added:
+one block a row, which is read and written once.
 
 The residual is added as a kernel of its own would: what is normed is the sum as it was rounded.
 """
@@ -25,7 +26,8 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
 
 
 @triton.jit(do_not_specialize=["eps"])
-def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, total_ptr, normed_ptr, width, eps, ADDS: tl.constexpr, LANES: tl.constexpr):
+def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, total_ptr, normed_ptr, width, eps, ADDS: tl.constexpr,
+                    LANES: tl.constexpr):
     """LANES: a power of two that has room for a row."""
     lane, row = tl.arange(0, LANES), tl.program_id(0).to(tl.int64) * width
     there = lane < width
@@ -40,7 +42,8 @@ def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, total_ptr, normed_ptr, widt
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x, (..., width), normed by weight, (width,); contiguous, of one dtype (float32, bfloat16 or float16), up to MOST_WIDTH wide."""
+    """x, (..., width), normed by weight, (width,); contiguous, of one dtype (float32, bfloat16 or float16),
+    up to MOST_WIDTH wide."""
     return _norm(x, None, weight, eps)[1]
 
 
@@ -52,12 +55,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     width, normed = len(weight), torch.empty_like(x)
-    assert x.shape[-1:] == weight.shape and x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous() and 0 < width <= MOST_WIDTH
+    assert (x.shape[-1:] == weight.shape and x.dtype == weight.dtype and x.is_contiguous()
+            and weight.is_contiguous() and 0 < width <= MOST_WIDTH)
     lanes, adds = triton.next_power_of_2(width), residual is not None
     old, total = (residual, torch.empty_like(x)) if adds else (x, normed)
     if x.numel():
         warps = min(32, max(1, lanes * x.dtype.itemsize // 512))            # 16 bytes a thread
         key = (x.dtype, x.device, adds, lanes, width % 16, *(t.data_ptr() % 16 for t in (x, old, weight)))
-        launch(rms_norm_kernel, key, Grid(x.numel() // width, warps), (x, old, weight, total, normed, width, float(eps)),
-               lambda: dict(ADDS=adds, LANES=lanes), x.device.type == "cpu")
+        launch(rms_norm_kernel, key, Grid(x.numel() // width, warps),
+               (x, old, weight, total, normed, width, float(eps)), lambda: dict(ADDS=adds, LANES=lanes),
+               x.device.type == "cpu")
     return total, normed

@@ -1,20 +1,25 @@
-"""All ranks of a kernel's protocol in one process, without a GPU: every block of every rank takes turns, as a seed decides.
+"""All ranks of a kernel's protocol in one process, without a GPU:
+every block of every rank takes turns, as a seed decides.
 
-The kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton is imported). A rank is a Python function that launches
-kernels; a launch becomes one task a block. Tasks change hands at every store, volatile load and atomic, by the seed, which also
-makes some ranks and blocks slow and some memory lazy. Memory is as weak as a GPU's:
+The kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton is imported). A rank is a Python
+function that launches kernels; a launch becomes one task a block. Tasks change hands at every store, volatile
+load and atomic, by the seed, which also makes some ranks and blocks slow and some memory lazy. Memory is as
+weak as a GPU's:
 
 - a plain store becomes visible some time later, in any order, in parts; at the latest when its kernel ends
 - a release makes visible only what a barrier of the block came after
-- a plain load returns what memory holds or has held since the block began; after an acquire and a barrier, since that acquire
-- volatile loads and atomics see what is visible; a block always sees its own stores, and its plain loads of an address never go back
-  in time
+- a plain load returns what memory holds or has held since the block began; after an acquire and a barrier,
+  since that acquire
+- volatile loads and atomics see what is visible; a block always sees its own stores, and its plain loads of
+  an address never go back in time
 - a rank starts its blocks in order, and holds at most `resident` of them at once
 
-    Simulation(seed=3).run([lambda: one_shot(x0, workspace0, blocks=2), lambda: one_shot(x1, workspace1, blocks=2)])
+    Simulation(seed=3).run([lambda: one_shot(x0, workspace0, blocks=2),
+                            lambda: one_shot(x1, workspace1, blocks=2)])
 
-returns what each rank returned. `Deadlock` says who waits for ever. A pass is evidence, not proof: this is a model, without the
-ordering of copy engines and without threads of a block that part ways; what it finds is real.
+returns what each rank returned. `Deadlock` says who waits for ever. A pass is evidence, not proof: this is a
+model, without the ordering of copy engines and without threads of a block that part ways; what it finds is
+real.
 """
 from __future__ import annotations
 
@@ -46,7 +51,8 @@ class _Store:
     """Elements on their way to memory. synced: a barrier has come after it in its block."""
 
     def __init__(self, pointers: Any, values: Any, mask: Any) -> None:
-        self.pointers, self.values, self.mask, self.synced = np.array(pointers), np.array(values), np.array(mask), False
+        self.pointers, self.values, self.mask, self.synced = (np.array(pointers), np.array(values),
+                                                              np.array(mask), False)
 
     def touches(self, addresses: set[int]) -> bool:
         return not addresses.isdisjoint(self.pointers.ravel().tolist())
@@ -55,11 +61,13 @@ class _Store:
 class _Task(threading.Thread):
     """One block of one launch, or the program of a rank: a thread that runs only while it has the turn.
 
-    Of the versions of memory (`Simulation.version`): since: the oldest that its plain loads may still see; acquired: of its last
-    acquire; floor: for an address, the oldest it may see there; idle: the one in which it polls in vain.
+    Of the versions of memory (`Simulation.version`): since: the oldest that its plain loads may still see;
+    acquired: of its last acquire; floor: for an address, the oldest it may see there; idle: the one in which
+    it polls in vain.
     """
 
-    def __init__(self, simulation: Simulation, rank: int, body: Callable[[], Any], block: int = -1, grid: tuple[int, ...] = ()) -> None:
+    def __init__(self, simulation: Simulation, rank: int, body: Callable[[], Any], block: int = -1,
+                 grid: tuple[int, ...] = ()) -> None:
         super().__init__(daemon=True)
         self.simulation, self.rank, self.body, self.block, self.grid = simulation, rank, body, block, grid
         self.turn, self.yielded = threading.Semaphore(0), threading.Semaphore(0)
@@ -103,7 +111,8 @@ class _Task(threading.Thread):
             self.pending.remove(store)
 
     def polls(self, pointers: Any) -> None:
-        """It has looked there and changed nothing: idle if it has done so before in this version of memory."""
+        """It has looked there and changed nothing: idle if it has done so before
+        in this version of memory."""
         version, key = self.simulation.version, np.asarray(pointers).tobytes()
         if self.polled_in != version:
             self.polled_in, self.polled = version, set()
@@ -112,20 +121,27 @@ class _Task(threading.Thread):
 
 
 class Simulation:
-    """One run of all ranks. weak: stores are late and loads early; boundary: a kernel ends with its stores performed; resident: how
-    many blocks a rank holds at once, None for all; patience: how often all blocks poll in vain before it is a deadlock."""
+    """One run of all ranks. weak: stores are late and loads early; boundary: a kernel ends with its stores
+    performed; resident: how many blocks a rank holds at once, None for all; patience: how often all blocks
+    poll in vain before it is a deadlock."""
 
-    def __init__(self, seed: int = 0, *, weak: bool = True, boundary: bool = True, resident: int | None = None, patience: int = 50) -> None:
-        self.random, self.weak, self.boundary, self.resident, self.patience = random.Random(seed), weak, boundary, resident, patience
+    def __init__(self, seed: int = 0, *, weak: bool = True, boundary: bool = True,
+                 resident: int | None = None, patience: int = 50) -> None:
+        self.random, self.weak, self.boundary, self.resident, self.patience = (
+            random.Random(seed), weak, boundary, resident, patience)
         self.haste = self.random.choice((0.05, 0.3, 1.0))
         self.tasks: list[_Task] = []
         self.error: BaseException | None = None
         self.now: _Task | None = None
         self.version, self.vain = 0, 0
-        self.history: dict[tuple[int, int], list[tuple[int, Any]]] = {}     # (address, bytes) -> versions that changed it, and the value before
+        # (address, bytes) -> versions that changed it, and the value before
+        self.history: dict[tuple[int, int], list[tuple[int, Any]]] = {}
 
     def run(self, ranks: Sequence[Callable[[], Any]]) -> list[Any]:
-        """What each rank's function returned. Deadlock if they wait for each other; else the first error of any."""
+        """What each rank's function returned.
+
+        Deadlock if they wait for each other; else the first error of any.
+        """
         self.paces = [self.random.choice((1.0, 1.0, 0.05)) for _ in ranks]
         hosts = [_Task(self, rank, program) for rank, program in enumerate(ranks)]
         self.tasks = list(hosts)
@@ -142,7 +158,7 @@ class Simulation:
                     task.publish()
         return [host.result for host in hosts]
 
-    # -- turns -----------------------------------------------------------------------------------------------------
+    # -- turns -----------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
         """A turn of one task; now and then a store becomes visible."""
@@ -159,7 +175,8 @@ class Simulation:
             for task in able:
                 self._turn(task)
         else:
-            waiting = ", ".join(f"block {t.block} of rank {t.rank}" for t in self.tasks if not t.done and t.block >= 0)
+            waiting = ", ".join(f"block {t.block} of rank {t.rank}" for t in self.tasks
+                                if not t.done and t.block >= 0)
             raise Deadlock(f"no progress: {waiting or 'no block is left'}")
 
     def _turn(self, task: _Task) -> None:
@@ -175,7 +192,8 @@ class Simulation:
     def _started(self, task: _Task) -> bool:
         if task.block < 0 or self.resident is None:
             return True
-        return sum(not t.done and t.rank == task.rank and 0 <= t.block < task.block for t in self.tasks) < self.resident
+        return sum(not t.done and t.rank == task.rank and 0 <= t.block < task.block
+                   for t in self.tasks) < self.resident
 
     def launch(self, rank: int, grid: tuple[int, ...], body: Callable[[], None]) -> None:
         """Called by a rank's own task: its blocks take part until all are done."""
@@ -197,7 +215,7 @@ class Simulation:
         if not any(t.rank == task.rank and t.block >= 0 and not t.done and t is not task for t in self.tasks):
             next(t for t in self.tasks if t.rank == task.rank and t.block < 0).waits = False
 
-    # -- memory ----------------------------------------------------------------------------------------------------
+    # -- memory ----------------------------------------------------------------------------------------------
 
     def perform(self, task: _Task, store: _Store, mask: Any) -> None:
         """Writes the elements of the store where mask is."""
@@ -207,7 +225,8 @@ class Simulation:
     def _perform_some(self, task: _Task) -> None:
         """Makes a store of the task, or a part of it, visible."""
         store = self.random.choice(task.pending)
-        part = np.array([self.random.random() < 0.5 for _ in range(store.mask.size)]).reshape(store.mask.shape)
+        part = np.array([self.random.random() < 0.5 for _ in range(store.mask.size)]).reshape(
+            store.mask.shape)
         mask = store.mask & part if self.random.random() < 0.5 else store.mask
         self.perform(task, store, mask)
         store.mask = store.mask & ~mask
@@ -215,22 +234,28 @@ class Simulation:
             task.pending.remove(store)
 
     @contextmanager
-    def change(self, task: _Task, pointers: Any, mask: Any, dtype: Any, store: bool = False) -> Iterator[None]:
-        """Around a change of memory: a new version, if any value changes or it is a store, whatever was there; the task has seen it."""
+    def change(self, task: _Task, pointers: Any, mask: Any, dtype: Any,
+               store: bool = False) -> Iterator[None]:
+        """Around a change of memory: a new version, if any value changes or it is a store,
+        whatever was there; the task has seen it."""
         before = _peek(pointers, mask, dtype)
         yield
         after = _peek(pointers, mask, dtype)
-        changed = (before.view(np.uint8).reshape(before.size, -1) != after.view(np.uint8).reshape(after.size, -1)).any(-1)
+        changed = (before.view(np.uint8).reshape(before.size, -1)
+                   != after.view(np.uint8).reshape(after.size, -1)).any(-1)
         self.version += int(changed.any() or store)
-        for address, old, differs, chosen in zip(np.ravel(pointers).tolist(), before.ravel(), changed.tolist(), np.ravel(mask).tolist()):
+        for address, old, differs, chosen in zip(np.ravel(pointers).tolist(), before.ravel(),
+                                                 changed.tolist(), np.ravel(mask).tolist()):
             if differs:
                 self.history.setdefault((address, dtype.itemsize), []).append((self.version, old))
             if chosen:
                 task.floor[address, dtype.itemsize] = self.version
 
     def early(self, task: _Task, pointers: Any, mask: Any, now: Any) -> Any:
-        """What a plain load returns where memory holds `now`: as of a random version that the task may still see."""
-        version = self.version if self.random.random() < 0.5 else self.random.randint(task.since, self.version)
+        """What a plain load returns where memory holds `now`:
+        as of a random version that the task may still see."""
+        version = (self.version if self.random.random() < 0.5
+                   else self.random.randint(task.since, self.version))
         values = np.array(now)
         flat = values.reshape(-1)
         for i, (address, chosen) in enumerate(zip(np.ravel(pointers).tolist(), np.ravel(mask).tolist())):
@@ -254,8 +279,10 @@ def _cause(error: BaseException) -> BaseException:
 
 @contextmanager
 def _patched(simulation: Simulation) -> Iterator[None]:
-    """The interpreter's loads, stores, atomics, barriers and launches, by the rules of the simulation, until the end."""
-    names = ("create_masked_load", "create_masked_store", "create_atomic_cas", "create_atomic_rmw", "create_barrier")
+    """The interpreter's loads, stores, atomics, barriers and launches,
+    by the rules of the simulation, until the end."""
+    names = ("create_masked_load", "create_masked_store", "create_atomic_cas", "create_atomic_rmw",
+             "create_barrier")
     load, store, cas, rmw, barrier = originals = [getattr(_BUILDER, name) for name in names]
     execute, patch_language = interpreter.GridExecutor.__call__, interpreter._patch_lang
     scopes: dict[tuple[int, ...], Any] = {}
@@ -275,12 +302,13 @@ def _patched(simulation: Simulation) -> Iterator[None]:
         if volatile:
             task.polls(pointers.data)
         elif simulation.weak:
-            return interpreter.TensorHandle(simulation.early(task, pointers.data, mask.data, value.data), value.dtype)
+            return interpreter.TensorHandle(simulation.early(task, pointers.data, mask.data, value.data),
+                                            value.dtype)
         return value
 
     def new_store(self: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> None:
         task = simulation.now
-        see_own(task, pointers.data)                            # stores of a block to one address keep their order
+        see_own(task, pointers.data)  # stores of a block to one address keep their order
         task.pending.append(_Store(pointers.data, value.data, mask.data))
         if not simulation.weak:
             task.publish()
@@ -304,10 +332,12 @@ def _patched(simulation: Simulation) -> Iterator[None]:
 
     def new_cas(self: Any, pointer: Any, expected: Any, value: Any, semantic: Any, scope: Any) -> Any:
         mask = np.ones_like(pointer.data, dtype=bool)
-        return atomic(pointer.data, mask, value.data.dtype, semantic, lambda: cas(self, pointer, expected, value, semantic, scope))
+        return atomic(pointer.data, mask, value.data.dtype, semantic,
+                      lambda: cas(self, pointer, expected, value, semantic, scope))
 
     def new_rmw(self: Any, op: Any, pointer: Any, value: Any, mask: Any, semantic: Any, scope: Any) -> Any:
-        return atomic(pointer.data, mask.data, value.data.dtype, semantic, lambda: rmw(self, op, pointer, value, mask, semantic, scope))
+        return atomic(pointer.data, mask.data, value.data.dtype, semantic,
+                      lambda: rmw(self, op, pointer, value, mask, semantic, scope))
 
     def new_barrier(self: Any) -> Any:
         task = simulation.now
@@ -317,13 +347,15 @@ def _patched(simulation: Simulation) -> Iterator[None]:
         return barrier(self)
 
     def patch_once(function: Any) -> Any:
-        """The interpreter patches Triton's language at every call of a function, which takes most of the time."""
+        """The interpreter patches Triton's language at every call of a function,
+        which takes most of the time."""
         if function not in languages:
             known = {id(interpreter.tl), id(interpreter.tl.core)}
             languages[function] = tuple(sorted(known & {id(v) for v in function.__globals__.values()}))
         if languages[function] not in scopes:
             scope = scopes[languages[function]] = patch_language(function)
-            scope.set_attr(interpreter.tl.tensor, "__index__", lambda self: int(self.handle.data.squeeze()))    # Triton 3.6 fails with numpy 2.4
+            # Triton 3.6 fails with numpy 2.4
+            scope.set_attr(interpreter.tl.tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     def new_execute(self: Any, *args: Any, **kwargs: Any) -> None:
         known = inspect.getfullargspec(self.fn).args

@@ -2,10 +2,12 @@
 
 It is plain data: one rank reads the headers and sends them to the others.
 
->>> entry = TensorEntry("norm", file="/m/model.safetensors", offset=80, shape=(576,), dtype="BF16", block=1, block_bytes=2)
+>>> entry = TensorEntry("norm", file="/m/model.safetensors", offset=80, shape=(576,), dtype="BF16",
+...                     block=1, block_bytes=2)
 >>> entry.num_bytes
 1152
->>> checkpoint = Checkpoint("huggingface", {"/m/model.safetensors": 1232}, {"norm": entry}, {"model_type": "llama"})
+>>> checkpoint = Checkpoint("huggingface", {"/m/model.safetensors": 1232}, {"norm": entry},
+...                         {"model_type": "llama"})
 >>> Checkpoint.from_plain(checkpoint.to_plain()) == checkpoint
 True
 
@@ -21,7 +23,8 @@ from typing import Any
 
 import msgspec
 
-MAX_HEADER = 100_000_000    # bytes; the limit of the safetensors format, and ten times what GGUF files of today need
+# bytes; the limit of the safetensors format, and ten times what GGUF files of today need
+MAX_HEADER = 100_000_000
 
 
 class CheckpointError(ValueError):
@@ -29,7 +32,8 @@ class CheckpointError(ValueError):
 
 
 class CheckpointWarning(UserWarning):
-    """Files of a model that contradict each other, or leave out what they should say: one line, with what was done."""
+    """Files of a model that contradict each other, or leave out what they should say:
+    one line, with what was done."""
 
 
 def note(text: str) -> None:
@@ -58,7 +62,9 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The headers of a model's files. `format` is "huggingface" or "gguf"; `files` gives the size of each in bytes.
+    """The headers of a model's files.
+
+    `format` is "huggingface" or "gguf"; `files` gives the size of each in bytes.
 
     `metadata` is config.json, or what a GGUF file says of its model (its tokenizer left out).
     """
@@ -81,10 +87,12 @@ class Checkpoint:
 
 
 def check_places(entries: Iterable[TensorEntry], start: int, stop: int) -> None:
-    """CheckpointError unless each tensor lies in bytes `start` to `stop` of its file, apart from the others."""
+    """CheckpointError unless each tensor lies in bytes `start` to `stop` of its file,
+    apart from the others."""
     end, before = start, None
     for entry in sorted(entries, key=lambda e: (e.offset, e.num_bytes)):
-        where = f"{entry.file}: tensor {entry.name} lies in bytes {entry.offset} to {entry.offset + entry.num_bytes}"
+        where = (f"{entry.file}: tensor {entry.name} lies in bytes {entry.offset} to "
+                 f"{entry.offset + entry.num_bytes}")
         if entry.offset < start or entry.offset + entry.num_bytes > stop:
             raise CheckpointError(f"{where}, outside of the file's data, which is {start} to {stop}; "
                                   f"the file is damaged or cut short")

@@ -1,7 +1,9 @@
-"""Where the files of a model contradict each other or themselves: one answer to each question, and a line that says so.
+"""Where the files of a model contradict each other or themselves:
+one answer to each question, and a line that says so.
 
-The answers are those of Hugging Face transformers 5, so that a folder means the same here and there. Which one was taken is
-said as a `CheckpointWarning`. What no answer fits is left as it is, for the reader of the config to refuse.
+The answers are those of Hugging Face transformers 5, so that a folder means the same here and there. Which
+one was taken is said as a `CheckpointWarning`. What no answer fits is left as it is, for the reader of the
+config to refuse.
 """
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from shardlib.spec import parse
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = re.compile(r"(?:model\.layers|blk)\.(\d+)\.")
-ROPE = ("rope_theta", "original_max_position_embeddings")      # what stands beside a set of rotary numbers, or in it
+# what stands beside a set of rotary numbers, or in it
+ROPE = ("rope_theta", "original_max_position_embeddings")
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -38,15 +41,18 @@ def _say_layers_left_over(checkpoint: Checkpoint, key: str, where: str) -> None:
     stored = {int(found[1]) for name in checkpoint.tensors if (found := LAYER.match(name))}
     wanted = checkpoint.metadata.get(key)
     if type(wanted) is int and stored and max(stored) >= wanted:
-        note(f"{where}: {key} is {wanted}, but layers up to number {max(stored)} are stored; those from {wanted} on are not used")
+        note(f"{where}: {key} is {wanted}, but layers up to number {max(stored)} are stored; those from "
+             f"{wanted} on are not used")
 
 
 def _say_other_dtype(checkpoint: Checkpoint, where: str) -> None:
     key = "dtype" if checkpoint.metadata.get("dtype") is not None else "torch_dtype"
     said = checkpoint.metadata.get(key)
     entry = checkpoint.tensors.get(EMBED)
-    if isinstance(said, str) and said in DTYPES and entry and entry.dtype in PLAIN and entry.dtype != DTYPES[said]:
-        note(f"{where}: {key} is {said}, but {EMBED} is stored as {entry.dtype}; weights are converted from what is stored to the dtype asked for")
+    if (isinstance(said, str) and said in DTYPES and entry and entry.dtype in PLAIN
+        and entry.dtype != DTYPES[said]):
+        note(f"{where}: {key} is {said}, but {EMBED} is stored as {entry.dtype}; weights are converted from "
+             "what is stored to the dtype asked for")
 
 
 def _one_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -57,13 +63,16 @@ def _one_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         return dict(config)
     beside = {key: config[key] for key in ROPE if config.get(key) is not None}
     taken = taken or {}
-    one = {"rope_theta": 10000.0, **beside, **taken, **{key: beside[key] for key in ROPE[1:] if key in beside}}
+    one = {"rope_theta": 10000.0, **beside, **taken,
+           **{key: beside[key] for key in ROPE[1:] if key in beside}}
     if older and isinstance(given, dict) and any(one.get(key) != value for key, value in given.items()):
-        note(f"{where}: rope_scaling and rope_parameters differ; rope_scaling is taken, with rope_theta {one['rope_theta']}")
+        note(f"{where}: rope_scaling and rope_parameters differ; rope_scaling is taken, with rope_theta "
+             f"{one['rope_theta']}")
     for key in beside:
         if taken.get(key, beside[key]) != beside[key]:
             note(f"{where}: {key} is {beside[key]}, and {taken[key]} in {name}; {one[key]} is taken")
-    return {**{key: value for key, value in config.items() if key not in ("rope_scaling", *ROPE)}, "rope_parameters": one}
+    return {**{key: value for key, value in config.items() if key not in ("rope_scaling", *ROPE)},
+            "rope_parameters": one}
 
 
 def _tied(checkpoint: Checkpoint, where: str) -> Checkpoint:
@@ -72,10 +81,12 @@ def _tied(checkpoint: Checkpoint, where: str) -> Checkpoint:
         return checkpoint
     if EMBED not in checkpoint.tensors:
         note(f"{where}: tie_word_embeddings is true, and {EMBED} is not stored; {HEAD} is taken for both")
-        return replace(checkpoint, tensors={**checkpoint.tensors, EMBED: replace(checkpoint.tensors[HEAD], name=EMBED)})
+        return replace(checkpoint,
+                       tensors={**checkpoint.tensors, EMBED: replace(checkpoint.tensors[HEAD], name=EMBED)})
     if _equal(checkpoint, EMBED, HEAD):
         return checkpoint
-    note(f"{where}: tie_word_embeddings is true, but {EMBED} and {HEAD} are stored and differ; both are used, untied")
+    note(f"{where}: tie_word_embeddings is true, but {EMBED} and {HEAD} are stored and differ; both are "
+         "used, untied")
     return replace(checkpoint, metadata={**checkpoint.metadata, "tie_word_embeddings": False})
 
 

@@ -7,11 +7,11 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 >>> header.metadata["llama.block_count"], header.tensors["blk.0.ffn_down.weight"].shape
 (30, (576, 1536))
 
-GGUF lists dims innermost first; a `TensorEntry` lists them outermost first, as everybody else. The reader of the gguf
-package is not used: it believes the counts in the file, and a damaged one takes all memory. Here every count is held
-against the bytes that are left. A tensor of a type that is not known is one block of bytes: only a weight that needs it
-stumbles over it. Refused with a `CheckpointError`: a file cut short, big-endian files, version 1, a model in several files,
-a Git LFS pointer.
+GGUF lists dims innermost first; a `TensorEntry` lists them outermost first, as everybody else. The reader of
+the gguf package is not used: it believes the counts in the file, and a damaged one takes all memory. Here
+every count is held against the bytes that are left. A tensor of a type that is not known is one block of
+bytes: only a weight that needs it stumbles over it. Refused with a `CheckpointError`: a file cut short,
+big-endian files, version 1, a model in several files, a Git LFS pointer.
 """
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantiz
 from shardlib.models.files.checkpoint import MAX_HEADER, CheckpointError, TensorEntry, check_places
 from shardlib.models.files.lfs import BEGIN, check_fetched
 
-SCALARS = {GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
-           GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q",
-           GGUFValueType.FLOAT32: "f", GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?"}
+SCALARS = {GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H",
+           GGUFValueType.INT16: "h", GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i",
+           GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT32: "f",
+           GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?"}
 MAX_DIMS = 4
 MAX_ITEMS = 1 << 22     # array items in all; vocabularies of today have 2**20 at most, with their merges
 MIN_PAIR, MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8     # bytes of the shortest entries
@@ -67,8 +68,9 @@ class _Cursor:
 
     def need(self, count: int, what: str) -> None:
         if count > self.size - self.at:
-            raise self.error(f"{what} at byte {self.at} needs {count} bytes of the {self.size - self.at} left; "
-                             f"the file is damaged or cut short")
+            raise self.error(
+                f"{what} at byte {self.at} needs {count} bytes of the {self.size - self.at} left; "
+                f"the file is damaged or cut short")
         if self.at + count > MAX_HEADER:
             raise self.error(f"the header is longer than {MAX_HEADER} bytes, the longest that is read")
 
@@ -103,7 +105,8 @@ def _header(cursor: _Cursor) -> GgufHeader:
         raise cursor.error("not a GGUF file")
     if version not in (2, 3):
         raise cursor.error(f"GGUF version {version}; versions 2 and 3, little-endian, are read")
-    num_tensors, num_pairs = cursor.count(MIN_TENSOR, "the list of tensors"), cursor.count(MIN_PAIR, "the metadata")
+    num_tensors, num_pairs = (cursor.count(MIN_TENSOR, "the list of tensors"),
+                              cursor.count(MIN_PAIR, "the metadata"))
     metadata: dict[str, Any] = {}
     for _ in range(num_pairs):
         key = cursor.string("a key")
@@ -112,7 +115,8 @@ def _header(cursor: _Cursor) -> GgufHeader:
         metadata[key] = _value(cursor, key[:80])
     if metadata.get("split.count", 0) not in (0, 1):
         raise cursor.error("one of several files of a model; join them first with: llama-gguf-split --merge")
-    return GgufHeader(metadata, _tensors(cursor, num_tensors, metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)))
+    return GgufHeader(
+        metadata, _tensors(cursor, num_tensors, metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)))
 
 
 def _value(cursor: _Cursor, key: str) -> Any:
@@ -124,7 +128,8 @@ def _value(cursor: _Cursor, key: str) -> Any:
     kind = _kind(cursor, key)
     if kind is GGUFValueType.ARRAY:
         raise cursor.error(f"{key} is an array of arrays, which is not implemented")
-    count = cursor.count(8 if kind is GGUFValueType.STRING else struct.calcsize(SCALARS[kind]), f"the array {key}")
+    count = cursor.count(8 if kind is GGUFValueType.STRING else struct.calcsize(SCALARS[kind]),
+                         f"the array {key}")
     cursor.items += count
     if cursor.items > MAX_ITEMS:
         raise cursor.error(f"the metadata lists more than {MAX_ITEMS} items, the most that are read")
@@ -153,7 +158,8 @@ def _tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, TensorEnt
         if name in tensors:
             raise cursor.error(f"tensor {name[:200]} appears twice")
         if shape[-1] % block and dtype in GGMLQuantizationType.__members__:
-            raise cursor.error(f"tensor {name[:200]} of shape {shape} has rows that are no whole blocks of {block} ({dtype})")
+            raise cursor.error(f"tensor {name[:200]} of shape {shape} has rows that are no whole blocks of "
+                               f"{block} ({dtype})")
         tensors[name] = TensorEntry(name, cursor.path, start + offset, shape, dtype, block, block_bytes)
     check_places(tensors.values(), start, cursor.size)
     return tensors
@@ -166,7 +172,8 @@ def _next(ends: list[int], offset: int) -> int:
 
 
 def _stored(kind: int, count: int, room: int) -> tuple[str, int, int]:
-    """The name of a type, and its block; of one that is not known, all `count` elements, in the room to the next tensor."""
+    """The name of a type, and its block; of one that is not known, all `count` elements,
+    in the room to the next tensor."""
     if kind in GGML_QUANT_SIZES:
         return GGMLQuantizationType(kind).name, *GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     return f"type {kind}", max(1, count), room

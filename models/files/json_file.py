@@ -18,7 +18,10 @@ from shardlib.models.files.lfs import check_fetched
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file. CheckpointError when it is missing, a Git LFS pointer, too long, or no JSON object."""
+    """The object in the file.
+
+    CheckpointError when it is missing, a Git LFS pointer, too long, or no JSON object.
+    """
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_HEADER + 1)

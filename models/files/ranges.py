@@ -8,9 +8,10 @@
 [ByteRange(file='m', offset=1000, length=48)]
 [ByteRange(file='m', offset=1048, length=48)]
 
-A group such as (K G H) is cut by its factors. Where a file interleaves the halves of H, as GGUF does for rotary dims,
-the stored spec says (K G H_pair H_half): element (pair, half) there is number half * H/2 + pair of our H. Quantised
-rows are read in whole blocks: of a run of neighbours, at most one block more than its elements would fill.
+A group such as (K G H) is cut by its factors. Where a file interleaves the halves of H, as GGUF does for
+rotary dims, the stored spec says (K G H_pair H_half): element (pair, half) there is number half * H/2 + pair
+of our H. Quantised rows are read in whole blocks: of a run of neighbours, at most one block more than its
+elements would fill.
 """
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ class Box(NamedTuple):
 
     @property
     def first_in_run(self) -> int:
-        """From this name on the box is one run of neighbours in the file; of the names before, each position is its own."""
+        """From this name on the box is one run of neighbours in the file;
+        of the names before, each position is its own."""
         i = len(self.spans) - 1
         while i > 0 and self.spans[i] == (0, self.sizes[i]):
             i -= 1
@@ -79,7 +81,8 @@ def base(name: str) -> str:
     return name.removesuffix(PAIR).removesuffix(HALF)
 
 
-def spans_of(type: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: Mapping[str, int]) -> dict[str, Span]:
+def spans_of(type: Spec, sizes: Mapping[str, int], mesh: Mesh,
+             coordinate: Mapping[str, int]) -> dict[str, Span]:
     """What `coordinate` holds of each name of `type`."""
     factors = [f for dim in type.dims for f in dim.factors]
     return {f.name: Span(*mesh.extent(sizes[f.name], f.axes, coordinate)) for f in factors}
@@ -87,15 +90,18 @@ def spans_of(type: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: Mappi
 
 def stored_sizes(stored: Spec, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The size of each name of `stored`."""
-    return tuple(2 if n.endswith(HALF) else sizes[base(n)] // 2 if n.endswith(PAIR) else sizes[n] for n in stored.names)
+    return tuple(2 if n.endswith(HALF) else sizes[base(n)] // 2 if n.endswith(PAIR) else sizes[n]
+                 for n in stored.names)
 
 
 def boxes(stored: Spec, spans: Mapping[str, Span], sizes: Mapping[str, int]) -> list[Box]:
-    """The blocks of the stored tensor that together are `spans`: one, or two where a span cuts interleaved halves."""
+    """The blocks of the stored tensor that together are `spans`:
+    one, or two where a span cuts interleaved halves."""
     choices = [{}]
     for name in stored.names:
         if name.endswith(HALF):
-            choices = [{**c, **halves} for c in choices for halves in _halves(base(name), spans[base(name)], sizes[base(name)])]
+            choices = [{**c, **halves} for c in choices
+                       for halves in _halves(base(name), spans[base(name)], sizes[base(name)])]
         elif not name.endswith(PAIR):
             choices = [{**c, name: spans[name]} for c in choices]
     full = stored_sizes(stored, sizes)
@@ -110,7 +116,8 @@ def _halves(name: str, span: Span, size: int) -> list[dict[str, Span]]:
     for half in range(2):
         low = max(span.start, half * size // 2)
         high = min(span.start + span.size, (half + 1) * size // 2)
-        found.append({name + HALF: Span(half, 1), name + PAIR: Span(low - half * size // 2, max(0, high - low))})
+        found.append(
+            {name + HALF: Span(half, 1), name + PAIR: Span(low - half * size // 2, max(0, high - low))})
     return [f for f in found if f[name + PAIR].size]
 
 
@@ -122,7 +129,8 @@ def byte_range(entry: TensorEntry, run: Span) -> ByteRange:
 
 def read_ranges(entry: TensorEntry, stored: Spec, type: Spec, sizes: Mapping[str, int], mesh: Mesh,
                 coordinate: Mapping[str, int]) -> list[ByteRange]:
-    """What `coordinate` reads of the stored tensor for its shard of a leaf of `type`, in order, neighbours merged.
+    """What `coordinate` reads of the stored tensor for its shard of a leaf of `type`, in order,
+    neighbours merged.
 
     Names of `type` that are not in `stored` (L, of which each layer is stored apart) are left aside.
     """

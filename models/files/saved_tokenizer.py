@@ -1,10 +1,10 @@
 """The tokenizer of a Hugging Face folder, put together from its files as transformers 5 does it.
 
-tokenizer.json holds nearly all of it. Beside it, tokenizer_config.json names the special tokens and may add more (older
-folders do so in special_tokens_map.json and added_tokens.json, which count only where tokenizer_config.json has no
-`added_tokens_decoder`). Where that names the class LlamaTokenizer, a vocabulary of SentencePiece is meant: its blanks are
-those of that class, whatever tokenizer.json says. All other classes are read as tokenizer.json has them. Files that
-contradict each other are told of by a `CheckpointWarning`.
+tokenizer.json holds nearly all of it. Beside it, tokenizer_config.json names the special tokens and may add
+more (older folders do so in special_tokens_map.json and added_tokens.json, which count only where
+tokenizer_config.json has no `added_tokens_decoder`). Where that names the class LlamaTokenizer, a vocabulary
+of SentencePiece is meant: its blanks are those of that class, whatever tokenizer.json says. All other classes
+are read as tokenizer.json has them. Files that contradict each other are told of by a `CheckpointWarning`.
 """
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from shardlib.models.files.json_file import read_json
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
-LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}        # of the class LlamaTokenizer, where nothing is said
+# of the class LlamaTokenizer, where nothing is said
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any], dict[str, str]]:
@@ -59,10 +60,12 @@ def text(token: Any) -> str:
 
 def _older(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The special tokens of special_tokens_map.json."""
-    found = {key: token for key, token in optional(folder / "special_tokens_map.json").items() if key in SPECIAL}
+    found = {key: token for key, token in optional(folder / "special_tokens_map.json").items()
+             if key in SPECIAL}
     for key in sorted(found.keys() & config.keys()):
         if config[key] is not None and text(found[key]) != text(config[key]):
-            note(f"{folder}: {key} is {text(config[key])!r} in tokenizer_config.json and {text(found[key])!r} in special_tokens_map.json, "
+            note(f"{folder}: {key} is {text(config[key])!r} in tokenizer_config.json and "
+                 f"{text(found[key])!r} in special_tokens_map.json, "
                  f"which is taken")
     return found
 
@@ -71,26 +74,31 @@ def _is_llama(config: Mapping[str, Any], model: Mapping[str, Any], saved: Mappin
     """Whether the class is LlamaTokenizer, of a vocabulary that is not one of bytes."""
     name, core = config.get("tokenizer_class") or model.get("tokenizer_class"), saved.get("model")
     fits = isinstance(core, dict) and core.get("type") == "BPE"
-    return name in ("LlamaTokenizer", "LlamaTokenizerFast") and fits and '"ByteLevel"' not in repr(saved).replace("'", '"')
+    return (name in ("LlamaTokenizer", "LlamaTokenizerFast") and fits
+            and '"ByteLevel"' not in repr(saved).replace("'", '"'))
 
 
 def _llama(core: Tokenizer, saved: Mapping[str, Any], config: Mapping[str, Any]) -> Tokenizer:
-    """The same vocabulary, merges and post-processor; the blanks, bytes and unknown letters of the class LlamaTokenizer."""
+    """The same vocabulary, merges and post-processor; the blanks,
+    bytes and unknown letters of the class LlamaTokenizer."""
     model = saved["model"]
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+              for merge in model["merges"]]
     made = Tokenizer(BPE(model["vocab"], merges, fuse_unk=True, byte_fallback=True))
     prefix = config["add_prefix_space"] if config.get("add_prefix_space") is not None else True
     scheme = "never" if not prefix else "always" if config.get("legacy") else "first"
     made.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     if core.post_processor is not None:
         made.post_processor = core.post_processor
     return made
 
 
 def _added(folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokens beside the vocabulary, by their content, in the order of their ids: of added_tokens.json, and of tokenizer.json, which wins."""
+    """Tokens beside the vocabulary, by their content, in the order of their ids:
+    of added_tokens.json, and of tokenizer.json, which wins."""
     older = {id: {"content": token} for token, id in optional(folder / "added_tokens.json").items()}
     found = {**older, **{token["id"]: token for token in saved.get("added_tokens") or ()}}
     return {token["content"]: token for _, token in sorted(found.items(), key=lambda item: int(item[0]))}
@@ -99,7 +107,8 @@ def _added(folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
 def _listed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The tokens of `added_tokens_decoder`, in the order of their ids."""
     found = config.get("added_tokens_decoder")
-    if not isinstance(found, dict) or not all(id.isdecimal() and isinstance(token, dict) for id, token in found.items()):
+    if (not isinstance(found, dict)
+        or not all(id.isdecimal() and isinstance(token, dict) for id, token in found.items())):
         return {}
     return {text(token): token for _, token in sorted(found.items(), key=lambda item: int(item[0]))}
 
@@ -110,7 +119,8 @@ def _add(core: Tokenizer, folder: Path, tokens: Mapping[str, Any], named: Mappin
     extra = {text(token): token for token in named.values() if text(token) not in {*there, *tokens}}
     before = core.get_vocab_size()
     for content, token in (*tokens.items(), *extra.items()):
-        flags = {flag: token[flag] for flag in FLAGS if isinstance(token, dict) and type(token.get(flag)) is bool}
+        flags = {flag: token[flag] for flag in FLAGS
+                 if isinstance(token, dict) and type(token.get(flag)) is bool}
         special = content in map(text, named.values()) or flags.get("special", False)
         made = AddedToken(content, **{"normalized": not special, **flags, "special": special})
         if content and repr(there.get(content)) != repr(made):
@@ -118,13 +128,16 @@ def _add(core: Tokenizer, folder: Path, tokens: Mapping[str, Any], named: Mappin
     if core.get_vocab_size() > before and extra:
         new = [token for token in extra if core.token_to_id(token) >= before]
         if new:
-            note(f"{folder}: the special tokens {', '.join(new)} are not in tokenizer.json; they are added to it behind its last id")
+            note(f"{folder}: the special tokens {', '.join(new)} are not in tokenizer.json; they are added "
+                 "to it behind its last id")
 
 
 def _say_around(core: Tokenizer, config: Mapping[str, Any], tokens: Mapping[str, str], folder: Path) -> None:
     """Flags that say other than tokenizer.json which tokens stand around a text; it is followed."""
     around = core.encode("").ids
-    for flag, key, at in (("add_bos_token", "bos_token", around[:1]), ("add_eos_token", "eos_token", around[-1:])):
+    for flag, key, at in (("add_bos_token", "bos_token", around[:1]),
+                          ("add_eos_token", "eos_token", around[-1:])):
         stands = key in tokens and at == [core.token_to_id(tokens[key])]
         if type(config.get(flag)) is bool and config[flag] != stands:
-            note(f"{folder}: {flag} is {str(config[flag]).lower()} in tokenizer_config.json, but not in tokenizer.json, which is followed")
+            note(f"{folder}: {flag} is {str(config[flag]).lower()} in tokenizer_config.json, but not in "
+                 "tokenizer.json, which is followed")

@@ -1,14 +1,15 @@
 """Weights: each rank reads its shards, and no more bytes than they need.
 
-A table says of each leaf of a model's parameters what the checkpoint calls it, and with which dims it is stored there.
+A table says of each leaf of a model's parameters what the checkpoint calls it, and with which dims it is
+stored there.
 
 >>> Weight("layers.up", "L D F", "model.layers.{L}.mlp.up_proj.weight", "F D").tensor_name([7])
 'model.layers.7.mlp.up_proj.weight'
 
-`load_weights` holds the whole table against the checkpoint before it reads or allocates anything. Tensors are read in
-parts of 4 MB at most (of fp32), so that the peak of memory is the shards and little else. Refused with a
-`CheckpointError`: a weight that is missing, of another shape, or stored in a type that is not implemented; with a
-`SpecError`: a type that is not one of that leaf.
+`load_weights` holds the whole table against the checkpoint before it reads or allocates anything. Tensors are
+read in parts of 4 MB at most (of fp32), so that the peak of memory is the shards and little else. Refused
+with a `CheckpointError`: a weight that is missing, of another shape, or stored in a type that is not
+implemented; with a `SpecError`: a type that is not one of that leaf.
 """
 from __future__ import annotations
 
@@ -56,11 +57,14 @@ class Weight:
         return self.name.format(**dict(zip(self.stacked, position)))
 
 
-def load_weights(checkpoint: Checkpoint, table: Sequence[Weight], sizes: Mapping[str, int], types: Mapping[str, Spec], mesh: Mesh,
-                 coordinate: Mapping[str, int], dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """What `coordinate` holds of each leaf of `types`: contiguous tensors of `dtype`, dims in the order of the type."""
+def load_weights(checkpoint: Checkpoint, table: Sequence[Weight], sizes: Mapping[str, int],
+                 types: Mapping[str, Spec], mesh: Mesh, coordinate: Mapping[str, int], dtype: torch.dtype,
+                 device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """What `coordinate` holds of each leaf of `types`: contiguous tensors of `dtype`,
+    dims in the order of the type."""
     weights = {weight.path: weight for weight in table}
-    wanted = [_Leaf(*_checked(weights, path, mesh.resolve(type)), sizes, mesh, coordinate) for path, type in types.items()]
+    wanted = [_Leaf(*_checked(weights, path, mesh.resolve(type)), sizes, mesh, coordinate)
+              for path, type in types.items()]
     for leaf in wanted:
         leaf.check(checkpoint)
     with _Files(checkpoint.files) as files:
@@ -108,19 +112,24 @@ class _Leaf:
                 raise CheckpointError(f"{where}: the checkpoint has no tensor {name}")
             if entry.shape != shape:
                 letters = " ".join(f"{n}={size}" for n, size in sizes.items())
-                raise CheckpointError(f'{where}: tensor {name} should be "{self.stored}" with {letters}, so {shape}; it is {entry.shape}')
+                raise CheckpointError(f'{where}: tensor {name} should be "{self.stored}" with {letters}, so '
+                                      f'{shape}; it is {entry.shape}')
             if entry.dtype not in PLAIN and entry.dtype not in QUANTISED:
-                raise CheckpointError(f"{where}: tensor {name} is stored as {entry.dtype}, which is not implemented; "
-                                      f"known are {', '.join((*PLAIN, *QUANTISED))}")
+                raise CheckpointError(
+                    f"{where}: tensor {name} is stored as {entry.dtype}, which is not implemented; "
+                    f"known are {', '.join((*PLAIN, *QUANTISED))}")
 
-    def load(self, checkpoint: Checkpoint, files: _Files, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    def load(self, checkpoint: Checkpoint, files: _Files, dtype: torch.dtype,
+             device: torch.device | str) -> Tensor:
         """The shard, read from `files`."""
         spans = self.spans
-        out = torch.empty(self.mesh.local_shape(self.type, self.sizes, self.coordinate), dtype=dtype, device=device)
+        out = torch.empty(self.mesh.local_shape(self.type, self.sizes, self.coordinate), dtype=dtype,
+                          device=device)
         named = out.view([spans[n].size for n in self.type.names])
         for position in self.positions():
             index = dict(zip(self.weight.stacked, position))
-            target = named[tuple(index[n] - spans[n].start if n in index else slice(None) for n in self.type.names)]
+            target = named[tuple(index[n] - spans[n].start if n in index else slice(None)
+                                 for n in self.type.names)]
             entry = checkpoint.tensors[self.weight.tensor_name(position)]
             for box in boxes(self.stored, spans, self.sizes):
                 _read(entry, box, len(self.stored.dims[-1].factors), self._target(target, box), files)
@@ -140,9 +149,13 @@ class _Leaf:
 
 
 def _read(entry: TensorEntry, box: Box, row_names: int, out: Tensor, files: _Files) -> None:
-    """Fill `out` with `box` of the stored tensor. Its last `row_names` names make up a row, which is of whole blocks."""
+    """Fill `out` with `box` of the stored tensor.
+
+    Its last `row_names` names make up a row, which is of whole blocks.
+    """
     size, first = prod(box.shape), box.first_in_run
-    in_row = range(len(box.names) - row_names, first) if entry.block > 1 else ()    # runs that begin anywhere in a block
+    # runs that begin anywhere in a block
+    in_row = range(len(box.names) - row_names, first) if entry.block > 1 else ()
     apart = next((i for i in in_row if box.spans[i].size > 1), None)
     if size == 0:
         return
@@ -166,12 +179,16 @@ def _values(entry: TensorEntry, box: Box, files: _Files) -> Tensor:
 
 
 def _copy(values: Tensor, out: Tensor) -> None:
-    """As out.copy_(values). A matrix that is only turned over goes through the one case that torch copies in tiles: twice as fast."""
+    """As out.copy_(values).
+
+    A matrix that is only turned over goes through the one case that torch copies in tiles: twice as fast.
+    """
     order = sorted(range(out.dim()), key=lambda i: -out.stride(i))
     first, shape = order[0], values.shape
     if first and order == [*range(first, out.dim()), *range(first)]:
         turned = values.reshape(prod(shape[:first]), -1).T.contiguous()
-        values = turned.view(*shape[first:], *shape[:first]).permute([order.index(i) for i in range(out.dim())])
+        values = turned.view(*shape[first:],
+                             *shape[:first]).permute([order.index(i) for i in range(out.dim())])
     out.copy_(values)
 
 
@@ -179,7 +196,8 @@ def _numbers(entry: TensorEntry, raw: Tensor) -> Tensor:
     """The numbers that rows of bytes stand for."""
     if entry.dtype in PLAIN:
         return raw.view(PLAIN[entry.dtype])
-    with np.errstate(over="ignore", invalid="ignore"):      # a file may hold inf or nan: they go through as they are
+    # a file may hold inf or nan: they go through as they are
+    with np.errstate(over="ignore", invalid="ignore"):
         return torch.from_numpy(dequantize(raw.numpy(), GGMLQuantizationType[entry.dtype]))
 
 

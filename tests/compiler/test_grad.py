@@ -55,23 +55,29 @@ LAYOUT = Layout(T="tp", F="tp", D="dp")
 
 @pytest.mark.parametrize("regather, gathers", [("all", 3), ("weights", 3), ("nothing", 1)])
 def test_a_parameter_that_is_gathered_before_a_scan_is_one_within_it(regather: str, gathers: int) -> None:
-    """Kept gathered, each layer would hold the whole of it. One gather brings its gradient home; the others are of the two weights."""
+    """Kept gathered, each layer would hold the whole of it.
+
+    One gather brings its gradient home; the others are of the two weights.
+    """
     program = lower(value_and_grad(loss, regather=regather), LAYOUT, mesh=MESH)
     (backward,) = (p for p in program.bodies() if p.name == "layer_vjp")
     made = Counter(s.op for s in backward.steps)
-    assert made[ALL_GATHER] == gathers and made[ALL_REDUCE] == 1            # what was paid is kept, whatever is gathered again
+    # what was paid is kept, whatever is gathered again
+    assert made[ALL_GATHER] == gathers and made[ALL_REDUCE] == 1
 
 
 @pytest.mark.parametrize("regather", ["all", "weights", "nothing"])
 def test_gradients_are_those_of_torch(regather: str) -> None:
     g = torch.Generator().manual_seed(0)
-    x, up, down = (torch.randn(*s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((5, 3), (2, 3, 7), (7, 3)))
+    x, up, down = (torch.randn(*s, generator=g, dtype=torch.float64, requires_grad=True)
+                   for s in ((5, 3), (2, 3, 7), (7, 3)))
     y = x
     for w in up:
         y = y + torch.nn.functional.silu(y @ w) @ down
     (want := (y * y).sum()).backward()
     net = Net(layers=Layer(up=up.detach()), down=down.detach())
-    value, dx, dw = simulate(value_and_grad(loss, ("x", "w"), regather=regather), LAYOUT, x.detach(), net, mesh=MESH)
+    value, dx, dw = simulate(value_and_grad(loss, ("x", "w"), regather=regather), LAYOUT, x.detach(), net,
+                             mesh=MESH)
     for got, meant in ((value, want.detach()), (dx, x.grad), (dw.layers.up, up.grad), (dw.down, down.grad)):
         assert torch.allclose(got, meant, rtol=1e-12, atol=1e-12)
 
@@ -104,7 +110,8 @@ def test_a_table_that_an_op_takes_as_a_constant_has_no_gradient():
     with pytest.raises(SpecError) as error:
         simulate(value_and_grad(turned, "table"), Layout(), x, table, mesh=Mesh())
     line = turned.fn.__code__.co_firstlineno + 2
-    assert str(error.value) == f"value_and_grad: rope has no derivative by table; stop_gradient makes it a constant          test_grad.py:{line}"
+    assert str(error.value) == ("value_and_grad: rope has no derivative by table; stop_gradient makes it a "
+                                f"constant          test_grad.py:{line}")
     assert not simulate(value_and_grad(of_a_constant, "table"), Layout(), x, table, mesh=Mesh())[1].any()
 
 

@@ -16,12 +16,13 @@ from shardlib.spec import parse
 
 
 def config_of(kv: int, g: int, h: int, f: int, tied: bool) -> LlamaConfig:
-    return LlamaConfig(vocab_size=37, d_model=12, num_layers=3, num_kv_heads=kv, queries_per_kv=g, head_dim=h, d_ff=f, norm_eps=1e-5,
-                       rope_theta=1e4, rope_scaling=None, tied=tied, max_context=64)
+    return LlamaConfig(vocab_size=37, d_model=12, num_layers=3, num_kv_heads=kv, queries_per_kv=g, head_dim=h,
+                       d_ff=f, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=tied, max_context=64)
 
 
 @pytest.mark.parametrize("t", [1, 5])
-@pytest.mark.parametrize("config", [config_of(3, 2, 4, 11, True), config_of(1, 1, 2, 1, False), config_of(2, 3, 6, 8, True)])
+@pytest.mark.parametrize(
+    "config", [config_of(3, 2, 4, 11, True), config_of(1, 1, 2, 1, False), config_of(2, 3, 6, 8, True)])
 def test_packed_weights_give_the_same_logits_and_cache(config, t):
     w = init(llama_of(config), config.sizes, dtype=torch.float64)
     cache = init(Cache, dict(config.sizes, B=2, S=9), dtype=torch.float64, path="cache")
@@ -30,14 +31,18 @@ def test_packed_weights_give_the_same_logits_and_cache(config, t):
     plain, plain_cache = step(ids, w, cache, start, last)
     packed, packed_cache = step(ids, step.prepare("w", w), cache, start, last)
     assert not cache.layers.k.any() and not cache.layers.v.any()
-    for a, b in ((plain, packed), (plain_cache.layers.k, packed_cache.layers.k), (plain_cache.layers.v, packed_cache.layers.v)):
+    for a, b in ((plain, packed), (plain_cache.layers.k, packed_cache.layers.k),
+                 (plain_cache.layers.v, packed_cache.layers.v)):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)     # fp64: some thousand roundings of 1e-16
 
 
-@pytest.mark.parametrize("dtype, strides", [(torch.bfloat16, (1, 12)), (torch.float16, (1, 12)), (torch.float32, (11, 1)), (torch.float64, (11, 1))])
+@pytest.mark.parametrize("dtype, strides", [(torch.bfloat16, (1, 12)), (torch.float16, (1, 12)),
+                                            (torch.float32, (11, 1)), (torch.float64, (11, 1))])
 def test_packed_weights_lie_as_their_dtype_is_read_fastest(dtype, strides):
-    """Of one weight alone, 12 by 11, of three layers, and of two such side by side; the values are those of the weights."""
-    gate, up = (torch.randn(3, 12, 11, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
+    """Of one weight alone, 12 by 11, of three layers, and of two such side by side;
+    the values are those of the weights."""
+    gate, up = (torch.randn(3, 12, 11, generator=torch.Generator().manual_seed(seed)).to(dtype)
+                for seed in (0, 1))
     step = Step(EINSUM, (parse("B D"), parse("D F")), (parse("B F"),), ("x", "w"), ("y",))
     for names in (("w.gate",), ("w.gate", "w.up")):
         group = Packing("scan", (step,) * len(names), names, names)
@@ -63,8 +68,10 @@ def test_a_donated_cache_is_updated_in_place_and_another_is_left_alone():
     zero = torch.zeros(1, dtype=torch.int64)
     for donate in ((), ("cache",)):
         cache = init(Cache, dict(config.sizes, B=1, S=9), path="cache")
-        _, after = compile(next_logits, Layout(), sizes=config.sizes, donate=donate, config=config)(zero[None], w, cache, zero, zero)
-        assert (after.layers.k is cache.layers.k) == bool(donate) and bool(cache.layers.k.any()) == bool(donate)
+        _, after = compile(next_logits, Layout(), sizes=config.sizes, donate=donate,
+                           config=config)(zero[None], w, cache, zero, zero)
+        assert ((after.layers.k is cache.layers.k) == bool(donate)
+                and bool(cache.layers.k.any()) == bool(donate))
 
 
 def test_a_donated_cache_that_is_prepared_is_returned_as_it_came():
@@ -89,7 +96,8 @@ def test_prepared_arguments_of_equal_shapes_share_a_program():
     step = compile(next_logits, Layout(), sizes=config.sizes, donate=("cache",), config=config)
     for slots, dtype in ((9, torch.float32), (9, torch.float32), (11, torch.float32), (9, torch.float64)):
         cache = init(Cache, dict(config.sizes, B=1, S=slots), path="cache", dtype=dtype)
-        step(zero[None], step.prepare("w", init(llama_of(config), config.sizes, dtype=dtype)), step.prepare("cache", cache), zero, zero)
+        step(zero[None], step.prepare("w", init(llama_of(config), config.sizes, dtype=dtype)),
+             step.prepare("cache", cache), zero, zero)
     assert len(step.sources) == 3
 
 
@@ -227,11 +235,13 @@ TABLE = torch.randn(2, 3, 2, dtype=torch.float64, generator=torch.Generator().ma
 
 
 @pytest.mark.parametrize("f, cls, more", [(all_turned, TurnedStack, ()), (all_kept, TurnedStack, (TABLE,)),
-                                          (all_turned_apart, TurnedStack, (TABLE, TABLE * 2)), (across, Stack, ()), (twice, TurnedStack, ())])
+                                          (all_turned_apart, TurnedStack, (TABLE, TABLE * 2)),
+                                          (across, Stack, ()), (twice, TurnedStack, ())])
 def test_what_packing_must_keep_its_hands_off(f, cls, more):
     sizes = dict(L=2, D=4, K=3, H=2, F=4)
     w = init(cls, sizes, dtype=torch.float64)
-    x = torch.randn(*((2, 3, 4) if cls is TurnedStack else (3, 4)), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(*((2, 3, 4) if cls is TurnedStack else (3, 4)), dtype=torch.float64,
+                    generator=torch.Generator().manual_seed(0))
     run = compile(f, sizes=sizes)
     want, got = run(x, w, *more), run(x, run.prepare("w", w), *more)
     for a, b in zip(*((y if isinstance(y, tuple) else (y,)) for y in (got, want)), strict=True):

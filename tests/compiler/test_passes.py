@@ -1,4 +1,5 @@
-"""Passes: each rewrite does what it says on the case it is for, keeps its hands off others, and keeps results."""
+"""Passes: each rewrite does what it says on the case it is for, keeps its hands off others,
+and keeps results."""
 from __future__ import annotations
 
 import pytest
@@ -89,7 +90,8 @@ def layers(x, up, down):
 
 @sharded("T/tp D +x -> T D", layout=EXPLICIT)
 def used_twice(x):
-    """A chain of moves may be planned anew as far as nothing else uses what lies inside: each reduction, and the gathers."""
+    """A chain of moves may be planned anew as far as nothing else uses what lies inside:
+    each reduction, and the gathers."""
     paid = all_reduce("T/tp D +x -> T/tp D", x)
     back = shard("T D -> T/tp D", all_gather("T/tp D -> T D", paid))
     return all_gather("T/tp D -> T D", back) * all_gather("T/tp D -> T D", silu(paid))
@@ -129,7 +131,8 @@ def collectives(program) -> list[str]:
 
 @pytest.mark.parametrize("f, layout, before, after", [
     (parallel, Layout(F="tp"), ["all_reduce"] * 2, ["all_reduce"]),
-    (parallel, Layout(F="tp", T="tp"), ["all_gather"] + ["reduce_scatter"] * 2, ["all_gather", "reduce_scatter"]),
+    (parallel, Layout(F="tp", T="tp"), ["all_gather"] + ["reduce_scatter"] * 2,
+     ["all_gather", "reduce_scatter"]),
     (shared, Layout(F="tp"), ["all_reduce"] * 2, ["all_reduce"] * 2),
     (round_trip, None, ["all_gather", "all_reduce"], []),
     (twice, None, ["all_reduce"] * 2, ["all_reduce"]),
@@ -166,16 +169,19 @@ def meant(f, *args):
     if f is stacked_alone:
         x, ys = args
         return torch.cat([x[None], ys[:-1]])
-    others = {over_two_axes: lambda a, b: a + b, used_twice: lambda x: x * torch.nn.functional.silu(x), dead: lambda x: x * 2}
+    others = {over_two_axes: lambda a, b: a + b, used_twice: lambda x: x * torch.nn.functional.silu(x),
+              dead: lambda x: x * 2}
     return others.get(f, lambda x: x)(*args)
 
 
 WEIGHTS = ((3, 4), (4, 5), (5, 4), (5, 4))
 
 
-@pytest.mark.parametrize("f, shapes", [(parallel, WEIGHTS), (shared, WEIGHTS), (linear_or_not, ((3, 5), (3, 5))), (layers, ((3, 4), (2, 4, 5), (5, 4))),
-                                       (over_two_axes, ((3,), (3,))), (stacked_alone, ((3, 4), (2, 3, 4))),
-                                       *((f, ((3, 4),)) for f in (used_twice, twice, round_trip, dead, fewer_bytes, fewer_collectives, cheapest))])
+@pytest.mark.parametrize(
+    "f, shapes", [(parallel, WEIGHTS), (shared, WEIGHTS), (linear_or_not, ((3, 5), (3, 5))),
+                  (layers, ((3, 4), (2, 4, 5), (5, 4))), (over_two_axes, ((3,), (3,))),
+                  (stacked_alone, ((3, 4), (2, 3, 4))), *((f, ((3, 4),)) for f in (
+                      used_twice, twice, round_trip, dead, fewer_bytes, fewer_collectives, cheapest))])
 @pytest.mark.parametrize("layout", [Layout(F="tp"), Layout(F="tp", T="tp"), Layout(F=("tp", "x"), T="x")])
 def test_results_stay(f, shapes, layout):
     """On every mesh what plain torch makes of whole tensors."""

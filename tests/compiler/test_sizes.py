@@ -44,14 +44,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def said(run: Callable, *args, **kwargs) -> str:
-    """The first line of the error, without the line that it ends with; "at the rename" where it names a line that has one."""
+    """The first line of the error, without the line that it ends with;
+    "at the rename" where it names a line that has one."""
     with pytest.raises(SpecError) as error:
         run(*args, **kwargs)
     first = str(error.value).split("\n")[0].split("          ")[0]
-    return re.sub(r"at test_sizes.py:(\d+)", lambda m: f"at {'the rename' if 'rename(' in linecache.getline(__file__, int(m[1])) else m[1]}", first)
+    return re.sub(r"at test_sizes.py:(\d+)", lambda m: "at "
+                  f"{'the rename' if 'rename(' in linecache.getline(__file__, int(m[1])) else m[1]}", first)
 
 
-# -- the issue's own --------------------------------------------------------------------------------------------------
+# -- the issue's own -----------------------------------------------------------------------------------------
 
 @sharded("B Y X D -> B D")
 def pool(x):
@@ -63,14 +65,16 @@ def beside(x, other):
     return mean("B S D -> B D", rename("B T D -> B S D", x)) + 0 * sum("B S D -> B D", other)
 
 
-@pytest.mark.parametrize("layout", (Layout(), Layout(N="tp"), Layout(Y="tp"), Layout(X="tp", Y="tp"), Layout(D="tp")))
+@pytest.mark.parametrize("layout",
+                         (Layout(), Layout(N="tp"), Layout(Y="tp"), Layout(X="tp", Y="tp"), Layout(D="tp")))
 def test_a_group_is_renamed_to_the_product_of_its_factors(layout):
     x = torch.rand(2, 3, 4, 5, dtype=torch.float64)
     assert torch.allclose(simulate(pool, layout, x, mesh=Mesh(tp=2)), x.mean((1, 2)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("run", (
-    lambda x, y: simulate(beside, Layout(), x, y, mesh=Mesh(tp=2)), lambda x, y: compile(beside)(x, y), lambda x, y: step(beside)(x, y)))
+    lambda x, y: simulate(beside, Layout(), x, y, mesh=Mesh(tp=2)), lambda x, y: compile(beside)(x, y),
+    lambda x, y: step(beside)(x, y)))
 def test_a_rename_that_contradicts_an_argument(run):
     x, other = torch.rand(2, 5, 3), torch.rand(2, 8, 3)
     assert said(run, x, other) == (
@@ -78,7 +82,7 @@ def test_a_rename_that_contradicts_an_argument(run):
     assert run(x, torch.rand(2, 5, 3)).shape == (2, 3)
 
 
-# -- every pair of binders --------------------------------------------------------------------------------------------
+# -- every pair of binders -----------------------------------------------------------------------------------
 
 class Cells(Params):
     u: Tensor = param("N D")
@@ -132,7 +136,8 @@ def test_a_rename_in_the_body_of_a_scan_binds_the_program():
         assert torch.allclose(simulate(net, layout, x, w, mesh=Mesh(tp=2)), want, rtol=1e-6)
     wrong = Stack(layers=Cells(u=torch.rand(2, 11, 5)))
     assert said(net, x, wrong) == (
-        'net: N is 11 by w.layers.u, and 12 by rename "B (Y X) D -> B N D" at the rename, since Y is 3 by x and X is 4 by x')
+        'net: N is 11 by w.layers.u, and 12 by rename "B (Y X) D -> B N D" at the rename, since Y is 3 by x '
+        'and X is 4 by x')
 
 
 def test_a_rename_in_a_branch_binds_the_program():
@@ -155,7 +160,8 @@ def test_a_group_whose_factors_nobody_says():
     @sharded("B (K G) -> B")
     def total(x):
         return sum("B (K G) -> B", x)
-    assert said(total, torch.rand(2, 12)) == "total: x holds (K G) as one dim; say the size of K: sizes=dict(K=...)"
+    assert said(total, torch.rand(2, 12)) == (
+        "total: x holds (K G) as one dim; say the size of K: sizes=dict(K=...)")
     assert compile(total, sizes=dict(K=3))(torch.ones(2, 12)).tolist() == [12, 12]
 
 
@@ -163,7 +169,8 @@ def test_a_constant_dim():
     x = torch.rand(2, 4)
     for layout in (Layout(), Layout(K="tp")):
         assert torch.allclose(simulate(constant, layout, x, x, mesh=Mesh(tp=3)), 2 * x)
-    assert said(constant, x, torch.rand(2, 5)) == 'constant: K is 5 by y, and 4 by rename "B 4 -> B K" at the rename'
+    assert said(constant, x, torch.rand(2, 5)) == (
+        'constant: K is 5 by y, and 4 by rename "B 4 -> B K" at the rename')
     assert said(constant, torch.rand(2, 5), x) == "constant: x has 5 rows where its spec B 4 says 4"
 
 
@@ -174,13 +181,14 @@ def test_sizes_that_a_program_is_asked_about():
         return rename("B T D -> B S D", x)
     mesh = Mesh(tp=2)
     program = lower(named, Layout(S="tp"), mesh=mesh)
-    assert explain(program, mesh, dict(B=2, T=5, D=3)).bytes == explain(program, mesh, dict(B=2, T=5, D=3, S=5)).bytes > 0
+    assert (explain(program, mesh, dict(B=2, T=5, D=3)).bytes
+            == explain(program, mesh, dict(B=2, T=5, D=3, S=5)).bytes > 0)
     for ask in (explain, prove):
         assert said(ask, program, mesh, dict(B=2, T=5, D=3, S=6)) == (
             'named: S is 6 by sizes, and 5 by rename "B T D -> B S D" at the rename, since T is 5 by sizes')
 
 
-# -- the type of a renamed group --------------------------------------------------------------------------------------
+# -- the type of a renamed group -----------------------------------------------------------------------------
 
 def test_explicit_text_cannot_relabel_the_pieces_of_a_group():
     def program(text: str):
@@ -192,7 +200,7 @@ def test_explicit_text_cannot_relabel_the_pieces_of_a_group():
     assert str(lower(program("B (K/tp G) -> B (M/tp N)"), mesh=Mesh(tp=2)).results[0].tree) == "B (M/tp N)"
 
 
-# -- random chains ----------------------------------------------------------------------------------------------------
+# -- random chains -------------------------------------------------------------------------------------------
 
 Steps = list[tuple[str, str]]
 """Renames and rearranges: the op, and its text."""
@@ -248,7 +256,10 @@ class Chain:
         return [draw(ops)(draw, fresh) for _ in range(draw(st.integers(0, most)))]
 
     def loop(self, draw, fresh) -> None:
-        """A scan of layers, or of none. Its body has names of its own, and ends with those that it was given."""
+        """A scan of layers, or of none.
+
+        Its body has names of its own, and ends with those that it was given.
+        """
         dims, self.carry = self.dims, self.spec(self.dims)
         self.inner = self.steps(draw, fresh, 3)
         self.layer, self.dims = self.spec(self.dims), dims
@@ -325,7 +336,8 @@ MESHES = st.sampled_from((Mesh(x=2, y=3), Mesh(x=2, y=2), Mesh(x=3, y=1), Mesh(x
 
 @given(st.data())
 def test_chains_of_renames_rearranges_and_scans(data):
-    """Value and gradients are those of plain torch, under random layouts; arguments that contradict are refused."""
+    """Value and gradients are those of plain torch, under random layouts;
+    arguments that contradict are refused."""
     chain, mesh = data.draw(chains()), data.draw(MESHES)
     layout, program, (x, w, y) = data.draw(layouts(chain.sizes)), chain.program(), chain.arguments()
     want = chain.dense(x.requires_grad_(), w.requires_grad_(), y)
@@ -342,7 +354,10 @@ def test_chains_of_renames_rearranges_and_scans(data):
 
 @given(st.data())
 def test_sizes_follow_on_every_rank_from_what_its_pieces_leave_open(data):
-    """Whatever is said at first: what an error asks for is not known, and all of it is enough. A wrong size is refused."""
+    """Whatever is said at first: what an error asks for is not known, and all of it is enough.
+
+    A wrong size is refused.
+    """
     chain, mesh = data.draw(chains()), data.draw(MESHES)
     program = lower(chain.program(), data.draw(layouts(chain.sizes)), mesh=mesh)
     assert parse_program(str(program)) == program
@@ -355,7 +370,8 @@ def test_sizes_follow_on_every_rank_from_what_its_pieces_leave_open(data):
             assert bind_sizes(program, shapes, known, mesh, coordinate) == chain.sizes
             break
         except SpecError as error:
-            asked = re.search(r"; say (?:its global size|the size of \w+): sizes=dict\((\w+)=\.\.\.\)", str(error))[1]
+            asked = re.search(r"; say (?:its global size|the size of \w+): sizes=dict\((\w+)=\.\.\.\)",
+                              str(error))[1]
             assert asked not in known
             known[asked] = chain.sizes[asked]
     assert bind_sizes(program, whole, {}, mesh, None) == chain.sizes
@@ -365,9 +381,10 @@ def test_sizes_follow_on_every_rank_from_what_its_pieces_leave_open(data):
         assert f"{name} is {wrong}" in said(bind_sizes, program, whole, {**known, name: wrong}, mesh, None)
 
 
-# -- ops over a group -------------------------------------------------------------------------------------------------
+# -- ops over a group ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("layout", (Layout(), Layout(Y="tp"), Layout(X="tp"), Layout(Y="tp", B="tp"), Layout(B="tp")))
+@pytest.mark.parametrize("layout",
+                         (Layout(), Layout(Y="tp"), Layout(X="tp"), Layout(Y="tp", B="tp"), Layout(B="tp")))
 def test_argmax_and_take_over_a_group(layout):
     @sharded("B Y X, B -> B, B")
     def best(x, at):

@@ -20,7 +20,8 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture
 def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Names in /dev/shm are this process's and its children's own during the test, and none is there at its end."""
+    """Names in /dev/shm are this process's and its children's own during the test,
+    and none is there at its end."""
     monkeypatch.setattr(segment, "PREFIX", f"shardlib-test-{os.getpid()}-")
     yield
     assert ours() == []

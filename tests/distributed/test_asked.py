@@ -1,4 +1,5 @@
-"""What a program's collectives ask of communicators: the generated code, through a GroupCoordinator, asks the same on every rank; explain says it.
+"""What a program's collectives ask of communicators: the generated code, through a GroupCoordinator, asks the
+same on every rank; explain says it.
 
 Communicators are chosen by it, so ranks that ask otherwise would wait for each other.
 """
@@ -40,8 +41,10 @@ TWO = types(parse("T D"), ("x", "y"), ("+", "max"))
 def asked(step: Step, sizes: dict[str, int], rank: int) -> Call:
     """What the code of `rank` asks for the step."""
     emitter, noted = Emitter(MESH, rank, sizes), Asked()
-    source = emitter.program(Program("f", (("v", step.ins[0]),), (step,), (Result(step.outs[0], ("w",)),), True))
-    groups = {name: GroupCoordinator("/".join(axes), MESH.group(axes, rank), rank, 0, torch.device("cpu"), (noted,), Alone())
+    source = emitter.program(
+        Program("f", (("v", step.ins[0]),), (step,), (Result(step.outs[0], ("w",)),), True))
+    groups = {name: GroupCoordinator("/".join(axes), MESH.group(axes, rank), rank, 0, torch.device("cpu"),
+                                     (noted,), Alone())
               for axes, name in emitter.groups.items()}
     x = torch.zeros(MESH.local_shape(step.ins[0], sizes, MESH.coordinate(rank)), dtype=torch.bfloat16)
     with pytest.raises(SpecError, match=": noted$"):
@@ -53,7 +56,8 @@ def asked(step: Step, sizes: dict[str, int], rank: int) -> Call:
 def expected(step: Step, sizes: dict[str, int], rank: int) -> Call:
     """The same, worked out from what each member of the group holds and gets."""
     members = [MESH.coordinate(r) for r in MESH.group(axes_of(step, MESH), rank)]
-    held, got = ([prod(MESH.local_shape(spec, sizes, c)) for c in members] for spec in (step.ins[0], step.outs[0]))
+    held, got = ([prod(MESH.local_shape(spec, sizes, c)) for c in members]
+                 for spec in (step.ins[0], step.outs[0]))
     kind = next((o.kind for o in step.ins[0].owed if o not in step.outs[0].owed), None)
     op = {"+": "sum", "max": "max"}.get(kind)
     if step.op in (ALL_TO_ALL, PERMUTE):
@@ -73,9 +77,11 @@ def test_all_ranks_ask_the_same_and_explain_says_it(op: Op) -> None:
         for group in {MESH.group(axes_of(step, MESH), rank) for rank in range(MESH.world_size)}:
             calls = [asked(step, sizes, rank) for rank in group]
             assert calls == calls[:1] * len(calls), f"{step.text} of {sizes}: {calls}"
-            if not (op in (ALL_TO_ALL, PERMUTE) and calls[0].even):                 # what is even, the test of exchanges holds
+            # what is even, the test of exchanges holds
+            if not (op in (ALL_TO_ALL, PERMUTE) and calls[0].even):
                 assert calls[0] == expected(step, sizes, group[0]), f"{step.text} of {sizes}"
             if 0 in group:
-                assert calls[0] == _call(placed(step, MESH, sizes, MESH.coordinate(0)), "bfloat16"), f"{step.text} of {sizes}"
+                assert calls[0] == _call(placed(step, MESH, sizes, MESH.coordinate(0)),
+                                         "bfloat16"), f"{step.text} of {sizes}"
             seen.add(calls[0].even)
     assert seen == {ALL_REDUCE: {True}, PERMUTE: {False}}.get(op, {True, False})

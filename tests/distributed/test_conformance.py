@@ -1,4 +1,5 @@
-"""Every communicator on the CPU does what `conformance` says, on groups of 1 to 4, in both orders of a product."""
+"""Every communicator on the CPU does what `conformance` says, on groups of 1 to 4,
+in both orders of a product."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ GLOO, SHARED = "torch.distributed (gloo)", "shared memory"
 
 @dataclass(frozen=True)
 class Setting:
-    """A mesh, the products of axes whose groups are tried on it, and the communicator that takes all calls."""
+    """A mesh, the products of axes whose groups are tried on it,
+    and the communicator that takes all calls."""
     mesh: str
     products: tuple[tuple[str, ...], ...]
     communicator: str
@@ -33,8 +35,10 @@ class Setting:
         return tuple(c for c in COLLECTIVES if c in TAKES) if self.communicator == SHARED else COLLECTIVES
 
 
-MESHES = (("tp=2", (("tp",),)), ("tp=3", (("tp",),)), ("dp=2,tp=2", (("tp",), ("dp",), ("dp", "tp"), ("tp", "dp"))))
-SETTINGS = (Setting("tp=1", (("tp",),), "alone"), *(Setting(*mesh, c) for mesh in MESHES for c in (GLOO, SHARED)))
+MESHES = (("tp=2", (("tp",),)), ("tp=3", (("tp",),)),
+          ("dp=2,tp=2", (("tp",), ("dp",), ("dp", "tp"), ("tp", "dp"))))
+SETTINGS = (Setting("tp=1", (("tp",),), "alone"),
+            *(Setting(*mesh, c) for mesh in MESHES for c in (GLOO, SHARED)))
 
 
 @pytest.fixture(scope="module", params=SETTINGS, ids=lambda s: f"{s.mesh} {s.communicator}")
@@ -51,7 +55,8 @@ def world(setting: Setting, pool: Pool) -> World:
 
 def test_fixed_cases(world: World, setting: Setting) -> None:
     for axes in setting.products:
-        cases = [case for case in fixed_cases(axes, setting.size(axes)) if case.collective in setting.collectives]
+        cases = [case for case in fixed_cases(axes, setting.size(axes))
+                 if case.collective in setting.collectives]
         assert world.check(*cases, communicator=setting.communicator) == []
 
 
@@ -69,22 +74,25 @@ def cases(draw: st.DrawFn, setting: Setting) -> Case:
     axes = draw(st.sampled_from(setting.products))
     n = setting.size(axes)
     collective = draw(st.sampled_from(setting.collectives))
-    shape = draw(st.lists(SIZES, min_size=collective not in ("all_reduce", "broadcast", "send"), max_size=4).map(tuple))
+    shape = draw(st.lists(SIZES, min_size=collective not in ("all_reduce", "broadcast", "send"),
+                          max_size=4).map(tuple))
     members = st.lists(SIZES, min_size=n, max_size=n).map(tuple)
     return Case(collective, axes, draw(st.sampled_from(DTYPES)), shape,
                 dim=draw(st.integers(-len(shape), len(shape) - 1)) if shape else 0,
-                sizes=draw(members), rows=tuple(draw(members) for _ in range(n)), op=draw(st.sampled_from(("sum", "max"))),
-                layout=draw(st.sampled_from(LAYOUTS)), special=draw(st.booleans()),
-                root=draw(st.integers(0, n - 1)), seed=draw(st.integers(0, 1000)))
+                sizes=draw(members), rows=tuple(draw(members) for _ in range(n)),
+                op=draw(st.sampled_from(("sum", "max"))), layout=draw(st.sampled_from(LAYOUTS)),
+                special=draw(st.booleans()), root=draw(st.integers(0, n - 1)),
+                seed=draw(st.integers(0, 1000)))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_drawn_cases(world: World, setting: Setting, data: st.DataObject) -> None:
     assert world.check(data.draw(cases(setting)), communicator=setting.communicator) == []
 
 
-# -- the kit itself: it must see what is wrong -------------------------------------------------------------------------
+# -- the kit itself: it must see what is wrong ---------------------------------------------------------------
 
 class Wrong:
     """A group of one whose results are spoiled."""
@@ -100,8 +108,8 @@ class Wrong:
         if self.spoil == "argument":
             x.add_(1)
         good = self.group.all_reduce(x, op)
-        return {"alias": x, "value": good + 1, "dtype": good.double(), "shape": good[:1], "stride": good.t().contiguous().t(),
-                "argument": self.group.all_reduce(x, op)}[self.spoil]
+        return {"alias": x, "value": good + 1, "dtype": good.double(), "shape": good[:1],
+                "stride": good.t().contiguous().t(), "argument": self.group.all_reduce(x, op)}[self.spoil]
 
 
 @pytest.mark.parametrize("spoil", ("alias", "value", "dtype", "shape", "stride", "argument"))
@@ -123,7 +131,8 @@ FAKE = "is a FakeTensor; only plain tensors can be sent"
 
 def test_nothing_flows_through_a_collective_and_no_transform_stays_in_it(pool: Pool) -> None:
     assert pool.connect("tp=2", [], 2).run("transformed", ["tp"]) == [
-        [*(f"{name} over tp: the tensor {BATCHED}" for name in ("all_reduce", "all_gather", "all_to_all")), f"broadcast_tensors over tp: 'x' {BATCHED}",
+        [*(f"{name} over tp: the tensor {BATCHED}" for name in ("all_reduce", "all_gather", "all_to_all")),
+         f"broadcast_tensors over tp: 'x' {BATCHED}",
          "all_reduce over tp: make_fx cannot trace a collective"]] * 2
 
 
@@ -132,7 +141,9 @@ def test_compiled_code_calls_collectives_as_they_stand(pool: Pool) -> None:
 
 
 def test_fake_tensors_are_refused_and_leave_nothing_behind(pool: Pool) -> None:
-    told = [*(f"{name} over tp: the tensor {FAKE}" for name in ("all_reduce", "all_gather", "broadcast", "all_to_all")), f"broadcast_tensors over tp: 'x' {FAKE}"]
+    told = [*(f"{name} over tp: the tensor {FAKE}"
+              for name in ("all_reduce", "all_gather", "broadcast", "all_to_all")),
+            f"broadcast_tensors over tp: 'x' {FAKE}"]
     assert pool.connect("tp=2", [], 2).run("faked", ["tp"]) == [told * 2] * 2
 
 
@@ -144,13 +155,15 @@ def test_dtypes_that_torch_does_not_copy_are_moved(mesh: str, size: int, pool: P
 
 @pytest.mark.parametrize("made", ["inference", "no grad", "autocast", "meta", "plain"])
 def test_calls_in_any_surroundings(made: str, pool: Pool) -> None:
-    """Nothing that a group keeps from one call to the next is of the mode, or of the default dtype and device, that it was made in."""
+    """Nothing that a group keeps from one call to the next is of the mode,
+    or of the default dtype and device, that it was made in."""
     assert pool.connect("tp=2", [], 2).run("surroundings", ["tp"], made) == [[]] * 2
 
 
 def test_cases_differ_between_members_and_groups() -> None:
     case = Case("all_reduce", ("tp",), "float32", (3,))
-    drawn = {tuple(draw(case.shape, replace(case, seed=seed), key).tolist()) for seed in range(3) for key in range(3)}
+    drawn = {tuple(draw(case.shape, replace(case, seed=seed), key).tolist()) for seed in range(3)
+             for key in range(3)}
     assert len(drawn) == 9
 
 

@@ -1,6 +1,8 @@
-"""The fault matrix: whatever one rank does wrong, all workers end in time, with a report that names it; and nothing is left of them.
+"""The fault matrix: whatever one rank does wrong, all workers end in time, with a report that names it;
+and nothing is left of them.
 
-Real processes under torchrun's agent, over gloo and over shared memory: see `fault_cases` for what each rank does.
+Real processes under torchrun's agent, over gloo and over shared memory: see `fault_cases` for what each rank
+does.
 """
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def launcher() -> Iterator[Launcher]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | BaseException]:
+def outcomes(launcher: Launcher,
+             tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome | BaseException]:
     """All cases, some at once, since most of them only wait."""
     folder, before = tmp_path_factory.mktemp("faults"), shared()
 
@@ -77,39 +80,53 @@ LABEL = "cross_entropy: labels holds 7, outside of 0 to 4 (N=5)          fault_c
 def ended(rank: int) -> str:
     """What a rank says that another one's bad label has ended."""
     return report(rank, f"ends: rank 1 has raised SpecError: {LABEL}",
-                  f"  it is in collective 4 of {TP}: all_gather of 6 float32, at step 1 of losses, fault_cases.py:N: M/tp -> M")
+                  f"  it is in collective 4 of {TP}: all_gather of 6 float32, at step 1 of losses, "
+                  "fault_cases.py:N: M/tp -> M")
 
 
 EXPECTED = {
     "late": ("", "", ""),
-    "missing": (report(0, WAITS + TURN, f"  rank 1 {IDLE}"), report(1, f"ends: it {IDLE}", f"  rank 0 {IN_TURN}", f"  rank 2 {IN_TURN}"),
+    "missing": (report(0, WAITS + TURN, f"  rank 1 {IDLE}"),
+                report(1, f"ends: it {IDLE}", f"  rank 0 {IN_TURN}", f"  rank 2 {IN_TURN}"),
                 report(2, WAITS + TURN, f"  rank 1 {IDLE}")),
     "stopped": stopped(TURN),
     "stopped_in_memory": stopped(COLLECT),
     "bad_label": (ended(0), f"raised SpecError: {LABEL}", ended(2)),
     "wrong_group": (
-        report(0, f"waits in collective 3 of group tp (ranks 0 1): {PAIR}", "  rank 1 is in collective 1 of group dp (ranks 1 3): all_to_all of float32"),
-        report(1, "waits in collective 1 of group dp (ranks 1 3): all_to_all of float32", "  rank 3 is in collective 1 of group dp (ranks 1 3): barrier"),
-        report(2, "waits in collective 1 of group dp (ranks 0 2): barrier", f"  rank 0 is in collective 3 of group tp (ranks 0 1): {PAIR}"),
-        report(3, "waits in collective 1 of group dp (ranks 1 3): barrier", "  rank 1 is in collective 1 of group dp (ranks 1 3): all_to_all of float32")),
+        report(0, f"waits in collective 3 of group tp (ranks 0 1): {PAIR}",
+               "  rank 1 is in collective 1 of group dp (ranks 1 3): all_to_all of float32"),
+        report(1, "waits in collective 1 of group dp (ranks 1 3): all_to_all of float32",
+               "  rank 3 is in collective 1 of group dp (ranks 1 3): barrier"),
+        report(2, "waits in collective 1 of group dp (ranks 0 2): barrier",
+               f"  rank 0 is in collective 3 of group tp (ranks 0 1): {PAIR}"),
+        report(3, "waits in collective 1 of group dp (ranks 1 3): barrier",
+               "  rank 1 is in collective 1 of group dp (ranks 1 3): all_to_all of float32")),
     "wrong_order": (
-        report(0, f"{WAITS}all_to_all of float32", f"  rank 1 is in collective 3 of {TP}: all_gather of 6 float32"),
-        report(1, f"{WAITS}all_gather of 6 float32", *(f"  rank {r} is in collective 3 of {TP}: all_to_all of float32" for r in (0, 2))),
-        report(2, f"{WAITS}all_to_all of float32", f"  rank 1 is in collective 3 of {TP}: all_gather of 6 float32")),
-    "checked_size": everywhere(raised("SpecError", DIFFER, "  ranks 0 2   all_reduce sum of float32 (4,)", "  rank 1      all_reduce sum of float32 (5,)")),
-    "checked_order": everywhere(raised("SpecError", DIFFER, "  ranks 0 2   all_to_all of float32, even: False",
-                                       "  rank 1      all_gather of float32 to (6,) along dim 0 by (2, 2, 2)")),
+        report(0, f"{WAITS}all_to_all of float32",
+               f"  rank 1 is in collective 3 of {TP}: all_gather of 6 float32"),
+        report(1, f"{WAITS}all_gather of 6 float32",
+               *(f"  rank {r} is in collective 3 of {TP}: all_to_all of float32" for r in (0, 2))),
+        report(2, f"{WAITS}all_to_all of float32",
+               f"  rank 1 is in collective 3 of {TP}: all_gather of 6 float32")),
+    "checked_size": everywhere(raised("SpecError", DIFFER, "  ranks 0 2   all_reduce sum of float32 (4,)",
+                                      "  rank 1      all_reduce sum of float32 (5,)")),
+    "checked_order": everywhere(
+        raised("SpecError", DIFFER, "  ranks 0 2   all_to_all of float32, even: False",
+               "  rank 1      all_gather of float32 to (6,) along dim 0 by (2, 2, 2)")),
     "checked_step": everywhere(raised(
-        "SpecError", DIFFER, "  ranks 0 2   all_reduce sum of float32 (4,), at step 1 of total, model.py:N: N +tp -> N",
+        "SpecError", DIFFER,
+        "  ranks 0 2   all_reduce sum of float32 (4,), at step 1 of total, model.py:N: N +tp -> N",
         "  rank 1      all_reduce sum of float32 (4,), at step 2 of total, model.py:N: N +tp -> N")),
-    "checked_pieces": everywhere(raised("SpecError", f"collective 3 of {TP}, all_to_all of float32, even: False: rank 1 sends 3 elements to rank 2, "
+    "checked_pieces": everywhere(raised("SpecError", f"collective 3 of {TP}, all_to_all of float32, even: "
+                                        "False: rank 1 sends 3 elements to rank 2, "
                                         "which expects 2")),
-    "other_plan": everywhere(raised("SpecError", "turn: the ranks have different plans, first in line 2", "  ranks 0 2   sizes M=6 N=6",
-                                    "  rank 1      sizes M=6 N=9", SAME)),
+    "other_plan": everywhere(raised("SpecError", "turn: the ranks have different plans, first in line 2",
+                                    "  ranks 0 2   sizes M=6 N=6", "  rank 1      sizes M=6 N=9", SAME)),
     "other_program": everywhere(raised("SpecError", "work: the ranks have different plans, first in line 4",
                                        '  ranks 0 2   @sharded("M N/tp -> M/tp N", layout=EXPLICIT)',
                                        '  rank 1      @sharded("M/tp N -> M N", layout=EXPLICIT)', SAME)),
-    "no_plan": (report(0, f"waits in {COMPARE}", f"  rank 1 {IN_TURN}"), report(1, WAITS + TURN, f"  rank 0 is in {COMPARE}", f"  rank 2 is in {COMPARE}"),
+    "no_plan": (report(0, f"waits in {COMPARE}", f"  rank 1 {IN_TURN}"),
+                report(1, WAITS + TURN, f"  rank 0 is in {COMPARE}", f"  rank 2 is in {COMPARE}"),
                 report(2, f"waits in {COMPARE}", f"  rank 1 {IN_TURN}")),
 }
 
@@ -128,7 +145,8 @@ def test_a_rank_that_raises(outcomes: dict[str, Outcome]) -> None:
         why = f"  rank 1 has raised ValueError: no such file; its last was collective 2 of {TP}: barrier"
         said = report(rank, failed, why)
         assert found.said[rank] in (said, f"{said}\n" + raised("RankError", failed, why),
-                                    said.replace(failed, f"was ended by its launcher (SIGTERM) in collective 3 of {TP}: {TURN}"))
+                                    said.replace(failed, "was ended by its launcher (SIGTERM) in collective "
+                                                 f"3 of {TP}: {TURN}"))
 
 
 @pytest.mark.parametrize("case, call", [("killed", TURN), ("killed_in_memory", COLLECT)])
@@ -137,25 +155,32 @@ def test_a_rank_that_is_killed(outcomes: dict[str, Outcome], case: str, call: st
     found = outcomes[case]
     assert found.well == () and found.said[1:] == ("", "")
     head, *lines = found.said[0].splitlines()
-    assert head.removeprefix("shardlib [rank 0] ") in (f"was ended by its launcher (SIGTERM) in collective 3 of {TP}: {call}",
-                                                       f"failed in collective 3 of {TP}: {call}: PEER LOST",
-                                                       f"failed in collective 3 of {TP}: {call}: all_gather over tp: rank 1 has died or left")
+    assert head.removeprefix("shardlib [rank 0] ") in (
+        f"was ended by its launcher (SIGTERM) in collective 3 of {TP}: {call}",
+        f"failed in collective 3 of {TP}: {call}: PEER LOST",
+        f"failed in collective 3 of {TP}: {call}: all_gather over tp: rank 1 has died or left")
     said = report(0, f"  rank 1 {SILENT} in collective 3 of {TP}: {call}", f"  rank 2 {IDLE}").splitlines()
     assert lines[:2] == said
 
 
 def test_wrong_sizes(outcomes: dict[str, Outcome]) -> None:
-    """gloo ends the process that gets too much; the others name it. What gets too little sees nothing: that takes check=True."""
+    """gloo ends the process that gets too much; the others name it.
+
+    What gets too little sees nothing: that takes check=True.
+    """
     found = outcomes["wrong_size"]
     assert found.well == () and found.said[1] == ""
     for rank in (0, 2):
         head, line, *_ = found.said[rank].splitlines()
-        assert re.fullmatch(rf"shardlib \[rank {rank}\] (failed|was ended by its launcher \(SIGTERM\)) in collective [34] of group tp .*", head)
-        assert re.fullmatch(rf"shardlib \[rank {rank}\]   rank 1 is silent: .* it was in (no collective; its last was )?collective [23] of group tp .*", line)
+        assert re.fullmatch(rf"shardlib \[rank {rank}\] (failed|was ended by its launcher \(SIGTERM\)) in "
+                            rf"collective [34] of group tp .*", head)
+        assert re.fullmatch(rf"shardlib \[rank {rank}\]   rank 1 is silent: .* it was in (no collective; its "
+                            rf"last was )?collective [23] of group tp .*", line)
 
 
 def test_the_harness_sees_a_job_that_hangs(launcher: Launcher, tmp_path: Path) -> None:
-    """The negative control: with the watchdog asleep nothing ends the missing case, and the harness says so."""
+    """The negative control: with the watchdog asleep nothing ends the missing case,
+    and the harness says so."""
     with pytest.raises(AssertionError) as seen:
         launcher.start("no_watchdog", tmp_path / "case").outcome(deadline_s=2.0)
     assert str(seen.value) == "no_watchdog: waited 2 s for its workers to end; ranks 0 1 are there"

@@ -1,4 +1,5 @@
-"""Flat buffers: packed pieces are what torch.cat makes of them, and no copy where they lie in turn already."""
+"""Flat buffers: packed pieces are what torch.cat makes of them,
+and no copy where they lie in turn already."""
 from __future__ import annotations
 
 import pytest
@@ -25,7 +26,8 @@ def test_packed_pieces_follow_each_other(sizes: list[int], order: object, dim: i
 
 def test_pieces_in_turn_are_not_copied() -> None:
     x = torch.arange(12.)
-    assert pack(x.split([4, 3, 5])).data_ptr() == x.data_ptr() and pack([x[2:6]]).data_ptr() == x[2:].data_ptr()
+    assert (pack(x.split([4, 3, 5])).data_ptr() == x.data_ptr()
+            and pack([x[2:6]]).data_ptr() == x[2:].data_ptr())
     assert pack([x[:4], x[5:]]).data_ptr() != x.data_ptr()              # a gap
     assert pack([x[:4].clone(), x[4:]]).data_ptr() != x.data_ptr()      # two storages
     assert torch.equal(pack([x[:4], x[:4]]), torch.cat([x[:4], x[:4]]))
@@ -33,12 +35,14 @@ def test_pieces_in_turn_are_not_copied() -> None:
 
 def test_storages_that_happen_to_lie_in_turn_are_two() -> None:
     memory = bytearray(32)
-    a, b = torch.frombuffer(memory, dtype=torch.float32, count=4).fill_(1.0), torch.frombuffer(memory, dtype=torch.float32, count=4, offset=16).fill_(2.0)
+    a, b = (torch.frombuffer(memory, dtype=torch.float32, count=4).fill_(1.0),
+            torch.frombuffer(memory, dtype=torch.float32, count=4, offset=16).fill_(2.0))
     assert b.data_ptr() == a.data_ptr() + 16 and a.untyped_storage().nbytes() == 16
     assert pack([a, b]).tolist() == [1.0] * 4 + [2.0] * 4
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.lists(st.integers(0, 3), min_size=1, max_size=3), st.data())
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4),
+       st.lists(st.integers(0, 3), min_size=1, max_size=3), st.data())
 def test_split_and_join_are_inverse(sizes: list[int], shape: list[int], data: st.DataObject) -> None:
     dim = data.draw(st.integers(-len(shape), len(shape) - 1))
     shape[dim] = sum(sizes)
@@ -66,6 +70,8 @@ def test_dtypes_that_torch_does_not_copy_lie_as_their_bytes_do() -> None:
     x = torch.arange(12, dtype=torch.uint8).view(3, 4)
     for dtype in (torch.uint1, torch.int7, torch.float4_e2m1fn_x2):
         y = x.view(dtype)
-        for way in (lambda t: plain(t.t()), copy, lambda t: pack([t[:, 1:], t[:, :1]]), lambda t: Cut.of((3, 4), 1, (1, 3)).split(t),
-                    lambda t: Cut.of((3, 4), 1, (2, 2)).split(t), lambda t: Cut.of((3, 4), 1, (1, 3)).join(t.flatten())):
+        for way in (lambda t: plain(t.t()), copy, lambda t: pack([t[:, 1:], t[:, :1]]),
+                    lambda t: Cut.of((3, 4), 1, (1, 3)).split(t),
+                    lambda t: Cut.of((3, 4), 1, (2, 2)).split(t),
+                    lambda t: Cut.of((3, 4), 1, (1, 3)).join(t.flatten())):
             assert way(y).dtype == dtype and torch.equal(way(y).view(torch.uint8), way(x))

@@ -1,4 +1,5 @@
-"""Where CUDA graphs are captured: the example of `graph_capture` runs, on a stand-in for CUDA that writes down what it is told."""
+"""Where CUDA graphs are captured: the example of `graph_capture` runs,
+on a stand-in for CUDA that writes down what it is told."""
 from __future__ import annotations
 
 import inspect
@@ -22,10 +23,11 @@ def test_the_example_warms_up_and_captures_on_one_stream(cuda: Cuda) -> None:
     text = inspect.getdoc(GroupCoordinator.graph_capture)
     begin = text.index("    with tp.graph_capture()")
     example = textwrap.dedent(text[begin:text.index("\n\n", begin)])
-    exec(example, {"tp": group("tp"), "step": lambda x: cuda.log.append(f"step on {cuda.now.name}"), "x": 1, "graph": cuda.new_graph(), "torch": torch})
+    exec(example, {"tp": group("tp"), "step": lambda x: cuda.log.append(f"step on {cuda.now.name}"), "x": 1,
+                   "graph": cuda.new_graph(), "torch": torch})
     side = "side 1 of cuda:0"
-    assert cuda.log == [f"{side} waits for main", f"step on {side}", f"capture on {side}", f"step on {side}", "captured",
-                        f"main waits for {side}", "replay on main"]
+    assert cuda.log == [f"{side} waits for main", f"step on {side}", f"capture on {side}", f"step on {side}",
+                        "captured", f"main waits for {side}", "replay on main"]
 
 
 def test_all_groups_capture_on_one_stream(cuda: Cuda) -> None:
@@ -45,4 +47,5 @@ def test_a_failed_capture_leaves_the_stream(cuda: Cuda) -> None:
 def test_there_are_no_graphs_on_the_cpu() -> None:
     with connect(Mesh(tp=1), device="cpu") as runtime, pytest.raises(SpecError) as refused:
         runtime.group(("tp",)).graph_capture()
-    assert str(refused.value) == "graph_capture over tp: CUDA graphs are of calls on cuda; this group is on cpu"
+    assert str(refused.value) == (
+        "graph_capture over tp: CUDA graphs are of calls on cuda; this group is on cpu")

@@ -67,7 +67,8 @@ MISUSE = [
     "all_to_all over tp: pieces has length 1; the group has 2 members",
     "all_to_all over tp: pieces of several dtypes; convert them to one",
     "broadcast over tp: no member 2 in a group of 2",
-    "all_reduce over tp: shared memory takes tensors on cpu, not on meta; torch.distributed (gloo) takes tensors on cpu, not on meta",
+    ("all_reduce over tp: shared memory takes tensors on cpu, not on meta; torch.distributed (gloo) takes "
+     "tensors on cpu, not on meta"),
     "reduce_scatter over tp: sizes (4, -1) along dim 0 are not all whole numbers of 0 or more",
     "all_gather over tp: sizes (3.0, 3.0) along dim 0 are not all whole numbers of 0 or more",
     "gather over tp: sizes (3, 3) along dim 1.0 are not all whole numbers of 0 or more",
@@ -92,14 +93,17 @@ def test_misuse_is_refused_before_anything_is_sent(pair: World) -> None:
 def test_sizes_may_be_integers_of_numpy(pair: World) -> None:
     for me, answer in enumerate(pair.run("numpy_sizes", ["tp"])):
         mine = [[1.0, 3.0], [5.0, 7.0]][me]
-        assert answer == [[[0.0, 1.0, 1.0, 2.0], mine, [[2.0 * me, 2.0 * me + 1], [2.0 * me + 1, 2.0 * me + 2]], [1.0, 2.0, 3.0, 4.0]]] * 3
+        assert (answer
+                == [[[0.0, 1.0, 1.0, 2.0], mine, [[2.0 * me, 2.0 * me + 1], [2.0 * me + 1, 2.0 * me + 2]],
+                     [1.0, 2.0, 3.0, 4.0]]] * 3)
 
 
 def test_a_group_of_one_keeps_the_shape_of_its_piece() -> None:
     group = GroupCoordinator("tp", (0,), 0, 0, torch.device("cpu"), (Alone(),), Alone())
     with pytest.raises(SpecError) as refused:
         group.all_to_all([torch.ones(4)], [(5,)])
-    assert str(refused.value) == "all_to_all over tp: member 0 keeps its piece of 4 elements; shape (5,) has 5"
+    assert str(refused.value) == (
+        "all_to_all over tp: member 0 keeps its piece of 4 elements; shape (5,) has 5")
     assert group.all_to_all([torch.ones(4)], [(2, 2)])[0].shape == (2, 2)
 
 
@@ -154,20 +158,25 @@ CALLS: list[tuple[Callable[[GroupCoordinator, int], object], str, str | None, in
     (lambda g, n: g.gather(of_rows(3, 4), 1, 0, (3, 3)), "gather", None, 48, True),
     (lambda g, n: g.reduce_scatter(of_rows(5, 4), 0, (3, 2), "max"), "reduce_scatter", "max", 40, False),
     (lambda g, n: g.reduce_scatter(of_rows(4, 6), 1, (3, 3)), "reduce_scatter", "sum", 48, True),
-    (lambda g, n: g.all_to_all([of_rows(3, 4) if n == 3 else of_rows(1, 4), of_rows(2, 4)], [(n, 4), (1 if n == 3 else 2, 4)]), "all_to_all", None, -1, False),
+    (lambda g, n: g.all_to_all([of_rows(3, 4) if n == 3 else of_rows(1, 4), of_rows(2, 4)],
+                               [(n, 4), (1 if n == 3 else 2, 4)]), "all_to_all", None, -1, False),
     (lambda g, n: g.all_to_all([of_rows(3, 4)] * 2, [(3, 4)] * 2), "all_to_all", None, -1, False),
     (lambda g, n: g.all_to_all([of_rows(3, 4)] * 2, [(3, 4)] * 2, True), "all_to_all", None, 48, True),
     (lambda g, n: g.all_reduce(of_rows(5, 4), "max"), "all_reduce", "max", 40, True),
     (lambda g, n: g.all_reduce(of_rows(5, 4)), "all_reduce", "sum", 40, True),
     (lambda g, n: g.broadcast(of_rows(5, 4), 1), "broadcast", None, 40, True),
-    (lambda g, n: g.send(of_rows(5, 4), 1) if n == 3 else g.recv((5, 4), torch.int16, 0), "send", None, 40, True)]
-"""A collective by the member with n = 3 rows, and by that with 2; and what its communicators must be asked: name, op, bytes, even."""
+    (lambda g, n: g.send(of_rows(5, 4), 1) if n == 3 else g.recv((5, 4), torch.int16, 0), "send", None, 40,
+     True)]
+"""A collective by the member with n = 3 rows, and by that with 2; and what its communicators must be asked:
+name, op, bytes, even."""
 
 
 @pytest.mark.parametrize("collective, name, op, nbytes, even", CALLS)
-def test_all_members_ask_their_communicators_the_same(collective: Any, name: str, op: str | None, nbytes: int, even: bool) -> None:
+def test_all_members_ask_their_communicators_the_same(collective: Any, name: str, op: str | None, nbytes: int,
+                                                      even: bool) -> None:
     """Whatever their own pieces: members that choose different communicators would wait for each other."""
-    assert [asked(me, lambda group: collective(group, 3 - me)) for me in (0, 1)] == [Call(name, op, torch.int16, "cpu", nbytes, even, False)] * 2
+    assert [asked(me, lambda group: collective(group, 3 - me))
+            for me in (0, 1)] == [Call(name, op, torch.int16, "cpu", nbytes, even, False)] * 2
 
 
 def test_nobody_sends_to_itself() -> None:
@@ -180,8 +189,9 @@ def test_nobody_sends_to_itself() -> None:
 
 
 def test_explain_names_the_communicator_and_its_measured_time(pair: World) -> None:
-    assert pair.run("explained") == [[[["all_reduce", "shared memory", 7.0, "all_reduce of 40 B: measured: shared memory 7 µs"]],
-                                      "measured on a machine, 2026-01-01"]] * 2
+    assert (pair.run("explained")
+            == [[[["all_reduce", "shared memory", 7.0, "all_reduce of 40 B: measured: shared memory 7 µs"]],
+                 "measured on a machine, 2026-01-01"]] * 2)
 
 
 def test_messages_from_member_to_member(pair: World, square: World) -> None:
@@ -190,6 +200,7 @@ def test_messages_from_member_to_member(pair: World, square: World) -> None:
     for world, axes, name in ((pair, ["tp"], "tp"), (square, ["dp", "tp"], "dp/tp")):
         n = world.size
         assert world.run("passed_on", axes) == [[
-            {"from": (me - 1) % n}, 50_000, (me - 1) % n, cannot if me < 2 else "", other if me == 1 else None,
+            {"from": (me - 1) % n}, 50_000, (me - 1) % n, cannot if me < 2 else "",
+            other if me == 1 else None,
             f"send_message over {name}: member {me} is the one that calls; it has what it would send",
             f"recv_message over {name}: no member {n} in a group of {n}"] for me in range(n)]

@@ -1,4 +1,5 @@
-"""How processes meet in a store in which others, now dead, have met before; and the variables by which they are started."""
+"""How processes meet in a store in which others, now dead, have met before;
+and the variables by which they are started."""
 from __future__ import annotations
 
 import os
@@ -20,7 +21,8 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def come(pool: ThreadPoolExecutor, store: dist.Store, ranks: Sequence[int], timeout_s: float = 20.0) -> list[Future[str]]:
+def come(pool: ThreadPoolExecutor, store: dist.Store, ranks: Sequence[int],
+         timeout_s: float = 20.0) -> list[Future[str]]:
     return [pool.submit(_meet, store, rank, 3, timeout_s) for rank in ranks]
 
 
@@ -34,11 +36,15 @@ def test_all_get_one_name_and_each_meeting_another(pool: ThreadPoolExecutor) -> 
 
 
 def test_who_died_on_the_way_is_not_met(pool: ThreadPoolExecutor) -> None:
-    """Rank 2 asked and died; rank 0 took its word for that of the living one, until that came. Agents have counted differently."""
+    """Rank 2 asked and died; rank 0 took its word for that of the living one, until that came.
+
+    Agents have counted differently.
+    """
     store = dist.HashStore()
     store.set("shardlib/asks/2", "a word of the dead")
     early = come(pool, store, (0, 1))
-    assert wait_until(lambda: store.check(["shardlib/answer/a word of the dead"]), 20.0) and not early[0].done()
+    assert (wait_until(lambda: store.check(["shardlib/answer/a word of the dead"]), 20.0)
+            and not early[0].done())
     assert len({future.result() for future in early + come(pool, store, (2,))}) == 1
 
 
@@ -47,7 +53,8 @@ def test_who_is_missing_is_named(pool: ThreadPoolExecutor) -> None:
     for ranks in ((0,), (0, 1), (1,)):
         first = come(pool, dist.HashStore(), ranks, 0.2)[0]
         said[ranks] = str(first.exception())
-    assert said == {(0,): "connect: waited 0.2 s for ranks 1 2", (0, 1): "connect: waited 0.2 s for rank 2", (1,): "connect: waited 0.2 s for rank 0"}
+    assert said == {(0,): "connect: waited 0.2 s for ranks 1 2", (0, 1): "connect: waited 0.2 s for rank 2",
+                    (1,): "connect: waited 0.2 s for rank 0"}
 
 
 FIRST = {"RANK": "0", "WORLD_SIZE": "2"}
@@ -58,13 +65,16 @@ FIRST = {"RANK": "0", "WORLD_SIZE": "2"}
     ({"RANK": ""}, "RANK is set, but RANK is ''; start with torchrun, or unset RANK"),
     ({"RANK": "-1"}, "RANK is set, but RANK is '-1'; start with torchrun, or unset RANK"),
     ({"RANK": "\u0663"}, "RANK is set, but RANK is '\u0663'; start with torchrun, or unset RANK"),
-    ({"RANK": "2"}, "RANK is '2'; it is from 0 to 1"), ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK is '1'; it is 0"),
+    ({"RANK": "2"}, "RANK is '2'; it is from 0 to 1"),
+    ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK is '1'; it is 0"),
     ({"WORLD_SIZE": ""}, "RANK is set, but WORLD_SIZE is ''; start with torchrun, or unset RANK"),
     ({"WORLD_SIZE": "2.0"}, "RANK is set, but WORLD_SIZE is '2.0'; start with torchrun, or unset RANK"),
     ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'; it is 1 or more"),
     ({"LOCAL_RANK": "one"}, "RANK is set, but LOCAL_RANK is 'one'; start with torchrun, or unset RANK"),
-    ({"LOCAL_RANK": "2"}, "LOCAL_RANK is '2'; it is from 0 to 1"), ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK is '1'; it is 0"),
-    ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'; it is from 1 to 2"), ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE is '3'; it is from 1 to 2")])
+    ({"LOCAL_RANK": "2"}, "LOCAL_RANK is '2'; it is from 0 to 1"),
+    ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK is '1'; it is 0"),
+    ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'; it is from 1 to 2"),
+    ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE is '3'; it is from 1 to 2")])
 def test_a_launcher_that_says_what_cannot_be(changed: Mapping[str, str], says: str) -> None:
     with pytest.raises(SpecError) as error:
         Launch.from_environment({**FIRST, **changed})
@@ -73,9 +83,11 @@ def test_a_launcher_that_says_what_cannot_be(changed: Mapping[str, str], says: s
 
 @pytest.mark.parametrize("address, says", [
     ({}, "RANK is set, but MASTER_ADDR is ''; start with torchrun, or unset RANK"),
-    ({"MASTER_ADDR": "", "MASTER_PORT": "29500"}, "RANK is set, but MASTER_ADDR is ''; start with torchrun, or unset RANK"),
+    ({"MASTER_ADDR": "", "MASTER_PORT": "29500"},
+     "RANK is set, but MASTER_ADDR is ''; start with torchrun, or unset RANK"),
     ({"MASTER_ADDR": "localhost"}, "RANK is set, but MASTER_PORT is ''; start with torchrun, or unset RANK"),
-    ({"MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "RANK is set, but MASTER_PORT is 'http'; start with torchrun, or unset RANK"),
+    ({"MASTER_ADDR": "localhost", "MASTER_PORT": "http"},
+     "RANK is set, but MASTER_PORT is 'http'; start with torchrun, or unset RANK"),
     ({"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}, "MASTER_PORT is '0'; it is from 1 to 65535"),
     ({"MASTER_ADDR": "localhost", "MASTER_PORT": "65536"}, "MASTER_PORT is '65536'; it is from 1 to 65535")])
 def test_an_address_that_cannot_be(address: Mapping[str, str], says: str) -> None:
@@ -87,7 +99,8 @@ def test_an_address_that_cannot_be(address: Mapping[str, str], says: str) -> Non
 @pytest.mark.parametrize("host, kind, says", [
     ("no.such.host.invalid", SpecError, "MASTER_ADDR is 'no.such.host.invalid', which is no host: "),
     ("localhost", RankError, "connect: the ranks have not met at MASTER_ADDR=localhost, MASTER_PORT=9: ")])
-def test_an_address_where_nobody_is(monkeypatch: pytest.MonkeyPatch, host: str, kind: type[Exception], says: str) -> None:
+def test_an_address_where_nobody_is(monkeypatch: pytest.MonkeyPatch, host: str, kind: type[Exception],
+                                    says: str) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": "9"}.items():
         monkeypatch.setenv(name, value)
 

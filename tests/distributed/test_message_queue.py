@@ -23,7 +23,8 @@ from shardlib.errors import SpecError
 pytestmark = [pytest.mark.usefixtures("nothing_is_left"),
               pytest.mark.skipif(segment.unsupported() is not None, reason=str(segment.unsupported()))]
 
-HOSTS = {"one host": (0, 0, 0), "two hosts": (0, 0, 1), "three hosts": (0, 1, 2), "the writer alone": (0, 1, 1)}
+HOSTS = {"one host": (0, 0, 0), "two hosts": (0, 0, 1), "three hosts": (0, 1, 2),
+         "the writer alone": (0, 1, 1)}
 NAME = "message queue over tp"
 
 
@@ -60,7 +61,8 @@ def test_all_messages_arrive_in_order_at_all_readers(hosts: str, writer: int, ca
                 if moods.random() < 0.05:
                     time.sleep(moods.random() * 5e-3)
                 got.append(queue.get(str))
-            return got == texts(200) and said(queue.get) == said(queue.get) == f"EOFError: {NAME}: rank {writer} has closed it"
+            return (got == texts(200) and said(queue.get) == said(queue.get) == f"EOFError: {NAME}: rank "
+                    f"{writer} has closed it")
     assert family(3, body, HOSTS[hosts]) == [True] * 3
 
 
@@ -92,7 +94,8 @@ def test_broadcast_gives_all_members_the_same() -> None:
             given = (Step(1, (2,)), (1, 2), {"f": int}) if place.me == 1 else (None,) * 3
             return [said(lambda: queue.broadcast(x, t)) for x, t in zip(given, (Step, Any, Any))]
     assert family(3, body) == [["Step(number=1, tokens=(2,))", "[1, 2]",
-                                "SpecError: a message holds plain data only: Encoding objects of type type is unsupported"]] * 3
+                                "SpecError: a message holds plain data only: Encoding objects of type type "
+                                "is unsupported"]] * 3
 
 
 def test_misuse() -> None:
@@ -105,10 +108,13 @@ def test_misuse() -> None:
         return [wrong, said(queue.get if place.me == 0 else lambda: queue.put(1)),
                 said(lambda: MessageQueue(place, 2)), said(lambda: MessageQueue(place, 0, 63))]
     rest = [f"SpecError: {NAME}: it was closed",
-            f"SpecError: {NAME}: writer 2 of 2 members, capacity 1048576; the writer is a member, and the capacity at least 64 bytes",
-            f"SpecError: {NAME}: writer 0 of 2 members, capacity 63; the writer is a member, and the capacity at least 64 bytes"]
-    assert family(2, body) == [[f"SpecError: {NAME}: rank 0 cannot write; rank 1 writes, the others read", *rest],
-                               [f"SpecError: {NAME}: rank 1 cannot read; rank 1 writes, the others read", *rest]]
+            (f"SpecError: {NAME}: writer 2 of 2 members, capacity 1048576; the writer is a member, and the "
+             "capacity at least 64 bytes"),
+            (f"SpecError: {NAME}: writer 0 of 2 members, capacity 63; the writer is a member, and the "
+             "capacity at least 64 bytes")]
+    assert (family(2, body)
+            == [[f"SpecError: {NAME}: rank 0 cannot write; rank 1 writes, the others read", *rest],
+                [f"SpecError: {NAME}: rank 1 cannot read; rank 1 writes, the others read", *rest]])
 
 
 def test_without_room_for_a_ring_it_goes_over_the_cpu_group() -> None:
@@ -124,7 +130,7 @@ def test_without_room_for_a_ring_it_goes_over_the_cpu_group() -> None:
     assert family(3, body) == [["/dev/shm has 1.0 kB free, 1.0 MB are needed", True]] * 3
 
 
-# -- ends -------------------------------------------------------------------------------------------------------------
+# -- ends ----------------------------------------------------------------------------------------------------
 
 def test_what_was_put_before_the_end_can_still_be_read() -> None:
     def body(place: Place) -> list[str]:
@@ -150,7 +156,8 @@ def test_a_writer_waits_for_a_slow_reader_and_not_for_ever() -> None:
         place.share(None)
         return texts
     text = f"{NAME}: rank 1 has read nothing for 0.2 s, and the queue is full"
-    assert family(3, body) == [[f"RankError: {text}", f"RankError: {NAME}: not possible any more; {text}"], [], ["x" * 20] * 2]
+    assert family(3, body) == [[f"RankError: {text}", f"RankError: {NAME}: not possible any more; {text}"],
+                               [], ["x" * 20] * 2]
 
 
 def test_a_message_that_is_late_may_be_asked_for_again() -> None:
@@ -159,7 +166,8 @@ def test_a_message_that_is_late_may_be_asked_for_again() -> None:
         late = said(lambda: queue.get(str, timeout_s=0.1)) if place.me else ""
         place.share(None)
         return [late, said(lambda: queue.broadcast("now"))]
-    assert family(2, body) == [["", "'now'"], [f"RankError: {NAME}: rank 0 has written nothing for 0.1 s", "'now'"]]
+    assert family(2, body) == [["", "'now'"],
+                               [f"RankError: {NAME}: rank 0 has written nothing for 0.1 s", "'now'"]]
 
 
 def die(*_: object) -> None:
@@ -185,7 +193,8 @@ def test_a_writer_that_dies_within_a_message_is_named() -> None:
             die()
         return [said(queue.get) for _ in range(2)]
     text = f"{NAME}: rank 0 has died"
-    assert family(2, body) == ["killed", [f"RankError: {text}", f"RankError: {NAME}: not possible any more; {text}"]]
+    assert family(2, body) == ["killed",
+                               [f"RankError: {text}", f"RankError: {NAME}: not possible any more; {text}"]]
 
 
 def test_a_writer_that_closes_while_a_reader_looks_for_it_has_closed() -> None:
@@ -238,7 +247,8 @@ def test_a_death_on_another_host_is_named(dead: int) -> None:
 def test_a_queue_that_was_closed_is_none(pool: Pool) -> None:
     """Messages go on without it, and another may be made, until the group is destroyed."""
     assert pool.connect("tp=2", [("tp",)], 2).run("queue_again", ["tp"]) == [[
-        "first", "without", False, "again", "open_queue over tp: the group was destroyed", "control message over tp: the group was destroyed"]] * 2
+        "first", "without", False, "again", "open_queue over tp: the group was destroyed",
+        "control message over tp: the group was destroyed"]] * 2
 
 
 def test_messages_of_a_group_go_through_its_queue(pool: Pool) -> None:
@@ -266,4 +276,5 @@ def test_a_forked_child_that_closes_the_queue_does_not_end_it() -> None:
         got = said(queue.get)
         place.share(None)
         return f"{got}; {said(queue.get)}"
-    assert family(2, body) == [f"SpecError: {NAME}: it was closed", f"'still open'; EOFError: {NAME}: rank 0 has closed it"]
+    assert family(2, body) == [f"SpecError: {NAME}: it was closed",
+                               f"'still open'; EOFError: {NAME}: rank 0 has closed it"]

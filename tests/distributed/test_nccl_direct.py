@@ -1,4 +1,5 @@
-"""Direct NCCL without a GPU: the kit over a stand-in for NCCL's functions, what it refuses, and why it is not made."""
+"""Direct NCCL without a GPU: the kit over a stand-in for NCCL's functions, what it refuses,
+and why it is not made."""
 from __future__ import annotations
 
 import inspect
@@ -34,7 +35,8 @@ def takes(made: Nccl, case: Case) -> bool:
 
 def failures(place: Place, cases: list[Case]) -> list[str]:
     group = group_of(place)
-    return [f"{case}: {text}" for case in cases if takes(group.communicators[0], case) for text in check(case, group)][:5]
+    return [f"{case}: {text}" for case in cases if takes(group.communicators[0], case)
+            for text in check(case, group)][:5]
 
 
 @pytest.mark.parametrize("n", (2, 3))
@@ -58,7 +60,8 @@ def calls_of(place: Place, case: Case) -> list[list]:
     (Case("all_reduce", ("tp",), "bfloat16", (5,)), [["all_reduce", 0]]),
     (Case("all_reduce", ("tp",), "bfloat16", (0,)), []),
     (Case("all_gather", ("tp",), "int16", (0, 3), sizes=(2, 2)), [["all_gather", 0]]),
-    (Case("all_gather", ("tp",), "int16", (0, 3), sizes=(2, 1)), [["send", 1], ["send", 1], ["recv", 1], ["recv", 1]]),
+    (Case("all_gather", ("tp",), "int16", (0, 3), sizes=(2, 1)),
+     [["send", 1], ["send", 1], ["recv", 1], ["recv", 1]]),
     (Case("reduce_scatter", ("tp",), "float32", (0, 3), sizes=(2, 2)), [["reduce_scatter", 0]]),
     (Case("reduce_scatter", ("tp",), "float32", (0, 3), sizes=(2, 1)), [["reduce", 1], ["reduce", 1]]),
     (Case("reduce_scatter", ("tp",), "float32", (0, 3), sizes=(2, 0)), [["reduce", 0]]),
@@ -67,7 +70,7 @@ def test_a_call_is_one_call_or_one_group(case: Case, calls: list) -> None:
     assert family(2, lambda place: calls_of(place, case)) == [calls] * 2
 
 
-# -- what it takes ----------------------------------------------------------------------------------------------------
+# -- what it takes -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("call, text", (
     (Call("all_reduce", "sum", torch.bfloat16, "cuda", 8), None),
@@ -86,7 +89,7 @@ def test_what_it_takes(call: Call, text: str | None) -> None:
     assert Nccl(place_of_one("cuda"), FakeNccl(None), 1).supports(call) == text
 
 
-# -- whether it is made -----------------------------------------------------------------------------------------------
+# -- whether it is made --------------------------------------------------------------------------------------
 
 class Echo:
     """The control communicator of a group of one."""
@@ -97,13 +100,15 @@ class Echo:
 
 
 def place_of_one(device: str) -> Place:
-    return Place("tp", (0,), 0, (0,), torch.device(device, 0) if device == "cuda" else torch.device(device), None, None, 5.0, Echo())
+    return Place("tp", (0,), 0, (0,), torch.device(device, 0) if device == "cuda" else torch.device(device),
+                 None, None, 5.0, Echo())
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, **functions: object) -> None:
     """Puts a module with these functions where nccl4py's would be."""
     made = types.ModuleType("nccl.bindings.nccl")
-    made.__dict__.update({"get_version": lambda: 22809, "NCCLError": FakeNccl.NCCLError, "get_unique_id": lambda: bytes(128), **functions})
+    made.__dict__.update({"get_version": lambda: 22809, "NCCLError": FakeNccl.NCCLError,
+                          "get_unique_id": lambda: bytes(128), **functions})
     for name in ("nccl", "nccl.bindings"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "nccl.bindings.nccl", made)
@@ -119,7 +124,8 @@ def test_real_ranks_on_cpu_are_all_told_why() -> None:
 
 @pytest.mark.skipif(find_spec("nccl") is not None, reason="nccl4py is installed")
 def test_without_nccl4py_it_says_how_to_get_it() -> None:
-    assert nccl(place_of_one("cuda")) == "nccl4py cannot be imported: No module named 'nccl'; pip install 'shardlib[nccl]'"
+    assert nccl(place_of_one("cuda")) == (
+        "nccl4py cannot be imported: No module named 'nccl'; pip install 'shardlib[nccl]'")
 
 
 def test_without_its_library_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +136,8 @@ def test_without_its_library_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_error_of_nccl_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, get_unique_id=raising(FakeNccl.NCCLError("SystemError (2): no network")))
     assert nccl(place_of_one("cuda")) == "NCCL: SystemError (2): no network"
-    stand_in(monkeypatch, comm_init_rank_scalable=raising(FakeNccl.NCCLError("InvalidUsage (5): two ranks on one GPU")))
+    stand_in(monkeypatch,
+             comm_init_rank_scalable=raising(FakeNccl.NCCLError("InvalidUsage (5): two ranks on one GPU")))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert nccl(place_of_one("cuda")) == "NCCL: InvalidUsage (5): two ranks on one GPU"
 
@@ -152,20 +159,25 @@ def test_a_runtime_on_cpu_lists_it_among_the_declined() -> None:
 
 
 def test_the_stand_in_takes_what_nccl_takes() -> None:
-    """As many arguments, with the communicator and the stream at the end, and the numbers of dtypes and reductions."""
+    """As many arguments, with the communicator and the stream at the end,
+    and the numbers of dtypes and reductions."""
     library = pytest.importorskip("nccl.bindings.nccl")
-    for name in ("send", "recv", "all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast", "group_start", "group_end"):
+    for name in ("send", "recv", "all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast",
+                 "group_start", "group_end"):
         head = getattr(library, name).__doc__.splitlines()[0]
         given = [p for p in inspect.signature(getattr(FakeNccl, name)).parameters if p != "self"]
         assert head.startswith(f"{name}(") and head.count(",") + 1 == max(1, len(given)), head
-        assert not given or [p.split()[-1] for p in head.rstrip(")").split(", ")[-2:]] == given[-2:] == ["comm", "stream"]
-    for name in ("get_version", "get_library_path", "get_unique_id", "comm_init_rank_scalable", "comm_abort", "NCCLError"):
+        assert (not given or [p.split()[-1] for p in head.rstrip(")").split(", ")[-2:]] == given[-2:]
+                == ["comm", "stream"])
+    for name in ("get_version", "get_library_path", "get_unique_id", "comm_init_rank_scalable", "comm_abort",
+                 "NCCLError"):
         assert hasattr(library, name)
-    assert {str(dtype)[6:].capitalize(): code for dtype, code in module.CODES.items()}.items() <= {d.name: d.value for d in library.DataType}.items()
+    assert ({str(dtype)[6:].capitalize(): code for dtype, code in module.CODES.items()}.items()
+            <= {d.name: d.value for d in library.DataType}.items())
     assert {op: library.RedOp[op.capitalize()].value for op in module.OPS} == module.OPS
 
 
-# -- errors, and the end ----------------------------------------------------------------------------------------------
+# -- errors, and the end -------------------------------------------------------------------------------------
 
 def test_an_error_of_a_call_names_the_call_and_the_group_and_ends_its_nccl_group() -> None:
     made = OnHost(place_of_one("cpu"))

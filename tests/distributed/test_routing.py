@@ -29,7 +29,8 @@ CPU = torch.device("cpu")
 CALL = Call("all_reduce", "sum", torch.float32, "cpu", 4096)
 
 
-def curve(communicator: str, *points: tuple[int, float], name: str = "all_reduce", size: int = 2, dtype: str = "float32", capturing: bool = False) -> Curve:
+def curve(communicator: str, *points: tuple[int, float], name: str = "all_reduce", size: int = 2,
+          dtype: str = "float32", capturing: bool = False) -> Curve:
     return Curve(name, size, dtype, capturing, communicator, points)
 
 
@@ -42,10 +43,12 @@ class Named(Alone):
 
 
 def group(*communicators: Alone, table: Table = UNMEASURED, deterministic: bool = False) -> GroupCoordinator:
-    return GroupCoordinator("tp", (0, 1), 0, 0, CPU, communicators, Alone(), table=table, deterministic=deterministic)
+    return GroupCoordinator("tp", (0, 1), 0, 0, CPU, communicators, Alone(), table=table,
+                            deterministic=deterministic)
 
 
-@given(st.lists(st.tuples(st.integers(1, 1 << 30), st.floats(0.5, 1e6)), min_size=1, max_size=6, unique_by=lambda p: p[0]).map(sorted),
+@given(st.lists(st.tuples(st.integers(1, 1 << 30), st.floats(0.5, 1e6)), min_size=1, max_size=6,
+                unique_by=lambda p: p[0]).map(sorted),
        st.integers(1, 1 << 31))
 def test_between_two_sizes_the_time_is_between_theirs(points: list[tuple[int, float]], nbytes: int) -> None:
     c = curve("a", *points)
@@ -59,16 +62,20 @@ def test_between_two_sizes_the_time_is_between_theirs(points: list[tuple[int, fl
 def test_the_fastest_that_supports_the_call_takes_it() -> None:
     table = Table("x", {}, (curve("a", (1024, 5.0), (65536, 500.0)), curve("b", (1024, 50.0), (65536, 60.0))))
     g = group(Named("c"), Named("b"), Named("a", most=65536), table=table)
-    assert [g.router.route(CALL._replace(nbytes=n)).name for n in (100, 2048, 60000, 70000)] == ["a", "a", "b", "b"]
-    assert g.router.route(CALL._replace(name="broadcast", op=None)).name == "c"           # not measured: the first
+    assert ([g.router.route(CALL._replace(nbytes=n)).name for n in (100, 2048, 60000, 70000)]
+            == ["a", "a", "b", "b"])
+    assert g.router.route(CALL._replace(name="broadcast", op=None)).name == "c"  # not measured: the first
 
 
 def test_a_choice_says_why() -> None:
     table = Table("x", {}, (curve("a", (1024, 5.0)), curve("b", (1024, 50.0))))
     g = group(Named("c", most=8), Named("b"), Named("a"), table=table)
-    assert g.router.choice(CALL._replace(nbytes=1024)) == ("a", 5.0, "measured: a 5 µs, b 50 µs; c takes 8 bytes")
-    other = GroupCoordinator("tp", (0, 1), 0, 0, CPU, (Named("b"),), Alone(), declined={"nvlink": "members run on 2 hosts"})
-    assert other.router.choice(CALL) == ("b", None, "b, the first that takes it; no nvlink: members run on 2 hosts")
+    assert g.router.choice(CALL._replace(nbytes=1024)) == ("a", 5.0,
+                                                           "measured: a 5 µs, b 50 µs; c takes 8 bytes")
+    other = GroupCoordinator("tp", (0, 1), 0, 0, CPU, (Named("b"),), Alone(),
+                             declined={"nvlink": "members run on 2 hosts"})
+    assert other.router.choice(CALL) == ("b", None,
+                                         "b, the first that takes it; no nvlink: members run on 2 hosts")
 
 
 def test_another_table_holds_for_calls_that_were_made_before() -> None:
@@ -77,7 +84,8 @@ def test_another_table_holds_for_calls_that_were_made_before() -> None:
     x, asked = torch.ones(1024), []
     for table in (one, other, one):
         g.router.use(table)
-        asked.append((g.router.route(CALL).name, g.route("all_reduce", x, "sum").name, g.router.choice(CALL).us))
+        asked.append(
+            (g.router.route(CALL).name, g.route("all_reduce", x, "sum").name, g.router.choice(CALL).us))
     assert asked == [("a", "a", 5.0), ("b", "b", 7.0), ("a", "a", 5.0)]
 
 
@@ -96,14 +104,16 @@ def test_only_what_adds_in_rank_order_is_deterministic() -> None:
     fast, exact = Named("fast", deterministic=False), Named("exact")
     assert group(fast, exact, table=table).router.route(CALL).name == "fast"
     careful = group(fast, exact, table=table, deterministic=True)
-    assert careful.router.route(CALL).name == "exact" and careful.router.route(CALL._replace(op=None)).name == "fast"
+    assert (careful.router.route(CALL).name == "exact"
+            and careful.router.route(CALL._replace(op=None)).name == "fast")
     with pytest.raises(SpecError) as refused:
         group(fast, deterministic=True).router.route(CALL)
     assert str(refused.value) == "all_reduce over tp: fast does not add up in rank order"
 
 
 def test_a_curve_of_another_dtype_serves_where_there_is_none_of_this() -> None:
-    table = Table("x", {}, (curve("a", (1, 1.0), dtype="bfloat16"), curve("a", (1, 3.0), dtype="int8"), curve("a", (1, 9.0), capturing=True)))
+    table = Table("x", {}, (curve("a", (1, 1.0), dtype="bfloat16"), curve("a", (1, 3.0), dtype="int8"),
+                            curve("a", (1, 9.0), capturing=True)))
     assert [table.us(CALL._replace(dtype=d), 2, "a") for d in (torch.int8, torch.float64)] == [3.0, 1.0]
     assert table.us(CALL, 3, "a") is None and table.us(CALL._replace(capturing=True), 2, "a") == 9.0
     assert table.us(CALL._replace(nbytes=-1), 2, "a") is None
@@ -122,7 +132,7 @@ def test_tables_are_found_and_read_back(tmp_path: Path, monkeypatch: pytest.Monk
     theirs, foreign = Table(hardware(CPU), {"date": "2025-01-01"}), Table("elsewhere", {})
     (shipped / "a.json").write_bytes(foreign.encode())
     (shipped / "b.json").write_bytes(theirs.encode())
-    assert find_table(CPU) == mine                                      # measured here, before what came with the package
+    assert find_table(CPU) == mine  # measured here, before what came with the package
     own_file(CPU).write_bytes(foreign.encode())
     assert find_table(CPU) == theirs
     (shipped / "b.json").unlink()
@@ -141,12 +151,14 @@ def test_tables_are_found_and_read_back(tmp_path: Path, monkeypatch: pytest.Monk
     assert str(refused.value) == f"SHARDLIB_ROUTES: there is no file {tmp_path / 'none.json'}"
 
 
-@given(st.lists(st.tuples(st.integers(1, (1 << 60) - 1), st.floats(0, 1e12, exclude_min=True)), min_size=1, max_size=4, unique_by=lambda p: p[0]).map(sorted),
+@given(st.lists(st.tuples(st.integers(1, (1 << 60) - 1), st.floats(0, 1e12, exclude_min=True)), min_size=1,
+                max_size=4, unique_by=lambda p: p[0]).map(sorted),
        st.integers(1, 1 << 60), st.integers(1, 1 << 60))
 @example([(1024, 1.0), (1025, 2.0)], 1 << 40, 1 << 41)
 @example([(1 << 59, 1.0), ((1 << 59) + 1, 2.0)], (1 << 59) + 2, 1 << 60)
 @example([(1, 1e12), (2, 5e-324)], 3, 1 << 60)
-def test_beyond_the_largest_size_the_time_neither_falls_nor_outruns_the_bytes(points: list[tuple[int, float]], one: int, other: int) -> None:
+def test_beyond_the_largest_size_the_time_neither_falls_nor_outruns_the_bytes(points: list[tuple[int, float]],
+                                                                              one: int, other: int) -> None:
     """Of every table that decodes."""
     (c,) = Table.decode(Table("x", {}, (curve("a", *points),)).encode(), "t.json").curves
     last, (few, many) = points[-1][0], sorted((one, other))
@@ -157,7 +169,8 @@ def test_beyond_the_largest_size_the_time_neither_falls_nor_outruns_the_bytes(po
 
 def test_beyond_the_largest_size_the_line_goes_on() -> None:
     assert curve("a", (1, 9.0), (1024, 10.0), (4096, 20.0)).us(16384) == pytest.approx(40.0)
-    assert curve("a", (1024, 1.0), (1025, 2.0)).us(1025 * 10) == pytest.approx(20.0) and curve("a", (1, 3.0), (2, 2.0)).us(1 << 40) == 2.0
+    assert (curve("a", (1024, 1.0), (1025, 2.0)).us(1025 * 10) == pytest.approx(20.0)
+            and curve("a", (1, 3.0), (2, 2.0)).us(1 << 40) == 2.0)
 
 
 AT = "at `$.curves[0].points"
@@ -179,15 +192,18 @@ AT = "at `$.curves[0].points"
 def test_points_that_are_no_curve(points: str, wrong: str) -> None:
     fields = '"name": "all_reduce", "size": 2, "dtype": "float32", "capturing": false, "communicator": "a"'
     with pytest.raises(SpecError) as refused:
-        Table.decode(f'{{"hardware": "x", "provenance": {{}}, "curves": [{{{fields}, "points": {points}}}]}}'.encode(), "t.json")
+        Table.decode(f'{{"hardware": "x", "provenance": {{}}, "curves": [{{{fields}, "points": '
+                     f'{points}}}]}}'.encode(), "t.json")
     assert str(refused.value) == f"routing table t.json: {wrong}"
 
 
 def test_a_file_that_is_no_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "t.json"
     monkeypatch.setenv("SHARDLIB_ROUTES", str(file))
-    for text, wrong in ((b'{"hardware": "\xff"}', "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
-                        (b'{"more": ' + b"[" * 200_000, "maximum recursion depth exceeded while deserializing an object")):
+    for text, wrong in ((b'{"hardware": "\xff"}',
+                         "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+                        (b'{"more": ' + b"[" * 200_000,
+                         "maximum recursion depth exceeded while deserializing an object")):
         file.write_bytes(text)
         with pytest.raises(SpecError) as refused:
             find_table(CPU)
@@ -269,17 +285,21 @@ Path(sys.argv[1], rank).write_text("\\n".join(said))
 
 
 def test_no_rank_waits_for_one_without_a_table(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", PROGRAM, str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "--no-python", sys.executable, "-c", PROGRAM, str(tmp_path)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SHARDLIB")}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                    "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
-    said = ["2.0", "the routing table was not found: KeyError: device(type='cpu')", "SHARDLIB_TIMEOUT_S is 'nan'; it is a number of seconds from 1 to 1e9"]
+    said = ["2.0", "the routing table was not found: KeyError: device(type='cpu')",
+            "SHARDLIB_TIMEOUT_S is 'nan'; it is a number of seconds from 1 to 1e9"]
     assert [(tmp_path / rank).read_text().split("\n") for rank in "01"] == [said] * 2, done.stderr
 
 
 @pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf, 0, -1, 1e-9, 0.99, 1.1e9])
 def test_a_time_in_which_no_job_can_wait(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    for asked, text in (({"timeout_s": seconds}, f"connect: timeout_s is {seconds!r}"), ({}, f"SHARDLIB_TIMEOUT_S is {str(seconds)!r}")):
+    for asked, text in (({"timeout_s": seconds}, f"connect: timeout_s is {seconds!r}"),
+                        ({}, f"SHARDLIB_TIMEOUT_S is {str(seconds)!r}")):
         monkeypatch.setenv("SHARDLIB_TIMEOUT_S", str(seconds))
         with pytest.raises(SpecError) as refused:
             connect(Mesh(), "cpu", **asked)

@@ -37,7 +37,8 @@ def test_one_process_needs_no_process_group() -> None:
     with connect(Mesh(dp=1, tp=1), device="cpu") as runtime:
         runtime.create_groups([("tp",), ("dp", "tp"), ()])
         assert not dist.is_initialized()
-        assert (runtime.rank, runtime.coordinate, runtime.device) == (0, {"dp": 0, "tp": 0}, torch.device("cpu"))
+        assert (runtime.rank, runtime.coordinate,
+                runtime.device) == (0, {"dp": 0, "tp": 0}, torch.device("cpu"))
         assert runtime.group(("dp", "tp")).ranks == (0,) and runtime.group(("tp",)).cpu_group is None
         assert runtime.group(["tp"]) is runtime.group(("tp",))
 
@@ -49,15 +50,18 @@ def test_without_a_launcher_the_mesh_has_one_rank() -> None:
 
 def test_wrong_rank_count_is_one_line_the_same_on_all_ranks(pool: Pool) -> None:
     assert pool.attempt("tp=3", [("tp",)], 2) == [
-        "mesh tp=3 has 3 ranks, but torchrun started 2 processes; start torchrun --nproc-per-node 3, or change the mesh"] * 2
+        "mesh tp=3 has 3 ranks, but torchrun started 2 processes; start torchrun --nproc-per-node 3, or "
+        "change the mesh"] * 2
     assert pool.attempt("", [], 2) == [
-        "mesh () has 1 rank, but torchrun started 2 processes; start torchrun --nproc-per-node 1, or change the mesh"] * 2
+        "mesh () has 1 rank, but torchrun started 2 processes; start torchrun --nproc-per-node 1, or change "
+        "the mesh"] * 2
 
 
 def test_wrong_rank_count_under_torchrun() -> None:
-    program = "from shardlib.distributed import connect; from shardlib.mesh import Mesh; connect(Mesh(dp=2, tp=2), device='cpu')"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--no-python",
-               sys.executable, "-c", program]
+    program = ("from shardlib.distributed import connect; from shardlib.mesh import Mesh; connect(Mesh(dp=2, "
+               "tp=2), device='cpu')")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
+               "--no-python", sys.executable, "-c", program]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode != 0
@@ -77,8 +81,9 @@ def test_half_a_launcher(environment: dict[str, str], text: str) -> None:
 def test_devices() -> None:
     assert refusal(Mesh(), device="meta") == 'device meta: a runtime runs on "cpu" or "cuda"'
     if not torch.cuda.is_available():
-        assert refusal(Mesh(), device="cuda") == ("device cuda takes one GPU per process; GPUs on this host: 0, processes: 1; "
-                                                  'start fewer with torchrun --nproc-per-node, or pass device="cpu"')
+        assert (refusal(Mesh(), device="cuda")
+                == ("device cuda takes one GPU per process; GPUs on this host: 0, processes: 1; "
+                    'start fewer with torchrun --nproc-per-node, or pass device="cpu"'))
         assert connect(Mesh()).device == torch.device("cpu")
 
 
@@ -112,8 +117,9 @@ class Wordless(Exception):
 
 
 @pytest.mark.parametrize("error, said", [
-    (ValueError(" bad\nvalue"), "has raised ValueError: bad"), (ValueError(), "has raised ValueError"), (Wordless(), "has raised Wordless"),
-    (SystemExit(0), "has ended"), (SystemExit(), "has ended"), (SystemExit(3), "has raised SystemExit: 3"), (RankError("told"), "")])
+    (ValueError(" bad\nvalue"), "has raised ValueError: bad"), (ValueError(), "has raised ValueError"),
+    (Wordless(), "has raised Wordless"), (SystemExit(0), "has ended"), (SystemExit(), "has ended"),
+    (SystemExit(3), "has raised SystemExit: 3"), (RankError("told"), "")])
 def test_how_a_rank_has_left(error: BaseException, said: str) -> None:
     assert _parting(error) == said
 

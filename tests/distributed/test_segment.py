@@ -1,4 +1,5 @@
-"""Shared segments: what they are in the file system, who is gone, and that nothing is left whatever fails while they are made."""
+"""Shared segments: what they are in the file system, who is gone,
+and that nothing is left whatever fails while they are made."""
 from __future__ import annotations
 
 import errno
@@ -28,7 +29,8 @@ def test_a_file_of_its_own_allocated_in_full() -> None:
     made = Segment.create(path, 1 << 20, 0)
     try:
         found = path.stat()
-        assert stat.S_IMODE(found.st_mode) == 0o600 and found.st_size == 1 << 20 and found.st_blocks * 512 >= 1 << 20
+        assert (stat.S_IMODE(found.st_mode) == 0o600 and found.st_size == 1 << 20
+                and found.st_blocks * 512 >= 1 << 20)
         with pytest.raises(FileExistsError):
             Segment.create(path, 1 << 20, 0)
     finally:
@@ -54,7 +56,8 @@ def test_members_share_bytes_and_see_who_has_left() -> None:
         place.share(None)
         return [seen, before, after]
     all_here = [[1, 2, 3], [False] * 3]
-    assert family(3, body) == [[*all_here, [False, True, False]], [*all_here, None], [*all_here, [False, True, False]]]
+    assert family(3, body) == [[*all_here, [False, True, False]], [*all_here, None],
+                               [*all_here, [False, True, False]]]
 
 
 def test_only_members_get_it() -> None:
@@ -68,7 +71,8 @@ def test_only_members_get_it() -> None:
 
 
 def faulty(at: int, fault: Callable[[], None]) -> Callable[[Place], Any]:
-    """Makes the communicator where `fault` spoils member `at`; the reason why there is none, and what is left."""
+    """Makes the communicator where `fault` spoils member `at`;
+    the reason why there is none, and what is left."""
     def body(place: Place) -> Any:
         if place.me == at:
             fault()
@@ -94,10 +98,13 @@ def no_room() -> None:
 
 FAULTS = {
     "no room": (0, no_room, "/dev/shm has 64.0 kB free, 3.1 MB are needed"),
-    "no file": (0, replaced(Segment, "create", raising(PermissionError(errno.EACCES, "Permission denied"))), "/dev/shm: [Errno 13] Permission denied"),
+    "no file": (0, replaced(Segment, "create", raising(PermissionError(errno.EACCES, "Permission denied"))),
+                "/dev/shm: [Errno 13] Permission denied"),
     "not attached": (2, replaced(Segment, "attach", raising(ValueError("no luck"))), "ValueError: no luck"),
-    "no map": (1, replaced(segment.mmap, "mmap", raising(OSError(errno.ENOMEM, "Cannot allocate memory"))), "/dev/shm: [Errno 12] Cannot allocate memory"),
-    "other processor": (1, replaced(segment.platform, "machine", lambda: "aarch64"), "stores are not ordered on aarch64; they are on x86_64"),
+    "no map": (1, replaced(segment.mmap, "mmap", raising(OSError(errno.ENOMEM, "Cannot allocate memory"))),
+               "/dev/shm: [Errno 12] Cannot allocate memory"),
+    "other processor": (1, replaced(segment.platform, "machine", lambda: "aarch64"),
+                        "stores are not ordered on aarch64; they are on x86_64"),
     "no /dev/shm": (2, replaced(segment, "SHARED", SHARED / "none"), "there is no /dev/shm"),
     "no locks": (1, replaced(Segment, "gone", lambda self, member: True), "/dev/shm does not keep locks"),
 }
@@ -138,7 +145,8 @@ def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("at, step", [(0, "create"), (1, "attach"), (0, "__init__"), (1, "__init__"), (0, "gone"), (1, "gone")])
+@pytest.mark.parametrize(
+    "at, step", [(0, "create"), (1, "attach"), (0, "__init__"), (1, "__init__"), (0, "gone"), (1, "gone")])
 def test_a_member_killed_meanwhile_leaves_nothing(at: int, step: str) -> None:
     answers = family(3, faulty(at, replaced(Segment, step, die)))
     assert answers.pop(at) == "killed" and all(a.startswith("RuntimeError: ") for a in answers), answers

@@ -1,4 +1,5 @@
-"""Shared memory beside what the conformance kit tries: many calls in a row, several rounds a call, and peers that do not come."""
+"""Shared memory beside what the conformance kit tries: many calls in a row, several rounds a call,
+and peers that do not come."""
 from __future__ import annotations
 
 import os
@@ -26,7 +27,7 @@ pytestmark = [pytest.mark.usefixtures("nothing_is_left"),
               pytest.mark.skipif(segment.unsupported() is not None, reason=str(segment.unsupported()))]
 
 
-# -- many calls -------------------------------------------------------------------------------------------------------
+# -- many calls ----------------------------------------------------------------------------------------------
 
 def drawn(seed: int, dtype: torch.dtype, n: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -58,11 +59,13 @@ def attempt(made: SharedMemory, step: int, size: int, most: int) -> tuple[Tensor
 
 
 def same(got: Tensor, want: Tensor) -> bool:
-    return got.dtype == want.dtype and got.shape == want.shape and torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+    return (got.dtype == want.dtype and got.shape == want.shape
+            and torch.equal(got.view(torch.uint8), want.view(torch.uint8)))
 
 
 def storm(place: Place, steps: int, most: int, slot: int) -> list[str]:
-    """Steps one after another, with members that fall behind now and then; results must stay what they were."""
+    """Steps one after another, with members that fall behind now and then;
+    results must stay what they were."""
     module.SLOT, module.ONE_SHOT = slot, slot // 2
     made, moods, kept, wrong = shared_memory(place), random.Random(place.me), [], []
     for step in range(steps):
@@ -74,7 +77,8 @@ def storm(place: Place, steps: int, most: int, slot: int) -> list[str]:
     return wrong[:3]
 
 
-@pytest.mark.parametrize("size, steps, most, slot", [(2, 6000, 600, 512 << 10), (2, 4000, 600, 512), (3, 4000, 600, 640), (4, 4000, 600, 1024)])
+@pytest.mark.parametrize("size, steps, most, slot", [(2, 6000, 600, 512 << 10), (2, 4000, 600, 512),
+                                                     (3, 4000, 600, 640), (4, 4000, 600, 1024)])
 def test_a_storm_of_calls(size: int, steps: int, most: int, slot: int) -> None:
     assert family(size, partial(storm, steps=steps, most=most, slot=slot)) == [[]] * size
 
@@ -88,18 +92,20 @@ def test_a_slot_filled_to_the_last_byte_is_not_handed_out() -> None:
     assert family(2, body) == [True, True]
 
 
-# -- what it takes ----------------------------------------------------------------------------------------------------
+# -- what it takes -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("call, text", [
     (Call("all_reduce", "sum", torch.float32, "cpu", MOST), None),
-    (Call("all_reduce", "sum", torch.float32, "cpu", MOST + 1), "shared memory takes at most 67.1 MB, not 67.1 MB"),
+    (Call("all_reduce", "sum", torch.float32, "cpu", MOST + 1),
+     "shared memory takes at most 67.1 MB, not 67.1 MB"),
     (Call("broadcast", None, torch.float32, "meta", 4), "shared memory takes tensors on cpu, not on meta"),
-    (Call("send", None, torch.float32, "cpu", 4), "shared memory takes all_reduce, all_gather, reduce_scatter and broadcast, not send")])
+    (Call("send", None, torch.float32, "cpu", 4),
+     "shared memory takes all_reduce, all_gather, reduce_scatter and broadcast, not send")])
 def test_what_it_takes(call: Call, text: str | None) -> None:
     assert SharedMemory.supports(None, call) == text
 
 
-# -- peers that do not come --------------------------------------------------------------------------------------------
+# -- peers that do not come ----------------------------------------------------------------------------------
 
 def said(call: Callable[[], object]) -> str:
     """The text of the RankError that the call ends with."""
@@ -193,7 +199,8 @@ def test_an_error_before_others_can_see_the_call_leaves_the_group_as_it_was(name
                 except ZeroDivisionError as error:
                     texts.append(str(error))
         module.torch.Tensor.copy_ = real
-        return [len(texts), [made.all_reduce(torch.full((3,), 1.0 + place.me), "sum").tolist() for _ in range(3)]]
+        return [len(texts),
+                [made.all_reduce(torch.full((3,), 1.0 + place.me), "sum").tolist() for _ in range(3)]]
     assert family(2, body) == [[3, [[3.0] * 3] * 3], [3 * (name != "broadcast"), [[3.0] * 3] * 3]]
 
 
@@ -205,7 +212,8 @@ def test_after_an_error_that_comes_later_no_call_is_possible() -> None:
             CALLS["all_reduce"](made)
         module.reduce_pieces = real
         return said(lambda: CALLS["all_gather"](made))
-    assert family(2, body) == ["all_gather over tp: not possible any more; all_reduce over tp ended with ZeroDivisionError"] * 2
+    assert family(2, body) == [
+        "all_gather over tp: not possible any more; all_reduce over tp ended with ZeroDivisionError"] * 2
 
 
 def test_after_an_interrupt_no_call_is_possible() -> None:
@@ -219,4 +227,5 @@ def test_after_an_interrupt_no_call_is_possible() -> None:
         text = said(lambda: CALLS["all_gather"](made)) if place.me == 0 else ""
         place.share(None)
         return text
-    assert family(2, body) == ["all_gather over tp: not possible any more; all_reduce over tp ended with KeyboardInterrupt", ""]
+    assert family(2, body) == [
+        "all_gather over tp: not possible any more; all_reduce over tp ended with KeyboardInterrupt", ""]

@@ -36,13 +36,17 @@ def rows(draw: st.DrawFn) -> list[list[Any]]:
     for name in names:
         shape = draw(st.lists(st.sampled_from((0, 1, 2, 3, 7)), max_size=4))
         spec = " ".join([*"ABCD"[:len(shape)], draw(st.sampled_from(("@pp:1", "@pp:last", "+tp")))])
-        made.append([name, draw(st.sampled_from(DTYPES)), shape, draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from((None, spec)))])
+        made.append([name, draw(st.sampled_from(DTYPES)), shape, draw(st.sampled_from(LAYOUTS)),
+                     draw(st.sampled_from((None, spec)))])
     return made
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(rows=rows(), source=st.integers(0, 3), way=st.integers(0, 3), axes=st.sampled_from((["pp"], ["dp", "pp"], ["pp", "dp"])))
-def test_any_dict_arrives_as_it_was_sent(square: World, rows: list[list[Any]], source: int, way: int, axes: list[str]) -> None:
+@settings(max_examples=150, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(rows=rows(), source=st.integers(0, 3), way=st.integers(0, 3),
+       axes=st.sampled_from((["pp"], ["dp", "pp"], ["pp", "dp"])))
+def test_any_dict_arrives_as_it_was_sent(square: World, rows: list[list[Any]], source: int, way: int,
+                                         axes: list[str]) -> None:
     n = 2 if axes == ["pp"] else 4
     source %= n
     to = None if way == 0 else (source + 1 + way % (n - 1)) % n
@@ -50,10 +54,14 @@ def test_any_dict_arrives_as_it_was_sent(square: World, rows: list[list[Any]], s
 
 
 def test_many_tensors_and_a_message_of_many_blocks(pair: World) -> None:
-    rows = [[f"layers.{i}.{'long' * 20}", DTYPES[i % len(DTYPES)], [i % 3, 2], LAYOUTS[i % len(LAYOUTS)], "B T @pp:1"] for i in range(200)]
-    assert pair.run("tensor_dict", ["pp"], rows, 0, 1) == pair.run("tensor_dict", ["pp"], rows, 1, None) == [[], []]
-    assert pair.run("tensor_dict", ["pp"], [["x", "float32", [1 << 20], "contiguous", None]], 0, 1) == [[], []]
-    assert pair.run("tensor_dict", ["pp"], [], 0, 1) == pair.run("tensor_dict", ["pp"], [], 0, None) == [[], []]
+    rows = [[f"layers.{i}.{'long' * 20}", DTYPES[i % len(DTYPES)], [i % 3, 2], LAYOUTS[i % len(LAYOUTS)],
+             "B T @pp:1"] for i in range(200)]
+    assert (pair.run("tensor_dict", ["pp"], rows, 0, 1)
+            == pair.run("tensor_dict", ["pp"], rows, 1, None) == [[], []])
+    assert (pair.run("tensor_dict", ["pp"], [["x", "float32", [1 << 20], "contiguous", None]], 0, 1)
+            == [[], []])
+    assert (pair.run("tensor_dict", ["pp"], [], 0, 1)
+            == pair.run("tensor_dict", ["pp"], [], 0, None) == [[], []])
 
 
 REFUSED = [
@@ -72,7 +80,8 @@ REFUSED = [
     "'x' is jagged; make a dense tensor of it first",
     "'x' is nested; make a dense tensor of it first",
     "'x' is a FakeTensor; only plain tensors can be sent",
-    "a message holds plain data only: 'utf-8' codec can't encode character '\\ud800' in position 0: surrogates not allowed",
+    ("a message holds plain data only: 'utf-8' codec can't encode character '\\ud800' in position 0: "
+     "surrogates not allowed"),
 ]
 
 
@@ -100,13 +109,14 @@ def test_a_group_of_one_gets_copies_and_has_nobody_to_send_to() -> None:
         group, x = runtime.group(("pp",)), torch.ones(2)
         got = group.broadcast_tensors({"x": x, "y": (x[:0], "D @pp:0")}, 0)
         assert torch.equal(got["x"], x) and got["x"].data_ptr() != x.data_ptr() and got["y"][1] == "D @pp:0"
-        for call, text in ((lambda: group.send_tensors({"x": x}, 0), "send: a group of one has nobody to send to"),
-                           (lambda: group.recv_tensors(0), "recv: a group of one has nobody to receive from")):
+        for call, text in (
+                (lambda: group.send_tensors({"x": x}, 0), "send: a group of one has nobody to send to"),
+                (lambda: group.recv_tensors(0), "recv: a group of one has nobody to receive from")):
             with pytest.raises(SpecError, match=f"^{text}$"):
                 call()
 
 
-# -- labels -----------------------------------------------------------------------------------------------------------
+# -- labels --------------------------------------------------------------------------------------------------
 
 def test_a_label_says_where_its_tensor_goes() -> None:
     x = torch.ones(2, 3)
@@ -122,13 +132,16 @@ def test_a_label_says_where_its_tensor_goes() -> None:
 def test_a_dtype_of_another_torch_is_named() -> None:
     with pytest.raises(SpecError) as refused:
         Label("x", "float3_e1m1", (2,), True).room(CPU)
-    assert str(refused.value) == f"'x' is of dtype float3_e1m1, which this torch {torch.__version__} does not have"
+    assert str(refused.value) == (
+        f"'x' is of dtype float3_e1m1, which this torch {torch.__version__} does not have")
     with pytest.raises(SpecError):
         Label("x", "load", (2,), True).room(CPU)
 
 
-@pytest.mark.parametrize("ndim, spec, fits", [(0, "...", True), (0, "... D", False), (1, "...", True), (1, "... D", True), (3, "... D", True), (1, "... B D", False),
-                                              (0, "()", True), (1, "()", False), (1, "D", True), (2, "D", False), (2, "T/tp D +x", True)])
+@pytest.mark.parametrize("ndim, spec, fits", [(0, "...", True), (0, "... D", False), (1, "...", True),
+                                              (1, "... D", True), (3, "... D", True), (1, "... B D", False),
+                                              (0, "()", True), (1, "()", False), (1, "D", True),
+                                              (2, "D", False), (2, "T/tp D +x", True)])
 def test_a_spec_that_fits_its_tensor(ndim: int, spec: str, fits: bool) -> None:
     """A name for each dim; "..." stands for any number of them, none included."""
     x = torch.ones((2,) * ndim)

@@ -1,6 +1,8 @@
-"""Two hosts: ranks know where they are, results are right, and a cable that is cut ends every worker on both, with a report.
+"""Two hosts: ranks know where they are, results are right,
+and a cable that is cut ends every worker on both, with a report.
 
-torchrun on each host, with the options that a user gives: see `two_hosts`, which makes the hosts, and docs/multihost.md.
+torchrun on each host, with the options that a user gives: see `two_hosts`, which makes the hosts, and
+docs/multihost.md.
 """
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def test_everybody_knows_who_is_where(job: Job) -> None:
     assert found(job, "places") == [
         {"rank": rank, "local_rank": rank % 2, "name": f"host{rank // 2}", "hosts": [0, 0, 1, 1],
          "groups": {"tp": [[[0, 1], [2, 3]][rank // 2], "shared memory", {}],
-                    "dp": [[[0, 2], [1, 3]][rank % 2], GLOO, ELSEWHERE], "dp/tp": [[0, 1, 2, 3], GLOO, ELSEWHERE]}}
+                    "dp": [[[0, 2], [1, 3]][rank % 2], GLOO, ELSEWHERE],
+                    "dp/tp": [[0, 1, 2, 3], GLOO, ELSEWHERE]}}
         for rank in range(4)]
 
 
@@ -66,11 +69,13 @@ def test_collectives_are_right(job: Job) -> None:
 
 
 def test_messages_reach_readers_beside_and_elsewhere(job: Job) -> None:
-    got = [{"step": 3, "names": ["a", "b"]}, 3_000_000, True, "a message holds plain data only: Encoding objects of type type is unsupported"]
-    assert found(job, "messages") == [{"got": got, "in memory": rank < 2, "over the network": [2, 3]} for rank in range(4)]
+    got = [{"step": 3, "names": ["a", "b"]}, 3_000_000, True,
+           "a message holds plain data only: Encoding objects of type type is unsupported"]
+    assert found(job, "messages") == [{"got": got, "in memory": rank < 2, "over the network": [2, 3]}
+                                      for rank in range(4)]
 
 
-# -- the cable: after this test the job is gone ------------------------------------------------------------------------
+# -- the cable: after this test the job is gone --------------------------------------------------------------
 
 def is_gone(lives: Path) -> bool:
     """Whether the process that held this lock has ended."""
@@ -83,13 +88,16 @@ def is_gone(lives: Path) -> bool:
 
 
 def report(job: Job, rank: int) -> str:
-    """Our own lines, without numbers that vary, and without where others were when they were last heard of."""
+    """Our own lines, without numbers that vary, and without where others were when
+    they were last heard of."""
     text = "\n".join(line for line in job.said(rank).splitlines() if line.startswith("shardlib ["))
-    return re.sub("when last heard of it was in .*", "...", re.sub("collective [0-9]+", "collective N", re.sub("waited [0-9]+ s", "waited N s", text)))
+    return re.sub("when last heard of it was in .*", "...",
+                  re.sub("collective [0-9]+", "collective N", re.sub("waited [0-9]+ s", "waited N s", text)))
 
 
 def test_a_cut_cable_ends_every_worker_and_says_so(hosts: Hosts, job: Job) -> None:
-    """Who is on the host of the store names the ranks that are cut off; the others, who cannot know, name that host."""
+    """Who is on the host of the store names the ranks that are cut off;
+    the others, who cannot know, name that host."""
     hosts.cut_cable()
     lives = sorted(job.folder.glob("*.lives"))
     job.wait("four ranks to end", lambda: len(lives) == 4 and all(map(is_gone, lives)), TIMEOUT_S)
@@ -100,7 +108,7 @@ def test_a_cut_cable_ends_every_worker_and_says_so(hosts: Hosts, job: Job) -> No
         assert report(job, rank) == "\n".join(f"shardlib [rank {rank}] {line}" for line in lines)
 
 
-# -- a model ------------------------------------------------------------------------------------------------------------
+# -- a model -------------------------------------------------------------------------------------------------
 
 PROMPTS = ("abcabc", "b", "ccccbbbba")
 NEW = 12
@@ -111,9 +119,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama that transformers saved, with a tokenizer of letters."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=28, hidden_size=48, intermediate_size=29, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
-                                 head_dim=8, max_position_embeddings=48, initializer_range=0.4, bos_token_id=None, eos_token_id=27)).save_pretrained(folder)
-    core = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz")} | {"<s>": 26, "</s>": 27}, []))
+    LlamaForCausalLM(LlamaConfig(vocab_size=28, hidden_size=48, intermediate_size=29, num_hidden_layers=2,
+                                 num_attention_heads=6, num_key_value_heads=3, head_dim=8,
+                                 max_position_embeddings=48, initializer_range=0.4, bos_token_id=None,
+                                 eos_token_id=27)).save_pretrained(folder)
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz")} | {"<s>": 26, "</s>": 27}, []))
     core.add_special_tokens(["<s>", "</s>"])
     core.save(str(folder / "tokenizer.json"))
     return folder
@@ -122,24 +133,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_generate_says_what_one_process_says(model: Path, tmp_path: Path) -> None:
     with two_hosts() as hosts:
         prompts = [part for text in PROMPTS for part in ("--prompt", text)]
-        job = hosts.torchrun(tmp_path, ["-m", "shardlib.models.generate", "--model", model, "--mesh", "dp=2,tp=2", "--layout", "tp+sp", "--raw", *prompts,
+        job = hosts.torchrun(tmp_path, ["-m", "shardlib.models.generate", "--model", model, "--mesh",
+                                        "dp=2,tp=2", "--layout", "tp+sp", "--raw", *prompts,
                                         "--max-new-tokens", str(NEW), "--json"])
         job.end()
     tokenizer = Tokenizer.load(str(model))
     with connect(Mesh(), "cpu") as runtime:
-        alone = Model.load(open_checkpoint(str(model)), Layout(), runtime).generate([tokenizer.encode(text) for text in PROMPTS], NEW, tokenizer.eos_ids)
+        alone = Model.load(open_checkpoint(str(model)), Layout(), runtime).generate(
+            [tokenizer.encode(text) for text in PROMPTS], NEW, tokenizer.eos_ids)
     assert [c["tokens"] for c in json.loads(job.said(0, "stdout"))["completions"]] == alone.tokens
-    assert len({token for tokens in alone.tokens for token in tokens}) > 6 and [job.said(rank, "stdout") for rank in (1, 2, 3)] == [""] * 3
+    assert (len({token for tokens in alone.tokens for token in tokens}) > 6
+            and [job.said(rank, "stdout") for rank in (1, 2, 3)] == [""] * 3)
 
 
-# -- the hosts themselves ----------------------------------------------------------------------------------------------
+# -- the hosts themselves ------------------------------------------------------------------------------------
 
 def test_nothing_is_left_of_two_hosts() -> None:
     """Whatever runs on them, and however it ends."""
     with pytest.raises(KeyError):
         with two_hosts() as hosts:
             names = [host.processes for host in hosts.pair]
-            sleeper = subprocess.Popen([*hosts.pair[1].inside, "sh", "-c", "echo up; setsid sleep 3600 & sleep 3600"], stdout=subprocess.PIPE)
+            sleeper = subprocess.Popen([*hosts.pair[1].inside, "sh", "-c",
+                                        "echo up; setsid sleep 3600 & sleep 3600"], stdout=subprocess.PIPE)
             sleeper.stdout.readline()
             assert len(processes(names[0])) == 1 and len(processes(names[1])) > 1
             raise KeyError

@@ -40,11 +40,13 @@ def test_a_moment_in_words() -> None:
     watch = Watch()
     seat = watch.seat("tp", (0, 1))
     for how, text in (((seat, "barrier"), f"collective 1 of {TP}: barrier"),
-                      ((seat, "all_to_all", None, torch.bfloat16), f"collective 2 of {TP}: all_to_all of bfloat16"),
+                      ((seat, "all_to_all", None, torch.bfloat16),
+                       f"collective 2 of {TP}: all_to_all of bfloat16"),
                       ((seat, "send", None, torch.int64, 3, None, 1), f"send of 3 int64 to rank 1 in {TP}"),
                       ((seat, "recv", None, torch.int64, 3, None, 1), f"recv of 3 int64 from rank 1 in {TP}"),
                       ((seat, "all_reduce", "max", torch.float32, 4, "step 2 of f, m.py:3: N max:tp -> N"),
-                       f"collective 3 of {TP}: all_reduce max of 4 float32, at step 2 of f, m.py:3: N max:tp -> N")):
+                       f"collective 3 of {TP}: all_reduce max of 4 float32, at step 2 of f, m.py:3: N max:tp "
+                       "-> N")):
         watch.begin(*how)
         assert str(Moment.of(watch.now)) == text
         watch.end()
@@ -53,12 +55,16 @@ def test_a_moment_in_words() -> None:
 
 def test_who_is_absent() -> None:
     there, gone = State(counts={TP: 1}, now=FIRST), State(left=True, note="has closed its runtime")
-    done, other = State(counts={TP: 1}, last=FIRST), State(counts={TP: 1}, now=Moment(TP, (0, 1), 1, "all_reduce sum of 5 float32"))
-    for state, line in ((there, "  all its ranks are there"), (done, "  all its ranks are there"), (State(), "  rank 1 is in no collective, and has called none"),
-                        (other, f"  rank 1 is in collective 1 of {TP}: all_reduce sum of 5 float32"), (gone, "  rank 1 has closed its runtime")):
+    done, other = (State(counts={TP: 1}, last=FIRST),
+                   State(counts={TP: 1}, now=Moment(TP, (0, 1), 1, "all_reduce sum of 5 float32")))
+    for state, line in ((there, "  all its ranks are there"), (done, "  all its ranks are there"),
+                        (State(), "  rank 1 is in no collective, and has called none"),
+                        (other, f"  rank 1 is in collective 1 of {TP}: all_reduce sum of 5 float32"),
+                        (gone, "  rank 1 has closed its runtime")):
         assert Scene(0, FIRST, {0: there, 1: state}, {}).lines() == [line]
     killed = "it was killed, stopped or cut off"
-    assert Scene(0, FIRST, {0: there, 1: there}, {1: killed}).lines() == [f"  rank 1 is silent: {killed}; when last heard of it was in {FIRST}"]
+    assert (Scene(0, FIRST, {0: there, 1: there}, {1: killed}).lines()
+            == [f"  rank 1 is silent: {killed}; when last heard of it was in {FIRST}"])
     assert Scene(1, None, {0: there, 1: State()}, {}).lines() == [f"  rank 0 is in {FIRST}"]
 
 
@@ -74,7 +80,8 @@ def test_a_report_names_some_ranks_of_many() -> None:
     group = "group tp (all)"
     moment = Moment(group, tuple(range(100)), 1, "barrier")
     lines = Scene(0, moment, {r: State() for r in range(100)}, {}).lines()
-    assert len(lines) == 9 and lines[7:] == ["  rank 8 is in no collective, and has called none", "  and 91 more ranks"]
+    assert len(lines) == 9 and lines[7:] == ["  rank 8 is in no collective, and has called none",
+                                             "  and 91 more ranks"]
 
 
 def test_a_communicator_whose_report_fails_does_not_end_the_watchdog() -> None:
@@ -88,8 +95,9 @@ def test_a_communicator_whose_report_fails_does_not_end_the_watchdog() -> None:
 
 def script(text: str, *arguments: str) -> tuple[int, str, str]:
     """A process's exit status, and what it has printed."""
-    done = subprocess.run([sys.executable, "-c", text, *arguments], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+    done = subprocess.run(
+        [sys.executable, "-c", text, *arguments], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
     return done.returncode, done.stdout, done.stderr
 
 
@@ -128,7 +136,8 @@ def test_a_gpu_that_does_not_come_past_a_collective(stuck: int, monkeypatch: pyt
 def test_a_group_that_is_destroyed_is_no_longer_looked_after() -> None:
     """What its communicators hold can go, and the streams that it has called on."""
     watch = Watch()
-    group = GroupCoordinator("tp", (0,), 0, 0, torch.device("cpu"), (Alone(),), Alone(), watchdog=SimpleNamespace(watch=watch))
+    group = GroupCoordinator("tp", (0,), 0, 0, torch.device("cpu"), (Alone(),), Alone(),
+                             watchdog=SimpleNamespace(watch=watch))
     watch.seats[0].streams.add(7)
     assert [c.name for c in watch.seats[0].communicators] == [Alone.name]
     group.destroy()
@@ -136,7 +145,8 @@ def test_a_group_that_is_destroyed_is_no_longer_looked_after() -> None:
 
 
 def test_gloo_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    text = "[/source/pair.cc:553] Connection closed by peer [127.0.0.1]:9. This is typically caused by a remote worker crashing. Check\nthe logs"
+    text = ("[/source/pair.cc:553] Connection closed by peer [127.0.0.1]:9. This is typically caused by a "
+            "remote worker crashing. Check\nthe logs")
     assert _first_line(RuntimeError(text)) == "Connection closed by peer [127.0.0.1]:9"
     assert _first_line(RuntimeError()) == "RuntimeError"
     say(3, ["a\x1b[31m\nb"])
@@ -150,9 +160,11 @@ def test_states_travel_through_the_store() -> None:
         seat = dog.watch.seat("tp", (0, 1))
         dog.watch.begin(seat, "barrier")
         assert (dog.limit_s, dog.tick_s) == (30.0, 1.0)
-        wait_until(lambda: dog._states()[0].counts == {TP: 1}, 10.0, dog._publish)     # what its thread has begun to write may come after ours
+        # what its thread has begun to write may come after ours
+        wait_until(lambda: dog._states()[0].counts == {TP: 1}, 10.0, dog._publish)
         state = dog._states()[0]
-        assert (state.counts, str(state)) == ({TP: 1}, f"is in collective 1 of {TP}: barrier") and dog._states()[1] == State()
+        assert ((state.counts, str(state)) == ({TP: 1}, f"is in collective 1 of {TP}: barrier")
+                and dog._states()[1] == State())
         store.set("1", b"\xc1 no message")
         assert str(dog._states()[1]) == "has written what is no state"
     finally:
@@ -206,7 +218,8 @@ def test_what_is_not_utf8_is_said_nevertheless() -> None:
     dog.watch.begin(dog.watch.seat("tp", (0, 1)), "barrier", at="step 1 of f, caf\udce9.py:3")
     dog.stop("has raised ValueError: caf\udce9")
     state = dog._states()[0]
-    assert (state.note, state.now.step) == ("has raised ValueError: caf\\udce9", "step 1 of f, caf\\udce9.py:3")
+    assert (state.note, state.now.step) == ("has raised ValueError: caf\\udce9",
+                                            "step 1 of f, caf\\udce9.py:3")
 
 
 def test_an_error_of_the_watchdog_does_not_end_it(capfd: pytest.CaptureFixture[str]) -> None:
@@ -214,13 +227,17 @@ def test_an_error_of_the_watchdog_does_not_end_it(capfd: pytest.CaptureFixture[s
     dog._judge = lambda: {}["no such"]
     dog._post(0)
     said: list[str] = []
-    assert wait_until(lambda: said.append(capfd.readouterr().err) or "the watchdog" in "".join(said), 10.0, lambda: None)
-    assert "".join(said).startswith("shardlib [rank 0] the watchdog: KeyError: 'no such'\n") and dog._threads[0].is_alive()
+    assert wait_until(lambda: said.append(capfd.readouterr().err) or "the watchdog" in "".join(said), 10.0,
+                      lambda: None)
+    assert ("".join(said).startswith("shardlib [rank 0] the watchdog: KeyError: 'no such'\n")
+            and dog._threads[0].is_alive())
     dog.stop("")
 
 
-def test_a_rank_that_ends_the_others_goes_on_once_they_have_said_why(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says nothing itself, for it raises; the others say its line, and where they are, at their next look."""
+def test_a_rank_that_ends_the_others_goes_on_once_they_have_said_why(capfd: pytest.CaptureFixture[str],
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing itself, for it raises; the others say its line, and where they are,
+    at their next look."""
     store, left = dist.HashStore(), []
     monkeypatch.setattr(Watchdog, "_leave", lambda self: (left.append(self.rank), self._let_all_say()))
     dog, other = watchdog(store), Watchdog(Watch(), store, 1, 2, 40.0, torch.device("cpu"))
@@ -232,7 +249,8 @@ def test_a_rank_that_ends_the_others_goes_on_once_they_have_said_why(capfd: pyte
     lines = capfd.readouterr().err.splitlines()
     assert lines[:2] == ["shardlib [rank 1] ends: rank 0 has raised SpecError: ids holds caf\\udce9",
                          f"shardlib [rank 1]   it is in collective 1 of {TP}: barrier"]
-    assert not [line for line in lines if "[rank 0]" in line] and dog._states()[0].note == "has raised SpecError: ids holds caf\\udce9"
+    assert (not [line for line in lines if "[rank 0]" in line]
+            and dog._states()[0].note == "has raised SpecError: ids holds caf\\udce9")
 
 
 def test_each_thread_is_in_a_collective_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
@@ -249,7 +267,8 @@ def test_each_thread_is_in_a_collective_of_its_own(capfd: pytest.CaptureFixture[
     (thread := Thread(target=fail)).start()
     thread.join()
     assert errors[0].startswith("failed in collective 1 of group dp (ranks 0 1): all_reduce: peer is gone\n")
-    assert Moment.of(dog.watch.now) == Moment.of(dog.watch.mine) and dog.watch.now[0] is mine and dog.watch.last[0] is other
+    assert (Moment.of(dog.watch.now) == Moment.of(dog.watch.mine) and dog.watch.now[0] is mine
+            and dog.watch.last[0] is other)
     dog.watch.end()
     dog.stop("")
     assert dog.watch.now is None
@@ -349,13 +368,16 @@ def mute(*arguments: str) -> tuple[int, str, str]:
 
 def test_a_store_that_does_not_answer_holds_nobody_up() -> None:
     assert mute("1") == (1, "", (
-        f"shardlib [rank 0] has waited 1 s in collective 1 of {TP}: barrier, at step 1 of f, m.py:1: N +tp -> N\n"
+        f"shardlib [rank 0] has waited 1 s in collective 1 of {TP}: barrier, at step 1 of f, m.py:1: N +tp "
+        "-> N\n"
         "shardlib [rank 0]   the store does not answer\n"))
 
 
 @pytest.mark.parametrize("asked, ends", [(None, 38), (0.0, 30)])
-def test_a_rank_that_is_cut_off_from_its_store_ends_sooner(asked: float | None, ends: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 40 s: when the store has not answered since `asked`, as soon as a thread that could ask it would have judged; else after that one."""
+def test_a_rank_that_is_cut_off_from_its_store_ends_sooner(asked: float | None, ends: int,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40 s: when the store has not answered since `asked`, as soon as a thread that could ask it would
+    have judged; else after that one."""
     clock, said = [0.0], []
     monkeypatch.setattr(watchdog_module, "monotonic", lambda: clock[0])
     monkeypatch.setattr(watchdog_module.os, "_exit", lambda status: clock.append(status))
@@ -365,16 +387,19 @@ def test_a_rank_that_is_cut_off_from_its_store_ends_sooner(asked: float | None, 
         """A second passes; true, the watchdog is stopped, once the process has ended."""
         clock[0] += 1.0
         return len(clock) > 1
-    dog = SimpleNamespace(_stopped=SimpleNamespace(wait=waits), tick_s=1.0, watch=watch, _asked=asked, timeout_s=40.0, limit_s=30.0,
-                          _tell_alone=said.append, device=torch.device("cpu"))
+    dog = SimpleNamespace(_stopped=SimpleNamespace(wait=waits), tick_s=1.0, watch=watch, _asked=asked,
+                          timeout_s=40.0, limit_s=30.0, _tell_alone=said.append, device=torch.device("cpu"))
     Watchdog._guard(dog)
     assert said == [f"has waited {ends + 1} s in collective 1 of {TP}: barrier"] and clock[1:] == [1]
 
 
 def test_what_failed_is_said_without_the_store() -> None:
-    """On stderr at once, and in the error, which a command may keep to itself since the watchdog has said it."""
-    lines = [f"failed in collective 1 of {TP}: barrier, at step 1 of f, m.py:1: N +tp -> N: peer is gone", "  the store does not answer"]
-    assert mute("8", "fails") == (0, "\n".join(lines) + "\n", "".join(f"shardlib [rank 0] {line}\n" for line in lines))
+    """On stderr at once, and in the error, which a command may keep to itself since
+    the watchdog has said it."""
+    lines = [f"failed in collective 1 of {TP}: barrier, at step 1 of f, m.py:1: N +tp -> N: peer is gone",
+             "  the store does not answer"]
+    assert mute("8", "fails") == (0, "\n".join(lines) + "\n",
+                                  "".join(f"shardlib [rank 0] {line}\n" for line in lines))
 
 
 def test_generated_code_says_where_in_the_plan_it_is() -> None:
@@ -385,17 +410,21 @@ def test_generated_code_says_where_in_the_plan_it_is() -> None:
     mesh = Mesh(tp=2)
     e = Emitter(mesh, 0, {"M": 4, "N": 4})
     source = e.program(lower(turned, Layout(), mesh=mesh, passes=()))
-    assert source == "def main(a0):\n    v1 = g0.all_gather(a0, 1, (2, 2), at=s1)\n    v1 = v1.narrow(0, 0, 2)\n    return (v1,)\n"
+    assert source == ("def main(a0):\n    v1 = g0.all_gather(a0, 1, (2, 2), at=s1)\n"
+                      "    v1 = v1.narrow(0, 0, 2)\n    return (v1,)\n")
     line = turned.fn.__code__.co_firstlineno + 2
-    assert {n: str(s) for n, s in e.plan.items()} == {"s1": f"step 1 of turned, test_watchdog.py:{line}: M N/tp -> M N"}
+    assert {n: str(s)
+            for n, s in e.plan.items()} == {"s1": f"step 1 of turned, test_watchdog.py:{line}: M N/tp -> M N"}
 
 
 def test_plans_of_different_lengths() -> None:
     texts = ["a\nb\n", "a\nb\nc\n", "a\nb\n"]
     with pytest.raises(SpecError) as differ:
         same_plan("f", (0, 1, 2), texts[0], lambda mine: texts if mine in texts else ["1", "2", "1"])
-    assert str(differ.value) == ("f: the ranks have different plans, first in line 3\n  ranks 0 2   (nothing)\n  rank 1      c\n"
-                                 "compile the same function with the same layout, mesh, sizes and dtypes on every rank")
+    assert str(differ.value) == ("f: the ranks have different plans, first in line 3\n"
+                                 "  ranks 0 2   (nothing)\n  rank 1      c\n"
+                                 "compile the same function with the same layout, mesh, sizes and dtypes on "
+                                 "every rank")
     same_plan("f", (0, 1), "a", lambda mine: [mine, mine])
 
 

@@ -1,6 +1,8 @@
-"""One rank of test_captured: what is replayed equals what runs eagerly, bit for bit where the kernels are the same.
+"""One rank of test_captured: what is replayed equals what runs eagerly,
+bit for bit where the kernels are the same.
 
-    torchrun --nproc-per-node 2 tests/gpu/captured_worker.py tokens tp=2 bfloat16      # or: calls tp=2, stragglers tp=2, silent tp=2
+    torchrun --nproc-per-node 2 tests/gpu/captured_worker.py tokens tp=2 bfloat16
+    # or: calls tp=2, stragglers tp=2, silent tp=2
 """
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig
 from shardlib.models.random_weights import SHAPES
 
-SHAPES["small"] = LlamaConfig(vocab_size=384, d_model=128, num_layers=3, num_kv_heads=4, queries_per_kv=2, head_dim=32, d_ff=256, norm_eps=1e-5,
-                              rope_theta=1e4, rope_scaling=None, tied=False, max_context=128)
+SHAPES["small"] = LlamaConfig(vocab_size=384, d_model=128, num_layers=3, num_kv_heads=4, queries_per_kv=2,
+                              head_dim=32, d_ff=256, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
+                              tied=False, max_context=128)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"       # cpu: a rehearsal
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12] * 20, [13, 14]]
 ENDS = (7, 100, 200, 300, 350)
@@ -44,13 +47,15 @@ def tokens(runtime: Runtime, layout: Layout, dtype: torch.dtype) -> None:
     for sampling in (Sampling(), Sampling(0.9, 0.95, 5)):
         for ends in ((), ENDS):
             for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[:3], PROMPTS * 7):
-                made = [model.generate(prompts, 40, ends, sampling, graph=True).tokens for _ in range(2)]       # captures, then only replays
+                # captures, then only replays
+                made = [model.generate(prompts, 40, ends, sampling, graph=True).tokens for _ in range(2)]
                 decoder.Graph = Eager
                 wanted = twin.generate(prompts, 40, ends, sampling, graph=True).tokens
                 decoder.Graph = captured
                 assert made == [wanted] * 2, (sampling, ends, len(prompts))
                 if dtype == torch.float32:
-                    assert twin.generate(prompts, 40, ends, sampling, graph=False).tokens == wanted, (sampling, ends, len(prompts))
+                    assert twin.generate(prompts, 40, ends, sampling, graph=False).tokens == wanted, (
+                        sampling, ends, len(prompts))
 
 
 class Weights(Params):
@@ -69,20 +74,25 @@ def total(x, w: Weights):
 
 
 def calls(runtime: Runtime, layout: Layout, dtype: torch.dtype) -> None:
-    """Replays of several graphs and eager calls in a random order, their results looked at afterwards; gradients too."""
+    """Replays of several graphs and eager calls in a random order,
+    their results looked at afterwards; gradients too."""
     draw, n = random.Random(3), runtime.mesh.world_size
-    weights = [Weights(up=torch.randn(64, 256 // n, device=runtime.device, dtype=dtype), down=torch.randn(256 // n, 64, device=runtime.device, dtype=dtype))
+    weights = [Weights(up=torch.randn(64, 256 // n, device=runtime.device, dtype=dtype),
+                       down=torch.randn(256 // n, 64, device=runtime.device, dtype=dtype))
                for _ in range(2)]
     for function in (layer, value_and_grad(total)):
-        step, eager = (compile(function, layout, runtime=runtime, sizes=dict(F=256), graph=graph) for graph in (True, False))
+        step, eager = (compile(function, layout, runtime=runtime, sizes=dict(F=256), graph=graph)
+                       for graph in (True, False))
         kept: list[tuple[Any, Any]] = []
         for _ in range(300):
-            x, w = torch.full((draw.choice((1, 8, 32)), 64), draw.random(), device=runtime.device, dtype=dtype), draw.choice(weights)
+            x, w = torch.full((draw.choice((1, 8, 32)), 64), draw.random(), device=runtime.device,
+                              dtype=dtype), draw.choice(weights)
             pair = [step(x, w), eager(x, w)] if draw.random() < 0.5 else [eager(x, w), step(x, w)][::-1]
             x.zero_()
             kept.append(tuple(pair))
         for made, wanted in kept:
-            made, wanted = ([v] if isinstance(v, Tensor) else [v[0], v[1].up, v[1].down] for v in (made, wanted))
+            made, wanted = ([v] if isinstance(v, Tensor) else [v[0], v[1].up, v[1].down]
+                            for v in (made, wanted))
             assert all(torch.equal(a, b) for a, b in zip(made, wanted)), function.__name__
 
 
@@ -105,7 +115,8 @@ def silent(runtime: Runtime, layout: Layout, dtype: torch.dtype) -> None:
     model = Model.random("small", layout, runtime, dtype).pack()
     model.generate(PROMPTS, 40)
     seen: list[int] = []
-    model.generate(PROMPTS, 40, on_tokens=lambda _: (seen.append(1), time.sleep(3600 if len(seen) == 5 and runtime.rank == 1 else 0)))
+    model.generate(PROMPTS, 40, on_tokens=lambda _: (
+        seen.append(1), time.sleep(3600 if len(seen) == 5 and runtime.rank == 1 else 0)))
 
 
 if __name__ == "__main__":
@@ -113,6 +124,7 @@ if __name__ == "__main__":
     chosen = getattr(torch, sys.argv[3]) if len(sys.argv) > 3 else torch.float32
     with connect(mesh, DEVICE, timeout_s=10.0 if what == "silent" else None) as runtime:
         torch.backends.cuda.matmul.allow_tf32 = False
-        {"tokens": tokens, "calls": calls, "stragglers": stragglers, "silent": silent}[what](runtime, named_layout("tp", mesh), chosen)
+        {"tokens": tokens, "calls": calls, "stragglers": stragglers,
+         "silent": silent}[what](runtime, named_layout("tp", mesh), chosen)
         if runtime.rank == 0:
             print(f"{' '.join(sys.argv[1:])}: equal", flush=True)

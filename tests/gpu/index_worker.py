@@ -24,7 +24,7 @@ with connect(Mesh(tp=2), "cuda") as runtime:
     assert torch.allclose(program(x, labels), torch.full((4,), 5.0, device=runtime.device).log())
     labels[1] = 7 if runtime.rank == 1 else 2
     found = program(x, labels)
-    assert found.tolist()[3] == 0, found            # the row counts for nothing on any rank, and all have come this far
+    assert found.tolist()[3] == 0, found  # the row counts for nothing on any rank, and all have come this far
     try:
         program(x, labels).tolist()
     except SpecError as error:

@@ -1,5 +1,5 @@
-"""Kernels of few rows on GPUs: `one_gpu CASES [SEED]` on one, `norms CALLS` one rank of the tests of all_reduce + add + rms_norm. Exit status 1 where
-anything is wrong.
+"""Kernels of few rows on GPUs: `one_gpu CASES [SEED]` on one, `norms CALLS` one rank of the tests of
+all_reduce + add + rms_norm. Exit status 1 where anything is wrong.
 
     python tests/gpu/kernels_worker.py one_gpu 300
     torchrun --nproc-per-node 4 tests/gpu/kernels_worker.py norms 10000
@@ -37,14 +37,17 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 def attention_of_torch(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     """By its own kernels, with a mask."""
-    seen = torch.arange(k.shape[1], device=q.device) < lengths[:, None, None] + torch.arange(q.shape[1], device=q.device)[:, None]
+    seen = (torch.arange(k.shape[1], device=q.device) < lengths[:, None, None]
+            + torch.arange(q.shape[1], device=q.device)[:, None])
     k, v = (x.nan_to_num().transpose(1, 2).repeat_interleave(q.shape[3], 1) for x in (k, v))
     out = F.scaled_dot_product_attention(q.permute(0, 2, 3, 1, 4).flatten(1, 2), k, v, seen[:, None])
-    return out.unflatten(1, q.shape[2:4]).permute(0, 3, 1, 2, 4).masked_fill(~seen.any(-1)[..., None, None, None], 0)
+    return out.unflatten(1, q.shape[2:4]).permute(0, 3, 1, 2,
+                                                  4).masked_fill(~seen.any(-1)[..., None, None, None], 0)
 
 
 class OneGpu:
-    """Cases of random sizes: each at most twice as far from float64 as torch's, its bits the same in a graph's replay."""
+    """Cases of random sizes: each at most twice as far from float64 as torch's,
+    its bits the same in a graph's replay."""
 
     def __init__(self, seed: int) -> None:
         self.random, self.failures = random.Random(seed), []
@@ -72,12 +75,15 @@ class OneGpu:
             self.failures.append(f"{what}: error {ours:.3g}, torch's {theirs:.3g}")
 
     def norm(self) -> None:
-        rows, width = self.random.randint(1, 40), self.random.choice((8, 24, 100, 576, 1000, 4096, 8192, 16384, self.random.randint(1, 9000)))
+        rows, width = self.random.randint(1, 40), self.random.choice(
+            (8, 24, 100, 576, 1000, 4096, 8192, 16384, self.random.randint(1, 9000)))
         x, old, w = self.normal(rows, width), self.normal(rows, width), self.normal(width)
-        self.close(f"rms_norm {rows} x {width} {self.dtype}", lambda: rms_norm(x, w, EPS), lambda x, w: F.rms_norm(x, (width,), w, EPS), x, w)
+        self.close(f"rms_norm {rows} x {width} {self.dtype}", lambda: rms_norm(x, w, EPS),
+                   lambda x, w: F.rms_norm(x, (width,), w, EPS), x, w)
         total, normed = add_rms_norm(x, old, w, EPS)
         if not torch.equal(total, old + x) or not torch.equal(normed, rms_norm(total, w, EPS)):
-            self.failures.append(f"add_rms_norm {rows} x {width} {self.dtype}: other bits than add, then norm")
+            self.failures.append(
+                f"add_rms_norm {rows} x {width} {self.dtype}: other bits than add, then norm")
 
     def matmul(self) -> None:
         gated, rows = self.random.random() < 0.5, self.random.choice((1, 1, 2, 7, 8, 9, 16, 31, 32))
@@ -87,20 +93,30 @@ class OneGpu:
             tile = self.random.choice(ONE_ROW[1:])
         x, w = self.normal(rows, lines), (self.normal(columns * (1 + gated), lines) * lines ** -0.5).mT
         counts = torch.zeros(128, dtype=torch.int32, device="cuda")
-        ours, reference = (gated_matmul_rows, gated_matmul_rows_reference) if gated else (matmul_rows, torch.matmul)
-        self.close(f"matmul {rows} x {lines} x {columns} {gated} {tile} {self.dtype}", lambda: ours(x, w, tile, counts), reference, x, w)
+        ours, reference = ((gated_matmul_rows, gated_matmul_rows_reference) if gated
+                           else (matmul_rows, torch.matmul))
+        self.close(f"matmul {rows} x {lines} x {columns} {gated} {tile} {self.dtype}",
+                   lambda: ours(x, w, tile, counts), reference, x, w)
 
     def attention(self) -> None:
-        rows, new, heads, group = (self.random.randint(1, 9), self.random.choice((1, 1, 1, 2, 4)), self.random.randint(1, 4), self.random.choice((1, 3, 4, 8)))
-        h, keys, splits = self.random.choice((16, 64, 80, 128)), self.random.randint(new, 700), self.random.choice((1, 1, 2, 5, 8, 16))
-        q, k, v = self.normal(rows, new, heads, group, h), self.normal(rows, keys, heads, h), self.normal(rows, keys, heads, h)
-        lengths = torch.tensor([self.random.choice((0, 1, keys - new + 1, self.random.randint(0, keys - new + 1))) for _ in range(rows)], device="cuda")
+        rows, new, heads, group = (self.random.randint(1, 9), self.random.choice((1, 1, 1, 2, 4)),
+                                   self.random.randint(1, 4), self.random.choice((1, 3, 4, 8)))
+        h, keys, splits = (self.random.choice((16, 64, 80, 128)), self.random.randint(new, 700),
+                           self.random.choice((1, 1, 2, 5, 8, 16)))
+        q, k, v = (self.normal(rows, new, heads, group, h), self.normal(rows, keys, heads, h),
+                   self.normal(rows, keys, heads, h))
+        lengths = torch.tensor(
+            [self.random.choice((0, 1, keys - new + 1, self.random.randint(0, keys - new + 1)))
+             for _ in range(rows)], device="cuda")
         behind = torch.arange(keys, device="cuda") >= (lengths + new - 1)[:, None]
         k[behind], v[behind] = float("nan"), float("nan")
         counts = torch.zeros(rows * heads, dtype=torch.int32, device="cuda")
-        block, warps = (32, 4) if self.dtype == torch.float32 else self.random.choice(((32, 4), (64, 4), (32, 2), (128, 4)))
-        self.close(f"attention {rows} {new} {heads} {group} {h} {keys} {splits} {block} {warps} {self.dtype} {lengths.tolist()}",
-                   lambda: decode_attention(q, k, v, lengths, counts, splits, block, warps), decode_attention_reference, q, k, v, lengths, torchs=attention_of_torch)
+        block, warps = ((32, 4) if self.dtype == torch.float32
+                        else self.random.choice(((32, 4), (64, 4), (32, 2), (128, 4))))
+        self.close(f"attention {rows} {new} {heads} {group} {h} {keys} {splits} {block} {warps} {self.dtype} "
+                   f"{lengths.tolist()}",
+                   lambda: decode_attention(q, k, v, lengths, counts, splits, block, warps),
+                   decode_attention_reference, q, k, v, lengths, torchs=attention_of_torch)
         if bool(counts.any()):
             self.failures.append(f"attention: counts are left, {splits} splits")
 
@@ -119,22 +135,27 @@ def one_gpu(cases: int, seed: int = 1) -> int:
 
 
 class Norms:
-    """Random calls of all_reduce + add + rms_norm among others on the same channel: every rank knows everybody's data."""
+    """Random calls of all_reduce + add + rms_norm among others on the same channel:
+    every rank knows everybody's data."""
 
     MOST = 1 << 20
 
     def __init__(self, group, seed: int) -> None:
-        self.group, self.made, self.random, self.me, self.n = group, group.communicators[0], random.Random(seed), group.rank_in_group, group.world_size
+        self.group, self.made, self.random, self.me, self.n = (
+            group, group.communicators[0], random.Random(seed), group.rank_in_group, group.world_size)
         generator = torch.Generator(group.device).manual_seed(seed)
 
         def normal() -> dict[torch.dtype, Tensor]:
-            return {d: torch.randn(2 * self.MOST, generator=generator, device=group.device).to(d) for d in DTYPES}
+            return {d: torch.randn(2 * self.MOST, generator=generator, device=group.device).to(d)
+                    for d in DTYPES}
         self.xs, self.old, self.weight = [normal() for _ in range(self.n)], normal(), normal()
         self.bad = torch.zeros(2, 2, dtype=torch.int64, device=group.device)
 
     def call(self, wrong: Tensor) -> None:
-        """Adds the elements of residuals that are wrong to wrong[0], and the rows whose norm is further off than it may be to wrong[1]."""
-        dtype, width = self.random.choice(DTYPES), 8 * self.random.choice((1, 3, 72, 512, 513, 1024, self.random.randint(1, 1024)))
+        """Adds the elements of residuals that are wrong to wrong[0],
+        and the rows whose norm is further off than it may be to wrong[1]."""
+        dtype, width = (self.random.choice(DTYPES),
+                        8 * self.random.choice((1, 3, 72, 512, 513, 1024, self.random.randint(1, 1024))))
         rows = self.random.randint(1, min(self.random.choice((1, 4, 32, 64, 200)), self.MOST // width))
         start, count = 8 * self.random.randrange(self.MOST // 8), rows * width
 
@@ -152,7 +173,8 @@ class Norms:
         def error(x: Tensor) -> Tensor:
             return (x.double() - exact).norm(dim=-1)
         wrong[0] += (total != want).sum()
-        wrong[1] += (error(normed) > 2 * error(want_normed) + 2.0 ** -22 * exact.norm(dim=-1)).sum()      # rsqrt is that good in float32
+        # rsqrt is that good in float32
+        wrong[1] += (error(normed) > 2 * error(want_normed) + 2.0 ** -22 * exact.norm(dim=-1)).sum()
 
     def run(self, calls: int) -> int:
         """Eager calls with late ranks, and replays of graphs between them."""
@@ -164,7 +186,8 @@ class Norms:
                     self.call(self.bad[1])
             graphs.append(graph)
         while done < calls:
-            late, cycles, graph = self.random.randrange(self.n), self.random.randrange(1_000_000), self.random.choice(graphs)
+            late, cycles, graph = (self.random.randrange(self.n), self.random.randrange(1_000_000),
+                                   self.random.choice(graphs))
             if self.me == late:
                 torch.cuda._sleep(cycles)
             for _ in range(16):
@@ -177,7 +200,8 @@ class Norms:
             done += 64
         torch.cuda.synchronize()
         if int(self.bad.sum()):
-            print(f"rank {self.me}: wrong residuals, norms: eager {self.bad[0].tolist()}, in graphs {self.bad[1].tolist()}", file=sys.stderr, flush=True)
+            print(f"rank {self.me}: wrong residuals, norms: eager {self.bad[0].tolist()}, in graphs "
+                  f"{self.bad[1].tolist()}", file=sys.stderr, flush=True)
         return int(self.bad.sum())
 
 

@@ -1,4 +1,6 @@
-"""One rank of the tests of direct NCCL: `conformance`, `graphs`, `stress CALLS`, `tensors` or `close`. Exit status 1 where anything is wrong.
+"""One rank of the tests of direct NCCL: `conformance`, `graphs`, `stress CALLS`, `tensors` or `close`.
+
+Exit status 1 where anything is wrong.
 
     torchrun --nproc-per-node 2 tests/gpu/nccl_direct_worker.py stress 20000
 """
@@ -26,7 +28,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.int32, torch.int64)
 LARGEST = 1 << 20
 
 
-# -- the kit ----------------------------------------------------------------------------------------------------------
+# -- the kit -------------------------------------------------------------------------------------------------
 
 def conformance(group: GroupCoordinator) -> int:
     """The kit with NCCL alone, but for what it refuses; roots on every member."""
@@ -43,12 +45,14 @@ def conformance(group: GroupCoordinator) -> int:
     return len(failures)
 
 
-# -- graphs -----------------------------------------------------------------------------------------------------------
+# -- graphs --------------------------------------------------------------------------------------------------
 
 class Captured:
-    """A call, its input, and a graph of it, which is replayed with new data and compared with an eager call."""
+    """A call, its input, and a graph of it, which is replayed with new data
+    and compared with an eager call."""
 
-    def __init__(self, group: GroupCoordinator, x: Tensor, call: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    def __init__(self, group: GroupCoordinator, x: Tensor,
+                 call: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
         self.x, self.call, self.graph = x, call, torch.cuda.CUDAGraph()
         with group.graph_capture() as stream, torch.cuda.graph(self.graph, stream=stream):
             self.results = call(x)
@@ -72,7 +76,8 @@ def one(x: Tensor | None) -> tuple[Tensor, ...]:
     return () if x is None else (x,)
 
 
-def calls_to_capture(group: GroupCoordinator) -> dict[str, tuple[tuple[int, ...], torch.dtype, Callable[[Tensor], tuple[Tensor, ...]]]]:
+def calls_to_capture(group: GroupCoordinator) -> dict[str, tuple[tuple[int, ...], torch.dtype,
+                                                                 Callable[[Tensor], tuple[Tensor, ...]]]]:
     """What is called with a tensor of which shape and dtype."""
     n, me = group.world_size, group.rank_in_group
     sizes, even = tuple(range(1, n + 1)), (2,) * n
@@ -91,9 +96,12 @@ def calls_to_capture(group: GroupCoordinator) -> dict[str, tuple[tuple[int, ...]
         "all_gather, uneven": ((sizes[me], 5), torch.float16, lambda x: one(group.all_gather(x, 0, sizes))),
         "all_gather of one": ((lone[me], 5), torch.bool, lambda x: one(group.all_gather(x, 0, lone))),
         "reduce_scatter": ((3, 2 * n), torch.float32, lambda x: one(group.reduce_scatter(x, 1, even))),
-        "reduce_scatter, uneven": ((3, sum(sizes)), torch.bfloat16, lambda x: one(group.reduce_scatter(x, 1, sizes))),
-        "all_to_all": ((2 * n, 5), torch.bfloat16, lambda x: group.all_to_all(x.split(2), [(2, 5)] * n, True)),
-        "all_to_all, uneven": ((sum(rows[me]), 5), torch.uint8, lambda x: group.all_to_all(x.split(rows[me]), [(row[me], 5) for row in rows])),
+        "reduce_scatter, uneven": ((3, sum(sizes)), torch.bfloat16,
+                                   lambda x: one(group.reduce_scatter(x, 1, sizes))),
+        "all_to_all": ((2 * n, 5), torch.bfloat16,
+                       lambda x: group.all_to_all(x.split(2), [(2, 5)] * n, True)),
+        "all_to_all, uneven": ((sum(rows[me]), 5), torch.uint8,
+                               lambda x: group.all_to_all(x.split(rows[me]), [(row[me], 5) for row in rows])),
         "broadcast": ((7, 3), torch.int64, lambda x: one(group.broadcast(x, n - 1))),
         "gather": ((sizes[me], 2), torch.float64, lambda x: one(group.gather(x, n // 2, 0, sizes))),
         "send": ((9,), torch.complex64, passed)}
@@ -112,24 +120,30 @@ def graphs(group: GroupCoordinator) -> int:
     return total
 
 
-# -- stress -----------------------------------------------------------------------------------------------------------
+# -- stress --------------------------------------------------------------------------------------------------
 
 class Stress:
-    """Random calls, whose results are compared on the device: every rank knows everybody's data. `others` calls in between."""
+    """Random calls, whose results are compared on the device: every rank knows everybody's data.
+
+    `others` calls in between.
+    """
 
     def __init__(self, group: GroupCoordinator, others: GroupCoordinator, seed: int) -> None:
         self.group, self.others, self.random = group, others, random.Random(seed)
         self.me, self.n = group.rank_in_group, group.world_size
         generator = torch.Generator(group.device).manual_seed(seed)
-        self.base = {dtype: [values((2 * LARGEST,), dtype, generator) for _ in range(self.n)] for dtype in DTYPES}
+        self.base = {dtype: [values((2 * LARGEST,), dtype, generator) for _ in range(self.n)]
+                     for dtype in DTYPES}
         self.bad = torch.zeros(2, dtype=torch.int64, device=group.device)
 
     def call(self, group: GroupCoordinator, wrong: Tensor) -> None:
-        """One collective of random kind, dtype, size and pieces; adds the number of wrong elements to `wrong`."""
+        """One collective of random kind, dtype, size and pieces;
+        adds the number of wrong elements to `wrong`."""
         me, n, pick = self.me, self.n, self.random
         dtype, what, root = pick.choice(DTYPES), pick.randrange(6), pick.randrange(n)
         most = 2 ** pick.randrange(1, 18)
-        rows = [[pick.randrange(most)] * n] * n if pick.random() < 0.4 else [[pick.choice((0, pick.randrange(most))) for _ in range(n)] for _ in range(n)]
+        rows = ([[pick.randrange(most)] * n] * n if pick.random() < 0.4
+                else [[pick.choice((0, pick.randrange(most))) for _ in range(n)] for _ in range(n)])
         counts, start = rows[0], pick.randrange(LARGEST)
         xs = [b[start:start + sum(row)] for b, row in zip(self.base[dtype], rows)]
         whole = [b[start:start + sum(counts)] for b in self.base[dtype]]
@@ -172,13 +186,15 @@ class Stress:
         return int(self.bad.sum())
 
 
-# -- tensors by name --------------------------------------------------------------------------------------------------
+# -- tensors by name -----------------------------------------------------------------------------------------
 
 def tensors(group: GroupCoordinator) -> int:
-    """Tensors of the GPU and of the CPU in one dict, to the next member and to all; how many came otherwise."""
+    """Tensors of the GPU and of the CPU in one dict, to the next member and to all;
+    how many came otherwise."""
     generator = torch.Generator(group.device).manual_seed(0)
-    whole = {"x": values((5, 3), torch.bfloat16, generator).t(), "step": torch.tensor(3), "none": values((0, 4), torch.float32, generator),
-             "mask": values((7,), torch.bool, generator), "large": values((1 << 20,), torch.float32, generator)}
+    whole = {"x": values((5, 3), torch.bfloat16, generator).t(), "step": torch.tensor(3),
+             "none": values((0, 4), torch.float32, generator), "mask": values((7,), torch.bool, generator),
+             "large": values((1 << 20,), torch.float32, generator)}
     given, got = {**whole, "carry": (whole["x"], "T B @tp:1")}, None
     if group.rank_in_group == 0:
         group.send_tensors(given, 1)
@@ -194,10 +210,11 @@ def tensors(group: GroupCoordinator) -> int:
     return wrong
 
 
-# -- the end ----------------------------------------------------------------------------------------------------------
+# -- the end -------------------------------------------------------------------------------------------------
 
 def close(group: GroupCoordinator) -> int:
-    """Whether the group can be destroyed in time while a graph holds calls of it, and what it gave stays right."""
+    """Whether the group can be destroyed in time while a graph holds calls of it,
+    and what it gave stays right."""
     ones = torch.ones(1 << 20, device=group.device)
     graph = torch.cuda.CUDAGraph()
     with group.graph_capture() as stream, torch.cuda.graph(graph, stream=stream):
@@ -217,10 +234,12 @@ def main(what: str, *numbers: str) -> int:
         whole = runtime.group(("tp",))
         assert not whole.router.declined, whole.router.declined
         group, others = only("NCCL", whole), only("torch.distributed (nccl)", whole)
-        wrong = Stress(group, others, 1).run(int(numbers[0])) if what == "stress" else tensors(whole) if what == "tensors" else \
-            {"conformance": conformance, "graphs": graphs, "close": close}[what](group)
+        wrong = (Stress(group, others, 1).run(int(numbers[0])) if what == "stress" else
+                 tensors(whole) if what == "tensors" else
+                 {"conformance": conformance, "graphs": graphs, "close": close}[what](group))
         if runtime.rank == 0:
-            print(f"{what} {' '.join(numbers)} on {mesh}: {wrong} wrong; NCCL {whole.communicators[0].version}", flush=True)
+            print(f"{what} {' '.join(numbers)} on {mesh}: {wrong} wrong; NCCL "
+                  f"{whole.communicators[0].version}", flush=True)
     return int(wrong > 0)
 
 

@@ -1,4 +1,5 @@
-"""One rank of test_nvlink's report: rank 1 never comes to an all_reduce, an all_gather, or an all_reduce out of a CUDA graph.
+"""One rank of test_nvlink's report: rank 1 never comes to an all_reduce, an all_gather,
+or an all_reduce out of a CUDA graph.
 
     torchrun --nproc-per-node 2 tests/gpu/nvlink_silent.py all_reduce 4096
 """

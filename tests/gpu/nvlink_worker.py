@@ -26,7 +26,8 @@ LARGEST = 1 << 22
 
 
 def with_empty(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """x, and in it the word that an empty slot holds: in an eighth of it everywhere, in others often, seldom and never."""
+    """x, and in it the word that an empty slot holds: in an eighth of it everywhere, in others often,
+    seldom and never."""
     words = x.clone().view(torch.int32)
     for part, rarity in zip(words.chunk(8), (1, 4, 64, 512, 4096, 1 << 16)):
         part[torch.randint(0, rarity, part.shape, generator=generator, device=x.device) == 0] = EMPTY.value
@@ -36,8 +37,10 @@ def with_empty(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def conformance(group: GroupCoordinator) -> int:
     cases = quad_cases((group.name,), group.world_size) + fixed_cases((group.name,), group.world_size)
-    taken = {name: group.route(name, torch.empty(16 * group.world_size, device=group.device), op).name for name, op in (
-        ("all_reduce", "sum"), ("reduce_scatter", "sum"), ("all_gather", None), ("all_to_all", None))}
+    taken = {name: group.route(name, torch.empty(16 * group.world_size, device=group.device), op).name
+             for name, op in (
+                 ("all_reduce", "sum"), ("reduce_scatter", "sum"), ("all_gather", None),
+                 ("all_to_all", None))}
     assert set(taken.values()) == {"NVLink"}, taken
     failures = [f"rank {group.rank}: {case}: {text}" for case in cases for text in check(case, group)]
     print("\n".join(failures[:20]), file=sys.stderr)
@@ -48,15 +51,18 @@ class Stress:
     """Random calls, whose results are compared on the device: every rank knows everybody's data."""
 
     def __init__(self, group: GroupCoordinator, seed: int) -> None:
-        self.group, self.random, self.me, self.n = group, random.Random(seed), group.rank_in_group, group.world_size
+        self.group, self.random, self.me, self.n = (group, random.Random(seed), group.rank_in_group,
+                                                    group.world_size)
         generator = torch.Generator(group.device).manual_seed(seed)
-        self.base = {dtype: [torch.randn(2 * LARGEST, generator=generator, device=group.device).to(dtype) for _ in range(self.n)] for dtype in DTYPES}
+        self.base = {dtype: [torch.randn(2 * LARGEST, generator=generator, device=group.device).to(dtype)
+                             for _ in range(self.n)] for dtype in DTYPES}
         self.moved = {dtype: [with_empty(x, generator) for x in xs] for dtype, xs in self.base.items()}
         self.bad = torch.zeros(2, dtype=torch.int64, device=group.device)
 
     def call(self, wrong: torch.Tensor) -> None:
         """One collective of random kind, dtype and size; adds the number of wrong elements to `wrong`."""
-        dtype, what, most = self.random.choice(DTYPES), self.random.randrange(4), 2 ** (self.random.randrange(7, 21) if self.random.randrange(50) else 23)
+        dtype, what, most = (self.random.choice(DTYPES), self.random.randrange(4),
+                             2 ** (self.random.randrange(7, 21) if self.random.randrange(50) else 23))
         count = self.random.randrange(1, max(2, most // (16 * self.n))) * 8 * self.n
         start = self.random.randrange(LARGEST // 8) * 8
         xs = [b[start:start + count] for b in (self.base if what < 2 else self.moved)[dtype]]
@@ -65,7 +71,8 @@ class Stress:
         if what == 0:
             got, want = self.group.all_reduce(mine), all_reduce_reference(xs)
         elif what == 1:
-            got, want = self.group.reduce_scatter(mine, 0, (share,) * self.n), all_reduce_reference([x[cut] for x in xs])
+            got, want = (self.group.reduce_scatter(mine, 0, (share,) * self.n),
+                         all_reduce_reference([x[cut] for x in xs]))
         elif what == 2:
             got, want = self.group.all_gather(mine, 0, (count,) * self.n), torch.cat(xs)
         else:
@@ -74,7 +81,8 @@ class Stress:
         wrong += (got.view(torch.uint8) != want.view(torch.uint8)).sum()
 
     def run(self, calls: int) -> int:
-        """Eager calls with late ranks, replays of graphs between them and, on a stream of their own, beside them."""
+        """Eager calls with late ranks, replays of graphs between them and,
+        on a stream of their own, beside them."""
         side = torch.cuda.Stream()
         graphs = []
         for _ in range(6):
@@ -85,7 +93,8 @@ class Stress:
             graphs.append(graph)
         done = 0
         while done < calls:
-            late, graph, beside = self.random.randrange(self.n), self.random.choice(graphs), self.random.random() < 0.5
+            late, graph, beside = (self.random.randrange(self.n), self.random.choice(graphs),
+                                   self.random.random() < 0.5)
             if self.me == late:
                 torch.cuda._sleep(self.random.randrange(1_000_000))
             else:
@@ -114,7 +123,8 @@ def main(what: str, *numbers: str) -> int:
         group.router.use(UNMEASURED)                # NVLink takes what it can, faster or not
         wrong = conformance(group) if what == "conformance" else Stress(group, 1).run(int(numbers[0]))
         if runtime.rank == 0:
-            print(f"{' '.join((what, *numbers))} on {mesh}: {wrong} wrong; workspace {group.communicators[0].workspace_bytes >> 20} MB", flush=True)
+            print(f"{' '.join((what, *numbers))} on {mesh}: {wrong} wrong; workspace "
+                  f"{group.communicators[0].workspace_bytes >> 20} MB", flush=True)
     return int(wrong > 0)
 
 

@@ -1,4 +1,5 @@
-"""One rank of test_surroundings: collectives in a thread, whose current GPU is number 0, and in contexts that change what tensors are.
+"""One rank of test_surroundings: collectives in a thread, whose current GPU is number 0,
+and in contexts that change what tensors are.
 
     torchrun --nproc-per-node 2 tests/gpu/surroundings_worker.py
 """
@@ -28,7 +29,7 @@ ran: dict[str, int] = {}
 
 def calls() -> None:
     """Every fifth case in each context, by each communicator that takes it."""
-    torch.zeros(1, device="cuda:0")                     # with a context there, the thread's current GPU stays number 0
+    torch.zeros(1, device="cuda:0")  # with a context there, the thread's current GPU stays number 0
     assert torch.cuda.current_device() == 0
     for communicator in whole.communicators[:-1]:       # the last is the control group's
         group = only(communicator.name, whole)
@@ -36,11 +37,13 @@ def calls() -> None:
         with torch.cuda.device(group.device):
             torch.cuda._sleep(100_000_000)
             x += 1
-        found.extend([] if (group.all_reduce(x) == group.world_size).all() else [f"{communicator.name} does not wait for what its GPU has to do"])
+        found.extend([] if (group.all_reduce(x) == group.world_size).all()
+                     else [f"{communicator.name} does not wait for what its GPU has to do"])
         for case in (quad_cases(("tp",), mesh.world_size) + fixed_cases(("tp",), mesh.world_size))[::5]:
             for context, make in CONTEXTS.items():
                 try:
-                    found.extend(f"{communicator.name}, {context}: {case}: {text}" for text in check(case, Within(group, make)))
+                    found.extend(f"{communicator.name}, {context}: {case}: {text}"
+                                 for text in check(case, Within(group, make)))
                     ran[communicator.name] = ran.get(communicator.name, 0) + 1
                 except SpecError:                       # it does not take the call
                     pass
@@ -56,4 +59,5 @@ with connect(mesh, communicators=(nvlink, nccl)) as runtime:
     thread.start()
     thread.join()
     print(*found[:10], sep="\n", file=sys.stderr)
-    assert found == ["end"] and len(ran) == len(whole.communicators) - 1 and min(ran.values()) > 100, (ran, len(found))
+    assert (found == ["end"] and len(ran) == len(whole.communicators) - 1
+            and min(ran.values()) > 100), (ran, len(found))

@@ -1,4 +1,5 @@
-"""Captured steps on GPUs: tokens and results of replays are those of eager calls; a replay that waits is reported as one."""
+"""Captured steps on GPUs: tokens and results of replays are those of eager calls;
+a replay that waits is reported as one."""
 from __future__ import annotations
 
 import os
@@ -14,8 +15,9 @@ from test_nccl import torchrun
 WORKER = str(Path(__file__).parent / "captured_worker.py")
 
 
-@pytest.mark.parametrize("mesh, dtype", [("tp=1", "bfloat16"), ("tp=2", "float32"), ("tp=2", "bfloat16"), ("tp=2", "float16"), ("dp=2", "float32"),
-                                         ("tp=4", "bfloat16"), ("dp=2,tp=2", "float32")])
+@pytest.mark.parametrize("mesh, dtype", [
+    ("tp=1", "bfloat16"), ("tp=2", "float32"), ("tp=2", "bfloat16"), ("tp=2", "float16"), ("dp=2", "float32"),
+    ("tp=4", "bfloat16"), ("dp=2,tp=2", "float32")])
 def test_captured_tokens_are_the_eager_ones(mesh: str, dtype: str) -> None:
     assert f"tokens {mesh} {dtype}: equal" in ranks(mesh, "tokens", dtype)
 
@@ -30,12 +32,16 @@ def test_ranks_that_are_late() -> None:
 
 
 def test_a_replay_that_a_rank_never_comes_to() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", WORKER, "silent", "tp=2", "bfloat16"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2", "NCCL_NVLS_ENABLE": "0"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", WORKER, "silent",
+               "tp=2", "bfloat16"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "2", "NCCL_NVLS_ENABLE": "0"})
     said = [line for line in done.stderr.splitlines() if line.startswith("shardlib [rank 0]")]
     assert done.returncode == 1, done.stderr
-    assert re.search(r"has waited \d+ s in replay (\d+) of next_token, 8 rows of 64 \(ranks 0 1\)", said[0]), said
-    assert re.search(r"rank 1 is in no collective; its last was replay \d+ of next_token, 8 rows of 64 \(ranks 0 1\)", said[1]), said
+    assert re.search(r"has waited \d+ s in replay (\d+) of next_token, 8 rows of 64 \(ranks 0 1\)",
+                     said[0]), said
+    assert re.search(r"rank 1 is in no collective; its last was replay \d+ of next_token, 8 rows of 64 "
+                     r"\(ranks 0 1\)", said[1]), said
 
 
 def ranks(mesh: str, what: str, dtype: str) -> str:

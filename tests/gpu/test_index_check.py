@@ -1,4 +1,5 @@
-"""Indices out of range on a GPU: no call waits, a CUDA graph holds the notes, no kernel is asked for what is not there, one rank ends all."""
+"""Indices out of range on a GPU: no call waits, a CUDA graph holds the notes,
+no kernel is asked for what is not there, one rank ends all."""
 from __future__ import annotations
 
 import math
@@ -38,8 +39,10 @@ def cached(index, cache, rows):
 
 
 @pytest.mark.parametrize("bad", (-1, 5, 2**40))
-@pytest.mark.parametrize("f, shape, want", ((looked_up, (5, 2), 4.0), (taken, (3, 5), 2.0), (losses, (3, 5), 2 * math.log(5))))
-def test_nothing_waits_and_the_error_comes_later(f: Callable, shape: tuple[int, ...], want: float, bad: int) -> None:
+@pytest.mark.parametrize("f, shape, want",
+                         ((looked_up, (5, 2), 4.0), (taken, (3, 5), 2.0), (losses, (3, 5), 2 * math.log(5))))
+def test_nothing_waits_and_the_error_comes_later(f: Callable, shape: tuple[int, ...], want: float,
+                                                 bad: int) -> None:
     """The first and the last row count, the one between does not."""
     good, x = torch.tensor([0, 4, 1], device="cuda"), torch.ones(shape, device="cuda")
     index = good.clone()
@@ -54,7 +57,8 @@ def test_nothing_waits_and_the_error_comes_later(f: Callable, shape: tuple[int, 
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert math.isclose(float(value), want, rel_tol=1e-6)
-        assert gradient.any(1).tolist() == ([True, True, False, False, False] if f is looked_up else [True, False, True])
+        assert gradient.any(1).tolist() == ([True, True, False, False, False] if f is looked_up
+                                            else [True, False, True])
         torch.cuda.synchronize()
         with pytest.raises(SpecError, match=f": index holds {bad}, outside of 0 to 4 "):
             compiled(good, x)
@@ -87,15 +91,18 @@ def test_a_graph_notes_what_its_replays_have_seen() -> None:
 def test_a_slot_that_is_not_there_is_no_error_of_the_gpu() -> None:
     with connect(Mesh()) as runtime:
         compiled = compile(cached, runtime=runtime)
-        compiled(torch.tensor([0, 4, -3], device="cuda"), torch.zeros(3, 5, 2, device="cuda"), torch.ones(3, 2, 2, device="cuda"))
+        compiled(torch.tensor([0, 4, -3], device="cuda"), torch.zeros(3, 5, 2, device="cuda"),
+                 torch.ones(3, 2, 2, device="cuda"))
         with pytest.raises(SpecError, match=r"^update_cache: index holds -3, outside of 0 to 3 \(V=5, T=2\)"):
             compiled.check()
         torch.cuda.synchronize()
 
 
 def test_one_rank_ends_the_others_with_its_line() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(Path(__file__).with_name("index_worker.py"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2", "NCCL_NVLS_ENABLE": "0"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               str(Path(__file__).with_name("index_worker.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "2", "NCCL_NVLS_ENABLE": "0"})
     line = "cross_entropy: labels holds 7, outside of 0 to 4 (N=5)          index_worker.py:18"
     said = [text for text in done.stderr.splitlines() if text.startswith("shardlib [")]
     assert done.returncode == 1 and done.stdout == f"rank 1 has raised {line}\n", done.stderr

@@ -15,7 +15,8 @@ FOUR = [("tp=4", "tp"), ("tk=2,tg=2", "tp+sp"), ("dp=2,tp=2", "tp+sp+fsdp")]
 
 
 def torchrun(count: int, *args: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *args], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
+                           *args], capture_output=True, text=True,
                           timeout=240, env={**os.environ, "OMP_NUM_THREADS": "2", "NCCL_NVLS_ENABLE": "0"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout

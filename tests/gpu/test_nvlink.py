@@ -1,4 +1,5 @@
-"""The communicator over NVLink: the conformance kit, and long random runs, eager and in graphs, on two channels at once."""
+"""The communicator over NVLink: the conformance kit, and long random runs, eager and in graphs,
+on two channels at once."""
 from __future__ import annotations
 
 import os
@@ -23,10 +24,16 @@ def test_nothing_is_wrong(ranks: int, what: str) -> None:
 
 
 @pytest.mark.parametrize("what, count, line", [
-    ("all_reduce", 4096, "of rank 1, 4096 of 4096 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff"),
-    ("all_gather", 1 << 16, "of rank 1, 65536 of 65536 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff"),
-    ("graph", 4096, "of rank 1, 64 of 64 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff")])
+    ("all_reduce", 4096, ("of rank 1, 4096 of 4096 words have not come: block 0 waits for quad 0, expects "
+                          "data and sees 0x7fff7fff")),
+    ("all_gather", 1 << 16, ("of rank 1, 65536 of 65536 words have not come: block 0 waits for quad 0, "
+                             "expects data and sees 0x7fff7fff")),
+    ("graph", 4096, ("of rank 1, 64 of 64 words have not come: block 0 waits for quad 0, expects data and "
+                     "sees 0x7fff7fff"))])
 def test_a_kernel_that_waits_says_for_what(what: str, count: int, line: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(Path(WORKER).with_name("nvlink_silent.py")), what, str(count)],
-                          capture_output=True, text=True, timeout=90, env={**os.environ, "OMP_NUM_THREADS": "2"})
-    assert done.returncode != 0 and f"shardlib [rank 0]   NVLink over tp: {line}" in done.stderr, done.stderr[-4000:]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                           str(Path(WORKER).with_name("nvlink_silent.py")), what, str(count)],
+                          capture_output=True, text=True, timeout=90,
+                          env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert (done.returncode != 0
+            and f"shardlib [rank 0]   NVLink over tp: {line}" in done.stderr), done.stderr[-4000:]

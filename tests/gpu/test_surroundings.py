@@ -1,4 +1,5 @@
-"""Collectives on GPUs are right wherever they are called: in threads, in inference mode, with other defaults."""
+"""Collectives on GPUs are right wherever they are called:
+in threads, in inference mode, with other defaults."""
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The watchdog sees a GPU that does not come past a collective, long after the call has returned; NVLink says what its kernel waits for."""
+"""The watchdog sees a GPU that does not come past a collective, long after the call has returned;
+NVLink says what its kernel waits for."""
 from __future__ import annotations
 
 import os
@@ -20,13 +21,18 @@ CALLED = f"collective 2 of {TP}: all_reduce sum of 4 float32, at step 1 of f, mo
 def test_a_collective_that_a_rank_never_comes_to(stream: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs, this machine has {torch.cuda.device_count()}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(Path(__file__).with_name("watchdog_worker.py")), stream]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2", "NCCL_NVLS_ENABLE": "0"})
-    said = sorted(re.sub(r"has waited \d+ s", "has waited N s", line) for line in done.stderr.splitlines() if line.startswith("shardlib ["))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               str(Path(__file__).with_name("watchdog_worker.py")), stream]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "2", "NCCL_NVLS_ENABLE": "0"})
+    said = sorted(re.sub(r"has waited \d+ s", "has waited N s", line) for line in done.stderr.splitlines()
+                  if line.startswith("shardlib ["))
     assert done.returncode == 1 and done.stdout == "rank 0 has queued it\n", done.stderr
     assert said == sorted([
         f"shardlib [rank 0] has waited N s in {CALLED}",
         f"shardlib [rank 0]   NVLink over tp: {not_come(1, 4, 4, 'words', 0, 'quad 0')}",
-        f"shardlib [rank 0]   rank 1 is in no collective; its last was collective 1 of {TP}: all_reduce sum of 4 float32",
-        f"shardlib [rank 1] ends: it is in no collective; its last was collective 1 of {TP}: all_reduce sum of 4 float32",
+        (f"shardlib [rank 0]   rank 1 is in no collective; its last was collective 1 of {TP}: all_reduce sum "
+         "of 4 float32"),
+        (f"shardlib [rank 1] ends: it is in no collective; its last was collective 1 of {TP}: all_reduce sum "
+         "of 4 float32"),
         f"shardlib [rank 1]   rank 0 is in {CALLED}"])

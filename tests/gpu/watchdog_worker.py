@@ -1,6 +1,8 @@
-"""One rank of test_watchdog: rank 1 never comes to a collective that rank 0 has queued on its GPU; rank 0 waits for the result.
+"""One rank of test_watchdog: rank 1 never comes to a collective that rank 0 has queued on its GPU;
+rank 0 waits for the result.
 
-    torchrun --nproc-per-node 2 tests/gpu/watchdog_worker.py default        # or side: on a stream that the default stream does not wait for
+    torchrun --nproc-per-node 2 tests/gpu/watchdog_worker.py default
+    # or side: on a stream that the default stream does not wait for
 """
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A byte-level BPE of thirty lines, written from the description and not from the package; small vocabularies, and GGUF files of them."""
+"""A byte-level BPE of thirty lines, written from the description and not from the package; small
+vocabularies, and GGUF files of them."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -22,20 +23,23 @@ class Oracle:
     def __init__(self, metadata: dict, rules: tuple[str, ...], whole_words: bool = False) -> None:
         tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
         self.ids = {token: id for id, token in enumerate(tokens)}
-        self.ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(metadata["tokenizer.ggml.merges"])}
+        self.ranks = {tuple(merge.split(" ")): rank
+                      for rank, merge in enumerate(metadata["tokenizer.ggml.merges"])}
         self.special = [token for token, kind in zip(tokens, kinds) if kind == 3]
         self.rules, self.letters, self.whole_words = rules, byte_letters(), whole_words
 
     def encode(self, text: str) -> list[int]:
         parts = regex.split("(" + "|".join(map(regex.escape, self.special)) + ")", text)
-        return [id for part in parts if part for id in ([self.ids[part]] if part in self.special else self.plain(part))]
+        return [id for part in parts if part
+                for id in ([self.ids[part]] if part in self.special else self.plain(part))]
 
     def plain(self, text: str) -> list[int]:
         words = [text]
         for rule in self.rules:
             words = [piece for word in words for piece in pieces(rule, word)]
         letters = [[self.letters[b] for b in word.encode()] for word in words]
-        return [self.ids[token] for word in letters for token in self.merge([letter for letter in word if letter in self.ids])]
+        return [self.ids[token] for word in letters
+                for token in self.merge([letter for letter in word if letter in self.ids])]
 
     def knows(self, text: str) -> bool:
         """Whether each byte has a token. SmolLM2 drops six control characters, and F1 and F2."""
@@ -45,7 +49,8 @@ class Oracle:
         if self.whole_words and "".join(parts) in self.ids:
             return ["".join(parts)]
         while True:
-            ranked = [(self.ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in self.ranks]
+            ranked = [(self.ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:]))
+                      if pair in self.ranks]
             if not ranked:
                 return parts
             i = min(ranked)[1]
@@ -64,16 +69,20 @@ def pieces(rule: str, text: str) -> list[str]:
 def small(**changes) -> dict:
     letters = sorted(byte_letters())
     tokens = ["<s>", "</s>", "<user>", *letters, "ab", "12", "123", "Ġab", "xyz"]
-    found = dict(model="gpt2", pre="smollm", tokens=tokens, token_type=[3, 3, 4] + [1] * (len(tokens) - 3), merges=["a b", "Ġ ab", "1 2", "12 3"], bos_token_id=0, eos_token_id=1)
-    return {f"tokenizer.ggml.{key}": value for key, value in {**found, **changes}.items() if value is not None}
+    found = dict(model="gpt2", pre="smollm", tokens=tokens, token_type=[3, 3, 4] + [1] * (len(tokens) - 3),
+                 merges=["a b", "Ġ ab", "1 2", "12 3"], bos_token_id=0, eos_token_id=1)
+    return {f"tokenizer.ggml.{key}": value for key, value in {**found, **changes}.items()
+            if value is not None}
 
 
 def write(path: Path, metadata: dict, template: str | None = None) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in metadata.items():
-        add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool, list: writer.add_array}[type(value)]
+        add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool,
+               list: writer.add_array}[type(value)]
         add(key, value)
     if template:
         writer.add_chat_template(template)
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    (writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(),
+     writer.close())
     return path

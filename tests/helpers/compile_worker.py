@@ -1,8 +1,12 @@
-"""Compiles the kernels for sm_90, as they are launched there, on a machine that needs no GPU; writes what came out as JSON.
+"""Compiles the kernels for sm_90, as they are launched there, on a machine that needs no GPU;
+writes what came out as JSON.
 
-    python compile_worker.py FILE [rows]        each: kernel, kind, world, line, split, warps, most (registers of a thread, as asked for),
-                                                the PTX, layouts of what is pushed, registers and stack bytes of a thread, bytes of shared memory
-                                                of a block. rows: the kernels of few rows on one GPU, in place of those between GPUs
+    python compile_worker.py FILE [rows]        each: kernel, kind, world, line, split, warps,
+                                                most (registers of a thread, as asked for), the PTX,
+                                                layouts of what is pushed, registers and stack bytes
+                                                of a thread, bytes of shared memory of a block. rows:
+                                                the kernels of few rows on one GPU, in place of those
+                                                between GPUs
 """
 from __future__ import annotations
 
@@ -37,8 +41,9 @@ from shardlib.triton_kernels.quads import KINDS
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter_kernel
 from shardlib.triton_kernels.rms_norm import rms_norm_kernel
 
-KERNELS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel, "reduce_scatter": reduce_scatter_kernel, "exchange": exchange_kernel,
-           "norm": all_reduce_add_rms_norm_kernel, "two_shot_norm": two_shot_add_rms_norm_kernel}
+KERNELS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel, "reduce_scatter": reduce_scatter_kernel,
+           "exchange": exchange_kernel, "norm": all_reduce_add_rms_norm_kernel,
+           "two_shot_norm": two_shot_add_rms_norm_kernel}
 ROW_QUADS, SPLIT = 1024, 4
 """Quads of a row that is normed, which so many blocks share."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -48,72 +53,91 @@ ALIGNED = [["tt.divisibility", 16]]
 def registers(world: int) -> tuple[int, int]:
     """Of a thread, as `ops/nvlink.py` has them between so many ranks: for sums, and for what is moved."""
     control = SimpleNamespace(barrier=lambda: None)
-    made = NVLink(SimpleNamespace(name="tp", me=0, size=world, device=torch.device("cpu"), ranks=tuple(range(world)), control=control), [])
+    made = NVLink(SimpleNamespace(name="tp", me=0, size=world, device=torch.device("cpu"),
+                                  ranks=tuple(range(world)), control=control), [])
     return made._sums, made._moves
 
 
 def launches() -> Iterator[dict[str, Any]]:
-    """The launches with the most threads, which `ops/nvlink.py` makes for the largest tensors, and those with a line a warp. On a rank in the
-    middle, where two shots between four spill most."""
+    """The launches with the most threads, which `ops/nvlink.py` makes for the largest tensors, and those with
+    a line a warp. On a rank in the middle, where two shots between four spill most."""
     for world in (2, 3, 4, 8):
         sums, moves = registers(world)
         for kernel in ("one_shot", "two_shot", "reduce_scatter"):
             for kind in KINDS.values():
-                yield dict(kernel=kernel, kind=kind, world=world, line=0, warps=grid_of(CAPACITY // QUAD, sums).warps, most=sums)
+                yield dict(kernel=kernel, kind=kind, world=world, line=0,
+                           warps=grid_of(CAPACITY // QUAD, sums).warps, most=sums)
         widest = grid_of(CAPACITY // QUAD, moves).warps
         for line, warps in ((32, 1), (32, widest), (32 * widest, widest)):
             yield dict(kernel="exchange", kind="any", world=world, line=line, warps=warps, most=moves)
         for shots, kernel in enumerate(("norm", "two_shot_norm"), 1):
             grid = row_grid(8, ROW_QUADS // (1 if shots == 1 else world), SPLIT, world, shots)
             for kind in KINDS.values():
-                yield dict(kernel=kernel, kind=kind, world=world, line=0, warps=grid.warps, most=grid.registers)
+                yield dict(kernel=kernel, kind=kind, world=world, line=0, warps=grid.warps,
+                           most=grid.registers)
 
 
 def compiled(kernel: str, kind: str, world: int, line: int, warps: int, most: int) -> dict[str, Any]:
     function = KERNELS[kernel]
-    types = {"x_ptr": "*i32", "out_ptr": "*i32", "residual_ptr": "*i32", "weight_ptr": "*i32", "normed_ptr": "*i32", "addresses_ptr": "*i64",
-             "state_ptr": "*i32", "eps": "fp32"}
-    values = {"RANK": world // 2, "W": world, "KIND": kind, "FLAT": False, "LINE": line, "BLOCK": 32 * warps, "LANES": 32 * warps, "SPLIT": SPLIT,
-              "INTERPRET": False, **(spin_lines if kernel == "exchange" else spin)(world - 1), **row_spin(SPLIT)}
-    return dict(kernel=kernel, kind=kind, world=world, line=line, warps=warps, most=most, **assembled(function, types, values, warps, most, ("slot_bytes",)))
+    types = {"x_ptr": "*i32", "out_ptr": "*i32", "residual_ptr": "*i32", "weight_ptr": "*i32",
+             "normed_ptr": "*i32", "addresses_ptr": "*i64", "state_ptr": "*i32", "eps": "fp32"}
+    values = {"RANK": world // 2, "W": world, "KIND": kind, "FLAT": False, "LINE": line, "BLOCK": 32 * warps,
+              "LANES": 32 * warps, "SPLIT": SPLIT, "INTERPRET": False,
+              **(spin_lines if kernel == "exchange" else spin)(world - 1), **row_spin(SPLIT)}
+    return dict(kernel=kernel, kind=kind, world=world, line=line, warps=warps, most=most,
+                **assembled(function, types, values, warps, most, ("slot_bytes",)))
 
 
-def assembled(function: Any, types: dict[str, str], values: dict[str, Any], warps: int, most: int | None, aligned: tuple[str, ...]) -> dict[str, Any]:
+def assembled(function: Any, types: dict[str, str], values: dict[str, Any], warps: int, most: int | None,
+              aligned: tuple[str, ...]) -> dict[str, Any]:
     """aligned: which sizes are multiples of 16; all addresses are."""
     names = function.arg_names
     signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in names}
-    known = {(i,): ALIGNED for i, name in enumerate(names) if name not in values and (name.endswith("_ptr") or name in aligned)}
-    source = ASTSource(function, signature, constexprs={name: values[name] for name in names if name in values}, attrs=known)
-    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "maxnreg": most})
+    known = {(i,): ALIGNED for i, name in enumerate(names)
+             if name not in values and (name.endswith("_ptr") or name in aligned)}
+    source = ASTSource(function, signature,
+                       constexprs={name: values[name] for name in names if name in values}, attrs=known)
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32),
+                            options={"num_warps": warps, "maxnreg": most})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(result.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True,
+                               check=True).stdout
     used, stack = (int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-    return dict(ptx=result.asm["ptx"], layouts=layouts(result.asm["ttgir"]), registers=used, stack=stack, shared=result.metadata.shared)
+    return dict(ptx=result.asm["ptx"], layouts=layouts(result.asm["ttgir"]), registers=used, stack=stack,
+                shared=result.metadata.shared)
 
 
 def of_few_rows() -> Iterator[dict[str, Any]]:
     """The kernels on one GPU, in 16 bits, as `ops/few_rows.py` launches them."""
-    bf16 = {name: "*bf16" for name in ("x_ptr", "residual_ptr", "weight_ptr", "total_ptr", "normed_ptr", "w_ptr", "q_ptr", "k_ptr", "v_ptr", "out_ptr")}
+    bf16 = {name: "*bf16" for name in ("x_ptr", "residual_ptr", "weight_ptr", "total_ptr", "normed_ptr",
+                                       "w_ptr", "q_ptr", "k_ptr", "v_ptr", "out_ptr")}
     types = bf16 | {"eps": "fp32", "lengths_ptr": "*i64", "parts_ptr": "*fp32", "counts_ptr": "*i32"}
     for adds, width in ((False, 4096), (True, 8192)):
-        yield dict(kernel="rms_norm", **assembled(rms_norm_kernel, types, dict(ADDS=adds, LANES=width), width // 256, None, ("width",)))
-    for rows, lines, columns, gated in ((1, 4096, 1536, False), (1, 8192, 14336, True), (8, 4096, 1536, False), (8, 4096, 7168, True), (32, 8192, 8192, False)):
+        yield dict(kernel="rms_norm", **assembled(rms_norm_kernel, types, dict(ADDS=adds, LANES=width),
+                                                  width // 256, None, ("width",)))
+    for rows, lines, columns, gated in ((1, 4096, 1536, False), (1, 8192, 14336, True),
+                                        (8, 4096, 1536, False), (8, 4096, 7168, True),
+                                        (32, 8192, 8192, False)):
         tile = tile_of(rows, lines, columns, gated)
-        values = dict(GATED=gated, WHOLE=True, SPLIT=tile.splits > 1, ROWS=max(8, rows), COLUMNS=tile.columns, LINES=tile.lines, STAGES=tile.stages)
+        values = dict(GATED=gated, WHOLE=True, SPLIT=tile.splits > 1, ROWS=max(8, rows), COLUMNS=tile.columns,
+                      LINES=tile.lines, STAGES=tile.stages)
         kernel, function = ("one_row", one_row_kernel) if rows == 1 else ("rows", rows_kernel)
-        yield dict(kernel=kernel, split=tile.splits, **assembled(function, types, {k: v for k, v in values.items() if k in function.arg_names}, tile.warps,
-                                                                 None, ("K",)))
+        yield dict(kernel=kernel, split=tile.splits, **assembled(
+            function, types, {k: v for k, v in values.items() if k in function.arg_names}, tile.warps,
+            None, ("K",)))
     for group, splits in ((4, 1), (4, 4), (8, 64)):
         values = dict(G=group, H=128, HEAD=128, ROWS=16, BLOCK=64, SPLIT=splits > 1, STAGES=3, MOST=64)
-        yield dict(kernel="attention", split=splits, **assembled(decode_attention_kernel, types, values, 4, None, ("stride_b", "stride_s", "stride_k")))
+        yield dict(kernel="attention", split=splits, **assembled(decode_attention_kernel, types, values, 4,
+                                                                 None, ("stride_b", "stride_s", "stride_k")))
 
 
 def layouts(ttgir: str) -> list[str]:
     """Which threads have which lane of a block, wherever something is pushed."""
     named = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
-    return sorted({named[name] for line in ttgir.splitlines() if "st.relaxed" in line for name in re.findall(r"tensor<\w+, (#\w+)>", line)})
+    return sorted({named[name] for line in ttgir.splitlines() if "st.relaxed" in line
+                   for name in re.findall(r"tensor<\w+, (#\w+)>", line)})
 
 
 if __name__ == "__main__":

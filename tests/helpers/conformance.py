@@ -1,8 +1,9 @@
 """What every communicator must do, as data: cases, their inputs, and an oracle in one process.
 
-A `Case` is plain data. Every rank draws the inputs of all members from the case's seed, computes what it should receive,
-and compares: moved data, integers and maxima bit for bit, sums within twice torch's own error, and bit for bit where
-the communicator calls itself deterministic. Arguments must be left alone, and results must alias nothing.
+A `Case` is plain data. Every rank draws the inputs of all members from the case's seed, computes what it
+should receive, and compares: moved data, integers and maxima bit for bit, sums within twice torch's own
+error, and bit for bit where the communicator calls itself deterministic. Arguments must be left alone, and
+results must alias nothing.
 
     failures = check(case, coordinator)         on every member of the group, with the same case; [] is a pass
 """
@@ -29,7 +30,10 @@ REFUSED = {("sum", "bool"), ("max", "complex64"), ("max", "uint64")}
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `sizes` along `dim` for all_gather, reduce_scatter, gather; `rows[i][j]` from i to j for all_to_all."""
+    """One call.
+
+    `sizes` along `dim` for all_gather, reduce_scatter, gather; `rows[i][j]` from i to j for all_to_all.
+    """
     collective: str
     axes: tuple[str, ...]
     dtype: str
@@ -44,7 +48,7 @@ class Case:
     seed: int = 0
 
 
-# -- inputs -----------------------------------------------------------------------------------------------------------
+# -- inputs --------------------------------------------------------------------------------------------------
 
 def draw(shape: Sequence[int], case: Case, key: int) -> Tensor:
     """A tensor of the case's dtype, layout and kind of values; the same on every rank for the same key."""
@@ -57,7 +61,8 @@ def _values(shape: tuple[int, ...], case: Case, generator: torch.Generator) -> T
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
     if case.dtype in INTEGERS:
-        return torch.randint(0, 256, (*shape, dtype.itemsize), generator=generator, dtype=torch.uint8).view(dtype).view(shape)
+        return torch.randint(0, 256, (*shape, dtype.itemsize), generator=generator,
+                             dtype=torch.uint8).view(dtype).view(shape)
     x = torch.randn(shape, generator=generator, dtype=torch.complex64 if dtype.is_complex else torch.float64)
     if case.special and not dtype.is_complex:
         odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0], dtype=x.dtype)
@@ -67,8 +72,8 @@ def _values(shape: tuple[int, ...], case: Case, generator: torch.Generator) -> T
 
 
 def arrange(x: Tensor, layout: str) -> Tensor:
-    """The same values with other strides; "expanded" repeats the first index of the first dim, "overlapping" gives all elements whose
-    indices add up to the same number one place in memory."""
+    """The same values with other strides; "expanded" repeats the first index of the first dim, "overlapping"
+    gives all elements whose indices add up to the same number one place in memory."""
     if layout == "transposed":
         backwards = tuple(reversed(range(x.ndim)))
         return x.permute(backwards).contiguous().permute(backwards)
@@ -83,7 +88,8 @@ def arrange(x: Tensor, layout: str) -> Tensor:
     if layout == "overlapping" and x.ndim and x.numel():
         path = [x[(-1,) * d + (slice(d > 0, None),) + (0,) * (x.ndim - d - 1)] for d in range(x.ndim)]
         return torch.cat(path).as_strided(x.shape, (1,) * x.ndim)
-    return x.requires_grad_() if layout == "grad" and x.dtype.is_floating_point and x.dtype.itemsize > 1 else x
+    return (x.requires_grad_() if layout == "grad" and x.dtype.is_floating_point and x.dtype.itemsize > 1
+            else x)
 
 
 def with_size(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
@@ -95,7 +101,8 @@ def inputs(case: Case, member: int, ranks: Sequence[int]) -> list[Tensor]:
     """What `member` passes: one tensor, or for all_to_all one for each member."""
     key = (min(ranks) * 64 + member) * 64
     if case.collective == "all_to_all":
-        return [draw(with_size(case.shape, case.dim, n), case, key + to) for to, n in enumerate(case.rows[member])]
+        return [draw(with_size(case.shape, case.dim, n), case, key + to)
+                for to, n in enumerate(case.rows[member])]
     if case.collective in ("all_gather", "gather"):
         return [draw(with_size(case.shape, case.dim, case.sizes[member]), case, key)]
     if case.collective == "reduce_scatter":
@@ -103,7 +110,7 @@ def inputs(case: Case, member: int, ranks: Sequence[int]) -> list[Tensor]:
     return [draw(case.shape, case, key)]
 
 
-# -- the calls --------------------------------------------------------------------------------------------------------
+# -- the calls -----------------------------------------------------------------------------------------------
 
 def call(case: Case, group: GroupCoordinator, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The results on this member, as a tuple; () where it receives nothing."""
@@ -142,7 +149,7 @@ def wanted(case: Case, group: GroupCoordinator) -> tuple[Tensor, ...]:
     return (given[case.root][0],) if case.collective == "send" and n > 1 and me == (case.root + 1) % n else ()
 
 
-# -- the oracle of reductions ------------------------------------------------------------------------------------------
+# -- the oracle of reductions --------------------------------------------------------------------------------
 
 def exact(pieces: Sequence[Tensor], op: str) -> Tensor:
     """The reduction in the widest dtype there is: integers as their dtype wraps, floats in float64."""
@@ -165,14 +172,16 @@ def in_any_order(pieces: Sequence[Tensor]) -> Iterator[Tensor]:
     dtype = pieces[0].dtype
 
     def add(a: Tensor, b: Tensor) -> Tensor:
-        return (a.detach().float() + b.detach().float()).to(dtype) if dtype.itemsize < 4 else a.detach() + b.detach()
+        return ((a.detach().float() + b.detach().float()).to(dtype) if dtype.itemsize < 4
+                else a.detach() + b.detach())
     for order in permutations(pieces) if len(pieces) < 5 else [pieces, pieces[::-1]]:
         yield reduce(add, order)
         if len(order) == 4:
             yield add(add(order[0], order[1]), add(order[2], order[3]))
 
 
-def reduction_failures(case: Case, got: Tensor, pieces: Sequence[Tensor], deterministic: bool) -> Iterator[str]:
+def reduction_failures(case: Case, got: Tensor, pieces: Sequence[Tensor],
+                       deterministic: bool) -> Iterator[str]:
     reference = exact(pieces, case.op)
     if case.op == "max" or not (got.dtype.is_floating_point or got.dtype.is_complex):
         yield from _differ("the exact result", got, reference.to(got.dtype), _same_values)
@@ -193,13 +202,15 @@ def _error(x: Tensor, reference: Tensor) -> float:
     return (x[~odd] - reference[~odd]).abs().max().item() if (~odd).any() else 0.0
 
 
-# -- the check --------------------------------------------------------------------------------------------------------
+# -- the check -----------------------------------------------------------------------------------------------
 
 def only(name: str, group: GroupCoordinator) -> GroupCoordinator:
     """The group with its communicator `name` alone: what that does not support is refused."""
     able = [c for c in group.communicators if c.name == name]
-    assert able, f"{group} has {[c.name for c in group.communicators]}, not {name}; declined: {group.router.declined}"
-    return GroupCoordinator(group.name, group.ranks, group.rank, group.local_rank, group.device, able[:1], able[0])
+    assert able, (f"{group} has {[c.name for c in group.communicators]}, not {name}; "
+                  f"declined: {group.router.declined}")
+    return GroupCoordinator(group.name, group.ranks, group.rank, group.local_rank, group.device, able[:1],
+                            able[0])
 
 
 def check(case: Case, group: GroupCoordinator) -> list[str]:
@@ -212,7 +223,8 @@ def check(case: Case, group: GroupCoordinator) -> list[str]:
         text = f"{case.op} of {case.dtype} over ranks: not defined; convert it to another dtype first"
         return list(_refusal_failures(lambda: call(case, group, given), text))
     got = call(case, group, given)
-    return [*_outcome_failures(case, group, given[0], [x.cpu() for x in got]), *_aliasing_failures(given, before, got)]
+    return [*_outcome_failures(case, group, given[0], [x.cpu() for x in got]),
+            *_aliasing_failures(given, before, got)]
 
 
 def _outcome_failures(case: Case, group: GroupCoordinator, x: Tensor, got: Sequence[Tensor]) -> Iterator[str]:
@@ -223,7 +235,8 @@ def _outcome_failures(case: Case, group: GroupCoordinator, x: Tensor, got: Seque
         if got[0].shape != pieces[0].shape or got[0].dtype != pieces[0].dtype:
             yield f"{got[0].dtype} of shape {tuple(got[0].shape)}, expected {tuple(pieces[0].shape)}"
             return
-        yield from reduction_failures(case, got[0], pieces, group.route(case.collective, x, case.op, even=len(set(case.sizes)) < 2).deterministic)
+        yield from reduction_failures(case, got[0], pieces, group.route(
+            case.collective, x, case.op, even=len(set(case.sizes)) < 2).deterministic)
         return
     want = wanted(case, group)
     if len(got) != len(want):
@@ -232,7 +245,8 @@ def _outcome_failures(case: Case, group: GroupCoordinator, x: Tensor, got: Seque
         yield from _differ(f"result {i}", g, w)
 
 
-def _differ(what: str, got: Tensor, want: Tensor, same: Callable[[Tensor, Tensor], bool] | None = None) -> Iterator[str]:
+def _differ(what: str, got: Tensor, want: Tensor,
+            same: Callable[[Tensor, Tensor], bool] | None = None) -> Iterator[str]:
     got, want = got.detach(), want.detach()
     if got.shape != want.shape or got.dtype != want.dtype:
         yield f"{what}: {got.dtype} {tuple(got.shape)}, expected {want.dtype} {tuple(want.shape)}"
@@ -241,21 +255,24 @@ def _differ(what: str, got: Tensor, want: Tensor, same: Callable[[Tensor, Tensor
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(*(x.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for x in (a, b)))
+    return torch.equal(
+        *(x.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for x in (a, b)))
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:
     """Equal, where one NaN is as good as another, and -0 as 0."""
     if not a.dtype.is_floating_point:
         return _same_bits(a, b)
-    return torch.equal(*(x.double().nan_to_num(nan=1e300, posinf=torch.inf, neginf=-torch.inf) for x in (a, b)))
+    return torch.equal(
+        *(x.double().nan_to_num(nan=1e300, posinf=torch.inf, neginf=-torch.inf) for x in (a, b)))
 
 
 def _short(x: Tensor) -> str:
     return str(x.flatten()[:8].tolist())
 
 
-def _aliasing_failures(given: Sequence[Tensor], before: Sequence[Tensor], got: Sequence[Tensor]) -> Iterator[str]:
+def _aliasing_failures(given: Sequence[Tensor], before: Sequence[Tensor],
+                       got: Sequence[Tensor]) -> Iterator[str]:
     for x, was in zip(given, before):
         yield from _differ("the argument was changed", x.cpu(), was.cpu())
     if any(g.requires_grad for g in got):
@@ -281,14 +298,16 @@ def _refusal_failures(run: Callable[[], object], text: str) -> Iterator[str]:
 
 
 def moved_failures(given: Tensor, got: Tensor) -> list[str]:
-    """What is wrong with `got`, which is what another member received as `given`, or this one as a copy of it."""
+    """What is wrong with `got`, which is what another member received as `given`,
+    or this one as a copy of it."""
     return [*_differ("the tensor", got, given), *_aliasing_failures([given], [given.detach().clone()], [got])]
 
 
-# -- the list ---------------------------------------------------------------------------------------------------------
+# -- the list ------------------------------------------------------------------------------------------------
 
 def fixed_cases(axes: tuple[str, ...], n: int) -> list[Case]:
-    """The cases that every group of n members runs: each dtype, each layout, each dim, and what broke others."""
+    """The cases that every group of n members runs: each dtype, each layout, each dim,
+    and what broke others."""
     uneven = tuple(range(n))[::-1]
     lone = (3, *(0,) * (n - 1))
     rows = tuple(tuple((i + 2 * j) % 4 for j in range(n)) for i in range(n))
@@ -311,16 +330,19 @@ def fixed_cases(axes: tuple[str, ...], n: int) -> list[Case]:
         Case("broadcast", axes, "float32", (2, 3), layout=layout),
         Case("gather", axes, "float32", (2, 3), sizes=(2,) * n, layout=layout),
         Case("send", axes, "float32", (2, 3), layout=layout))]
-    cases += [Case("reduce_scatter", axes, "float32", (4, 6, 8, 2), dim=dim, sizes=sizes)   # dim >= 2 was wrong elsewhere
+    # dim >= 2 was wrong elsewhere
+    cases += [Case("reduce_scatter", axes, "float32", (4, 6, 8, 2), dim=dim, sizes=sizes)
               for dim in (0, 1, 2, 3, -1) for sizes in ((2,) * n, uneven, lone)]
     cases += [Case("all_gather", axes, "float32", (4, 6, 8, 2), dim=dim, sizes=sizes)
               for dim in (0, 1, 2, 3, -1) for sizes in ((2,) * n, uneven, lone)]
     cases += [Case(c, axes, "float32", shape, sizes=(0,) * n, rows=((0,) * n,) * n)
               for c in COLLECTIVES for shape in ((0,), (0, 3), (3, 0))]
     cases += [Case(c, axes, "float32", ()) for c in ("all_reduce", "broadcast", "send")]
-    cases += [Case(c, axes, "int16", (1,), sizes=(1,) * n, rows=((1,) * n,) * n, layout="sliced") for c in COLLECTIVES]
-    cases += [Case("all_reduce", axes, dtype, (300_007,), op=op)                             # beyond the gathering size
-              for dtype, op in (("float32", "sum"), ("bfloat16", "sum"), ("float32", "max"), ("int16", "sum"))]
+    cases += [Case(c, axes, "int16", (1,), sizes=(1,) * n, rows=((1,) * n,) * n, layout="sliced")
+              for c in COLLECTIVES]
+    cases += [Case("all_reduce", axes, dtype, (300_007,), op=op)  # beyond the gathering size
+              for dtype, op in (("float32", "sum"), ("bfloat16", "sum"), ("float32", "max"),
+                                ("int16", "sum"))]
     return cases
 
 
@@ -332,8 +354,10 @@ def quad_cases(axes: tuple[str, ...], n: int) -> list[Case]:
         *(Case("all_gather", axes, dtype, shape, dim=dim, sizes=(16,) * n) for dim in range(len(shape))),
         *(Case("reduce_scatter", axes, dtype, shape, dim=dim, sizes=(16,) * n) for dim in range(len(shape))),
         Case("all_to_all", axes, dtype, (0, *shape), rows=even))]
-    cases += [Case("all_reduce", axes, dtype, (count,), seed=count) for dtype in ("float32", "bfloat16", "float16")
+    cases += [Case("all_reduce", axes, dtype, (count,), seed=count)
+              for dtype in ("float32", "bfloat16", "float16")
               for count in (16, 1000, 4096, 100_000, 1_000_008)]
-    cases += [Case(c, axes, "bfloat16", (2, 64, 3, 40), dim=dim, sizes=(24,) * n, layout=layout) for c in ("all_gather", "reduce_scatter")
+    cases += [Case(c, axes, "bfloat16", (2, 64, 3, 40), dim=dim, sizes=(24,) * n, layout=layout)
+              for c in ("all_gather", "reduce_scatter")
               for dim in range(4) for layout in LAYOUTS]
     return cases

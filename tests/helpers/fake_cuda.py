@@ -11,20 +11,25 @@ import torch
 
 
 class Cuda:
-    """Streams with names, graphs that replay nothing, events that pass when they are told to; and a log of what happens on which stream."""
+    """Streams with names, graphs that replay nothing, events that pass when they are told to;
+    and a log of what happens on which stream."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
         self.events: list[SimpleNamespace] = []
         self.made = self.pools = 0
         self.now = self.stream("main")
-        for name, function in (("Stream", self.new_stream), ("stream", self.on), ("current_stream", lambda device=None: self.now),
-                               ("graph", self.graph), ("CUDAGraph", self.new_graph), ("graph_pool_handle", self.new_pool)):
+        for name, function in (("Stream", self.new_stream), ("stream", self.on),
+                               ("current_stream", lambda device=None: self.now),
+                               ("graph", self.graph), ("CUDAGraph", self.new_graph),
+                               ("graph_pool_handle", self.new_pool)):
             monkeypatch.setattr(torch.cuda, name, function)
         monkeypatch.setattr("shardlib.distributed.graph_capture._POOLS", {})
 
     def stream(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(name=name, wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"), record_event=self.event)
+        return SimpleNamespace(name=name,
+                               wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"),
+                               record_event=self.event)
 
     def new_stream(self, device: torch.device) -> SimpleNamespace:
         self.made += 1
@@ -54,7 +59,8 @@ class Cuda:
             self.now = before
 
     @contextmanager
-    def graph(self, graph: object, pool: tuple[int, int] | None = None, stream: Any = None, mode: str = "global") -> Iterator[None]:
+    def graph(self, graph: object, pool: tuple[int, int] | None = None, stream: Any = None,
+              mode: str = "global") -> Iterator[None]:
         self.log.append(f"capture on {stream.name}" + (f" in pool {pool[0]}, {mode}" if pool else ""))
         yield
         self.log.append("captured")

@@ -1,6 +1,8 @@
-"""The functions of NCCL that `communicators.nccl` calls, over gloo and memory of the host, so that the kit runs without a GPU.
+"""The functions of NCCL that `communicators.nccl` calls, over gloo and memory of the host,
+so that the kit runs without a GPU.
 
-They take addresses, as NCCL's do: a wrong offset, count, dtype or root is seen. So is a call out of its group.
+They take addresses, as NCCL's do: a wrong offset, count, dtype or root is seen. So is a call out of its
+group.
 """
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ class FakeNccl:
         self.sends: list[tuple[Tensor, int]] = []
         self.recvs: list[tuple[Tensor, int]] = []
 
-    # -- groups, sends and recvs -----------------------------------------------------------------------------------
+    # -- groups, sends and recvs -----------------------------------------------------------------------------
 
     def group_start(self) -> None:
         self.depth += 1
@@ -63,38 +65,46 @@ class FakeNccl:
             if source == me:
                 x.copy_(own.pop(0))
         assert not own, "sent to itself, and not received"
-        ops = [dist.P2POp(way, x, peer) for way, pieces in ((dist.isend, self.sends), (dist.irecv, self.recvs)) for x, peer in pieces if peer != me]
+        ops = [dist.P2POp(way, x, peer)
+               for way, pieces in ((dist.isend, self.sends), (dist.irecv, self.recvs)) for x, peer in pieces
+               if peer != me]
         self.sends, self.recvs = [], []
         for work in dist.batch_isend_irecv(ops) if ops else ():
             work.wait()
 
-    # -- collectives -----------------------------------------------------------------------------------------------
+    # -- collectives -----------------------------------------------------------------------------------------
 
-    def all_reduce(self, start: int, into: int, count: int, dtype: int, op: int, comm: Any, stream: int) -> None:
+    def all_reduce(self, start: int, into: int, count: int, dtype: int, op: int, comm: Any,
+                   stream: int) -> None:
         self._seen("all_reduce", comm, stream)
         self._give(into, self._reduced(start, count, dtype, op))
 
-    def reduce(self, start: int, into: int, count: int, dtype: int, op: int, root: int, comm: Any, stream: int) -> None:
+    def reduce(self, start: int, into: int, count: int, dtype: int, op: int, root: int, comm: Any,
+               stream: int) -> None:
         self._seen("reduce", comm, stream)
         total = self._reduced(start, count, dtype, op)
         if self.place.me == root:
             self._give(into, total)
 
-    def reduce_scatter(self, start: int, into: int, count: int, dtype: int, op: int, comm: Any, stream: int) -> None:
+    def reduce_scatter(self, start: int, into: int, count: int, dtype: int, op: int, comm: Any,
+                       stream: int) -> None:
         self._seen("reduce_scatter", comm, stream)
-        self._give(into, self._reduced(start, count * self.place.size, dtype, op)[self.place.me * count:][:count])
+        self._give(into,
+                   self._reduced(start, count * self.place.size, dtype, op)[self.place.me * count:][:count])
 
     def all_gather(self, start: int, into: int, count: int, dtype: int, comm: Any, stream: int) -> None:
         self._seen("all_gather", comm, stream)
         self._give(into, torch.cat(self._all(memory(start, count * DTYPES[dtype].itemsize))))
 
-    def broadcast(self, start: int, into: int, count: int, dtype: int, root: int, comm: Any, stream: int) -> None:
+    def broadcast(self, start: int, into: int, count: int, dtype: int, root: int, comm: Any,
+                  stream: int) -> None:
         self._seen("broadcast", comm, stream)
         self._give(into, self._all(memory(start, count * DTYPES[dtype].itemsize))[root])
 
     def _reduced(self, start: int, count: int, dtype: int, op: int) -> Tensor:
         size = DTYPES[dtype].itemsize
-        return reduce_pieces([x.clone().view(DTYPES[dtype]) for x in self._all(memory(start, count * size))], REDUCTIONS[op])
+        return reduce_pieces([x.clone().view(DTYPES[dtype]) for x in self._all(memory(start, count * size))],
+                             REDUCTIONS[op])
 
     def _all(self, x: Tensor) -> list[Tensor]:
         return list(self.place.control.all_gather(x, (len(x),) * self.place.size).split(len(x)))

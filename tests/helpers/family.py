@@ -1,8 +1,10 @@
-"""Forked processes of one place, for what ends badly: they may be killed, patched and interrupted, and start in milliseconds.
+"""Forked processes of one place, for what ends badly: they may be killed, patched and interrupted,
+and start in milliseconds.
 
     answers = family(3, body, hosts=(0, 0, 1))      # body(place) in each of three processes
 
-An answer is what `body` returned, "RankError: its text" for what it raised, or "killed by 9". No family outlives its deadline.
+An answer is what `body` returned, "RankError: its text" for what it raised, or "killed by 9". No family
+outlives its deadline.
 """
 from __future__ import annotations
 
@@ -27,10 +29,12 @@ from shardlib.distributed.communicators.torch_distributed import TorchDistribute
 DEADLINE_S = 30.0
 
 
-def family(size: int, body: Callable[[Place], Any], hosts: Sequence[int] = (), timeout_s: float = 5.0) -> list[Any]:
+def family(size: int, body: Callable[[Place], Any], hosts: Sequence[int] = (),
+           timeout_s: float = 5.0) -> list[Any]:
     """What each of `size` processes says. AssertionError if one says nothing within DEADLINE_S."""
     with tempfile.TemporaryDirectory() as folder:
-        places = [(Path(folder) / "store", size, me, tuple(hosts) or (0,) * size, timeout_s) for me in range(size)]
+        places = [(Path(folder) / "store", size, me, tuple(hosts) or (0,) * size, timeout_s)
+                  for me in range(size)]
         children = [_fork(body, place) for place in places]
         try:
             return _collect([out for _, out in children])
@@ -69,7 +73,7 @@ def _fork(body: Callable[[Place], Any], place: tuple[Any, ...]) -> tuple[int, in
         return pid, out
     try:
         answer = _answer(body, place)
-    except BaseException as error:                              # whatever it is: it must not run on as a second pytest
+    except BaseException as error:  # whatever it is: it must not run on as a second pytest
         answer = f"{type(error).__name__}: {error}"
     os.write(into, msgspec.msgpack.encode(answer))
     os.close(into)
@@ -82,6 +86,8 @@ def _answer(body: Callable[[Place], Any], place: tuple[Any, ...]) -> Any:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     ranks, limit = tuple(range(size)), timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=me, world_size=size, timeout=limit)
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=me, world_size=size,
+                            timeout=limit)
     group = dist.group.WORLD
-    return body(Place("tp", ranks, me, hosts, torch.device("cpu"), group, group, timeout_s, TorchDistributed(group, ranks, me)))
+    return body(Place("tp", ranks, me, hosts, torch.device("cpu"), group, group, timeout_s,
+                      TorchDistributed(group, ranks, me)))

@@ -1,7 +1,10 @@
-"""What each rank does in the fault matrix. `rank_main(case, folder)` runs in every worker of a job; most workers do not come out of it.
+"""What each rank does in the fault matrix.
 
-All ranks run a program once, all together; then one of them does what the case is named after, while the others run it again.
-A file `fault` says when that begins, `RANK.pid` which process a rank is, `RANK.well` that it came to its end.
+`rank_main(case, folder)` runs in every worker of a job; most workers do not come out of it.
+
+All ranks run a program once, all together; then one of them does what the case is named after, while the
+others run it again. A file `fault` says when that begins, `RANK.pid` which process a rank is, `RANK.well`
+that it came to its end.
 """
 from __future__ import annotations
 
@@ -38,12 +41,14 @@ def losses(x, labels):
 
 
 class Job:
-    """One rank of a case: `run` is a program over gloo (all_to_all) or over shared memory (all_gather), `fault` marks the beginning."""
+    """One rank of a case: `run` is a program over gloo (all_to_all) or over shared memory (all_gather),
+    `fault` marks the beginning."""
 
     def __init__(self, runtime: Runtime, folder: Path, memory: bool) -> None:
         self.runtime, self.folder, self.rank = runtime, folder, runtime.rank
         size = runtime.mesh.size(("tp",))
-        self.program = compile(collect if memory else turn, runtime=runtime, sizes={"M": 2 * size, "N": 2 * size})
+        self.program = compile(collect if memory else turn, runtime=runtime,
+                               sizes={"M": 2 * size, "N": 2 * size})
         self.x = torch.ones((2, 2 * size) if memory else (2 * size, 2))
         self.size = size
 
@@ -109,7 +114,10 @@ def raising(job: Job) -> None:
 
 
 def bad_label(job: Job) -> None:
-    """Rank 1 alone has a label that does not exist. Its process lives on, so that nothing but its word ends the others."""
+    """Rank 1 alone has a label that does not exist.
+
+    Its process lives on, so that nothing but its word ends the others.
+    """
     program, labels = compile(losses, runtime=job.runtime, sizes={"M": 2 * job.size}), torch.tensor([0, 1])
     program(torch.zeros(2, 5), labels)
     if job.rank == 1:
@@ -143,7 +151,8 @@ def wrong_size(job: Job) -> None:
 
 def wrong_order(job: Job) -> None:
     group = job.runtime.group(("tp",))
-    calls = [lambda: group.all_to_all([torch.ones(2)] * job.size, [(2,)] * job.size), lambda: group.all_gather(torch.ones(2), 0, (2,) * job.size)]
+    calls = [lambda: group.all_to_all([torch.ones(2)] * job.size, [(2,)] * job.size),
+             lambda: group.all_gather(torch.ones(2), 0, (2,) * job.size)]
     if job.rank == 1:
         job.fault()
         calls.reverse()
@@ -195,8 +204,9 @@ def no_watchdog(job: Job) -> None:
 
 
 CASES: dict[str, Callable[[Job], None]] = {f.__name__: f for f in (
-    late, missing, killed, killed_in_memory, stopped, stopped_in_memory, raising, bad_label, wrong_group, wrong_size, wrong_order, checked_size, checked_pieces,
-    checked_step, other_plan, other_program, no_plan, no_watchdog)} | {"checked_order": wrong_order}
+    late, missing, killed, killed_in_memory, stopped, stopped_in_memory, raising, bad_label, wrong_group,
+    wrong_size, wrong_order, checked_size, checked_pieces, checked_step, other_plan, other_program, no_plan,
+    no_watchdog)} | {"checked_order": wrong_order}
 
 
 def mesh_of(case: str) -> Mesh:

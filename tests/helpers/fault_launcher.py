@@ -1,7 +1,9 @@
-"""Starts jobs of the fault matrix, a line of standard input each: `CASE PROCESSES FOLDER`. Its standard output has the pid of each job's agent.
+"""Starts jobs of the fault matrix, a line of standard input each: `CASE PROCESSES FOLDER`.
 
-Each job has an agent of its own, torchrun's; agents and workers are forks of this process, which has torch imported already. What
-the workers print goes to files in the folder, one a rank.
+Its standard output has the pid of each job's agent.
+
+Each job has an agent of its own, torchrun's; agents and workers are forks of this process, which has torch
+imported already. What the workers print goes to files in the folder, one a rank.
 """
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 def launch(case: str, processes: int, folder: str) -> None:
     """One agent with its workers, as `torchrun --standalone` has them."""
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=f"shardlib-test-{Path(folder).name}", rdzv_backend="c10d",
-                          rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, start_method="fork", local_addr="localhost",
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes,
+                          run_id=f"shardlib-test-{Path(folder).name}", rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
+                          start_method="fork", local_addr="localhost",
                           logs_specs=DefaultLogsSpecs(log_dir=f"{folder}/logs", redirects=Std.ALL))
     elastic_launch(config, fault_cases.rank_main)(case, folder)
 

@@ -1,11 +1,13 @@
-"""The harness of the fault matrix: starts jobs, waits until all their workers are gone, and says what each rank has said.
+"""The harness of the fault matrix: starts jobs, waits until all their workers are gone,
+and says what each rank has said.
 
     with Launcher() as launcher:
         outcome = launcher.start("missing", folder).outcome()
         outcome.said[0]                     # what rank 0 wrote on stderr, numbers that vary written as N
 
-A job gets DEADLINE_S from the moment at which its fault begins; AssertionError if a worker is there longer. The deadline is for
-workers: the agent, which is torchrun's, is ended by its pid where it does not go with them.
+A job gets DEADLINE_S from the moment at which its fault begins; AssertionError if a worker is there longer.
+The deadline is for workers: the agent, which is torchrun's, is ended by its pid where it does not go with
+them.
 """
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ class Started:
         self.size = fault_cases.mesh_of(case).world_size
 
     def outcome(self, deadline_s: float = DEADLINE_S) -> Outcome:
-        """What became of it. AssertionError if its workers are there after `deadline_s`; none of its processes is left."""
+        """What became of it.
+
+        AssertionError if its workers are there after `deadline_s`; none of its processes is left.
+        """
         try:
             self._wait("its workers to start", START_S, lambda: len(self._pids()) == self.size)
             self._wait("its fault", START_S, lambda: (self.folder / "fault").exists() or not self._alive())
@@ -50,7 +55,8 @@ class Started:
         finally:
             for pid in [*self._alive(), self.agent]:
                 _kill(pid)
-        logs = sorted(self.folder.glob("logs/*/attempt_0/*/stderr.log"), key=lambda file: int(file.parent.name))
+        logs = sorted(self.folder.glob("logs/*/attempt_0/*/stderr.log"),
+                      key=lambda file: int(file.parent.name))
         well = tuple(r for r in range(self.size) if (self.folder / f"{r}.well").exists())
         return Outcome(tuple(normal(file.read_text()) for file in logs), well)
 
@@ -58,7 +64,8 @@ class Started:
         end = time.monotonic() + seconds
         while not done():
             if time.monotonic() > end:
-                raise AssertionError(f"{self.case}: waited {seconds:.0f} s for {what}; ranks {' '.join(map(str, self._ranks_alive()))} are there")
+                raise AssertionError(f"{self.case}: waited {seconds:.0f} s for {what}; ranks "
+                                     f"{' '.join(map(str, self._ranks_alive()))} are there")
             time.sleep(0.05)
 
     def _pids(self) -> dict[int, int]:
@@ -77,9 +84,12 @@ class Launcher:
     def __init__(self) -> None:
         path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
         self._lock = threading.Lock()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "SHARDLIB"))}
-        self.process = subprocess.Popen([sys.executable, str(HERE / "fault_launcher.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True, env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+        environment = {name: value for name, value in os.environ.items()
+                       if not name.startswith(("TORCHELASTIC", "SHARDLIB"))}
+        self.process = subprocess.Popen([sys.executable, str(HERE / "fault_launcher.py")],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True,
+                                        env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
 
     def start(self, case: str, folder: Path) -> Started:
         folder.mkdir(parents=True)
@@ -104,8 +114,10 @@ VARIES = {r"\.py:\d+": ".py:N", r"(has waited \d+ s|ends) in": "waits in", r"\[1
 
 
 def normal(text: str) -> str:
-    """Our own lines, and what was raised, without what varies: seconds, lines, ports, and which of the ranks ends the job."""
-    text = "\n".join(line for line in text.splitlines() if line.startswith(("shardlib [", "raised ", "  rank", "compile the same")))
+    """Our own lines, and what was raised, without what varies:
+    seconds, lines, ports, and which of the ranks ends the job."""
+    text = "\n".join(line for line in text.splitlines()
+                     if line.startswith(("shardlib [", "raised ", "  rank", "compile the same")))
     for pattern, fixed in VARIES.items():
         text = re.sub(pattern, fixed, text)
     return text

@@ -1,6 +1,6 @@
-"""One rank of test_generate: command lines of `generate`, each in a process of its own that starts where this one stands,
-with torch imported, and finds the store that torchrun would hold for it on a port of its own. What each did is written to a
-file per rank.
+"""One rank of test_generate: command lines of `generate`, each in a process of its own that starts where this
+one stands, with torch imported, and finds the store that torchrun would hold for it on a port of its own.
+What each did is written to a file per rank.
 
     torchrun --nproc-per-node 2 generate_worker.py FOLDER
 """
@@ -37,7 +37,8 @@ if __name__ == "__main__":
         files = [folder / f"{i}.{rank}.{name}" for name in ("out", "err")]
         child = os.fork()
         if child == 0:
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(case["port"]), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(case["port"]),
+                           "TORCHELASTIC_USE_AGENT_STORE": "True"}
             for fd, file in zip((1, 2), files):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), fd)
             code = main(case["arguments"])

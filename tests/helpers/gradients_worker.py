@@ -21,10 +21,13 @@ if __name__ == "__main__":
     mesh, made = Mesh.parse(job["mesh"]), {}
     with connect(mesh, "cpu") as runtime:
         for text in job["layouts"]:
-            step = compile(value_and_grad(loss), Layout.parse(text), runtime=runtime, sizes=job["sizes"], config=job["config"])
+            step = compile(value_and_grad(loss), Layout.parse(text), runtime=runtime, sizes=job["sizes"],
+                           config=job["config"])
             types = dict(step.lower(None, None, job["args"]["w"]).arg_leaves())
-            here = {path: shard_of(t, types[path], mesh, runtime.coordinate) for name, arg in job["args"].items()
+            here = {path: shard_of(t, types[path], mesh, runtime.coordinate)
+                    for name, arg in job["args"].items()
                     for path, t in (leaf_values(arg, name) if name == "w" else [(name, arg)])}
-            value, grads = step(*(fill(arg, name, here.__getitem__) if name == "w" else here[name] for name, arg in job["args"].items()))
+            value, grads = step(*(fill(arg, name, here.__getitem__) if name == "w" else here[name]
+                                  for name, arg in job["args"].items()))
             made[text] = [value, *(g for _, g in leaf_values(grads, ""))]
     torch.save(made, folder / f"rank{runtime.rank}.pt")

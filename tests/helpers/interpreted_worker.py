@@ -1,8 +1,10 @@
-"""Ranks as processes, whose kernels are interpreted over memory that they share; exit status 1 where anything is wrong.
+"""Ranks as processes, whose kernels are interpreted over memory that they share;
+exit status 1 where anything is wrong.
 
     TRITON_INTERPRET=1 python interpreted_worker.py FOLDER 2 3        with two ranks, then with three
 
-Each process maps the arenas, files in FOLDER, by itself: a rank's memory has another address in every process, as on GPUs.
+Each process maps the arenas, files in FOLDER, by itself: a rank's memory has another address in every
+process, as on GPUs.
 """
 from __future__ import annotations
 
@@ -23,10 +25,11 @@ from shardlib.triton_kernels.workspace import Workspace
 
 SEED = 5
 KERNELS = FAMILIES["all"]
-CALLS: list[Call] = [replace(call, kernel=KERNELS[i % len(KERNELS)], dtype=DTYPES[i % 3], blocks=1 + i % 2, split=1)
-                     for i, call in enumerate(random_calls("all", random.Random(SEED), 2 * len(KERNELS)))]
-"""Each kernel twice, with chunks of several blocks, and each dtype. Blocks run one after another here, so that none waits for another's part
-of a row."""
+CALLS: list[Call] = [
+    replace(call, kernel=KERNELS[i % len(KERNELS)], dtype=DTYPES[i % 3], blocks=1 + i % 2, split=1)
+    for i, call in enumerate(random_calls("all", random.Random(SEED), 2 * len(KERNELS)))]
+"""Each kernel twice, with chunks of several blocks, and each dtype. Blocks run one after another here,
+so that none waits for another's part of a row."""
 
 
 def slot_bytes(world: int) -> int:
@@ -34,7 +37,8 @@ def slot_bytes(world: int) -> int:
 
 
 def arena(folder: Path, world: int, rank: int) -> Tensor:
-    return torch.from_file(str(folder / f"{world}-{rank}"), shared=True, size=SLOTS.value * slot_bytes(world) // 4, dtype=torch.int32)
+    return torch.from_file(str(folder / f"{world}-{rank}"), shared=True,
+                           size=SLOTS.value * slot_bytes(world) // 4, dtype=torch.int32)
 
 
 def prepare(folder: Path, world: int) -> None:
@@ -48,7 +52,8 @@ def run(folder: Path, world: int, rank: int) -> str | None:
     """What went wrong on this rank, which makes all calls."""
     xs, arenas = data(CALLS, world, SEED), [arena(folder, world, r) for r in range(world)]
     addresses = torch.tensor([a.data_ptr() for a in arenas])
-    workspace = Workspace(rank, world, addresses, arenas[rank], torch.zeros(STATE_WORDS, dtype=torch.int32), slot_bytes(world))
+    workspace = Workspace(rank, world, addresses, arenas[rank], torch.zeros(STATE_WORDS, dtype=torch.int32),
+                          slot_bytes(world))
     return wrong(CALLS, xs, [[call.run(x[rank], workspace) for call, x in zip(CALLS, xs)]], first_rank=rank)
 
 

@@ -22,29 +22,37 @@ class Finished:
 
 
 def run(command: Sequence[str | Path], deadline_s: float = DEADLINE_S, **environment: str) -> Finished:
-    """Run Python with these arguments. AssertionError, all its processes killed, when it does not end in time."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "SHARDLIB"))}
+    """Run Python with these arguments.
+
+    AssertionError, all its processes killed, when it does not end in time.
+    """
+    env = {name: value for name, value in os.environ.items()
+           if not name.startswith(("TORCHELASTIC", "SHARDLIB"))}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
-    process = subprocess.Popen([sys.executable, *map(str, command)], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, *map(str, command)], env=env, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
     try:
         out, err = process.communicate(timeout=deadline_s)
     except BaseException as error:
-        for pid in [process.pid, *_descendants(process.pid)]:     # torchrun's workers have sessions of their own
+        for pid in [process.pid, *_descendants(process.pid)]:  # torchrun's workers have sessions of their own
             try:
                 os.killpg(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
         out, err = process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
-            raise AssertionError(f"{' '.join(map(str, command))} did not end within {deadline_s:.0f} s\n{out}\n{err}") from None
+            raise AssertionError(f"{' '.join(map(str, command))} did not end within {deadline_s:.0f} s\n"
+                                 f"{out}\n{err}") from None
         raise
     return Finished(process.returncode, out, err)
 
 
-def torchrun(processes: int, command: Sequence[str | Path], deadline_s: float = DEADLINE_S, **environment: str) -> Finished:
+def torchrun(processes: int, command: Sequence[str | Path], deadline_s: float = DEADLINE_S,
+             **environment: str) -> Finished:
     """The same under torchrun, on a port of its own."""
-    return run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command], deadline_s, **environment)
+    return run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command],
+               deadline_s, **environment)
 
 
 def _descendants(pid: int) -> list[int]:

@@ -1,12 +1,14 @@
-"""Processes that stay up between tests, so that a test on real ranks costs milliseconds and not the import of torch.
+"""Processes that stay up between tests, so that a test on real ranks costs milliseconds
+and not the import of torch.
 
     with Pool(4) as pool:
         world = pool.connect("dp=2,tp=2", [("tp",), ("dp", "tp")])
         world.check(case, ...)                  # what is wrong on any rank, conformance.check
         world.run("places", ["tp"])             # what each rank returned, scenarios.places
 
-The parent holds the store that torchrun's agent would hold, on a port that the system chose. Every request has a
-deadline; after one that fails to come back in time, all processes are killed, and the next `connect` starts new ones.
+The parent holds the store that torchrun's agent would hold, on a port that the system chose. Every request
+has a deadline; after one that fails to come back in time, all processes are killed, and the next `connect`
+starts new ones.
 """
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ class Pool:
         self.joined: World | None = None
 
     def connect(self, mesh: str, groups: Sequence[tuple[str, ...]], processes: int) -> World:
-        """A world of `processes` ranks on `mesh` with these groups. AssertionError with connect's own text if it refuses."""
+        """A world of `processes` ranks on `mesh` with these groups.
+
+        AssertionError with connect's own text if it refuses.
+        """
         world = World(self, mesh, groups, processes)
         world.join()
         return world
@@ -51,9 +56,11 @@ class Pool:
         self.joined = None
         self._store = dist.TCPStore("127.0.0.1", 0, processes, is_master=True, wait_for_workers=False)
         job = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-               "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "lo"}
+               "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+               "GLOO_SOCKET_IFNAME": "lo"}
         return self.ask([{"do": "connect", "mesh": mesh, "groups": groups,
-                          "environment": {**job, "RANK": str(rank), "LOCAL_RANK": str(rank)}} for rank in range(processes)])
+                          "environment": {**job, "RANK": str(rank), "LOCAL_RANK": str(rank)}}
+                         for rank in range(processes)])
 
     def ask(self, requests: Sequence[dict[str, Any]]) -> list[Any]:
         """One answer from each of the first len(requests) workers."""
@@ -88,8 +95,9 @@ class Pool:
         for _ in range(self.size):
             self._errors.append(tempfile.TemporaryFile("w+"))
             self._processes.append(subprocess.Popen(
-                [sys.executable, str(HERE / "worker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                stderr=self._errors[-1], env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}))
+                [sys.executable, str(HERE / "worker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                text=True, stderr=self._errors[-1],
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}))
 
     def _tail(self, i: int) -> str:
         self._errors[i].seek(0)
@@ -112,7 +120,10 @@ class Pool:
 
 
 class World:
-    """The ranks of one `connect`. After a failure they connect anew, since a group that failed may be of no more use."""
+    """The ranks of one `connect`.
+
+    After a failure they connect anew, since a group that failed may be of no more use.
+    """
 
     def __init__(self, pool: Pool, mesh: str, groups: Sequence[tuple[str, ...]], size: int) -> None:
         self.pool, self.mesh, self.groups, self.size = pool, mesh, groups, size
@@ -123,8 +134,12 @@ class World:
         self.pool.joined = self
 
     def check(self, *cases: Case, communicator: str = "") -> list[str]:
-        """What is wrong on any rank; [] is a pass. communicator: the only one that may take them; "" where the group chooses."""
-        answers = self._ask({"do": "check", "cases": [asdict(c) for c in cases], "communicator": communicator})
+        """What is wrong on any rank; [] is a pass.
+
+        communicator: the only one that may take them; "" where the group chooses.
+        """
+        answers = self._ask(
+            {"do": "check", "cases": [asdict(c) for c in cases], "communicator": communicator})
         failures = [failure for answer in answers for failure in answer]
         if failures:
             self.pool.joined = None

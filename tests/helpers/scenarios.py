@@ -43,7 +43,8 @@ def places(runtime: Runtime, axes: list[str]) -> dict[str, Any]:
 def shared_groups(runtime: Runtime) -> list[bool]:
     """Whether (dp, tp) and (tp, dp) share process groups, and data and control do not."""
     one, other = runtime.group(("dp", "tp")), runtime.group(("tp", "dp"))
-    return [one.device_group is other.device_group, one.cpu_group is other.cpu_group, one.device_group is one.cpu_group]
+    return [one.device_group is other.device_group, one.cpu_group is other.cpu_group,
+            one.device_group is one.cpu_group]
 
 
 def any_order(runtime: Runtime, order: list[int]) -> list[str]:
@@ -64,34 +65,43 @@ def messages(runtime: Runtime, axes: list[str]) -> list[Any]:
         return group.broadcast_message(message if group.rank_in_group == root else None, root, **how)
     got = tell(Plan(3, ("dp", "tp")), as_type=Plan)
     return [tell({"step": 3, "names": ["a", "b"], "x": [1.5, None, True]}), len(tell("x" * 100_000)),
-            tell("y" * 1013) + tell("z" * 1012) == "y" * 1013 + "z" * 1012,      # 1 byte beyond the first block, and just in it
+            # 1 byte beyond the first block, and just in it
+            tell("y" * 1013) + tell("z" * 1012) == "y" * 1013 + "z" * 1012,
             isinstance(got, Plan) and got.axes, tell(None), refusal(lambda: tell({"f": int})), tell((1, 2))]
 
 
 def queued_messages(runtime: Runtime, axes: list[str]) -> list[Any]:
     """Messages from the first member, which has a queue, and from the second, which has none."""
     group, queue = runtime.group(axes), runtime.open_queue(axes)
-    return [queue is group.queue is runtime.open_queue(axes), group.broadcast_message(("a", 1), 0), group.broadcast_message("y", 1),
-            group.broadcast_message("x" * 3_000_000, 0), refusal(lambda: group.broadcast_message({"f": int}, 0)), queue.declined is None]
+    return [queue is group.queue is runtime.open_queue(axes), group.broadcast_message(("a", 1), 0),
+            group.broadcast_message("y", 1), group.broadcast_message("x" * 3_000_000, 0),
+            refusal(lambda: group.broadcast_message({"f": int}, 0)), queue.declined is None]
 
 
 def own_groups(runtime: Runtime, products: list[list[str]]) -> list[list[Any]]:
-    """What each group's last member tells its group, by message and by tensors, and the sum of ranks there; groups take turns."""
+    """What each group's last member tells its group, by message and by tensors, and the sum of ranks there;
+    groups take turns."""
     answers: list[list[Any]] = []
     for axes in (*products, *products[::-1]):
         group = runtime.group(axes)
         told = group.rank if group.is_last_rank else None
         x = torch.tensor(runtime.rank)
         answers.append([group.broadcast_message(told, group.world_size - 1),
-                        group.broadcast_tensors(None if told is None else {"rank": x}, group.world_size - 1)["rank"].item(),
+                        group.broadcast_tensors(None if told is None else {"rank": x},
+                                                group.world_size - 1)["rank"].item(),
                         group.all_reduce(x).item(), group.broadcast(x, group.world_size - 1).item()])
     return answers
 
 
-def tensor_dict(runtime: Runtime, axes: list[str], rows: list[list[Any]], source: int, to: int | None) -> list[str]:
-    """What is wrong with a dict from one member to another, or to all. rows: name, dtype, shape, layout and spec of each tensor."""
+def tensor_dict(runtime: Runtime, axes: list[str], rows: list[list[Any]], source: int,
+                to: int | None) -> list[str]:
+    """What is wrong with a dict from one member to another, or to all.
+
+    rows: name, dtype, shape, layout and spec of each tensor.
+    """
     group = runtime.group(axes)
-    kept = {name: draw(shape, Case("send", tuple(axes), dtype, tuple(shape), layout=layout, special=True), 64 * min(group.ranks) + i)
+    kept = {name: draw(shape, Case("send", tuple(axes), dtype, tuple(shape), layout=layout, special=True),
+                       64 * min(group.ranks) + i)
             for i, (name, dtype, shape, layout, _) in enumerate(rows)}
     given = {name: kept[name] if spec is None else (kept[name], spec) for name, *_, spec in rows}
     if to is None:
@@ -113,30 +123,36 @@ def tensor_dict(runtime: Runtime, axes: list[str], rows: list[list[Any]], source
 
 
 def tensor_dict_misuse(runtime: Runtime, axes: list[str]) -> list[Any]:
-    """With what text dicts that mean nothing are refused, by each member; and whether the group is of use afterwards."""
+    """With what text dicts that mean nothing are refused, by each member;
+    and whether the group is of use afterwards."""
     group, x = runtime.group(axes), torch.ones(2, 3)
     bad: list[Any] = [
-        {"x": x, "cache": {"k": x}}, [x], {3: x}, {"x": [x]}, {"x": (x, "B T", "B T")}, {"x": x.to_sparse()}, {"x": x.to("meta")},
-        {"x": torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)}, {"x": (x, "B B")}, {"x": (x, "B T D")}, {"x": (x, "... B T D")},
-        {"x": (x, 3)}, {"x": torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged)}, {"x": (torch.nested.nested_tensor([x, x[:1]]), "B T")},
-        {"x": FakeTensorMode().from_tensor(x)}, {"\ud800": x}]
+        {"x": x, "cache": {"k": x}}, [x], {3: x}, {"x": [x]}, {"x": (x, "B T", "B T")}, {"x": x.to_sparse()},
+        {"x": x.to("meta")}, {"x": torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)}, {"x": (x, "B B")},
+        {"x": (x, "B T D")}, {"x": (x, "... B T D")}, {"x": (x, 3)},
+        {"x": torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged)},
+        {"x": (torch.nested.nested_tensor([x, x[:1]]), "B T")}, {"x": FakeTensorMode().from_tensor(x)},
+        {"\ud800": x}]
 
     def attempt(given: Any) -> str:
         if group.rank_in_group == 0:
             return refusal(lambda: group.send_tensors(given, 1))
         return refusal(lambda: group.recv_tensors(0))
     sent = [attempt(given) for given in bad]
-    told = [refusal(lambda given=given: group.broadcast_tensors(given if group.rank_in_group == 1 else None, 1)) for given in bad[:2]]
-    rest = [refusal(call) for call in (lambda: group.send_tensors({}, 2), lambda: group.recv_tensors(group.rank_in_group),
-                                       lambda: group.broadcast_tensors({}, -1), lambda: group.send(x, group.rank_in_group))]
+    told = [refusal(lambda given=given: group.broadcast_tensors(given if group.rank_in_group == 1 else None,
+                                                                1)) for given in bad[:2]]
+    rest = [refusal(call)
+            for call in (lambda: group.send_tensors({}, 2), lambda: group.recv_tensors(group.rank_in_group),
+                         lambda: group.broadcast_tensors({}, -1), lambda: group.send(x, group.rank_in_group))]
     return [sent, told, rest, tensor_dict(runtime, axes, [["x", "float32", [2], "contiguous", None]], 1, 0)]
 
 
 def tensor_dict_checked(runtime: Runtime, axes: list[str]) -> list[str]:
     """In debug mode, members that broadcast from different roots, and then from one."""
     whole = runtime.group(axes)
-    group = GroupCoordinator(whole.name, whole.ranks, whole.rank, whole.local_rank, whole.device, whole.communicators, whole.communicators[-1],
-                             watchdog=runtime._watchdog, check=runtime._places[tuple(axes)])
+    group = GroupCoordinator(whole.name, whole.ranks, whole.rank, whole.local_rank, whole.device,
+                             whole.communicators, whole.communicators[-1], watchdog=runtime._watchdog,
+                             check=runtime._places[tuple(axes)])
     return [refusal(lambda: group.broadcast_tensors({"x": torch.ones(1)}, group.rank_in_group)),
             list(group.broadcast_tensors({"x": torch.ones(1)}, 1))]
 
@@ -168,7 +184,9 @@ def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-CONTEXTS = {"inference": torch.inference_mode, "no grad": torch.no_grad, "autocast": lambda: torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16),
+CONTEXTS = {"inference": torch.inference_mode, "no grad": torch.no_grad,
+            "autocast": lambda: torch.autocast(
+                "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16),
             "meta": lambda: defaults(torch.float16, "meta"), "plain": nullcontext}
 
 
@@ -181,14 +199,16 @@ def surroundings(runtime: Runtime, axes: list[str], made: str) -> list[str]:
     with CONTEXTS[made]():
         runtime.create_groups([axes])
     group = runtime.group(axes)
-    n, found = group.world_size, [] if group.router.declined["mode"] == "inference mode False" else ["the group is made in inference mode"]
+    n, found = (group.world_size, [] if group.router.declined["mode"] == "inference mode False"
+                else ["the group is made in inference mode"])
     for first, second in permutations(CONTEXTS, 2):
         for name in COLLECTIVES:
             shape = (3 * n if name == "reduce_scatter" else 3, 1 + len(found))
             case = Case(name, tuple(axes), "float32", shape, sizes=(3,) * n, rows=((3,) * n,) * n)
             for context in (first, second):
                 try:
-                    found += [f"{context} {case}: {text}" for text in check(case, Within(group, CONTEXTS[context]))]
+                    found += [f"{context} {case}: {text}"
+                              for text in check(case, Within(group, CONTEXTS[context]))]
                 except Exception as e:
                     found += [f"{context} {case}: {e}"]
     return found
@@ -241,23 +261,31 @@ def numpy_sizes(runtime: Runtime, axes: list[str]) -> list[Any]:
 
     def all_of_them(number: Any) -> list[Any]:
         two = (number(2), number(2))
-        return [group.all_gather(x[:2], number(0), two).tolist(), group.reduce_scatter(x, number(0), two).tolist(),
-                [y.tolist() for y in group.all_to_all(x.split(2), [(two[0],), (two[0],)])], group.broadcast(x, number(1)).tolist()]
+        return [group.all_gather(x[:2], number(0), two).tolist(),
+                group.reduce_scatter(x, number(0), two).tolist(),
+                [y.tolist() for y in group.all_to_all(x.split(2), [(two[0],), (two[0],)])],
+                group.broadcast(x, number(1)).tolist()]
     return [all_of_them(number) for number in (np.int64, int, np.int32)]
 
 
 MOVES = {"all_reduce": lambda g, x: g.all_reduce(x), "all_reduce max": lambda g, x: g.all_reduce(x, "max"),
-         "large all_reduce": lambda g, x: g.all_reduce(x.repeat(30_000))[:4], "broadcast": lambda g, x: g.broadcast(x, 0),
-         "all_gather": lambda g, x: g.all_gather(x.view(2, 2), 1, (2, 2)), "reduce_scatter": lambda g, x: g.reduce_scatter(x.view(2, 2), 1, (1, 1)),
-         "all_to_all": lambda g, x: g.all_to_all([x, x * 2], [x.shape, x.shape])[0], "gather": lambda g, x: g.gather(x, 0, 0, (4, 4)),
+         "large all_reduce": lambda g, x: g.all_reduce(x.repeat(30_000))[:4],
+         "broadcast": lambda g, x: g.broadcast(x, 0),
+         "all_gather": lambda g, x: g.all_gather(x.view(2, 2), 1, (2, 2)),
+         "reduce_scatter": lambda g, x: g.reduce_scatter(x.view(2, 2), 1, (1, 1)),
+         "all_to_all": lambda g, x: g.all_to_all([x, x * 2], [x.shape, x.shape])[0],
+         "gather": lambda g, x: g.gather(x, 0, 0, (4, 4)),
          "send": lambda g, x: g.send(x, 1) if g.is_first_rank else g.recv(x.shape, x.dtype, 0),
-         "tensors": lambda g, x: g.broadcast_tensors({"x": x, "y": (x, "D")} if g.is_first_rank else None, 0)["x"],
-         "message": lambda g, x: torch.tensor(float(g.broadcast_message(3, 0))), "barrier": lambda g, x: g.barrier()}
+         "tensors": lambda g, x: g.broadcast_tensors({"x": x, "y": (x, "D")} if g.is_first_rank else None,
+                                                     0)["x"],
+         "message": lambda g, x: torch.tensor(float(g.broadcast_message(3, 0))),
+         "barrier": lambda g, x: g.barrier()}
 """Calls on a group of two, of a tensor of four elements."""
 
 
 def transformed(runtime: Runtime, axes: list[str]) -> list[str]:
-    """What is wrong with calls within torch.func and forward-mode AD: values are those of a plain call, nothing flows through, and the group lives on."""
+    """What is wrong with calls within torch.func and forward-mode AD: values are those of a plain call,
+    nothing flows through, and the group lives on."""
     runtime.create_groups([axes])
     group, x, found = runtime.group(axes), torch.arange(1.0, 5) + runtime.rank, []
 
@@ -274,51 +302,66 @@ def transformed(runtime: Runtime, axes: list[str]) -> list[str]:
             return None if y is None else forward_ad.unpack_dual(y).tangent
     for turn in range(2):
         for name, call in MOVES.items():
-            if turn:                                                        # first of all within the transforms: they make what later calls find
+            if turn:  # first of all within the transforms: they make what later calls find
                 want = other(call(group, x))
             else:
                 torch.func.grad(lambda x: (other(call(group, x)) * x.sum()).sum())(x)
                 want = other(call(group, x))
-            sure(f"grad, {name}", torch.func.grad(lambda x: (other(call(group, x)) * x.sum()).sum())(x), want.sum().expand(4))
-            sure(f"grad of another, {name}", torch.func.grad(lambda v: (other(call(group, x)) * v).sum())(torch.ones(())), want.sum())
-            sure(f"jvp, {name}", torch.func.jvp(lambda x: other(call(group, x)) * x.sum(), (x,), (torch.ones(4),))[1], want * 4)
-            sure(f"jacfwd, {name}", torch.func.jacfwd(lambda x: other(call(group, x)) * x.sum())(x), want.unsqueeze(-1).expand(*want.shape, 4))
-            sure(f"vmap of others, {name}", torch.vmap(lambda v: v * other(call(group, x)))(torch.ones(3)), want.expand(3, *want.shape))
+            sure(f"grad, {name}", torch.func.grad(lambda x: (other(call(group, x)) * x.sum()).sum())(x),
+                 want.sum().expand(4))
+            sure(f"grad of another, {name}",
+                 torch.func.grad(lambda v: (other(call(group, x)) * v).sum())(torch.ones(())), want.sum())
+            sure(f"jvp, {name}", torch.func.jvp(lambda x: other(call(group, x)) * x.sum(), (x,),
+                                                (torch.ones(4),))[1], want * 4)
+            sure(f"jacfwd, {name}", torch.func.jacfwd(lambda x: other(call(group, x)) * x.sum())(x),
+                 want.unsqueeze(-1).expand(*want.shape, 4))
+            sure(f"vmap of others, {name}", torch.vmap(lambda v: v * other(call(group, x)))(torch.ones(3)),
+                 want.expand(3, *want.shape))
             found += [f"{name}: a tangent"] if tangent(call) is not None else []
             sure(f"afterwards, {name}", other(call(group, x)), want)
-    refused = [refusal(lambda: torch.vmap(lambda x: MOVES[name](group, x))(torch.ones(3, 4))) for name in ("all_reduce", "all_gather", "all_to_all")]
-    told = refusal(lambda: torch.vmap(lambda x: group.broadcast_tensors({"x": x} if group.is_first_rank else None, 0))(torch.ones(3, 4)))
+    refused = [refusal(lambda: torch.vmap(lambda x: MOVES[name](group, x))(torch.ones(3, 4)))
+               for name in ("all_reduce", "all_gather", "all_to_all")]
+    told = refusal(lambda: torch.vmap(
+        lambda x: group.broadcast_tensors({"x": x} if group.is_first_rank else None, 0))(torch.ones(3, 4)))
     traced = refusal(lambda: make_fx(lambda x: group.all_reduce(x) + 1)(x))
-    sure("functionalize", torch.func.functionalize(lambda x: group.all_reduce(x.clone().add_(1)) + 1)(x), torch.tensor([6.0, 8, 10, 12]))
+    sure("functionalize", torch.func.functionalize(lambda x: group.all_reduce(x.clone().add_(1)) + 1)(x),
+         torch.tensor([6.0, 8, 10, 12]))
     sure("after all", group.all_reduce(torch.ones(4)), torch.full((4,), 2.0))
     return [*found, *refused, told, traced]
 
 
 def compiled(runtime: Runtime, axes: list[str]) -> list[str]:
-    """What is wrong with calls from compiled code, of several shapes, static and dynamic; and what fullgraph=True says."""
+    """What is wrong with calls from compiled code, of several shapes, static and dynamic;
+    and what fullgraph=True says."""
     group, found = runtime.group(axes), []
     for name, call in MOVES.items():
         for dynamic in (None, True, False):
             torch.compiler.reset()
-            step = torch.compile(lambda x: (x * 2, call(group, x + 1), x - 1), backend="eager", dynamic=dynamic)
+            step = torch.compile(lambda x: (x * 2, call(group, x + 1), x - 1), backend="eager",
+                                 dynamic=dynamic)
             for shift in range(3):
                 x = torch.arange(4.0) + shift + runtime.rank
                 (before, got, after), want = step(x), call(group, x + 1)
                 good = got is None if want is None else torch.equal(got, want)
-                found += [] if good and torch.equal(before, x * 2) and torch.equal(after, x - 1) else [f"{name}: {got}, expected {want}"]
+                found += ([] if good and torch.equal(before, x * 2) and torch.equal(after, x - 1)
+                          else [f"{name}: {got}, expected {want}"])
     for dynamic in (None, True):
         torch.compiler.reset()
         steps = [torch.compile(call, backend="eager", dynamic=dynamic) for call in (
-            lambda x: group.all_reduce(x * 2) + 1, lambda x: group.all_gather(x * 2, 0, (x.shape[0],) * 2) + 1,
-            lambda x: group.reduce_scatter(x * 2, 0, (x.shape[0] - 1, 1)) + 1, lambda x: group.all_to_all([x, x], [x.shape, x.shape])[0] + 1)]
+            lambda x: group.all_reduce(x * 2) + 1, lambda x: group.all_gather(x * 2, 0, (x.shape[0],) * 2)
+            + 1, lambda x: group.reduce_scatter(x * 2, 0, (x.shape[0] - 1, 1)) + 1,
+            lambda x: group.all_to_all([x, x], [x.shape, x.shape])[0] + 1)]
         for n in (4, 7, 9, 20_000, 3):
             got = [step(torch.full((n,), 1.0)) for step in steps]
-            want = [torch.full((n,), 5.0), torch.full((2 * n,), 3.0), torch.full(((n - 1, 1)[group.rank_in_group],), 5.0), torch.full((n,), 2.0)]
-            found += [f"{n} elements, dynamic {dynamic}: result {i}" for i, (g, w) in enumerate(zip(got, want)) if not torch.equal(g, w)]
+            want = [torch.full((n,), 5.0), torch.full((2 * n,), 3.0),
+                    torch.full(((n - 1, 1)[group.rank_in_group],), 5.0), torch.full((n,), 2.0)]
+            found += [f"{n} elements, dynamic {dynamic}: result {i}"
+                      for i, (g, w) in enumerate(zip(got, want)) if not torch.equal(g, w)]
     try:
         torch.compile(lambda x: group.all_reduce(x), backend="eager", fullgraph=True)(torch.ones(4))
     except Exception as error:
-        found.append("a collective is not traced" if "reason: a collective is not traced" in str(error) else str(error))
+        found.append("a collective is not traced" if "reason: a collective is not traced" in str(error)
+                     else str(error))
     return found
 
 
@@ -333,7 +376,8 @@ def faked(runtime: Runtime, axes: list[str]) -> list[str]:
         with mode:
             return call()
     for around in (lambda call: call(), inside):
-        texts += [refusal(lambda: around(lambda: MOVES[name](group, fake))) for name in ("all_reduce", "all_gather", "broadcast", "all_to_all")]
+        texts += [refusal(lambda: around(lambda: MOVES[name](group, fake)))
+                  for name in ("all_reduce", "all_gather", "broadcast", "all_to_all")]
         given = {"x": fake} if group.is_first_rank else None
         texts.append(refusal(lambda: around(lambda: group.broadcast_tensors(given, 0))))
     for name in ("all_reduce", "all_reduce max", "broadcast", "gather", "send", "tensors", "barrier"):
@@ -348,22 +392,29 @@ UNCOPIED = ("float4_e2m1fn_x2", *(f"{u}int{n}" for u in ("", "u") for n in range
 
 
 def uncopied_dtypes(runtime: Runtime, axes: list[str]) -> list[str]:
-    """What is wrong with moves of dtypes that torch does not copy: their bytes must come as those of uint8 do."""
+    """What is wrong with moves of dtypes that torch does not copy:
+    their bytes must come as those of uint8 do."""
     group, found = runtime.group(axes), []
     me, n = group.rank_in_group, group.world_size
     calls = {
-        "all_gather 0": lambda x: group.all_gather(x, 0, (4,) * n), "all_gather 1": lambda x: group.all_gather(x, 1, (4,) * n),
-        "all_gather of uneven ones": lambda x: group.all_gather(x[:, me:], -1, tuple(4 - m for m in range(n))),
-        "all_gather of a transposed one": lambda x: group.all_gather(x.t(), 1, (4,) * n), "gather": lambda x: group.gather(x, 0, 1, (4,) * n),
-        "broadcast": lambda x: group.broadcast(x, 0), "broadcast of one": lambda x: group.broadcast(x[1:2, 1:2], 0),
-        "all_to_all": lambda x: torch.stack([y.view(torch.uint8) for y in group.all_to_all([x.t()] * n, [(4, 4)] * n)]),
+        "all_gather 0": lambda x: group.all_gather(x, 0, (4,) * n),
+        "all_gather 1": lambda x: group.all_gather(x, 1, (4,) * n),
+        "all_gather of uneven ones": lambda x: group.all_gather(x[:, me:], -1,
+                                                                tuple(4 - m for m in range(n))),
+        "all_gather of a transposed one": lambda x: group.all_gather(x.t(), 1, (4,) * n),
+        "gather": lambda x: group.gather(x, 0, 1, (4,) * n), "broadcast": lambda x: group.broadcast(x, 0),
+        "broadcast of one": lambda x: group.broadcast(x[1:2, 1:2], 0),
+        "all_to_all": lambda x: torch.stack(
+            [y.view(torch.uint8) for y in group.all_to_all([x.t()] * n, [(4, 4)] * n)]),
         "tensors": lambda x: group.broadcast_tensors({"x": x.t()} if me == 0 else None, 0)["x"],
-        "send": lambda x: None if n == 1 else group.send(x.t(), 1) if me == 0 else group.recv((4, 4), x.dtype, 0) if me == 1 else None}
+        "send": lambda x: None if n == 1 else group.send(x.t(), 1) if me == 0
+        else group.recv((4, 4), x.dtype, 0) if me == 1 else None}
     for dtype in UNCOPIED:
         for name, call in calls.items():
             x = torch.arange(16, dtype=torch.uint8).view(4, 4) + 16 * me
             got, want = call(x.view(getattr(torch, dtype))), call(x)
-            if not (got is None if want is None else torch.equal(got.view(torch.uint8), want) and str(got.dtype) in (f"torch.{dtype}", "torch.uint8")):
+            if not (got is None if want is None else torch.equal(got.view(torch.uint8), want)
+                    and str(got.dtype) in (f"torch.{dtype}", "torch.uint8")):
                 found.append(f"{name} of {dtype}: {got}, expected {want}")
     return [*found, refusal(lambda: group.all_reduce(torch.ones(2, dtype=torch.uint8).view(torch.uint1)))]
 
@@ -387,7 +438,8 @@ def forked(runtime: Runtime, axes: list[str]) -> list[Any]:
         runtime.close()
         os._exit(0 if found == f"all_reduce over {group.name}: the group was destroyed" else 1)
     status = os.waitpid(child, 0)[1]
-    return [status, group.all_reduce(torch.ones(1)).item(), group.broadcast_message("still there", 0), runtime._watchdog._threads[0].is_alive()]
+    return [status, group.all_reduce(torch.ones(1)).item(), group.broadcast_message("still there", 0),
+            runtime._watchdog._threads[0].is_alive()]
 
 
 def queue_again(runtime: Runtime, axes: list[str]) -> list[Any]:
@@ -395,13 +447,15 @@ def queue_again(runtime: Runtime, axes: list[str]) -> list[Any]:
     group = runtime.group(axes)
     with runtime.open_queue(axes):
         got = [group.broadcast_message("first", 0)]
-    got += [group.broadcast_message("without", 0), runtime.open_queue(axes).closed, group.broadcast_message("again", 0)]
+    got += [group.broadcast_message("without", 0), runtime.open_queue(axes).closed,
+            group.broadcast_message("again", 0)]
     group.destroy()
     return [*got, refusal(lambda: runtime.open_queue(axes)), refusal(lambda: group.broadcast_message("x", 0))]
 
 
 def two_runtimes(runtime: Runtime, axes: list[str]) -> list[Any]:
-    """Another runtime of this process, which goes on when the first is closed; the last one ends torch.distributed."""
+    """Another runtime of this process, which goes on when the first is closed;
+    the last one ends torch.distributed."""
     other = connect(runtime.mesh, "cpu")
     other.create_groups([axes])
     runtime.close()
@@ -433,9 +487,11 @@ def explained(runtime: Runtime) -> list[Any]:
     def mlp(x: Any, up: Any, down: Any) -> Any:
         return einsum("T F, F E -> T E", einsum("T D, D F -> T F", x, up), down)
     group = runtime.group(("tp",))
-    group.router.use(table := Table("a machine", {"date": "2026-01-01"}, (Curve("all_reduce", 2, "float32", False, "shared memory", ((1, 7.0),)),)))
+    group.router.use(table := Table("a machine", {"date": "2026-01-01"}, (
+        Curve("all_reduce", 2, "float32", False, "shared memory", ((1, 7.0),)),)))
     runtime.table = table
-    found = explain(lower(mlp, Layout(F="tp"), mesh=runtime.mesh), runtime.mesh, dict(T=2, D=3, F=4, E=5), runtime=runtime)
+    found = explain(lower(mlp, Layout(F="tp"), mesh=runtime.mesh), runtime.mesh, dict(T=2, D=3, F=4, E=5),
+                    runtime=runtime)
     return [[(t.op, t.communicator, t.predicted_us, t.choice) for t in found.traffic], found.cost_source]
 
 
@@ -447,19 +503,25 @@ def calibrated(runtime: Runtime) -> dict[str, Any]:
     group.router.use(table)
     call = Call("all_gather", None, torch.float32, "cpu", 8192)
     choice = group.router.choice(call)
-    fastest = min((c for c in table.curves if (c.name, c.size) == ("all_gather", group.world_size)), key=lambda c: c.us(8192))
-    return {"curves": sorted((c.name, c.size, c.dtype, c.capturing, c.communicator, [n for n, _ in c.points]) for c in table.curves),
-            "positive": all(us > 0 for c in table.curves for _, us in c.points), "fastest": choice.communicator == fastest.communicator,
-            "predicted": choice.us == fastest.us(8192), "same": group.broadcast_message(table.curves[0].points[0][1], 0) == table.curves[0].points[0][1]}
+    fastest = min((c for c in table.curves if (c.name, c.size) == ("all_gather", group.world_size)),
+                  key=lambda c: c.us(8192))
+    return {"curves": sorted((c.name, c.size, c.dtype, c.capturing, c.communicator, [n for n, _ in c.points])
+                             for c in table.curves),
+            "positive": all(us > 0 for c in table.curves for _, us in c.points),
+            "fastest": choice.communicator == fastest.communicator,
+            "predicted": choice.us == fastest.us(8192),
+            "same": group.broadcast_message(table.curves[0].points[0][1], 0) == table.curves[0].points[0][1]}
 
 
 def passed_on(runtime: Runtime, axes: list[str]) -> list[Any]:
-    """Messages that go round the ring, each member's to the next: small, large, typed, and one that cannot be written."""
+    """Messages that go round the ring, each member's to the next:
+    small, large, typed, and one that cannot be written."""
     group = runtime.group(axes)
     me, n = group.rank_in_group, group.world_size
 
     def turn(message: Any, **how: Any) -> Any:
-        """Even members send first; with an odd number of members the last hears from the one before it before it speaks."""
+        """Even members send first; with an odd number of members the last hears from the one
+        before it before it speaks."""
         if me % 2 == 0 and me != n - 1 or n == 1:
             group.send_message(message, (me + 1) % n)
             return group.recv_message((me - 1) % n, **how)
@@ -467,6 +529,9 @@ def passed_on(runtime: Runtime, axes: list[str]) -> list[Any]:
         group.send_message(message, (me + 1) % n)
         return got
     plan = turn(Plan(me, ("dp",)), as_type=Plan)
-    wrong = refusal(lambda: group.send_message({"f": int}, 1)) if me == 0 else refusal(lambda: group.recv_message(0)) if me == 1 else ""
-    other = refusal(lambda: group.recv_message(0, as_type=Plan)) if me == 1 else group.send_message([1], 1) if me == 0 else None
-    return [turn({"from": me}), len(turn("x" * 50_000)), plan.step, wrong, other, refusal(lambda: group.send_message(1, me)), refusal(lambda: group.recv_message(n))]
+    wrong = (refusal(lambda: group.send_message({"f": int}, 1)) if me == 0
+             else refusal(lambda: group.recv_message(0)) if me == 1 else "")
+    other = (refusal(lambda: group.recv_message(0, as_type=Plan)) if me == 1
+             else group.send_message([1], 1) if me == 0 else None)
+    return [turn({"from": me}), len(turn("x" * 50_000)), plan.step, wrong, other,
+            refusal(lambda: group.send_message(1, me)), refusal(lambda: group.recv_message(n))]

@@ -1,4 +1,5 @@
-"""Programs of the models on all ranks of a mesh, in this process; and the meshes and layouts they are tried on."""
+"""Programs of the models on all ranks of a mesh, in this process;
+and the meshes and layouts they are tried on."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
@@ -28,7 +29,10 @@ Shards = Sequence[Mapping[str, Tensor]]        # for each rank, path -> what it 
 
 @dataclass(frozen=True)
 class Ran:
-    """What a program gave: each result leaf put together, and what each rank holds of it. log: its collectives."""
+    """What a program gave: each result leaf put together, and what each rank holds of it.
+
+    log: its collectives.
+    """
     program: Program
     results: list[Tensor]
     held: list[list[Tensor]]
@@ -38,30 +42,44 @@ class Ran:
 def tree(weights: Mapping[str, Any], config: LlamaConfig) -> Llama:
     """The Llama pytree of path -> leaf; without a head where it is tied."""
     whole = fill(Llama, "", lambda path: weights.get(path[1:]))
-    return Llama(embed=whole.embed, layers=whole.layers, norm=whole.norm, head=None if config.tied else whole.head)
+    return Llama(embed=whole.embed, layers=whole.layers, norm=whole.norm,
+                 head=None if config.tied else whole.head)
 
 
-def run(f: Any, layout: Layout, mesh: Mesh, args: Mapping[str, Any], sizes: Mapping[str, int], shards: Shards = (), **static: Any) -> Ran:
-    """`f` on every rank. `args`: whole tensors and pytrees by name. `shards`: leaves that are placed already."""
-    program = lower(f, layout, *(v if isinstance(v, Params) else None for v in args.values()), mesh=mesh, **static)
-    whole = {path: t for name, v in args.items() for path, t in (leaf_values(v, name) if isinstance(v, Params) else [(name, v)])}
-    placed = [{path: shards[rank][path] if shards and path in shards[rank] else shard_of(whole[path], kind, mesh, c)
-               for path, kind in program.arg_leaves()} for rank, c in enumerate(mesh.coordinates())]
+def run(f: Any, layout: Layout, mesh: Mesh, args: Mapping[str, Any], sizes: Mapping[str, int],
+        shards: Shards = (), **static: Any) -> Ran:
+    """`f` on every rank.
+
+    `args`: whole tensors and pytrees by name. `shards`: leaves that are placed already.
+    """
+    program = lower(f, layout, *(v if isinstance(v, Params) else None for v in args.values()), mesh=mesh,
+                    **static)
+    whole = {path: t for name, v in args.items()
+             for path, t in (leaf_values(v, name) if isinstance(v, Params) else [(name, v)])}
+    placed = [
+        {path: shards[rank][path] if shards and path in shards[rank] else shard_of(whole[path], kind, mesh, c)
+         for path, kind in program.arg_leaves()} for rank, c in enumerate(mesh.coordinates())]
     return execute(program, mesh, placed, sizes)
 
 
-def execute(program: Program, mesh: Mesh, placed: Shards, sizes: Mapping[str, int], proven: bool = True) -> Ran:
-    """An explicit program on every rank. Unless `proven` is false, it is proven, and what ran is what was proven."""
+def execute(program: Program, mesh: Mesh, placed: Shards, sizes: Mapping[str, int],
+            proven: bool = True) -> Ran:
+    """An explicit program on every rank.
+
+    Unless `proven` is false, it is proven, and what ran is what was proven.
+    """
     log: list[tuple] = []
     outs = simulate(program, mesh, placed, sizes, log)
     if proven:
         check_proof(program, mesh, placed, sizes, log)
     held = [[out[str(i)] for out in outs] for i in range(len(outs[0]))]
-    results = [join(pieces, kind, sizes, mesh, tolerance=0) for pieces, (_, kind) in zip(held, program.result_leaves())]
+    results = [join(pieces, kind, sizes, mesh, tolerance=0)
+               for pieces, (_, kind) in zip(held, program.result_leaves())]
     return Ran(program, results, held, log)
 
 
-def check_proof(program: Program, mesh: Mesh, placed: Shards, sizes: Mapping[str, int], log: Sequence[tuple]) -> None:
+def check_proof(program: Program, mesh: Mesh, placed: Shards, sizes: Mapping[str, int],
+                log: Sequence[tuple]) -> None:
     """The program is proven, and every rank made the collectives of its projection, in that order."""
     dtypes = {path: str(t.dtype).removeprefix("torch.") for path, t in placed[0].items()}
     calls = [project(program, mesh, rank, sizes, dtypes) for rank in range(mesh.world_size)]
@@ -73,14 +91,17 @@ def check_proof(program: Program, mesh: Mesh, placed: Shards, sizes: Mapping[str
 
 def line(text: str) -> str:
     """Where the model's file has `text`."""
-    return next(f"llama.py:{i}" for i, l in enumerate(Path(llama.__file__).read_text().splitlines(), 1) if text in l)
+    return next(f"llama.py:{i}" for i, l in enumerate(Path(llama.__file__).read_text().splitlines(), 1)
+                if text in l)
 
 
-# -- generation --------------------------------------------------------------------------------------------------------
+# -- generation ----------------------------------------------------------------------------------------------
 
-def generate(weights: Llama, config: LlamaConfig, layout: Layout, mesh: Mesh, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-             eos_ids: Collection[int] = (), sampling: Sampling = Sampling()) -> list[list[int]]:
-    """What `decoding.Model.generate` says under the same names, by the same programs, with all ranks in this process."""
+def generate(weights: Llama, config: LlamaConfig, layout: Layout, mesh: Mesh,
+             prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int] = (),
+             sampling: Sampling = Sampling()) -> list[list[int]]:
+    """What `decoding.Model.generate` says under the same names, by the same programs,
+    with all ranks in this process."""
     static = {"config": config, **({"sampling": sampling} if sampling.temperature else {})}
     functions = (prompt_sample, next_sample) if sampling.temperature else (prompt_token, next_token)
     programs = [lower(f, layout, None, weights, mesh=mesh, **static) for f in functions]
@@ -90,13 +111,16 @@ def generate(weights: Llama, config: LlamaConfig, layout: Layout, mesh: Mesh, pr
     assert leaves == dict(programs[1].arg_leaves())
     cache = dict(leaf_values(init(Cache, sizes, path="cache", dtype=weights.embed.dtype), "cache"))
     whole = {**dict(leaf_values(weights, "w")), **cache}
-    state = [{path: shard_of(t, leaves[path], mesh, c) for path, t in whole.items()} for c in mesh.coordinates()]
+    state = [{path: shard_of(t, leaves[path], mesh, c) for path, t in whole.items()}
+             for c in mesh.coordinates()]
     ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts])
     start, last = torch.zeros(rows, dtype=torch.int64), torch.tensor([len(p) - 1 for p in prompts])
     tokens, live = [list(p) for p in prompts], [True] * rows
     for at in range(max_new_tokens):
-        here = {"ids": ids, "start": start, "last": last, **({"row": torch.arange(rows)} if sampling.temperature else {})}
-        placed = [{**held, **{n: shard_of(t, leaves[n], mesh, c) for n, t in here.items()}} for held, c in zip(state, mesh.coordinates())]
+        here = {"ids": ids, "start": start, "last": last,
+                **({"row": torch.arange(rows)} if sampling.temperature else {})}
+        placed = [{**held, **{n: shard_of(t, leaves[n], mesh, c) for n, t in here.items()}}
+                  for held, c in zip(state, mesh.coordinates())]
         ran = execute(programs[at > 0], mesh, placed, {**sizes, "T": ids.shape[1]}, proven=at < 2)
         chosen = ran.results[0]
         for rank, held in enumerate(state):
@@ -111,21 +135,29 @@ def generate(weights: Llama, config: LlamaConfig, layout: Layout, mesh: Mesh, pr
     return tokens
 
 
-# -- models, meshes and layouts -----------------------------------------------------------------------------------------
+# -- models, meshes and layouts ------------------------------------------------------------------------------
 
 @st.composite
 def configs(draw: st.DrawFn) -> LlamaConfig:
-    """Small, with sizes that the ranks do not divide. transformers wants d_model to be a multiple of the query heads."""
+    """Small, with sizes that the ranks do not divide.
+
+    transformers wants d_model to be a multiple of the query heads.
+    """
     kv, queries = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    return LlamaConfig(vocab_size=draw(st.integers(7, 29)), d_model=kv * queries * draw(st.integers(-(-12 // (kv * queries)), 12)),
-                       num_layers=draw(st.integers(1, 3)), num_kv_heads=kv, queries_per_kv=queries, head_dim=2 * draw(st.integers(1, 4)),
-                       d_ff=draw(st.integers(1, 23)), norm_eps=draw(st.sampled_from((1e-5, 1e-6))), rope_theta=draw(st.sampled_from((1e4, 5e5))),
-                       rope_scaling=draw(st.sampled_from((None, RopeScaling(8.0, 1.0, 4.0, 16), RopeScaling(2.0, 0.5, 3.0, 32)))),
+    return LlamaConfig(vocab_size=draw(st.integers(7, 29)),
+                       d_model=kv * queries * draw(st.integers(-(-12 // (kv * queries)), 12)),
+                       num_layers=draw(st.integers(1, 3)), num_kv_heads=kv, queries_per_kv=queries,
+                       head_dim=2 * draw(st.integers(1, 4)), d_ff=draw(st.integers(1, 23)),
+                       norm_eps=draw(st.sampled_from((1e-5, 1e-6))),
+                       rope_theta=draw(st.sampled_from((1e4, 5e5))),
+                       rope_scaling=draw(st.sampled_from((
+                           None, RopeScaling(8.0, 1.0, 4.0, 16), RopeScaling(2.0, 0.5, 3.0, 32)))),
                        tied=draw(st.booleans()), max_context=64)
 
 
-NAMED = (("tp", "tp"), ("tp", "tp+sp"), ("dp", "tp"), ("dp", "fsdp"), ("tk,tg", "tp"), ("tk,tg", "tp+sp"), ("cp", "cp"), ("cp,tp", "tp+cp"),
-         ("dp,tp", "tp+fsdp"), ("dp,cp,tp", "tp+sp+fsdp+cp"), ("dp,tk,tg", "tp+sp+fsdp"))
+NAMED = (("tp", "tp"), ("tp", "tp+sp"), ("dp", "tp"), ("dp", "fsdp"), ("tk,tg", "tp"), ("tk,tg", "tp+sp"),
+         ("cp", "cp"), ("cp,tp", "tp+cp"), ("dp,tp", "tp+fsdp"), ("dp,cp,tp", "tp+sp+fsdp+cp"),
+         ("dp,tk,tg", "tp+sp+fsdp"))
 
 
 @st.composite
@@ -140,11 +172,15 @@ def named(draw: st.DrawFn) -> tuple[Mesh, Layout]:
 
 @st.composite
 def any_layout(draw: st.DrawFn) -> tuple[Mesh, Layout]:
-    """Any dims on any axes in any order: slow perhaps, but never wrong. Only rms_norm refuses activations split on D."""
+    """Any dims on any axes in any order: slow perhaps, but never wrong.
+
+    Only rms_norm refuses activations split on D.
+    """
     axes = ("x", "y", "z")[:draw(st.integers(1, 3))]
     mesh = Mesh({a: draw(st.integers(1, 3 if len(axes) < 3 else 2)) for a in axes})
     dims = draw(st.permutations("BKGFVTSDH"))[:draw(st.integers(1, 9))]
-    layout = Layout({dim: tuple(draw(st.permutations(axes))[:draw(st.integers(1, len(axes)))]) for dim in dims})
+    layout = Layout(
+        {dim: tuple(draw(st.permutations(axes))[:draw(st.integers(1, len(axes)))]) for dim in dims})
     if layout.complete("BTD", {})["D"]:
         layout = Layout({dim: axes for dim, axes in layout.entries.items() if dim != "D"})
     return mesh, layout

@@ -1,4 +1,5 @@
-"""The conformance cases under torchrun, on CPU or GPU: one line at the end, and exit status 1 if a case failed.
+"""The conformance cases under torchrun, on CPU or GPU: one line at the end,
+and exit status 1 if a case failed.
 
     torchrun --nproc-per-node 4 tests/distributed/torchrun_conformance.py dp=2,tp=2 cuda
 """
@@ -19,7 +20,8 @@ def main(mesh: Mesh, device: str) -> int:
     with connect(mesh, device) as runtime:
         runtime.create_groups(products)
         cases = [case for axes in products for case in fixed_cases(axes, mesh.size(axes))]
-        failures = [f"rank {runtime.rank}: {case}: {text}" for case in cases for text in check(case, runtime.group(case.axes))]
+        failures = [f"rank {runtime.rank}: {case}: {text}" for case in cases
+                    for text in check(case, runtime.group(case.axes))]
         print("\n".join(failures[:20]), file=sys.stderr)
         world = runtime.group(tuple(mesh.axes)) if len(mesh.axes) < 3 else None
         total = world.all_reduce(torch.tensor(len(failures))).item() if world else len(failures)

@@ -1,4 +1,5 @@
-"""Calls of the kernels between GPUs with data that is easy to get wrong, on workspaces in the memory of the CPU."""
+"""Calls of the kernels between GPUs with data that is easy to get wrong,
+on workspaces in the memory of the CPU."""
 from __future__ import annotations
 
 import random
@@ -25,7 +26,8 @@ from shardlib.triton_kernels.reduce_scatter import reduce_scatter, reduce_scatte
 from shardlib.triton_kernels.workspace import Workspace
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SUMS, MOVES, NORMS = ("one_shot", "two_shot", "reduce_scatter"), ("all_gather", "all_to_all"), ("norm", "two_shot_norm")
+SUMS, MOVES, NORMS = (("one_shot", "two_shot", "reduce_scatter"), ("all_gather", "all_to_all"),
+                      ("norm", "two_shot_norm"))
 FAMILIES = {"sums": SUMS, "moves": MOVES, "norms": NORMS, "all": SUMS + MOVES + NORMS}
 EPS = 1e-5
 WARPS = (1, 1, 2)
@@ -36,8 +38,9 @@ UNTOUCHED = 0x5EA1ED00
 
 @dataclass(frozen=True)
 class Call:
-    """One collective of all ranks. inner: quads of 16 bytes that lie side by side; outer: how often; line: quads of a line, where data is
-    moved; warps: of a block; split: blocks that share a row, where there is a norm."""
+    """One collective of all ranks. inner: quads of 16 bytes that lie side by side; outer: how often; line:
+    quads of a line, where data is moved; warps: of a block; split: blocks that share a row, where there is a
+    norm."""
     kernel: str
     dtype: torch.dtype
     outer: int
@@ -58,8 +61,9 @@ class Call:
 
     def shape(self, world: int) -> tuple[int, ...]:
         inner = self.inner * 16 // self.dtype.itemsize
-        return {"reduce_scatter": (self.outer, world, inner), "all_gather": (self.outer, inner), "all_to_all": (world, self.outer * inner),
-                "norm": (self.outer, inner), "two_shot_norm": (self.outer, inner)}.get(self.kernel, (self.outer * inner,))
+        return {"reduce_scatter": (self.outer, world, inner), "all_gather": (self.outer, inner),
+                "all_to_all": (world, self.outer * inner), "norm": (self.outer, inner),
+                "two_shot_norm": (self.outer, inner)}.get(self.kernel, (self.outer * inner,))
 
     def shots(self, world: int) -> int:
         """Of a norm."""
@@ -68,16 +72,20 @@ class Call:
     def replicated(self) -> tuple[Tensor, Tensor]:
         """The residual and the weight of a norm."""
         generator = torch.Generator().manual_seed(self.inner)
-        residual, weight = (torch.randn(shape, generator=generator).to(self.dtype) for shape in (self.shape(1), self.shape(1)[-1:]))
+        residual, weight = (torch.randn(shape, generator=generator).to(self.dtype)
+                            for shape in (self.shape(1), self.shape(1)[-1:]))
         return residual, weight
 
     def run(self, x: Tensor, workspace: Workspace) -> Tensor | tuple[Tensor, Tensor]:
         grid = Grid(self.blocks * self.split, self.warps)
         if self.kernel in NORMS:
-            return all_reduce_add_rms_norm(x, *self.replicated(), EPS, workspace, grid, self.split, self.shots(workspace.size))
+            return all_reduce_add_rms_norm(x, *self.replicated(), EPS, workspace, grid, self.split,
+                                           self.shots(workspace.size))
         if self.kernel in MOVES:
-            return {"all_gather": all_gather, "all_to_all": all_to_all}[self.kernel](x, workspace, grid, self.line)
-        return {"one_shot": one_shot, "two_shot": two_shot, "reduce_scatter": reduce_scatter}[self.kernel](x, workspace, grid)
+            return {"all_gather": all_gather,
+                    "all_to_all": all_to_all}[self.kernel](x, workspace, grid, self.line)
+        return {"one_shot": one_shot, "two_shot": two_shot,
+                "reduce_scatter": reduce_scatter}[self.kernel](x, workspace, grid)
 
     def want(self, xs: list[Tensor], rank: int) -> Tensor | tuple[Tensor, Tensor]:
         if self.kernel in ("one_shot", "two_shot"):
@@ -88,14 +96,15 @@ class Call:
             residual, weight = self.replicated()
             total = residual + all_reduce_reference(xs)
             return total, F.rms_norm(total.double(), weight.shape, weight.double(), EPS).to(self.dtype)
-        return reduce_scatter_reference(xs, rank) if self.kernel == "reduce_scatter" else all_to_all_reference(xs, rank)
+        return (reduce_scatter_reference(xs, rank) if self.kernel == "reduce_scatter"
+                else all_to_all_reference(xs, rank))
 
 
 def random_calls(family: str, draw: random.Random, count: int) -> list[Call]:
     """Lines of a part of a warp, of a warp and of a block, in blocks of one warp and of two."""
     def call() -> Call:
-        kernel, dtype, outer, inner, blocks = (draw.choice(FAMILIES[family]), draw.choice(DTYPES), draw.randint(1, 3), draw.randint(1, 40),
-                                               draw.randint(1, 3))
+        kernel, dtype, outer, inner, blocks = (draw.choice(FAMILIES[family]), draw.choice(DTYPES),
+                                               draw.randint(1, 3), draw.randint(1, 40), draw.randint(1, 3))
         warps = draw.choice(WARPS)
         line = draw.choice((8, 32, 32 * warps))
         if kernel in NORMS:
@@ -106,12 +115,14 @@ def random_calls(family: str, draw: random.Random, count: int) -> list[Call]:
 
 
 def data(calls: Sequence[Call], world: int, seed: int) -> list[list[Tensor]]:
-    """For each call every rank's x: numbers of all sizes, and among them infinities, NaNs, -0.0 and, in some, words that equal EMPTY. Where there
-    is a norm, those are in some rows alone: a norm of any of them says nothing of the rest."""
+    """For each call every rank's x: numbers of all sizes, and among them infinities, NaNs, -0.0 and, in some,
+    words that equal EMPTY. Where there is a norm, those are in some rows alone: a norm of any of them says
+    nothing of the rest."""
     generator = torch.Generator().manual_seed(seed)
 
     def x(call: Call) -> Tensor:
-        values = torch.randn(call.shape(world), generator=generator) * 4.0 ** torch.randint(-6, 7, call.shape(world), generator=generator)
+        values = (torch.randn(call.shape(world), generator=generator)
+                  * 4.0 ** torch.randint(-6, 7, call.shape(world), generator=generator))
         special = torch.tensor([float("inf"), float("-inf"), float("nan"), -0.0])
         where = torch.randint(0, 64, values.shape, generator=generator)
         if call.kernel in NORMS:
@@ -130,12 +141,15 @@ def workspaces(world: int, slot_bytes: int) -> list[Workspace]:
     for arena in arenas:
         arena[words:] = UNTOUCHED
     addresses = torch.tensor([a.data_ptr() for a in arenas])
-    return [Workspace(r, world, addresses, arenas[r], torch.zeros(STATE_WORDS, dtype=torch.int32), slot_bytes) for r in range(world)]
+    return [Workspace(r, world, addresses, arenas[r], torch.zeros(STATE_WORDS, dtype=torch.int32), slot_bytes)
+            for r in range(world)]
 
 
-def wrong(calls: Sequence[Call], xs: list[list[Tensor]], got: Sequence[Sequence[Any]], first_rank: int = 0) -> str | None:
-    """What the ranks from `first_rank` on have got wrong. Moved bits are compared as such; of sums, any NaN is as good as another. A norm, beside
-    the residual that has to have its bits, may be off by twice the rounding of its dtype."""
+def wrong(calls: Sequence[Call], xs: list[list[Tensor]], got: Sequence[Sequence[Any]],
+          first_rank: int = 0) -> str | None:
+    """What the ranks from `first_rank` on have got wrong. Moved bits are compared as such; of sums, any NaN
+    is as good as another. A norm, beside the residual that has to have its bits, may be off by twice the
+    rounding of its dtype."""
     for number, call in enumerate(calls):
         for rank, results in enumerate(got, first_rank):
             result, want = results[number], call.want(xs[number], rank)
@@ -151,7 +165,9 @@ def wrong(calls: Sequence[Call], xs: list[list[Tensor]], got: Sequence[Sequence[
 
 
 def close(got: Tensor, want: Tensor) -> bool:
-    """Whether they differ by at most the distance between two neighbours of their dtype, four in float32: what it adds up has its own."""
+    """Whether they differ by at most the distance between two neighbours of their dtype, four in float32:
+    what it adds up has its own."""
     kind = torch.finfo(got.dtype)
     relative = (4 if got.dtype == torch.float32 else 1) * kind.eps
-    return torch.allclose(got.double(), want.double(), rtol=relative, atol=kind.smallest_normal * kind.eps, equal_nan=True)
+    return torch.allclose(got.double(), want.double(), rtol=relative, atol=kind.smallest_normal * kind.eps,
+                          equal_nan=True)

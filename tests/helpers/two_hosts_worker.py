@@ -1,7 +1,8 @@
-"""One rank of the tests on two hosts, `two_hosts_worker.py FOLDER` under torchrun: mesh dp=2,tp=2, with tp within a host and dp across.
+"""One rank of the tests on two hosts, `two_hosts_worker.py FOLDER` under torchrun:
+mesh dp=2,tp=2, with tp within a host and dp across.
 
-It prints what it found as one object of JSON, then calls collectives without end. Files in the folder say so: `RANK.loops`, that they
-go well; and `RANK.lives` is locked as long as the process is there.
+It prints what it found as one object of JSON, then calls collectives without end. Files in the folder say so:
+`RANK.loops`, that they go well; and `RANK.lives` is locked as long as the process is there.
 """
 from __future__ import annotations
 
@@ -27,24 +28,31 @@ GROUPS = (("tp",), ("dp",), ("dp", "tp"))
 def places(runtime: Runtime) -> dict[str, Any]:
     """Where this rank is, and in each group: who else, who takes a small all_reduce, and who declined to."""
     groups = [runtime.group(axes) for axes in GROUPS]
-    return {"rank": runtime.rank, "local_rank": runtime.local_rank, "name": os.uname().nodename, "hosts": list(runtime.hosts),
-            "groups": {g.name: [list(g.ranks), g.route("all_reduce", torch.ones(4), "sum").name, g.router.declined] for g in groups}}
+    return {"rank": runtime.rank, "local_rank": runtime.local_rank, "name": os.uname().nodename,
+            "hosts": list(runtime.hosts),
+            "groups": {g.name: [list(g.ranks), g.route("all_reduce", torch.ones(4), "sum").name,
+                                g.router.declined] for g in groups}}
 
 
 def collectives(runtime: Runtime) -> list[str]:
-    """What is wrong with every third of the conformance kit's cases, in each group by whoever takes them; all_reduce in memory alone."""
-    found = [f"{case}: {text}" for axes in GROUPS for case in fixed_cases(axes, runtime.mesh.size(axes))[::3] for text in check(case, runtime.group(axes))]
+    """What is wrong with every third of the conformance kit's cases, in each group by whoever takes them;
+    all_reduce in memory alone."""
+    found = [f"{case}: {text}" for axes in GROUPS for case in fixed_cases(axes, runtime.mesh.size(axes))[::3]
+             for text in check(case, runtime.group(axes))]
     memory = only("shared memory", runtime.group(("tp",)))
-    return found + [f"{case}: {text}" for case in fixed_cases(("tp",), 2) if case.collective == "all_reduce" for text in check(case, memory)]
+    return found + [f"{case}: {text}" for case in fixed_cases(("tp",), 2) if case.collective == "all_reduce"
+                    for text in check(case, memory)]
 
 
 def messages(runtime: Runtime) -> dict[str, Any]:
-    """From rank 0 to a reader beside it and two on the other host: small, large, many, and one that cannot be written."""
+    """From rank 0 to a reader beside it and two on the other host:
+    small, large, many, and one that cannot be written."""
     group, queue = runtime.group(("dp", "tp")), runtime.open_queue(("dp", "tp"))
 
     def tell(message: Any) -> Any:
         return group.broadcast_message(message if runtime.rank == 0 else None, 0)
-    got = [tell({"step": 3, "names": ["a", "b"]}), len(tell("x" * 3_000_000)), [tell(i) for i in range(200)] == list(range(200))]
+    got = [tell({"step": 3, "names": ["a", "b"]}), len(tell("x" * 3_000_000)),
+           [tell(i) for i in range(200)] == list(range(200))]
     try:
         tell({"f": int})
     except SpecError as error:

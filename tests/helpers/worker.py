@@ -1,7 +1,7 @@
 """One process of a test world: reads requests from standard input, a line of JSON each, and answers in kind.
 
-It never outlives a request by more than DEADLINE_S, nor its parent: a request that hangs ends the process, with the
-stacks of its threads on standard error.
+It never outlives a request by more than DEADLINE_S, nor its parent: a request that hangs ends the process,
+with the stacks of its threads on standard error.
 """
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class Worker:
         return ""
 
     def check(self, request: Request) -> list[str]:
-        """What is wrong, up to the first case that raises: after one that does, the groups may be of no more use.
+        """What is wrong, up to the first case that raises:
+        after one that does, the groups may be of no more use.
 
         communicator: the only one that may take a case; "" where the group chooses.
         """
@@ -58,7 +59,8 @@ class Worker:
         for case in request.cases:
             try:
                 group = self.runtime.group(case.axes)
-                found = conformance.check(case, conformance.only(request.communicator, group) if request.communicator else group)
+                found = conformance.check(case, conformance.only(request.communicator, group)
+                                          if request.communicator else group)
             except Exception:
                 return [*failures, f"rank {self.runtime.rank}: {case}: {traceback.format_exc()}"]
             failures += [f"rank {self.runtime.rank}: {case}: {failure}" for failure in found]

@@ -56,7 +56,8 @@ def chosen(x, up, down):
 
 def tensors(sign: float) -> tuple:
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.rand(s, generator=generator, dtype=torch.float64) * sign for s in ((3, 4), (4, 5), (5, 4)))
+    return tuple(torch.rand(s, generator=generator, dtype=torch.float64) * sign
+                 for s in ((3, 4), (4, 5), (5, 4)))
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -83,15 +84,17 @@ def test_a_predicate_that_owes_is_rejected_by_the_type_check_and_by_the_proof():
     mutant = replace(program, steps=(*program.steps[:at], bad, *program.steps[at + 1:]))
     with pytest.raises(SpecError) as error:
         prove(mutant, MESH, SIZES)
-    assert str(error.value) == ("cond on v2, which is +tp: ranks that see different pieces of it part ways before the collectives of "
-                                "deep and shallow")
+    assert str(error.value) == (
+        "cond on v2, which is +tp: ranks that see different pieces of it part ways before the collectives of "
+        "deep and shallow")
 
     @sharded("T D/tp, D F, F D -> T D/tp", layout=EXPLICIT)
     def owing(x, up, down):
         return cond(sum("T D/tp -> +tp", x), shallow, shallow, x, up, down)
     with pytest.raises(SpecError) as error:
         lower(owing, mesh=MESH)
-    assert "cond: the predicate is +tp; ranks that see different pieces of it would part ways" in str(error.value)
+    assert ("cond: the predicate is +tp; ranks that see different pieces of it would part "
+            "ways") in str(error.value)
 
 
 @sharded("T D, D F, F D -> T D")
@@ -129,7 +132,8 @@ def test_the_proof_finds_collectives_wherever_they_are_in_a_branch(f):
     mutant = replace(program, steps=(*program.steps[:at], bad, *program.steps[at + 1:]))
     with pytest.raises(SpecError) as error:
         prove(mutant, MESH, dict(SIZES, L=2))
-    assert str(error.value).startswith("cond on v2, which is +tp: ranks that see different pieces of it part ways")
+    assert str(error.value).startswith(
+        "cond on v2, which is +tp: ranks that see different pieces of it part ways")
     outer = replace(program.steps[at], **{("orelse" if f is nested else "body"): mutant})
     with pytest.raises(SpecError) as inner:
         check_branches(replace(program, steps=(outer,)))
@@ -168,9 +172,11 @@ def normed_layers(x, rows, w: Norm):
 
 
 def test_a_parameter_is_one_in_a_scan_too():
-    (x, *_), rows, w = tensors(1.0), torch.tensor([[1.0, 2.0, 3.0]]).double(), Norm(weight=torch.tensor([1.0, 2.0, 3.0, 4.0]).double())
+    (x, *_), rows, w = (tensors(1.0), torch.tensor([[1.0, 2.0, 3.0]]).double(),
+                        Norm(weight=torch.tensor([1.0, 2.0, 3.0, 4.0]).double()))
     want = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w.weight * rows[0][:, None]
-    assert torch.allclose(simulate(normed_layers, Layout(T="dp", D="dp"), x, rows, w, mesh=Mesh(dp=2, tp=2)), want, rtol=1e-12)
+    assert torch.allclose(simulate(normed_layers, Layout(T="dp", D="dp"), x, rows, w, mesh=Mesh(dp=2, tp=2)),
+                          want, rtol=1e-12)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -223,7 +229,8 @@ def owed_predicate(p, x, up, down):
 @pytest.mark.parametrize("p", [0.0, 2.0])
 def test_a_predicate_that_owes_is_paid_where_conversions_are_made(p):
     x, up, down = tensors(1.0)
-    got = simulate(owed_predicate, LAYOUT, torch.tensor(p, dtype=torch.float64).long(), x, up, down, mesh=MESH)
+    got = simulate(owed_predicate, LAYOUT, torch.tensor(p, dtype=torch.float64).long(), x, up, down,
+                   mesh=MESH)
     assert torch.allclose(got, torch.nn.functional.silu(x @ up) @ down if p else x * 2)
 
 
@@ -277,7 +284,8 @@ def test_branches_of_different_dtypes_are_refused_at_lowering():
     with pytest.raises(SpecError) as error:
         lower(branching(first, positive), Layout(), mesh=MESH)
     first_line, where = str(error.value).split("          ")
-    assert first_line == "cond: first returns int64, positive returns bool; both return the same dtypes" and where.startswith("test_cond.py:")
+    assert (first_line == "cond: first returns int64, positive returns bool; both return the same dtypes"
+            and where.startswith("test_cond.py:"))
 
 
 @pytest.mark.parametrize("yes, no", [(largest, first), (first, largest)])
@@ -301,23 +309,29 @@ def test_branches_of_different_dtypes_are_refused_where_those_of_the_arguments_a
     program = lower(branching(first, largest), Layout(), mesh=MESH)
     with pytest.raises(SpecError) as error:
         call(program, MESH, SIZES)
-    assert str(error.value).split("          ")[0] == "cond: first returns int64, largest returns float32; both return the same dtypes"
+    assert str(error.value).split("          ")[0] == (
+        "cond: first returns int64, largest returns float32; both return the same dtypes")
     with pytest.raises(SpecError) as error:
         call(program, MESH, SIZES, dict(x="bfloat16"))
-    assert str(error.value).split("          ")[0] == "cond: first returns int64, largest returns bfloat16; both return the same dtypes"
+    assert str(error.value).split("          ")[0] == (
+        "cond: first returns int64, largest returns bfloat16; both return the same dtypes")
     call(program, MESH, SIZES, dict(x="int64"))
     call(lower(branching(first, first), Layout(), mesh=MESH), MESH, SIZES)
 
 
-@pytest.mark.parametrize("run", [lambda f, x: compile(f)(x), lambda f, x: simulate(f, Layout(T="tp"), x, mesh=MESH)])
+@pytest.mark.parametrize("run",
+                         [lambda f, x: compile(f)(x), lambda f, x: simulate(f, Layout(T="tp"), x, mesh=MESH)])
 def test_branches_of_different_dtypes_are_refused_before_they_run(run):
     x = torch.tensor([[1.0, 3.0], [2.0, 0.0]])
     with pytest.raises(SpecError) as error:
         run(branching(first, largest), x)
-    assert str(error.value).split("          ")[0] == "cond: first returns int64, largest returns float32; both return the same dtypes"
-    assert run(branching(first, largest), x.long()).tolist() == [1, 0] and run(branching(largest, largest), x).tolist() == [3.0, 2.0]
+    assert str(error.value).split("          ")[0] == (
+        "cond: first returns int64, largest returns float32; both return the same dtypes")
+    assert (run(branching(first, largest), x.long()).tolist() == [1, 0]
+            and run(branching(largest, largest), x).tolist() == [3.0, 2.0])
     with pytest.raises(SpecError) as error:
         run(second_of_two, x)
     assert str(error.value).split("          ")[0] == (
-        "cond: itself_and_largest returns float32, float32, itself_and_first returns float32, int64; both return the same dtypes")
+        "cond: itself_and_largest returns float32, float32, itself_and_first returns float32, int64; both "
+        "return the same dtypes")
     assert run(second_of_two, x.long()).tolist() == [3, 2]

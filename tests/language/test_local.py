@@ -1,4 +1,5 @@
-"""local: types asserted at the border, its derivative by the same law, and the check that catches a false assertion."""
+"""local: types asserted at the border, its derivative by the same law,
+and the check that catches a false assertion."""
 from __future__ import annotations
 
 import pytest
@@ -69,7 +70,8 @@ def test_a_printed_program_names_the_function_and_runs_only_what_is_given():
     assert parse_program(str(program), functions={name: scaled}) == check(program, MESH) == program
     with pytest.raises(SpecError) as error:
         parse_program(str(program))
-    assert str(error.value) == f"this program runs {name}, which was not given; pass functions={{{name!r}: ...}}"
+    assert str(error.value) == (
+        f"this program runs {name}, which was not given; pass functions={{{name!r}: ...}}")
 
 
 def test_the_check_accepts_what_is_true():
@@ -107,10 +109,13 @@ def test_an_operand_that_is_whole_owes_where_the_result_does(layout):
     assert torch.allclose(value, (x * 4 * w).mean()) and torch.allclose(grad, 4 * x / 5)
 
 
-@pytest.mark.parametrize("f, layout", [(mean_of_projected, Layout()), (mean_of_projected, Layout(B="dp", F="tp")),
-                                       (mean_of_projected, Layout(D=("tp", "dp"))), (mean_of_owed, Layout(B="dp", F="tp"))])
+@pytest.mark.parametrize("f, layout",
+                         [(mean_of_projected, Layout()), (mean_of_projected, Layout(B="dp", F="tp")),
+                          (mean_of_projected, Layout(D=("tp", "dp"))),
+                          (mean_of_owed, Layout(B="dp", F="tp"))])
 def test_what_owes_by_its_text_owes(f, layout):
-    x, w = torch.randn(4, 3, dtype=torch.float64).requires_grad_(), torch.randn(3, 2, dtype=torch.float64).requires_grad_()
+    x, w = (torch.randn(4, 3, dtype=torch.float64).requires_grad_(),
+            torch.randn(3, 2, dtype=torch.float64).requires_grad_())
     (want := (x @ w).mean()).backward()
     value, of_x, of_w = simulate(value_and_grad(f, ["x", "w"]), layout, x.detach(), w.detach(), mesh=MESH)
     assert torch.allclose(value, want) and torch.allclose(of_x, x.grad) and torch.allclose(of_w, w.grad)
@@ -120,8 +125,9 @@ def test_what_owes_by_its_text_owes(f, layout):
 def test_the_check_rejects_what_is_false(text):
     with pytest.raises(SpecError) as error:
         check_local(text, norm_of_all, dict(B=4, D=3), MESH)
-    assert str(error.value) == (f'{norm_of_all.__module__}:norm_of_all: result 1 is not of the type that "{text}" asserts: '
-                                f"put together, it is not that of the whole")
+    assert (str(error.value)
+            == (f'{norm_of_all.__module__}:norm_of_all: result 1 is not of the type that "{text}" asserts: '
+                f"put together, it is not that of the whole"))
 
 
 def test_a_closure_is_refused():
@@ -135,7 +141,7 @@ def test_a_closure_is_refused():
     assert "closes over scale; pass what it needs as operands" in str(error.value)
 
 
-# -- what it is given, and what it returns ----------------------------------------------------------------------------------
+# -- what it is given, and what it returns -------------------------------------------------------------------
 
 def doubled(x, w):
     return x.mul_(2) * w
@@ -187,7 +193,8 @@ def elsewhere(x, w):
 
 
 def said(run, f, text="B/dp D/1, D/1 -> B/dp D/1", dtype=None, outs="B D"):
-    """What is said of `local` of f within a sharded function, and where: the same by each executor, and in each mode of torch."""
+    """What is said of `local` of f within a sharded function, and where:
+    the same by each executor, and in each mode of torch."""
     @sharded(f"B D, D -> {outs}")
     def called(x, w):
         return local(text, f, x, w, dtype=dtype)
@@ -199,26 +206,30 @@ def said(run, f, text="B/dp D/1, D/1 -> B/dp D/1", dtype=None, outs="B D"):
                 run(called, x, w)
                 messages.append("")
             except SpecError as error:
-                messages.append(str(error).replace(f"          test_local.py:{called.fn.__code__.co_firstlineno + 2}", ""))
+                messages.append(str(error).replace(
+                    f"          test_local.py:{called.fn.__code__.co_firstlineno + 2}", ""))
             assert torch.equal(w, torch.ones(3)) or "changes" in messages[-1]
     assert messages[1:] == messages[:-1]
     return messages[0]
 
 
-RUNS = {"simulate": lambda f, x, w: simulate(f, Layout(B="dp"), x, w, mesh=MESH), "compile": lambda f, x, w: compile(f, mesh=Mesh(dp=1))(x, w),
+RUNS = {"simulate": lambda f, x, w: simulate(f, Layout(B="dp"), x, w, mesh=MESH),
+        "compile": lambda f, x, w: compile(f, mesh=Mesh(dp=1))(x, w),
         "step": lambda f, x, w: step(f, mesh=Mesh(dp=1))(x, w)}
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_what_it_is_given_is_not_changed(run):
     for f, argument in ((doubled, "x"), (second_doubled, "w"), (detached, "x")):
-        assert said(run, f) == f"local: {f.__name__} changes {argument} in place, which others may read; let it work on a copy"
+        assert said(run, f) == (
+            f"local: {f.__name__} changes {argument} in place, which others may read; let it work on a copy")
     assert said(run, itself) == said(run, a_view) == ""
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_tensors_of_inference_mode_are_taken_outside_of_it(run):
-    """Torch counts nothing that is written to them; what is written to them in a function is seen all the same."""
+    """Torch counts nothing that is written to them; what is written to them
+    in a function is seen all the same."""
     with torch.inference_mode():
         x, w = torch.full((4, 3), 2.0), torch.ones(3)
 
@@ -242,7 +253,8 @@ def test_what_it_returns_is_what_is_said(run):
         assert said(RUNS[run], f) == f"local: {says}"
     split = "B/dp D/1, D/1 -> B/dp D/1, 1"
     assert said(RUNS[run], one_of_two, split, outs="B D, 1") == ""
-    assert said(RUNS[run], two, split, outs="B D, 1") == "local: result 2 of two is (3,), its text says (1,) on this rank"
+    assert said(RUNS[run], two, split, outs="B D, 1") == (
+        "local: result 2 of two is (3,), its text says (1,) on this rank")
     assert said(RUNS[run], one_of_two, split, ("float32", "int64"), outs="B D, 1") == (
         "local: result 2 of one_of_two is float32, not int64; where that is meant, say dtype='float32'")
 
@@ -255,8 +267,10 @@ def test_a_dtype_of_its_own_is_said():
     assert parse_program(str(program), functions={f"{positive.__module__}.positive": positive}) == program
     assert fixed_dtypes(program) == ["bool"]
     assert said(RUNS["step"], half, dtype="float17") == (
-        "local: dtype is 'float17'; it is one of float64, int64, float32, int32, bfloat16, float16, int16, bool, uint8, int8")
-    assert said(RUNS["step"], half, dtype=("float16", "float16")) == "local: dtype names 2, the text has 1 results"
+        "local: dtype is 'float17'; it is one of float64, int64, float32, int32, bfloat16, float16, int16, "
+        "bool, uint8, int8")
+    assert said(RUNS["step"], half, dtype=("float16", "float16")) == (
+        "local: dtype names 2, the text has 1 results")
 
 
 class Cube(torch.autograd.Function):
@@ -296,8 +310,10 @@ def test_derivatives_leave_cotangents_alone_and_are_known(mode):
         x, w = torch.randn(4, 3), torch.randn(3)
         of_x, of_w = gradients(cubed, x, w)
         assert torch.allclose(of_x, x ** 3 / 3, rtol=1e-5) and torch.equal(of_w, torch.zeros(3))
-        for f, says in ((cubed_at_last, "cubed_at_last changes operand 3 in place, which others may read; let it work on a copy"),
-                        (without_torch, "torch knows no derivative of without_torch; make it a torch.autograd.Function, or call stop_gradient")):
+        for f, says in ((cubed_at_last, "cubed_at_last changes operand 3 in place, which others may read; "
+                         "let it work on a copy"),
+                        (without_torch, ("torch knows no derivative of without_torch; make it a "
+                                         "torch.autograd.Function, or call stop_gradient"))):
             with pytest.raises(SpecError) as error:
                 gradients(f, x, w)
             assert str(error.value).split("          ")[0] == f"local: {says}"
@@ -309,8 +325,10 @@ def unseen(x, w):
 
 
 @pytest.mark.parametrize("f, says", [
-    (unseen, "unseen changes x, which others may read; let it work on a copy"), (narrow, 'narrow returns (2, 2); "B/dp D, D -> B/dp D" says (2, 3)'),
-    (number, 'number returns float; "B/dp D, D -> B/dp D" says (2, 3)'), (two, 'two returns (2, 3), (3,); "B/dp D, D -> B/dp D" says (2, 3)')])
+    (unseen, "unseen changes x, which others may read; let it work on a copy"),
+    (narrow, 'narrow returns (2, 2); "B/dp D, D -> B/dp D" says (2, 3)'),
+    (number, 'number returns float; "B/dp D, D -> B/dp D" says (2, 3)'),
+    (two, 'two returns (2, 3), (3,); "B/dp D, D -> B/dp D" says (2, 3)')])
 def test_the_check_sees_what_torch_does_not(f, says):
     with pytest.raises(SpecError) as error:
         check_local("B/dp D, D -> B/dp D", f, dict(B=4, D=3), MESH)

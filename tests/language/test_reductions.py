@@ -1,4 +1,5 @@
-"""Reductions of what is odd: nothing, NaN, infinities, ties, integers, masks; whole, and over pieces of which some are empty."""
+"""Reductions of what is odd: nothing, NaN, infinities, ties, integers, masks;
+whole, and over pieces of which some are empty."""
 from __future__ import annotations
 
 from typing import Any
@@ -12,9 +13,11 @@ from shardlib import Layout, Mesh, sharded, simulate
 from shardlib.functions import argmax, max, mean, sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LOWEST = {torch.float64: -torch.inf, torch.float32: -torch.inf, torch.int64: -2 ** 63, torch.int32: -2 ** 31, torch.bool: False}
-ODD = {torch.float64: (0.0, -0.0, 1.0, torch.inf, -torch.inf, torch.nan), torch.float32: (0.0, 2.0, 2.0, torch.nan, -torch.inf),
-       torch.int64: (-2 ** 63, 2 ** 63 - 1, 0, 7), torch.int32: (-2 ** 31, 3, 3), torch.bool: (False, True)}
+LOWEST = {torch.float64: -torch.inf, torch.float32: -torch.inf, torch.int64: -2 ** 63, torch.int32: -2 ** 31,
+          torch.bool: False}
+ODD = {torch.float64: (0.0, -0.0, 1.0, torch.inf, -torch.inf, torch.nan),
+       torch.float32: (0.0, 2.0, 2.0, torch.nan, -torch.inf), torch.int64: (-2 ** 63, 2 ** 63 - 1, 0, 7),
+       torch.int32: (-2 ** 31, 3, 3), torch.bool: (False, True)}
 LAYOUTS = (Layout(), Layout(V="x"), Layout(V=("x", "y")), Layout(V=("y", "x")), Layout(B="y", V="x"))
 
 
@@ -34,11 +37,15 @@ def above(a: Any, b: Any) -> bool:
 
 
 @given(st.data(), st.sampled_from(list(ODD)), st.sampled_from(LAYOUTS), st.integers(0, 3), st.integers(0, 5))
-def test_max_and_argmax_of_odd_values(data: st.DataObject, dtype: torch.dtype, layout: Layout, rows: int, size: int) -> None:
-    values = [data.draw(st.lists(st.sampled_from(ODD[dtype]), min_size=size, max_size=size)) for _ in range(rows)]
+def test_max_and_argmax_of_odd_values(data: st.DataObject, dtype: torch.dtype, layout: Layout, rows: int,
+                                      size: int) -> None:
+    values = [data.draw(st.lists(st.sampled_from(ODD[dtype]), min_size=size, max_size=size))
+              for _ in range(rows)]
     x, mesh = torch.tensor(values, dtype=dtype).view(rows, size), Mesh(x=2, y=2)
-    first = [next((i for i, a in enumerate(row) if not any(above(b, a) for b in row)), None) for row in values]
-    want = torch.tensor([LOWEST[dtype] if i is None else row[i] for row, i in zip(values, first)], dtype=dtype)
+    first = [next((i for i, a in enumerate(row) if not any(above(b, a) for b in row)), None)
+             for row in values]
+    want = torch.tensor([LOWEST[dtype] if i is None else row[i] for row, i in zip(values, first)],
+                        dtype=dtype)
     torch.testing.assert_close(simulate(top, layout, x, mesh=mesh), want, rtol=0, atol=0, equal_nan=True)
     if size and dtype != torch.bool:            # torch has no argmax of masks
         assert simulate(best, layout, x, mesh=mesh).tolist() == first

@@ -1,4 +1,5 @@
-"""Scans with one carry and with several: what they mean, their gradients, their text, on every layout and op by op."""
+"""Scans with one carry and with several: what they mean, their gradients, their text,
+on every layout and op by op."""
 from __future__ import annotations
 
 import pytest
@@ -9,7 +10,8 @@ from shardlib import Layout, Mesh, SpecError, einsum, lower, scan, sharded, simu
 from shardlib.compiler.parser import parse_program
 from shardlib.functions import sum, tanh
 
-LAYOUTS = [(Mesh(), Layout()), (Mesh(x=2), Layout(B="x")), (Mesh(x=2), Layout(D="x")), (Mesh(x=3, y=2), Layout(F="y", B="x", D="x"))]
+LAYOUTS = [(Mesh(), Layout()), (Mesh(x=2), Layout(B="x")), (Mesh(x=2), Layout(D="x")),
+           (Mesh(x=3, y=2), Layout(F="y", B="x", D="x"))]
 
 
 @sharded("B D, B F, D F, F D -> B D, B F, B")
@@ -32,7 +34,8 @@ def loss(x, h, up, down):
 
 def tensors(layers: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) / 2 for shape in ((4, 3), (4, 5), (layers, 3, 5), (layers, 5, 3))]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) / 2
+            for shape in ((4, 3), (4, 5), (layers, 3, 5), (layers, 5, 3))]
 
 
 def by_hand(x: Tensor, h: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +50,8 @@ def by_hand(x: Tensor, h: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("layers", [0, 1, 3])
 @pytest.mark.parametrize("mesh, layout", LAYOUTS, ids=str)
 def test_several_carries(mesh: Mesh, layout: Layout, layers: int) -> None:
-    for made, want in zip(simulate(two_carries, layout, *tensors(layers), mesh=mesh), by_hand(*tensors(layers)), strict=True):
+    for made, want in zip(simulate(two_carries, layout, *tensors(layers), mesh=mesh),
+                          by_hand(*tensors(layers)), strict=True):
         torch.testing.assert_close(made, want)
 
 
@@ -56,7 +60,8 @@ def test_gradients_through_several_carries(mesh: Mesh, layout: Layout) -> None:
     given = [t.requires_grad_() for t in tensors()]
     x, h, _ = by_hand(*given)
     want = (x * x).sum() + h.sum()
-    value, *grads = simulate(value_and_grad(loss, wrt=["x", "h", "up", "down"]), layout, *(t.detach() for t in given), mesh=mesh)
+    value, *grads = simulate(value_and_grad(loss, wrt=["x", "h", "up", "down"]), layout,
+                             *(t.detach() for t in given), mesh=mesh)
     torch.testing.assert_close(value, want.detach())
     for made, wanted in zip(grads, torch.autograd.grad(want, given), strict=True):
         torch.testing.assert_close(made, wanted)
@@ -88,7 +93,8 @@ def counted(x, n, w):
 
 def test_a_carry_of_integers_has_no_gradient() -> None:
     x, w = torch.full((2, 3), 2.), torch.full((4, 3), 3.)
-    value, by_w = simulate(value_and_grad(counted, wrt="w"), Layout(B="x"), x, torch.tensor(0), w, mesh=Mesh(x=2))
+    value, by_w = simulate(value_and_grad(counted, wrt="w"), Layout(B="x"), x, torch.tensor(0), w,
+                           mesh=Mesh(x=2))
     assert value == 6 * 2 * 3 ** 4
     torch.testing.assert_close(by_w, torch.full((4, 3), 2. * 2 * 27))
 
@@ -104,13 +110,17 @@ def of_g(g, w):
 
 
 def test_the_cotangent_takes_no_name_of_the_body() -> None:
-    value, by_g, by_w = value_and_grad(of_g, wrt=["g", "w"])(torch.tensor([2., 3.]), torch.tensor([[5., 7.], [11., 13.]]))
-    assert (value.item(), by_g.tolist(), by_w.tolist()) == (2 * 55 + 3 * 91, [55., 91.], [[22., 39.], [10., 21.]])
+    value, by_g, by_w = value_and_grad(of_g, wrt=["g", "w"])(torch.tensor([2., 3.]),
+                                                             torch.tensor([[5., 7.], [11., 13.]]))
+    assert (value.item(), by_g.tolist(), by_w.tolist()) == (2 * 55 + 3 * 91, [55., 91.],
+                                                            [[22., 39.], [10., 21.]])
 
 
 @pytest.mark.parametrize("carries, said", [
-    (lambda x, h: (), "scan: the carry is a tuple; it is a tensor of the traced function, or a tuple of them"),
-    (lambda x, h: (x, 3), "scan: the carry is an int; it is a tensor of the traced function, or a tuple of them"),
+    (lambda x, h: (),
+     "scan: the carry is a tuple; it is a tensor of the traced function, or a tuple of them"),
+    (lambda x, h: (x, 3),
+     "scan: the carry is an int; it is a tensor of the traced function, or a tuple of them"),
     (lambda x, h: x, "scan: both takes 4 arguments; it gets the carry, 2 stacked and 0 constants"),
     (lambda x, h: (x, h, h), "scan: both takes 4 arguments; it gets 3 carries, 2 stacked and 0 constants")])
 def test_carries_that_are_refused(carries, said: str) -> None:
@@ -132,4 +142,5 @@ def test_a_body_that_returns_fewer_than_its_carries() -> None:
         return scan(one, (x, h), w)
     with pytest.raises(SpecError) as refused:
         lower(f, Layout(), mesh=Mesh())
-    assert str(refused.value).split("      ")[0] == "scan: one returns 1; the first 2 are the carries, tensors"
+    assert str(refused.value).split("      ")[0] == (
+        "scan: one returns 1; the first 2 are the carries, tensors")

@@ -1,4 +1,5 @@
-"""Updates in place: whatever a program writes into a cache, and reads of it before and after, is what plain torch makes of copies."""
+"""Updates in place: whatever a program writes into a cache, and reads of it before and after,
+is what plain torch makes of copies."""
 from __future__ import annotations
 
 import pytest
@@ -77,20 +78,25 @@ def layers_of(body, results: int):
 @pytest.mark.parametrize("donate", [(), ("cache", "caches")], ids=["kept", "donated"])
 @pytest.mark.parametrize("body", BODIES, ids=lambda f: f.__name__)
 def test_what_is_written_and_read(body, donate) -> None:
-    """In a program by itself, and layer by layer. A caller that has not given its cache up finds it as it was."""
+    """In a program by itself, and layer by layer.
+
+    A caller that has not given its cache up finds it as it was.
+    """
     g = torch.Generator().manual_seed(0)
     x, start = torch.randn(2, 2, 3, generator=g, dtype=torch.float64), torch.tensor([0, 3])
     caches = torch.randn(3, 2, 5, 3, generator=g, dtype=torch.float64)
     want = body_meant(body, x, caches[0], start)
     given = caches[0].clone()
     got = compile(body, Layout(), donate=[n for n in donate if n == "cache"])(x, given, start)
-    assert all(torch.allclose(a, b, rtol=1e-14, atol=0) for a, b in zip(got, want, strict=True)) and (bool(donate) or torch.equal(given, caches[0]))
+    assert (all(torch.allclose(a, b, rtol=1e-14, atol=0) for a, b in zip(got, want, strict=True))
+            and (bool(donate) or torch.equal(given, caches[0])))
     carry, stacks = x, []
     for cache in caches:
         carry, *rest = body_meant(body, carry, cache, start)
         stacks.append(rest)
     given = caches.clone()
-    got = compile(layers_of(body, len(want) - 1), Layout(), donate=[n for n in donate if n == "caches"])(x, given, start)
+    got = compile(layers_of(body, len(want) - 1), Layout(),
+                  donate=[n for n in donate if n == "caches"])(x, given, start)
     for a, b in zip(got, (carry, *map(torch.stack, zip(*stacks))), strict=True):
         assert torch.allclose(a, b, rtol=1e-14, atol=0)
     assert bool(donate) or torch.equal(given, caches)
@@ -105,10 +111,12 @@ def keeps_the_stack(x, caches, start):
 @pytest.mark.parametrize("donate", [(), ("caches",)], ids=["kept", "donated"])
 def test_a_stack_that_is_used_elsewhere_stays(donate) -> None:
     g = torch.Generator().manual_seed(0)
-    x, caches, start = torch.randn(2, 2, 3, generator=g), torch.randn(3, 2, 5, 3, generator=g), torch.tensor([0, 3])
+    x, caches, start = (torch.randn(2, 2, 3, generator=g), torch.randn(3, 2, 5, 3, generator=g),
+                        torch.tensor([0, 3]))
     given = caches.clone()
     _, before, after = compile(keeps_the_stack, Layout(), donate=donate)(x, given, start)
-    assert torch.equal(before, caches * 2) and torch.equal(given, caches) and torch.equal(after[0], written(caches[0], x, start))
+    assert (torch.equal(before, caches * 2) and torch.equal(given, caches)
+            and torch.equal(after[0], written(caches[0], x, start)))
 
 
 @sharded("B T H, B S H, B -> B T H, B S H")

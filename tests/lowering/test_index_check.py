@@ -1,4 +1,5 @@
-"""An index out of range: one SpecError with op, line, argument and value, in every op that takes one, forward and backward, at once or later."""
+"""An index out of range: one SpecError with op, line, argument and value, in every op that takes one,
+forward and backward, at once or later."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -40,7 +41,8 @@ from shardlib.run.simulate import simulate as run_program
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = dict(B=4, D=2, T=2)
-TAKING = [c for c in CASES if c.op.name in ("embedding", "take", "cross_entropy", "label_sums", "update_cache") or
+TAKING = [c for c in CASES
+          if c.op.name in ("embedding", "take", "cross_entropy", "label_sums", "update_cache") or
           c.op.name.removesuffix("_vjp") in ("embedding", "take", "cross_entropy", "label_sums")]
 
 
@@ -69,10 +71,12 @@ def cached(begin, cache, rows):
     return update_cache("B V D, B T D, B -> B V D", cache, rows, begin)
 
 
-CALLS = {"looked_up": (looked_up, "embedding: ids"), "taken": (taken, "take: at"), "losses": (losses, "cross_entropy: labels"),
-         "some_losses": (some_losses, "cross_entropy: labels"), "cached": (cached, "update_cache: begin")}
-PLACES = [(Mesh(), Layout()), (Mesh(tp=3), Layout(V="tp")), (Mesh(tp=3), Layout(B="tp")), (Mesh(dp=2, tp=2), Layout(B="dp", V="tp")),
-          (Mesh(dp=2, tp=2), Layout(V=("tp", "dp"))), (Mesh(dp=2, tp=2), Layout(D="dp", V="tp"))]
+CALLS = {"looked_up": (looked_up, "embedding: ids"), "taken": (taken, "take: at"),
+         "losses": (losses, "cross_entropy: labels"), "some_losses": (some_losses, "cross_entropy: labels"),
+         "cached": (cached, "update_cache: begin")}
+PLACES = [(Mesh(), Layout()), (Mesh(tp=3), Layout(V="tp")), (Mesh(tp=3), Layout(B="tp")),
+          (Mesh(dp=2, tp=2), Layout(B="dp", V="tp")), (Mesh(dp=2, tp=2), Layout(V=("tp", "dp"))),
+          (Mesh(dp=2, tp=2), Layout(D="dp", V="tp"))]
 
 
 @dataclass(frozen=True)
@@ -89,19 +93,23 @@ class Drawn:
     def message(self) -> str:
         f, head = CALLS[self.name]
         last, more = (self.size - SIZES["T"], ", T=2") if self.name == "cached" else (self.size - 1, "")
-        hint = f"; ignore_index={self.bad} leaves such rows out" if self.name == "losses" and self.bad < 0 else ""
+        hint = (f"; ignore_index={self.bad} leaves such rows out" if self.name == "losses" and self.bad < 0
+                else "")
         line = f.fn.__code__.co_firstlineno + 2
-        return f"{head} holds {self.bad}, outside of 0 to {last} (V={self.size}{more}){hint}          test_index_check.py:{line}"
+        return (f"{head} holds {self.bad}, outside of 0 to {last} (V={self.size}{more}){hint}          "
+                f"test_index_check.py:{line}")
 
     def operands(self) -> list[Tensor]:
         """What goes beside the index; the last one weighs the rows of a loss."""
         g, sizes = torch.Generator().manual_seed(0), {**SIZES, "V": self.size}
-        return [torch.randn([sizes[n] for n in spec.names], generator=g, dtype=torch.float64) for spec in CALLS[self.name][0].ins[1:]]
+        return [torch.randn([sizes[n] for n in spec.names], generator=g, dtype=torch.float64)
+                for spec in CALLS[self.name][0].ins[1:]]
 
 
 @st.composite
 def calls(draw: st.DrawFn, names: tuple[str, ...] = tuple(CALLS)) -> Drawn:
-    name, size, row = draw(st.sampled_from(names)), draw(st.integers(2, 7)), draw(st.integers(0, SIZES["B"] - 1))
+    name, size, row = (draw(st.sampled_from(names)), draw(st.integers(2, 7)),
+                       draw(st.integers(0, SIZES["B"] - 1)))
     last = size - SIZES["T"] if name == "cached" else size - 1
     bad = draw(st.sampled_from((-1, -3, -100, last + 1, last + 2, 2**31 - 1, -2**31, 2**40, -2**62, 2**62)))
     index = torch.tensor(draw(st.lists(st.integers(0, last), min_size=SIZES["B"], max_size=SIZES["B"])))
@@ -127,7 +135,8 @@ def read_later() -> Iterator[list[_Flag]]:
     load = simulator["load"]
 
     def loads(source: str, names: dict, groups: dict, title: str) -> object:
-        flags.append(_Flag([site for site in names.values() if isinstance(site, IndexSite)], torch.device("cpu")))
+        flags.append(
+            _Flag([site for site in names.values() if isinstance(site, IndexSite)], torch.device("cpu")))
         return load(source, names, groups, title)
     with mock.patch.dict(simulator, load=loads):
         yield flags
@@ -160,7 +169,8 @@ def test_read_later_it_is_the_same_error_and_its_row_counts_for_nothing_until_th
 
 @given(calls(("cached",)))
 def test_read_later_a_slot_that_is_not_there_spoils_no_other_row(drawn: Drawn) -> None:
-    (mesh, layout), operands, others = drawn.place, drawn.operands(), [r for r in range(SIZES["B"]) if r != drawn.row]
+    (mesh, layout), operands, others = (drawn.place, drawn.operands(),
+                                        [r for r in range(SIZES["B"]) if r != drawn.row])
     with read_later() as flags:
         got = simulate(cached, layout, drawn.index, *operands, mesh=mesh)
     assert refusals(flags) == {drawn.message}
@@ -172,18 +182,22 @@ def test_read_later_a_slot_that_is_not_there_spoils_no_other_row(drawn: Drawn) -
 @pytest.mark.parametrize("later", (False, True))
 @pytest.mark.parametrize("case", TAKING, ids=str)
 def test_every_piece_of_code_that_takes_an_index_refuses_it(case: Case, later: bool) -> None:
-    """On pieces as its rule accepts them: those of backward, too, which never run where forward has refused."""
+    """On pieces as its rule accepts them: those of backward, too,
+    which never run where forward has refused."""
     at, mesh, sizes = case.op.index[0], Mesh(x=2), dict(B=2, T=5, D=4, K=3, H=4, V=5, S=6)
     shapes = [mesh.local_shape(spec, sizes, {}) for spec in case.ins]
     for bad in (-7, 13):
         for ins, _, outs in (v for v in verdicts(case, ("x",)) if v[2] is not None):
-            whole = [torch.ones(shape, dtype=torch.int64 if i == at else torch.float64) for i, shape in enumerate(shapes)]
+            whole = [torch.ones(shape, dtype=torch.int64 if i == at else torch.float64)
+                     for i, shape in enumerate(shapes)]
             whole[at].view(-1)[-1] = bad
             step_ = case.step(ins, outs)
-            program = Program("one", tuple(zip(step_.inputs, ins)), (step_,), tuple(Result(s, (n,)) for s, n in zip(outs, step_.outputs)), True)
+            program = Program("one", tuple(zip(step_.inputs, ins)), (step_,),
+                              tuple(Result(s, (n,)) for s, n in zip(outs, step_.outputs)), True)
             placed = [place(x, kind, sizes, mesh) for x, kind in zip(whole, ins)]
             data = [{n: pieces[rank] for n, pieces in zip(step_.inputs, placed)} for rank in range(2)]
-            with pytest.raises(SpecError, match=f"^[a-z_]+: (ids|index|labels|start) holds {bad}, outside of 0 to [0-9]+ "):
+            with pytest.raises(SpecError, match=f"^[a-z_]+: (ids|index|labels|start) holds {bad}, outside of "
+                               "0 to [0-9]+ "):
                 if not later:
                     run_program(program, mesh, data, sizes)
                 with read_later() as flags:
@@ -192,11 +206,12 @@ def test_every_piece_of_code_that_takes_an_index_refuses_it(case: Case, later: b
 
 
 def test_every_op_that_takes_indices_is_tried() -> None:
-    masks = {"attention", "attention_vjp", "causal_mask", "rope", "rope_vjp", "rope_table", "sample"}        # tables, positions and masks pick no rows
+    # tables, positions and masks pick no rows
+    masks = {"attention", "attention_vjp", "causal_mask", "rope", "rope_vjp", "rope_table", "sample"}
     assert {op.name for op in TABLE.values() if op.index} - masks == {c.op.name for c in TAKING}
 
 
-# -- one rank: compile, step, and how notes are read -------------------------------------------------------------------
+# -- one rank: compile, step, and how notes are read ---------------------------------------------------------
 
 TABLE_OF_FIVE = torch.arange(10.0).view(5, 2)
 GOOD, BAD = torch.tensor([0, 4]), torch.tensor([0, 5])
@@ -207,7 +222,8 @@ def rows(ids, table):
     return embedding("B, V D -> B D", ids, table)
 
 
-OF_ROWS = f"embedding: ids holds 5, outside of 0 to 4 (V=5)          test_index_check.py:{rows.fn.__code__.co_firstlineno + 2}"
+OF_ROWS = ("embedding: ids holds 5, outside of 0 to 4 (V=5)          "
+           f"test_index_check.py:{rows.fn.__code__.co_firstlineno + 2}")
 
 
 def later(f: object, **options: object) -> object:
@@ -226,11 +242,14 @@ def test_on_the_cpu_every_way_to_run_refuses_at_once(run: object) -> None:
     assert torch.equal(run(GOOD, TABLE_OF_FIVE), TABLE_OF_FIVE[GOOD])
 
 
-@pytest.mark.parametrize("make, made_later", ((compile, False), (step, False), (lambda f: later(f), True)), ids=("compile", "step", "later"))
+@pytest.mark.parametrize("make, made_later", ((compile, False), (step, False), (lambda f: later(f), True)),
+                         ids=("compile", "step", "later"))
 def test_the_other_ranks_are_told_before_it_is_raised(make: object, made_later: bool) -> None:
-    """Where all ranks have the index, none is told of what it sees at once; of what it sees later, when only it may know."""
+    """Where all ranks have the index, none is told of what it sees at once;
+    of what it sees later, when only it may know."""
     run, told = make(rows), []
-    with mock.patch.object(Runtime, "end_others", lambda self, error: told.append(str(error))), pytest.raises(SpecError):
+    with (mock.patch.object(Runtime, "end_others", lambda self, error: told.append(str(error))),
+          pytest.raises(SpecError)):
         run(BAD, TABLE_OF_FIVE)
         assert told == []
         run.check()
@@ -280,7 +299,8 @@ def test_check_reads_what_calls_have_noted_so_far() -> None:
 
 
 def test_notes_are_kept_until_the_device_has_come_to_their_copy() -> None:
-    """No call waits, none writes over what an earlier one has noted, and a copy that is under way stays alone."""
+    """No call waits, none writes over what an earlier one has noted,
+    and a copy that is under way stays alone."""
     f = later(rows)
     f(GOOD, TABLE_OF_FIVE)
     (flag,), sent = f._flags._flags, []
@@ -306,7 +326,8 @@ def test_each_site_has_a_note_of_its_own() -> None:
     f(GOOD, BAD, TABLE_OF_FIVE)
     with pytest.raises(SpecError) as found:
         f.check()
-    assert str(found.value) == f"embedding: others holds 5, outside of 0 to 4 (V=5)          test_index_check.py:{line + 3}"
+    assert str(found.value) == (
+        f"embedding: others holds 5, outside of 0 to 4 (V=5)          test_index_check.py:{line + 3}")
 
 
 def test_a_site_in_a_loop_keeps_what_any_round_has_noted() -> None:
@@ -369,7 +390,8 @@ def left(cache, rows, begin):
 
 
 def test_code_that_does_not_run_refuses_nothing() -> None:
-    """A branch that is not taken, in a loop before which its checks might be done; and a loop without rounds, whose were."""
+    """A branch that is not taken, in a loop before which its checks might be done;
+    and a loop without rounds, whose were."""
     @sharded("B S, S, B T, B -> B S")
     def body(cache, weight, rows, begin):
         return cond(greater(sum("S -> ()", weight), than=0.0), written, left, cache, rows, begin)
@@ -407,7 +429,8 @@ def looked_up_too(ids, table):
 
 
 def test_the_line_is_that_of_what_ran() -> None:
-    """Of two branches the one that is taken; of two calls of equal types, step by step, the one that is wrong."""
+    """Of two branches the one that is taken; of two calls of equal types, step by step,
+    the one that is wrong."""
     @sharded("(), B, V D -> B D")
     def either(which, ids, table):
         return cond(which, looked_up, looked_up_too, ids, table)
@@ -416,9 +439,11 @@ def test_the_line_is_that_of_what_ran() -> None:
     def both(ids, words, table):
         x = embedding("B, V D -> B D", ids, table)
         return x + embedding("B, V D -> B D", words, table)
-    for f, args, says, line in ((either, (torch.tensor(0.0), BAD), "ids", looked_up_too.fn.__code__.co_firstlineno + 2),
-                                (both, (GOOD, BAD), "words", both.fn.__code__.co_firstlineno + 3)):
+    for f, args, says, line in (
+            (either, (torch.tensor(0.0), BAD), "ids", looked_up_too.fn.__code__.co_firstlineno + 2),
+            (both, (GOOD, BAD), "words", both.fn.__code__.co_firstlineno + 3)):
         for run in (compile(f), step(f)):
             with pytest.raises(SpecError) as found:
                 run(*args, TABLE_OF_FIVE)
-            assert str(found.value) == f"embedding: {says} holds 5, outside of 0 to 4 (V=5)          test_index_check.py:{line}"
+            assert str(found.value) == (
+                f"embedding: {says} holds 5, outside of 0 to 4 (V=5)          test_index_check.py:{line}")

@@ -9,18 +9,21 @@ from einops import rearrange
 from gguf import GGMLQuantizationType
 from transformers import LlamaConfig, LlamaForCausalLM
 
-GGUF_NAMES = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight",
-              "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-              "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-              "mlp.down_proj": "ffn_down", "model.layers.": "blk."}
+GGUF_NAMES = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+              "lm_head.weight": "output.weight", "input_layernorm": "attn_norm",
+              "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+              "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+              "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+              "model.layers.": "blk."}
 
 
 @pytest.fixture(scope="session")
 def tiny_llama() -> LlamaForCausalLM:
     """3 kv heads, 2 queries for each: uneven on 2 and on 4 ranks. Rows are whole blocks of 32."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=70, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=6,
-                                        num_key_value_heads=3, head_dim=16, max_position_embeddings=64))
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=70, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
+                    num_attention_heads=6, num_key_value_heads=3, head_dim=16, max_position_embeddings=64))
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +43,8 @@ def tiny_gguf(tiny_llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def tiny_quantised(tiny_llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with its matrices in blocks of 8-bit integers."""
-    return write_gguf(tmp_path_factory.mktemp("tiny") / "tiny.Q8_0.gguf", tiny_llama, GGMLQuantizationType.Q8_0)
+    return write_gguf(tmp_path_factory.mktemp("tiny") / "tiny.Q8_0.gguf", tiny_llama,
+                      GGMLQuantizationType.Q8_0)
 
 
 def write_gguf(path: Path, model: LlamaForCausalLM, kind: GGMLQuantizationType) -> Path:

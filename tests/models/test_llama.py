@@ -1,4 +1,5 @@
-"""Llamas on any mesh: what transformers saved is loaded shard by shard, the logits are those of plain torch in fp64."""
+"""Llamas on any mesh: what transformers saved is loaded shard by shard,
+the logits are those of plain torch in fp64."""
 from __future__ import annotations
 
 import tempfile
@@ -29,8 +30,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 @settings(max_examples=settings.default.max_examples // 4)
 @given(configs(), placements(), st.sampled_from(DTYPES), st.integers(0, 1 << 20))
-def test_what_transformers_saved_is_loaded_shard_by_shard(config: LlamaConfig, placement: tuple[Mesh, Layout], dtype: torch.dtype,
-                                                          seed: int) -> None:
+def test_what_transformers_saved_is_loaded_shard_by_shard(config: LlamaConfig, placement: tuple[Mesh, Layout],
+                                                          dtype: torch.dtype, seed: int) -> None:
     weights, (mesh, layout) = reference.random_weights(config, seed), placement
     with tempfile.TemporaryDirectory() as folder:
         reference.to_transformers(weights, config).save_pretrained(folder)
@@ -48,44 +49,54 @@ def test_what_transformers_saved_is_loaded_shard_by_shard(config: LlamaConfig, p
 class Trial:
     """A drawn model; a batch; and what is true of it."""
 
-    def __init__(self, config: LlamaConfig, placement: tuple[Mesh, Layout], dtype: torch.dtype, rows: int, time: int, seed: int) -> None:
+    def __init__(self, config: LlamaConfig, placement: tuple[Mesh, Layout], dtype: torch.dtype, rows: int,
+                 time: int, seed: int) -> None:
         (self.mesh, self.layout), self.dtype = placement, dtype
-        rows, time = (4, 6) if dtype == torch.bfloat16 else (rows, time)    # the errors of a token or two, of 8 bits each, say little
+        # the errors of a token or two, of 8 bits each, say little
+        rows, time = (4, 6) if dtype == torch.bfloat16 else (rows, time)
         weights = reference.random_weights(config, seed)
-        self.ids = torch.randint(0, config.vocab_size, (rows, time), generator=torch.Generator().manual_seed(seed))
+        self.ids = torch.randint(0, config.vocab_size, (rows, time),
+                                 generator=torch.Generator().manual_seed(seed))
         types = weight_types(config, self.layout, self.mesh)
         self.config, self.weights = config, tree(weights, config)
-        self.shards = [{f"w.{path}": shard_of(t.to(dtype), types[path], self.mesh, c) for path, t in weights.items()}
-                       for c in self.mesh.coordinates()]
+        self.shards = [
+            {f"w.{path}": shard_of(t.to(dtype), types[path], self.mesh, c) for path, t in weights.items()}
+            for c in self.mesh.coordinates()]
         rounded = {path: t.to(dtype).double() for path, t in weights.items()}
         self.truth = reference.logits(rounded, self.ids, config)
         self.theirs = cache(partial(reference.logits_of_torch, rounded, self.ids, config))
         self.sizes = dict(config.sizes, B=rows, T=time, S=time)
 
     def check(self, found: torch.Tensor, at: Any = slice(None)) -> None:
-        """The error of `found`, logits at the positions `at`, is at most twice torch's own, there or over all positions."""
+        """The error of `found`, logits at the positions `at`, is at most twice torch's own,
+        there or over all positions."""
         def errors(dtype: torch.dtype, orders: int) -> list[float]:
-            return [reference.error(theirs[i], self.truth[i]) for theirs in self.theirs(dtype, orders) for i in (at, slice(None))]
+            return [reference.error(theirs[i], self.truth[i]) for theirs in self.theirs(dtype, orders)
+                    for i in (at, slice(None))]
         assert found.dtype == self.dtype
         assert reference.is_as_good(reference.error(found, self.truth[at]), errors, self.dtype)
 
     def run(self, f: Any, shards: Any = (), sizes: Any = (), **args: Any) -> Any:
-        return run(f, self.layout, self.mesh, args, {**self.sizes, **dict(sizes)}, shards or self.shards, config=self.config)
+        return run(f, self.layout, self.mesh, args, {**self.sizes, **dict(sizes)}, shards or self.shards,
+                   config=self.config)
 
 
 def trials(rows: int = 4, time: int = 6) -> st.SearchStrategy[Trial]:
-    return st.builds(Trial, configs(), placements(), st.sampled_from(DTYPES), st.integers(1, rows), st.integers(1, time), st.integers(0, 1 << 20))
+    return st.builds(Trial, configs(), placements(), st.sampled_from(DTYPES), st.integers(1, rows),
+                     st.integers(1, time), st.integers(0, 1 << 20))
 
 
 @given(trials())
 def test_logits(trial: Trial) -> None:
-    ran = trial.run(logits_of, ids=trial.ids, w=trial.weights, start=torch.zeros(len(trial.ids), dtype=torch.int64))
+    ran = trial.run(logits_of, ids=trial.ids, w=trial.weights,
+                    start=torch.zeros(len(trial.ids), dtype=torch.int64))
     trial.check(ran.results[0])
 
 
 @given(trials(time=9), st.data())
 def test_prefill_and_decode(trial: Trial, data: st.DataObject) -> None:
-    """Prompts of unequal lengths, padded on the right, then parts of equal lengths: the logits after the last token of each."""
+    """Prompts of unequal lengths, padded on the right, then parts of equal lengths:
+    the logits after the last token of each."""
     rows, time = trial.ids.shape
     lengths = torch.tensor(data.draw(st.lists(st.integers(1, time), min_size=rows, max_size=rows)))
     sizes, whole = {"S": time + data.draw(st.integers(0, 2))}, torch.cat((trial.ids, trial.ids.flip(1)), 1)
@@ -94,14 +105,16 @@ def test_prefill_and_decode(trial: Trial, data: st.DataObject) -> None:
     found, at = [], []
     while True:
         ids = whole.gather(1, start[:, None] + torch.arange(width))
-        ran = trial.run(next_logits, shards, {**sizes, "T": width}, ids=ids, w=trial.weights, cache=cache, start=start, last=lengths - 1 - start)
+        ran = trial.run(next_logits, shards, {**sizes, "T": width}, ids=ids, w=trial.weights, cache=cache,
+                        start=start, last=lengths - 1 - start)
         found.append(ran.results[0])
         at.append(lengths - 1)
         if not int(time - lengths.max()):
             break
         width = data.draw(st.integers(1, int(time - lengths.max())))
         start, lengths = lengths, lengths + width
-        shards = [{**held, "cache.layers.k": k, "cache.layers.v": v} for held, k, v in zip(trial.shards, *ran.held[1:])]
+        shards = [{**held, "cache.layers.k": k, "cache.layers.v": v}
+                  for held, k, v in zip(trial.shards, *ran.held[1:])]
     trial.check(torch.stack(found, 1), (torch.arange(rows)[:, None], torch.stack(at, 1)))
 
 
@@ -112,31 +125,38 @@ def test_layers_split_over_ranks_are_refused() -> None:
     with pytest.raises(SpecError) as caught:
         lower(logits_of, Layout(L="pp"), mesh=Mesh(pp=2), config=CONFIG)
     assert str(caught.value) == (
-        f"scan: L is split over pp in w.layers.norm1; a scan over a split dim is a pipeline, which is not built yet          {line('scan(block')}\n"
+        "scan: L is split over pp in w.layers.norm1; a scan over a split dim is a pipeline, which is not "
+        f"built yet          {line('scan(block')}\n"
         "\n"
         "  w.layers.norm1   L/pp  D\n"
         "                   ^^^^")
 
 
 def test_activations_split_over_d_model_are_refused() -> None:
-    """FSDP splits D over the axis that splits the batch; without the batch on it, norms would have parts of rows."""
+    """FSDP splits D over the axis that splits the batch;
+    without the batch on it, norms would have parts of rows."""
     with pytest.raises(SpecError) as caught:
         lower(logits_of, Layout(D="dp"), mesh=Mesh(dp=2), config=CONFIG)
     assert str(caught.value) == (
-        f"rms_norm: D is split over dp in x; rms_norm needs all of D on each rank          {line('h = rms_norm(x, w.norm1')}\n"
+        "rms_norm: D is split over dp in x; rms_norm needs all of D on each rank          "
+        f"{line('h = rms_norm(x, w.norm1')}\n"
         "\n"
         "  x         B  T  D/dp\n"
         "  w.norm1         D/dp\n"
         "                  ^^^^\n"
         "\n"
-        '  rms_norm(all_to_all("B T D/dp -> B T/dp D", x), all_gather("D/dp -> D/1", w.norm1), eps=1e-05)     '
+        '  rms_norm(all_to_all("B T D/dp -> B T/dp D", x), all_gather("D/dp -> D/1", w.norm1), '
+        'eps=1e-05)     '
         "0.25 x the size of x and 0.5 x the size of w.norm1 per rank")
 
 
-@pytest.mark.parametrize("mesh, layout", [(Mesh(), Layout()), (Mesh(tp=2), Layout(K="tp", F="tp", V="tp"))], ids=str)
-def test_the_loss_in_bfloat16_is_at_most_as_wrong_as_that_of_torch_from_float32_logits(mesh: Mesh, layout: Layout) -> None:
+@pytest.mark.parametrize("mesh, layout", [(Mesh(), Layout()), (Mesh(tp=2), Layout(K="tp", F="tp", V="tp"))],
+                         ids=str)
+def test_the_loss_in_bfloat16_is_at_most_as_wrong_as_that_of_torch_from_float32_logits(
+        mesh: Mesh, layout: Layout) -> None:
     """Over several models; torch's are transformers and plain torch, with sums in several orders."""
-    config = replace(CONFIG, vocab_size=37, d_model=16, num_layers=2, num_kv_heads=2, queries_per_kv=2, head_dim=4, d_ff=7, tied=True)
+    config = replace(CONFIG, vocab_size=37, d_model=16, num_layers=2, num_kv_heads=2, queries_per_kv=2,
+                     head_dim=4, d_ff=7, tied=True)
     ours, theirs = [], []
     for seed in range(8):
         g = torch.Generator().manual_seed(seed)
@@ -144,6 +164,8 @@ def test_the_loss_in_bfloat16_is_at_most_as_wrong_as_that_of_torch_from_float32_
         ids, labels = (torch.randint(37, (4, 6), generator=g) for _ in range(2))
         truth = reference.loss({path: t.double() for path, t in weights.items()}, ids, labels, config)
         logits = reference.logits_of_torch(weights, ids, config, torch.bfloat16)
-        theirs.append(torch.stack([torch.nn.functional.cross_entropy(each.float().flatten(0, 1), labels.flatten()) for each in logits]) - truth)
-        ours.append(simulate(loss, layout, ids, labels, tree(weights, config), torch.zeros(4, dtype=torch.int64), mesh=mesh, config=config) - truth)
+        theirs.append(torch.stack([torch.nn.functional.cross_entropy(
+            each.float().flatten(0, 1), labels.flatten()) for each in logits]) - truth)
+        ours.append(simulate(loss, layout, ids, labels, tree(weights, config),
+                             torch.zeros(4, dtype=torch.int64), mesh=mesh, config=config) - truth)
     assert torch.stack(ours).square().mean().sqrt() <= torch.stack(theirs).square().mean(0).sqrt().max()

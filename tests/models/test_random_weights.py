@@ -1,4 +1,5 @@
-"""Random weights of published shapes: the shapes, replicas that are equal, and the commands that measure with them."""
+"""Random weights of published shapes: the shapes, replicas that are equal,
+and the commands that measure with them."""
 from __future__ import annotations
 
 import dataclasses
@@ -16,34 +17,43 @@ from shardlib.models.random_weights import SHAPES, random_weights
 TINY = dataclasses.replace(SHAPES["llama3-1b"], vocab_size=256, d_model=32, num_layers=2, head_dim=4, d_ff=24)
 
 
-@pytest.mark.parametrize("name, billions", [("llama3-1b", 1.236), ("llama3-8b", 8.030), ("llama3-70b", 70.554)])
+@pytest.mark.parametrize("name, billions",
+                         [("llama3-1b", 1.236), ("llama3-8b", 8.030), ("llama3-70b", 70.554)])
 def test_they_have_as_many_parameters_as_published(name: str, billions: float) -> None:
     types = weight_types(SHAPES[name], named_layout("tp", Mesh()), Mesh())
-    count = sum(torch.Size(Mesh().local_shape(kind, SHAPES[name].sizes, {})).numel() for kind in types.values())
+    count = sum(torch.Size(Mesh().local_shape(kind, SHAPES[name].sizes, {})).numel()
+                for kind in types.values())
     assert round(count / 1e9, 3) == billions
 
 
 def test_replicas_are_equal_and_pieces_are_not() -> None:
     mesh = Mesh(dp=2, tp=2)
     types = weight_types(TINY, named_layout("tp", mesh), mesh)
-    ranks = [random_weights(TINY, types, mesh, c, torch.float32, torch.device("cpu")) for c in mesh.coordinates()]
+    ranks = [random_weights(TINY, types, mesh, c, torch.float32, torch.device("cpu"))
+             for c in mesh.coordinates()]
     for path, kind in types.items():
         assert torch.equal(ranks[0][path], ranks[2][path]) and torch.equal(ranks[1][path], ranks[3][path])
         assert torch.equal(ranks[0][path], ranks[1][path]) == ("tp" not in str(kind))
-    assert all(torch.equal(ranks[0][path], torch.ones_like(ranks[0][path])) for path in ("norm", "layers.norm1", "layers.norm2"))
-    assert 0.8 < ranks[0]["layers.down"].std() * TINY.d_ff ** 0.5 < 1.2 and 0.8 < ranks[0]["layers.wq"].std() * TINY.d_model ** 0.5 < 1.2
+    assert all(torch.equal(ranks[0][path], torch.ones_like(ranks[0][path]))
+               for path in ("norm", "layers.norm1", "layers.norm2"))
+    assert (0.8 < ranks[0]["layers.down"].std() * TINY.d_ff ** 0.5 < 1.2
+            and 0.8 < ranks[0]["layers.wq"].std() * TINY.d_model ** 0.5 < 1.2)
 
 
 def test_the_commands(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(SHAPES, "tiny", TINY)
-    assert bench_generate.main(["--weights", "random:tiny", "--batch", "1,3", "--prompt-tokens", "4", "--new-tokens", "5", "--json"]) == 0
+    assert bench_generate.main(["--weights", "random:tiny", "--batch", "1,3", "--prompt-tokens", "4",
+                                "--new-tokens", "5", "--json"]) == 0
     made = json.loads(capfd.readouterr().out)
-    assert [b["rows"] for b in made["batches"]] == [1, 3] and all(v > 0 for b in made["batches"] for v in b.values())
+    assert ([b["rows"] for b in made["batches"]] == [1, 3]
+            and all(v > 0 for b in made["batches"] for v in b.values()))
     assert made["batches"][1]["floor_ms"] > made["batches"][0]["floor_ms"]
-    assert generate.main(["--weights", "random:tiny", "--prompt", "ab", "--max-new-tokens", "3", "--json"]) == 0
+    assert (generate.main(["--weights", "random:tiny", "--prompt", "ab", "--max-new-tokens", "3", "--json"])
+            == 0)
     made = json.loads(capfd.readouterr().out)
     assert made["tokens"][:2] == [97, 98] and len(made["tokens"]) == 5
     for command in (bench_generate.main, generate.main):
         given = ["--weights", "random:llama4", *(["--prompt", "ab"] if command is generate.main else [])]
         assert command([*given, "--quiet"] if command is generate.main else given) == 1
-        assert capfd.readouterr() == ("", "error: no shape llama4; there are llama3-1b, llama3-8b, llama3-70b, tiny\n")
+        assert (capfd.readouterr()
+                == ("", "error: no shape llama4; there are llama3-1b, llama3-8b, llama3-70b, tiny\n"))

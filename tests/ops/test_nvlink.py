@@ -1,4 +1,5 @@
-"""What the communicator over NVLink decides before any kernel runs: whether there is one, what it takes, and how it launches."""
+"""What the communicator over NVLink decides before any kernel runs:
+whether there is one, what it takes, and how it launches."""
 from __future__ import annotations
 
 from math import prod
@@ -42,12 +43,14 @@ WORLDS = range(2, MOST_RANKS + 1)
 
 def place(size: int = 2, **how: Any) -> Any:
     """A group as its first member sees it, where all members have the same to say."""
-    plain = dict(name="tp", ranks=tuple(range(size)), rank=0, me=0, size=size, hosts=(0,) * size, device=torch.device("cuda", 0),
-                 device_group=None, agree=lambda reason: reason, share=lambda mine: [f"uuid {m}" for m in range(size)], control=SimpleNamespace(barrier=lambda: None))
+    plain = dict(name="tp", ranks=tuple(range(size)), rank=0, me=0, size=size, hosts=(0,) * size,
+                 device=torch.device("cuda", 0), device_group=None, agree=lambda reason: reason,
+                 share=lambda mine: [f"uuid {m}" for m in range(size)],
+                 control=SimpleNamespace(barrier=lambda: None))
     return SimpleNamespace(**{**plain, **how})
 
 
-# -- whether there is one ----------------------------------------------------------------------------------------------
+# -- whether there is one ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("how, reason", [
     (dict(device=torch.device("cpu")), "the group's tensors are on cpu"),
@@ -63,13 +66,15 @@ def test_declines(how: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPa
 def gpu(monkeypatch: pytest.MonkeyPatch, count: int = 1, sms: int = 132, free: int = 10**12) -> None:
     """A machine with GPUs like these."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=sms, uuid=f"uuid {device}"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(multi_processor_count=sms, uuid=f"uuid {device}"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
 
 
 def test_declines_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(monkeypatch, sms=108)
-    assert nvlink.nvlink(place()) == "GPU 0 has 108 multiprocessors; the kernels of 2 channels want 132 to run side by side"
+    assert nvlink.nvlink(place()) == (
+        "GPU 0 has 108 multiprocessors; the kernels of 2 channels want 132 to run side by side")
     gpu(monkeypatch, free=10**8)
     assert nvlink.nvlink(place()) == "GPU 0 has 100.0 MB free, 402.7 MB are needed"
 
@@ -79,8 +84,10 @@ def test_declines_where_a_gpu_does_not_reach_that_of_a_member(monkeypatch: pytes
     gpu(monkeypatch, count=4)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, there: there not in (2, 3))
     monkeypatch.setattr(nvlink, "symmetric_workspace", refuse)
-    for members, reason in (("02", "GPU 0 does not reach the memory of GPU 2"), ("013", "GPU 0 does not reach the memory of GPU 3"),
-                            ("01", "symmetric memory: no such handle"), ("07", "symmetric memory: no such handle"), ("00", "members share a GPU")):
+    for members, reason in (("02", "GPU 0 does not reach the memory of GPU 2"),
+                            ("013", "GPU 0 does not reach the memory of GPU 3"),
+                            ("01", "symmetric memory: no such handle"),
+                            ("07", "symmetric memory: no such handle"), ("00", "members share a GPU")):
         assert nvlink.nvlink(place(len(members), share=lambda mine: [f"uuid {m}" for m in members])) == reason
 
 
@@ -111,7 +118,7 @@ def test_allocates_the_slots_of_all_channels(size: int, monkeypatch: pytest.Monk
     assert made.workspace_bytes == 100 * CHANNELS
 
 
-# -- what it takes -----------------------------------------------------------------------------------------------------
+# -- what it takes -------------------------------------------------------------------------------------------
 
 GOOD = Call("all_reduce", "sum", torch.bfloat16, "cuda", 4096)
 GATHER = Call("all_gather", None, torch.bool, "cuda", 4096)
@@ -124,10 +131,12 @@ GATHER = Call("all_gather", None, torch.bool, "cuda", 4096)
     (GOOD._replace(name="reduce_scatter", dtype=torch.float16, nbytes=48), None),
     (GATHER, None),
     (GATHER._replace(name="all_to_all", dtype=torch.int64), None),
-    (GOOD._replace(name="broadcast", op=None), "NVLink takes all_reduce, reduce_scatter, all_gather and all_to_all, not broadcast"),
+    (GOOD._replace(name="broadcast", op=None),
+     "NVLink takes all_reduce, reduce_scatter, all_gather and all_to_all, not broadcast"),
     (GOOD._replace(device="cpu"), "NVLink takes tensors on cuda, not on cpu"),
     (GOOD._replace(op="max"), "NVLink adds up float32, bfloat16 and float16; it has no max of bfloat16"),
-    (GOOD._replace(dtype=torch.int64), "NVLink adds up float32, bfloat16 and float16; it has no sum of int64"),
+    (GOOD._replace(dtype=torch.int64),
+     "NVLink adds up float32, bfloat16 and float16; it has no sum of int64"),
     (GATHER._replace(even=False), "NVLink takes even pieces only"),
     (GATHER._replace(name="all_to_all", even=False, nbytes=-1), "NVLink takes even pieces only"),
     (GOOD._replace(nbytes=4090), "NVLink takes pieces of a multiple of 16 bytes"),
@@ -141,13 +150,14 @@ def test_supports(call: Call, refusal: str | None) -> None:
     assert NVLink(place(3, device=torch.device("cpu")), []).supports(call) == refusal
 
 
-# -- how it launches ---------------------------------------------------------------------------------------------------
+# -- how it launches -----------------------------------------------------------------------------------------
 
 SM_REGISTERS, SM_THREADS, SM_BLOCKS = 65536, 2048, 32
 """Of an H200."""
 MOST = CAPACITY // QUAD
 worlds = st.sampled_from(WORLDS)
-quads = st.one_of(st.integers(1, MOST), st.integers(1, 4096), st.just(MOST), *(st.integers(most - 1, most + 1) for most, _, _ in GRIDS))
+quads = st.one_of(st.integers(1, MOST), st.integers(1, 4096), st.just(MOST),
+                  *(st.integers(most - 1, most + 1) for most, _, _ in GRIDS))
 
 
 def fits(grid: Grid) -> bool:
@@ -160,7 +170,8 @@ def fits(grid: Grid) -> bool:
 def test_the_blocks_of_all_channels_run_at_once(count: int, registers: int) -> None:
     """At any number of registers: four blocks an SM. None is without work."""
     grid = grid_of(count, registers)
-    assert fits(grid) and grid.registers == registers and grid.blocks <= MOST_BLOCKS and grid.threads * registers <= BLOCK_REGISTERS
+    assert (fits(grid) and grid.registers == registers and grid.blocks <= MOST_BLOCKS
+            and grid.threads * registers <= BLOCK_REGISTERS)
     assert (grid.blocks - 1) * grid.threads < count
     assert CHANNELS * MOST_BLOCKS <= SMS * (SM_REGISTERS // BLOCK_REGISTERS)
 
@@ -170,7 +181,8 @@ class Launched:
 
     def __init__(self, size: int) -> None:
         nothing = torch.empty(0, dtype=torch.int32)
-        self.channels = [Workspace(0, size, nothing, nothing, nothing, slot_bytes(size)) for _ in range(CHANNELS)]
+        self.channels = [Workspace(0, size, nothing, nothing, nothing, slot_bytes(size))
+                         for _ in range(CHANNELS)]
         self.made, self.size = NVLink(place(size, device=torch.device("cpu")), self.channels), size
 
     def __call__(self, name: str, nbytes: int, *arguments: Any) -> tuple[str, Workspace, Grid, int]:
@@ -210,18 +222,22 @@ def test_all_reduce_runs_at_once_and_fits_its_slot(world: int, count: int) -> No
 @given(worlds, quads)
 def test_reduce_scatter_runs_at_once_and_fits_its_slot(world: int, count: int) -> None:
     share = max(1, count // world)
-    kernel, workspace, grid, _ = Launched(world)("reduce_scatter", world * share * QUAD, [share * QUAD] * world, "sum")
+    kernel, workspace, grid, _ = Launched(world)("reduce_scatter", world * share * QUAD,
+                                                 [share * QUAD] * world, "sum")
     assert kernel == "reduce_scatter" and fits(grid) and (world - 1) * share * QUAD <= workspace.slot_bytes
 
 
 @given(worlds, quads, st.booleans())
 def test_exchanges_run_at_once_and_fit_their_slot(world: int, count: int, gathers: bool) -> None:
-    """With a word for each line, of a warp or, beyond the grids of the sweeps, of a block, and a word for each quad that hides something."""
+    """With a word for each line, of a warp or, beyond the grids of the sweeps, of a block,
+    and a word for each quad that hides something."""
     piece = max(1, count // world)
     counts = [piece * QUAD] * world
-    name, nbytes, *arguments = ("all_gather", piece * QUAD, counts) if gathers else ("all_to_all", world * piece * QUAD, counts, counts)
+    name, nbytes, *arguments = (("all_gather", piece * QUAD, counts) if gathers
+                                else ("all_to_all", world * piece * QUAD, counts, counts))
     kernel, workspace, grid, line = Launched(world)(name, nbytes, *arguments)
-    assert kernel == name and fits(grid) and line == (32 if piece <= GRIDS[-1][0] else grid.threads) and grid.threads % line == 0
+    assert (kernel == name and fits(grid) and line == (32 if piece <= GRIDS[-1][0] else grid.threads)
+            and grid.threads % line == 0)
     words = (world - 1) * (4 * piece + -(-piece // line))
     filled = -(-words // 4) * QUAD
     assert filled + (world - 1) * piece * 4 <= exchange.slot_bytes(piece, world, line) <= workspace.slot_bytes
@@ -229,19 +245,28 @@ def test_exchanges_run_at_once_and_fit_their_slot(world: int, count: int, gather
 
 @pytest.mark.parametrize("size", WORLDS)
 def test_slots_are_whole_quads(size: int) -> None:
-    """Else the second slot of an arena would begin within one. Offsets into an arena are counted in 32 bits."""
+    """Else the second slot of an arena would begin within one.
+
+    Offsets into an arena are counted in 32 bits.
+    """
     assert slot_bytes(size) % QUAD == 0 and SLOTS.value * slot_bytes(size) < 2**31
 
 
 shapes = st.lists(st.sampled_from((1, 2, 3, 4, 8)), min_size=1, max_size=4).map(tuple)
 
 
-@given(st.integers(2, 3), shapes, st.integers(0, 3), st.sampled_from((torch.float32, torch.bfloat16)), st.data())
-@example(2, (4, 2), 1, torch.float32, None)         # a row of the whole is a quad, one of a piece is half of one
-def test_pieces_are_cut_and_joined_along_any_dim(world: int, shape: tuple[int, ...], dim: int, dtype: torch.dtype, data: Any) -> None:
-    """What each rank gives its kernels is what they ask for: quads that lie side by side. What it gets is what torch makes of the pieces."""
+@given(st.integers(2, 3), shapes, st.integers(0, 3), st.sampled_from((torch.float32, torch.bfloat16)),
+       st.data())
+@example(2, (4, 2), 1, torch.float32, None)  # a row of the whole is a quad, one of a piece is half of one
+def test_pieces_are_cut_and_joined_along_any_dim(world: int, shape: tuple[int, ...], dim: int,
+                                                 dtype: torch.dtype, data: Any) -> None:
+    """What each rank gives its kernels is what they ask for: quads that lie side by side.
+
+    What it gets is what torch makes of the pieces.
+    """
     dim %= len(shape)
-    pieces = [torch.arange(prod(shape), dtype=torch.float32).add(1000 * r).to(dtype).view(shape) for r in range(world)]
+    pieces = [torch.arange(prod(shape), dtype=torch.float32).add(1000 * r).to(dtype).view(shape)
+              for r in range(world)]
     wholes = [torch.cat(pieces, dim) * (r + 1) for r in range(world)]
     cut = Cut.of(shape, dim, (shape[dim],) * world)
     me = 0 if data is None else data.draw(st.integers(0, world - 1))
@@ -255,8 +280,9 @@ def test_pieces_are_cut_and_joined_along_any_dim(world: int, shape: tuple[int, .
         flat = x.shape[0] == 1
         return reduce_scatter_reference([(cut.split(w) if flat else w).reshape(x.shape) for w in wholes], me)
     if prod(shape) * dtype.itemsize % QUAD:
-        return                                                                      # `supports` has refused it
-    made = NVLink(place(world, rank=me, me=me, device=torch.device("cpu")), [SimpleNamespace(arena=torch.empty(0))])
+        return  # `supports` has refused it
+    made = NVLink(place(world, rank=me, me=me, device=torch.device("cpu")),
+                  [SimpleNamespace(arena=torch.empty(0))])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nvlink, "current_stream", lambda device: 7)
         patch.setattr(exchange, "all_gather", gathered)
@@ -278,13 +304,18 @@ NORMED = nvlink.MOST_NORMED // QUAD
 
 @given(worlds, st.integers(1, 300), st.integers(1, nvlink.MOST_ROW // QUAD), st.sampled_from((2, 4)))
 def test_norms_run_at_once_and_fit_their_slot(world: int, rows: int, quads: int, itemsize: int) -> None:
-    """All blocks of a row above all: they wait for each other. In two shots where the ranks have equal shares of a row; every lane has room."""
+    """All blocks of a row above all: they wait for each other.
+
+    In two shots where the ranks have equal shares of a row; every lane has room.
+    """
     rows = min(rows, NORMED // quads)
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
-    x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((rows, quads * QUAD // itemsize), (quads * QUAD // itemsize,)))
+    x, weight = (torch.empty(shape, dtype=dtype, device="meta")
+                 for shape in ((rows, quads * QUAD // itemsize), (quads * QUAD // itemsize,)))
     launched, seen = Launched(world), []
 
-    def record(x: Tensor, residual: Tensor, weight: Tensor, eps: float, workspace: Workspace, grid: Grid, split: int, shots: int) -> tuple[Tensor, Tensor]:
+    def record(x: Tensor, residual: Tensor, weight: Tensor, eps: float, workspace: Workspace, grid: Grid,
+               split: int, shots: int) -> tuple[Tensor, Tensor]:
         seen.append((workspace, grid, split, shots))
         return x, residual
     with pytest.MonkeyPatch.context() as patch:
@@ -292,7 +323,8 @@ def test_norms_run_at_once_and_fit_their_slot(world: int, rows: int, quads: int,
         patch.setattr(nvlink, "all_reduce_add_rms_norm", record)
         launched.made.all_reduce_add_rms_norm(x[:, None], x[:, None], weight, 1e-5)
     (workspace, grid, split, shots), = seen
-    assert workspace is launched.channels[0] and fits(grid) and grid.blocks % split == 0 and grid.blocks <= rows * split
+    assert (workspace is launched.channels[0] and fits(grid) and grid.blocks % split == 0
+            and grid.blocks <= rows * split)
     assert grid.blocks * grid.threads * grid.registers <= MOST_BLOCKS * BLOCK_REGISTERS
     assert shots == 1 or quads % world == 0 and world > 2
     assert filled_bytes(rows, quads * QUAD, world, split, shots) <= workspace.slot_bytes
@@ -301,18 +333,23 @@ def test_norms_run_at_once_and_fit_their_slot(world: int, rows: int, quads: int,
 @pytest.mark.parametrize("shapes, dtypes, refusal", [
     (((2, 8), (2, 8), (8,)), "bbb", None),
     (((2, 3, 8), (2, 3, 8), (8,)), "fff", None),
-    (((2, 8), (2, 8), (8,)), "bbf", "NVLink norms float32, bfloat16 or float16, not bfloat16, bfloat16, float32"),
+    (((2, 8), (2, 8), (8,)), "bbf",
+     "NVLink norms float32, bfloat16 or float16, not bfloat16, bfloat16, float32"),
     (((2, 8), (2, 8), (8,)), "iii", "NVLink norms float32, bfloat16 or float16, not int32, int32, int32"),
-    (((2, 8), (1, 8), (8,)), "bbb", "NVLink norms x and a residual alike by a weight for each column, not (2, 8), (1, 8), (8,)"),
-    (((0, 8), (0, 8), (8,)), "bbb", "NVLink norms x and a residual alike by a weight for each column, not (0, 8), (0, 8), (8,)"),
+    (((2, 8), (1, 8), (8,)), "bbb",
+     "NVLink norms x and a residual alike by a weight for each column, not (2, 8), (1, 8), (8,)"),
+    (((0, 8), (0, 8), (8,)), "bbb",
+     "NVLink norms x and a residual alike by a weight for each column, not (0, 8), (0, 8), (8,)"),
     (((2, 6), (2, 6), (6,)), "bbb", "NVLink norms rows of a multiple of 16 bytes, at most 65.5 kB, not 12"),
-    (((1, 32776), (1, 32776), (32776,)), "bbb", "NVLink norms rows of a multiple of 16 bytes, at most 65.5 kB, not 65552"),
+    (((1, 32776), (1, 32776), (32776,)), "bbb",
+     "NVLink norms rows of a multiple of 16 bytes, at most 65.5 kB, not 65552"),
     (((600, 8192), (600, 8192), (8192,)), "bbb", "NVLink norms at most 8.4 MB, not 9.8 MB"),
 ])
 def test_what_is_not_normed(shapes: tuple[tuple[int, ...], ...], dtypes: str, refusal: str | None) -> None:
     made = NVLink(place(2, device=torch.device("cpu")), [])
-    x, residual, weight = (torch.empty(s, dtype={"b": torch.bfloat16, "f": torch.float32, "i": torch.int32}[d], device="meta")
-                           for s, d in zip(shapes, dtypes))
+    x, residual, weight = (
+        torch.empty(s, dtype={"b": torch.bfloat16, "f": torch.float32, "i": torch.int32}[d], device="meta")
+        for s, d in zip(shapes, dtypes))
     assert made.refuses_norm(x, residual, weight) == refusal
     if refusal is not None:
         with pytest.raises(SpecError) as raised:
@@ -320,15 +357,19 @@ def test_what_is_not_normed(shapes: tuple[tuple[int, ...], ...], dtypes: str, re
         assert str(raised.value) == refusal
 
 
-# -- what it says of a kernel that waits -------------------------------------------------------------------------------
+# -- what it says of a kernel that waits ---------------------------------------------------------------------
 
 SLOT = 8192
 RANKS = (3, 5, 7, 9)
 """Of the mesh, in a group whose third member reports."""
 
 
-def stuck(quads: int, *empty: tuple[int, int], parts: int = 1, line: int = 0, blocks: int = 2, threads: int = 32) -> Workspace:
-    """After a call in slot 1 began, as the kernel says. empty: (first, stop) of the slot's words that have not come."""
+def stuck(quads: int, *empty: tuple[int, int], parts: int = 1, line: int = 0, blocks: int = 2,
+          threads: int = 32) -> Workspace:
+    """After a call in slot 1 began, as the kernel says.
+
+    empty: (first, stop) of the slot's words that have not come.
+    """
     arena = torch.zeros(SLOTS.value * SLOT // 4, dtype=torch.int32)
     for first, stop in empty:
         arena[SLOT // 4 + first:SLOT // 4 + stop] = EMPTY.value
@@ -347,15 +388,19 @@ def test_a_report_of_sums_names_the_rank_whose_words_are_missing(source: int, re
     """And the block that waits for them: of two blocks of 32 threads, the first has quad 64 again."""
     workspace = stuck(80, (4 * 80 * source + 4 * 64 + 1, 4 * 80 * (source + 1)))
     assert missing(workspace, reader, RANKS) == [
-        f"of rank {(3, 5, 9)[source]}, 63 of 320 words have not come: block 0 waits for quad 64, expects data and sees 0x7fff7fff"]
+        f"of rank {(3, 5, 9)[source]}, 63 of 320 words have not come: block 0 waits for quad 64, expects "
+        "data and sees 0x7fff7fff"]
     assert missing(stuck(80), reader, RANKS) == []
 
 
 @pytest.mark.parametrize("part", range(6))
-def test_a_report_of_two_shots_names_the_rank_whose_pieces_or_sums_are_missing(part: int, reader: Reader) -> None:
+def test_a_report_of_two_shots_names_the_rank_whose_pieces_or_sums_are_missing(part: int,
+                                                                               reader: Reader) -> None:
     quads, rank, what = 40, (3, 5, 9)[part % 3], ("pieces", "sums")[part // 3]
-    assert missing(stuck(quads, (4 * quads * (part + 1) - 3, 4 * quads * (part + 1)), parts=2, blocks=4), reader, RANKS) == [
-        f"of rank {rank}, 3 of 160 words of the {what} have not come: block 1 waits for quad 39, expects data and sees 0x7fff7fff"]
+    assert missing(stuck(quads, (4 * quads * (part + 1) - 3, 4 * quads * (part + 1)), parts=2, blocks=4),
+                   reader, RANKS) == [
+                       f"of rank {rank}, 3 of 160 words of the {what} have not come: block 1 waits for quad "
+                       "39, expects data and sees 0x7fff7fff"]
     assert missing(stuck(quads, parts=2), reader, RANKS) == []
 
 
@@ -365,15 +410,20 @@ def test_a_report_of_an_exchange_names_ranks_of_data_and_of_lines(reader: Reader
     data, unwritten = 4 * 3 * quads, (4 * 3 * quads + 3 * 3, SLOT // 4)
     assert missing(stuck(quads, unwritten, line=line), reader, RANKS) == []
     assert missing(stuck(quads, unwritten, (data + 4, data + 7), line=line), reader, RANKS) == [
-        "of rank 5, 2 of 3 words of lines have not come: block 1 waits for line 1, expects data and sees 0x7fff7fff",
-        "of rank 9, 1 of 3 words of lines have not come: block 0 waits for line 0, expects data and sees 0x7fff7fff"]
+        ("of rank 5, 2 of 3 words of lines have not come: block 1 waits for line 1, expects data and sees "
+         "0x7fff7fff"),
+        ("of rank 9, 1 of 3 words of lines have not come: block 0 waits for line 0, expects data and sees "
+         "0x7fff7fff")]
     assert missing(stuck(quads, unwritten, (0, 8), (4 * quads, 8 * quads), line=line), reader, RANKS) == [
-        "of rank 3, 8 of 320 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff",
-        "of rank 5, 320 of 320 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff"]
+        ("of rank 3, 8 of 320 words have not come: block 0 waits for quad 0, expects data and sees "
+         "0x7fff7fff"),
+        ("of rank 5, 320 of 320 words have not come: block 0 waits for quad 0, expects data and sees "
+         "0x7fff7fff")]
 
 
 @pytest.mark.parametrize("answers", [0, 1])
-def test_a_report_says_that_a_gpu_does_not_answer(answers: int, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_says_that_a_gpu_does_not_answer(answers: int, reader: Reader,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, or after its state."""
     state = stuck(80, (0, 1))
     seen = [state.state] * answers
@@ -388,11 +438,13 @@ def test_no_call_is_no_report(reader: Reader) -> None:
 
 
 def test_the_communicator_reports_each_channel_that_was_used() -> None:
-    made = NVLink(place(4, ranks=RANKS, device=torch.device("cpu")), [stuck(16, (0, 1)), stuck(16), stuck(16, (64, 65))])
-    assert made.report() is None                                                                # no stream has called
+    made = NVLink(place(4, ranks=RANKS, device=torch.device("cpu")),
+                  [stuck(16, (0, 1)), stuck(16), stuck(16, (64, 65))])
+    assert made.report() is None  # no stream has called
     for stream in (7, 8):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(nvlink, "current_stream", lambda device: stream)
             patch.setattr(nvlink, "one_shot", lambda x, workspace, grid: x)
             made.all_reduce(torch.empty(256, dtype=torch.uint8), "sum")
-    assert made.report() == "NVLink over tp: of rank 3, 1 of 64 words have not come: block 0 waits for quad 0, expects data and sees 0x7fff7fff"
+    assert made.report() == ("NVLink over tp: of rank 3, 1 of 64 words have not come: block 0 waits for quad "
+                             "0, expects data and sees 0x7fff7fff")

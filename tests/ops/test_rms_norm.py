@@ -17,6 +17,8 @@ def test_a_derivative_is_within_one_rounding_of_float64(dtype: torch.dtype) -> N
     w = (1 + torch.randn(24, generator=r) / 4).to(dtype)
     ins, outs = parse_signature("B T D, D, B T D -> B T D, D")
     step = Step(RMS_NORM_VJP, ins, outs, ("x", "w", "g"), ("dx", "dw"), (("eps", 1e-6),))
-    for found, want in zip(rms_norm_vjp(x, w, g, 1e-6), refer(step, dict(B=64, T=32, D=24), [x.double(), w.double(), g.double()]), strict=True):
+    for found, want in zip(rms_norm_vjp(x, w, g, 1e-6),
+                           refer(step, dict(B=64, T=32, D=24), [x.double(), w.double(), g.double()]),
+                           strict=True):
         rounding = torch.finfo(dtype).eps / 2 * want.abs() + torch.finfo(torch.float32).eps * want.abs().max()
         assert found.dtype == dtype and bool(((found.double() - want).abs() <= rounding).all())

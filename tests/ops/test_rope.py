@@ -18,14 +18,18 @@ def turned(start, x):
 
 
 @pytest.mark.parametrize("t", (1, 2, 3, 7))
-@pytest.mark.parametrize("layout", (Layout(), Layout(T="x"), Layout(T=("y", "x")), Layout(B="x"), Layout(K="x", T="y")))
+@pytest.mark.parametrize("layout",
+                         (Layout(), Layout(T="x"), Layout(T=("y", "x")), Layout(B="x"), Layout(K="x", T="y")))
 def test_pairs_are_turned_by_their_position(layout: Layout, t: int) -> None:
     """T of as many rows as ranks is one row each, which has a place of its own."""
-    start, x = torch.tensor([0, 5]), torch.randn(2, t, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start, x = (torch.tensor([0, 5]),
+                torch.randn(2, t, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     at = (start[:, None] + torch.arange(t))[..., None] * THETA ** -(torch.arange(2) / 2)
-    want = torch.complex(x[..., :2], x[..., 2:]) * torch.polar(torch.ones_like(at).double(), at.double())[:, :, None]
+    want = torch.complex(x[..., :2], x[..., 2:]) * torch.polar(torch.ones_like(at).double(),
+                                                               at.double())[:, :, None]
     got = simulate(turned, layout, start, x, mesh=Mesh(x=3, y=2))
-    assert torch.allclose(torch.complex(got[..., :2], got[..., 2:]), want, rtol=1e-6, atol=1e-6)    # angles are float32: 2 ** -24 of 12
+    # angles are float32: 2 ** -24 of 12
+    assert torch.allclose(torch.complex(got[..., :2], got[..., 2:]), want, rtol=1e-6, atol=1e-6)
 
 
 def test_an_odd_dim_has_no_pairs() -> None:

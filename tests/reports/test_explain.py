@@ -56,10 +56,10 @@ from shardlib.reports.explain import CostModel, Explanation, _call, explain
 from shardlib.reports.project import project
 from shardlib.spec import Spec, parse
 
-CONFIG = LlamaConfig(vocab_size=11, d_model=18, num_layers=1, num_kv_heads=3, queries_per_kv=2, head_dim=4, d_ff=7, norm_eps=1e-5,
-                     rope_theta=1e4, rope_scaling=None, tied=False, max_context=64)
+CONFIG = LlamaConfig(vocab_size=11, d_model=18, num_layers=1, num_kv_heads=3, queries_per_kv=2, head_dim=4,
+                     d_ff=7, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=False, max_context=64)
 B, T, S, D = 2, 5, 8, CONFIG.d_model
-SIZES = dict(CONFIG.sizes, B=B, T=T, S=S)           # of a step; without a cache, keys are the queries' tokens: S is T
+SIZES = dict(CONFIG.sizes, B=B, T=T, S=S)  # of a step; without a cache, keys are the queries' tokens: S is T
 TP2, FULL = Mesh(tp=2), dict(L=2, B=3, D=5, V=7)
 
 
@@ -76,7 +76,8 @@ SCORED, STEPPED = line("x = embedding(", "logits_of"), line("x = embedding(", "n
 
 def explained(f: object, mesh: str, layout: str, default: str = "float32", **options: object) -> Explanation:
     made = Mesh.parse(mesh)
-    return explain(lower(f, named_layout(layout, made), mesh=made, config=CONFIG), made, SIZES if f is next_token else {**SIZES, "S": T}, default=default, **options)
+    return explain(lower(f, named_layout(layout, made), mesh=made, config=CONFIG), made,
+                   SIZES if f is next_token else {**SIZES, "S": T}, default=default, **options)
 
 
 def rows(found: Explanation) -> list[tuple]:
@@ -86,10 +87,12 @@ def rows(found: Explanation) -> list[tuple]:
 @pytest.mark.parametrize("default, size", [("float32", 4), ("bfloat16", 2), ("float64", 8)])
 @pytest.mark.parametrize("k", [2, 3])
 def test_a_block_of_tensor_parallel_llama(k: int, default: str, size: int) -> None:
-    """Three all_reduces of B T D: in each a rank receives (k-1)/k of it twice, once to add up, once of what others added up."""
+    """Three all_reduces of B T D: in each a rank receives (k-1)/k of it twice, once to add up,
+    once of what others added up."""
     reduced = 2 * (k - 1) * B * T * D // k * size
     found = explained(logits_of, f"tp={k}", "tp", default)
-    assert rows(found) == [(where, "all_reduce", "B T D +tp", "B T D", ("tp",), k, 1, reduced) for where in (SCORED, ATTENTION, DOWN)]
+    assert rows(found) == [(where, "all_reduce", "B T D +tp", "B T D", ("tp",), k, 1, reduced)
+                           for where in (SCORED, ATTENTION, DOWN)]
     assert (found.collectives, found.bytes) == (3, 3 * reduced)
 
 
@@ -97,19 +100,26 @@ def test_the_step_of_decoding() -> None:
     """The greedy choice takes a number and an index of each row, and no logits."""
     found = explained(next_token, "tp=2", "tp")
     reduced = B * T * D * 4
-    assert rows(found) == [(where, "all_reduce", "B T D +tp", "B T D", ("tp",), 2, 1, reduced) for where in (STEPPED, ATTENTION, DOWN)] + [
-        (CHOICE, "all_reduce", "B max:tp", "B", ("tp",), 2, 1, B * size) for size in (4, 8)]
+    assert rows(found) == [(where, "all_reduce", "B T D +tp", "B T D", ("tp",), 2, 1, reduced)
+                           for where in (STEPPED, ATTENTION, DOWN)] + [
+                               (CHOICE, "all_reduce", "B max:tp", "B", ("tp",), 2, 1, B * size)
+                               for size in (4, 8)]
     assert found.bytes == 3 * reduced + B * (4 + 8)
 
 
 def test_sequence_parallel_counts_the_busiest_rank() -> None:
-    """5 rows on 3 ranks are 2, 2 and 1. Who has 1 gathers 4; who keeps 2 of a sum receives them from the 2 others. No rank does both."""
+    """5 rows on 3 ranks are 2, 2 and 1.
+
+    Who has 1 gathers 4; who keeps 2 of a sum receives them from the 2 others. No rank does both.
+    """
     found, row = explained(logits_of, "tp=3", "tp+sp"), B * D * 4
     scattered = ("reduce_scatter", "B T D +tp", "B T/tp D", ("tp",), 3, 1, 2 * 2 * row)
     gathered = ("all_gather", "B T/tp D", "B T D", ("tp",), 3, 1, 4 * row)
-    assert rows(found) == [(SCORED, *scattered), (line("einsum(\"B T D, D K G H"), *gathered), (ATTENTION, *scattered),
-                           (line("gate, up ="), *gathered), (DOWN, *scattered), (line("return einsum(\"B T D, V D", "logits_of"), *gathered)]
-    assert [found.traffic[i].received for i in (0, 1)] == [(4 * row, 4 * row, 2 * row), (3 * row, 3 * row, 4 * row)]
+    assert rows(found) == [(SCORED, *scattered), (line("einsum(\"B T D, D K G H"), *gathered),
+                           (ATTENTION, *scattered), (line("gate, up ="), *gathered), (DOWN, *scattered),
+                           (line("return einsum(\"B T D, V D", "logits_of"), *gathered)]
+    assert [found.traffic[i].received for i in (0, 1)] == [(4 * row, 4 * row, 2 * row),
+                                                           (3 * row, 3 * row, 4 * row)]
     assert found.received == (21 * row, 21 * row, 18 * row) and found.bytes == 21 * row
 
 
@@ -123,18 +133,23 @@ def test_fsdp_gathers_every_weight_once() -> None:
 
 def test_layers_multiply() -> None:
     config, mesh = LlamaConfig(**{**CONFIG.__dict__, "num_layers": 7}), Mesh(tp=2)
-    found = explain(lower(value_and_grad(loss), named_layout("tp", mesh), mesh=mesh, config=config), mesh, {**SIZES, "L": 7, "S": T})
+    found = explain(lower(value_and_grad(loss), named_layout("tp", mesh), mesh=mesh, config=config), mesh,
+                    {**SIZES, "L": 7, "S": T})
     times = {(t.function, t.times) for t in found.traffic}
     assert times == {("block", 7), ("block_vjp", 7), ("loss_and_grad", 1)}
     assert found.collectives == 7 * 4 + 5
     assert found.bytes == (7 * 4 + 2) * B * T * D * 4 + 3 * B * T * 4
 
 
-@pytest.mark.parametrize("have, want", [("M/tp N", "M N/tp"), ("M N/dp/tp", "M/tp N/dp"), ("M/dp/tp N", "M/tp/dp N"), ("(M/dp/tp N)", "(M/tp/dp N)")])
+@pytest.mark.parametrize("have, want", [("M/tp N", "M N/tp"), ("M N/dp/tp", "M/tp N/dp"),
+                                        ("M/dp/tp N", "M/tp/dp N"), ("(M/dp/tp N)", "(M/tp/dp N)")])
 @pytest.mark.parametrize("mesh", ["dp=1,tp=2", "dp=2,tp=2", "dp=3,tp=2", "dp=2,tp=3"])
 @pytest.mark.parametrize("m, n", [(12, 6), (7, 5), (6, 9), (1, 6)])
 def test_what_an_exchange_brings(have: str, want: str, mesh: str, m: int, n: int) -> None:
-    """Rank by rank, element by element: what it lacks of what it shall hold. `even` where all members have as much for each other."""
+    """Rank by rank, element by element: what it lacks of what it shall hold.
+
+    `even` where all members have as much for each other.
+    """
     mesh, before, after, sizes = Mesh.parse(mesh), parse(have), parse(want), dict(M=m, N=n)
     op = ALL_TO_ALL if len(changed_dims(before, after)) == 2 else PERMUTE
     step = Step(op, (before,), (after,), ("x",), ("y",))
@@ -148,10 +163,13 @@ def test_what_an_exchange_brings(have: str, want: str, mesh: str, m: int, n: int
             x = x.narrow(i, start * inner, size * inner)
         return set(x.flatten().tolist())
     ranks = range(mesh.world_size)
-    assert [received(step, mesh, sizes, r) for r in ranks] == [len(held(after, r) - held(before, r)) for r in ranks]
+    assert [received(step, mesh, sizes, r)
+            for r in ranks] == [len(held(after, r) - held(before, r)) for r in ranks]
     members = mesh.group(axes_of(step, mesh), 0)
     parts = {len(held(before, a) & held(after, b)) for a in members for b in members}
-    assert _call(placed(step, mesh, sizes, mesh.coordinate(0)), "float32") == Call("all_to_all", None, torch.float32, "cpu", 4 * len(held(before, 0)) if len(parts) == 1 else -1, len(parts) == 1)
+    assert _call(placed(step, mesh, sizes, mesh.coordinate(0)),
+                 "float32") == Call("all_to_all", None, torch.float32, "cpu",
+                                    4 * len(held(before, 0)) if len(parts) == 1 else -1, len(parts) == 1)
 
 
 def test_what_ranks_hold() -> None:
@@ -173,39 +191,46 @@ def test_json() -> None:
     found = explained(next_token, "dp=2,tp=2", "tp+fsdp")
     plain = found.to_json()
     assert json.loads(json.dumps(plain)) == plain
-    assert sorted(plain) == ["argument_bytes", "bytes", "collectives", "cost_source", "imbalance", "mesh", "program", "received", "traffic", "unmet"]
+    assert sorted(plain) == ["argument_bytes", "bytes", "collectives", "cost_source", "imbalance", "mesh",
+                             "program", "received", "traffic", "unmet"]
     assert (plain["program"], plain["mesh"]) == ("next_token", "dp=2,tp=2")
     assert plain["bytes"] == found.bytes == max(plain["received"])
-    assert plain["received"] == [sum(t["times"] * t["received"][rank] for t in plain["traffic"]) for rank in range(4)]
+    assert plain["received"] == [sum(t["times"] * t["received"][rank] for t in plain["traffic"])
+                                 for rank in range(4)]
     assert sum(t["times"] for t in plain["traffic"]) == plain["collectives"] == found.collectives
     assert plain["traffic"][0] | {"predicted_us": 0} == {
-        "op": "all_gather", "where": STEPPED, "function": "next_token", "branch": "", "before": "V/tp D/dp", "after": "V/tp D", "axes": ["dp"], "group_size": 2,
-        "times": 1, "bytes": 6 * D // 2 * 4, "received": [6 * D // 2 * 4, 5 * D // 2 * 4] * 2,
-        "predicted_us": 0, "why": "embedding takes V/tp D", "communicator": "", "choice": ""}
+        "op": "all_gather", "where": STEPPED, "function": "next_token", "branch": "", "before": "V/tp D/dp",
+        "after": "V/tp D", "axes": ["dp"], "group_size": 2, "times": 1, "bytes": 6 * D // 2 * 4,
+        "received": [6 * D // 2 * 4, 5 * D // 2 * 4] * 2, "predicted_us": 0, "why": "embedding takes V/tp D",
+        "communicator": "", "choice": ""}
 
 
 def test_the_table() -> None:
     """A line for each collective, at the user's line; then the sums."""
-    found = explained(next_token, "tp=2", "tp", cost=CostModel(latency_us=5, bytes_per_us=100, source="measured today"))
+    found = explained(next_token, "tp=2", "tp",
+                      cost=CostModel(latency_us=5, bytes_per_us=100, source="measured today"))
     title, head, *body, total, held = str(found).rstrip().splitlines()
     assert title.rstrip() == "next_token on mesh tp=2"
     assert head.split() == ["line", "collective", "before", "after", "ranks", "times", "bytes", "µs", "why"]
     assert [text.split()[0] for text in body] == [STEPPED, ATTENTION, DOWN, CHOICE, CHOICE]
-    assert body[1].split()[:12] == [ATTENTION, "all_reduce", "B", "T", "D", "+tp", "B", "T", "D", "tp=2", "1", "720"]
+    assert body[1].split()[:12] == [ATTENTION, "all_reduce", "B", "T", "D", "+tp", "B", "T", "D", "tp=2", "1",
+                                    "720"]
     assert [t.predicted_us for t in found.traffic] == [5 + 7.2] * 3 + [5 + 0.08, 5 + 0.16]
     assert total == "5 collectives, 2.2 kB received per rank and run; times measured today"
-    assert held == f"arguments: {max(found.argument_bytes) / 1000:.1f} kB on the fullest rank, {found.imbalance:.2f} x the mean"
+    assert held == (f"arguments: {max(found.argument_bytes) / 1000:.1f} kB on the fullest rank, "
+                    f"{found.imbalance:.2f} x the mean")
 
 
 def test_what_a_layout_could_not_give() -> None:
     """The heads have the axis; where no head is, H has it."""
-    found = explain(lower(logits_of, Layout(K="tp", H="tp"), mesh=Mesh(tp=2), config=CONFIG), Mesh(tp=2), {**SIZES, "S": T})
+    found = explain(lower(logits_of, Layout(K="tp", H="tp"), mesh=Mesh(tp=2), config=CONFIG), Mesh(tp=2),
+                    {**SIZES, "S": T})
     lines = [line(text, "heads") for text in ("q = rope(", "k = rope(", "v = einsum(", "a, w.wo)")]
     assert found.unmet == (f"H is not split over tp at {', '.join(lines)}: there another dim has it",)
     assert str(found).rstrip().endswith(found.unmet[0])
 
 
-# -- totals ------------------------------------------------------------------------------------------------------------
+# -- totals --------------------------------------------------------------------------------------------------
 
 def test_the_total_is_that_of_one_rank() -> None:
     """Of 3 rows rank 1 gathers 2, and rank 0 keeps 2 of the sum: no rank receives both."""
@@ -215,12 +240,15 @@ def test_the_total_is_that_of_one_rank() -> None:
     found = explain(lower(f, mesh=TP2), TP2, dict(N=3))
     assert [t.received for t in found.traffic] == [(4, 8), (8, 4)]
     assert ([t.bytes for t in found.traffic], found.received, found.bytes) == ([8, 8], (12, 12), 12)
-    assert "\n2 collectives, 12 B received per rank and run; times assumed, not measured: 20 µs a collective, 100 GB/s\n" in str(found)
+    assert ("\n2 collectives, 12 B received per rank and run; times assumed, not measured: 20 µs a "
+            "collective, 100 GB/s\n") in str(found)
 
 
-@pytest.mark.parametrize("n, k, want", [(1, 4, (12, 4, 4, 4)), (2, 4, (16, 16, 8, 8)), (5, 3, (28, 28, 24)), (0, 2, (0, 0)), (6, 3, (32, 32, 32))])
+@pytest.mark.parametrize("n, k, want", [(1, 4, (12, 4, 4, 4)), (2, 4, (16, 16, 8, 8)), (5, 3, (28, 28, 24)),
+                                        (0, 2, (0, 0)), (6, 3, (32, 32, 32))])
 def test_an_all_reduce_is_its_pieces(n: int, k: int, want: tuple[int, ...]) -> None:
-    """Someone adds up each element, from k - 1 others, and gives it to all others: 12 B for the only float of 4 ranks."""
+    """Someone adds up each element, from k - 1 others, and gives it to all others:
+    12 B for the only float of 4 ranks."""
     @sharded("N +tp -> N", layout=EXPLICIT)
     def f(x):
         return all_reduce("N +tp -> N", x)
@@ -231,7 +259,8 @@ def test_an_all_reduce_is_its_pieces(n: int, k: int, want: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("sizes", [dict(M=7, N=5), dict(M=24, N=12)], ids=str)
 def test_classes_of_ranks_receive_what_each_of_their_ranks_does(sizes: dict[str, int]) -> None:
-    """Of an all_reduce of 5 the first ranks of the group have larger parts; where a rank stands in a permute matters as well."""
+    """Of an all_reduce of 5 the first ranks of the group have larger parts;
+    where a rank stands in a permute matters as well."""
     mesh = Mesh(x=3, y=2, z=4)
     program = lower(moved_about, mesh=mesh)
     found = explain(program, mesh, sizes)
@@ -239,14 +268,15 @@ def test_classes_of_ranks_receive_what_each_of_their_ranks_does(sizes: dict[str,
     assert len(steps) == len(found.traffic) == 5
     for t in found.traffic:
         step = steps[t.op, t.before, t.after]
-        assert t.received == tuple(4 * received(step, mesh, sizes, rank) for rank in range(mesh.world_size)), t
+        assert t.received == tuple(4 * received(step, mesh, sizes, rank)
+                                   for rank in range(mesh.world_size)), t
     assert len(set(found.received)) > 1
 
 
 @sharded("M/x/z N, M N +x +y, M N/z, M/y N -> M/z/x N, M N, M/z N, M N/y, M N", layout=EXPLICIT)
 def moved_about(a, b, c, d):
-    return (permute("M/x/z N -> M/z/x N", a), all_reduce("M N +x +y -> M N", b), all_to_all("M N/z -> M/z N", c),
-            all_to_all("M/y N -> M N/y", d), all_gather("M/y N -> M N", d))
+    return (permute("M/x/z N -> M/z/x N", a), all_reduce("M N +x +y -> M N", b),
+            all_to_all("M N/z -> M/z N", c), all_to_all("M/y N -> M N/y", d), all_gather("M/y N -> M N", d))
 
 
 def test_many_ranks_are_said_by_classes() -> None:
@@ -259,8 +289,9 @@ def test_many_ranks_are_said_by_classes() -> None:
     assert len(json.dumps(plain)) < 100_000
     assert sum(each["ranks"] for each in plain["argument_bytes"]) == 65536
     assert max(each["bytes"] for each in plain["received"]) == found.bytes
-    assert plain["traffic"][0]["received"][0] == {                              # who has 2 rows of 11, and none of 18 columns
-        "bytes": 2 * 18 * 4, "ranks": 1006 * 8 * 3, "where": ["dp=18-515,cp=0-7,tp=0-2", "dp=516-1023,cp=0-7,tp=0-2"]}
+    assert plain["traffic"][0]["received"][0] == {  # who has 2 rows of 11, and none of 18 columns
+        "bytes": 2 * 18 * 4, "ranks": 1006 * 8 * 3,
+        "where": ["dp=18-515,cp=0-7,tp=0-2", "dp=516-1023,cp=0-7,tp=0-2"]}
 
 
 @sharded("N/tp, N +tp -> N", layout=EXPLICIT)
@@ -275,7 +306,8 @@ def reduces(x, y):
 
 @sharded("N/tp, N +tp -> N", layout=EXPLICIT)
 def either(x, y):
-    return cond(greater(all_reduce("+tp -> ()", sum_over("N/tp -> +tp", x)), than=0.5), gathers, reduces, x, y)
+    return cond(greater(all_reduce("+tp -> ()", sum_over("N/tp -> +tp", x)), than=0.5),
+                gathers, reduces, x, y)
 
 
 @sharded("N, N/tp, N +tp -> N", layout=EXPLICIT)
@@ -291,40 +323,50 @@ def layers(c, xs, y):
 def test_a_cond_counts_its_larger_branch() -> None:
     found = explain(lower(either, mesh=TP2), TP2, dict(N=3))
     assert [(t.op, t.function, t.branch, t.received) for t in found.traffic] == [
-        ("all_reduce", "either", "", (4, 4)), ("all_gather", "gathers", "gathers if v3", (4, 8)), ("all_reduce", "reduces", "reduces if not v3", (12, 12))]
+        ("all_reduce", "either", "", (4, 4)), ("all_gather", "gathers", "gathers if v3", (4, 8)),
+        ("all_reduce", "reduces", "reduces if not v3", (12, 12))]
     assert (found.collectives, found.received) == (2, (16, 16))
     title, head, *body, total, _ = str(found).rstrip().splitlines()
-    assert head.split() == ["line", "branch", "collective", "before", "after", "ranks", "times", "bytes", "µs", "why"]
-    assert body[1].split()[1:5] == ["gathers", "if", "v3", "all_gather"] and body[0].split()[1] == "all_reduce"
-    assert total == "at most 2 collectives, 16 B received per rank and run; times assumed, not measured: 20 µs a collective, 100 GB/s"
-    assert str(explain(lower(gathers, mesh=TP2), TP2, dict(N=3))).splitlines()[-2].startswith("1 collectives, 8 B received per rank and run; ")
+    assert head.split() == ["line", "branch", "collective", "before", "after", "ranks", "times", "bytes",
+                            "µs", "why"]
+    assert (body[1].split()[1:5] == ["gathers", "if", "v3", "all_gather"]
+            and body[0].split()[1] == "all_reduce")
+    assert total == ("at most 2 collectives, 16 B received per rank and run; times assumed, not measured: 20 "
+                     "µs a collective, 100 GB/s")
+    assert str(explain(lower(gathers, mesh=TP2), TP2, dict(N=3))).splitlines()[-2].startswith(
+        "1 collectives, 8 B received per rank and run; ")
 
 
 def test_conds_within_a_cond_within_a_scan() -> None:
     program = lower(layers, mesh=TP2)
     found = explain(program, TP2, dict(N=3, L=5))
     assert [(t.op, t.function, t.branch, t.times, t.received) for t in found.traffic] == [
-        ("all_reduce", "either", "either if v2", 5, (4, 4)), ("all_gather", "gathers", "either if v2, gathers if v3", 5, (4, 8)),
-        ("all_reduce", "reduces", "either if v2, reduces if not v3", 5, (12, 12)), ("all_gather", "gathers", "gathers if not v2", 5, (4, 8))]
+        ("all_reduce", "either", "either if v2", 5, (4, 4)),
+        ("all_gather", "gathers", "either if v2, gathers if v3", 5, (4, 8)),
+        ("all_reduce", "reduces", "either if v2, reduces if not v3", 5, (12, 12)),
+        ("all_gather", "gathers", "gathers if not v2", 5, (4, 8))]
     assert (found.collectives, found.received) == (10, (80, 80))
 
 
-# -- groups ------------------------------------------------------------------------------------------------------------
+# -- groups --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("op, have, want, axes", [
-    (ALL_REDUCE, "N +dp +tp", "N", ("tp", "dp")), (PERMUTE, "M/dp/tp N", "M/tp/dp N", ("tp", "dp")), (ALL_TO_ALL, "M/dp/tp N", "M N/dp/tp", ("tp", "dp")),
-    (ALL_GATHER, "M/dp/tp N", "M N", ("dp", "tp")), (REDUCE_SCATTER, "M N +dp +tp", "M/dp/tp N", ("dp", "tp"))])
-def test_rows_name_the_groups_that_the_program_calls(op: Op, have: str, want: str, axes: tuple[str, ...]) -> None:
+    (ALL_REDUCE, "N +dp +tp", "N", ("tp", "dp")), (PERMUTE, "M/dp/tp N", "M/tp/dp N", ("tp", "dp")),
+    (ALL_TO_ALL, "M/dp/tp N", "M N/dp/tp", ("tp", "dp")), (ALL_GATHER, "M/dp/tp N", "M N", ("dp", "tp")),
+    (REDUCE_SCATTER, "M N +dp +tp", "M/dp/tp N", ("dp", "tp"))])
+def test_rows_name_the_groups_that_the_program_calls(op: Op, have: str, want: str,
+                                                     axes: tuple[str, ...]) -> None:
     """In the mesh's order where pieces have none; so a runtime makes no groups for explain alone."""
     mesh, before, after = Mesh(tp=2, dp=2), parse(have), parse(want)
-    program = Program("f", (("x", before),), (Step(op, (before,), (after,), ("x",), ("y",)),), (Result(after, ("y",)),), True)
+    program = Program("f", (("x", before),), (Step(op, (before,), (after,), ("x",), ("y",)),),
+                      (Result(after, ("y",)),), True)
     emitter = Emitter(mesh, 0, dict(M=4, N=4))
     emitter.program(program)
     assert {t.axes for t in explain(program, mesh, dict(M=4, N=4)).traffic} == {*emitter.groups} == {axes}
     assert {c.group for c in project(program, mesh, 1, dict(M=4, N=4))} == {mesh.group(axes, 1)}
 
 
-# -- dtypes ------------------------------------------------------------------------------------------------------------
+# -- dtypes --------------------------------------------------------------------------------------------------
 
 def looked_up(change: Callable) -> Explanation:
     @sharded("B T, V D -> B T D")
@@ -334,7 +376,8 @@ def looked_up(change: Callable) -> Explanation:
 
 
 @pytest.mark.parametrize("change", [
-    lambda ids: rename("B T -> B S", ids), lambda ids: rename("B T -> B S", rearrange("T B -> B T", rearrange("B T -> T B", ids))),
+    lambda ids: rename("B T -> B S", ids),
+    lambda ids: rename("B T -> B S", rearrange("T B -> B T", rearrange("B T -> T B", ids))),
     lambda ids: rename("B T -> B S", stop_gradient(ids)), lambda ids: rename("B T -> B S", ids + ids),
     lambda ids: rename("B T -> B S", where(greater(ids, than=1), ids, ids)),
     lambda ids: cond(greater(max_over("B T -> ()", ids), than=2), renamed, renamed, ids)])
@@ -357,7 +400,7 @@ def test_what_is_only_looked_like_is_no_index() -> None:
     assert "cast_like(" in str(program) and value_dtypes(program, {}, "bfloat16")["x"] == "bfloat16"
 
 
-# -- what is missing or wrong ------------------------------------------------------------------------------------------
+# -- what is missing or wrong --------------------------------------------------------------------------------
 
 @sharded("L B D, V D -> B V")
 def summed(x, table):
@@ -373,7 +416,8 @@ def summed(x, table):
     (Mesh(dp=2), FULL, {}, "summed: unknown axis tp; the mesh has dp"),
     (Mesh(), FULL, {}, "summed: unknown axis tp; the mesh has none"),
     (TP2, FULL, dict(y="bool"), "dtypes: summed has no argument y; it has x, table"),
-    (TP2, FULL, dict(x="uint16"), "dtypes: x is 'uint16'; a dtype is one of float64, int64, float32, int32, bfloat16, float16, int16, bool, uint8, int8")])
+    (TP2, FULL, dict(x="uint16"), ("dtypes: x is 'uint16'; a dtype is one of float64, int64, float32, int32, "
+                                   "bfloat16, float16, int16, bool, uint8, int8"))])
 def test_what_is_not_there_is_said(call: Callable, mesh: Mesh, sizes: dict, dtypes: dict, says: str) -> None:
     program = lower(summed, Layout(D="tp"), mesh=TP2)
     with pytest.raises(SpecError) as error:
@@ -384,7 +428,8 @@ def test_what_is_not_there_is_said(call: Callable, mesh: Mesh, sizes: dict, dtyp
 def test_a_default_that_is_no_dtype() -> None:
     with pytest.raises(SpecError) as error:
         explain(lower(summed, Layout(D="tp"), mesh=TP2), TP2, FULL, default="uint16")
-    assert str(error.value) == "default is 'uint16'; a dtype is one of float64, int64, float32, int32, bfloat16, float16, int16, bool, uint8, int8"
+    assert str(error.value) == ("default is 'uint16'; a dtype is one of float64, int64, float32, int32, "
+                                "bfloat16, float16, int16, bool, uint8, int8")
 
 
 def test_a_scan_needs_the_number_of_its_layers() -> None:

@@ -1,4 +1,5 @@
-"""Captured steps: what they return and keep on the CPU, where a replay is the call itself; and what CUDA is told, on a stand-in for it."""
+"""Captured steps: what they return and keep on the CPU, where a replay is the call itself;
+and what CUDA is told, on a stand-in for it."""
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -72,16 +73,19 @@ def test_it_runs_once_for_each_call() -> None:
     for i in range(4):
         at = torch.tensor([i, 3 - i])
         made, same = step(cache, rows * (i + 1), at)
-        assert made.x is cache.x and torch.equal(same, rows * (i + 1)) and same.data_ptr() not in [v.data_ptr() for v in step._captures._steps.popitem()[1].values]
+        assert (made.x is cache.x and torch.equal(same, rows * (i + 1))
+                and same.data_ptr() not in [v.data_ptr() for v in step._captures._steps.popitem()[1].values])
         step._captures._steps.clear()
-    assert torch.equal(cache.x[0, :, 0], torch.tensor([1.0, 2, 3, 4])) and torch.equal(cache.x[1, :, 0], torch.tensor([4.0, 3, 2, 1]))
+    assert (torch.equal(cache.x[0, :, 0], torch.tensor([1.0, 2, 3, 4]))
+            and torch.equal(cache.x[1, :, 0], torch.tensor([4.0, 3, 2, 1])))
     plain, given = compile(write, graph=True), torch.zeros(2, 4, 3)
     first = plain(given, rows, start)
     assert torch.equal(plain(given, rows, start), first) and not given.any() and first.sum() == 6
 
 
 def test_modes_of_autograd() -> None:
-    """Results are ordinary tensors, in whatever mode the graph was recorded; arguments that want gradients are refused."""
+    """Results are ordinary tensors, in whatever mode the graph was recorded;
+    arguments that want gradients are refused."""
     step, w, x = compile(layer, graph=True), Weights(up=torch.randn(3, 4)), torch.randn(2, 3)
     with torch.inference_mode():
         step(x, w)
@@ -93,7 +97,8 @@ def test_modes_of_autograd() -> None:
         step(x, wanting)
     with pytest.raises(SpecError) as refused:
         step(x, wanting)
-    assert str(refused.value) == "layer: an argument wants a gradient, and a replay makes none; compile value_and_grad of it, or call it in torch.no_grad()"
+    assert str(refused.value) == ("layer: an argument wants a gradient, and a replay makes none; compile "
+                                  "value_and_grad of it, or call it in torch.no_grad()")
 
 
 @sharded("B D, * -> ()")
@@ -123,7 +128,8 @@ def test_a_branch_on_data_cannot_be_captured() -> None:
     with pytest.raises(SpecError) as refused:
         compile(branching, graph=True)(x, torch.tensor(True))
     first, _, where = str(refused.value).partition("          ")
-    assert first == 'cond: a graph is recorded once and cannot branch on data; compile branching with graph="auto", which runs it eagerly'
+    assert first == ('cond: a graph is recorded once and cannot branch on data; compile branching with '
+                     'graph="auto", which runs it eagerly')
     assert where.startswith("test_captured.py:")
     step = compile(branching, graph="auto")
     assert torch.equal(step(x, torch.tensor(True)), x + x) and step._captures is None
@@ -132,10 +138,11 @@ def test_a_branch_on_data_cannot_be_captured() -> None:
     assert str(refused.value) == "compile: graph is 'always'; it is True, False or \"auto\""
 
 
-# -- everything a step needs is on its device ---------------------------------------------------------------------------
+# -- everything a step needs is on its device ----------------------------------------------------------------
 
 class Elsewhere:
-    """One rank on a device where nothing is but what a step is given: what it makes on the CPU cannot be used there."""
+    """One rank on a device where nothing is but what a step is given:
+    what it makes on the CPU cannot be used there."""
     mesh, rank, coordinate, device = Mesh(), 0, {}, torch.device("meta")
 
     def create_groups(self, products: Any) -> None: ...
@@ -143,17 +150,21 @@ class Elsewhere:
 
 
 def test_a_step_makes_nothing_on_the_host() -> None:
-    config = LlamaConfig(vocab_size=11, d_model=12, num_layers=2, num_kv_heads=3, queries_per_kv=2, head_dim=4, d_ff=5, norm_eps=1e-5,
-                         rope_theta=1e4, rope_scaling=None, tied=True, max_context=16)
+    config = LlamaConfig(vocab_size=11, d_model=12, num_layers=2, num_kv_heads=3, queries_per_kv=2,
+                         head_dim=4, d_ff=5, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=True,
+                         max_context=16)
     sizes = dict(config.sizes, B=2, S=8)
     with torch.device("meta"):
-        weights, cache = init(llama_of(config), sizes, device="meta"), init(Cache, sizes, path="cache", device="meta")
+        weights, cache = (init(llama_of(config), sizes, device="meta"),
+                          init(Cache, sizes, path="cache", device="meta"))
         for t in (1, 3):
-            args = torch.zeros(2, t, dtype=torch.int64), weights, cache, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-            assert compile(next_token, runtime=Elsewhere(), sizes=sizes, donate=("cache",), config=config)(*args)[0].is_meta
+            args = (torch.zeros(2, t, dtype=torch.int64), weights, cache, torch.zeros(2, dtype=torch.int64),
+                    torch.zeros(2, dtype=torch.int64))
+            assert compile(next_token, runtime=Elsewhere(), sizes=sizes, donate=("cache",),
+                           config=config)(*args)[0].is_meta
 
 
-# -- what CUDA is told --------------------------------------------------------------------------------------------------
+# -- what CUDA is told ---------------------------------------------------------------------------------------
 
 class Rank:
     """A rank on a GPU that is not there, with a watch."""
@@ -175,7 +186,8 @@ def test_a_graph_runs_is_recorded_and_is_watched(cuda: Cuda) -> None:
     graph = Graph("next_token, 8 rows", lambda: cuda.log.append(f"call on {cuda.now.name}"), rank)
     assert rank.compared == [("the graph of next_token, 8 rows", "next_token, 8 rows")]
     side = "side 1 of cuda:0"
-    assert cuda.log == [f"{side} waits for main", f"call on {side}", f"capture on {side} in pool 1, thread_local", f"call on {side}", "captured",
+    assert cuda.log == [f"{side} waits for main", f"call on {side}",
+                        f"capture on {side} in pool 1, thread_local", f"call on {side}", "captured",
                         f"main waits for {side}"] and rank.watch.now is None
     for _ in range(3):
         graph.replay()
@@ -185,7 +197,8 @@ def test_a_graph_runs_is_recorded_and_is_watched(cuda: Cuda) -> None:
         event.done = True
     assert rank.watch.now is None
     graph.replay()
-    assert Moment.of(rank.watch.last).number == 3 and Moment.of(rank.watch.now).number == 4 and len(rank.watch.launched) == 1
+    assert (Moment.of(rank.watch.last).number == 3 and Moment.of(rank.watch.now).number == 4
+            and len(rank.watch.launched) == 1)
 
 
 def test_a_replay_that_is_being_launched_has_not_ended(cuda: Cuda) -> None:
@@ -216,11 +229,15 @@ def test_what_cannot_be_captured(cuda: Cuda) -> None:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
     with pytest.raises(SpecError) as refused:
         Graph("f of 3", call, Rank())
-    assert str(refused.value) == "f of 3 cannot be captured: operation not permitted when stream is capturing; compile it without graph=True"
+    assert str(refused.value) == ("f of 3 cannot be captured: operation not permitted when stream is "
+                                  "capturing; compile it without graph=True")
 
 
 def test_a_graph_ends_with_its_runtime(cuda: Cuda) -> None:
-    """Before the groups do: NCCL waits for graphs that hold its calls. One that nobody holds is gone already."""
+    """Before the groups do: NCCL waits for graphs that hold its calls.
+
+    One that nobody holds is gone already.
+    """
     with connect(Mesh(), "cpu") as runtime:
         runtime.device = torch.device("cuda", 0)
         graph, _ = Graph("f", lambda: None, runtime), Graph("g", lambda: None, runtime)
@@ -251,7 +268,8 @@ def test_a_pytree_that_lies_otherwise_is_another_graph() -> None:
     """A transpose begins where its matrix does."""
     step, w = compile(product, graph=True), torch.arange(4.0).view(2, 2)
     for _ in range(2):
-        assert torch.equal(step(torch.eye(2), Matrix(w=w)), w) and torch.equal(step(torch.eye(2), Matrix(w=w.T)), w.T)
+        assert (torch.equal(step(torch.eye(2), Matrix(w=w)), w)
+                and torch.equal(step(torch.eye(2), Matrix(w=w.T)), w.T))
 
 
 def test_pytrees_that_change_with_every_call_are_refused_in_time() -> None:
@@ -262,5 +280,6 @@ def test_pytrees_that_change_with_every_call_are_refused_in_time() -> None:
     with pytest.raises(SpecError) as refused:
         step(torch.eye(2), kept[16])
     assert str(refused.value).split("          ")[0] == (
-        "product: 16 graphs of one shape, each of other pytrees, which a graph reads where they lie; donate those that it returns, "
+        "product: 16 graphs of one shape, each of other pytrees, which a graph reads where they lie; donate "
+        "those that it returns, "
         "or compile it without graph=True")

@@ -1,4 +1,5 @@
-"""What fails in generated code names the op and the user's line, on every executor, wherever the line came from."""
+"""What fails in generated code names the op and the user's line, on every executor,
+wherever the line came from."""
 from __future__ import annotations
 
 import re
@@ -91,15 +92,19 @@ def total(x, w: Net):
 
 def line(mark: str) -> str:
     with open(__file__) as file:
-        return f"test_failures.py:{next(n for n, text in enumerate(file, 1) if text.rstrip().endswith('# ' + mark))}"
+        line = next(n for n, text in enumerate(file, 1) if text.rstrip().endswith("# " + mark))
+        return f"test_failures.py:{line}"
 
 
 RUNS: dict[str, Callable] = {
-    "compile": lambda f, *args: compile(f, mesh=Mesh(dp=1))(*args), "step": lambda f, *args: step(f, mesh=Mesh(dp=1))(*args),
-    "simulate": lambda f, *args: simulate(f, Layout(B="dp", F="tp"), *args, mesh=Mesh(dp=2, tp=2)), "call": lambda f, *args: f(*args)}
+    "compile": lambda f, *args: compile(f, mesh=Mesh(dp=1))(*args),
+    "step": lambda f, *args: step(f, mesh=Mesh(dp=1))(*args),
+    "simulate": lambda f, *args: simulate(f, Layout(B="dp", F="tp"), *args, mesh=Mesh(dp=2, tp=2)),
+    "call": lambda f, *args: f(*args)}
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, where: object, name: str, error: BaseException, after: int = 0) -> None:
+def failing(monkeypatch: pytest.MonkeyPatch, where: object, name: str, error: BaseException,
+            after: int = 0) -> None:
     """The function of torch works `after` times, then raises."""
     real, calls = getattr(where, name), []
 
@@ -117,7 +122,8 @@ def argument(f: object) -> list:
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("f, mark, after", [(straight, "STRAIGHT", 0), (scanned, "LAYER", 0), (scanned, "LAYER", 2), (chosen, "BRANCH", 0)])
+@pytest.mark.parametrize("f, mark, after", [(straight, "STRAIGHT", 0), (scanned, "LAYER", 0),
+                                            (scanned, "LAYER", 2), (chosen, "BRANCH", 0)])
 def test_torch_s_error_is_said_with_the_op_and_the_user_s_line(monkeypatch, run, f, mark, after):
     args = argument(f)
     failing(monkeypatch, F, "silu", cause := RuntimeError("no such kernel\nC++ trace"), after)
@@ -188,7 +194,8 @@ def test_errors_that_are_caught_by_their_class_keep_it(monkeypatch, run):
         RUNS[run](stopped, torch.ones(4, 6))
     assert str(error.value) == "enough" and error.value.__notes__ == [f"in local at {line('LOCAL')}"]
     args = argument(straight)
-    for cause in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), MemoryError("")):
+    for cause in (torch.OutOfMemoryError("CUDA out of memory"),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), MemoryError("")):
         with monkeypatch.context() as patch, pytest.raises(type(cause)) as error:
             failing(patch, F, "silu", cause)
             RUNS[run](straight, *args)
@@ -200,11 +207,12 @@ def test_errors_that_are_caught_by_their_class_keep_it(monkeypatch, run):
         assert error.value is cause and not hasattr(cause, "__notes__")
 
 
-CONFIG = LlamaConfig(vocab_size=11, d_model=8, num_layers=3, num_kv_heads=2, queries_per_kv=2, head_dim=4, d_ff=12, norm_eps=1e-5,
-                     rope_theta=1e4, rope_scaling=None, tied=True, max_context=16)
+CONFIG = LlamaConfig(vocab_size=11, d_model=8, num_layers=3, num_kv_heads=2, queries_per_kv=2, head_dim=4,
+                     d_ff=12, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=True, max_context=16)
 
 
-@pytest.mark.parametrize("f", [next_logits, loss, value_and_grad(loss)], ids=["next_logits", "loss", "gradients"])
+@pytest.mark.parametrize("f", [next_logits, loss, value_and_grad(loss)],
+                         ids=["next_logits", "loss", "gradients"])
 def test_every_line_is_of_the_step_that_asked_for_it(f):
     """A collective's line names its step itself."""
     mesh = Mesh(dp=2, tp=2)
@@ -212,7 +220,8 @@ def test_every_line_is_of_the_step_that_asked_for_it(f):
     e = Emitter(mesh, 0, {**CONFIG.sizes, "B": 4, "T": 4, "S": 8})
     source = e.program(program).splitlines()
     assert len(e.lines) == len(source)
-    said = [(step, e.plan[name]) for text, step in zip(source, e.lines) for name in re.findall(r"at=(s\d+)\)", text)]
+    said = [(step, e.plan[name]) for text, step in zip(source, e.lines)
+            for name in re.findall(r"at=(s\d+)\)", text)]
     assert len(said) == len(e.plan) > 8
     for one, planned in said:
         assert (str(one.where), one.text) == (planned.where, planned.text)

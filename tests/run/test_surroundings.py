@@ -1,4 +1,5 @@
-"""Modes of torch around a call: those that would change its numbers do not, and no gradient is lost without a word."""
+"""Modes of torch around a call: those that would change its numbers do not,
+and no gradient is lost without a word."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -48,9 +49,11 @@ def set_for_now(get: Callable, put: Callable, value: Any) -> Iterator[None]:
 
 MODES = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16), "inference": torch.inference_mode,
-    "device": lambda: torch.device("meta"), "bfloat16": lambda: set_for_now(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+    "bfloat16": lambda: set_for_now(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
     "float64": lambda: set_for_now(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
-    "deterministic": lambda: set_for_now(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True)}
+    "deterministic": lambda: set_for_now(torch.are_deterministic_algorithms_enabled,
+                                         torch.use_deterministic_algorithms, True)}
 SIZES = dict(zip("BTSDFVKGHLMNEP", (2, 3, 3, 4, 6, 5, 2, 2, 4, 2, 4, 3, 2, 5)))
 
 
@@ -58,8 +61,8 @@ def function(case: Case) -> Any:
     """A sharded function that calls the op."""
     def call(*operands: Any) -> Any:
         return apply(case.op, operands, case.text if case.op.takes_text else None, **dict(case.attrs))
-    of = [lambda a: call(a), lambda a, b: call(a, b), lambda a, b, c: call(a, b, c), lambda a, b, c, d: call(a, b, c, d),
-          lambda a, b, c, d, e: call(a, b, c, d, e)]
+    of = [lambda a: call(a), lambda a, b: call(a, b), lambda a, b, c: call(a, b, c),
+          lambda a, b, c, d: call(a, b, c, d), lambda a, b, c, d, e: call(a, b, c, d, e)]
     return sharded(case.text)(of[len(case.ins) - 1])
 
 
@@ -78,7 +81,8 @@ def outcomes(case: Case, args: list[Tensor]) -> list[Tensor]:
     made = compile(f, mesh=Mesh(x=1), sizes=sizes)(*args)
     program = lower(f, Layout(B="x"), mesh=mesh)
     placed = [place(x, kind, sizes, mesh) for x, (_, kind) in zip(args, program.arg_leaves())]
-    pieces = simulate_ranks(program, mesh, [{n: p[rank] for (n, _), p in zip(program.arg_leaves(), placed)} for rank in range(2)], sizes)
+    pieces = simulate_ranks(program, mesh, [{n: p[rank] for (n, _), p in zip(program.arg_leaves(), placed)}
+                                            for rank in range(2)], sizes)
     return [*(made if isinstance(made, tuple) else (made,)), *(x for rank in pieces for x in rank.values())]
 
 
@@ -92,7 +96,8 @@ def test_every_op_gives_the_same_bits(mode: str) -> None:
         with MODES[mode]():
             got = outcomes(case, args)
         for a, b in zip(got, want, strict=True):
-            assert a.dtype == b.dtype and a.device == b.device and torch.equal(a.nan_to_num(), b.nan_to_num()), f"{name}, {mode}"
+            assert (a.dtype == b.dtype and a.device == b.device
+                    and torch.equal(a.nan_to_num(), b.nan_to_num())), f"{name}, {mode}"
 
 
 class Layer(Params):
@@ -145,7 +150,9 @@ RUNS = {"call": lambda f, *args: f(*args), "compile": lambda f, *args: compile(f
 
 
 def leaves(made: Any) -> list[Tensor]:
-    return [made] if isinstance(made, Tensor) else [x for part in (made if isinstance(made, tuple) else vars(made).values()) for x in leaves(part)]
+    return ([made] if isinstance(made, Tensor)
+            else [x for part in (made if isinstance(made, tuple) else vars(made).values())
+                  for x in leaves(part)])
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -157,20 +164,24 @@ def test_every_way_to_run_gives_the_same_bits(run: str, mode: str) -> None:
         want = leaves(RUNS[run](f, *args))
         with MODES[mode]():
             got = leaves(RUNS[run](f, *args))
-        assert len(got) == len(want) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want))
+        assert (len(got) == len(want)
+                and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want)))
 
 
 def test_autocast_is_on_again_after_a_call() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         for run in RUNS.values():
             run(loss, *arguments())
-            assert torch.is_autocast_enabled("cpu") and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+            assert (torch.is_autocast_enabled("cpu")
+                    and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16)
 
 
-# -- torch.autograd around a call -------------------------------------------------------------------------------------------
+# -- torch.autograd around a call ----------------------------------------------------------------------------
 
 def requiring(x: Tensor, w: Net) -> tuple[Tensor, Net]:
-    return x.requires_grad_(), Net(layers=Layer(up=w.layers.up.requires_grad_(), down=w.layers.down.requires_grad_()), gain=w.gain.requires_grad_())
+    return (x.requires_grad_(),
+            Net(layers=Layer(up=w.layers.up.requires_grad_(), down=w.layers.down.requires_grad_()),
+                gain=w.gain.requires_grad_()))
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -210,20 +221,24 @@ class Silent:
 
 @pytest.mark.parametrize("run", [compile, step])
 @pytest.mark.parametrize("name, change", [
-    ("x", lambda x, w: (x.requires_grad_(), w)), ("w.gain", lambda x, w: (x, Net(layers=w.layers, gain=torch.nn.Parameter(w.gain)))),
-    ("w.layers.down", lambda x, w: (x, Net(layers=Layer(up=w.layers.up, down=w.layers.down.requires_grad_()), gain=w.gain)))])
+    ("x", lambda x, w: (x.requires_grad_(), w)),
+    ("w.gain", lambda x, w: (x, Net(layers=w.layers, gain=torch.nn.Parameter(w.gain)))),
+    ("w.layers.down",
+     lambda x, w: (x, Net(layers=Layer(up=w.layers.up, down=w.layers.down.requires_grad_()), gain=w.gain)))])
 def test_where_other_ranks_are_left_out_it_is_refused(run: Callable, name: str, change: Callable) -> None:
     call = run(loss, Layout(F="tp"), runtime=Silent(), sizes=dict(F=12))
     with pytest.raises(SpecError) as error:
         call(*change(*arguments()))
-    assert str(error.value) == (f"loss: {name} requires grad, and torch.autograd does not reach other ranks; take value_and_grad(loss), "
+    assert str(error.value) == (f"loss: {name} requires grad, and torch.autograd does not reach other ranks; "
+                                "take value_and_grad(loss), "
                                 "or call it under torch.no_grad()")
     with pytest.raises(AssertionError), torch.no_grad():
         call(*change(*arguments()))
     with pytest.raises(AssertionError):
         call(*arguments())
     with pytest.raises(AssertionError):
-        compile(value_and_grad(loss), Layout(F="tp"), runtime=Silent(), sizes=dict(F=12))(*change(*arguments()))
+        compile(value_and_grad(loss), Layout(F="tp"), runtime=Silent(),
+                sizes=dict(F=12))(*change(*arguments()))
 
 
 def test_prepared_weights_that_require_grad_are_named() -> None:

@@ -1,4 +1,5 @@
-"""What value_and_grad returns, in which order and containers, on every executor; and which `wrt` it refuses."""
+"""What value_and_grad returns, in which order and containers, on every executor;
+and which `wrt` it refuses."""
 from __future__ import annotations
 
 import doctest
@@ -62,7 +63,8 @@ def by_torch() -> dict[str, list[Tensor]]:
 
 
 RUNS = {
-    "simulate": lambda f, *args: simulate(f, LAYOUT, *args, mesh=Mesh(dp=2, tp=3)), "compile": lambda f, *args: compile(f, LAYOUT, mesh=ONE)(*args),
+    "simulate": lambda f, *args: simulate(f, LAYOUT, *args, mesh=Mesh(dp=2, tp=3)),
+    "compile": lambda f, *args: compile(f, LAYOUT, mesh=ONE)(*args),
     "step": lambda f, *args: step(f, LAYOUT, mesh=ONE)(*args), "call": lambda f, *args: f(*args)}
 
 
@@ -79,9 +81,11 @@ def test_gradients_come_in_the_order_and_the_containers_of_wrt(run, wrt):
 
 
 def test_the_value_is_first_and_printed_programs_say_the_same_order():
-    assert torch.equal(RUNS["call"](value_and_grad(loss, ["q", "x"]), *arguments().values())[0], loss(*arguments().values()))
+    assert torch.equal(RUNS["call"](value_and_grad(loss, ["q", "x"]), *arguments().values())[0],
+                       loss(*arguments().values()))
     program = lower(value_and_grad(loss, ["q", "y", "p"]), LAYOUT, mesh=Mesh(dp=2, tp=3))
-    assert [str(r.tree if not hasattr(r.tree, "name") else r.tree.name) for r in program.results] == ["()", "One", "F", "Two"]
+    assert [str(r.tree if not hasattr(r.tree, "name") else r.tree.name)
+            for r in program.results] == ["()", "One", "F", "Two"]
     assert '@sharded("B/dp D/tp, *, F, * -> (), *, F, *", layout=EXPLICIT)' in str(program)
     assert check(parse_program(str(program), TABLE), Mesh(dp=2, tp=3)) == program
 
@@ -104,30 +108,35 @@ def embedded(ids, table, w):
 
 
 @pytest.mark.parametrize("wrt, message", [
-    (["table", "table"], "wrt names table twice"), ([], "wrt is empty"), (["w", "v"], "embedded has no argument v"), ("", "embedded has no argument "),
+    (["table", "table"], "wrt names table twice"), ([], "wrt is empty"),
+    (["w", "v"], "embedded has no argument v"), ("", "embedded has no argument "),
     (None, "embedded takes no pytree, by which gradients are where wrt is not given")])
 def test_a_wrt_that_says_nothing_is_refused_when_it_is_said(wrt, message):
     with pytest.raises(SpecError) as error:
         value_and_grad(embedded, wrt)
     line = embedded.fn.__code__.co_firstlineno
-    assert str(error.value) == f"value_and_grad: {message}; the arguments are ids, table, w          test_wrt.py:{line}"
+    assert str(error.value) == (
+        f"value_and_grad: {message}; the arguments are ids, table, w          test_wrt.py:{line}")
 
 
 def test_there_is_no_gradient_by_indices():
     with pytest.raises(SpecError) as error:
         lower(value_and_grad(embedded, ["w", "ids"]), LAYOUT, mesh=ONE)
-    assert str(error.value) == ("value_and_grad: embedded takes indices in ids; there is no gradient by them          "
-                                f"test_wrt.py:{embedded.fn.__code__.co_firstlineno}")
+    assert (str(error.value)
+            == ("value_and_grad: embedded takes indices in ids; there is no gradient by them          "
+                f"test_wrt.py:{embedded.fn.__code__.co_firstlineno}"))
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("leaf, kind", [("y", torch.int64), ("p.b", torch.int32), ("p.a", torch.bool)])
 def test_there_is_no_gradient_by_integers(run, leaf, kind):
     args, (name, _, field) = arguments(), leaf.partition(".")
-    args[name] = Two(**{**vars(args["p"]), field: vars(args["p"])[field].to(kind)}) if field else args[name].to(kind)
+    args[name] = (Two(**{**vars(args["p"]), field: vars(args["p"])[field].to(kind)}) if field
+                  else args[name].to(kind))
     with pytest.raises(SpecError) as error:
         run(value_and_grad(loss, ["x", "y", "p"]), *args.values())
-    assert str(error.value) == (f"value_and_grad: {leaf} is {str(kind).removeprefix('torch.')}; only floating-point tensors have gradients          "
+    assert str(error.value) == (f"value_and_grad: {leaf} is {str(kind).removeprefix('torch.')}; only "
+                                "floating-point tensors have gradients          "
                                 f"test_wrt.py:{loss.fn.__code__.co_firstlineno}")
 
 
@@ -137,7 +146,8 @@ def test_gradients_are_no_part_of_a_program():
         return value_and_grad(loss)(x, p, y, q)[0]
     with pytest.raises(SpecError) as error:
         lower(f, mesh=ONE)
-    assert str(error.value).startswith("value_and_grad: the gradients of loss are a program of their own, and no part of another          test_wrt.py:")
+    assert str(error.value).startswith("value_and_grad: the gradients of loss are a program of their own, "
+                                       "and no part of another          test_wrt.py:")
 
 
 def test_the_example_of_its_docstring():

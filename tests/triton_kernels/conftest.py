@@ -12,6 +12,8 @@ HERE = Path(__file__).resolve().parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(HERE):
-            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))       # of numpy, at sums of infinities
+            # of numpy, at sums of infinities
+            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
             if os.environ.get("TRITON_INTERPRET") != "1" and item.path.stem != "test_compiled":
-                item.add_marker(pytest.mark.skip(reason="where there is a GPU, kernels are compiled: TRITON_INTERPRET=1 runs this"))
+                item.add_marker(pytest.mark.skip(
+                    reason="where there is a GPU, kernels are compiled: TRITON_INTERPRET=1 runs this"))

@@ -1,7 +1,9 @@
-"""What the compiler makes of the kernels, for sm_90, without one: instructions and their order, registers, spills.
+"""What the compiler makes of the kernels, for sm_90, without one:
+instructions and their order, registers, spills.
 
-The simulator shows that the protocols are right as written; here is shown that Triton does not take out what they rest on. It has
-compiled a release without the barrier that must precede it, and 16 bytes as eight loads of 2. Any version of Triton is asked anew.
+The simulator shows that the protocols are right as written; here is shown that Triton does not take out what
+they rest on. It has compiled a release without the barrier that must precede it, and 16 bytes as eight loads
+of 2. Any version of Triton is asked anew.
 """
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ each_world = pytest.mark.parametrize("world", WORLDS)
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """All that compile_worker.py writes: by a process of its own, since this one has imported Triton to interpret."""
+    """All that compile_worker.py writes: by a process of its own,
+    since this one has imported Triton to interpret."""
     return compile_all(tmp_path_factory.mktemp("compiled"))
 
 
@@ -38,9 +41,10 @@ def of_few_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
 
 
 def compile_all(folder: Path, *what: str) -> list[dict[str, Any]]:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
-    done = subprocess.run([sys.executable, HELPERS / "compile_worker.py", folder / "out.json", *what], env=env, timeout=DEADLINE_S,
-                          capture_output=True, text=True)
+    env = ({name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+           | {"TRITON_CACHE_DIR": str(folder / "cache")})
+    done = subprocess.run([sys.executable, HELPERS / "compile_worker.py", folder / "out.json", *what],
+                          env=env, timeout=DEADLINE_S, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "out.json").read_text())
 
@@ -55,7 +59,8 @@ def instructions(ptx: str) -> list[str]:
     """Instructions and labels, without predicates, comments and directives."""
     body = ptx[ptx.index("$L__func_begin0"):ptx.index("$L__func_end0")] if "$L__func_begin0" in ptx else ptx
     lines = (line.partition("//")[0].strip() for line in body.splitlines())
-    kept = [line for line in lines if line and line[0] not in "{}.(" and not line.startswith(("$L__tmp", "$L__func"))]
+    kept = [line for line in lines
+            if line and line[0] not in "{}.(" and not line.startswith(("$L__tmp", "$L__func"))]
     return [line.partition(" ")[2].strip() if line.startswith("@") else line for line in kept]
 
 
@@ -71,34 +76,45 @@ def count(lines: list[str], *words: str) -> int:
 @each
 @each_world
 def test_every_quad_is_one_instruction(launches: list[dict[str, Any]], kernel: str, world: int) -> None:
-    """Pushes and polls of 16 bytes, as many as the kernel's text has; of single words those of an exchange alone: of lines, and of what
-    they hide; and, where there is a norm, one for the sum of squares, of which a quad is polled."""
+    """Pushes and polls of 16 bytes, as many as the kernel's text has; of single words those of an exchange
+    alone: of lines, and of what they hide; and, where there is a norm, one for the sum of squares, of which a
+    quad is polled."""
     others = world - 1
-    pushes, polls = {"one_shot": (2, 1), "two_shot": (3, 2), "reduce_scatter": (2, 1), "exchange": (2, 1), "norm": (2, 1), "two_shot_norm": (3, 2)}[kernel]
+    pushes, polls = {"one_shot": (2, 1), "two_shot": (3, 2), "reduce_scatter": (2, 1), "exchange": (2, 1),
+                     "norm": (2, 1), "two_shot_norm": (3, 2)}[kernel]
     word_pushes, word_polls = (4 * others, 2 * others) if kernel == "exchange" else (kernel in NORMS, 0)
     for launch in of(launches, kernel, world):
         lines = instructions(launch["ptx"])
         assert (count(lines, PUSH), count(lines, PUSH_WORD)) == (pushes * others, word_pushes)
-        assert (count(lines, POLL), count(lines, POLL_WORD)) == (polls * others + (kernel in NORMS), word_polls)
-        assert count(lines, "st.relaxed") == pushes * others + word_pushes and count(lines, "ld.relaxed") == polls * others + word_polls + (kernel in NORMS)
-        loads = {"one_shot": 3, "norm": 5, "two_shot_norm": 2 * others + 2 + 2 * world}.get(kernel, 2 * others + 1)   # of x: what two chunks push, what stays
+        assert (count(lines, POLL),
+                count(lines, POLL_WORD)) == (polls * others + (kernel in NORMS), word_polls)
+        assert (count(lines, "st.relaxed") == pushes * others + word_pushes
+                and count(lines, "ld.relaxed") == polls * others + word_polls + (kernel in NORMS))
+        # of x: what two chunks push, what stays
+        loads = {"one_shot": 3, "norm": 5,
+                 "two_shot_norm": 2 * others + 2 + 2 * world}.get(kernel, 2 * others + 1)
         assert count(lines, "ld.global.v4.b32") == loads
-        assert not count(lines, "volatile", *(f"{way}.global.{width}" for way in ("ld", "st") for width in ("b8", "b16", "u16")))
+        assert not count(lines, "volatile",
+                         *(f"{way}.global.{width}" for way in ("ld", "st") for width in ("b8", "b16", "u16")))
 
 
 @each
 @each_world
-def test_every_push_is_by_one_thread_and_of_the_lanes_that_are_there(launches: list[dict[str, Any]], kernel: str, world: int) -> None:
-    """Every quad is pushed once: a second copy could come when the first has been read and cleared. The predicate is one that is computed,
-    and no two threads have the same lane: an instruction in inline assembler is run by all that have it."""
+def test_every_push_is_by_one_thread_and_of_the_lanes_that_are_there(launches: list[dict[str, Any]],
+                                                                     kernel: str, world: int) -> None:
+    """Every quad is pushed once: a second copy could come when the first has been read and cleared. The
+    predicate is one that is computed, and no two threads have the same lane: an instruction in inline
+    assembler is run by all that have it."""
     for launch in of(launches, kernel, world):
         ptx = launch["ptx"]
         assert ptx.count("@p st.relaxed.sys") == ptx.count("st.relaxed")
         flags = re.findall(r"setp\.ne\.s32 p, (\S+), 0;\n@p st\.relaxed", ptx)
-        assert len(flags) == ptx.count("st.relaxed") and set(flags) <= set(re.findall(r"selp\.b32 \s*(%r\d+), 1, 0, %p\d+;", ptx))
+        assert (len(flags) == ptx.count("st.relaxed")
+                and set(flags) <= set(re.findall(r"selp\.b32 \s*(%r\d+), 1, 0, %p\d+;", ptx)))
         layout, = launch["layouts"]
-        assert re.findall(r"(\w+) = \[(\d+)\]", layout) == [("sizePerThread", "1"), ("threadsPerWarp", "32"), ("warpsPerCTA", str(launch["warps"])),
-                                                             ("order", "0")]
+        assert (re.findall(r"(\w+) = \[(\d+)\]", layout)
+                == [("sizePerThread", "1"), ("threadsPerWarp", "32"), ("warpsPerCTA", str(launch["warps"])),
+                     ("order", "0")])
 
 
 def conditions(ptx: str, flag: str) -> set[str]:
@@ -107,20 +123,24 @@ def conditions(ptx: str, flag: str) -> set[str]:
     assert len(ways) == 1, f"{flag} is computed in one place"
     (name, operands), = ways
     if name == "and.pred" or name == "selp.b32" and operands.startswith("1, 0, "):
-        return {c for operand in operands.removeprefix("1, 0, ").split(", ") for c in conditions(ptx, operand)}
+        return {c for operand in operands.removeprefix("1, 0, ").split(", ")
+                for c in conditions(ptx, operand)}
     return {f"{name} {operands}"}
 
 
 def flags(ptx: str, *instructions: str) -> list[tuple[str, str]]:
     """(instruction, flag) of all of these that run under a predicate of their own, as they come."""
     ways = "|".join(map(re.escape, instructions))
-    return [(name, flag) for flag, name in re.findall(rf"setp\.(?:ne|eq)\.s32 p, (%r\d+), 0;\n@p ({ways}) ?[\[;]", ptx)]
+    return [(name, flag)
+            for flag, name in re.findall(rf"setp\.(?:ne|eq)\.s32 p, (%r\d+), 0;\n@p ({ways}) ?[\[;]", ptx)]
 
 
 @each_world
-def test_words_are_pushed_and_taken_by_lanes_that_are_there_alone(launches: list[dict[str, Any]], world: int) -> None:
-    """A lane beyond the end stands at the last quad, whose word comes once and is emptied by one lane: another would wait for ever, which
-    the simulator, whose lanes stay together, does not see. So every flag asks for the bound of its chunk's quads, and for more."""
+def test_words_are_pushed_and_taken_by_lanes_that_are_there_alone(launches: list[dict[str, Any]],
+                                                                  world: int) -> None:
+    """A lane beyond the end stands at the last quad, whose word comes once and is emptied by one lane:
+    another would wait for ever, which the simulator, whose lanes stay together, does not see. So every flag
+    asks for the bound of its chunk's quads, and for more."""
     others = world - 1
     for launch in of(launches, "exchange", world):
         ptx = launch["ptx"]
@@ -141,7 +161,8 @@ def test_words_are_pushed_and_taken_by_lanes_that_are_there_alone(launches: list
             for of_line, of_hidden in zip(chunk[others::2], chunk[others + 1::2]):
                 assert conditions(ptx, of_hidden) > {there}
                 if chunk is later and launch["line"] == 32 * launch["warps"]:
-                    assert starts_before_the_end(ptx, chunk[0], piece)                  # as the first lane does: the only one with a line
+                    # as the first lane does: the only one with a line
+                    assert starts_before_the_end(ptx, chunk[0], piece)
                 else:
                     assert conditions(ptx, of_line) > {there}
 
@@ -155,18 +176,22 @@ def starts_before_the_end(ptx: str, flag: str, piece: set[str]) -> bool:
 
 @each
 @each_world
-def test_nothing_but_loads_and_tests_in_a_polling_loop(launches: list[dict[str, Any]], kernel: str, world: int) -> None:
-    """A barrier or shared memory in it would cost several times the trip. All sources are polled in one loop; what their lines hide in
-    one for each, where a lane that waits for nothing does not come."""
+def test_nothing_but_loads_and_tests_in_a_polling_loop(launches: list[dict[str, Any]], kernel: str,
+                                                       world: int) -> None:
+    """A barrier or shared memory in it would cost several times the trip. All sources are polled in one loop;
+    what their lines hide in one for each, where a lane that waits for nothing does not come."""
     others = world - 1
-    quads = {"two_shot": [others, others], "norm": [others, 1], "two_shot_norm": [others, others, 1]}.get(kernel, [others])
+    quads = {"two_shot": [others, others], "norm": [others, 1],
+             "two_shot_norm": [others, others, 1]}.get(kernel, [others])
     for launch in of(launches, kernel, world):
         lines = instructions(launch["ptx"])
         loops = polling_loops(lines)
         assert sum(count(loop, POLL, POLL_WORD) for loop in loops) == count(lines, POLL, POLL_WORD)
-        assert not [line for loop in loops for line in loop if any(word in line for word in ("bar", ".shared", "st.", "atom", "fence"))]
+        assert not [line for loop in loops for line in loop
+                    if any(word in line for word in ("bar", ".shared", "st.", "atom", "fence"))]
         if kernel == "exchange":
-            assert [(count(loop, POLL), count(loop, POLL_WORD)) for loop in loops] == [(others, others)] + [(0, 1)] * others
+            assert ([(count(loop, POLL), count(loop, POLL_WORD)) for loop in loops] == [(others, others)]
+                    + [(0, 1)] * others)
             assert len(re.findall(r"@p bra DONE;\nPOLL: ld", launch["ptx"])) == others
         else:
             assert [(count(loop, POLL), count(loop, POLL_WORD)) for loop in loops] == [(n, 0) for n in quads]
@@ -186,7 +211,8 @@ def polling_loops(lines: list[str]) -> list[list[str]]:
 
 
 def releases(lines: list[str]) -> int:
-    """How many there are; AssertionError where something stands between a barrier and a release that may not."""
+    """How many there are; AssertionError where something stands between a barrier
+    and a release that may not."""
     synced, found = False, 0
     for line in lines:
         if "bar.sync" in line:
@@ -202,7 +228,8 @@ def releases(lines: list[str]) -> int:
 
 @each
 @each_world
-def test_a_barrier_comes_right_before_the_release(launches: list[dict[str, Any]], kernel: str, world: int) -> None:
+def test_a_barrier_comes_right_before_the_release(launches: list[dict[str, Any]], kernel: str,
+                                                  world: int) -> None:
     """Of the count of the call: all threads of a block have entered by then."""
     for launch in of(launches, kernel, world):
         lines = instructions(launch["ptx"])
@@ -210,27 +237,34 @@ def test_a_barrier_comes_right_before_the_release(launches: list[dict[str, Any]]
         release, = (i for i, line in enumerate(lines) if "acq_rel" in line)
         last = max(i for i, line in enumerate(lines[:release]) if "bar.sync" in line)
         with pytest.raises(AssertionError):
-            releases(lines[:last] + lines[last + 1:])                                   # the test sees a barrier that is missing
+            releases(lines[:last] + lines[last + 1:])  # the test sees a barrier that is missing
 
 
 @each
 @each_world
-def test_the_only_atomic_counts_the_calls_of_this_gpu(launches: list[dict[str, Any]], kernel: str, world: int) -> None:
+def test_the_only_atomic_counts_the_calls_of_this_gpu(launches: list[dict[str, Any]], kernel: str,
+                                                      world: int) -> None:
     """The other GPUs see pushes alone."""
     for launch in of(launches, kernel, world):
-        atomics = [line.split()[0] for line in instructions(launch["ptx"]) if "atom" in line or line.startswith("red.")]
+        atomics = [line.split()[0] for line in instructions(launch["ptx"])
+                   if "atom" in line or line.startswith("red.")]
         assert atomics == ["atom.global.gpu.acq_rel.add.u32"]
 
 
 @each
 @each_world
-def test_barriers_and_shared_memory_are_those_of_the_count_of_the_call(launches: list[dict[str, Any]], kernel: str, world: int) -> None:
-    """A line of a warp costs neither; one of a block does, each time one is sent. A norm has them once more, for its sum of squares."""
+def test_barriers_and_shared_memory_are_those_of_the_count_of_the_call(launches: list[dict[str, Any]],
+                                                                       kernel: str, world: int) -> None:
+    """A line of a warp costs neither; one of a block does, each time one is sent.
+
+    A norm has them once more, for its sum of squares.
+    """
     for launch in of(launches, kernel, world):
         lines = instructions(launch["ptx"])
         barriers, shared = count(lines, "bar.sync"), count(lines, ".shared.")
         if kernel in NORMS:
-            assert (barriers, launch["shared"]) == ((5, 4 * launch["warps"]) if launch["warps"] > 1 else (2, 4))
+            assert (barriers,
+                    launch["shared"]) == ((5, 4 * launch["warps"]) if launch["warps"] > 1 else (2, 4))
         elif launch["line"] <= 32:
             assert (barriers, shared, launch["shared"]) == (2, 2, 4) and not count(lines, "shfl")
         else:
@@ -241,17 +275,20 @@ def test_barriers_and_shared_memory_are_those_of_the_count_of_the_call(launches:
 @each
 @each_world
 def test_registers_are_as_asked_for(launches: list[dict[str, Any]], kernel: str, world: int) -> None:
-    """`ops/nvlink.py` relies on it: a block that waits for a peer must not keep another from running. Nothing spills, but for four
-    words of two shots between four, two on the other ranks than this one, and some of two shots with a norm between eight."""
+    """`ops/nvlink.py` relies on it: a block that waits for a peer must not keep another from running. Nothing
+    spills, but for four words of two shots between four, two on the other ranks than this one, and some of
+    two shots with a norm between eight."""
     for launch in of(launches, kernel, world):
         assert re.search(rf"^\.maxnreg {launch['most']}$", launch["ptx"], re.MULTILINE)
         assert launch["registers"] <= launch["most"], launch["kind"]
-        assert launch["stack"] <= {("two_shot", 4): 16, ("two_shot_norm", 8): 192}.get((kernel, world), 0), launch["kind"]
+        assert launch["stack"] <= {("two_shot", 4): 16,
+                                   ("two_shot_norm", 8): 192}.get((kernel, world), 0), launch["kind"]
 
 
-def test_kernels_of_few_rows_read_16_bytes_at_once_and_spill_nothing(of_few_rows: list[dict[str, Any]]) -> None:
-    """Straight to registers, or by copies that run ahead to shared memory; several rows go through the tensor cores. A product of one row may
-    leave two words behind, once."""
+def test_kernels_of_few_rows_read_16_bytes_at_once_and_spill_nothing(
+        of_few_rows: list[dict[str, Any]]) -> None:
+    """Straight to registers, or by copies that run ahead to shared memory; several rows go through the tensor
+    cores. A product of one row may leave two words behind, once."""
     for launch in of_few_rows:
         ptx = launch["ptx"]
         assert launch["stack"] <= (8 if launch["kernel"] == "one_row" else 0), launch["kernel"]
@@ -259,7 +296,8 @@ def test_kernels_of_few_rows_read_16_bytes_at_once_and_spill_nothing(of_few_rows
         if launch["kernel"] in ("rms_norm", "one_row"):
             assert re.search(r"ld\.global\S*\.v4\.b32", ptx) and "cp.async" not in ptx
         else:
-            assert "cp.async.cg.shared.global" in ptx and not re.search(r"cp\.async\.ca", ptx) and re.search(r"(wg)?mma", ptx), launch["kernel"]
+            assert ("cp.async.cg.shared.global" in ptx and not re.search(r"cp\.async\.ca", ptx)
+                    and re.search(r"(wg)?mma", ptx)), launch["kernel"]
 
 
 def test_who_shares_work_counts_after_a_barrier(of_few_rows: list[dict[str, Any]]) -> None:

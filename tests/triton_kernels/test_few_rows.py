@@ -1,4 +1,5 @@
-"""Norms, matmuls of few rows and attention by lengths, in the interpreter, whose bfloat16 is not one: at most twice as far from float64 as torch."""
+"""Norms, matmuls of few rows and attention by lengths, in the interpreter, whose bfloat16 is not one: at most
+twice as far from float64 as torch."""
 from __future__ import annotations
 
 import numpy
@@ -26,8 +27,10 @@ from shardlib.triton_kernels.rms_norm import (
     rms_norm_reference,
 )
 
-OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(OLD, reason="the interpreter of Triton 3.6 runs no loops with numpy 2.4")]
+OLD = (tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+       and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4))
+pytestmark = [pytest.mark.usefixtures("one_thread"),
+              pytest.mark.skipif(OLD, reason="the interpreter of Triton 3.6 runs no loops with numpy 2.4")]
 EPS = 1e-5
 some = settings(max_examples=settings.default.max_examples // 4)
 dtypes, seeds = st.sampled_from((torch.float32, torch.float16)), st.integers(0, 2**31)
@@ -43,9 +46,11 @@ def test_norms(dtype: torch.dtype, seed: int, rows: int, width: int) -> None:
     """Of rows of any width; an added residual has the bits of an addition."""
     torch.manual_seed(seed)
     x, old, w = normal(dtype, rows, width), normal(dtype, rows, width), normal(dtype, width)
-    assert near(rms_norm(x, w, EPS), rms_norm_reference(x, w, EPS), rms_norm_reference(x.double(), w.double(), EPS))
+    assert near(rms_norm(x, w, EPS), rms_norm_reference(x, w, EPS),
+                rms_norm_reference(x.double(), w.double(), EPS))
     total, normed = add_rms_norm(x, old, w, EPS)
-    assert torch.equal(total, add_rms_norm_reference(x, old, w, EPS)[0]) and torch.equal(normed, rms_norm(total, w, EPS))
+    assert (torch.equal(total, add_rms_norm_reference(x, old, w, EPS)[0])
+            and torch.equal(normed, rms_norm(total, w, EPS)))
 
 
 def test_a_norm_of_nothing_and_of_nan() -> None:
@@ -56,13 +61,15 @@ def test_a_norm_of_nothing_and_of_nan() -> None:
 
 
 @some
-@given(dtypes, seeds, st.booleans(), st.sampled_from((1, 1, 2, 8, 9, 17)), st.integers(1, 150), st.integers(1, 40), st.sampled_from((16, 32)),
-       st.sampled_from((2, 4, 16)), st.sampled_from((1, 1, 3)))
-def test_matmuls(dtype: torch.dtype, seed: int, gated: bool, rows: int, lines: int, columns: int, at_once: int, tile: int, splits: int) -> None:
+@given(dtypes, seeds, st.booleans(), st.sampled_from((1, 1, 2, 8, 9, 17)), st.integers(1, 150),
+       st.integers(1, 40), st.sampled_from((16, 32)), st.sampled_from((2, 4, 16)), st.sampled_from((1, 1, 3)))
+def test_matmuls(dtype: torch.dtype, seed: int, gated: bool, rows: int, lines: int, columns: int,
+                 at_once: int, tile: int, splits: int) -> None:
     """Of any sizes, gated and not, split or not: tiles that do not divide them end where they do."""
     torch.manual_seed(seed)
     x, w = normal(dtype, rows, lines), normal(dtype, columns * (1 + gated), lines).mT
-    ours, reference = (gated_matmul_rows, gated_matmul_rows_reference) if gated else (matmul_rows, matmul_rows_reference)
+    ours, reference = ((gated_matmul_rows, gated_matmul_rows_reference) if gated
+                       else (matmul_rows, matmul_rows_reference))
     counts = torch.zeros(8, dtype=torch.int32)
     got = ours(x, w, Tile(tile if rows == 1 else 16, at_once, 4, 2, splits), counts)
     assert got.shape == (rows, columns) and got.dtype == dtype and (counts == 0).all()
@@ -72,13 +79,17 @@ def test_matmuls(dtype: torch.dtype, seed: int, gated: bool, rows: int, lines: i
 
 
 @some
-@given(st.data(), dtypes, seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(1, 4), st.sampled_from((8, 16, 24)),
-       st.integers(3, 90), st.sampled_from((1, 2, 3, 8)))
-def test_attention_by_lengths(data: st.DataObject, dtype: torch.dtype, seed: int, rows: int, new: int, heads: int, group: int, h: int, keys: int,
-                              splits: int) -> None:
-    """Of rows of any lengths, cut into any number of splits. What lies behind a row's keys is not read, be it NaN; no keys give zeros."""
+@given(st.data(), dtypes, seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(1, 4),
+       st.sampled_from((8, 16, 24)), st.integers(3, 90), st.sampled_from((1, 2, 3, 8)))
+def test_attention_by_lengths(data: st.DataObject, dtype: torch.dtype, seed: int, rows: int, new: int,
+                              heads: int, group: int, h: int, keys: int, splits: int) -> None:
+    """Of rows of any lengths, cut into any number of splits.
+
+    What lies behind a row's keys is not read, be it NaN; no keys give zeros.
+    """
     torch.manual_seed(seed)
-    q, k, v = normal(dtype, rows, new, heads, group, h), normal(dtype, rows, keys, heads, h), normal(dtype, rows, keys, heads, h)
+    q, k, v = (normal(dtype, rows, new, heads, group, h), normal(dtype, rows, keys, heads, h),
+               normal(dtype, rows, keys, heads, h))
     lengths = torch.tensor([data.draw(st.integers(0, keys - new + 1)) for _ in range(rows)])
     exact = decode_attention_reference(*(x.double() for x in (q, k, v)), lengths)
     torchs = decode_attention_reference(q, k, v, lengths)
@@ -92,7 +103,11 @@ def test_attention_by_lengths(data: st.DataObject, dtype: torch.dtype, seed: int
 
 def test_the_reference_of_attention_is_that_of_torch() -> None:
     """With a mask, where every query sees something."""
-    q, k, v, lengths = torch.randn(2, 3, 2, 4, 8), torch.randn(2, 9, 2, 8), torch.randn(2, 9, 2, 8), torch.tensor([1, 7])
+    q, k, v, lengths = (torch.randn(2, 3, 2, 4, 8), torch.randn(2, 9, 2, 8), torch.randn(2, 9, 2, 8),
+                        torch.tensor([1, 7]))
     seen = torch.arange(9) < lengths[:, None, None] + torch.arange(3)[:, None]
-    want = F.scaled_dot_product_attention(q.permute(0, 2, 3, 1, 4).flatten(1, 2), *(x.transpose(1, 2).repeat_interleave(4, 1) for x in (k, v)), seen[:, None])
-    torch.testing.assert_close(decode_attention_reference(q, k, v, lengths), want.unflatten(1, (2, 4)).permute(0, 3, 1, 2, 4))
+    want = F.scaled_dot_product_attention(q.permute(0, 2, 3, 1, 4).flatten(1, 2),
+                                          *(x.transpose(1, 2).repeat_interleave(4, 1) for x in (k, v)),
+                                          seen[:, None])
+    torch.testing.assert_close(decode_attention_reference(q, k, v, lengths),
+                               want.unflatten(1, (2, 4)).permute(0, 3, 1, 2, 4))

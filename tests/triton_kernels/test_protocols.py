@@ -1,7 +1,9 @@
-"""The protocols between GPUs under every order of turns that a seed brings: sums and exchanges right to the bit, in memory as weak as a GPU's.
+"""The protocols between GPUs under every order of turns that a seed brings: sums and exchanges right to the
+bit, in memory as weak as a GPU's.
 
-Each protocol has its negative controls: the same with one thing left out, which must go wrong on some of the seeds on which the
-protocol itself does not. A control that passes would mean that the simulator no longer sees what it is there to see.
+Each protocol has its negative controls: the same with one thing left out, which must go wrong on some of the
+seeds on which the protocol itself does not. A control that passes would mean that the simulator no longer
+sees what it is there to see.
 """
 from __future__ import annotations
 
@@ -81,8 +83,9 @@ def some_calls(family: str) -> st.SearchStrategy[list[Call]]:
     """What `random_calls` draws, by other hands."""
     def call(warps: int) -> st.SearchStrategy[Call]:
         quads, blocks = {"norms": (12, 1), "all": (20, 1)}.get(family, (40, 3))
-        return st.builds(Call, st.sampled_from(FAMILIES[family]), st.sampled_from(DTYPES), st.integers(1, 3), st.integers(1, quads), st.integers(1, blocks),
-                         st.sampled_from((8, 32, 32 * warps)), st.just(warps), st.sampled_from((1, 2, 4)))
+        return st.builds(Call, st.sampled_from(FAMILIES[family]), st.sampled_from(DTYPES), st.integers(1, 3),
+                         st.integers(1, quads), st.integers(1, blocks), st.sampled_from((8, 32, 32 * warps)),
+                         st.just(warps), st.sampled_from((1, 2, 4)))
     return st.lists(st.sampled_from(WARPS).flatmap(call), min_size=2, max_size=4)
 
 
@@ -100,11 +103,12 @@ def test_calls_in_turns(family: str) -> None:
     @settings(a_few, max_examples=a_few.max_examples // (3 if family in ("norms", "all") else 1))
     @given(seeds, worlds, residents, some_calls(family))
     def check(seed: int, world: int, resident: int | None, calls: list[Call]) -> None:
-        assert simulate(calls, world, seed, resident=None if any(map(wants_all_blocks, calls)) else resident) is None
+        assert (simulate(calls, world, seed, resident=None if any(map(wants_all_blocks, calls)) else resident)
+                is None)
     check()
 
 
-# -- negative controls -------------------------------------------------------------------------------------------------
+# -- negative controls ---------------------------------------------------------------------------------------
 
 Rules = dict[str, Any]
 Patch = pytest.MonkeyPatch
@@ -173,7 +177,8 @@ def calls_are_not_counted(patch: Patch) -> Rules:
 
 
 @triton.jit
-def _leaves_at_the_first_block(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexpr, chunk):
+def _leaves_at_the_first_block(slot, state_ptr, filled, quads, PARTS: tl.constexpr, LINE: tl.constexpr,
+                               chunk):
     tl.debug_barrier()
     if tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="gpu") == 0:
         tl.store(state_ptr + 2 + slot, filled)
@@ -189,24 +194,26 @@ def the_first_block_counts_the_call(patch: Patch) -> Rules:
 
 
 @triton.jit
-def _receives_by_one_word(address, stride, N: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr,
-                          INTERPRET: tl.constexpr):
+def _receives_by_one_word(address, stride, N: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr,
+                          WORDS: tl.constexpr, INTERPRET: tl.constexpr):
     words = ()
     for i in tl.static_range(N):
         p = (address + i * stride).to(tl.pointer_type(tl.int32))
         first = tl.load(p, volatile=True)
         while tl.max((first == EMPTY).to(tl.int32)) > 0:
             first = tl.load(p, volatile=True)
-        words = words + (first, tl.load(p + 1, volatile=True), tl.load(p + 2, volatile=True), tl.load(p + 3, volatile=True))
+        words = words + (first, tl.load(p + 1, volatile=True), tl.load(p + 2, volatile=True),
+                         tl.load(p + 3, volatile=True))
     return words
 
 
 @triton.jit
-def _receives_lines_by_one_word(address, stride, line, line_stride, N: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr,
-                                WORDS: tl.constexpr, INTERPRET: tl.constexpr):
+def _receives_lines_by_one_word(address, stride, line, line_stride, N: tl.constexpr, SPIN: tl.constexpr,
+                                CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr, INTERPRET: tl.constexpr):
     words, of_lines = (), ()
     for i in tl.static_range(N):
-        p, l = (address + i * stride).to(tl.pointer_type(tl.int32)), (line + i * line_stride).to(tl.pointer_type(tl.int32))
+        p, l = ((address + i * stride).to(tl.pointer_type(tl.int32)),
+                (line + i * line_stride).to(tl.pointer_type(tl.int32)))
         of_line = tl.load(l, volatile=True)
         while tl.max((of_line == EMPTY).to(tl.int32)) > 0:
             of_line = tl.load(l, volatile=True)
@@ -223,11 +230,12 @@ def one_word_of_four_is_polled(patch: Patch) -> Rules:
 
 
 @triton.jit
-def _receives_quads_alone(address, stride, line, line_stride, N: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr,
-                          INTERPRET: tl.constexpr):
+def _receives_quads_alone(address, stride, line, line_stride, N: tl.constexpr, SPIN: tl.constexpr,
+                          CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr, INTERPRET: tl.constexpr):
     words, of_lines = (), ()
     for i in tl.static_range(N):
-        p, l = (address + i * stride).to(tl.pointer_type(tl.int32)), (line + i * line_stride).to(tl.pointer_type(tl.int32))
+        p, l = ((address + i * stride).to(tl.pointer_type(tl.int32)),
+                (line + i * line_stride).to(tl.pointer_type(tl.int32)))
         for j in tl.static_range(4):
             word = tl.load(p + j, volatile=True)
             while tl.max((word == EMPTY).to(tl.int32)) > 0:
@@ -270,7 +278,8 @@ def what_is_hidden_is_not_emptied(patch: Patch) -> Rules:
 
 
 @triton.jit
-def _adds_own_first(words, own, J: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr, KIND: tl.constexpr, INTERPRET: tl.constexpr):
+def _adds_own_first(words, own, J: tl.constexpr, RANK: tl.constexpr, W: tl.constexpr, KIND: tl.constexpr,
+                    INTERPRET: tl.constexpr):
     low = unpack_low(own[J], KIND)
     for r in tl.static_range(W - 1):
         low += unpack_low(words[4 * r + J], KIND)
@@ -288,8 +297,9 @@ def own_is_added_first(patch: Patch) -> Rules:
 
 
 @triton.jit
-def _sums_what_is_there(squares, address, part, SPLIT: tl.constexpr, SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr,
-                        LANES: tl.constexpr, INTERPRET: tl.constexpr):
+def _sums_what_is_there(squares, address, part, SPLIT: tl.constexpr, SPIN: tl.constexpr,
+                        CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr,
+                        INTERPRET: tl.constexpr):
     total = tl.sum(squares, 0)
     if SPLIT > 1:
         p = (address + tl.zeros((1,), tl.int64)).to(tl.pointer_type(tl.float32))
@@ -310,15 +320,18 @@ def blocks_of_a_row_run_one_after_another(patch: Patch) -> Rules:
     return {"resident": 1, "split": 4}
 
 
-PROTOCOL = (two_slots, slots_in_one_place, kernels_without_an_end, nothing_is_cleared, half_is_cleared, empty_is_sent, calls_are_not_counted,
-            the_first_block_counts_the_call, one_word_of_four_is_polled)
+PROTOCOL = (two_slots, slots_in_one_place, kernels_without_an_end, nothing_is_cleared, half_is_cleared,
+            empty_is_sent, calls_are_not_counted, the_first_block_counts_the_call, one_word_of_four_is_polled)
 CONTROLS = {"sums": (*PROTOCOL, own_is_added_first),
-            "norms": (*PROTOCOL, own_is_added_first, sums_of_parts_are_not_awaited, blocks_of_a_row_run_one_after_another),
-            "moves": (*PROTOCOL, lines_are_not_awaited, what_is_hidden_is_not_awaited, what_is_hidden_is_not_emptied)}
+            "norms": (*PROTOCOL, own_is_added_first, sums_of_parts_are_not_awaited,
+                      blocks_of_a_row_run_one_after_another),
+            "moves": (*PROTOCOL, lines_are_not_awaited, what_is_hidden_is_not_awaited,
+                      what_is_hidden_is_not_emptied)}
 
 
 def seeds_of(family: str) -> range:
-    """Half of them where there are norms, whose blocks all wait for each other: a trial takes several times as long."""
+    """Half of them where there are norms, whose blocks all wait for each other:
+    a trial takes several times as long."""
     return SEEDS[:8] if family == "norms" else SEEDS
 
 
@@ -326,7 +339,8 @@ def trial(family: str, seed: int, **rules: Any) -> str | None:
     draw, split = random.Random(seed), rules.pop("split", 1 if "resident" in rules else None)
     calls = random_calls(family, draw, 4 if family == "norms" else 6)
     if split:
-        calls = [replace(call, blocks=3 if split == 1 else 1, split=split) if call.kernel in NORMS else call for call in calls]
+        calls = [replace(call, blocks=3 if split == 1 else 1, split=split) if call.kernel in NORMS else call
+                 for call in calls]
     return simulate(calls, 2 + (seed % 4 == 3 if family == "norms" else seed % 2), seed, **rules)
 
 
@@ -339,11 +353,14 @@ def test_without_a_change_no_seed_goes_wrong(family: str) -> None:
                          ids=lambda value: value if isinstance(value, str) else value.__name__)
 def test_negative_control(family: str, control: Callable[[Patch], Rules], monkeypatch: Patch) -> None:
     rules = control(monkeypatch)
-    assert any(trial(family, seed, **rules) for seed in seeds_of(family)), "passes: the simulator does not see what is missing"
+    assert any(trial(family, seed, **rules)
+               for seed in seeds_of(family)), "passes: the simulator does not see what is missing"
 
 
-def pushes(kernel: str, world: int, inner: int, patch: Patch, lanes: Callable[[Any], Any] = lambda there: there) -> tuple[list[int], ...]:
-    """The addresses that all ranks push to in one call, sorted: of quads and of words; and those that they should. lanes: which do it."""
+def pushes(kernel: str, world: int, inner: int, patch: Patch,
+           lanes: Callable[[Any], Any] = lambda there: there) -> tuple[list[int], ...]:
+    """The addresses that all ranks push to in one call, sorted: of quads and of words;
+    and those that they should. lanes: which do it."""
     found: dict[str, list[int]] = {"push_quads_once": [], "push_words_once": []}
 
     def noting(name: str) -> Callable[..., None]:
@@ -358,19 +375,23 @@ def pushes(kernel: str, world: int, inner: int, patch: Patch, lanes: Callable[[A
     for name in found:
         in_kernels(patch, name, noting(name))
     call = Call(kernel, torch.float32, 1, inner, blocks=2, line=8)
-    spaces, xs = workspaces(world, call.slot_bytes(world)), [torch.ones(call.shape(world)) for _ in range(world)]
+    spaces, xs = (workspaces(world, call.slot_bytes(world)),
+                  [torch.ones(call.shape(world)) for _ in range(world)])
     Simulation(inner, weak=False).run([lambda r=r: call.run(xs[r], spaces[r]) for r in range(world)])
-    parts = 2 * -(-inner // world) if kernel == "two_shot" else inner                 # of a rank, in a slot of another
+    parts = 2 * -(-inner // world) if kernel == "two_shot" else inner  # of a rank, in a slot of another
     count, lines = (world - 1) * parts, (world - 1) * -(-inner // 8) if kernel in MOVES else 0
     arenas = sorted(space.arena.data_ptr() for space in spaces)
-    return (*map(sorted, found.values()), [a + 16 * i for a in arenas for i in range(count)], [a + 16 * count + 4 * i for a in arenas for i in range(lines)])
+    return (*map(sorted, found.values()), [a + 16 * i for a in arenas for i in range(count)],
+            [a + 16 * count + 4 * i for a in arenas for i in range(lines)])
 
 
 @pytest.mark.parametrize("kernel, world", [(kernel, 2 + i % 2) for i, kernel in enumerate(SUMS + MOVES)])
 def test_every_quad_is_pushed_once(kernel: str, world: int, monkeypatch: Patch) -> None:
-    """To each place of a slot, and nowhere else: a second copy could come when the first has been read and cleared.
+    """To each place of a slot, and nowhere else: a second copy could come when the first
+    has been read and cleared.
 
-    Of fewer quads than a block has lanes, and of more than all blocks have; a push in all lanes would be seen.
+    Of fewer quads than a block has lanes, and of more than all blocks have; a push in all lanes would be
+    seen.
     """
     for inner in (5, 70):
         quads_found, words_found, of_quads, of_words = pushes(kernel, world, inner, monkeypatch)
@@ -387,8 +408,10 @@ def _packs(x_ptr, out_ptr, KIND: tl.constexpr):
 
 
 @pytest.mark.parametrize("kind, dtype, place", [("bf16", torch.bfloat16, 8), ("fp16", torch.float16, 11)])
-def test_numbers_are_rounded_to_the_nearest_and_halves_to_even(kind: str, dtype: torch.dtype, place: int) -> None:
+def test_numbers_are_rounded_to_the_nearest_and_halves_to_even(kind: str, dtype: torch.dtype,
+                                                               place: int) -> None:
     """In the interpreter, where the kernels' own instruction is not: as torch does."""
-    x, out = (1 + torch.arange(64) * 2.0 ** -place) * torch.tensor([1.0, -1.0]).repeat(32), torch.zeros(64, dtype=torch.int32)
+    x, out = ((1 + torch.arange(64) * 2.0 ** -place) * torch.tensor([1.0, -1.0]).repeat(32),
+              torch.zeros(64, dtype=torch.int32))
     _packs[(1,)](x, out, kind)
     assert torch.equal(out, torch.stack([x, x], 1).to(dtype).flatten().view(torch.int32))

@@ -26,7 +26,7 @@ def outcomes(ranks: Callable[[], list[Callable[[], Any]]], **rules: Any) -> list
     return [Simulation(seed, **rules).run(ranks()) for seed in SEEDS]
 
 
-# -- stores ------------------------------------------------------------------------------------------------------------
+# -- stores --------------------------------------------------------------------------------------------------
 
 @triton.jit
 def _send(data_ptr, flag_ptr, N: tl.constexpr, BARRIER: tl.constexpr, SEM: tl.constexpr):
@@ -48,7 +48,8 @@ def _take(data_ptr, flag_ptr, out_ptr, N: tl.constexpr, ACQUIRE: tl.constexpr, B
     tl.store(out_ptr + tl.arange(0, N), tl.load(data_ptr + tl.arange(0, N)) + early * 0)
 
 
-def message(barrier: bool = True, sem: str = "release", acquire: bool = True, barrier_after: bool = True) -> Callable[[], list[Callable[[], Any]]]:
+def message(barrier: bool = True, sem: str = "release", acquire: bool = True,
+            barrier_after: bool = True) -> Callable[[], list[Callable[[], Any]]]:
     """Rank 0 writes 7s and raises a flag; rank 1 waits for the flag and reads. Returns what it reads."""
     def ranks() -> list[Callable[[], Any]]:
         data, flag, out = zeros(), zeros(1), zeros()
@@ -143,7 +144,7 @@ def test_no_address_goes_back_in_time() -> None:
     assert {result[1] for result in outcomes(ranks)} == {(0, 0), (0, 1), (1, 1)}
 
 
-# -- blocks ------------------------------------------------------------------------------------------------------------
+# -- blocks --------------------------------------------------------------------------------------------------
 
 @triton.jit
 def _chain(flags_ptr, BACKWARDS: tl.constexpr):
@@ -167,7 +168,8 @@ def test_blocks_start_in_order_and_wait_for_a_place() -> None:
     """A block that waits for a later one keeps it from starting, if not all find room."""
     outcomes(chain(False), resident=1)
     outcomes(chain(True))
-    with pytest.raises(Deadlock, match=r"^no progress: block 0 of rank 0, block 1 of rank 0, block 2 of rank 0, block 3 of rank 0$"):
+    with pytest.raises(Deadlock, match=r"^no progress: block 0 of rank 0, block 1 of rank 0, block 2 of rank "
+                       r"0, block 3 of rank 0$"):
         outcomes(chain(True), resident=3)
 
 
@@ -203,7 +205,7 @@ def test_a_loop_of_polls_that_gives_up_is_no_deadlock() -> None:
     assert int(done) == 1
 
 
-# -- housekeeping ------------------------------------------------------------------------------------------------------
+# -- housekeeping --------------------------------------------------------------------------------------------
 
 @triton.jit
 def _helper(n):
@@ -216,7 +218,8 @@ def _fails(flag_ptr, n: tl.constexpr):
 
 
 def test_an_error_comes_out_as_it_is() -> None:
-    """Of a kernel, also from within the functions that it calls, and of a rank's own program; the others do not keep it waiting."""
+    """Of a kernel, also from within the functions that it calls, and of a rank's own program;
+    the others do not keep it waiting."""
     flag = zeros(1)
 
     def program() -> None:
@@ -235,14 +238,17 @@ def test_only_grids_of_one_dim() -> None:
 @pytest.mark.parametrize("end", ["result", "deadlock", "error"])
 def test_nothing_is_left_behind(end: str) -> None:
     """No thread, and the interpreter as it was."""
-    before = threading.active_count(), dict(vars(interpreter.InterpreterBuilder)), interpreter.GridExecutor.__call__, interpreter._patch_lang, tl.load
+    before = (threading.active_count(), dict(vars(interpreter.InterpreterBuilder)),
+              interpreter.GridExecutor.__call__, interpreter._patch_lang, tl.load)
     flag, word = zeros(1), zeros(1)
-    ranks = {"result": lambda: _store[(2,)](word, 1), "deadlock": lambda: _await[(2,)](flag), "error": lambda: _fails[(2,)](flag, n=2)}
+    ranks = {"result": lambda: _store[(2,)](word, 1), "deadlock": lambda: _await[(2,)](flag),
+             "error": lambda: _fails[(2,)](flag, n=2)}
     try:
         Simulation().run([lambda: _store[(3,)](word, 1), ranks[end]])
     except (Deadlock, AssertionError):
         assert end != "result"
-    after = threading.active_count(), dict(vars(interpreter.InterpreterBuilder)), interpreter.GridExecutor.__call__, interpreter._patch_lang, tl.load
+    after = (threading.active_count(), dict(vars(interpreter.InterpreterBuilder)),
+             interpreter.GridExecutor.__call__, interpreter._patch_lang, tl.load)
     assert before == after
 
 

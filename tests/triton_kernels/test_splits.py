@@ -1,5 +1,5 @@
-"""Work that blocks of one GPU share, under every order of turns that a seed brings, in memory as weak as a GPU's; and what goes wrong with one
-thing left out."""
+"""Work that blocks of one GPU share, under every order of turns that a seed brings, in memory as weak as a
+GPU's; and what goes wrong with one thing left out."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -20,18 +20,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trial(seed: int) -> bool:
-    """Whether three calls one after another, of attention and of a matmul, are as near to float64 as torch, and leave no count."""
+    """Whether three calls one after another, of attention and of a matmul, are as near to float64 as torch,
+    and leave no count."""
     torch.manual_seed(seed)
     q, k, v = torch.randn(2, 1, 1, 2, 8), torch.randn(2, 40, 1, 8), torch.randn(2, 40, 1, 8)
     x, w, lengths = torch.randn(2, 48).half(), torch.randn(20, 48).half().mT, torch.tensor([37, 5])
     counts = torch.zeros(4, dtype=torch.int32)
 
     def calls() -> list[Tensor]:
-        attend = [decode_attention.decode_attention(q * i, k, v, lengths, counts, splits=3, block=16) for i in (1, 2)]
+        attend = [decode_attention.decode_attention(q * i, k, v, lengths, counts, splits=3, block=16)
+                  for i in (1, 2)]
         return [*attend, matmul_rows.matmul_rows(x, w, matmul_rows.Tile(16, 16, 4, 1, splits=3), counts)]
 
     def meant(kind: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        attend = [decode_attention.decode_attention_reference(*map(kind, (q * i, k, v)), lengths) for i in (1, 2)]
+        attend = [decode_attention.decode_attention_reference(*map(kind, (q * i, k, v)), lengths)
+                  for i in (1, 2)]
         return [*attend, matmul_rows.matmul_rows_reference(kind(x), kind(w))]
     (got,) = Simulation(seed).run([calls])
     return bool((counts == 0).all()) and all(map(near, got, meant(lambda x: x), meant(Tensor.double)))
@@ -83,7 +86,8 @@ def test_no_seed_goes_wrong() -> None:
     assert all(trial(seed) for seed in SEEDS)
 
 
-@pytest.mark.parametrize("last", (_counts_without_a_barrier, _counts_without_release, _leaves_the_count, _first_to_leave), ids=lambda last: last.__name__)
+@pytest.mark.parametrize("last", (_counts_without_a_barrier, _counts_without_release, _leaves_the_count,
+                                  _first_to_leave), ids=lambda last: last.__name__)
 def test_negative_control(last: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     patched(monkeypatch, last)
     assert not all(trial(seed) for seed in SEEDS), "passes: the simulator does not see what is missing"
