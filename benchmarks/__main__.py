@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = sys.argv[1:] or ["tracing", "step_overhead", "compiled", "simulator", "shared_memory", "decoding", "scale"]
+NAMES = sys.argv[1:] or ["tracing", "step_overhead", "compiled", "simulator", "shared_memory", "decoding",
+                         "scale"]
 
 for name in NAMES:
     print(f"== {name}", flush=True)

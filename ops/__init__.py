@@ -13,6 +13,8 @@ from shardlib.ops.rope import rope, rope_table
 from shardlib.ops.sampling import sample
 from shardlib.ops.take import embedding, take
 
-TABLE = {**_attention.TABLE, **_cross_entropy.TABLE, **kv_cache.TABLE, **_rms_norm.TABLE, **_rope.TABLE, **sampling.TABLE, **_take.TABLE}
+TABLE = {**_attention.TABLE, **_cross_entropy.TABLE, **kv_cache.TABLE, **_rms_norm.TABLE, **_rope.TABLE,
+         **sampling.TABLE, **_take.TABLE}
 
-__all__ = ["attention", "causal_mask", "cross_entropy", "embedding", "rms_norm", "rope", "rope_table", "sample", "take", "update_cache"]
+__all__ = ["attention", "causal_mask", "cross_entropy", "embedding", "rms_norm", "rope", "rope_table",
+           "sample", "take", "update_cache"]

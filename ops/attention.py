@@ -1,7 +1,9 @@
-"""Grouped-query attention: `B T K G H, B S K H, B S K H [, B T S] -> B T K G H`, with S, the key time, its own letter.
+"""Grouped-query attention: `B T K G H, B S K H, B S K H [, B T S] -> B T K G H`, with S,
+the key time, its own letter.
 
-On one axis: B and K on all operands; T and G on q alone; S and H whole. Only v may owe a sum. Without a mask it is causal,
-query t seeing keys s <= t; with one, it sees where the mask is true. A query that sees nothing gives zeros, and no gradient.
+On one axis: B and K on all operands; T and G on q alone; S and H whole. Only v may owe a sum. Without a mask
+it is causal, query t seeing keys s <= t; with one, it sees where the mask is true. A query that sees nothing
+gives zeros, and no gradient.
 """
 from __future__ import annotations
 
@@ -34,13 +36,15 @@ def bias(mask: Tensor, g: int, dtype: torch.dtype) -> Tensor:
     """What is added to the scores: 0 where the mask is true, -inf elsewhere; (b, 1, g t, s)."""
     b, t, s = mask.shape
     out = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-    return out[:, None] if t == 1 or g == 1 else out[:, None, None].expand(b, 1, g, t, s).reshape(b, 1, g * t, s)
+    return (out[:, None] if t == 1 or g == 1
+            else out[:, None, None].expand(b, 1, g, t, s).reshape(b, 1, g * t, s))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q k / sqrt(h) + bias) v of local tensors; the queries of one kv head run as more rows of it."""
     if q.shape[-1] == 0:
-        q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1))       # a product over nothing is 0: all keys that are seen weigh the same
+        # a product over nothing is 0: all keys that are seen weigh the same
+        q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1))
     b, t, heads, g, h = q.shape
     if q.numel() == 0 or k.shape[1] == 0:
         return q.new_zeros((b, t, heads, g, v.shape[-1]))
@@ -50,12 +54,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
-    """Query t sees keys s <= offset + t. From the beginning no mask is made: torch's own causal form is top-left aligned, as this one is."""
+    """Query t sees keys s <= offset + t.
+
+    From the beginning no mask is made: torch's own causal form is top-left aligned, as this one is.
+    """
     b, t, heads, g, h = q.shape
     if offset or t != k.shape[1] or q.numel() == 0:
         return attend(q, k, v, bias(causal(q, k, offset), g, q.dtype))
     k, v = (x if g == 1 else x.repeat_interleave(g, 2) for x in (k, v))
-    out = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+    out = F.scaled_dot_product_attention(q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2),
+                                         v.transpose(1, 2), is_causal=True)
     return out.transpose(1, 2).unflatten(2, (heads, g))
 
 
@@ -76,7 +84,8 @@ def attend_vjp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, g: Tensor) -> tupl
     return torch.einsum("bkgts,bskh->btkgh", ds, k), torch.einsum("bkgts,btkgh->bskh", ds, q), dv
 
 
-def attend_causal_vjp(q: Tensor, k: Tensor, v: Tensor, g: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+def attend_causal_vjp(q: Tensor, k: Tensor, v: Tensor, g: Tensor,
+                      offset: int) -> tuple[Tensor, Tensor, Tensor]:
     return attend_vjp(q, k, v, causal(q, k, offset), g)
 
 
@@ -92,11 +101,14 @@ def _offset(e: LocalCode, step: Step) -> int:
 def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     if len(args) == 4:
         b, t, heads, g, h = e.shape(step.ins[0])
-        added = e.hoist(args[3], f"{e.use(bias)}({{x}}, {g}, torch.{widest(*(e.dtypes[n] for n in step.inputs[:3]))})")
+        added = e.hoist(args[3],
+                        f"{e.use(bias)}({{x}}, {g}, torch.{widest(*(e.dtypes[n] for n in step.inputs[:3]))})")
         if t == 1 and min(b, heads, g, *e.shape(step.ins[1])) > 0:
             k, v = (f"{x}.transpose(1, 2)" for x in args[1:3])
-            out = f"F.scaled_dot_product_attention({e.view(args[0], (b, heads, g, h))}, {k}, {v}, attn_mask={added}).contiguous()"
-            return e.view(out, e.shape(step.outs[0]))       # some kernels of CUDA give the queries of a head one after another
+            out = (f"F.scaled_dot_product_attention({e.view(args[0], (b, heads, g, h))}, {k}, {v}, "
+                   f"attn_mask={added}).contiguous()")
+            # some kernels of CUDA give the queries of a head one after another
+            return e.view(out, e.shape(step.outs[0]))
         return f"{e.use(attend)}({', '.join(args[:3])}, {added})"
     return f"{e.use(attend_causal)}({', '.join(args)}, {_offset(e, step)})"
 
@@ -140,9 +152,10 @@ def _reference_vjp(d: Dims, q: Tensor, k: Tensor, v: Tensor, *mask_and_g: Tensor
     return d.vjp(_reference, (q, k, v, *mask), g, d.step.ins[-1])
 
 
-ATTENTION = Op("attention", rule=lambda s: Rule(linear=((2,),), whole=_whole(s)), emit=_emit, vjp=_vjp, index=(3,), takes=("float", "float", "float", "mask"),
-               reference=_reference)
-ATTENTION_VJP = Op("attention_vjp", rule=_rule_vjp, emit=_emit_vjp, takes=("float", "float", "float", "any", "float"), reads=_reads_vjp,
+ATTENTION = Op("attention", rule=lambda s: Rule(linear=((2,),), whole=_whole(s)), emit=_emit, vjp=_vjp,
+               index=(3,), takes=("float", "float", "float", "mask"), reference=_reference)
+ATTENTION_VJP = Op("attention_vjp", rule=_rule_vjp, emit=_emit_vjp,
+                   takes=("float", "float", "float", "any", "float"), reads=_reads_vjp,
                    reference=_reference_vjp)
 
 
@@ -166,8 +179,9 @@ def attention(text: str, q: Operand, k: Operand, v: Operand, mask: Operand | Non
     ins, outs = parse_signature(text)
     ranks = [len(s.dims) if s else 0 for s in (*ins, *outs)]
     if ranks not in ([5, 4, 4, 5], [5, 4, 4, 3, 5]) or (len(ins) == 4) != (mask is not None):
-        raise SpecError(f'attention "{text}": the specs are those of "B T K G H, B S K H, B S K H, B T S -> B T K G H", '
-                        f'the fourth with a mask only')
+        raise SpecError(
+            f'attention "{text}": the specs are those of "B T K G H, B S K H, B S K H, B T S -> B T K G H", '
+            f'the fourth with a mask only')
     return apply(ATTENTION, (q, k, v) if mask is None else (q, k, v, mask), text)
 
 

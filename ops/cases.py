@@ -16,38 +16,45 @@ from shardlib.oracle import Case, Draw, normal
 from shardlib.program import Op
 
 OPS: dict[str, Op] = {**CORE, **BINARY, "scale": SCALE, "shift": SHIFT, **TABLE}
-ROUNDED = {"float32": 1e-6, "bfloat16": 2e-2}        # tolerances: some roundings to the dtype, those of owed pieces included
+# tolerances: some roundings to the dtype, those of owed pieces included
+ROUNDED = {"float32": 1e-6, "bfloat16": 2e-2}
 
 
 def between(low: float, high: float) -> Draw:
     """Uniform numbers."""
-    def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+    def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+             before: list[Tensor]) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=g, dtype=torch.float64)
     return draw
 
 
-def positive(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+def positive(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+             before: list[Tensor]) -> Tensor:
     return between(0.5, 1.5)(shape, sizes, g, before)
 
 
-def shares(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+def shares(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+           before: list[Tensor]) -> Tensor:
     """Positive numbers that sum to 1 along dim 1, as softmax gives."""
     x = positive(shape, sizes, g, before)
     return x / x.sum(1, keepdim=True)
 
 
-def infinite(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+def infinite(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+             before: list[Tensor]) -> Tensor:
     """Normal numbers, and infinities among them."""
     x = normal(shape, sizes, g, before)
     x.view(-1)[::2] = torch.inf
     return x
 
 
-def single(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+def single(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+           before: list[Tensor]) -> Tensor:
     return normal(shape, sizes, g, before).float()
 
 
-def mask(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+def mask(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+         before: list[Tensor]) -> Tensor:
     """Random, the first of each row true."""
     out = torch.rand(shape, generator=g) < 0.5
     out[..., :1] = True
@@ -56,14 +63,17 @@ def mask(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, b
 
 def index(below: str, room: str = "") -> Draw:
     """Integers below the size of a dim, or of a group of dims; less that of `room`, plus 1."""
-    def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
-        return torch.randint(prod(sizes[n] for n in below.split()) - (sizes[room] - 1 if room else 0), shape, generator=g)
+    def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+             before: list[Tensor]) -> Tensor:
+        return torch.randint(prod(sizes[n] for n in below.split()) - (sizes[room] - 1 if room else 0), shape,
+                             generator=g)
     return draw
 
 
 def labels(ignored: int | None) -> Draw:
     """Integers below the size of V; every other one stands for none, if that is something."""
-    def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+    def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+             before: list[Tensor]) -> Tensor:
         out = index("V")(shape, sizes, g, before)
         if ignored is not None:
             out.view(-1)[::2] = ignored
@@ -71,20 +81,21 @@ def labels(ignored: int | None) -> Draw:
     return draw
 
 
-def largest(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+def largest(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+            before: list[Tensor]) -> Tensor:
     """The maximum of the first operand along its last dim."""
     return before[0].amax(-1)
 
 
-def _case(name: str, text: str, *draws: Draw, indices: tuple[int, ...] = (), constants: tuple[int, ...] = (), complete: bool = True,
-          tolerance: float = Case.tolerance, **attrs: Any) -> Case:
+def _case(name: str, text: str, *draws: Draw, indices: tuple[int, ...] = (), constants: tuple[int, ...] = (),
+          complete: bool = True, tolerance: float = Case.tolerance, **attrs: Any) -> Case:
     return Case(OPS[name], text, tuple(sorted(attrs.items())), draws, indices, constants, complete, tolerance)
 
 
 # What a function takes, and what its derivative does: for some, the function's result.
 _RANGES: dict[str, tuple[Draw, Draw]] = {
-    "log": (positive, positive), "rsqrt": (positive, positive), "exp": (normal, positive), "sigmoid": (normal, between(0.1, 0.9)),
-    "tanh": (normal, between(-0.9, 0.9))}
+    "log": (positive, positive), "rsqrt": (positive, positive), "exp": (normal, positive),
+    "sigmoid": (normal, between(0.1, 0.9)), "tanh": (normal, between(-0.9, 0.9))}
 
 
 def _unary(name: str) -> list[Case]:
@@ -97,16 +108,19 @@ _MASKED = (normal, normal, normal, mask)
 
 CASES: tuple[Case, ...] = (
     *(_case("einsum", text) for text in (
-        "B T D, B D F -> B T F", "B T D, D F -> B T F", "B T D, B T D -> B T", "B D -> D", "B T D, T -> B D", "B D, T -> B T",
-        "B D -> D B", "B T -> ()", "B D, B D -> ()", "B T D, T D -> B",
+        "B T D, B D F -> B T F", "B T D, D F -> B T F", "B T D, B T D -> B T", "B D -> D", "B T D, T -> B D",
+        "B D, T -> B T", "B D -> D B", "B T -> ()", "B D, B D -> ()", "B T D, T D -> B",
         "B T, T D, D F -> B F", "B (K H), (K H) D -> B D", "B (K H), (K H) -> B (K H)")),
-    *(_case(name, text, normal, positive) for name in BINARY for text in ("B T D, D -> B T D", "B T, B T -> B T", "T, B T -> B T", "B T, B -> B T")),
-    _case("scale", "B D -> B D", by=-2.5), _case("shift", "B D -> B D", by=1.5), _case("shift", "B D -> B D", by=0),
-    _case("reciprocal", "B D -> B D", positive),
+    *(_case(name, text, normal, positive) for name in BINARY
+      for text in ("B T D, D -> B T D", "B T, B T -> B T", "T, B T -> B T", "B T, B -> B T")),
+    _case("scale", "B D -> B D", by=-2.5), _case("shift", "B D -> B D", by=1.5),
+    _case("shift", "B D -> B D", by=0), _case("reciprocal", "B D -> B D", positive),
     *(case for name in UNARY for case in _unary(name)),
-    _case("widen", "B D -> B D"), _case("cast", "B D -> B D", single, dtype="float64", tolerance=ROUNDED["float32"]),
+    _case("widen", "B D -> B D"),
+    _case("cast", "B D -> B D", single, dtype="float64", tolerance=ROUNDED["float32"]),
     *(_case("cast", "B D -> B D", dtype=dtype, tolerance=tolerance) for dtype, tolerance in ROUNDED.items()),
-    _case("cast_like", "B D, B D -> B D", single, tolerance=ROUNDED["float32"]), _case("cast_like", "B D, B D -> B D", normal, single, tolerance=ROUNDED["float32"]),
+    _case("cast_like", "B D, B D -> B D", single, tolerance=ROUNDED["float32"]),
+    _case("cast_like", "B D, B D -> B D", normal, single, tolerance=ROUNDED["float32"]),
     _case("where", "B T, B T, B T -> B T", mask), _case("where", "T, B T, T -> B T", mask),
     _case("greater", "B D -> B D", than=0.5), _case("less", "B D -> B D", than=-0.5),
     _case("stop_gradient", "B D -> B D"), _case("ones_like", "B D -> B D"), _case("zeros_like", "B D -> B D"),
@@ -114,30 +128,38 @@ CASES: tuple[Case, ...] = (
     _case("mean", "B T D -> B"), _case("mean", "B (K H) -> B"), _case("mean", "B D -> ()"),
     _case("max", "B T D -> B"), _case("max", "B D -> ()"),
     _case("spread", "B -> B T D"), _case("spread", "T -> B T", mean=True), _case("spread", "B -> B (K H)"),
-    _case("softmax", "B T D -> B T D", along="T"), _case("softmax_vjp", "B T D, B T D -> B T D", shares, along="T"),
-    _case("logsumexp", "B V T -> B T"), _case("exp_minus", "B V, B, B -> B V"), _case("finite", "B -> B", infinite),
-    _case("sum_exp", "B V, B -> B", constants=(1,)), _case("log_plus", "B T, B T -> B T", positive, constants=(1,)),
-    _case("argmax", "B T V -> B T"), _case("argmax", "B (K H) -> B"), _case("rank_of", "B V, B -> B", normal, largest), _case("rank_of", "B (K H), B -> B", normal, largest), _case("from_rank", "B -> B", index("V")),
-    _case("rearrange", "B T D -> D B T"), _case("rearrange", "B K H -> B (K H)"), _case("rearrange", "T (K H) -> K T H"),
-    _case("rearrange", "B T (K H) -> (B T) K H"), _case("rename", "B T -> B S"),
-    _case("rename", "B (T H) -> B S"), _case("rename", "S B -> (T H) B"), _case("rename", "B (T H) -> B (G D)"),
-    _case("attention", f"{_Q}, {_K}, {_V} -> {_OUT}"), _case("attention", f"{_Q}, {_K}, {_V}, {_MASK} -> {_OUT}", *_MASKED),
+    _case("softmax", "B T D -> B T D", along="T"),
+    _case("softmax_vjp", "B T D, B T D -> B T D", shares, along="T"), _case("logsumexp", "B V T -> B T"),
+    _case("exp_minus", "B V, B, B -> B V"), _case("finite", "B -> B", infinite),
+    _case("sum_exp", "B V, B -> B", constants=(1,)),
+    _case("log_plus", "B T, B T -> B T", positive, constants=(1,)), _case("argmax", "B T V -> B T"),
+    _case("argmax", "B (K H) -> B"), _case("rank_of", "B V, B -> B", normal, largest),
+    _case("rank_of", "B (K H), B -> B", normal, largest), _case("from_rank", "B -> B", index("V")),
+    _case("rearrange", "B T D -> D B T"), _case("rearrange", "B K H -> B (K H)"),
+    _case("rearrange", "T (K H) -> K T H"), _case("rearrange", "B T (K H) -> (B T) K H"),
+    _case("rename", "B T -> B S"), _case("rename", "B (T H) -> B S"), _case("rename", "S B -> (T H) B"),
+    _case("rename", "B (T H) -> B (G D)"), _case("attention", f"{_Q}, {_K}, {_V} -> {_OUT}"),
+    _case("attention", f"{_Q}, {_K}, {_V}, {_MASK} -> {_OUT}", *_MASKED),
     _case("attention", f"{_Q}, {_K}, {_K} -> {_Q}", complete=False),
     _case("attention_vjp", f"{_Q}, {_K}, {_V}, {_OUT} -> {_Q}, {_K}, {_V}"),
     _case("attention_vjp", f"{_Q}, {_K}, {_V}, {_MASK}, {_OUT} -> {_Q}, {_K}, {_V}", *_MASKED, indices=(3,)),
     _case("attention_vjp", f"{_Q}, {_K}, {_K}, {_Q} -> {_Q}, {_K}, {_K}", complete=False),
-    _case("update_cache", "B S K H, B T K H, B -> B S K H", normal, normal, index("S", "T")), _case("causal_mask", "B -> B T S", index("S")),
-    _case("rms_norm", "B T D, D -> B T D", eps=1e-6), _case("rms_norm", "D, D -> D", eps=1e-6),
-    _case("rms_norm_vjp", "B T D, D, B T D -> B T D, D", eps=1e-6), _case("rms_norm_vjp", "D, D, D -> D, D", eps=1e-6),
-    *(_case("rope_table", "B -> B T H", index("S"), theta=10.0, scaling=scaling, tolerance=ROUNDED["float32"]) for scaling in (None, (4.0, 1.0, 2.0, 9))),
+    _case("update_cache", "B S K H, B T K H, B -> B S K H", normal, normal, index("S", "T")),
+    _case("causal_mask", "B -> B T S", index("S")), _case("rms_norm", "B T D, D -> B T D", eps=1e-6),
+    _case("rms_norm", "D, D -> D", eps=1e-6), _case("rms_norm_vjp", "B T D, D, B T D -> B T D, D", eps=1e-6),
+    _case("rms_norm_vjp", "D, D, D -> D, D", eps=1e-6),
+    *(_case("rope_table", "B -> B T H", index("S"), theta=10.0, scaling=scaling, tolerance=ROUNDED["float32"])
+      for scaling in (None, (4.0, 1.0, 2.0, 9))),
     _case("rope", "B T K H, B T H -> B T K H"),
     _case("rope_vjp", "B T K H, B T H -> B T K H"),
     _case("sample", "B V, B -> B", normal, index("S"), temperature=0.7, top_p=0.9, seed=3),
     _case("sample", "B V, B, B -> B", normal, index("S"), index("S"), temperature=0.7, top_p=0.9, seed=4),
-    _case("embedding", "B T, V D -> B T D", index("V")), _case("embedding_vjp", "B T, B T D -> V D", index("V")),
+    _case("embedding", "B T, V D -> B T D", index("V")),
+    _case("embedding_vjp", "B T, B T D -> V D", index("V")),
     _case("take", "B T D, B -> B D", normal, index("T")), _case("take", "B V, B -> B", normal, index("V")),
-    _case("take", "B (K H), B -> B", normal, index("K H")), _case("take_vjp", "B, B -> B (K H)", index("K H")),
-    _case("embedding", "B, (K H) D -> B D", index("K H")), _case("embedding_vjp", "B, B D -> (K H) D", index("K H")),
+    _case("take", "B (K H), B -> B", normal, index("K H")),
+    _case("take_vjp", "B, B -> B (K H)", index("K H")), _case("embedding", "B, (K H) D -> B D", index("K H")),
+    _case("embedding_vjp", "B, B D -> (K H) D", index("K H")),
     _case("cross_entropy", "B T V, B T -> B T", normal, index("V")),
     _case("cross_entropy", "B V T, B T -> B T", normal, labels(-1), ignore_index=-1),
     _case("cross_entropy_vjp", "B T V, B, B T -> B T V", normal, index("V")),

@@ -1,9 +1,10 @@
 """Cross entropy: for each row of logits the log of the sum of their exps, less the logit at the row's label.
 
-`cross_entropy("B T V, B T -> B T", logits, labels)`, in nats. One op, which computes in float32 where the logits have 16 bits, and
-whose result is float32 then: losses are there to be added up, and one rounded to bfloat16 is off by up to 1/512 of itself before the
-first addition. Its gradient has the dtype of the logits and is rounded once. Rows whose label is `ignore_index` have loss 0 and
-gradient 0, whatever their logits are; the mean over the others divides by their number:
+`cross_entropy("B T V, B T -> B T", logits, labels)`, in nats. One op, which computes in float32 where the
+logits have 16 bits, and whose result is float32 then: losses are there to be added up, and one rounded to
+bfloat16 is off by up to 1/512 of itself before the first addition. Its gradient has the dtype of the logits
+and is rounded once. Rows whose label is `ignore_index` have loss 0 and gradient 0, whatever their logits are;
+the mean over the others divides by their number:
 
     losses = cross_entropy("B T V, B T -> B T", logits, labels, ignore_index=-100)
     count = sum("B T -> ()", cast(greater(labels, -1), "float32"))
@@ -59,19 +60,26 @@ def token_losses_vjp(x: Tensor, labels: Tensor, g: Tensor, dim: int, site: Index
     return _add_at(wide(x).softmax(dim) * g, labels, -g, dim, 0, site).to(x.dtype)
 
 
-def label_sums(x: Tensor, labels: Tensor, top: Tensor, dim: int, start: int, first: bool, site: IndexSite) -> tuple[Tensor, Tensor]:
-    """Of the own logits: the sum of exp(x - top), and x - top at the label, zero where that is another rank's.
+def label_sums(x: Tensor, labels: Tensor, top: Tensor, dim: int, start: int, first: bool,
+               site: IndexSite) -> tuple[Tensor, Tensor]:
+    """Of the own logits: the sum of exp(x - top), and x - top at the label,
+    zero where that is another rank's.
 
-    Over all ranks a row without a label has the sums 1 and 0, whose loss is 0. first: whether this rank is the one that holds the 1.
+    Over all ranks a row without a label has the sums 1 and 0, whose loss is 0. first: whether this rank is
+    the one that holds the 1.
     """
     above, without = wide(x) - wide(top).unsqueeze(dim), site.without(labels.squeeze(dim))
-    return _filled(above.exp().sum(dim), without, int(first)), _filled(pick(above, labels, dim, start, site), without, 0)
+    return (_filled(above.exp().sum(dim), without, int(first)),
+            _filled(pick(above, labels, dim, start, site), without, 0))
 
 
-def label_sums_vjp(x: Tensor, labels: Tensor, top: Tensor, total: Tensor, label: Tensor, dim: int, start: int, first: bool, site: IndexSite) -> Tensor:
-    """The cotangent of the own logits, of those of `label_sums`: exp(x - top) total, and label at the label."""
+def label_sums_vjp(x: Tensor, labels: Tensor, top: Tensor, total: Tensor, label: Tensor, dim: int, start: int,
+                   first: bool, site: IndexSite) -> Tensor:
+    """The cotangent of the own logits, of those of `label_sums`:
+    exp(x - top) total, and label at the label."""
     above = wide(x) - wide(top).unsqueeze(dim)
-    return _add_at(above.exp_() * total.unsqueeze(dim), labels, label.unsqueeze(dim), dim, start, site).to(x.dtype)
+    return _add_at(above.exp_() * total.unsqueeze(dim), labels, label.unsqueeze(dim), dim, start,
+                   site).to(x.dtype)
 
 
 def _filled(x: Tensor, mask: Tensor | None, value: int) -> Tensor:
@@ -88,7 +96,7 @@ def _add_at(x: Tensor, labels: Tensor, g: Tensor, dim: int, start: int, site: In
     return x if without is None else x.masked_fill_(without, 0)
 
 
-# -- as ops ------------------------------------------------------------------------------------------------------------
+# -- as ops --------------------------------------------------------------------------------------------------
 
 def _over(step: Step) -> Dim:
     """The dim of the logits, the first operand, that labels, the second one, run over."""
@@ -103,7 +111,8 @@ def _along(arg: str, narrow: Spec, like: Spec) -> str:
 
 
 def _over_logits(helper: Any, pieces: bool) -> Any:
-    """Code of a helper that takes logits and labels; and, where V may be split, where this rank's piece begins and whether it is the first."""
+    """Code of a helper that takes logits and labels; and, where V may be split, where this rank's piece
+    begins and whether it is the first."""
     def emit(e: LocalCode, step: Step, args: list[str]) -> str:
         (x, labels, *_), (logits, index, *rest), dim = step.ins, args, _over(step)
         ignored = step.options.get("ignore_index")
@@ -123,11 +132,13 @@ def _as_logits(dtypes: Dtypes, attrs: Mapping[str, Any]) -> Dtypes:
 
 
 def _vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
-    return [b.call(CROSS_ENTROPY_VJP, [*step.inputs, ct[0]], outs=(step.ins[0].owing(),), **step.options), None]
+    return [b.call(CROSS_ENTROPY_VJP, [*step.inputs, ct[0]], outs=(step.ins[0].owing(),), **step.options),
+            None]
 
 
 def _label_sums_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
-    return [b.call(LABEL_SUMS_VJP, [*step.inputs, *ct], outs=(step.ins[0].owing(),), **step.options), None, None]
+    return [b.call(LABEL_SUMS_VJP, [*step.inputs, *ct], outs=(step.ins[0].owing(),), **step.options), None,
+            None]
 
 
 def _over_pieces(b: Steps, step: Step, x: str) -> str:
@@ -154,7 +165,8 @@ def _reference(d: Dims, x: Tensor, labels: Tensor) -> Tensor:
 def _sums_reference(d: Dims, x: Tensor, labels: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     (at, labelled), over = _at_label(d, labels), _over(d.step).names
     above = torch.where(labelled, x - top, 0)
-    return torch.where(labelled, d.sum(math.e ** above, *over), 1), d.sum(torch.where(at & labelled, above, 0), *over)
+    return (torch.where(labelled, d.sum(math.e ** above, *over), 1),
+            d.sum(torch.where(at & labelled, above, 0), *over))
 
 
 def _sums_reference_vjp(d: Dims, x: Tensor, labels: Tensor, top: Tensor, *g: Tensor) -> tuple[Tensor, ...]:
@@ -164,7 +176,8 @@ def _sums_reference_vjp(d: Dims, x: Tensor, labels: Tensor, top: Tensor, *g: Ten
     return torch.autograd.grad(made, [x], g)
 
 
-IGNORE = {"ignore_index": lambda value: value is None or isinstance(value, int) and not isinstance(value, bool)}
+IGNORE = {"ignore_index": lambda value: value is None or isinstance(value, int)
+          and not isinstance(value, bool)}
 
 
 def _labelled(name: str, **more: Any) -> Op:
@@ -173,15 +186,15 @@ def _labelled(name: str, **more: Any) -> Op:
 
 
 CROSS_ENTROPY = _labelled(
-    "cross_entropy", rule=lambda s: Rule(whole=_over(s).names), emit=_over_logits(token_losses, pieces=False), vjp=_vjp,
-    distribute=_over_pieces, dtype=lambda d, o: [widest(d[0], "float32")], reference=_reference)
+    "cross_entropy", rule=lambda s: Rule(whole=_over(s).names), emit=_over_logits(token_losses, pieces=False),
+    vjp=_vjp, distribute=_over_pieces, dtype=lambda d, o: [widest(d[0], "float32")], reference=_reference)
 CROSS_ENTROPY_VJP = _labelled(
     "cross_entropy_vjp", rule=lambda s: Rule(linear=((2,),), whole=_over(s).names),
     emit=_over_logits(token_losses_vjp, pieces=False), dtype=_as_logits,
     reference=lambda d, x, labels, g: d.vjp(_reference, (x, labels), g, d.step.ins[2]))
 LABEL_SUMS = _labelled(
-    "label_sums", rule=lambda s: Rule(sums=_over(s).names), emit=_over_logits(label_sums, pieces=True), vjp=_label_sums_vjp,
-    dtype=lambda d, o: [widest(d[0], d[2], "float32")] * 2, reference=_sums_reference)
+    "label_sums", rule=lambda s: Rule(sums=_over(s).names), emit=_over_logits(label_sums, pieces=True),
+    vjp=_label_sums_vjp, dtype=lambda d, o: [widest(d[0], d[2], "float32")] * 2, reference=_sums_reference)
 LABEL_SUMS_VJP = _labelled(
     "label_sums_vjp", rule=lambda s: Rule(linear=((3, 4),)), emit=_over_logits(label_sums_vjp, pieces=True),
     dtype=_as_logits, reference=_sums_reference_vjp)
@@ -202,7 +215,8 @@ def cross_entropy(text: str, logits: Operand, labels: Operand, *, ignore_index: 
     >>> simulate(losses, Layout(V="tp"), logits, labels, mesh=Mesh(tp=2))
     tensor([1.0986, 0.0000])
     """
-    meant = (f'cross_entropy "{text}": the specs are those of "B T V, B T -> B T": the losses lack one dim of the logits, '
+    meant = (f'cross_entropy "{text}": the specs are those of "B T V, B T -> B T": the losses lack one dim '
+             'of the logits, '
              f'and have those of the labels')
     ins, outs = parse_specs(text, meant)
     if len(ins) != 2 or len(outs) != 1 or len(ins[0].labels) != len(outs[0].labels) + 1 \

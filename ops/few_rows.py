@@ -1,6 +1,8 @@
-"""How kernels of few rows are launched: tiles and splits by shape, as sweeps on one H100 have them (benchmarks/few_rows.py and decode_attention.py).
+"""How kernels of few rows are launched: tiles and splits by shape, as sweeps on one H100 have them
+(benchmarks/few_rows.py and decode_attention.py).
 
-Counts are int32 zeros on the GPU, made once for each stream that calls: kernels share work by them, and leave them zero.
+Counts are int32 zeros on the GPU, made once for each stream that calls: kernels share work by them, and leave
+them zero.
 """
 from __future__ import annotations
 
@@ -37,16 +39,19 @@ def tile_of(rows: int, lines: int, columns: int, gated: bool) -> Tile:
 
 
 def rows_matmul(x: Tensor, w: Tensor, counts: Tensor, gated: bool = False) -> Tensor:
-    """x @ w; gated, silu of the first half of its columns times the second. x: (rows, K); w: (K, N). By kernels of its own where the rows are few
-    and w lies by columns; by the library's elsewhere."""
-    if 0 < len(x) <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16) and w.mT.is_contiguous() and x.is_contiguous() and w.numel():
+    """x @ w; gated, silu of the first half of its columns times the second. x: (rows, K); w: (K, N). By
+    kernels of its own where the rows are few and w lies by columns; by the library's elsewhere."""
+    if (0 < len(x) <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16) and w.mT.is_contiguous()
+        and x.is_contiguous() and w.numel()):
         lines, columns = w.shape
-        return (gated_matmul_rows if gated else matmul_rows)(x, w, tile_of(len(x), lines, columns, gated), counts)
+        return (gated_matmul_rows if gated else matmul_rows)(x, w, tile_of(len(x), lines, columns, gated),
+                                                             counts)
     return gated_matmul_rows_reference(x, w) if gated else x @ w
 
 
 def splits_of(heads: int, keys: int) -> int:
-    """Of the keys of a row, where all rows have so many kv heads: a power of two, of 256 keys at least, as long as SMs are idle."""
+    """Of the keys of a row, where all rows have so many kv heads:
+    a power of two, of 256 keys at least, as long as SMs are idle."""
     return _power_of_two(min(MOST_SPLITS, 128 // heads, keys // 256))
 
 
@@ -57,4 +62,5 @@ def _power_of_two(count: int) -> int:
 
 def attend_lengths(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
     """`decode_attention`, split as fits."""
-    return decode_attention(q, k, v, lengths, counts, splits_of(k.shape[0] * k.shape[2], k.shape[1]), block=64, warps=4, stages=3)
+    return decode_attention(q, k, v, lengths, counts, splits_of(k.shape[0] * k.shape[2], k.shape[1]),
+                            block=64, warps=4, stages=3)

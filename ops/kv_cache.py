@@ -1,4 +1,6 @@
-"""The cache of keys and values: a value that is returned. The compiler updates it in place where the caller gave it up.
+"""The cache of keys and values: a value that is returned.
+
+The compiler updates it in place where the caller gave it up.
 
 `update_cache("B S K H, B T K H, B -> B S K H", cache, k, start)` writes row t of k to slot start[b] + t.
 `causal_mask("B -> B T/1 S/1", start)` is true where slot s <= start[b] + t.
@@ -58,8 +60,9 @@ def _mask_reference(d: Dims, start: Tensor) -> Tensor:
     return start + d.index(time) - d.index(slot) >= 0
 
 
-UPDATE_CACHE = Op("update_cache", rule=lambda s: Rule(linear=((0, 1),), whole=(s.ins[0].names[1], s.ins[1].names[1])), emit=_write,
-                  index=(2,), updates=0, reads=lambda d, o: [d[0], d[0], "int64"],
+UPDATE_CACHE = Op("update_cache",
+                  rule=lambda s: Rule(linear=((0, 1),), whole=(s.ins[0].names[1], s.ins[1].names[1])),
+                  emit=_write, index=(2,), updates=0, reads=lambda d, o: [d[0], d[0], "int64"],
                   reference=_update_reference)
 CAUSAL_MASK = Op("causal_mask", rule=lambda s: Rule(), emit=_mask, index=(0,), dtype=lambda d, o: ["bool"],
                  reference=_mask_reference)
@@ -83,7 +86,8 @@ def update_cache(text: str, cache: Operand, rows: Operand, start: Operand) -> Va
     """
     meant = f'update_cache "{text}": the specs are those of "B S K H, B T K H, B -> B S K H"'
     ins, outs = parse_specs(text, meant)
-    if len(ins) != 3 or len(outs) != 1 or ins[0].labels != outs[0].labels or len(ins[1].dims) != len(ins[0].dims) or len(ins[2].dims) != 1:
+    if (len(ins) != 3 or len(outs) != 1 or ins[0].labels != outs[0].labels
+        or len(ins[1].dims) != len(ins[0].dims) or len(ins[2].dims) != 1):
         raise SpecError(meant)
     return apply(UPDATE_CACHE, (cache, rows, start), text)
 

@@ -1,8 +1,10 @@
-"""Every name that a printed program uses: below `from shardlib.ops.lowered import *` what `lower` prints is Python.
+"""Every name that a printed program uses: below `from shardlib.ops.lowered import *` what
+`lower` prints is Python.
 
-The ops of the language and of models are here as printing calls them, those that only the compiler writes (`rank_of`, `silu_vjp`)
-too. What `parse_program` reads and Python does not: a second class of one name (`Layer__2`), an argument named as an op that is called.
-A function that `local` names is to be imported as it is named.
+The ops of the language and of models are here as printing calls them, those that only the compiler writes
+(`rank_of`, `silu_vjp`) too. What `parse_program` reads and Python does not: a second class of one name
+(`Layer__2`), an argument named as an op that is called. A function that `local` names is to be imported as it
+is named.
 """
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from shardlib.program import Op
 
 def _function(op: Op) -> Callable:
     def call(*operands: Any, **attrs: Any) -> Any:
-        return apply(op, operands[1:], operands[0], **attrs) if op.takes_text else apply(op, operands, **attrs)
+        return (apply(op, operands[1:], operands[0], **attrs) if op.takes_text
+                else apply(op, operands, **attrs))
     call.__name__ = call.__qualname__ = op.name
     return call
 

@@ -1,16 +1,18 @@
-"""The communicator over NVLink: all_reduce, reduce_scatter, all_gather and all_to_all by kernels that write into each other's memory.
+"""The communicator over NVLink: all_reduce, reduce_scatter,
+all_gather and all_to_all by kernels that write into each other's memory.
 
     from shardlib.ops.nvlink import nvlink          # imports Triton
     connect(mesh, communicators=(nvlink,))
 
-Sums are added up in rank order in float32 and rounded once: every rank has the same bits, in one shot and in two but for the payload
-of a NaN. Results do not depend on the launch, and calls may be captured in CUDA graphs and mixed with eager ones. Each stream that
-calls gets a channel of its own, a workspace, in the order of first use; CUDA graphs that were captured on one stream share its
-channel, and must not run at the same time.
+Sums are added up in rank order in float32 and rounded once: every rank has the same bits, in one shot and in
+two but for the payload of a NaN. Results do not depend on the launch, and calls may be captured in CUDA
+graphs and mixed with eager ones. Each stream that calls gets a channel of its own, a workspace, in the order
+of first use; CUDA graphs that were captured on one stream share its channel, and must not run at the same
+time.
 
-Made where all members have GPUs of one host that reach each other's memory. Refused by `supports`: other collectives and
-reductions, other dtypes than float32, bfloat16 and float16 in sums, uneven pieces, pieces that are no multiple of 16 bytes,
-tensors beyond the capacity. A call on a third stream is a `SpecError`.
+Made where all members have GPUs of one host that reach each other's memory. Refused by `supports`: other
+collectives and reductions, other dtypes than float32, bfloat16 and float16 in sums, uneven pieces, pieces
+that are no multiple of 16 bytes, tensors beyond the capacity. A call on a third stream is a `SpecError`.
 """
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ QUAD = 16
 
 
 def nvlink(place: Place) -> NVLink | str:
-    """The communicator of the group at `place`, or why it has none; the same on all members, who all call it."""
+    """The communicator of the group at `place`, or why it has none;
+    the same on all members, who all call it."""
     reason = place.agree(_reason(place))
     if reason is None:
         reason = place.agree(_unreached(place))
@@ -59,7 +62,8 @@ def nvlink(place: Place) -> NVLink | str:
         return reason
     try:
         members = [sorted(place.ranks).index(r) for r in place.ranks]
-        channels = tuple(symmetric_workspace(place.device_group, members, place.me, place.device, slot_bytes(place.size)) for _ in range(CHANNELS))
+        channels = tuple(symmetric_workspace(place.device_group, members, place.me, place.device,
+                                             slot_bytes(place.size)) for _ in range(CHANNELS))
     except (RuntimeError, ImportError) as error:
         reason = f"symmetric memory: {str(error).partition(chr(10))[0]}"
     reason = place.agree(reason)
@@ -76,18 +80,24 @@ def _reason(place: Place) -> str | None:
     here = place.device.index
     sms, free = torch.cuda.get_device_properties(here).multi_processor_count, torch.cuda.mem_get_info(here)[0]
     if sms < SMS:
-        return f"GPU {here} has {sms} multiprocessors; the kernels of {CHANNELS} channels want {SMS} to run side by side"
+        return (f"GPU {here} has {sms} multiprocessors; the kernels of {CHANNELS} channels want {SMS} to run "
+                "side by side")
     needed = CHANNELS * SLOTS.value * slot_bytes(place.size)
-    return None if free >= needed else f"GPU {here} has {bytes_text(free)} free, {bytes_text(needed)} are needed"
+    return (None if free >= needed
+            else f"GPU {here} has {bytes_text(free)} free, {bytes_text(needed)} are needed")
 
 
 def _unreached(place: Place) -> str | None:
-    """Of the members' GPUs that this process sees, as torch numbers them here. Those it does not see show when memory is shared."""
+    """Of the members' GPUs that this process sees, as torch numbers them here.
+
+    Those it does not see show when memory is shared.
+    """
     here, seen = place.device.index, {_uuid(d): d for d in range(torch.cuda.device_count())}
     theirs = place.share(_uuid(here))
     if len(set(theirs)) < place.size:
         return "members share a GPU"
-    far = [seen[u] for u in theirs if u in seen and seen[u] != here and not torch.cuda.can_device_access_peer(here, seen[u])]
+    far = [seen[u] for u in theirs
+           if u in seen and seen[u] != here and not torch.cuda.can_device_access_peer(here, seen[u])]
     return f"GPU {here} does not reach the memory of GPU {far[0]}" if far else None
 
 
@@ -96,7 +106,8 @@ def _uuid(device: int) -> str:
 
 
 def slot_bytes(size: int) -> int:
-    """Bytes of a slot for the largest tensor between so many ranks: in one shot between two, else in two; sent pieces take less."""
+    """Bytes of a slot for the largest tensor between so many ranks: in one shot between two, else in two;
+    sent pieces take less."""
     share = -(-CAPACITY // (QUAD * size))
     return max(CAPACITY if size == 2 else 2 * (size - 1) * share * QUAD, exchange.slot_bytes(share, size))
 
@@ -123,14 +134,16 @@ class NVLink:
         if call.device != "cuda":
             return f"NVLink takes tensors on cuda, not on {call.device}"
         if call.op is not None and (call.op != "sum" or call.dtype not in REDUCIBLE):
-            return f"NVLink adds up float32, bfloat16 and float16; it has no {call.op} of {str(call.dtype)[6:]}"
+            return (
+                f"NVLink adds up float32, bfloat16 and float16; it has no {call.op} of {str(call.dtype)[6:]}")
         if not call.even:
             return "NVLink takes even pieces only"
         if call.nbytes % (QUAD if call.name == "all_reduce" else QUAD * self.size) or not call.nbytes:
             return f"NVLink takes pieces of a multiple of {QUAD} bytes"
-        return None if call.nbytes <= CAPACITY else f"NVLink takes at most {bytes_text(CAPACITY)}, not {bytes_text(call.nbytes)}"
+        return (None if call.nbytes <= CAPACITY
+                else f"NVLink takes at most {bytes_text(CAPACITY)}, not {bytes_text(call.nbytes)}")
 
-    # -- collectives -----------------------------------------------------------------------------------------------
+    # -- collectives -----------------------------------------------------------------------------------------
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         quads = x.nbytes // QUAD
@@ -142,19 +155,24 @@ class NVLink:
     def refuses_norm(self, x: Tensor, residual: Tensor, weight: Tensor) -> str | None:
         """Why `all_reduce_add_rms_norm` does not take these; None where it does."""
         if x.dtype not in REDUCIBLE or not x.dtype == residual.dtype == weight.dtype:
-            return f"NVLink norms float32, bfloat16 or float16, not {', '.join(str(t.dtype)[6:] for t in (x, residual, weight))}"
+            return ("NVLink norms float32, bfloat16 or float16, not "
+                    f"{', '.join(str(t.dtype)[6:] for t in (x, residual, weight))}")
         if residual.shape != x.shape or weight.shape != x.shape[-1:] or not x.numel():
             shapes = ", ".join(str(tuple(t.shape)) for t in (x, residual, weight))
             return f"NVLink norms x and a residual alike by a weight for each column, not {shapes}"
         if weight.nbytes % QUAD or weight.nbytes > MOST_ROW:
-            return f"NVLink norms rows of a multiple of {QUAD} bytes, at most {bytes_text(MOST_ROW)}, not {weight.nbytes}"
-        return None if x.nbytes <= MOST_NORMED else f"NVLink norms at most {bytes_text(MOST_NORMED)}, not {bytes_text(x.nbytes)}"
+            return (f"NVLink norms rows of a multiple of {QUAD} bytes, at most {bytes_text(MOST_ROW)}, not "
+                    f"{weight.nbytes}")
+        return (None if x.nbytes <= MOST_NORMED
+                else f"NVLink norms at most {bytes_text(MOST_NORMED)}, not {bytes_text(x.nbytes)}")
 
-    def all_reduce_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(residual + the sum of every member's x, its rms_norm by weight), the first with the bits of all_reduce and an addition.
+    def all_reduce_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor,
+                                eps: float) -> tuple[Tensor, Tensor]:
+        """(residual + the sum of every member's x, its rms_norm by weight),
+        the first with the bits of all_reduce and an addition.
 
-        x, residual: (..., width), contiguous; weight: (width,). For rows that are few: all is sent in one shot. What `refuses_norm`
-        names is a SpecError.
+        x, residual: (..., width), contiguous; weight: (width,). For rows that are few: all is sent in one
+        shot. What `refuses_norm` names is a SpecError.
         """
         refusal = self.refuses_norm(x, residual, weight)
         if refusal is not None:
@@ -170,10 +188,12 @@ class NVLink:
     def reduce_scatter_cut(self, x: Tensor, cut: Cut, op: str) -> Tensor:
         if not _whole_rows(cut, x.dtype):
             return self.reduce_scatter(cut.split(x), cut.counts, op).view(cut.shapes[self.me])
-        return self._reduce_scatter(x.view(prod(cut.whole[:cut.dim]), self.size, -1)).view(cut.shapes[self.me])
+        return self._reduce_scatter(x.view(prod(cut.whole[:cut.dim]), self.size, -1)).view(
+            cut.shapes[self.me])
 
     def _reduce_scatter(self, x: Tensor) -> Tensor:
-        return reduce_scatter(_aligned(x), self._workspace(), grid_of(x.nbytes // self.size // QUAD, self._sums))
+        return reduce_scatter(_aligned(x), self._workspace(),
+                              grid_of(x.nbytes // self.size // QUAD, self._sums))
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         return self._all_gather(x.view(1, -1)).view(-1)
@@ -187,7 +207,8 @@ class NVLink:
         return exchange.all_gather(_aligned(x), *self._moved(x.nbytes // QUAD))
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
-        return exchange.all_to_all(_aligned(x).view(self.size, -1), *self._moved(x.nbytes // self.size // QUAD)).view(-1)
+        return exchange.all_to_all(_aligned(x).view(self.size, -1),
+                                   *self._moved(x.nbytes // self.size // QUAD)).view(-1)
 
     def _moved(self, piece: int) -> tuple[Workspace, Grid, int]:
         """How to move pieces of so many quads: workspace, grid, quads of a line."""
@@ -195,8 +216,12 @@ class NVLink:
         return self._workspace(), grid, 32 if piece <= GRIDS[-1][0] else grid.threads
 
     def report(self) -> str | None:
-        """What the last kernel of each channel waits for, of which ranks, where it has not ended. Asks the GPU."""
-        found = [line for workspace in list(self._channels.values()) for line in missing(workspace, self._reader, self._ranks)]
+        """What the last kernel of each channel waits for, of which ranks, where it has not ended.
+
+        Asks the GPU.
+        """
+        found = [line for workspace in list(self._channels.values())
+                 for line in missing(workspace, self._reader, self._ranks)]
         return f"NVLink over {self.group}: {'; '.join(found)}" if found else None
 
     def _workspace(self) -> Workspace:
@@ -204,8 +229,10 @@ class NVLink:
         stream = current_stream(self.device)
         if stream not in self._channels:
             if not self._free:
-                raise SpecError(f"NVLink over {self.group}: {CHANNELS} streams have called it, and each has memory of its own; "
-                                f"capture CUDA graphs on the stream of group.graph_capture(), and call on one other")
+                raise SpecError(f"NVLink over {self.group}: {CHANNELS} streams have called it, and each has "
+                                "memory of its own; "
+                                "capture CUDA graphs on the stream of group.graph_capture(), and call on "
+                                "one other")
             self._channels[stream] = self._free.pop(0)
         return self._channels[stream]
 
@@ -238,7 +265,8 @@ class NVLink:
         raise self._refused("barrier")
 
     def close(self) -> None:
-        """Lets the workspaces go, if the device is done with them; a kernel that waits for a rank that is gone keeps them."""
+        """Lets the workspaces go, if the device is done with them;
+        a kernel that waits for a rank that is gone keeps them."""
         if not self._channels or self._idle():
             self._channels.clear()
             self._free.clear()
@@ -255,7 +283,8 @@ fit, and moved data has a word a block instead of a word a warp."""
 @lru_cache(maxsize=1024)
 def grid_of(quads: int, registers: int) -> Grid:
     """For so many quads from each rank, by a kernel of so many registers a thread."""
-    blocks, warps = next(((blocks, warps) for most, blocks, warps in GRIDS if quads <= most), (MOST_BLOCKS, 16))
+    blocks, warps = next(((blocks, warps) for most, blocks, warps in GRIDS if quads <= most),
+                         (MOST_BLOCKS, 16))
     return Grid(blocks, min(warps, BLOCK_REGISTERS // (32 * registers)), registers).over(quads)
 
 
@@ -267,7 +296,8 @@ ROW_GRIDS = ((2, 8, 1), (8, 2, 1), (1 << 30, 1, 2))
 
 @lru_cache(maxsize=1024)
 def grid_of_rows(rows: int, quads: int, size: int) -> tuple[Grid, int, int]:
-    """For so many rows of so many quads, between so many ranks: the grid, how many blocks share a row, and how many shots."""
+    """For so many rows of so many quads, between so many ranks:
+    the grid, how many blocks share a row, and how many shots."""
     split, shots = next((split, shots) for most, split, shots in ROW_GRIDS if rows <= most)
     if size == 2 or quads % size:
         shots = 1
@@ -275,7 +305,8 @@ def grid_of_rows(rows: int, quads: int, size: int) -> tuple[Grid, int, int]:
 
 
 def row_grid(rows: int, owned: int, split: int, size: int, shots: int) -> Grid:
-    """For so many rows, `split` blocks each, of so many quads that those share: one a thread, where there is room for as many."""
+    """For so many rows, `split` blocks each, of so many quads that those share:
+    one a thread, where there is room for as many."""
     registers = 64 if shots == 1 and size <= 4 else 128
     warps = min(2048 // registers, 1 << (-(-owned // (32 * split)) - 1).bit_length())
     most = min(MOST_BLOCKS, MOST_BLOCKS * BLOCK_REGISTERS // (32 * warps * registers))

@@ -1,7 +1,8 @@
 """What a kernel between GPUs waits for, read off its arena by the copy engine while it waits.
 
-Where data has not come, the arena still says so: its slot holds EMPTY. What the slot should hold, the kernel has written when it
-began. So it needs no clock, a report costs nothing until it is asked for, and calls that wait behind it do not blur it.
+Where data has not come, the arena still says so: its slot holds EMPTY. What the slot should hold, the kernel
+has written when it began. So it needs no clock, a report costs nothing until it is asked for, and calls that
+wait behind it do not blur it.
 """
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class Reader:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.buffer = torch.empty(MOST_WORDS, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+        self.buffer = torch.empty(MOST_WORDS, dtype=torch.int32, device="cpu",
+                                  pin_memory=device.type == "cuda")
 
     def read(self, words: Tensor, timeout_s: float = 1.0) -> Tensor | None:
         """The words (int32), of which it takes the first `MOST_WORDS`; None if the GPU does not answer."""
@@ -43,14 +45,16 @@ class Reader:
 
 
 def missing(workspace: Workspace, reader: Reader, ranks: Sequence[int]) -> list[str]:
-    """What has not come of the call that has begun last on the workspace, whoever made it. ranks: the members', in order.
+    """What has not come of the call that has begun last on the workspace, whoever made it. ranks:
+    the members', in order.
 
     Of words that say what a quad hides nothing is known: they are emptied when they are read.
     """
     state = reader.read(workspace.state)
     if state is None:
         return [MUTE]
-    slot, (quads, parts, line, blocks, threads) = (int(state[0]) + SLOTS.value - 1) % SLOTS.value, state[5:STATE_WORDS].tolist()
+    slot, (quads, parts, line, blocks, threads) = ((int(state[0]) + SLOTS.value - 1) % SLOTS.value,
+                                                   state[5:STATE_WORDS].tolist())
     others = [r for r in ranks if r != ranks[workspace.rank]]
     names = ("words of the pieces", "words of the sums") if parts == 2 else ("words",)
     looks = [(name, rank, 4 * quads, 4) for name, rank in product(names, others)]
@@ -66,11 +70,14 @@ def missing(workspace: Workspace, reader: Reader, ranks: Sequence[int]) -> list[
         if len(empty):
             first = int(empty[0]) // width
             block = (first if width == 4 else first * line) // threads % blocks
-            found.append(not_come(rank, len(empty), len(words), name, block, f"{'quad' if width == 4 else 'line'} {first}"))
+            found.append(not_come(rank, len(empty), len(words), name, block,
+                                  f"{'quad' if width == 4 else 'line'} {first}"))
         start += count
     return found
 
 
 def not_come(rank: int, empty: int, of: int, name: str, block: int, first: str) -> str:
-    """How a report says that so many of the words called `name` have not come of a rank, and which block waits for the first."""
-    return f"of rank {rank}, {empty} of {of} {name} have not come: block {block} waits for {first}, expects data and sees {EMPTY.value:#x}"
+    """How a report says that so many of the words called `name` have not come of a rank,
+    and which block waits for the first."""
+    return (f"of rank {rank}, {empty} of {of} {name} have not come: block {block} waits for {first}, expects "
+            f"data and sees {EMPTY.value:#x}")

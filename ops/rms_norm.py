@@ -2,7 +2,8 @@
 
 The result has x's dtype: what is computed, in at least float32 and the widest of both, is rounded once.
 
-On one axis: the last dim is whole; `x` owes nothing; other dims may be split; an owed `w` gives an owed result.
+On one axis: the last dim is whole; `x` owes nothing; other dims may be split; an owed `w` gives an owed
+result.
 """
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from shardlib.spec import Spec
 
 def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
     if len(ins[1].labels) != 1 or ins[0].labels[-1:] != ins[1].labels:
-        raise SpecError(f"rms_norm: the weight has dims {ins[1]}, x ends with {' '.join(ins[0].labels[-1:]) or 'nothing'}; they must be the same dim")
+        raise SpecError(f"rms_norm: the weight has dims {ins[1]}, x ends with "
+                        f"{' '.join(ins[0].labels[-1:]) or 'nothing'}; they must be the same dim")
     return (ins[0],)
 
 
@@ -56,11 +58,13 @@ def _reference(d: Dims, x: Tensor, w: Tensor) -> Tensor:
     return x * w / torch.sqrt(d.sum(x * x, name) / d.count(name) + d.options["eps"])
 
 
-RMS_NORM = Op("rms_norm", keywords={"eps": number}, rule=lambda s: Rule(linear=((1,),), whole=s.ins[1].names), infer=_infer, emit=_emit, vjp=_vjp,
-              takes=("float",), reads=as_they_come, dtype=lambda d, o: d[:1],
-              reference=_reference)
+RMS_NORM = (Op("rms_norm", keywords={"eps": number},
+               rule=lambda s: Rule(linear=((1,),), whole=s.ins[1].names), infer=_infer, emit=_emit, vjp=_vjp,
+               takes=("float",), reads=as_they_come, dtype=lambda d, o: d[:1],
+               reference=_reference))
 RMS_NORM_VJP = Op("rms_norm_vjp", keywords={"eps": number}, infer=lambda ins, attrs: (ins[0], ins[1]),
-                  rule=lambda s: Rule(linear=((1,), (2,)), whole=s.ins[1].names, sums=s.ins[0].names[:-1], uses=((0, 1, 2), (0, 2))),
+                  rule=lambda s: Rule(linear=((1,), (2,)), whole=s.ins[1].names, sums=s.ins[0].names[:-1],
+                                      uses=((0, 1, 2), (0, 2))),
                   emit=lambda e, s, a: f"{e.use(rms_norm_vjp)}({', '.join(a)}, {s.options['eps']!r})",
                   takes=("float",), reads=as_they_come, dtype=lambda d, o: [d[0], d[1]],
                   reference=lambda d, x, w, g: d.vjp(_reference, (x, w), g, d.step.ins[2]))

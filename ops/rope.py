@@ -1,8 +1,10 @@
-"""Rotary position embedding (Su et al. 2021), in the half-rotated order of Hugging Face, with Llama 3's scaling.
+"""Rotary position embedding (Su et al. 2021), in the half-rotated order of Hugging Face,
+with Llama 3's scaling.
 
-`rope_table("B -> B T/1 H", start, ...)` makes cosines (first half of H) and sines (second half) of the positions
-start[b] + t. `rope("B T K G H, B T H -> B T K G H", q, table)` turns each pair (i, i + H/2) by its angle. rope is linear in
-its first operand; H is whole. The table has the dtype that it is asked for; the result has x's, computed in the wider of both.
+`rope_table("B -> B T/1 H", start, ...)` makes cosines (first half of H) and sines (second half) of the
+positions start[b] + t. `rope("B T K G H, B T H -> B T K G H", q, table)` turns each pair (i, i + H/2) by its
+angle. rope is linear in its first operand; H is whole. The table has the dtype that it is asked for; the
+result has x's, computed in the wider of both.
 """
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ from shardlib.rules import Rule
 
 
 def frequencies(head_dim: int, theta: float, scaling: tuple[float, float, float, int] | None) -> Tensor:
-    """Radians per position of each pair, float32. `scaling`: (factor, low_freq_factor, high_freq_factor, original_context)."""
+    """Radians per position of each pair, float32.
+
+    `scaling`: (factor, low_freq_factor, high_freq_factor, original_context).
+    """
     inv = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim))
     if scaling is None:
         return inv
@@ -51,7 +56,8 @@ def rope_angles(start: Tensor, offset: int, length: int, inv: Tensor, dtype: tor
 
 
 def turns(table: Tensor) -> tuple[Tensor, Tensor]:
-    """From cosines | sines to what `rotate` multiplies with: cosines twice, and sines, the first half negative."""
+    """From cosines | sines to what `rotate` multiplies with:
+    cosines twice, and sines, the first half negative."""
     cos, sin = table.chunk(2, -1)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -70,11 +76,13 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor], half: int) -> Tensor:
 def _table(e: LocalCode, step: Step, args: list[str]) -> str:
     (out,) = step.outs
     if e.sizes[out.labels[2]] % 2:
-        raise SpecError(f"rope_table: {out.labels[2]} is {e.sizes[out.labels[2]]}; its halves are turned in pairs, so it is even")
+        raise SpecError(f"rope_table: {out.labels[2]} is {e.sizes[out.labels[2]]}; its halves are turned in "
+                        "pairs, so it is even")
     name = f"inv{len(e.constants)}"
     e.constants[name] = frequencies(e.sizes[out.labels[2]], step.options["theta"], step.options["scaling"])
     offset, length = e.rows(out.dims[1])
-    return f"{e.use(rope_angles)}({args[0]}, {offset}, {length}, {name}, torch.{step.options.get('dtype') or 'float32'})"
+    return (f"{e.use(rope_angles)}({args[0]}, {offset}, {length}, {name}, "
+            f"torch.{step.options.get('dtype') or 'float32'})")
 
 
 def _rope(prepare: Any) -> Any:
@@ -86,7 +94,8 @@ def _rope(prepare: Any) -> Any:
         (have, wide) = e.dtypes[step.inputs[0]], widest(*(e.dtypes[n] for n in step.inputs))
         end = "" if have == wide else f".to(torch.{have})"
         if args[0].isidentifier() and cos.isidentifier():
-            return f"torch.addcmul({args[0]} * {cos}, {args[0]}.roll({half}, -1), {sin}){end}"      # `rotate`, in place of a call
+            # `rotate`, in place of a call
+            return f"torch.addcmul({args[0]} * {cos}, {args[0]}.roll({half}, -1), {sin}){end}"
         return f"{e.use(rotate)}({args[0]}, ({turn}), {half}){end}"
     return emit
 
@@ -104,7 +113,8 @@ def _scaling(value: object) -> bool:
 
 
 def _table_reference(d: Dims, start: Tensor) -> Tensor:
-    """Radians of a pair by its wavelength: long ones (by Llama 3) turn `factor` times slower, short ones as they did, blended between."""
+    """Radians of a pair by its wavelength: long ones (by Llama 3) turn `factor` times slower,
+    short ones as they did, blended between."""
     _, time, name = d.step.outs[0].names
     half, odd = divmod(d.count(name), 2)
     if odd:
@@ -123,7 +133,8 @@ def _table_reference(d: Dims, start: Tensor) -> Tensor:
 def _rope_reference(d: Dims, x: Tensor, table: Tensor) -> Tensor:
     """Each pair is a complex number, multiplied by cos + i sin. The table is a constant."""
     at = d.names.index(d.step.ins[1].names[-1])
-    x, table = (torch.complex(*t.unflatten(at, (2, d.sizes[d.names[at]] // 2)).unbind(at)) for t in (x, table.detach()))
+    x, table = (torch.complex(*t.unflatten(at, (2, d.sizes[d.names[at]] // 2)).unbind(at))
+                for t in (x, table.detach()))
     turned = x * table
     return torch.cat((turned.real, turned.imag), at)
 
@@ -132,13 +143,15 @@ def _of_x(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | Non
     return [dtypes[0]]
 
 
-ROPE_TABLE = Op("rope_table", keywords={"theta": number, "scaling": _scaling, "dtype": lambda v: v is None or v in FLOATS},
-                rule=lambda s: Rule(whole=s.outs[0].names[2:]), emit=_table, index=(0,), dtype=lambda d, o: [o.get("dtype") or "float32"],
-                reference=_table_reference)
-ROPE = Op("rope", rule=_rule, emit=_rope(turns), vjp=_vjp, index=(1,), joins=True, takes=("float",), reads=as_they_come, dtype=_of_x,
-          reference=_rope_reference)
-ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(back_turns), index=(1,), takes=("float",), reads=as_they_come, dtype=_of_x,
-              reference=lambda d, g, table: d.vjp(lambda d, x: _rope_reference(d, x, table), (torch.zeros_like(g),), g, d.step.ins[0]))
+ROPE_TABLE = Op("rope_table",
+                keywords={"theta": number, "scaling": _scaling, "dtype": lambda v: v is None or v in FLOATS},
+                rule=lambda s: Rule(whole=s.outs[0].names[2:]), emit=_table, index=(0,),
+                dtype=lambda d, o: [o.get("dtype") or "float32"], reference=_table_reference)
+ROPE = Op("rope", rule=_rule, emit=_rope(turns), vjp=_vjp, index=(1,), joins=True, takes=("float",),
+          reads=as_they_come, dtype=_of_x, reference=_rope_reference)
+ROPE_VJP = Op("rope_vjp", rule=_rule, emit=_rope(back_turns), index=(1,), takes=("float",),
+              reads=as_they_come, dtype=_of_x, reference=lambda d, g, table: d.vjp(
+                  lambda d, x: _rope_reference(d, x, table), (torch.zeros_like(g),), g, d.step.ins[0]))
 
 
 def rope_table(text: str, start: Operand, *, theta: float,
@@ -175,7 +188,8 @@ def rope(text: str, x: Operand, table: Operand) -> Value:
             [-4.,  3.]])
     """
     if not isinstance(text, str) or text.count(",") != 1:
-        raise SpecError(f'rope "{text}": specs of x, the table, and the result, as in "B T K H, B T H -> B T K H"')
+        raise SpecError(
+            f'rope "{text}": specs of x, the table, and the result, as in "B T K H, B T H -> B T K H"')
     return apply(ROPE, (x, table), text)
 
 

@@ -1,8 +1,9 @@
 """sample: draw an index from softmax(logits / temperature), among the likeliest that make up top_p.
 
-`sample("B V, B -> B", logits, position, temperature=0.8, top_p=0.95, seed=0)`: V is whole. The draw for row b is a function of
-(seed, position[b], b) alone, b counted over all ranks: the same on every mesh. `sample("B V, B, B -> B", logits, position, row)` draws by
-the number row[b] in place of b: where rows change places, their draws go with them.
+`sample("B V, B -> B", logits, position, temperature=0.8, top_p=0.95, seed=0)`: V is whole. The draw for row b
+is a function of (seed, position[b], b) alone, b counted over all ranks: the same on every mesh. `sample("B V,
+B, B -> B", logits, position, row)` draws by the number row[b] in place of b: where rows change places, their
+draws go with them.
 """
 from __future__ import annotations
 
@@ -26,10 +27,12 @@ def places(logits: Tensor, first: int) -> Tensor:
     return torch.arange(first, first + logits.shape[0], device=logits.device)
 
 
-def draw(logits: Tensor, position: Tensor, row: Tensor, temperature: float, top_p: float, seed: int) -> Tensor:
+def draw(logits: Tensor, position: Tensor, row: Tensor, temperature: float, top_p: float,
+         seed: int) -> Tensor:
     """One index a row, int64."""
-    above = logits.float() - logits.float().amax(-1, keepdim=True)        # at most 0, so that a low temperature gives no infinities
-    tiny = torch.finfo(torch.float32).tiny                                # what is smaller is 0 beside float32
+    # at most 0, so that a low temperature gives no infinities
+    above = logits.float() - logits.float().amax(-1, keepdim=True)
+    tiny = torch.finfo(torch.float32).tiny  # what is smaller is 0 beside float32
     p, order = (above / max(temperature, tiny)).softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = p.cumsum(-1) - p
     p = p * (before < max(top_p, tiny))
@@ -45,25 +48,30 @@ def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
 
 
 def likeliest(p: list[float], top_p: float) -> list[int]:
-    """The fewest indices that make up `top_p` of `p`, the likeliest first, the lower one first among equals."""
+    """The fewest indices that make up `top_p` of `p`, the likeliest first,
+    the lower one first among equals."""
     order = sorted(range(len(p)), key=lambda i: -p[i])
     below = itertools.accumulate((p[i] for i in order), initial=0.0)
     return [i for i, sum in zip(order, below) if sum < top_p]
 
 
 def _reference(d: Dims, *operands: Tensor) -> Tensor:
-    """The index at which the likeliest, one after the other, exceed a share u of what they make up together."""
+    """The index at which the likeliest, one after the other,
+    exceed a share u of what they make up together."""
     def one(logits: Tensor, position: Tensor, row: int) -> int:
         p = (logits.double() / d.options["temperature"]).softmax(-1).tolist()
         kept = likeliest(p, d.options["top_p"])
         u = float(uniform(position * 2 ** 20 + row, d.options["seed"])) * sum(p[i] for i in kept)
-        return next((i for i, upto in zip(kept, itertools.accumulate(p[i] for i in kept)) if upto > u), kept[-1])
-    rows = zip(*(d.close(x, spec) for x, spec in zip(operands, d.step.ins)), *([] if len(operands) == 3 else [itertools.count()]))
+        return next((i for i, upto in zip(kept, itertools.accumulate(p[i] for i in kept)) if upto > u),
+                    kept[-1])
+    rows = zip(*(d.close(x, spec) for x, spec in zip(operands, d.step.ins)),
+               *([] if len(operands) == 3 else [itertools.count()]))
     return d.open(torch.tensor([one(*row) for row in rows], dtype=torch.int64), d.step.outs[0])
 
 
-SAMPLE = Op("sample", keywords={"temperature": number, "top_p": number, "seed": number}, rule=lambda s: Rule(whole=s.ins[0].names[1:]), emit=_emit,
-            index=(1, 2), takes=("float", "index", "index"), dtype=lambda d, o: ["int64"], constant=True,
+SAMPLE = Op("sample", keywords={"temperature": number, "top_p": number, "seed": number},
+            rule=lambda s: Rule(whole=s.ins[0].names[1:]), emit=_emit, index=(1, 2),
+            takes=("float", "index", "index"), dtype=lambda d, o: ["int64"], constant=True,
             reference=_reference)
 
 
@@ -85,11 +93,15 @@ def sample(text: str, logits: Operand, position: Operand, row: Operand | None = 
     [[1, 2, 2, 2, 2, 3], [1, 2, 2, 2, 2, 3]]
     """
     ins, outs = parse_signature(text)
-    if [len(s.dims) if s else 0 for s in (*ins, *outs)] not in ([2, 1, 1], [2, 1, 1, 1]) or (len(ins) == 3) != (row is not None):
-        raise SpecError(f'sample "{text}": the specs are those of "B V, B -> B", or with the rows\' numbers of "B V, B, B -> B"')
+    if ([len(s.dims) if s else 0 for s in (*ins, *outs)] not in ([2, 1, 1], [2, 1, 1, 1])
+        or (len(ins) == 3) != (row is not None)):
+        raise SpecError(f'sample "{text}": the specs are those of "B V, B -> B", or with the rows\' numbers '
+                        'of "B V, B, B -> B"')
     if not temperature > 0 or not 0 < top_p <= 1:
-        raise SpecError(f"sample: temperature is {temperature}, top_p {top_p}; temperature is above 0, top_p above 0 and at most 1")
-    return apply(SAMPLE, (logits, position) if row is None else (logits, position, row), text, temperature=float(temperature), top_p=float(top_p), seed=int(seed))
+        raise SpecError(f"sample: temperature is {temperature}, top_p {top_p}; temperature is above 0, top_p "
+                        "above 0 and at most 1")
+    return apply(SAMPLE, (logits, position) if row is None else (logits, position, row), text,
+                 temperature=float(temperature), top_p=float(top_p), seed=int(seed))
 
 
 TABLE = {"sample": SAMPLE}

@@ -1,8 +1,8 @@
 """Lookups: `embedding` picks rows of a table, `take` one entry along a dim.
 
-On one axis: both are linear in what they pick from; a split table dim (`V/tp`) is legal, rows outside of the own range
-are zero and the result owes. An index outside of the whole table is an error (`shardlib.index_check`); where that comes later,
-its row is zero until then.
+On one axis: both are linear in what they pick from; a split table dim (`V/tp`) is legal, rows outside of the
+own range are zero and the result owes. An index outside of the whole table is an error
+(`shardlib.index_check`); where that comes later, its row is zero until then.
 """
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def rows_vjp(ids: Tensor, g: Tensor, start: int, size: int, site: IndexSite) -> 
     here, inside = local(ids, start, size, site)
     if site.seen is None:
         return out.index_add_(0, here[inside], g[inside])
-    return out.index_add_(0, here.reshape(-1), torch.where(inside[..., None], g, 0).reshape(ids.numel(), g.shape[-1])) if size else out
+    return (out.index_add_(0, here.reshape(-1),
+                           torch.where(inside[..., None], g, 0).reshape(ids.numel(), g.shape[-1])) if size
+            else out)
 
 
 def pick(x: Tensor, index: Tensor, dim: int, start: int, site: IndexSite) -> Tensor:
@@ -70,7 +72,8 @@ def pick(x: Tensor, index: Tensor, dim: int, start: int, site: IndexSite) -> Ten
     here, inside = local(index, start, x.shape[dim], site)
     if x.shape[dim] == 0:
         return x.new_zeros([n for i, n in enumerate(shape) if i != dim])
-    return torch.where(inside, x.gather(dim, here.expand(shape)), False if x.dtype == torch.bool else 0).squeeze(dim)
+    return torch.where(inside, x.gather(dim, here.expand(shape)),
+                       False if x.dtype == torch.bool else 0).squeeze(dim)
 
 
 def pick_vjp(index: Tensor, g: Tensor, dim: int, start: int, size: int, site: IndexSite) -> Tensor:
@@ -99,7 +102,8 @@ def _embed_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
 def _embed_back(e: LocalCode, step: Step, args: list[str]) -> str:
     (out,) = step.outs
     start, size = e.rows(out.dims[0])
-    return f"{e.use(rows_vjp)}({args[0]}, {args[1]}, {start}, {size}, {e.index_site(step, 0, args[0], out.dims[0], 'ids', op='embedding')})"
+    return (f"{e.use(rows_vjp)}({args[0]}, {args[1]}, {start}, {size}, "
+            f"{e.index_site(step, 0, args[0], out.dims[0], 'ids', op='embedding')})")
 
 
 def _gone(x: Any, out: Any) -> str:
@@ -128,7 +132,8 @@ def _take_back(e: LocalCode, step: Step, args: list[str]) -> str:
     dim = x.dim(name)
     start, size = e.rows(dim)
     site = e.index_site(step, 0, args[0], dim, "index", op="take")
-    return f"{e.use(pick_vjp)}({_index(args[0], index, x)}, {args[1]}, {x.dims.index(dim)}, {start}, {size}, {site})"
+    return (f"{e.use(pick_vjp)}({_index(args[0], index, x)}, {args[1]}, {x.dims.index(dim)}, {start}, "
+            f"{size}, {site})")
 
 
 def _reference(d: Dims, x: Tensor, index: Tensor) -> Tensor:
@@ -141,16 +146,15 @@ def _back(d: Dims, index: Tensor, g: Tensor) -> tuple[Tensor, ...]:
     return d.vjp(_reference, (x, index), g, d.step.ins[1])
 
 
-EMBEDDING = Op("embedding", rule=lambda s: Rule(linear=((1,),), sums=s.ins[1].dims[0].names), emit=_embed, vjp=_embed_vjp, index=(0,),
-               dtype=lambda d, o: [d[1]],
+EMBEDDING = Op("embedding", rule=lambda s: Rule(linear=((1,),), sums=s.ins[1].dims[0].names), emit=_embed,
+               vjp=_embed_vjp, index=(0,), dtype=lambda d, o: [d[1]],
                reference=lambda d, ids, table: _reference(d, table, ids))
-EMBEDDING_VJP = Op("embedding_vjp", rule=lambda s: Rule(linear=((1,),), sums=s.ins[0].names), emit=_embed_back, index=(0,),
-                   dtype=lambda d, o: [d[1]],
-                   reference=_back)
-TAKE = Op("take", rule=lambda s: Rule(linear=((0,),), sums=s.ins[0].dim(_gone(*_pair(s))).names), emit=_take, vjp=_take_vjp, index=(1,),
-          reference=_reference)
-TAKE_VJP = Op("take_vjp", rule=lambda s: Rule(linear=((1,),)), emit=_take_back, index=(0,), dtype=lambda d, o: [d[1]],
-              reference=_back)
+EMBEDDING_VJP = Op("embedding_vjp", rule=lambda s: Rule(linear=((1,),), sums=s.ins[0].names),
+                   emit=_embed_back, index=(0,), dtype=lambda d, o: [d[1]], reference=_back)
+TAKE = Op("take", rule=lambda s: Rule(linear=((0,),), sums=s.ins[0].dim(_gone(*_pair(s))).names), emit=_take,
+          vjp=_take_vjp, index=(1,), reference=_reference)
+TAKE_VJP = Op("take_vjp", rule=lambda s: Rule(linear=((1,),)), emit=_take_back, index=(0,),
+              dtype=lambda d, o: [d[1]], reference=_back)
 
 
 def _pair(step: Step) -> tuple[Any, Any]:
@@ -175,7 +179,8 @@ def embedding(text: str, ids: Operand, table: Operand) -> Value:
     """
     meant = f'embedding "{text}": the specs are those of "B T, V D -> B T D"'
     ins, outs = parse_specs(text, meant)
-    if len(ins) != 2 or len(outs) != 1 or len(ins[1].dims) != 2 or outs[0].labels != (*ins[0].labels, ins[1].labels[1]):
+    if (len(ins) != 2 or len(outs) != 1 or len(ins[1].dims) != 2
+        or outs[0].labels != (*ins[0].labels, ins[1].labels[1])):
         raise SpecError(meant)
     return apply(EMBEDDING, (ids, table), text)
 
@@ -193,7 +198,8 @@ def take(text: str, x: Operand, index: Operand) -> Value:
     tensor([[2.],
             [5.]])
     """
-    meant = (f'take "{text}": the specs are those of "B T D, B -> B D": the result lacks one dim of the first operand, '
+    meant = (f'take "{text}": the specs are those of "B T D, B -> B D": the result lacks one dim of the '
+             'first operand, '
              f'and has those of the index')
     ins, outs = parse_specs(text, meant)
     if len(ins) != 2 or len(outs) != 1 or len(ins[0].labels) != len(outs[0].labels) + 1 \

@@ -1,7 +1,8 @@
 """shardlib: write a model once, as math on named dims; say in one line where the dims live.
 
-The names here are all that most programs need, in the order in which one learns them. Functions of tensors (silu, mean, ...)
-are in `shardlib.functions`, operators of models (attention, rms_norm, ...) in `shardlib.ops`.
+The names here are all that most programs need, in the order in which one learns them. Functions of tensors
+(silu, mean, ...) are in `shardlib.functions`, operators of models (attention, rms_norm, ...) in
+`shardlib.ops`.
 """
 from shardlib.api import compile, lower, sharded, simulate, step, value_and_grad
 from shardlib.errors import SpecError
@@ -27,6 +28,7 @@ from shardlib.reports.explain import explain
 from shardlib.reports.prove import prove
 
 __version__ = "0.1.0"
-__all__ = ["sharded", "einsum", "Mesh", "Layout", "lower", "SpecError", "Params", "param", "stacked", "init", "scan", "compile",
-           "value_and_grad", "explain", "prove", "simulate", "step", "rearrange", "rename", "cond", "local", "EXPLICIT",
-           "all_gather", "all_reduce", "reduce_scatter", "all_to_all", "permute", "shard", "owe", "reshard"]
+__all__ = ["sharded", "einsum", "Mesh", "Layout", "lower", "SpecError", "Params", "param", "stacked", "init",
+           "scan", "compile", "value_and_grad", "explain", "prove", "simulate", "step", "rearrange", "rename",
+           "cond", "local", "EXPLICIT", "all_gather", "all_reduce", "reduce_scatter", "all_to_all", "permute",
+           "shard", "owe", "reshard"]

@@ -28,7 +28,8 @@ from shardlib.run.prepared import Prepared
 from shardlib.run.simulate import simulate as simulate_ranks
 from shardlib.run.step import run_steps
 
-__all__ = ["Compiled", "Prepared", "Sharded", "ValueAndGrad", "arg_types", "compile", "lower", "shard_of", "sharded", "simulate", "step", "value_and_grad"]
+__all__ = ["Compiled", "Prepared", "Sharded", "ValueAndGrad", "arg_types", "compile", "lower", "shard_of",
+           "sharded", "simulate", "step", "value_and_grad"]
 
 
 class Sharded(Function):
@@ -42,11 +43,13 @@ def _compiled_here(f: Sharded | ValueAndGrad, static: dict[str, Any]) -> Compile
     """`f` compiled for the mesh in force, once."""
     check_static(traced_function("call", f), static)
     cache = f.__dict__.setdefault("_compiled", {})
-    key = (current_mesh(), *((name, static[name], repr(static[name])) for name in sorted(static)))      # 2 is not 2.0
+    # 2 is not 2.0
+    key = (current_mesh(), *((name, static[name], repr(static[name])) for name in sorted(static)))
     try:
         hash(key)
     except TypeError as error:
-        raise SpecError(f"{f.__name__}: a static argument cannot be hashed: {error}; compile the function with it") from None
+        raise SpecError(f"{f.__name__}: a static argument cannot be hashed: {error}; compile the function "
+                        "with it") from None
     if key not in cache:
         cache[key] = compile(f, mesh=current_mesh(), **static)
     return cache[key]
@@ -71,19 +74,21 @@ def sharded(signature: str, *, layout: Layout | None = None) -> Callable[[Callab
     shardlib.errors.SpecError: scaled: D is 2 by x, and 3 by w ...
     """
     if not isinstance(signature, str):
-        raise SpecError(f'sharded: the signature is {what(signature)}; it is text, as in @sharded("B T D, D F -> B T F")')
+        raise SpecError(
+            f'sharded: the signature is {what(signature)}; it is text, as in @sharded("B T D, D F -> B T F")')
     check_layout("sharded", layout)
 
     def decorate(fn: Callable) -> Sharded:
         if not inspect.isfunction(fn):
-            raise SpecError(f'@sharded("{signature}"): what it decorates is {what(fn)}, not a Python function')
+            raise SpecError(
+                f'@sharded("{signature}"): what it decorates is {what(fn)}, not a Python function')
         return Sharded(fn, signature, layout)
     return decorate
 
 
 def lower(f: Function | ValueAndGrad, layout: Layout | None = None, *args: Any, mesh: Mesh | None = None,
-          sizes: Mapping[str, int] | None = None, passes: Sequence[Pass | str] = DEFAULT, dtypes: Mapping[str, str] | None = None,
-          **static: Any) -> Program:
+          sizes: Mapping[str, int] | None = None, passes: Sequence[Pass | str] = DEFAULT,
+          dtypes: Mapping[str, str] | None = None, **static: Any) -> Program:
     """The explicit program of `f` under `layout`: what every rank will do. `print` it to read it.
 
     >>> from shardlib import einsum
@@ -95,25 +100,33 @@ def lower(f: Function | ValueAndGrad, layout: Layout | None = None, *args: Any, 
         v1 = einsum("B/dp D, D F -> B/dp F", x, w2)
         return v1
 
-    `args`: instances of the pytrees that `f` takes, where an annotation does not say enough (an optional field that is absent).
-    dtypes: of arguments by path; gradients of arguments of several dtypes need casts, which are written where these are known.
+    `args`: instances of the pytrees that `f` takes, where an annotation does not say enough (an optional
+    field that is absent).
+    dtypes: of arguments by path; gradients of arguments of several dtypes need casts, which are written where
+    these are known.
     """
     return lower_results(f, layout, current_mesh(mesh), sizes, args, static, passes, dtypes)[0]
 
 
 class ValueAndGrad(Gradients):
-    """A sharded function of the same arguments that returns the value, then the gradients. Made by `value_and_grad`."""
+    """A sharded function of the same arguments that returns the value, then the gradients.
+
+    Made by `value_and_grad`.
+    """
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         if tracing():
-            raise SpecError(f"value_and_grad: the gradients of {self.f.__name__} are a program of their own, and no part of another")
+            raise SpecError(f"value_and_grad: the gradients of {self.f.__name__} are a program of their own, "
+                            "and no part of another")
         return _compiled_here(self, static)(*args)
 
 
-def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *, regather: str = "all") -> ValueAndGrad:
-    """What computes the scalar `f` and its gradients: it takes what `f` takes, and returns the value, then a gradient for each
-    argument that `wrt` names, in the order of `wrt`. A gradient has the spec and the dtype of its argument, the one by a pytree is
-    a pytree of its class. By default `wrt` is all pytrees of `f`, in the order of its signature.
+def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *,
+                   regather: str = "all") -> ValueAndGrad:
+    """What computes the scalar `f` and its gradients: it takes what `f` takes, and returns the value, then a
+    gradient for each argument that `wrt` names, in the order of `wrt`. A gradient has the spec and the dtype
+    of its argument, the one by a pytree is a pytree of its class. By default `wrt` is all pytrees of `f`, in
+    the order of its signature.
 
     >>> import torch
     >>> from torch import Tensor
@@ -128,8 +141,10 @@ def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *, regat
     >>> of_w, of_x
     (Weights(a=tensor([3., 3.])), tensor([2., 2.]))
 
-    regather: what backward gathers again instead of keeping it: "all", "weights" or "nothing". More memory, fewer all_gathers.
-    Refused: a name that is no argument, or comes twice; no name; a tensor of integers; an `f` that returns more than one scalar.
+    regather: what backward gathers again instead of keeping it: "all", "weights" or "nothing". More memory,
+    fewer all_gathers.
+    Refused: a name that is no argument, or comes twice; no name; a tensor of integers; an `f` that returns
+    more than one scalar.
     """
     if not isinstance(f, Function):
         raise SpecError(f"value_and_grad: it takes a @sharded function, not {what(f)}")
@@ -141,18 +156,23 @@ def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *, regat
     names = tuple(pytrees) if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
     unknown = next((n for n in names if n not in f.arg_names), None)
     twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
-    wrong = (f"{f.__name__} has no argument {unknown}" if unknown is not None else f"wrt names {twice} twice" if twice else
-             f"{f.__name__} takes no pytree, by which gradients are where wrt is not given" if wrt is None else "wrt is empty")
+    wrong = (f"{f.__name__} has no argument {unknown}" if unknown is not None else f"wrt names {twice} twice"
+             if twice else
+             f"{f.__name__} takes no pytree, by which gradients are where wrt is not given" if wrt is None
+             else "wrt is empty")
     if unknown is not None or twice or not names:
-        raise SpecError(f"value_and_grad: {wrong}; the arguments are {', '.join(f.arg_names)}").at(f.definition)
+        raise SpecError(f"value_and_grad: {wrong}; the arguments are {', '.join(f.arg_names)}").at(
+            f.definition)
     return ValueAndGrad(f, names, regather)
 
 
-def step(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,
-         sizes: Mapping[str, int] | None = None, **static: Any) -> Callable:
-    """`f` op by op on this rank, for a debugger: a breakpoint in it sees types (`x.spec`) and this rank's tensors (`x.local`).
+def step(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None,
+         runtime: Runtime | None = None, sizes: Mapping[str, int] | None = None, **static: Any) -> Callable:
+    """`f` op by op on this rank, for a debugger: a breakpoint in it sees types (`x.spec`) and this
+    rank's tensors (`x.local`).
 
-    Called like what `compile` makes: with shards, giving shards. Of a `value_and_grad`, its function runs op by op, after all of it has run compiled.
+    Called like what `compile` makes: with shards, giving shards. Of a `value_and_grad`, its function runs op
+    by op, after all of it has run compiled.
 
     >>> from shardlib import einsum
     >>> @sharded("B F, F D -> B D")
@@ -170,11 +190,13 @@ def step(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh
     there = runtime or shared_runtime(current_mesh(mesh))
     if not isinstance(f, ValueAndGrad):
         return _lines(f, layout or Layout(), there, sizes or {}, static)
-    whole, lines = compile(f, layout, runtime=there, sizes=sizes, **static), step(f.f, layout, runtime=there, sizes=sizes, **static)
+    whole, lines = (compile(f, layout, runtime=there, sizes=sizes, **static),
+                    step(f.f, layout, runtime=there, sizes=sizes, **static))
     return torch.no_grad()(lambda *args, **named: (whole(*args, **named), lines(*args))[0])
 
 
-def _lines(f: Function, layout: Layout, runtime: Runtime, sizes: Mapping[str, int], static: dict[str, Any]) -> Callable:
+def _lines(f: Function, layout: Layout, runtime: Runtime, sizes: Mapping[str, int],
+           static: dict[str, Any]) -> Callable:
     recipes: dict[Any, Any] = {}
 
     def run(*args: Any, **named: Any) -> Any:
@@ -183,8 +205,10 @@ def _lines(f: Function, layout: Layout, runtime: Runtime, sizes: Mapping[str, in
     return run
 
 
-def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh: Mesh | None = None, log: list | None = None, **static: Any) -> Any:
-    """`f` on all ranks of a mesh in this process: takes whole tensors, gives whole tensors, and checks that replicas agree.
+def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh: Mesh | None = None,
+             log: list | None = None, **static: Any) -> Any:
+    """`f` on all ranks of a mesh in this process: takes whole tensors, gives whole tensors,
+    and checks that replicas agree.
 
     `log` receives (ranks, collective, elements) of everything that was communicated.
 
@@ -205,17 +229,21 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
     if isinstance(f, Gradients):
         f.check_dtypes(dtypes)
     program, results = lower_results(f, layout, mesh, None, args, static, DEFAULT, dtypes)
-    whole = {path: v for (name, tree), arg in zip(program.args, args, strict=True) for (path, _), v in zip(leaves(name, tree), flat_leaves(arg))}
+    whole = {path: v for (name, tree), arg in zip(program.args, args, strict=True)
+             for (path, _), v in zip(leaves(name, tree), flat_leaves(arg))}
     sizes = bind_sizes(program, {p: tuple(v.shape) for p, v in whole.items()}, {}, mesh, None)
     value_dtypes(program, leaf_dtypes(whole.items()))
     placed = {path: place(whole[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
     with torch.no_grad() if isinstance(f, ValueAndGrad) else nullcontext():
-        outs = simulate_ranks(program, mesh, [{p: shards[r] for p, shards in placed.items()} for r in range(mesh.world_size)], sizes, log)
-    joined = [join([out[str(i)] for out in outs], kind, sizes, mesh, tolerance=1e-4) for i, (_, kind) in enumerate(program.result_leaves())]
+        outs = simulate_ranks(program, mesh, [{p: shards[r] for p, shards in placed.items()}
+                                              for r in range(mesh.world_size)], sizes, log)
+    joined = [join([out[str(i)] for out in outs], kind, sizes, mesh, tolerance=1e-4)
+              for i, (_, kind) in enumerate(program.result_leaves())]
     return rebuild(joined, results)
 
 
-def compile(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None, runtime: Runtime | None = None,    # noqa: A001
+def compile(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None,
+            runtime: Runtime | None = None,  # noqa: A001
             sizes: Mapping[str, int] | None = None, donate: Sequence[str] = (), graph: bool | str = False,
             passes: Sequence[Pass | str] = DEFAULT, **static: Any) -> Compiled:
     """`f` for the ranks of a mesh: all of them call it, each with its shards, and get their shards.

@@ -12,7 +12,8 @@
     nccl      not available
     gpus      none
 
-A package or a driver that is missing or broken is a line of the report, never an error. triton is not imported.
+A package or a driver that is missing or broken is a line of the report, never an error. triton is not
+imported.
 """
 
 import argparse
@@ -25,8 +26,10 @@ from importlib import metadata
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit status."""
-    parser = argparse.ArgumentParser(prog="shardlib", description="A functional sharding library for PyTorch.")
-    parser.add_argument("--version", action="store_true", help="print the versions and devices that a bug report needs")
+    parser = argparse.ArgumentParser(prog="shardlib",
+                                     description="A functional sharding library for PyTorch.")
+    parser.add_argument("--version", action="store_true",
+                        help="print the versions and devices that a bug report needs")
     if parser.parse_args(argv).version:
         print(version_report())
     else:
@@ -92,5 +95,6 @@ def _gpus() -> str:
     import torch
 
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    kinds = Counter(f"{gpu.name} (sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB)" for gpu in devices)
+    kinds = Counter(f"{gpu.name} (sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB)"
+                    for gpu in devices)
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "none"

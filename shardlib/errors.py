@@ -1,8 +1,8 @@
 """The one error of the language, and how it is laid out.
 
-Every mistake in specs, layouts, meshes and programs is a `SpecError`: raised before any communication, with the same
-text on every rank. First line: the op and the rule broken, in words. Then the specs aligned by dim name, a caret,
-and code to paste with its cost.
+Every mistake in specs, layouts, meshes and programs is a `SpecError`: raised before any communication, with
+the same text on every rank. First line: the op and the rule broken, in words. Then the specs aligned by dim
+name, a caret, and code to paste with its cost.
 
 >>> from shardlib.spec import parse
 >>> print(aligned([("x", parse("B/dp T D"), ""), ("y", parse("B/dp T D +tp"), "owed since line 3")], caret="+tp"))
@@ -37,7 +37,8 @@ class SpecError(ValueError):
     located = False
 
     def at(self, where: object) -> SpecError:
-        """The same error with the user's line at the end of its first line; itself where it has one, or none is known."""
+        """The same error with the user's line at the end of its first line;
+        itself where it has one, or none is known."""
         if self.located or not where:
             return self
         first, *rest = str(self).split("\n")
@@ -53,7 +54,8 @@ class Itemized(Protocol):
 
 
 def aligned(rows: Sequence[tuple[str, Itemized, str]], caret: str | None = None) -> str:
-    """Rows of (name, spec, note), one column a dim name or owed axis, and a caret line under the column `caret`.
+    """Rows of (name, spec, note), one column a dim name or owed axis,
+    and a caret line under the column `caret`.
 
     `caret` is a dim's name, or an owed item; the name of a group's factor points at the group.
     """
@@ -65,8 +67,10 @@ def aligned(rows: Sequence[tuple[str, Itemized, str]], caret: str | None = None)
     for (name, spec, note), cell in zip(rows, cells):
         body = "  ".join(cell.get(c, "").ljust(width[c]) for c in columns) if cell else "()"
         lines.append(f"  {name.ljust(left)}   {body}   {note}".rstrip())
-    if caret and (at := next((i for i, c in enumerate(columns) if caret in (c, *c.split())), None)) is not None:
-        lines.append(" " * (2 + left + 3 + sum(width[c] + 2 for c in columns[:at])) + "^" * width[columns[at]])
+    if (caret
+        and (at := next((i for i, c in enumerate(columns) if caret in (c, *c.split())), None)) is not None):
+        lines.append(" " * (2 + left + 3 + sum(width[c] + 2 for c in columns[:at]))
+                     + "^" * width[columns[at]])
     return "\n".join(lines)
 
 

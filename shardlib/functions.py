@@ -17,5 +17,5 @@ from shardlib.language.pointwise import (
 )
 from shardlib.language.reductions import argmax, logsumexp, max, mean, softmax, sum
 
-__all__ = ["cast", "exp", "gelu", "greater", "less", "log", "relu", "rsqrt", "sigmoid", "silu", "square", "stop_gradient", "tanh", "where",
-           "argmax", "logsumexp", "max", "mean", "softmax", "sum"]
+__all__ = ["cast", "exp", "gelu", "greater", "less", "log", "relu", "rsqrt", "sigmoid", "silu", "square",
+           "stop_gradient", "tanh", "where", "argmax", "logsumexp", "max", "mean", "softmax", "sum"]

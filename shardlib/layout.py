@@ -4,8 +4,8 @@
 >>> layout.complete(("B", "T", "D"), {}), layout.complete(("B", "T", "F"), {})
 ({'B': ('dp',), 'T': ('tp',), 'D': ()}, {'B': ('dp',), 'T': (), 'F': ('tp',)})
 
-Order is meaning: the entries are visited in order and each dim takes the longest prefix of its axes that is still
-free. Usually B, E, K, G, F, V, T, S, D. A wrong order is slow, never wrong.
+Order is meaning: the entries are visited in order and each dim takes the longest prefix of its axes that is
+still free. Usually B, E, K, G, F, V, T, S, D. A wrong order is slow, never wrong.
 """
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ class Layout:
     True
     """
 
-    def __init__(self, entries: Mapping[str, str | Sequence[str]] | None = None, **named: str | Sequence[str]) -> None:
+    def __init__(self, entries: Mapping[str, str | Sequence[str]] | None = None,
+                 **named: str | Sequence[str]) -> None:
         if not isinstance(entries, Mapping | None):
-            raise SpecError(f'layout: {entries!r} is no mapping of dims to axes; write Layout(B="dp"), or Layout.parse("B=dp")')
+            raise SpecError(f'layout: {entries!r} is no mapping of dims to axes; write Layout(B="dp"), or '
+                            'Layout.parse("B=dp")')
         self.entries: dict[str, tuple[str, ...]] = {}
         for dim, axes in {**(entries or {}), **named}.items():
             if not isinstance(axes, (str, tuple, list)):
@@ -79,7 +81,8 @@ class Layout:
         """The same layout with aliases expanded. SpecError for an axis the mesh lacks."""
         return type(self)({d: mesh.expand(a, f"layout, dim {d}") for d, a in self.entries.items()})
 
-    def complete(self, names: Iterable[str], pinned: Mapping[str, tuple[str, ...]], taken: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
+    def complete(self, names: Iterable[str], pinned: Mapping[str, tuple[str, ...]],
+                 taken: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
         """The axes of each of `names`: those in `pinned` keep theirs; `taken` axes are given to none."""
         out, used = dict(pinned), {*taken, *(a for axes in pinned.values() for a in axes)}
         names = tuple(names)
@@ -124,7 +127,8 @@ EXPLICIT = _Explicit()
 
 
 def pins(spec: Spec) -> dict[str, tuple[str, ...]]:
-    """The dims that say where they live: split ones, and those whole on purpose; a group's later factors are whole."""
+    """The dims that say where they live: split ones, and those whole on purpose;
+    a group's later factors are whole."""
     first = {d.factors[0].name: d.factors[0] for d in spec.dims if d.factors}
     inner = {f.name: () for d in spec.dims for f in d.factors[1:]}
     return {**{n: f.axes for n, f in first.items() if f.axes or f.whole}, **inner}

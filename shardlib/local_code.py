@@ -1,4 +1,5 @@
-"""What an op may ask of whoever writes one rank's code: shapes, offsets and dtypes of its operands, names for what it calls.
+"""What an op may ask of whoever writes one rank's code:
+shapes, offsets and dtypes of its operands, names for what it calls.
 
     def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
         return f"{e.use(my_function)}({args[0]}, {e.shape(step.outs[0])})"
@@ -22,7 +23,8 @@ class LocalCode(Protocol):
     """The code of `rank`, which stands at `coordinate` of `mesh`.
 
     sizes: the global size of every dim.  dtypes: of the values of the program that is being written.
-    constants: tensors that the code has by name.  in_place: values whose buffers the current step may write to.
+    constants: tensors that the code has by name.  in_place: values whose buffers the current step may write
+    to.
     """
     mesh: Mesh
     rank: int
@@ -47,18 +49,22 @@ class LocalCode(Protocol):
     def use(self, helper: Callable) -> str:
         """The name under which the code calls `helper`."""
 
-    def index_site(self, step: Step, operand: int, variable: str, dim: Dim, argument: str, *, op: str = "", rows: Dim | None = None,
-                   ignored: int | None = None, hint: str = "") -> str:
-        """The name of the place where `variable`, an operand of the step, is an index into `dim`: an `IndexSite`.
+    def index_site(self, step: Step, operand: int, variable: str, dim: Dim, argument: str, *, op: str = "",
+                   rows: Dim | None = None, ignored: int | None = None, hint: str = "") -> str:
+        """The name of the place where `variable`, an operand of the step,
+        is an index into `dim`: an `IndexSite`.
 
-        argument: what it is called where the user has no name for it.  op: what the user has called, if not the step's own.
+        argument: what it is called where the user has no name for it.  op: what the user has called, if not
+        the step's own.
         rows, ignored, hint: as an `IndexSite` has them.
         """
 
     def hoist(self, variable: str, template: str, parts: int = 1) -> str:
-        """`template` applied to `variable`: once before the loop, where the variable is the same in every round.
+        """`template` applied to `variable`: once before the loop,
+        where the variable is the same in every round.
 
-        There, the result is a variable's name; or several, "v1, v2", where the template makes a tuple of `parts`.
+        There, the result is a variable's name; or several, "v1, v2", where the template makes a tuple of
+        `parts`.
         """
 
     def view(self, text: str, shape: Sequence[int]) -> str:

@@ -6,8 +6,8 @@
 >>> [mesh.extent(7, ("tp",), c) for c in mesh.coordinates()][:3]
 [(0, 3), (3, 2), (5, 2)]
 
-The last axis runs fastest. An alias names axes in order: `Mesh(dp=2, tp=3, ep=("dp", "tp"))`. Splits may be uneven:
-of n rows over k coordinates the first n mod k hold one more; several axes nest, outermost first.
+The last axis runs fastest. An alias names axes in order: `Mesh(dp=2, tp=3, ep=("dp", "tp"))`. Splits may be
+uneven: of n rows over k coordinates the first n mod k hold one more; several axes nest, outermost first.
 """
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Mesh:
     (38, 8)
     """
 
-    def __init__(self, axes: Mapping[str, int | Sequence[str]] | None = None, **named: int | Sequence[str]) -> None:
+    def __init__(self, axes: Mapping[str, int | Sequence[str]] | None = None,
+                 **named: int | Sequence[str]) -> None:
         if not isinstance(axes, Mapping | None):
             raise SpecError(f"mesh: {axes!r} is no mapping of axes to sizes; write Mesh(dp=2, tp=4)")
         given = {**(axes or {}), **named}
@@ -63,7 +64,8 @@ class Mesh:
                 raise SpecError(f"mesh: axis {name} has size {value!r}; a size is an integer of at least 1")
         for name, value in self.aliases.items():
             if not value or len(set(value)) != len(value) or any(a not in self.axes for a in value):
-                raise SpecError(f"mesh: alias {name} names {', '.join(map(str, value)) or 'nothing'}; it may name each of the axes "
+                raise SpecError(f"mesh: alias {name} names {', '.join(map(str, value)) or 'nothing'}; it may "
+                                "name each of the axes "
                                 f"{', '.join(self.axes) or '(none)'} once")
         if self.world_size > MAX_RANKS:
             raise SpecError(f"mesh: {self.world_size} ranks; the most allowed is {MAX_RANKS}")
@@ -108,7 +110,7 @@ class Mesh:
     def __exit__(self, *_: object) -> None:
         _AMBIENT.reset(self._tokens.pop())
 
-    # -- ranks and coordinates -------------------------------------------------------------------------------------
+    # -- ranks and coordinates -------------------------------------------------------------------------------
 
     def coordinate(self, rank: int) -> dict[str, int]:
         """Where `rank` stands: axis -> index."""
@@ -132,7 +134,8 @@ class Mesh:
         return prod(self.axes[a] for a in axes)
 
     def group(self, axes: Sequence[str], rank: int) -> tuple[int, ...]:
-        """The ranks that differ from `rank` only along `axes`; the last of `axes` runs fastest: ("x", "y") is not ("y", "x")."""
+        """The ranks that differ from `rank` only along `axes`; the last of `axes` runs fastest:
+        ("x", "y") is not ("y", "x")."""
         here = self.coordinate(rank)
         return tuple(self.rank({**here, **dict(zip(axes, c))})
                      for c in itertools.product(*(range(self.axes[a]) for a in axes)))
@@ -145,7 +148,7 @@ class Mesh:
             start, n = start + each * i + min(i, more), each + (i < more)
         return start, n
 
-    # -- specs -----------------------------------------------------------------------------------------------------
+    # -- specs -----------------------------------------------------------------------------------------------
 
     def expand(self, axes: Sequence[str], where: str) -> tuple[str, ...]:
         """`axes` with aliases expanded. SpecError, saying `where`, for one the mesh lacks."""
@@ -156,20 +159,24 @@ class Mesh:
             elif axis in self.aliases:
                 out += self.aliases[axis]
             else:
-                raise SpecError(f"{where}: unknown axis {axis}; the mesh has {', '.join([*self.axes, *self.aliases]) or 'none'}")
+                raise SpecError(f"{where}: unknown axis {axis}; the mesh has "
+                                f"{', '.join([*self.axes, *self.aliases]) or 'none'}")
         return tuple(out)
 
     def resolve(self, spec: Spec, keep_whole: bool = False) -> Spec:
-        """The type of `spec` on this mesh; with `keep_whole` it still says which dims are whole on purpose."""
+        """The type of `spec` on this mesh; with `keep_whole` it still says which
+        dims are whole on purpose."""
         where = f'spec "{spec}"'
-        dims = tuple(Dim(tuple(Factor(f.name, self.expand(f.axes, where), keep_whole and f.whole) for f in d.factors), d.size, d.ragged)
+        dims = tuple(Dim(tuple(Factor(f.name, self.expand(f.axes, where), keep_whole and f.whole)
+                               for f in d.factors), d.size, d.ragged)
                      for d in spec.dims)
         owed = tuple(replace(o, axis=a, at=o.coordinate(self.axes[a]))
                      for o in spec.owed for a in self.expand((o.axis,), where))
         for o in owed:
             at = o.coordinate(self.axes[o.axis])
             if at is not None and not 0 <= at < self.axes[o.axis]:
-                raise SpecError(f"{where}: axis {o.axis} has coordinates 0 to {self.axes[o.axis] - 1}, not {o.at}")
+                raise SpecError(
+                    f"{where}: axis {o.axis} has coordinates 0 to {self.axes[o.axis] - 1}, not {o.at}")
         return Spec(dims, owed, spec.ellipsis)
 
     def rows(self, dim: Dim, sizes: Mapping[str, int], coordinate: Mapping[str, int]) -> tuple[int, int]:
@@ -180,7 +187,8 @@ class Mesh:
         start, size = self.extent(sizes[dim.factors[0].name], dim.axes, coordinate)
         return start * inner, size * inner
 
-    def local_shape(self, spec: Spec, sizes: Mapping[str, int], coordinate: Mapping[str, int]) -> tuple[int, ...]:
+    def local_shape(self, spec: Spec, sizes: Mapping[str, int],
+                    coordinate: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of what `coordinate` holds of a tensor of type `spec` whose dims have global `sizes`."""
         return tuple(self.rows(d, sizes, coordinate)[1] for d in spec.dims)
 
@@ -188,13 +196,16 @@ class Mesh:
 def check_sizes(sizes: Mapping[str, int]) -> None:
     """SpecError unless all sizes of dims are integers of at least 0."""
     if not isinstance(sizes, Mapping):
-        raise SpecError(f"sizes is a {type(sizes).__name__}; sizes map dims to integers, as in dict(B=8, D=512)")
-    if (wrong := next((n for n, size in sizes.items() if type(size) is not int or size < 0), None)) is not None:
+        raise SpecError(
+            f"sizes is a {type(sizes).__name__}; sizes map dims to integers, as in dict(B=8, D=512)")
+    if ((wrong := next((n for n, size in sizes.items() if type(size) is not int or size < 0), None))
+        is not None):
         raise SpecError(f"sizes: {wrong} is {sizes[wrong]!r}; a size is an integer of at least 0")
 
 
 def current_mesh(mesh: Mesh | None = None) -> Mesh:
     """`mesh`, else the one of the enclosing `with mesh:`, else the mesh of one rank."""
     if mesh is not None and not isinstance(mesh, Mesh):
-        raise SpecError(f'the mesh is a {type(mesh).__name__}; it is a Mesh, as in Mesh(dp=2, tp=4) or Mesh.parse("dp=2,tp=4")')
+        raise SpecError(f'the mesh is a {type(mesh).__name__}; it is a Mesh, as in Mesh(dp=2, tp=4) or '
+                        'Mesh.parse("dp=2,tp=4")')
     return mesh or _AMBIENT.get() or Mesh()

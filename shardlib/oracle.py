@@ -1,9 +1,10 @@
 """The oracle of the typing rules: what is true of an op on split operands, found by running it on every rank.
 
-A `Case` is one call of an op, its specs whole. `judge` places random operands on all ranks of a mesh as given types, runs
-the op's own generated code on each, and says which types the results may be given: those as which the pieces put
-together are the op's reference on the whole, and as which the local derivative, of random cotangents of the dual types, is
-the reference's. A rule is sound and complete when it accepts exactly what `judge` finds a type for.
+A `Case` is one call of an op, its specs whole. `judge` places random operands on all ranks of a mesh as given
+types, runs the op's own generated code on each, and says which types the results may be given: those as which
+the pieces put together are the op's reference on the whole, and as which the local derivative, of random
+cotangents of the dual types, is the reference's. A rule is sound and complete when it accepts exactly what
+`judge` finds a type for.
 
 >>> from shardlib.compiler.parser import CORE
 >>> from shardlib.spec import parse
@@ -48,18 +49,23 @@ Draw = Callable[[tuple[int, ...], Mapping[str, int], torch.Generator, list[Tenso
 
 
 class NoSuchCall(Exception):
-    """The op on whole operands fails at these sizes, as it may: an index into an empty dim, half of one element."""
+    """The op on whole operands fails at these sizes, as it may:
+    an index into an empty dim, half of one element."""
 
 
-def normal(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator, before: list[Tensor]) -> Tensor:
+def normal(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+           before: list[Tensor]) -> Tensor:
     return torch.randn(shape, generator=g, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op. `text`: its specs, whole. `draws`: what each operand holds, normal numbers by default.
+    """One call of an op. `text`: its specs, whole.
 
-    indices, constants: operands beside those in `op.index` that hold integers or masks; that have no cotangent.
+    `draws`: what each operand holds, normal numbers by default.
+
+    indices, constants: operands beside those in `op.index` that hold integers or masks; that have no
+    cotangent.
     complete: whether every typing can be said in these names; not where one name stands for two dims.
     tolerance: relative to the largest element: float64 rounds to 1e-16 of it.
     """
@@ -87,7 +93,8 @@ class Case:
     def made(self) -> tuple[Dim, ...]:
         """The dims that only results have: a call says how they are split."""
         known = {n for s in self.ins for n in s.names}
-        return () if self.op is RENAME else tuple(dict.fromkeys(d for s in self.outs for d in s.dims if known.isdisjoint(f.name for f in d.factors)))
+        return () if self.op is RENAME else tuple(dict.fromkeys(
+            d for s in self.outs for d in s.dims if known.isdisjoint(f.name for f in d.factors)))
 
     @cached_property
     def differentiable(self) -> tuple[int, ...]:
@@ -96,24 +103,28 @@ class Case:
         return tuple(i for i in range(len(self.ins)) if i not in fixed) if self.op.vjp else ()
 
     def fitting(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """`sizes`, with those names fitted to the others that a rename gives to a dim, or whose dim it takes apart."""
+        """`sizes`, with those names fitted to the others that a rename gives to a dim,
+        or whose dim it takes apart."""
         if self.op is not RENAME:
             return dict(sizes)
         pairs = list(zip(self.ins[0].dims, self.outs[0].dims))
-        fitted = {n for old, new in pairs for n in (new if by_factor(old, new) else min(old, new, key=lambda d: len(d.names))).names}
+        fitted = {n for old, new in pairs
+                  for n in (new if by_factor(old, new) else min(old, new, key=lambda d: len(d.names))).names}
         known = Sizes("case", {n: size for n, size in sizes.items() if n not in fitted})
         known.rename(self.step(self.ins, self.outs))
         known.settle()
         return {**sizes, **known.of}
 
     def step(self, ins: Sequence[Spec], outs: Sequence[Spec]) -> Step:
-        return Step(self.op, tuple(ins), tuple(outs), tuple(f"x{i}" for i in range(len(ins))), tuple(f"y{i}" for i in range(len(outs))), self.attrs)
+        return Step(self.op, tuple(ins), tuple(outs), tuple(f"x{i}" for i in range(len(ins))),
+                    tuple(f"y{i}" for i in range(len(outs))), self.attrs)
 
     def rule(self, ins: Sequence[Spec], made: Splits | None = None) -> tuple[Spec, ...]:
         """What the rule says the results are, dims in `made` split so. RuleError where it refuses."""
         if self.op is RENAME:
             return (renamed(*ins, *self.outs),)
-        outs = tuple(s.split(made or {}) for s in self.outs) if self.op.takes_text else self.op.infer(ins, dict(self.attrs))
+        outs = (tuple(s.split(made or {}) for s in self.outs) if self.op.takes_text
+                else self.op.infer(ins, dict(self.attrs)))
         return natural(self.op.name, self.op.rule(self.step(ins, outs)), ins, outs)
 
     def accepts(self, ins: Sequence[Spec], made: Splits | None = None) -> tuple[Spec, ...] | None:
@@ -126,7 +137,8 @@ class Case:
         """All types of operand i; an index or a mask owes nothing."""
         return types(self.ins[i], axes, () if i in (*self.op.index, *self.indices) else kinds)
 
-    def combinations(self, axes: Sequence[str], kinds: Sequence[str] = ("+",)) -> Iterator[tuple[tuple[Spec, ...], dict[str, tuple[str, ...]]]]:
+    def combinations(self, axes: Sequence[str], kinds: Sequence[str] = ("+",)) -> Iterator[
+            tuple[tuple[Spec, ...], dict[str, tuple[str, ...]]]]:
         """All types of the operands together, and all splits of the dims that the results make."""
         splits = types(Spec(self.made), axes, ())
         for ins in itertools.product(*(self.operand_types(i, axes, kinds) for i in range(len(self.ins)))):
@@ -135,8 +147,10 @@ class Case:
 
 
 @lru_cache(maxsize=64)
-def verdicts(case: Case, axes: tuple[str, ...], kinds: tuple[str, ...] = ("+",)) -> list[tuple[Types, Splits, Types | None]]:
-    """For all combinations: the types of the operands, how made dims are split, and the results as the rule says, or None."""
+def verdicts(case: Case, axes: tuple[str, ...],
+             kinds: tuple[str, ...] = ("+",)) -> list[tuple[Types, Splits, Types | None]]:
+    """For all combinations: the types of the operands, how made dims are split,
+    and the results as the rule says, or None."""
     return [(ins, made, case.accepts(ins, made)) for ins, made in case.combinations(axes, kinds)]
 
 
@@ -159,8 +173,8 @@ def _types(spec: Spec, axes: tuple[str, ...], kinds: tuple[str, ...]) -> tuple[S
 
 
 def types(spec: Spec, axes: Sequence[str], kinds: Sequence[str] = ("+",)) -> list[Spec]:
-    """Every type of a value with the dims of `spec`: each axis splits a dim, in any order, is owed in a way of `kinds`
-    ("+", "max", "@0"), or neither."""
+    """Every type of a value with the dims of `spec`: each axis splits a dim, in any order, is owed in a way
+    of `kinds` ("+", "max", "@0"), or neither."""
     return list(_types(spec.whole(), tuple(axes), tuple(kinds)))
 
 
@@ -169,13 +183,15 @@ def _owed(kind: str, axis: str) -> Owed:
 
 
 def dual(kind: Spec, mesh: Mesh, held: Sequence[Owed] = ()) -> Spec:
-    """The type of a cotangent of a value of type `kind`; `held`: what the op that has the value as operand or result is held at."""
+    """The type of a cotangent of a value of type `kind`; `held`:
+    what the op that has the value as operand or result is held at."""
     busy = {*kind.split_axes, *(o.axis for o in kind.owed), *(o.axis for o in held)}
     return kind.owing(*held, *(Owed("+", a) for a in mesh.axes if a not in busy))
 
 
 class Trial:
-    """One case on one mesh at given sizes, with data drawn by `seed`, and its truth: the op's reference on whole operands."""
+    """One case on one mesh at given sizes, with data drawn by `seed`, and its truth:
+    the op's reference on whole operands."""
 
     def __init__(self, case: Case, mesh: Mesh, sizes: Mapping[str, int], seed: int = 0) -> None:
         self.case, self.mesh, self.sizes = case, mesh, case.fitting(sizes)
@@ -187,7 +203,8 @@ class Trial:
                 draw = case.draws[i] if i < len(case.draws) else normal
                 self.whole.append(draw(self.shape(spec), self.sizes, self.generator, self.whole))
             self.dtypes = {f"x{i}": str(x.dtype).removeprefix("torch.") for i, x in enumerate(self.whole)}
-            self.emitters = [Emitter(mesh, rank, self.sizes, given=self.dtypes) for rank in range(mesh.world_size)]
+            self.emitters = [Emitter(mesh, rank, self.sizes, given=self.dtypes)
+                             for rank in range(mesh.world_size)]
             self._truth()
         except (RuntimeError, IndexError, ValueError) as error:
             raise NoSuchCall(str(error)) from error
@@ -203,8 +220,10 @@ class Trial:
         given = [_wide(x).clone().requires_grad_(i in case.differentiable) for i, x in enumerate(self.whole)]
         made = refer(case.step(case.ins, case.rule(case.ins)), self.sizes, given)
         self.results = [y.detach() for y in made]
-        self.cotangents = [normal(tuple(y.shape), self.sizes, self.generator, []) for y in made] if case.differentiable else []
-        self.gradients = [_gradients(made[:j + 1][j:], given, self.cotangents[j:j + 1], case) for j in range(len(made))] if self.cotangents else []
+        self.cotangents = ([normal(tuple(y.shape), self.sizes, self.generator, []) for y in made]
+                           if case.differentiable else [])
+        self.gradients = [_gradients(made[:j + 1][j:], given, self.cotangents[j:j + 1], case)
+                          for j in range(len(made))] if self.cotangents else []
 
     def operand(self, i: int, kind: Spec) -> list[Tensor]:
         if (i, kind) not in self._placed:
@@ -224,19 +243,22 @@ class Trial:
         text = self.case.op.emit(e, step, [f"a{i}" for i in range(len(ins))])
         if text not in self._codes:
             args = tuple(zip(step.inputs, ins))
-            program = Program("case", args, (step,), tuple(Result(s, (n,)) for s, n in zip(outs, step.outputs)), True)
+            program = Program("case", args, (step,),
+                              tuple(Result(s, (n,)) for s, n in zip(outs, step.outputs)), True)
             writer = Emitter(e.mesh, e.rank, self.sizes, given=self.dtypes)
             source = writer.program(program)
             self._codes[text] = load(source, {**writer.helpers, **writer.constants}, {}, str(self.case))
         return self._codes[text]
 
-    def run(self, ins: Sequence[Spec], outs: Sequence[Spec]) -> list[tuple[list[Tensor], tuple[Tensor, ...]]] | None:
+    def run(self, ins: Sequence[Spec],
+            outs: Sequence[Spec]) -> list[tuple[list[Tensor], tuple[Tensor, ...]]] | None:
         """Each rank's operands and results; None where the code fails on one of them."""
         try:        # writing code, or running it, may make anything of shapes that do not fit
             codes = tuple(self.code(e, ins, outs) for e in self.emitters)
             if (tuple(ins), codes) not in self._ran:
                 self._ran = {(tuple(ins), codes): None}
-                given = [[self.operand(i, s)[rank].detach().requires_grad_(i in self.case.differentiable) for i, s in enumerate(ins)]
+                given = [[self.operand(i, s)[rank].detach().requires_grad_(i in self.case.differentiable)
+                          for i, s in enumerate(ins)]
                          for rank in range(self.mesh.world_size)]
                 self._ran = {(tuple(ins), codes): [(xs, code(*xs)) for xs, code in zip(given, codes)]}
             return self._ran[tuple(ins), codes]
@@ -256,10 +278,12 @@ class Trial:
             return f"result {j} is wrong"
         return self._wrong_derivative(ran, made, ins, outs[j], j) if self.case.differentiable else None
 
-    def _wrong_derivative(self, ran: list, made: list[Tensor], ins: Sequence[Spec], out: Spec, j: int) -> str | None:
+    def _wrong_derivative(self, ran: list, made: list[Tensor], ins: Sequence[Spec], out: Spec,
+                          j: int) -> str | None:
         held = tuple(o for o in out.owed if o.kind == "@")
         seeds = self.cotangent(j, dual(out, self.mesh, held))
-        found = [_gradients([y], given, [seed.to(y.dtype)], self.case) for (given, _), y, seed in zip(ran, made, seeds)]
+        found = [_gradients([y], given, [seed.to(y.dtype)], self.case)
+                 for (given, _), y, seed in zip(ran, made, seeds)]
         for at, i in enumerate(self.case.differentiable):
             try:
                 got = self._joined([g[at] for g in found], dual(ins[i], self.mesh, held))
@@ -283,7 +307,8 @@ class Trial:
         for j, whole in enumerate(self.case.outs):
             right.append([])
             for out in types(whole, axes, ("+", *held)):
-                if made and any(out.axes(d.label) != made.get(d.label, ()) for d in self.case.made if d.label in out.labels):
+                if made and any(out.axes(d.label) != made.get(d.label, ()) for d in self.case.made
+                                if d.label in out.labels):
                     continue
                 outs = [*whole_outs[:j], out, *whole_outs[j + 1:]]
                 if self.wrong(self.run(ins, outs), ins, outs, j) is None:
@@ -298,16 +323,18 @@ def some(found: Sequence, most: int | None, case: Case) -> list:
     return list(found) if most is None or len(found) <= most else random.Random(str(case)).sample(found, most)
 
 
-def disagreements(case: Case, mesh: Mesh, sizes: Mapping[str, int], kinds: Sequence[str] = ("+",), seeds: int = 3,
-                  most: int | None = None) -> list[str]:
-    """Where the rule of `case` and the truth differ, over all combinations of types of its operands on the axes of `mesh`.
+def disagreements(case: Case, mesh: Mesh, sizes: Mapping[str, int], kinds: Sequence[str] = ("+",),
+                  seeds: int = 3, most: int | None = None) -> list[str]:
+    """Where the rule of `case` and the truth differ, over all combinations of types
+    of its operands on the axes of `mesh`.
 
-    A rejection is justified when one of `seeds` draws of data shows every typing wrong. `most`: of those that the rule
-    rejects, only so many are tried.
+    A rejection is justified when one of `seeds` draws of data shows every typing wrong. `most`: of those that
+    the rule rejects, only so many are tried.
     """
     trials, found = [Trial(case, mesh, sizes, seed) for seed in range(seeds if case.complete else 1)], []
     every = verdicts(case, tuple(mesh.axes), tuple(kinds))
-    for ins, made, outs in (*(v for v in every if v[2] is not None), *some([v for v in every if v[2] is None], most, case)):
+    for ins, made, outs in (*(v for v in every if v[2] is not None),
+                            *some([v for v in every if v[2] is None], most, case)):
         text = f"{case.op.name} on {mesh}: {', '.join(map(str, ins))} -> "
         if outs is not None:
             problems = (trials[0].wrong(trials[0].run(ins, outs), ins, outs, j) for j in range(len(outs)))
@@ -328,7 +355,8 @@ def _always(trials: Sequence[Trial], ins: Sequence[Spec], made: Splits) -> list[
     return found
 
 
-def _gradients(made: Sequence[Tensor], given: Sequence[Tensor], seeds: Sequence[Tensor], case: Case) -> list[Tensor]:
+def _gradients(made: Sequence[Tensor], given: Sequence[Tensor], seeds: Sequence[Tensor],
+               case: Case) -> list[Tensor]:
     leaves = [given[i] for i in case.differentiable]
     if not made[0].requires_grad:
         return [torch.zeros_like(x) for x in leaves]
@@ -349,6 +377,7 @@ def same(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all()):
         return not a.numel() or float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
     odd = ~torch.isfinite(b)
-    if not bool((odd == ~torch.isfinite(a)).all()) or not bool(((a[odd] == b[odd]) | (a[odd].isnan() & b[odd].isnan())).all()):
+    if (not bool((odd == ~torch.isfinite(a)).all())
+        or not bool(((a[odd] == b[odd]) | (a[odd].isnan() & b[odd].isnan())).all())):
         return False
     return same(torch.where(odd, 0, a), torch.where(odd, 0, b), tolerance)

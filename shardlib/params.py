@@ -9,8 +9,9 @@
 >>> [(path, str(spec)) for path, spec in struct(Net).leaves("w")]
 [('w.layers.up', 'L D F'), ('w.layers.down', 'L F D'), ('w.norm', 'D')]
 
-A field holds whatever a use needs: tensors, one rank's shards, specs. Unset fields are None, and absent. `init` draws each
-element from (seed, path, global index) alone, so that a shard is a slice of the whole on every mesh.
+A field holds whatever a use needs: tensors, one rank's shards, specs. Unset fields are None, and absent.
+`init` draws each element from (seed, path, global index) alone, so that a shard is a slice of the whole on
+every mesh.
 """
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ INITIAL = ("normal", "ones", "zeros")
 def param(spec: str, *, initial: str = "normal", scale: float | None = None, init: str | None = None) -> Any:
     """A field holding a tensor with dims `spec`; `init` fills it with `initial`: "normal", "ones" or "zeros".
 
-    `scale`: standard deviation of "normal"; by default 1/sqrt(first dim's size), of a group all of it, 1 for a scalar.
+    `scale`: standard deviation of "normal"; by default 1/sqrt(first dim's size), of a group all of it, 1 for
+    a scalar.
 
     >>> from shardlib import init
     >>> class Weights(Params):
@@ -48,7 +50,8 @@ def param(spec: str, *, initial: str = "normal", scale: float | None = None, ini
     (tensor([1., 1., 1., 1.]), 0.02)
     """
     if init is not None:
-        warnings.warn(f'param({spec!r}): init= is now initial=; a checker of types takes init for a word of dataclasses', DeprecationWarning, stacklevel=2)
+        warnings.warn(f'param({spec!r}): init= is now initial=; a checker of types takes init for a word of '
+                      'dataclasses', DeprecationWarning, stacklevel=2)
         initial = init
     if initial not in INITIAL:
         raise SpecError(f"param({spec!r}): initial is {initial!r}; it is one of {', '.join(INITIAL)}")
@@ -75,7 +78,8 @@ def stacked(dim: str, of: type[Params]) -> Any:
     """
     kind = parse(dim)
     if len(kind.dims) != 1 or len(kind.names) != 1 or kind.owed or kind.ellipsis:
-        raise SpecError(f'stacked("{kind}"): the dim along which they are stacked is one name, as in stacked("L", Block)')
+        raise SpecError(
+            f'stacked("{kind}"): the dim along which they are stacked is one name, as in stacked("L", Block)')
     if not (isinstance(of, type) and issubclass(of, Params)):
         raise SpecError(f'stacked("{kind}"): what is stacked is a class of Params, not {of!r}')
     return field(default=None, metadata={"stack": kind.dims[0], "of": of})
@@ -104,10 +108,12 @@ class Params:
 
     def __init_subclass__(cls) -> None:
         if not heading(cls.__name__):
-            raise SpecError(f"Params: {cls.__name__!r} is no name for a class; use letters, digits and _, and no __2 at the end")
+            raise SpecError(f"Params: {cls.__name__!r} is no name for a class; use letters, digits and _, "
+                            "and no __2 at the end")
         fields = cls.__dict__.get("__annotations__", {})
         for name in fields if isinstance(fields, dict) else ["__annotations__"]:
-            if not nameable(name) or name.startswith("__"):         # dataclasses write field names into code that they run
+            # dataclasses write field names into code that they run
+            if not nameable(name) or name.startswith("__"):
                 raise SpecError(f"{cls.__name__}: {name!r} is no name for a field; use letters, digits and _")
         dataclass(frozen=True, eq=False)(cls)
         for f in dataclasses.fields(cls):
@@ -116,7 +122,8 @@ class Params:
 
 
 def struct(cls: type[Params] | Params, prefix: tuple[Dim, ...] = (), stacked: str = "") -> Struct:
-    """The specs of a Params class; of an instance: those of the fields that are set, and that hold a Spec as they say."""
+    """The specs of a Params class; of an instance: those of the fields that are set,
+    and that hold a Spec as they say."""
     kind = cls if isinstance(cls, type) else type(cls)
     out: list[tuple[str, Any]] = []
     for f in dataclasses.fields(kind):
@@ -144,7 +151,8 @@ def fill(like: type[Params] | Params, path: str, leaf: Callable[[str], Any]) -> 
         if not isinstance(like, type) and value is None:
             continue
         here = f"{path}.{f.name}"
-        values[f.name] = fill(f.metadata["of"] if value is None else value, here, leaf) if "of" in f.metadata else leaf(here)
+        values[f.name] = (fill(f.metadata["of"] if value is None else value, here, leaf) if "of" in f.metadata
+                          else leaf(here))
     return kind(**values)
 
 
@@ -158,7 +166,8 @@ def leaf_values(tree: Params, path: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}.{f.name}", value
 
 
-_field_names: Callable[[type], tuple[str, ...]] = cache(lambda kind: tuple(f.name for f in dataclasses.fields(kind)))
+_field_names: Callable[[type], tuple[str, ...]] = cache(
+    lambda kind: tuple(f.name for f in dataclasses.fields(kind)))
 
 
 def flat(tree: Params) -> list[Any]:
@@ -174,7 +183,8 @@ def flat(tree: Params) -> list[Any]:
 
 
 def present(tree: Params) -> tuple[Any, ...]:
-    """Which fields are set, here and further in: equal for two pytrees of one class exactly if they have the same leaves."""
+    """Which fields are set, here and further in: equal for two pytrees of one class exactly if
+    they have the same leaves."""
     out: list[Any] = []
     for name in _field_names(type(tree)):
         value = getattr(tree, name)
@@ -204,9 +214,13 @@ def flat_leaves(arg: Any) -> list[Any]:
 
 
 def rebuild(leaves: Iterable[Any], results: Sequence[Any]) -> Any:
-    """Leaves put back into what `results` are like: a pytree, its class, or anything else for a tensor. One of them, or a tuple."""
+    """Leaves put back into what `results` are like: a pytree, its class, or anything else for a tensor.
+
+    One of them, or a tuple.
+    """
     it = iter(leaves)
-    made = tuple(unflat(r, it) if isinstance(r, Params) else fill(r, "", lambda _: next(it)) if isinstance(r, type) else next(it) for r in results)
+    made = tuple(unflat(r, it) if isinstance(r, Params) else fill(r, "", lambda _: next(it))
+                 if isinstance(r, type) else next(it) for r in results)
     return made if len(made) > 1 else made[0]
 
 
@@ -215,9 +229,9 @@ def leaf_dtypes(leaves: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     return {path: str(v.dtype).removeprefix("torch.") for path, v in leaves}
 
 
-def init(like: type[Params] | Params, sizes: Mapping[str, int], types: Mapping[str, Spec] | None = None, *, mesh: Mesh | None = None,
-         coordinate: Mapping[str, int] | None = None, seed: int = 0, dtype: torch.dtype = torch.float32, path: str = "w",
-         device: torch.device | str = "cpu") -> Any:
+def init(like: type[Params] | Params, sizes: Mapping[str, int], types: Mapping[str, Spec] | None = None, *,
+         mesh: Mesh | None = None, coordinate: Mapping[str, int] | None = None, seed: int = 0,
+         dtype: torch.dtype = torch.float32, path: str = "w", device: torch.device | str = "cpu") -> Any:
     """Parameters drawn at random: the shards that `coordinate` holds of leaves with `types`; by default all.
 
     An element is drawn by (seed, path, its index in the whole): a shard is a slice of the whole.
@@ -237,7 +251,8 @@ def init(like: type[Params] | Params, sizes: Mapping[str, int], types: Mapping[s
     mesh, coordinate = mesh or Mesh(), coordinate or {}
     rows = {**_metadata(like, path)}
     if missing := [n for spec, _ in rows.values() for n in spec.names if n not in sizes]:
-        raise SpecError(f"init: no size of {missing[0]}; sizes has {', '.join(sizes) or 'none'}: sizes=dict({missing[0]}=...)")
+        raise SpecError(f"init: no size of {missing[0]}; sizes has {', '.join(sizes) or 'none'}: "
+                        f"sizes=dict({missing[0]}=...)")
 
     def leaf(name: str) -> Tensor:
         spec, meta = rows[name]
@@ -247,7 +262,8 @@ def init(like: type[Params] | Params, sizes: Mapping[str, int], types: Mapping[s
             return torch.full(shape, float(meta["initial"] == "ones"), dtype=dtype, device=device)
         drawn = normal(kind, sizes, mesh, coordinate, zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1))
         fan = math.prod(mesh.local_shape(Spec(meta["spec"].dims[:1]).whole(), sizes, {}))
-        return (drawn * (meta["scale"] if meta["scale"] is not None else 1 / math.sqrt(max(fan, 1)))).to(device, dtype)
+        return (drawn * (meta["scale"] if meta["scale"] is not None else 1 / math.sqrt(max(fan, 1)))).to(
+            device, dtype)
     return fill(like, path, leaf)
 
 
@@ -266,8 +282,10 @@ def _metadata(like: type[Params] | Params, path: str) -> dict[str, tuple[Spec, M
     return out
 
 
-def normal(spec: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: Mapping[str, int], seed: int) -> Tensor:
-    """Standard normal numbers, float32, each a function of (seed, global index): a shard is a slice of the whole."""
+def normal(spec: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: Mapping[str, int],
+           seed: int) -> Tensor:
+    """Standard normal numbers, float32, each a function of (seed, global index):
+    a shard is a slice of the whole."""
     index = global_index(spec, sizes, mesh, coordinate)
     u1, u2 = uniform(index, 2 * seed), uniform(index, 2 * seed + 1)
     return (torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * math.pi * u2)).float()
@@ -284,7 +302,8 @@ def global_index(spec: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: M
 
 
 def uniform(index: Tensor, seed: int) -> Tensor:
-    """Uniform float64 numbers in (0, 1), by the SplitMix64 finalizer (Steele, Lea, Flood 2014) of (seed, index)."""
+    """Uniform float64 numbers in (0, 1), by the SplitMix64 finalizer (Steele, Lea,
+    Flood 2014) of (seed, index)."""
     z = (index + 1) * _wrap(0x9E3779B97F4A7C15) + _wrap(seed * 0xD1B54A32D192ED03)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ _shift(z, shift)) * _wrap(factor)

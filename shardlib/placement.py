@@ -7,8 +7,8 @@
 >>> [tuple(p.shape) for p in pieces], bool((join(pieces, parse("T/tp D"), dict(T=3, D=2), mesh) == x).all())
 ([(2, 2), (1, 2)], True)
 
-Pieces of an owed sum are always drawn at random, as large as the value: with (x, 0, 0, ...) many nonlinear functions pass
-for linear ones. What ranks elsewhere hold of a value that is held at one coordinate is NaN.
+Pieces of an owed sum are always drawn at random, as large as the value: with (x, 0, 0, ...) many nonlinear
+functions pass for linear ones. What ranks elsewhere hold of a value that is held at one coordinate is NaN.
 """
 from __future__ import annotations
 
@@ -23,25 +23,35 @@ from shardlib.mesh import Mesh
 from shardlib.spec import Owed, Spec
 
 
-def region(kind: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: Mapping[str, int]) -> tuple[slice, ...]:
+def region(kind: Spec, sizes: Mapping[str, int], mesh: Mesh,
+           coordinate: Mapping[str, int]) -> tuple[slice, ...]:
     """The slices of the global tensor that `coordinate` holds."""
-    return tuple(slice(start, start + size) for start, size in (mesh.rows(dim, sizes, coordinate) for dim in kind.dims))
+    return tuple(slice(start, start + size)
+                 for start, size in (mesh.rows(dim, sizes, coordinate) for dim in kind.dims))
 
 
-def place(x: Tensor, kind: Spec, sizes: Mapping[str, int], mesh: Mesh, generator: torch.Generator | None = None) -> list[Tensor]:
-    """What each rank holds of `x` as type `kind`. Where a sum is owed, random pieces that sum to x; an owed max, likewise."""
+def place(x: Tensor, kind: Spec, sizes: Mapping[str, int], mesh: Mesh,
+          generator: torch.Generator | None = None) -> list[Tensor]:
+    """What each rank holds of `x` as type `kind`.
+
+    Where a sum is owed, random pieces that sum to x; an owed max, likewise.
+    """
     owed, held = [o for o in kind.owed if o.kind != "@"], [o for o in kind.owed if o.kind == "@"]
     combos = list(itertools.product(*(range(mesh.axes[o.axis]) for o in owed)))
     pieces = {c: x for c in combos}
     if len(combos) > 1 and owed[0].kind == "+":
         scale = max(1.0, float(x.detach().abs().nan_to_num(0, 0, 0).max()) if x.numel() else 1.0)
-        drawn = [(scale * torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu")).to(x.dtype) for _ in combos[1:]]
+        drawn = [(scale * torch.randn(x.shape, generator=generator, dtype=torch.float64,
+                                      device="cpu")).to(x.dtype) for _ in combos[1:]]
         pieces = dict(zip(combos, [x - torch.stack(drawn).sum(0), *drawn]))
     elif len(combos) > 1:
         winner = torch.randint(len(combos), x.shape, generator=generator, device="cpu")
-        pieces = {c: torch.where(winner == i, x, x - torch.rand(x.shape, generator=generator, device="cpu")) for i, c in enumerate(combos)}
-    parts = [pieces[tuple(c[o.axis] for o in owed)][region(kind, sizes, mesh, c)].clone() for c in mesh.coordinates()]
-    return [p if _here(c, held) else p.fill_(torch.nan if p.is_floating_point() else 0) for p, c in zip(parts, mesh.coordinates())]
+        pieces = {c: torch.where(winner == i, x, x - torch.rand(x.shape, generator=generator, device="cpu"))
+                  for i, c in enumerate(combos)}
+    parts = [pieces[tuple(c[o.axis] for o in owed)][region(kind, sizes, mesh, c)].clone()
+             for c in mesh.coordinates()]
+    return [p if _here(c, held) else p.fill_(torch.nan if p.is_floating_point() else 0)
+            for p, c in zip(parts, mesh.coordinates())]
 
 
 def _here(coordinate: Mapping[str, int], held: Sequence[Owed]) -> bool:
@@ -63,8 +73,12 @@ class NotReplicated(AssertionError):
     """Ranks that should hold equal values do not."""
 
 
-def join(pieces: Sequence[Tensor], kind: Spec, sizes: Mapping[str, int], mesh: Mesh, tolerance: float = 1e-9) -> Tensor:
-    """What the pieces denote. NotReplicated where copies differ by more than `tolerance`, relative to the largest element."""
+def join(pieces: Sequence[Tensor], kind: Spec, sizes: Mapping[str, int], mesh: Mesh,
+         tolerance: float = 1e-9) -> Tensor:
+    """What the pieces denote.
+
+    NotReplicated where copies differ by more than `tolerance`, relative to the largest element.
+    """
     shape = mesh.local_shape(kind.whole(), sizes, {})
     busy = {*kind.split_axes, *(o.axis for o in kind.owed)}
     free = [a for a in mesh.axes if a not in busy]
@@ -79,11 +93,16 @@ def join(pieces: Sequence[Tensor], kind: Spec, sizes: Mapping[str, int], mesh: M
                 parts.setdefault(tuple((s.start, s.stop) for s in spot), []).append(piece)
         for spot, found in parts.items():
             stack = torch.stack(found)
-            out[tuple(slice(a, b) for a, b in spot)] = stack.amax(0) if "max" in kinds else stack.sum(0) if len(found) > 1 else found[0]
+            out[tuple(slice(a, b) for a, b in spot)] = (stack.amax(0) if "max" in kinds else stack.sum(0)
+                                                        if len(found) > 1 else found[0])
         copies.append(out)
-    scale = max(1.0, float(copies[0].detach().double().abs().nan_to_num().max()) if copies[0].numel() else 1.0)
+    scale = max(1.0,
+                float(copies[0].detach().double().abs().nan_to_num().max()) if copies[0].numel() else 1.0)
     for other in copies[1:]:
-        same = (other == copies[0]) | (other.isnan() & copies[0].isnan()) if other.is_floating_point() else other == copies[0]
-        if not bool(same.all()) and float((other.detach().double() - copies[0].detach().double()).abs().nan_to_num(1e30).max()) > tolerance * scale:
+        same = ((other == copies[0]) | (other.isnan() & copies[0].isnan()) if other.is_floating_point()
+                else other == copies[0])
+        if (not bool(same.all())
+            and float((other.detach().double() - copies[0].detach().double()).abs().nan_to_num(1e30).max())
+            > tolerance * scale):
             raise NotReplicated(f"{kind}: the copies on different ranks differ")
     return copies[0]

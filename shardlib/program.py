@@ -1,8 +1,10 @@
 """Programs: what a traced function is, a list of typed steps.
 
-A `Program` is in single-assignment form: every value has one name, is made by one step (or is an argument), and every
-step knows the specs of what it takes and gives. It sits at the level of einsum, rms_norm, all_reduce; never below.
-Printed, it is Python: in the explicit style once it is completed. `shardlib.parser.parse_program` reads that back.
+A `Program` is in single-assignment form: every value has one name, is made by one step (or is an argument),
+and every step knows the specs of what it takes and gives. It sits at the level of einsum, rms_norm,
+all_reduce; never below.
+Printed, it is Python: in the explicit style once it is completed. `shardlib.parser.parse_program` reads that
+back.
 Programs compare by what they mean: source lines and reasons are left out.
 """
 from __future__ import annotations
@@ -23,15 +25,19 @@ from shardlib.wires import Wire
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One operation: its typing rule, what it does on local tensors, and its derivative. Compared by identity.
+    """One operation: its typing rule, what it does on local tensors, and its derivative.
+
+    Compared by identity.
 
     keywords: its keyword arguments: name -> whether a value may be one; None stands for a missing one.
 
     rule(step):  the Rule of this call.
-    emit(e, step, args): the Python expression that runs it on one rank's tensors (a tuple's, for several results); `e` is its
+    emit(e, step, args): the Python expression that runs it on one rank's tensors (a tuple's, for several
+    results); `e` is its
                  `LocalCode`.
     infer(ins, attrs): the results' dims, for an op that is called without a spec string.
-    vjp(b, step, cotangents): the cotangents of the operands, built with the grad builder `b`; None where there is none.
+    vjp(b, step, cotangents): the cotangents of the operands, built with the grad builder `b`; None where
+    there is none.
     moves:       it changes types and keeps the value: a conversion.
     wire:        how its ranks communicate, if they do.
     index:       operands that hold integers or masks, outside linearity and without cotangent.
@@ -43,10 +49,12 @@ class Op:
     asserted:    its types are those of its text, unchecked (`local`); `function` is what it runs.
     takes:       what each operand may hold, the last for all further ones: "any", "number" (no mask), "float", "index", "mask"; by
                  default the operands in `index` hold indices and the others any.
-    reads(dtypes, attrs): the dtypes in which the operands are read; by default the widest of those that are no index (`shardlib.dtypes`).
-    dtype(dtypes, attrs): the results' dtypes; by default that in which the operands are read.
+    reads(dtypes, attrs): the dtypes in which the operands are read; by default the widest of those that are
+    no index (`shardlib.dtypes`). dtype(dtypes, attrs): the results' dtypes; by default that in which the
+    operands are read.
     promotes:    torch itself reads the operands so, those without dims excepted.
-    reference(d, *xs): what it means, in float64 by the names of its dims, another way than `emit` has it: see `shardlib.reference`.
+    reference(d, *xs): what it means, in float64 by the names of its dims, another way than `emit` has it: see
+    `shardlib.reference`.
     """
     name: str
     rule: Callable[[Step], Rule]
@@ -87,7 +95,8 @@ class Op:
 
 @dataclass(frozen=True)
 class Step:
-    """One op applied: `outputs = op(inputs)`, with the specs of both sides as text or, once completed, as types."""
+    """One op applied: `outputs = op(inputs)`, with the specs of both sides as text or,
+    once completed, as types."""
     op: Op
     ins: tuple[Spec, ...]
     outs: tuple[Spec, ...]
@@ -99,8 +108,9 @@ class Step:
     where: Where | None = field(default=None, compare=False)
     why: str = field(default="", compare=False)
     layout: Layout | None = field(default=None, compare=False)
-    said: tuple[str, ...] = field(default=(), compare=False)    # the user's variable for each operand, "" for an expression
-    called: str = field(default="", compare=False)              # the @sharded function whose call this step is part of
+    # the user's variable for each operand, "" for an expression
+    said: tuple[str, ...] = field(default=(), compare=False)
+    called: str = field(default="", compare=False)  # the @sharded function whose call this step is part of
 
     @property
     def options(self) -> dict[str, Any]:
@@ -113,10 +123,14 @@ class Step:
 
     def rewritten(self, f: Callable[[Program], Program]) -> Step:
         """The step with `f` applied to its sub-programs."""
-        return replace(self, body=f(self.body) if self.body else None, orelse=f(self.orelse) if self.orelse else None) if self.body else self
+        return replace(self, body=f(self.body) if self.body else None,
+                       orelse=f(self.orelse) if self.orelse else None) if self.body else self
 
     def passed(self, body: Program) -> list[tuple[str, str]]:
-        """(argument of a body, value that it gets). A cond's predicate, its first operand, goes into neither body."""
+        """(argument of a body, value that it gets).
+
+        A cond's predicate, its first operand, goes into neither body.
+        """
         paths = [path for path, _ in body.arg_leaves()]
         return list(zip(paths, self.inputs[len(self.inputs) - len(paths):]))
 
@@ -127,7 +141,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Struct:
-    """The shape of a pytree argument: a Params class by name, its fields each a Spec or a Struct; absent ones are left out.
+    """The shape of a pytree argument: a Params class by name, its fields each a Spec or a Struct;
+    absent ones are left out.
 
     `stacked`: the leading dim along which many are stacked; it stands in the specs of all fields.
     """
@@ -143,7 +158,8 @@ class Struct:
                 yield f"{path}.{name}", sub
 
     def map(self, f: Callable[[Spec], Spec]) -> Struct:
-        return replace(self, fields=tuple((n, s.map(f) if isinstance(s, Struct) else f(s)) for n, s in self.fields))
+        return replace(self,
+                       fields=tuple((n, s.map(f) if isinstance(s, Struct) else f(s)) for n, s in self.fields))
 
     def slice(self) -> Struct:
         """One of the stacked."""
@@ -152,13 +168,15 @@ class Struct:
 
 def number(value: Any) -> bool:
     """A keyword argument that is a finite number; an integer has 64 bits."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < (1 << 63 if isinstance(value, int) else math.inf)
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)
+            and abs(value) < (1 << 63 if isinstance(value, int) else math.inf))
 
 
 def check_keywords(step: Step) -> None:
     """SpecError unless the step's keyword arguments are those that its op takes."""
     kinds, given = step.op.keywords, step.options
-    if (wrong := next((n for n in (*kinds, *given) if n not in kinds or not kinds[n](given.get(n))), None)) is not None:
+    if ((wrong := next((n for n in (*kinds, *given) if n not in kinds or not kinds[n](given.get(n))), None))
+        is not None):
         raise SpecError(f"{step.op.name}: the keyword argument {wrong} is missing" if wrong not in given else
                         f"{step.op.name}: it has no keyword argument {wrong}" if wrong not in kinds else
                         f"{step.op.name}: {wrong} is {given[wrong]!r}")
@@ -184,7 +202,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Program:
-    """Arguments (name, spec or Struct), steps, results. `explicit`: its specs are types, nothing is left to complete.
+    """Arguments (name, spec or Struct), steps, results.
+
+    `explicit`: its specs are types, nothing is left to complete.
 
     unmet: (dim, axis, line) where the layout would have split a dim over an axis that another dim had.
     """
@@ -230,9 +250,11 @@ class Program:
 
 @dataclass(frozen=True)
 class Scan:
-    """A scan's operands and results by what they are to its body, in order; pairs of (name in the body, value outside).
+    """A scan's operands and results by what they are to its body, in order;
+    pairs of (name in the body, value outside).
 
-    carries: what each round takes from the one before.  stacked: what each takes a slice of, along `dim`.  constants: what all take.
+    carries: what each round takes from the one before.  stacked: what each takes a slice of, along `dim`.
+    constants: what all take.
     carried: the carries after the last round.  made: what every round makes, stacked along `dim`.
     """
     dim: str
@@ -246,16 +268,19 @@ class Scan:
     @classmethod
     def of(cls, step: Step) -> Scan:
         (body,), options = step.bodies, step.options
-        taken, given = tuple(step.passed(body)), tuple(zip((name for name, _ in body.result_leaves()), step.outputs))
+        taken, given = (tuple(step.passed(body)),
+                        tuple(zip((name for name, _ in body.result_leaves()), step.outputs)))
         first = options.get("carries", 1)
         last = first + options["stacked"]
-        return cls(options["dim"], options.get("reverse", False), taken[:first], taken[first:last], taken[last:], given[:first], given[first:])
+        return cls(options["dim"], options.get("reverse", False), taken[:first], taken[first:last],
+                   taken[last:], given[:first], given[first:])
 
     @staticmethod
     def attrs(dim: str, stacked: int, carries: int = 1, reverse: bool = False) -> tuple[tuple[str, Any], ...]:
         """The attributes of a scan over `dim` with so many carries and stacked tensors."""
         few = {"carries": carries} if carries > 1 else {}
-        return tuple(sorted({"dim": dim, "stacked": stacked, **few, **({"reverse": True} if reverse else {})}.items()))
+        return tuple(
+            sorted({"dim": dim, "stacked": stacked, **few, **({"reverse": True} if reverse else {})}.items()))
 
 
 def arg_types(program: Program, name: str) -> dict[str, Spec]:
@@ -263,7 +288,7 @@ def arg_types(program: Program, name: str) -> dict[str, Spec]:
     return dict(leaves(name, dict(program.args)[name]))
 
 
-# -- printing ----------------------------------------------------------------------------------------------------------
+# -- printing ------------------------------------------------------------------------------------------------
 
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
@@ -277,7 +302,8 @@ def show(program: Program) -> str:
         for tree in (*(t for _, t in f.args), *(r.tree for r in f.results)):
             if isinstance(tree, Struct):
                 _collect(tree, classes, others)
-    return "\n\n\n".join([*(_show_class(s, classes) for s in classes.values()), *(_show_function(f, classes, functions) for f in functions)]) + "\n"
+    return "\n\n\n".join([*(_show_class(s, classes) for s in classes.values()),
+                          *(_show_function(f, classes, functions) for f in functions)]) + "\n"
 
 
 def _called(functions: Sequence[Program]) -> set[str]:
@@ -291,7 +317,8 @@ def _collect(struct: Struct, classes: dict[str, Struct], others: set[str]) -> No
         if isinstance(sub, Struct):
             _collect(sub, classes, others)
     name, n = one.name, 1
-    while name in others or name in classes and (classes[name].fields, classes[name].name) != (one.fields, one.name):
+    while (name in others or name in classes
+           and (classes[name].fields, classes[name].name) != (one.fields, one.name)):
         n += 1
         name = f"{one.name}__{n}"
     classes.setdefault(name, one)
@@ -308,7 +335,8 @@ def _show_class(struct: Struct, classes: dict[str, Struct]) -> str:
     for field_name, sub in struct.fields:
         if isinstance(sub, Struct):
             kind = _class_name(sub, classes)
-            lines.append(f'    {field_name}: {kind} = ' + (f'stacked("{sub.stacked}", {kind})' if sub.stacked else f"nested({kind})"))
+            lines.append(f'    {field_name}: {kind} = '
+                         + (f'stacked("{sub.stacked}", {kind})' if sub.stacked else f"nested({kind})"))
         else:
             lines.append(f'    {field_name}: Tensor = param("{sub}")')
     return "\n".join(lines if len(lines) > 1 else [*lines, "    pass"])
@@ -318,8 +346,10 @@ def _show_function(program: Program, classes: dict[str, Struct], functions: list
     def side(trees: list[Tree]) -> str:
         return ", ".join("*" if isinstance(t, Struct) else str(t) for t in trees)
     signature = f"{side([t for _, t in program.args])} -> {side([r.tree for r in program.results])}"
-    args = ", ".join(f"{n}: {_class_name(t, classes)}" if isinstance(t, Struct) else n for n, t in program.args)
-    lines = [f'@sharded("{signature}"{", layout=EXPLICIT" if program.explicit else ""})', f"def {_function_name(program, functions)}({args}):"]
+    args = (
+        ", ".join(f"{n}: {_class_name(t, classes)}" if isinstance(t, Struct) else n for n, t in program.args))
+    lines = [f'@sharded("{signature}"{", layout=EXPLICIT" if program.explicit else ""})',
+             f"def {_function_name(program, functions)}({args}):"]
     for step in program.steps:
         lines.append("    " + _show_step(step, classes, functions))
     lines.append("    return " + ", ".join(_show_tree(r.tree, r.values, classes) for r in program.results))
@@ -360,7 +390,8 @@ def _show_step(step: Step, classes: dict[str, Struct], functions: list[Program])
     if op.name in ("scale", "shift"):
         return f"{target} = {step.inputs[0]} {'*' if op.name == 'scale' else '+'} {options['by']!r}"
     callee = [f"{op.function.__module__}.{op.function.__qualname__}"] if op.function else []
-    parts = ([f'"{step.text}"'] if op.takes_text else []) + callee + [*step.inputs] + [f"{k}={v!r}" for k, v in step.attrs]
+    parts = (([f'"{step.text}"'] if op.takes_text else []) + callee + [*step.inputs]
+             + [f"{k}={v!r}" for k, v in step.attrs])
     return f"{target} = {op.name}({', '.join(parts)})"
 
 
@@ -377,9 +408,11 @@ def _show_scan(step: Step, classes: dict[str, Struct], functions: list[Program])
     shown = list(zip(starts, _show_trees(trees, [value for _, value in step.passed(body)], classes)))
     first = len(parts.carries)
     last = first + len(parts.stacked)
-    carries, stacked = ([text for start, text in shown if low <= start < high] for low, high in ((0, first), (first, last)))
-    operands = [_function_name(body, functions), carries[0] if first == 1 else f"({', '.join(carries)})", f"({', '.join(stacked)},)",
-                *(text for start, text in shown if start >= last), *(["reverse=True"] if parts.reverse else [])]
+    carries, stacked = ([text for start, text in shown if low <= start < high]
+                        for low, high in ((0, first), (first, last)))
+    operands = [_function_name(body, functions), carries[0] if first == 1 else f"({', '.join(carries)})",
+                f"({', '.join(stacked)},)", *(text for start, text in shown if start >= last),
+                *(["reverse=True"] if parts.reverse else [])]
     return f"{_show_targets(step, classes)} = scan({', '.join(operands)})"
 
 

@@ -1,8 +1,8 @@
 """What a program means: every op once more, as its definition and not as its code.
 
-`Op.reference(d, *xs)` is plain torch on whole tensors, float64 where they are floats. In it every tensor has one dim for each
-name of the call, in one order, of size 1 where the tensor lacks the name. So operands meet by name, `d.sum` takes names, and
-an einsum is what it says: the sum of a product.
+`Op.reference(d, *xs)` is plain torch on whole tensors, float64 where they are floats. In it every tensor has
+one dim for each name of the call, in one order, of size 1 where the tensor lacks the name. So operands meet
+by name, `d.sum` takes names, and an einsum is what it says: the sum of a product.
 
 >>> from shardlib.language.einsum import EINSUM
 >>> from shardlib.spec import parse_signature
@@ -12,8 +12,9 @@ an einsum is what it says: the sum of a product.
 >>> refer(step, dict(T=2, D=3, F=1), [x, w])
 (tensor([[ 3., 12.]]),)
 
-`meaning` runs a program that way, and so knows nothing of types, ranks, layouts or generated code: what they make of the
-program is held against it. A conversion is the identity there, since it keeps what its operand denotes.
+`meaning` runs a program that way, and so knows nothing of types, ranks, layouts or generated code: what they
+make of the program is held against it. A conversion is the identity there, since it keeps what its operand
+denotes.
 """
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ class Dims:
         constants = {str(d.size): d.size for s in specs for d in s.dims if not d.factors}
         return cls(step, {**sizes, **constants}, tuple(dict.fromkeys(n for s in specs for n in _names(s))))
 
-    # -- what references are written with ----------------------------------------------------------------------------
+    # -- what references are written with --------------------------------------------------------------------
 
     @property
     def options(self) -> dict[str, Any]:
@@ -63,28 +64,32 @@ class Dims:
         """0, 1, 2 ... along `names`, the last one running fastest."""
         at = torch.zeros([1] * len(self.names), dtype=torch.int64)
         for name in names:
-            at = at * self.sizes[name] + torch.arange(self.sizes[name]).view([-1 if n == name else 1 for n in self.names])
+            at = (at * self.sizes[name]
+                  + torch.arange(self.sizes[name]).view([-1 if n == name else 1 for n in self.names]))
         return at
 
     def sum(self, x: Tensor, *names: str) -> Tensor:
         """The sum over `names`: by default, over all that the result lacks."""
-        return x.sum([self.names.index(n) for n in names or self.gone], keepdim=True) if names or self.gone else x
+        return (x.sum([self.names.index(n) for n in names or self.gone], keepdim=True) if names or self.gone
+                else x)
 
     def fold(self, f: Callable[[Tensor, Tensor], Tensor], first: float, x: Tensor, *names: str) -> Tensor:
-        """f(f(f(first, x0), x1), x2) ... over the slices of x along `names`: by default, along all that the result lacks."""
+        """f(f(f(first, x0), x1), x2) ... over the slices of x along `names`:
+        by default, along all that the result lacks."""
         for at in (self.names.index(n) for n in names or self.gone):
             start = x.new_full([1 if i == at else n for i, n in enumerate(x.shape)], first)
             x = reduce(f, (x.narrow(at, i, 1) for i in range(x.shape[at])), start)
         return x
 
     def vjp(self, f: Reference, xs: Sequence[Tensor], g: Tensor, like: Spec) -> tuple[Tensor, ...]:
-        """The cotangents of the floats among `xs`, by autograd of the reference `f`, whose result has the dims of `like` and the cotangent g."""
+        """The cotangents of the floats among `xs`, by autograd of the reference `f`, whose result has the
+        dims of `like` and the cotangent g."""
         given = [x.detach().requires_grad_(x.is_floating_point()) for x in xs]
         with torch.enable_grad():
             made = f(replace(self, step=replace(self.step, outs=(like,))), *given).expand(g.shape)
         return torch.autograd.grad(made, [x for x in given if x.requires_grad], g)
 
-    # -- from tensors to dims by name, and back ----------------------------------------------------------------------
+    # -- from tensors to dims by name, and back --------------------------------------------------------------
 
     def open(self, x: Tensor, spec: Spec) -> Tensor:
         """A tensor of `spec` with one dim for each name of the call."""
@@ -97,7 +102,8 @@ class Dims:
         own = _names(spec)
         x = x.expand([self.sizes[n] if n in own else 1 for n in self.names])
         x = x.permute([self.names.index(n) for n in (*own, *(n for n in self.names if n not in own))])
-        return x.reshape([d.size if not d.factors else self.count(*(f.name for f in d.factors)) for d in spec.dims])
+        return x.reshape(
+            [d.size if not d.factors else self.count(*(f.name for f in d.factors)) for d in spec.dims])
 
 
 def _names(spec: Spec) -> tuple[str, ...]:
@@ -109,7 +115,8 @@ def refer(step: Step, sizes: Mapping[str, int], xs: Sequence[Tensor]) -> tuple[T
     """The results of one step on whole tensors, by its op's reference."""
     d = Dims.of(step, sizes)
     made = step.op.reference(d, *(d.open(x, s) for x, s in zip(xs, step.ins, strict=True)))
-    return tuple(d.close(y, s) for y, s in zip(made if isinstance(made, tuple) else (made,), step.outs, strict=True))
+    return tuple(d.close(y, s)
+                 for y, s in zip(made if isinstance(made, tuple) else (made,), step.outs, strict=True))
 
 
 def meaning(program: Program, args: Mapping[str, Tensor], sizes: Mapping[str, int]) -> list[Tensor]:
@@ -134,14 +141,16 @@ def _apply(body: Program, sizes: Mapping[str, int], xs: Sequence[Tensor]) -> lis
 
 def _scan(step: Step, sizes: Mapping[str, int], xs: list[Tensor]) -> list[Tensor]:
     parts = Scan.of(step)
-    order, first, last = -1 if parts.reverse else 1, len(parts.carries), len(parts.carries) + len(parts.stacked)
+    order, first, last = (-1 if parts.reverse else 1, len(parts.carries),
+                          len(parts.carries) + len(parts.stacked))
     carries, kept = xs[:first], []
     for slices in list(zip(*(x.unbind(0) for x in xs[first:last])))[::order]:
         made = _apply(step.body, sizes, [*carries, *slices, *xs[last:]])
         carries = made[:first]
         kept.append(made[first:])
     stacked = zip(*kept[::order]) if kept else [[]] * len(parts.made)
-    return [*carries, *(torch.stack(made) if made else xs[0].new_zeros(_shape(s, sizes)) for made, s in zip(stacked, step.outs[first:]))]
+    return [*carries, *(torch.stack(made) if made else xs[0].new_zeros(_shape(s, sizes))
+                        for made, s in zip(stacked, step.outs[first:]))]
 
 
 def _shape(spec: Spec, sizes: Mapping[str, int]) -> list[int]:

@@ -1,9 +1,9 @@
 """Typing rules as data: what an op accepts on each mesh axis, and what its result then is.
 
-A `Rule` says, for one call with its dims named, in which operands the op is linear, which dims must be whole, and
-which dims are summed or maxed away. `natural` types the call from it. A rule is sound and complete: it accepts exactly
-those combinations in which the op, run on the local pieces without communication, is the op on the whole, and its
-local derivative the derivative under dual types.
+A `Rule` says, for one call with its dims named, in which operands the op is linear, which dims must be whole,
+and which dims are summed or maxed away. `natural` types the call from it. A rule is sound and complete: it
+accepts exactly those combinations in which the op, run on the local pieces without communication, is the op
+on the whole, and its local derivative the derivative under dual types.
 
 >>> from shardlib.spec import parse
 >>> rule = Rule(linear=((0,), (1,)), sums=("F",))                   # B T F, F D -> B T D
@@ -32,7 +32,8 @@ class Rule:
     maxes:  the same for a maximum.
     uses:   for each result, the operands whose values it depends on; all of them where nothing is said.
     shapes: operands of which only the dims count: what they owe does not matter.
-    Any other dim that a result lacks must be whole, too. A dim that only results have is made there, as its spec says.
+    Any other dim that a result lacks must be whole, too. A dim that only results have is made there, as its
+    spec says.
     """
     linear: tuple[tuple[int, ...], ...] = ()
     whole: tuple[str, ...] = ()
@@ -43,14 +44,19 @@ class Rule:
 
 
 class RuleError(SpecError):
-    """A call that its rule refuses. `operand`, `item`: what to point at; `axis`: the mesh axis, where there is one."""
+    """A call that its rule refuses.
 
-    def __init__(self, message: str, operand: int | None = None, item: str | None = None, axis: str | None = None) -> None:
+    `operand`, `item`: what to point at; `axis`: the mesh axis, where there is one.
+    """
+
+    def __init__(self, message: str, operand: int | None = None, item: str | None = None,
+                 axis: str | None = None) -> None:
         super().__init__(message)
         self.operand, self.item, self.axis = operand, item, axis
 
 
-def natural(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], names: Sequence[str] | None = None) -> tuple[Spec, ...]:
+def natural(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec],
+            names: Sequence[str] | None = None) -> tuple[Spec, ...]:
     """The types of the results of `op` on operands of types `ins`, its results having the dims of `outs`.
 
     `names` are what a message calls the operands. RuleError where the rule refuses.
@@ -81,7 +87,8 @@ def _label_axes(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], 
             if factor.name not in axes:
                 axes[factor.name], first[factor.name] = factor.axes, i
             elif axes[factor.name] != factor.axes:
-                raise _differs(op, factor.name, (names[first[factor.name]], axes[factor.name]), (names[i], factor.axes), i)
+                raise _differs(op, factor.name, (names[first[factor.name]], axes[factor.name]),
+                               (names[i], factor.axes), i)
     for spec in outs:
         for factor in (f for d in spec.dims for f in d.factors):
             axes.setdefault(factor.name, factor.axes)
@@ -89,7 +96,8 @@ def _label_axes(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], 
     for name, split in axes.items():
         for axis in split:
             if axis in owner:
-                raise RuleError(f"{op}: axis {axis} splits both {owner[axis]} and {name}; a rank would hold only the pairs on "
+                raise RuleError(f"{op}: axis {axis} splits both {owner[axis]} and {name}; a rank would hold "
+                                "only the pairs on "
                                 f"the diagonal", first.get(name), name, axis)
             owner[axis] = name
     for name in rule.whole:
@@ -98,36 +106,44 @@ def _label_axes(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], 
     return axes
 
 
-def _owed(op: str, rule: Rule, ins: Sequence[Spec], axes: dict[str, tuple[str, ...]], names: Sequence[str], used: Sequence[int]) -> list[Owed]:
+def _owed(op: str, rule: Rule, ins: Sequence[Spec], axes: dict[str, tuple[str, ...]], names: Sequence[str],
+          used: Sequence[int]) -> list[Owed]:
     """What the operands `used` owe and their result then owes too."""
     split = {a: n for n, dims in axes.items() for a in dims}
     passed: dict[str, Owed] = {}
     for i in used:
         for owed in ins[i].owed:
             if owed.kind == "max":
-                raise RuleError(f"{op}: {names[i]} owes a max over {owed.axis}; only all_reduce and reduce_scatter take one",
+                raise RuleError(f"{op}: {names[i]} owes a max over {owed.axis}; only all_reduce and "
+                                "reduce_scatter take one",
                                 i, str(owed), owed.axis)
             if owed.axis in split:
-                raise RuleError(f"{op}: {names[i]} {_owes(owed)}, while {split[owed.axis]} is split over {owed.axis}; "
-                                f"their pieces do not match", i, str(owed), owed.axis)
+                raise RuleError(
+                    f"{op}: {names[i]} {_owes(owed)}, while {split[owed.axis]} is split over {owed.axis}; "
+                    f"their pieces do not match", i, str(owed), owed.axis)
             if owed.kind == "+":
                 _check_linear(op, rule, i, owed, ins, names, used)
             if (before := passed.setdefault(owed.axis, owed)) != owed:
-                raise RuleError(f"{op}: {names[i]} {_owes(owed)}, another operand {_owes(before)}", i, str(owed), owed.axis)
+                raise RuleError(f"{op}: {names[i]} {_owes(owed)}, another operand {_owes(before)}", i,
+                                str(owed), owed.axis)
     return list(passed.values())
 
 
-def _check_linear(op: str, rule: Rule, i: int, owed: Owed, ins: Sequence[Spec], names: Sequence[str], used: Sequence[int]) -> None:
+def _check_linear(op: str, rule: Rule, i: int, owed: Owed, ins: Sequence[Spec], names: Sequence[str],
+                  used: Sequence[int]) -> None:
     owing = {j for j in used if owed in ins[j].owed}
     group = next((g for g in rule.linear if i in g), None)
     if group is None:
-        raise RuleError(f"{op}: {names[i]} owes a sum over {owed.axis}, and {op} of a sum is not the sum of {op}",
-                        i, str(owed), owed.axis)
+        raise RuleError(
+            f"{op}: {names[i]} owes a sum over {owed.axis}, and {op} of a sum is not the sum of {op}",
+            i, str(owed), owed.axis)
     if missing := [j for j in group if j not in owing]:
-        raise RuleError(f"{op}: {names[missing[0]]} is whole, {names[i]} owes a sum over {owed.axis}; the sum would count "
+        raise RuleError(f"{op}: {names[missing[0]]} is whole, {names[i]} owes a sum over {owed.axis}; the "
+                        "sum would count "
                         f"{names[missing[0]]} once for every rank of {owed.axis}", i, str(owed), owed.axis)
     if others := sorted(owing - set(group)):
-        raise RuleError(f"{op}: {names[i]} and {names[others[0]]} both owe a sum over {owed.axis}; the product of two sums is "
+        raise RuleError(f"{op}: {names[i]} and {names[others[0]]} both owe a sum over {owed.axis}; the "
+                        "product of two sums is "
                         f"not the sum of the products", others[0], str(owed), owed.axis)
 
 
@@ -135,23 +151,28 @@ def _owes(owed: Owed) -> str:
     return f"owes a sum over {owed.axis}" if owed.kind == "+" else f"is held at {owed.axis}:{owed.at}"
 
 
-def _differs(op: str, name: str, one: tuple[str, tuple[str, ...]], other: tuple[str, tuple[str, ...]], operand: int) -> RuleError:
+def _differs(op: str, name: str, one: tuple[str, tuple[str, ...]], other: tuple[str, tuple[str, ...]],
+             operand: int) -> RuleError:
     def say(axes: tuple[str, ...]) -> str:
         return f"split over {'/'.join(axes)}" if axes else "whole"
-    return RuleError(f"{op}: {name} is {say(one[1])} in {one[0]}, {say(other[1])} in {other[0]}", operand, name)
+    return RuleError(f"{op}: {name} is {say(one[1])} in {one[0]}, {say(other[1])} in {other[0]}", operand,
+                     name)
 
 
-def _must_be_whole(op: str, name: str, axes: tuple[str, ...], ins: Sequence[Spec], names: Sequence[str]) -> RuleError:
+def _must_be_whole(op: str, name: str, axes: tuple[str, ...], ins: Sequence[Spec],
+                   names: Sequence[str]) -> RuleError:
     operand = next((i for i, s in enumerate(ins) if name in s.names), None)
     who = f" in {names[operand]}" if operand is not None else ""
-    return RuleError(f"{op}: {name} is split over {'/'.join(axes)}{who}; {op} needs all of {name} on each rank", operand, name)
+    return RuleError(f"{op}: {name} is split over {'/'.join(axes)}{who}; {op} needs all of {name} on each "
+                     "rank", operand, name)
 
 
 def _with_axes(op: str, spec: Spec, axes: dict[str, tuple[str, ...]]) -> Spec:
     for dim in spec.dims:
         for factor in dim.factors[1:]:
             if axes.get(factor.name):
-                raise RuleError(f"{op}: {factor.name} is split over {'/'.join(axes[factor.name])} and is not the first factor of "
+                raise RuleError(f"{op}: {factor.name} is split over {'/'.join(axes[factor.name])} and is not "
+                                "the first factor of "
                                 f"{dim.label}; a rank's rows would be strided",
                                 0, factor.name)
     return Spec(tuple(d.split(axes.get(d.factors[0].name, ())) if d.factors else d for d in spec.dims))

@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Where:
-    """A line of the user's source, and the instruction that was running (`code.co_positions()` says which expression it is)."""
+    """A line of the user's source, and the instruction that was running (`code.co_positions()` says
+    which expression it is)."""
     file: str
     line: int
     code: Any = field(default=None, compare=False, repr=False)

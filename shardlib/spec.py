@@ -14,9 +14,9 @@ A spec names the dims of a tensor, says over which mesh axes each is split, and 
     split := "/" AXIS { "/" AXIS } | "/1"          "/1": whole on purpose
     owed  := "+" AXIS | "max:" AXIS | "@" AXIS ":" (INT | "last")
 
-Text and type are two things: `parse` gives text, which keeps aliases and `/1` and round-trips; `Spec.resolve(mesh)`
-gives the type, with aliases expanded and no `/1`. A type is its own text. Refused with a `SpecError`: anything else
-than the grammar, a name twice, an axis twice, an owed max beside an owed sum.
+Text and type are two things: `parse` gives text, which keeps aliases and `/1` and round-trips;
+`Spec.resolve(mesh)` gives the type, with aliases expanded and no `/1`. A type is its own text. Refused with a
+`SpecError`: anything else than the grammar, a name twice, an axis twice, an owed max beside an owed sum.
 """
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def nameable(text: object) -> TypeGuard[str]:
 
 
 def heading(text: object) -> bool:
-    """Whether `text` may name a function or a class of a program. Where two share a name, printing adds __2."""
+    """Whether `text` may name a function or a class of a program.
+
+    Where two share a name, printing adds __2.
+    """
     return nameable(text) and not re.search(r"__[0-9]+$", text)
 
 
@@ -70,7 +73,8 @@ class Dim:
 
     @property
     def label(self) -> str:
-        """What the dim is known by: its name, or all names of its group in parentheses; a constant has its digits."""
+        """What the dim is known by: its name, or all names of its group in parentheses;
+        a constant has its digits."""
         if len(self.factors) == 1:
             return self.factors[0].name
         return f"({' '.join(f.name for f in self.factors)})" if self.factors else str(self.size)
@@ -107,7 +111,8 @@ class Dim:
 
 @dataclass(frozen=True)
 class Owed:
-    """What is still owed on an axis: a sum ("+"), a max ("max"), or the value is held at one coordinate ("@")."""
+    """What is still owed on an axis: a sum ("+"), a max ("max"),
+    or the value is held at one coordinate ("@")."""
     kind: str
     axis: str
     at: int | Literal["last"] | None = None
@@ -195,7 +200,8 @@ class Spec:
     def pinned(self, labels: Collection[str]) -> Spec:
         """The same dims, those in `labels` whole on purpose."""
         return replace(self, dims=tuple(d if d.label not in labels or not d.factors else
-                                        replace(d, factors=(Factor(d.factors[0].name, (), True), *d.factors[1:])) for d in self.dims))
+                                        replace(d, factors=(Factor(d.factors[0].name, (), True),
+                                                            *d.factors[1:])) for d in self.dims))
 
     def whole(self) -> Spec:
         """The same dims with nothing split and nothing owed."""
@@ -210,12 +216,15 @@ def _check(spec: Spec) -> None:
     names, axes = spec.names, [*spec.split_axes, *(o.axis for o in spec.owed)]
     for name in names:
         if names.count(name) > 1:
-            raise SpecError(f'spec "{spec.text}": dim {name} appears twice; give the second one its own letter')
+            raise SpecError(
+                f'spec "{spec.text}": dim {name} appears twice; give the second one its own letter')
     for axis in axes:
         if axes.count(axis) > 1:
-            raise SpecError(f'spec "{spec.text}": axis {axis} is used twice; an axis splits one dim, or is owed, once')
+            raise SpecError(
+                f'spec "{spec.text}": axis {axis} is used twice; an axis splits one dim, or is owed, once')
     if any(o.kind == "max" for o in spec.owed) and any(o.kind == "+" for o in spec.owed):
-        raise SpecError(f'spec "{spec.text}": an owed max beside an owed sum has no meaning; reduce one of them first')
+        raise SpecError(
+            f'spec "{spec.text}": an owed max beside an owed sum has no meaning; reduce one of them first')
 
 
 def check_text(what: str, text: object, longest: int = MAX_TEXT) -> None:
@@ -242,7 +251,8 @@ def _parse(text: str) -> Spec:
         raise SpecError(f"spec {text!r}: items are separated by blanks, and each parenthesis has its partner")
     items = _ITEM.findall(text)
     if items[0] == "()" and all(map(_OWED.fullmatch, items[1:])):
-        raise SpecError(f'spec {text!r}: () is the scalar and stands alone; a scalar that owes is written "{" ".join(items[1:])}"')
+        raise SpecError(f'spec {text!r}: () is the scalar and stands alone; a scalar that owes is written '
+                        f'"{" ".join(items[1:])}"')
     ellipsis = items[0] == "..."
     dims: list[Dim] = []
     owed: list[Owed] = []
@@ -278,7 +288,8 @@ def _dim(item: str, text: str) -> Dim:
 
 
 def parse_signature(text: str) -> tuple[tuple[Spec | None, ...], tuple[Spec | None, ...]]:
-    """Arguments and results of "B T D, * -> B T D"; `None` stands for `*`, a pytree that carries its own specs."""
+    """Arguments and results of "B T D, * -> B T D"; `None` stands for `*`,
+    a pytree that carries its own specs."""
     check_text("signature", text, 8 * MAX_TEXT)
     return _parse_signature(text)
 
@@ -290,12 +301,16 @@ def _parse_signature(text: str) -> tuple[tuple[Spec | None, ...], tuple[Spec | N
     left, right = text.split("->")
 
     def side(part: str) -> tuple[Spec | None, ...]:
-        return tuple(None if s.strip(" ") == "*" else parse(s.strip(" ")) for s in part.split(",")) if part.strip(" ") else ()
+        return (tuple(None if s.strip(" ") == "*" else parse(s.strip(" ")) for s in part.split(","))
+                if part.strip(" ") else ())
     return side(left), side(right)
 
 
 def parse_specs(text: str, otherwise: str) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
-    """Operands and results of an op, whose text has no `*`. SpecError that says `otherwise` where it has one."""
+    """Operands and results of an op, whose text has no `*`.
+
+    SpecError that says `otherwise` where it has one.
+    """
     def plain(side: tuple[Spec | None, ...]) -> tuple[Spec, ...]:
         specs = tuple(s for s in side if s is not None)
         if len(specs) != len(side):

@@ -911,7 +911,8 @@ def bare(node):
             if getattr(call.func, "id", "") in MOVES:
                 return call.args[1]
             return ast.Call(call.func, [a for a in call.args
-                                        if not (isinstance(a, ast.Constant) and isinstance(a.value, str))], [])
+                                        if not (isinstance(a, ast.Constant) and isinstance(a.value, str))],
+                            [])
     return ast.unparse(Strip().visit(ast.parse(ast.unparse(node), mode="eval").body))
 
 

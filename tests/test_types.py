@@ -1,4 +1,5 @@
-"""mypy has nothing to say of the public modules and the operators, nor of a user's model; of wrong calls it has.
+"""mypy has nothing to say of the public modules and the operators, nor of a user's model;
+of wrong calls it has.
 
 It takes a package for one folder: the folders lie in a tree of links, as they do where shardlib is installed.
 """
@@ -14,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
 PACKAGES = ("shardlib.language", "shardlib.ops", "shardlib.reports")
-MODULES = ("shardlib", *(f"shardlib.{name}" for name in ("api", "errors", "functions", "layout", "mesh", "params", "program", "spec")))
+MODULES = ("shardlib", *(f"shardlib.{name}" for name in ("api", "errors", "functions", "layout", "mesh",
+                                                         "params", "program", "spec")))
 MODEL = '''
 import torch
 from torch import Tensor
@@ -58,8 +60,9 @@ reveal_type(loss(value))
 reveal_type(step)
 reveal_type(run)
 '''
-REVEALED = ["shardlib.language.trace.Value", "shardlib.language.trace.Value", "shardlib.language.trace.Value", "torch._tensor.Tensor",
-            "shardlib.api.Sharded", "Any", "shardlib.api.ValueAndGrad", "shardlib.run.compiled.Compiled"]
+REVEALED = ["shardlib.language.trace.Value", "shardlib.language.trace.Value", "shardlib.language.trace.Value",
+            "torch._tensor.Tensor", "shardlib.api.Sharded", "Any", "shardlib.api.ValueAndGrad",
+            "shardlib.run.compiled.Compiled"]
 WRONG = '''
 from shardlib import Params, compile, param, sharded
 from shardlib.functions import silu
@@ -83,7 +86,8 @@ FOUND = [
     'Missing positional argument "w" in call to "rms_norm"  [call-arg]',
     'Property "norm" defined in "Weights" is read-only  [misc]',
     'Unexpected keyword argument "nrom" for "Weights"  [call-arg]',
-    'Argument 1 to "compile" has incompatible type "Callable[[Value | Tensor], Value]"; expected "Function | ValueAndGrad"  [arg-type]',
+    ('Argument 1 to "compile" has incompatible type "Callable[[Value | Tensor], Value]"; expected "Function '
+     '| ValueAndGrad"  [arg-type]'),
     'Argument 1 to "sharded" has incompatible type "int"; expected "str"  [arg-type]',
     '"Sharded" has no attribute "signatures"  [attr-defined]']
 
@@ -100,13 +104,18 @@ def links(tree: Path) -> None:
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
-    """What mypy says in one run, a pair a line: of which file, and what. What it has read it keeps: the next run takes a second."""
+    """What mypy says in one run, a pair a line: of which file, and what.
+
+    What it has read it keeps: the next run takes a second.
+    """
     tree = tmp_path_factory.mktemp("tree")
     links(tree)
     (tree / "model.py").write_text(MODEL)
     (tree / "wrong.py").write_text(WRONG)
-    asked = [word for flag, names in (("-p", PACKAGES), ("-m", (*MODULES, "model", "wrong"))) for name in names for word in (flag, name)]
-    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache"), "--no-pretty"]
+    asked = [word for flag, names in (("-p", PACKAGES), ("-m", (*MODULES, "model", "wrong")))
+             for name in names for word in (flag, name)]
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir",
+               str(ROOT / ".mypy_cache"), "--no-pretty"]
     done = subprocess.run([*command, "--no-error-summary", *asked], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stderr, done.stdout + done.stderr          # wrong.py is wrong
     return [(file, text) for file, _, text in (line.split(":", 2) for line in done.stdout.splitlines())]
@@ -117,7 +126,8 @@ def test_the_library_has_no_errors(said: list[tuple[str, str]]) -> None:
 
 
 def test_a_model_has_no_errors_and_its_types_are_known(said: list[tuple[str, str]]) -> None:
-    assert [text for file, text in said if file == "model.py"] == [f' note: Revealed type is "{name}"' for name in REVEALED]
+    assert ([text for file, text in said if file == "model.py"]
+            == [f' note: Revealed type is "{name}"' for name in REVEALED])
 
 
 def test_wrong_calls_are_errors(said: list[tuple[str, str]]) -> None:

@@ -1,1 +1,2 @@
-"""From a program as written to the explicit one, in order: planner, builder, completer, complete, grad, passes; `refusals` words what does not type."""
+"""From a program as written to the explicit one, in order: planner, builder, completer, complete, grad,
+passes; `refusals` words what does not type."""

@@ -1,7 +1,8 @@
-"""The builder: adds typed steps to a program that is being made, converting values where they are needed otherwise.
+"""The builder: adds typed steps to a program that is being made,
+converting values where they are needed otherwise.
 
-Completion and the backward transform both write programs with it. Everything it adds is explicit: results have the type
-that the op's rule gives.
+Completion and the backward transform both write programs with it. Everything it adds is explicit: results
+have the type that the op's rule gives.
 """
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ class Builder:
         self.types: dict[str, Spec] = {}
         self.dtypes: dict[str, str | None] = {}     # as far as they are known, where that is of use
         self.steps: list[Step] = []
-        self.source: dict[str, str] = {}            # converted value -> the value it was converted from, at the root
+        self.source: dict[str, str] = {}  # converted value -> the value it was converted from, at the root
         self._converted: dict[tuple[str, Spec], str] = {}
         self.where: Where | None = None
         self.called: dict[str, str] = {}            # value -> the user's variable that holds it
@@ -43,18 +44,23 @@ class Builder:
         self.taken.add(name)
         return name
 
-    def add(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec], names: Sequence[str] | None = None, *, attrs: tuple = (),
-            body: Program | None = None, orelse: Program | None = None, why: str = "", base: str = "") -> tuple[str, ...]:
+    def add(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec], names: Sequence[str] | None = None, *,
+            attrs: tuple = (), body: Program | None = None, orelse: Program | None = None, why: str = "",
+            base: str = "") -> tuple[str, ...]:
         """A step whose result types are known."""
         outputs = tuple(names or (fresh(base, self.taken) for _ in outs))
         said = tuple(self.called.get(self.source.get(i, i), "") for i in inputs) if op.index else ()
-        self.steps.append(Step(op, tuple(self.types[i] for i in inputs), tuple(outs), tuple(inputs), outputs, attrs, body, orelse, self.where, why,
-                               said=said))
+        self.steps.append(Step(op, tuple(self.types[i] for i in inputs), tuple(outs), tuple(inputs), outputs,
+                               attrs, body, orelse, self.where, why, said=said))
         self.types.update(zip(outputs, outs))
         return outputs
 
-    def call(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec] | None = None, base: str = "", **attrs: Any) -> Any:
-        """A step typed by its rule; `outs` are the results' dims, for an op with a spec string. One name, or several."""
+    def call(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec] | None = None, base: str = "",
+             **attrs: Any) -> Any:
+        """A step typed by its rule; `outs` are the results' dims, for an op with a spec string.
+
+        One name, or several.
+        """
         ins = tuple(self.types[i] for i in inputs)
         dims = tuple(outs) if outs is not None else op.infer(ins, attrs)
         step = Step(op, ins, dims, tuple(inputs), (), tuple(sorted(attrs.items())))
@@ -75,7 +81,8 @@ class Builder:
         for move in plan(self.types[name], want, self.mesh):
             done = self._converted.get((root, move.want))
             if done is None:
-                (done,) = self.add(move.op, [here], [move.want], why=why, base=name.rstrip("0123456789").replace(".", "_"))
+                (done,) = self.add(move.op, [here], [move.want], why=why,
+                                   base=name.rstrip("0123456789").replace(".", "_"))
                 self.source[done] = root
                 self._converted[root, move.want] = done
             here = done
@@ -84,9 +91,10 @@ class Builder:
     def settle(self, name: str) -> str:
         """`name` with what it owes paid, on every rank."""
         kind = self.types[name]
-        return self.move(name, kind.owing(*(o for o in kind.owed if o.kind == "@")), "joins the pieces of a split dim")
+        return self.move(name, kind.owing(*(o for o in kind.owed if o.kind == "@")),
+                         "joins the pieces of a split dim")
 
-    # -- what derivatives are written with -------------------------------------------------------------------------
+    # -- what derivatives are written with -------------------------------------------------------------------
 
     def einsum_to(self, spec: Spec, names: Sequence[str]) -> str:
         """The product of `names`, summed or repeated to the dims of `spec`."""

@@ -1,10 +1,12 @@
-"""The completer: from a program as written, and a layout, to the explicit program. `shardlib.complete` is how it is called.
+"""The completer: from a program as written, and a layout, to the explicit program.
 
-Four rules. A value that stands alone (argument, result, the result spec of an op) is completed over its own dims. The
-operands of one op are completed together, over the union of their names, and converted to that. A conversion is made
-once in a straight-line body. An op without a spec string follows its first operand; parameters are converted to match,
-activations never. Under `EXPLICIT` nothing is completed or converted. What does not match is refused: a fact
-is raised, and `shardlib.messages` words it.
+`shardlib.complete` is how it is called.
+
+Four rules. A value that stands alone (argument, result, the result spec of an op) is completed over its own
+dims. The operands of one op are completed together, over the union of their names, and converted to that. A
+conversion is made once in a straight-line body. An op without a spec string follows its first operand;
+parameters are converted to match, activations never. Under `EXPLICIT` nothing is completed or converted. What
+does not match is refused: a fact is raised, and `shardlib.messages` words it.
 """
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ class Completer(Builder):
         self.notes: dict[tuple[str, str], str] = {}  # (value, owed axis) -> since when
         self.params: set[str] = set()
         self.unmet: dict[tuple[str, str, str], None] = {}
-        self.rounded: dict[str, str] = {}           # a statistic of the program as written -> the value whose dtype it gets
+        # a statistic of the program as written -> the value whose dtype it gets
+        self.rounded: dict[str, str] = {}
 
     def run(self) -> Program:
         self.where = self.program.where
@@ -68,7 +71,8 @@ class Completer(Builder):
             results = tuple(self._result(r) for r in self.program.results)
         except SpecError as error:
             raise error.at(self.where) from None
-        return Program(self.program.name, args, tuple(self.steps), results, True, self.program.where, tuple(self.unmet))
+        return Program(self.program.name, args, tuple(self.steps), results, True, self.program.where,
+                       tuple(self.unmet))
 
     def _argument(self, name: str, tree: Any) -> Any:
         types, note = {}, f"owed in the signature of {self.program.name}"
@@ -98,7 +102,7 @@ class Completer(Builder):
                       self.types, self.now, self.source, self.notes)
         return Refused(fact, state, self.where)
 
-    # -- one step --------------------------------------------------------------------------------------------------
+    # -- one step --------------------------------------------------------------------------------------------
 
     def do(self, step: Step) -> None:
         """Complete one step as written: what it needs is added, and what it makes is known in `now`."""
@@ -117,7 +121,8 @@ class Completer(Builder):
         wanted = self._wanted(step, inputs, EXPLICIT if step.op.asserted else layout)
         placed = []
         for i, (name, want) in enumerate(zip(inputs, wanted)):
-            if self.types[name] != want and (explicit or not step.op.takes_text and not self._may_follow(name, want)):
+            if (self.types[name] != want
+                and (explicit or not step.op.takes_text and not self._may_follow(name, want))):
                 if explicit and step.op.takes_text:
                     raise self._refused(UnlikeOperand(step, i, want, step.op.rule(step)))
                 want = self.types[name]
@@ -128,7 +133,8 @@ class Completer(Builder):
             if explicit and self.types[name] != want:
                 raise self._refused(UnlikeResult(step, self.types[name], want, step.op.rule(step)))
             name = self._move_to(want, name, f"the layout keeps {spec.whole()} as {want}", step)
-            self.now[written] = self.call(CAST_LIKE, [name, self.rounded[written]]) if written in self.rounded else name
+            self.now[written] = (self.call(CAST_LIKE, [name, self.rounded[written]])
+                                 if written in self.rounded else name)
 
     def _move_to(self, want: Spec, name: str, why: str, step: Step | None = None,
                  operand: int | None = None) -> str:
@@ -154,27 +160,32 @@ class Completer(Builder):
         for spec in ins:
             pinned.update({n: a for n, a in pins(spec).items() if a or n not in pinned})
         inner = [f.name for s in step.outs for d in s.dims for f in d.factors[1:]]
-        pinned.update({n: () for n in inner if n not in pinned})        # a result's group is split over its first factor alone
+        # a result's group is split over its first factor alone
+        pinned.update({n: () for n in inner if n not in pinned})
         if not step.op.distribute:
             pinned.update({n: () for n in step.op.rule(step).whole if n not in pinned})
         names = dict.fromkeys(n for s in ins for n in s.names)
         axes = layout.complete(names, pinned, (o.axis for s in ins for o in s.owed))
-        self.unmet.update({(dim, axis, str(step.where or step.op.name)): None for dim, wanted in layout.entries.items()
-                           if dim in names and dim not in pinned for axis in wanted[len(axes[dim]):]})
+        self.unmet.update(
+            {(dim, axis, str(step.where or step.op.name)): None for dim, wanted in layout.entries.items()
+             if dim in names and dim not in pinned for axis in wanted[len(axes[dim]):]})
         return [s.split({d.label: axes[d.factors[0].name] for d in s.dims if d.factors}).owing(
-            *s.owed, *(o for o in self.types[n].owed if o.kind == "@")).resolve(self.mesh) for s, n in zip(ins, inputs)]
+            *s.owed, *(o for o in self.types[n].owed if o.kind == "@")).resolve(self.mesh)
+                for s, n in zip(ins, inputs)]
 
     def _natural(self, step: Step, placed: list[str], layout: Layout) -> tuple[str, ...]:
         ins = tuple(self.types[p] for p in placed)
         whole = step.op.rule(replace(step, ins=ins)).whole
-        written = step.outs if step.op.takes_text else step.op.infer(tuple(s.whole() for s in ins), step.options)
+        written = (step.outs if step.op.takes_text
+                   else step.op.infer(tuple(s.whole() for s in ins), step.options))
         outs = tuple(result_dims(s, ins, whole, layout, self.mesh) for s in written)
         typed = replace(step, ins=ins, outs=outs)
         rule = step.op.rule(typed)
         pieces = step.op.distribute and layout != EXPLICIT and any(_axes(ins[0], n) for n in rule.whole)
         rule = replace(rule, whole=(), maxes=rule.whole) if pieces else rule
         try:
-            asserted = [self.mesh.resolve(s, True).resolve(self.mesh) for s in step.outs] if step.op.asserted else None
+            asserted = ([self.mesh.resolve(s, True).resolve(self.mesh) for s in step.outs] if step.op.asserted
+                        else None)
             types = asserted or natural(step.op.name, rule, ins, outs)
         except RuleError:
             raise self._refused(RuleRefuses(step, typed, rule)) from None
@@ -192,12 +203,14 @@ class Completer(Builder):
         for name in made:
             for owed in self.types[name].owed:
                 older = next((self.notes[p, owed.axis] for p in placed if (p, owed.axis) in self.notes), None)
-                label = next((f for p in placed for d in self.types[p].dims for f in d.factors if owed.axis in f.axes), None)
+                label = next((f for p in placed for d in self.types[p].dims for f in d.factors
+                              if owed.axis in f.axes), None)
                 does = "contracts" if step.op is EINSUM else "runs over"
-                self.notes[name, owed.axis] = older or (f"owed since {step.op.name}{f' at {step.where}' if step.where else ''}"
-                                                        + (f", which {does} {label}" if label and not step.op.moves else ""))
+                self.notes[name, owed.axis] = older or (
+                    f"owed since {step.op.name}{f' at {step.where}' if step.where else ''}"
+                    + (f", which {does} {label}" if label and not step.op.moves else ""))
 
-    # -- the steps that are not of the common kind -----------------------------------------------------------------
+    # -- the steps that are not of the common kind -----------------------------------------------------------
 
     def _move(self, step: Step, name: str, layout: Layout) -> None:
         want = layout.type_of(step.outs[0], self.mesh)
@@ -215,12 +228,14 @@ class Completer(Builder):
             name = self.move(name, have, step.op.name)
         if problem := check_move(step.op, have, want):
             raise self._refused(WrongMove(step, have, problem))
-        made = self.add(step.op, [name], [want], step.outputs if step.outputs[0] not in self.types else None, why="written")
+        made = self.add(step.op, [name], [want], step.outputs if step.outputs[0] not in self.types else None,
+                        why="written")
         (self.now[step.outputs[0]],) = made
         self._note(step, [name], made)
 
     def _rename(self, step: Step, name: str, layout: Layout) -> None:
-        """A dim keeps its axes under its new name; one that is a group on one side alone is whole, and split, if at all, after."""
+        """A dim keeps its axes under its new name; one that is a group on one side alone is whole, and split,
+        if at all, after."""
         named = step.outs[0]
         products = {d.label for d in whole_in_rename(self.types[name], named)}
         want = named.resolve(self.mesh) if layout == EXPLICIT else layout.type_of(named, self.mesh)
@@ -248,10 +263,12 @@ class Completer(Builder):
             if layout == EXPLICIT and self.types[inputs[i]] != kind:
                 raise self._refused(UnlikeOperand(step, i, kind))
             inputs[i] = self.move(inputs[i], kind, f"an argument of {step.body.name}")
-        yes, no = ([(f"takes {path} as", kind) for path, kind in b.arg_leaves()] + [("returns", k) for _, k in b.result_leaves()] for b in bodies)
+        yes, no = ([(f"takes {path} as", kind) for path, kind in b.arg_leaves()]
+                   + [("returns", k) for _, k in b.result_leaves()] for b in bodies)
         if other := next(((does, a, b) for (does, a), (_, b) in zip(yes, no) if a != b), None):
             raise self._refused(UnlikeBranches(step, *other))
-        made = self.add(COND, inputs, [k for _, k in bodies[0].result_leaves()], step.outputs, attrs=step.attrs, body=bodies[0], orelse=bodies[1])
+        made = self.add(COND, inputs, [k for _, k in bodies[0].result_leaves()], step.outputs,
+                        attrs=step.attrs, body=bodies[0], orelse=bodies[1])
         self.now.update(zip(step.outputs, made))
 
     def _scan(self, step: Step, inputs: list[str], layout: Layout) -> None:
@@ -275,8 +292,10 @@ class Completer(Builder):
         for (path, _), after in zip(parts.carries, made):
             if after != types[path]:
                 raise self._refused(ChangedCarry(step, types[path], after))
-        outs = [*made[:first], *(Spec((out.dims[0].split(()), *spec.dims), spec.owed) for out, spec in zip(step.outs[first:], made[first:]))]
-        self.now.update(zip(step.outputs, self.add(SCAN, inputs, outs, step.outputs, attrs=step.attrs, body=body)))
+        outs = [*made[:first], *(Spec((out.dims[0].split(()), *spec.dims), spec.owed)
+                                 for out, spec in zip(step.outs[first:], made[first:]))]
+        self.now.update(
+            zip(step.outputs, self.add(SCAN, inputs, outs, step.outputs, attrs=step.attrs, body=body)))
 
 
 def result_dims(spec: Spec, ins: Sequence[Spec], whole: Sequence[str], layout: Layout, mesh: Mesh) -> Spec:

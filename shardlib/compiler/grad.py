@@ -1,10 +1,11 @@
 """Backward as a program, transposed from the explicit forward one and typed by the same rules.
 
-A move is the identity on what its value denotes, so it needs no derivative: the cotangents of a value and of all it was
-converted to are added up at the value itself, and the sum is converted to the type that is wanted there, split like the
-value and owing nothing, in its dtype. That one law makes all_gather and reduce_scatter each other's backward, leaves a cotangent that is
-already settled alone, and brings every gradient home in its parameter's own spec. A value that was gathered is gathered
-again (`regather`), so that backward keeps no whole copy of what is split.
+A move is the identity on what its value denotes, so it needs no derivative: the cotangents of a value and of
+all it was converted to are added up at the value itself, and the sum is converted to the type that is wanted
+there, split like the value and owing nothing, in its dtype. That one law makes all_gather and reduce_scatter
+each other's backward, leaves a cotangent that is already settled alone, and brings every gradient home in its
+parameter's own spec. A value that was gathered is gathered again (`regather`), so that backward keeps no
+whole copy of what is split.
 """
 from __future__ import annotations
 
@@ -25,11 +26,11 @@ from shardlib.program import Op, Program, Result, Scan, Step, Struct, leaves
 from shardlib.rules import Rule
 from shardlib.spec import Dim, Spec
 
-ONES_LIKE = Op("ones_like", rule=lambda s: Rule(shapes=(0,)), infer=lambda ins, attrs: (ins[0].owing(),), index=(0,), takes=("any",),
-               emit=lambda e, s, a: f"torch.ones_like({a[0]})",
+ONES_LIKE = Op("ones_like", rule=lambda s: Rule(shapes=(0,)), infer=lambda ins, attrs: (ins[0].owing(),),
+               index=(0,), takes=("any",), emit=lambda e, s, a: f"torch.ones_like({a[0]})",
                reference=lambda d, x: x.new_ones(()))
-ZEROS_LIKE = Op("zeros_like", rule=lambda s: Rule(shapes=(0,)), infer=lambda ins, attrs: (ins[0].owing(),), index=(0,), takes=("any",),
-                emit=lambda e, s, a: f"torch.zeros_like({a[0]})",
+ZEROS_LIKE = Op("zeros_like", rule=lambda s: Rule(shapes=(0,)), infer=lambda ins, attrs: (ins[0].owing(),),
+                index=(0,), takes=("any",), emit=lambda e, s, a: f"torch.zeros_like({a[0]})",
                 reference=lambda d, x: x.new_zeros(()))
 TABLE = {"ones_like": ONES_LIKE, "zeros_like": ZEROS_LIKE}
 REGATHER = ("all", "weights", "nothing")
@@ -37,31 +38,40 @@ REGATHER = ("all", "weights", "nothing")
 
 def value_and_grad_program(program: Program, wrt: Sequence[str], mesh: Mesh, regather: str = "all",
                            dtypes: Mapping[str, str] | None = None) -> Program:
-    """The explicit program that returns the scalar of `program`, then its gradients by the arguments `wrt`, in that order, each in its spec.
+    """The explicit program that returns the scalar of `program`, then its gradients by the arguments `wrt`,
+    in that order, each in its spec.
 
-    regather: what backward gathers again rather than keep: "all", "weights" (activations are kept gathered), "nothing".
+    regather: what backward gathers again rather than keep: "all", "weights" (activations are kept gathered),
+    "nothing".
     dtypes: of the arguments; where they differ, cotangents are cast to their values'.
     """
     if regather not in REGATHER:
         raise SpecError(f"value_and_grad: regather is {regather!r}; it is one of {', '.join(REGATHER)}")
     if [spec.text for _, spec in program.result_leaves()] != ["()"]:
-        raise SpecError(f"value_and_grad: {program.name} returns {', '.join(str(s) for _, s in program.result_leaves())}; "
+        raise SpecError(f"value_and_grad: {program.name} returns "
+                        f"{', '.join(str(s) for _, s in program.result_leaves())}; "
                         f"it must return one scalar, ()").at(program.where)
     trees, indices = dict(program.args), value_dtypes(program, {}, None)
     active = {path for n in wrt for path, _ in leaves(n, trees[n])}
     if path := next((path for n in wrt for path, _ in leaves(n, trees[n]) if indices[path]), None):
-        raise SpecError(f"value_and_grad: {program.name} takes indices in {path}; there is no gradient by them").at(program.where)
+        raise SpecError(f"value_and_grad: {program.name} takes indices in {path}; there is no gradient by "
+                        "them").at(program.where)
     (loss,) = program.results[0].values
     params = {path for n, tree in program.args if isinstance(tree, Struct) for path, _ in leaves(n, tree)}
     back = _Backward(program, active, mesh, regather, params, value_dtypes(program, dtypes or {}, None))
     back.contribute(loss, back.call(ONES_LIKE, [loss]))
     back.run()
-    results = [Result(trees[name], tuple(back.total(path) for path, _ in leaves(name, trees[name]))) for name in wrt]
-    return Program(f"{program.name}_and_grad", program.args, (*back.forward, *back.steps), (Result(Spec(), (loss,)), *results), True, program.where)
+    results = [Result(trees[name], tuple(back.total(path) for path, _ in leaves(name, trees[name])))
+               for name in wrt]
+    return Program(f"{program.name}_and_grad", program.args, (*back.forward, *back.steps),
+                   (Result(Spec(), (loss,)), *results), True, program.where)
 
 
 class _Backward(Builder):
-    """The backward steps of one body. `forward` is its forward steps, scans made to keep what backward needs."""
+    """The backward steps of one body.
+
+    `forward` is its forward steps, scans made to keep what backward needs.
+    """
 
     def __init__(self, program: Program, active: set[str], mesh: Mesh, regather: str, params: set[str],
                  dtypes: dict[str, str | None]) -> None:
@@ -77,20 +87,24 @@ class _Backward(Builder):
             if step.op.moves:
                 self.root[step.outputs[0]] = self.root.get(step.inputs[0], step.inputs[0])
             self._refuse_tables(step)
-            if not step.op.constant and any(i in self.active for j, i in enumerate(step.inputs) if j not in step.op.index):
+            if (not step.op.constant
+                and any(i in self.active for j, i in enumerate(step.inputs) if j not in step.op.index)):
                 self.active.update(step.outputs)
 
-    def add(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec], *args: Any, **more: Any) -> tuple[str, ...]:
+    def add(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec], *args: Any,
+            **more: Any) -> tuple[str, ...]:
         made = super().add(op, inputs, outs, *args, **more)
         self.dtypes.update(zip(made, step_dtypes(self.steps[-1], [self.dtypes[i] for i in inputs])))
         return made
 
     def contribute(self, name: str, cotangent: str) -> None:
-        """Add a cotangent of `name`, whatever its type: it denotes the same for all that `name` was converted from."""
+        """Add a cotangent of `name`, whatever its type:
+        it denotes the same for all that `name` was converted from."""
         self.given.setdefault(self.root.get(name, name), []).append(cotangent)
 
     def total(self, name: str, settle: bool = True) -> str:
-        """The whole cotangent of a root value, split as the value is and owing nothing; without `settle` it may owe."""
+        """The whole cotangent of a root value, split as the value is and owing nothing;
+        without `settle` it may owe."""
         want = _settled(self.types[name])
         by_type: dict[Spec, list[str]] = {}
         for given in self.given.pop(name, ()):
@@ -124,33 +138,43 @@ class _Backward(Builder):
             if step.op.vjp is None:
                 if step.op.constant:
                     continue
-                raise SpecError(f"value_and_grad: {step.op.name} has no derivative; stop_gradient makes its operand a constant").at(step.where)
+                raise SpecError(f"value_and_grad: {step.op.name} has no derivative; stop_gradient makes its "
+                                "operand a constant").at(step.where)
             cotangents = [self.total(o, settle=step.op not in (RENAME, REARRANGE)) for o in step.outputs]
-            here = replace(step, inputs=tuple(self.available(i) for i in step.inputs), outputs=tuple(self.available(o) for o in step.outputs))
+            here = replace(step, inputs=tuple(self.available(i) for i in step.inputs),
+                           outputs=tuple(self.available(o) for o in step.outputs))
             for name, ct in zip(step.inputs, step.op.vjp(self, here, cotangents)):
                 if ct is not None and name in self.active:
-                    self.contribute(name, self.like(ct, name) if self.dtypes[ct] and self.dtypes[name] else ct)
+                    self.contribute(name,
+                                    self.like(ct, name) if self.dtypes[ct] and self.dtypes[name] else ct)
 
     def _refuse_tables(self, step: Step) -> None:
-        """SpecError where a gradient is wanted by floats that the op takes as a constant, as `rope` does its table."""
+        """SpecError where a gradient is wanted by floats that the op takes as a constant,
+        as `rope` does its table."""
         for j in step.op.index:
             if j < len(step.inputs) and step.inputs[j] in self.active and holds(step.op, j) == "float":
                 who = step.said[j] if step.said and step.said[j] else step.inputs[j]
-                raise SpecError(f"value_and_grad: {step.op.name} has no derivative by {who}; stop_gradient makes it a constant").at(step.where)
+                raise SpecError(f"value_and_grad: {step.op.name} has no derivative by {who}; stop_gradient "
+                                "makes it a constant").at(step.where)
 
     def available(self, name: str) -> str:
         """`name` as backward has it: kept, or converted again from what it was converted from."""
         root = self.root.get(name, name)
         again = self.regather == "all" or self.regather == "weights" and root in self.params
-        return self.move(root, self.types[name], "gathered again for backward") if root != name and again and not self.types[root].owed else name
+        return (self.move(root, self.types[name], "gathered again for backward")
+                if root != name and again and not self.types[root].owed else name)
 
-    # -- scan ------------------------------------------------------------------------------------------------------
+    # -- scan ------------------------------------------------------------------------------------------------
 
     def _scan(self, step: Step) -> Step:
-        """Backward through a scan: a scan in reverse over the same slices and what the forward one kept. Returns the latter."""
+        """Backward through a scan: a scan in reverse over the same slices and what the forward one kept.
+
+        Returns the latter.
+        """
         body, parts, outer = step.body, Scan.of(step), dict(step.passed(step.body))
         if any(value in self.given for _, value in parts.made):
-            raise SpecError("value_and_grad: the loss depends on what scan stacks; only its carry has a gradient yet").at(step.where)
+            raise SpecError("value_and_grad: the loss depends on what scan stacks; only its carry has a "
+                            "gradient yet").at(step.where)
         inner, seeds = self._inside(step, parts)
         inner.run()
         turned = self._turned(parts)
@@ -160,14 +184,20 @@ class _Backward(Builder):
         kept = _kept(inner, seeds, (*slices, *constants))
         forward, made = self._keeping(step, inner, kept)
         backward = Program(
-            f"{body.name}_vjp", (*((seed, inner.types[seed]) for seed in seeds), *(a for a in body.args if _is_among(a, slices)),
-                                 *((k, inner.types[k]) for k in kept), *(a for a in body.args if _is_among(a, constants))),
-            tuple(inner.steps), tuple(Result(inner.types[name], (name,)) for name in (*carries, *grads.values())), True)
+            f"{body.name}_vjp",
+            (*((seed, inner.types[seed]) for seed in seeds), *(a for a in body.args if _is_among(a, slices)),
+             *((k, inner.types[k]) for k in kept), *(a for a in body.args if _is_among(a, constants))),
+            tuple(inner.steps),
+            tuple(Result(inner.types[name], (name,)) for name in (*carries, *grads.values())), True)
         dim = self.types[outer[slices[0]]].dims[0]
-        inputs = [*(self.total(turned[path]) for path in turned), *(outer[p] for p in slices), *made, *(outer[p] for p in constants)]
-        outs = [*(inner.types[name] for name in carries), *_stacked(dim, [inner.types[name] for name in grads.values()])]
+        inputs = [*(self.total(turned[path]) for path in turned), *(outer[p] for p in slices), *made,
+                  *(outer[p] for p in constants)]
+        outs = [*(inner.types[name] for name in carries),
+                *_stacked(dim, [inner.types[name] for name in grads.values()])]
         names = [self._fresh(name) for name in (*["g"] * len(turned), *(f"d_{path}" for path in grads))]
-        given = self.add(SCAN, inputs, outs, names, attrs=Scan.attrs(dim.label, len(slices) + len(made), len(turned), reverse=True), body=backward)
+        given = self.add(SCAN, inputs, outs, names,
+                         attrs=Scan.attrs(dim.label, len(slices) + len(made), len(turned), reverse=True),
+                         body=backward)
         for path, name in zip((*turned, *grads), given):
             if path in constants:
                 name = self.call(SUM, [name], outs=(Spec(self.types[name].dims[1:]),))
@@ -176,15 +206,19 @@ class _Backward(Builder):
         return forward
 
     def _turned(self, parts: Scan) -> dict[str, str]:
-        """The carries that have a cotangent, those of floats: argument of the body -> value after the last round."""
-        return {path: after for (path, before), (_, after) in zip(parts.carries, parts.carried) if self.dtypes[before] in (None, *FLOATS)}
+        """The carries that have a cotangent, those of floats:
+        argument of the body -> value after the last round."""
+        return {path: after for (path, before), (_, after) in zip(parts.carries, parts.carried)
+                if self.dtypes[before] in (None, *FLOATS)}
 
     def _inside(self, step: Step, parts: Scan) -> tuple[_Backward, list[str]]:
         """The backward of the body, and the arguments by which the cotangents of its carries come in."""
         turned = self._turned(parts)
         active = {path for path, value in step.passed(step.body) if value in self.active} | {*turned}
-        params = {path for path, value in step.passed(step.body) if self.root.get(value, value) in self.params}
-        inner = _Backward(step.body, active, self.mesh, self.regather, params, inner_dtypes(step, step.body, self.dtypes))
+        params = {path for path, value in step.passed(step.body)
+                  if self.root.get(value, value) in self.params}
+        inner = _Backward(step.body, active, self.mesh, self.regather, params,
+                          inner_dtypes(step, step.body, self.dtypes))
         seeds = []
         for (path, _), (result, _) in zip(parts.carries, parts.carried):
             if path in turned:
@@ -194,9 +228,11 @@ class _Backward(Builder):
         return inner, seeds
 
     def _keeping(self, step: Step, inner: _Backward, kept: Sequence[str]) -> tuple[Step, tuple[str, ...]]:
-        """The forward scan that also stacks the values `kept` of its body, and what these are called outside."""
+        """The forward scan that also stacks the values `kept` of its body,
+        and what these are called outside."""
         body, kinds = step.body, [inner.types[k] for k in kept]
-        body = replace(body, steps=tuple(inner.forward), results=(*body.results, *(Result(kind, (k,)) for k, kind in zip(kept, kinds))))
+        body = replace(body, steps=tuple(inner.forward),
+                       results=(*body.results, *(Result(kind, (k,)) for k, kind in zip(kept, kinds))))
         made = tuple(self._fresh(f"{k}_kept") for k in kept)
         outs = _stacked(self.types[Scan.of(step).stacked[0][1]].dims[0], kinds)
         self.types.update(zip(made, outs))
@@ -221,7 +257,8 @@ def _is_among(arg: tuple, paths: Sequence[str]) -> bool:
 
 
 def _kept(inner: _Backward, seeds: Sequence[str], slices: Sequence[str]) -> list[str]:
-    """The values of the forward body that its backward uses and would not have: all but the stacked and the constants, `slices`."""
+    """The values of the forward body that its backward uses and would not have:
+    all but the stacked and the constants, `slices`."""
     made = {o for s in inner.steps for o in s.outputs}.union(seeds)
     used = dict.fromkeys(i for s in inner.steps for i in s.inputs if i not in made)
     return [u for u in used if u not in slices]

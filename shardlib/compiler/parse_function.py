@@ -1,4 +1,7 @@
-"""Reading one function of a printed program: its values by name, their types, its steps. An explicit one is typed as it is read."""
+"""Reading one function of a printed program: its values by name, their types, its steps.
+
+An explicit one is typed as it is read.
+"""
 from __future__ import annotations
 
 import ast
@@ -31,7 +34,8 @@ from shardlib.spec import Spec, nameable, parse_signature
 MAX_STEPS = 1_000_000       # steps, those of bodies counted wherever they are used
 MAX_DEPTH = 16              # bodies within bodies
 _SIGNS = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
-_MISUSED = (LookupError, TypeError, ValueError, AttributeError, StopIteration, ArithmeticError)     # by ops given what they do not take
+# by ops given what they do not take
+_MISUSED = (LookupError, TypeError, ValueError, AttributeError, StopIteration, ArithmeticError)
 
 
 class FunctionText:
@@ -47,7 +51,8 @@ class FunctionText:
     def program(self) -> Program:
         node = self.node
         call = node.decorator_list[0] if len(node.decorator_list) == 1 else None
-        if not isinstance(call, ast.Call) or name_of(call.func) != "sharded" or len(call.args) != 1 or node.returns:
+        if (not isinstance(call, ast.Call) or name_of(call.func) != "sharded" or len(call.args) != 1
+            or node.returns):
             raise not_printed(node)
         if [(k.arg, name_of(k.value)) for k in call.keywords] not in ([], [("layout", "EXPLICIT")]):
             raise not_printed(call)
@@ -63,7 +68,8 @@ class FunctionText:
                 self._assign(stmt.targets[0], stmt.value)
         if not isinstance(last, ast.Return):
             raise not_printed(last)
-        items = [] if last.value is None else last.value.elts if isinstance(last.value, ast.Tuple) else [last.value]
+        items = ([] if last.value is None else last.value.elts if isinstance(last.value, ast.Tuple)
+                 else [last.value])
         if len(items) != len(outs):
             raise not_printed(last)
         with at_line(last):
@@ -72,11 +78,13 @@ class FunctionText:
         return Program(original(node.name), args, tuple(self.steps), results, self.explicit)
 
     def _arguments(self, given: ast.arguments, ins: Sequence[Spec | None]) -> tuple[tuple[str, Any], ...]:
-        if given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg or given.defaults or len(given.args) != len(ins):
+        if (given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg or given.defaults
+            or len(given.args) != len(ins)):
             raise not_printed(self.node)
         args = []
         for arg, spec in zip(given.args, ins):
-            if not nameable(arg.arg) or arg.arg in self.values or spec is not None and (arg.annotation or spec.ellipsis):
+            if (not nameable(arg.arg) or arg.arg in self.values or spec is not None
+                and (arg.annotation or spec.ellipsis)):
                 raise not_printed(arg)
             tree = spec if spec is not None else self.known.struct(arg.annotation)
             args.append((arg.arg, tree))
@@ -96,7 +104,8 @@ class FunctionText:
     def _same(self, have: Spec, want: Spec, node: ast.AST) -> None:
         """SpecError unless a value of type `have` may stand where `want` is written."""
         if have != want if self.explicit else have.labels != want.labels:
-            raise SpecError(f'this is no program: "{have}" stands where "{want}" is said, line {getattr(node, "lineno", "?")}')
+            raise SpecError(f'this is no program: "{have}" stands where "{want}" is said, line '
+                            f'{getattr(node, "lineno", "?")}')
 
     def _value(self, node: ast.expr) -> Tree:
         if isinstance(node, ast.Name) and node.id in self.values:
@@ -110,11 +119,13 @@ class FunctionText:
         declared = dict(struct.fields)
         if len(parts) != len(node.keywords) or any(n not in declared for n in parts):
             raise not_printed(node)
-        fields = [(n, replace(parts[n].tree, stacked=d.stacked) if isinstance(d, Struct) and isinstance(parts[n].tree, Struct) else parts[n].tree)
+        fields = [(n, replace(parts[n].tree, stacked=d.stacked)
+                   if isinstance(d, Struct) and isinstance(parts[n].tree, Struct) else parts[n].tree)
                   for n, d in declared.items() if n in parts]
-        return Tree(Struct(struct.name, tuple(fields)), tuple(x for n in declared if n in parts for x in parts[n].names))
+        return Tree(Struct(struct.name, tuple(fields)),
+                    tuple(x for n in declared if n in parts for x in parts[n].names))
 
-    # -- steps -----------------------------------------------------------------------------------------------------
+    # -- steps -----------------------------------------------------------------------------------------------
 
     def _assign(self, target: ast.expr, value: ast.expr) -> None:
         if isinstance(value, ast.BinOp):
@@ -130,7 +141,8 @@ class FunctionText:
         if op.takes_text and not value.args or any(k.arg is None for k in value.keywords):
             raise not_printed(value)
         attrs = tuple(sorted((k.arg, literal(k.value)) for k in value.keywords))
-        inputs = [self._one(a) for a in (value.args[1 + (op.function is not None):] if op.takes_text else value.args)]
+        inputs = [self._one(a)
+                  for a in (value.args[1 + (op.function is not None):] if op.takes_text else value.args)]
         if not op.takes_text:
             return self._untitled(op, inputs, attrs, target)
         ins, outs = parse_signature(literal(value.args[0]))
@@ -147,7 +159,8 @@ class FunctionText:
             return None
         named = ast.unparse(value.args[1])
         if named not in self.known.local:
-            error = SpecError(f"this program runs {named}, which was not given; pass functions={{{named!r}: ...}}")
+            error = SpecError(
+                f"this program runs {named}, which was not given; pass functions={{{named!r}: ...}}")
             error.located = True
             raise error
         return make(self.known.local[named])
@@ -156,7 +169,8 @@ class FunctionText:
         sign = _SIGNS.get(type(value.op))
         left = self._one(value.left)
         if isinstance(value.right, (ast.Constant, ast.UnaryOp)):
-            op, inputs, attrs = {"mul": SCALE, "add": SHIFT}.get(sign), [left], (("by", literal(value.right)),)
+            op, inputs, attrs = ({"mul": SCALE, "add": SHIFT}.get(sign), [left],
+                                 (("by", literal(value.right)),))
         else:
             op, inputs, attrs = BINARY.get(sign), [left, self._one(value.right)], ()
         if op is None:
@@ -169,7 +183,8 @@ class FunctionText:
         step = Step(op, ins, (), tuple(inputs), (), attrs)
         check_keywords(step)
         dims = _guarded(op, lambda: op.infer(ins, dict(attrs)))
-        outs = _guarded(op, lambda: natural(op.name, op.rule(replace(step, outs=dims)), ins, dims, inputs)) if self.explicit else dims
+        outs = (_guarded(op, lambda: natural(op.name, op.rule(replace(step, outs=dims)), ins, dims, inputs))
+                if self.explicit else dims)
         self._add(replace(step, outs=tuple(outs), outputs=self._targets(target, len(outs))))
 
     def _scan(self, target: ast.expr, value: ast.Call) -> None:
@@ -181,21 +196,27 @@ class FunctionText:
         carries = [self._one(n) for n in nodes]
         stacked = [self._value(n) for n in value.args[2].elts]
         operands = [*map(self._value, nodes), *stacked, *map(self._value, value.args[3:])]
-        inputs, count, begin = [n for o in operands for n in o.names], sum(len(s.names) for s in stacked), len(carries)
-        if not count or not begin or not (first := self.types[inputs[begin]].dims) or len(body.results) < begin:
+        inputs, count, begin = ([n for o in operands for n in o.names], sum(len(s.names) for s in stacked),
+                                len(carries))
+        if (not count or not begin or not (first := self.types[inputs[begin]].dims)
+            or len(body.results) < begin):
             raise not_printed(value)
         kinds = [self.types[n] for n in inputs]
         if any(k.dims[:1] != first[:1] for k in kinds[begin:begin + count]):
             raise not_printed(value)
-        self._matches(operands, [Spec(k.dims[1:], k.owed) if begin <= i < begin + count else k for i, k in enumerate(kinds)], body, value)
-        outs = [s if i < begin else Spec((first[0], *s.dims), s.owed) for i, (_, s) in enumerate(body.result_leaves())]
-        trees = [stacked_along(r.tree, first[:1]) if i >= begin and isinstance(r.tree, Struct) else r.tree for i, r in enumerate(body.results)]
+        self._matches(operands, [Spec(k.dims[1:], k.owed) if begin <= i < begin + count else k
+                                 for i, k in enumerate(kinds)], body, value)
+        outs = [s if i < begin else Spec((first[0], *s.dims), s.owed)
+                for i, (_, s) in enumerate(body.result_leaves())]
+        trees = [stacked_along(r.tree, first[:1]) if i >= begin and isinstance(r.tree, Struct) else r.tree
+                 for i, r in enumerate(body.results)]
         if any(isinstance(tree, Struct) for tree in trees[:begin]):
             raise not_printed(value)
         for out, kind in zip(outs, kinds[:begin]):
             self._same(out, kind, value)
         attrs = Scan.attrs(first[0].label, count, begin, reverse=bool(value.keywords))
-        self._add(Step(SCAN, tuple(kinds), tuple(outs), tuple(inputs), self._leaves(target, trees), attrs, body))
+        self._add(
+            Step(SCAN, tuple(kinds), tuple(outs), tuple(inputs), self._leaves(target, trees), attrs, body))
 
     def _cond(self, target: ast.expr, value: ast.Call) -> None:
         if len(value.args) < 3 or value.keywords:
@@ -212,9 +233,11 @@ class FunctionText:
         self._add(Step(COND, tuple(kinds), tuple(s for _, s in body.result_leaves()), tuple(inputs),
                        self._leaves(target, [r.tree for r in body.results]), (), body, orelse))
 
-    def _matches(self, operands: Sequence[Tree], kinds: Sequence[Spec], body: Program, node: ast.expr) -> None:
+    def _matches(self, operands: Sequence[Tree], kinds: Sequence[Spec], body: Program,
+                 node: ast.expr) -> None:
         """SpecError unless `operands`, their leaves of types `kinds`, are what `body` takes."""
-        if [len(o.names) for o in operands] != [len(leaves("", t)) for _, t in body.args] or body.explicit != self.explicit:
+        if ([len(o.names) for o in operands] != [len(leaves("", t)) for _, t in body.args]
+            or body.explicit != self.explicit):
             raise not_printed(node)
         for have, (_, want) in zip(kinds, body.arg_leaves()):
             self._same(have, want, node)
@@ -229,7 +252,8 @@ class FunctionText:
 
     def _targets(self, node: ast.expr, count: int) -> tuple[str, ...]:
         names = tuple(name_of(n) for n in (node.elts if isinstance(node, ast.Tuple) else [node]))
-        if len(names) != count or len({*names}) != count or any(n in self.values or not nameable(n) for n in names):
+        if (len(names) != count or len({*names}) != count
+            or any(n in self.values or not nameable(n) for n in names)):
             raise not_printed(node)
         return names
 
@@ -245,7 +269,8 @@ class FunctionText:
             self.depth = max(self.depth, self.known.depths[name] + 1)
         self.size += 1
         if self.size > MAX_STEPS or self.depth > MAX_DEPTH:
-            raise SpecError(f"this is no program: it unfolds to more than {MAX_STEPS} steps, or to bodies {MAX_DEPTH} deep")
+            raise SpecError(f"this is no program: it unfolds to more than {MAX_STEPS} steps, or to bodies "
+                            f"{MAX_DEPTH} deep")
         if step.op.takes_text and not step.bodies:
             check_keywords(step)
             _guarded(step.op, lambda: self._check(step))
@@ -258,8 +283,9 @@ class FunctionText:
     def _check(self, step: Step) -> None:
         """SpecError unless the types of an explicit step's results are what its text says."""
         op = step.op
-        if (op.moves or op is RENAME) and ((len(step.ins), len(step.outs)) != (1, 1) or len(step.ins[0].dims) != len(step.outs[0].dims)
-                                           or op.moves and step.ins[0].labels != step.outs[0].labels):
+        if ((op.moves or op is RENAME)
+            and ((len(step.ins), len(step.outs)) != (1, 1) or len(step.ins[0].dims) != len(step.outs[0].dims)
+                 or op.moves and step.ins[0].labels != step.outs[0].labels)):
             raise SpecError(f'{op.name}: "{step.text}" is no call of it')
         rule = op.rule(step)
         if not self.explicit or op.asserted or op is RESHARD:
@@ -268,7 +294,8 @@ class FunctionText:
             if problem := check_move(op, step.ins[0], step.outs[0]):
                 raise SpecError(f"{op.name}: {problem}")
         elif op is RENAME:
-            if [d.axes for d in step.ins[0].dims] != [d.axes for d in step.outs[0].dims] or step.ins[0].owed != step.outs[0].owed:
+            if ([d.axes for d in step.ins[0].dims] != [d.axes for d in step.outs[0].dims]
+                or step.ins[0].owed != step.outs[0].owed):
                 raise SpecError(f'rename: "{step.text}" changes more than names')
         else:
             for made, want in zip(natural(op.name, rule, step.ins, step.outs, step.inputs), step.outs):

@@ -1,4 +1,5 @@
-"""What reading a printed program is made of: the few forms of syntax, what the text has defined, and its values."""
+"""What reading a printed program is made of: the few forms of syntax,
+what the text has defined, and its values."""
 from __future__ import annotations
 
 import ast
@@ -30,7 +31,10 @@ class Tree:
 
 
 class Definitions:
-    """What the text has defined so far, by the name it is printed under. `sizes`: leaves of a class, steps of a function."""
+    """What the text has defined so far, by the name it is printed under.
+
+    `sizes`: leaves of a class, steps of a function.
+    """
 
     def __init__(self, ops: Mapping[str, Op], functions: Mapping[str, Callable]) -> None:
         self.ops, self.local = ops, functions
@@ -67,7 +71,8 @@ def at_line(node: ast.AST) -> Iterator[None]:
     try:
         yield
     except SpecError as error:
-        raise error.at("" if "line " in str(error).split("\n")[0] else f"line {getattr(node, 'lineno', '?')}") from None
+        raise error.at("" if "line " in str(error).split("\n")[0]
+                       else f"line {getattr(node, 'lineno', '?')}") from None
 
 
 def original(name: str) -> str:

@@ -1,9 +1,9 @@
 """Reading a printed Program back: `parse_program(str(program)) == program`.
 
-The text goes through `ast`, and only the forms that printing makes are understood: classes of `param` and `stacked` fields,
-`@sharded` functions, calls of known ops with names, numbers and strings, `scan`, `cond`, and a return. Nothing is executed.
-An explicit program is typed as it is read. Text from anywhere is safe to read: what is no program is a `SpecError`, and
-length, depth and what a text unfolds to are bounded.
+The text goes through `ast`, and only the forms that printing makes are understood: classes of `param` and
+`stacked` fields, `@sharded` functions, calls of known ops with names, numbers and strings, `scan`, `cond`,
+and a return. Nothing is executed. An explicit program is typed as it is read. Text from anywhere is safe to
+read: what is no program is a `SpecError`, and length, depth and what a text unfolds to are bounded.
 """
 from __future__ import annotations
 
@@ -34,16 +34,20 @@ from shardlib.mesh import Mesh
 from shardlib.program import Op, Program, Struct
 from shardlib.spec import check_text, nameable, parse
 
-CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE, **pointwise.TABLE, **reductions.TABLE, **grad.TABLE,
-                       "rearrange": REARRANGE, "rename": RENAME}
+CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE, **pointwise.TABLE,
+                       **reductions.TABLE, **grad.TABLE, "rearrange": REARRANGE, "rename": RENAME}
 MAX_TEXT = 4_000_000        # characters of a program
 MAX_LEAVES = 100_000        # tensors of one pytree
 
 
-def parse_program(text: str, ops: Mapping[str, Op] | None = None, functions: Mapping[str, Callable] | None = None) -> Program:
-    """The program that `text` prints: its last function. SpecError for anything that is not a printed program.
+def parse_program(text: str, ops: Mapping[str, Op] | None = None,
+                  functions: Mapping[str, Callable] | None = None) -> Program:
+    """The program that `text` prints: its last function.
 
-    ops: operators beyond the language's own (`shardlib.ops.TABLE`).  functions: what `local` may run, by "module.name".
+    SpecError for anything that is not a printed program.
+
+    ops: operators beyond the language's own (`shardlib.ops.TABLE`).  functions: what `local` may run, by
+    "module.name".
     """
     check_text("program", text, MAX_TEXT)
     try:
@@ -69,7 +73,8 @@ def _top(known: Definitions, node: ast.stmt) -> None:
     """Read a class or a function; imports are passed over."""
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         return
-    if not isinstance(node, (ast.ClassDef, ast.FunctionDef)) or not nameable(node.name) or node.name in known.sizes:
+    if (not isinstance(node, (ast.ClassDef, ast.FunctionDef)) or not nameable(node.name)
+        or node.name in known.sizes):
         raise not_printed(node)
     if isinstance(node, ast.ClassDef):
         known.classes[node.name] = _class(known, node)
@@ -85,7 +90,8 @@ def _class(known: Definitions, node: ast.ClassDef) -> Struct:
     for item in node.body:
         if isinstance(item, ast.Pass):
             continue
-        if not isinstance(item, ast.AnnAssign) or not nameable(name := name_of(item.target)) or name in fields:
+        if (not isinstance(item, ast.AnnAssign) or not nameable(name := name_of(item.target))
+            or name in fields):
             raise not_printed(item)
         fields[name] = _field(known, item.value, name_of(item.annotation))
         count += known.sizes[item.annotation.id] if isinstance(fields[name], Struct) else 1
@@ -110,5 +116,6 @@ def _field(known: Definitions, value: ast.expr | None, kind: str) -> Any:
 
 
 def check(program: Program, mesh: Mesh) -> Program:
-    """An explicit program, typed again from its text: the same program, or a SpecError for the first step that does not type."""
+    """An explicit program, typed again from its text: the same program,
+    or a SpecError for the first step that does not type."""
     return complete(program, EXPLICIT, mesh)

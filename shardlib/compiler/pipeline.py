@@ -1,4 +1,5 @@
-"""From a sharded function to its explicit program: traced, completed under a layout, differentiated, rewritten."""
+"""From a sharded function to its explicit program: traced, completed under a layout,
+differentiated, rewritten."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -19,34 +20,47 @@ from shardlib.program import Program
 
 
 class Gradients:
-    """The value of `f`, a scalar, and its gradients by the arguments `wrt`, as a function of the same arguments."""
+    """The value of `f`, a scalar, and its gradients by the arguments `wrt`,
+    as a function of the same arguments."""
 
     def __init__(self, f: Function, wrt: tuple[str, ...], regather: str) -> None:
         self.f, self.wrt, self.regather = f, wrt, regather
         self.__name__, self.layout, self.arg_names = f"{f.__name__}_and_grad", f.layout, f.arg_names
 
     def check_dtypes(self, dtypes: Mapping[str, str]) -> None:
-        """SpecError where a gradient is wanted by a tensor that is not of floating point. `dtypes`: of the arguments' leaves, by path."""
-        wrong = next((path for path, dtype in dtypes.items() if path.split(".")[0] in self.wrt and not getattr(torch, dtype).is_floating_point), None)
+        """SpecError where a gradient is wanted by a tensor that is not of floating point.
+
+        `dtypes`: of the arguments' leaves, by path.
+        """
+        wrong = next((path for path, dtype in dtypes.items() if path.split(".")[0] in self.wrt
+                      and not getattr(torch, dtype).is_floating_point), None)
         if wrong:
-            raise SpecError(f"value_and_grad: {wrong} is {dtypes[wrong]}; only floating-point tensors have gradients").at(self.f.definition)
+            raise SpecError(f"value_and_grad: {wrong} is {dtypes[wrong]}; only floating-point tensors have "
+                            "gradients").at(self.f.definition)
 
     def likes(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """For each gradient what it is like: a pytree or its class, None for a tensor. args: instances, where these say more than annotations."""
+        """For each gradient what it is like: a pytree or its class, None for a tensor.
+
+        args: instances, where these say more than annotations.
+        """
         hints, given = self.f.hints(), dict(zip(self.arg_names, args))
-        classes = {name: hint for name, hint in hints.items() if isinstance(hint, type) and issubclass(hint, Params)}
+        classes = {name: hint for name, hint in hints.items()
+                   if isinstance(hint, type) and issubclass(hint, Params)}
         return tuple(given[n] if isinstance(given.get(n), Params) else classes.get(n) for n in self.wrt)
 
 
-def lower_results(f: Function | Gradients, layout: Layout | None, mesh: Mesh, sizes: Mapping[str, int] | None, args: Sequence[Any],
-                  static: Mapping[str, Any], passes: Sequence[Pass | str], dtypes: Mapping[str, str] | None = None) -> tuple[Program, tuple[Any, ...]]:
-    """The explicit program of `f`, and for each of its results what it is like: what the function returned, or a pytree's class."""
+def lower_results(f: Function | Gradients, layout: Layout | None, mesh: Mesh, sizes: Mapping[str, int] | None,
+                  args: Sequence[Any], static: Mapping[str, Any], passes: Sequence[Pass | str],
+                  dtypes: Mapping[str, str] | None = None) -> tuple[Program, tuple[Any, ...]]:
+    """The explicit program of `f`, and for each of its results what it is like:
+    what the function returned, or a pytree's class."""
     traced_function("lower", f)
     check_layout("lower", layout)
     check_sizes(sizes or {})
     run = chosen(passes)
     if isinstance(f, Gradients):
-        program, results = lower_results(f.f, layout, mesh, sizes, args, static, [p for p in run if p.before_grad])
+        program, results = lower_results(f.f, layout, mesh, sizes, args, static,
+                                         [p for p in run if p.before_grad])
         program = value_and_grad_program(program, f.wrt, mesh, f.regather, dtypes)
         return rewrite(program, mesh, [p for p in run if p.after_grad]), (*results, *f.likes(args))
     traced, results = trace_results(f, args, dict(static))

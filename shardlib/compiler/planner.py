@@ -7,9 +7,9 @@ reduce_scatter("T/y D +x -> T/y/x D")
 permute("T/y/x D -> T/x/y D")
 all_to_all("T/x/y D -> T/x D/y")
 
-The search is over moves of one axis at the end of a dim's axes, each towards where the axis is wanted, plus the
-re-ordering of a dim's axes. Neighbouring moves of a kind then merge into one over the product of their axes. A type
-that owes what the value does not denote, or that is held elsewhere, is out of reach: SpecError.
+The search is over moves of one axis at the end of a dim's axes, each towards where the axis is wanted, plus
+the re-ordering of a dim's axes. Neighbouring moves of a kind then merge into one over the product of their
+axes. A type that owes what the value does not denote, or that is held elsewhere, is out of reach: SpecError.
 """
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class Planned:
 
 
 def plan(have: Spec, want: Spec, mesh: Mesh, moves: Sequence[Move] = MOVES) -> tuple[Planned, ...]:
-    """The `moves` from `have` to `want`: pure, deterministic, cheapest in bytes received, ties broken by their print.
+    """The `moves` from `have` to `want`: pure, deterministic, cheapest in bytes received,
+    ties broken by their print.
 
     SpecError where the two are not types of one value.
     """
@@ -53,7 +54,8 @@ def plan(have: Spec, want: Spec, mesh: Mesh, moves: Sequence[Move] = MOVES) -> t
 def _search(have: Spec, want: Spec, sizes: tuple[tuple[str, int], ...],
             moves: tuple[Move, ...]) -> tuple[Planned, ...]:
     size = dict(sizes)
-    axes = [a for a in sorted({*have.split_axes, *want.split_axes, *(o.axis for o in (*have.owed, *want.owed))})
+    axes = [a
+            for a in sorted({*have.split_axes, *want.split_axes, *(o.axis for o in (*have.owed, *want.owed))})
             if _place(have, a) != _place(want, a)]
     queue: list[tuple[float, int, str, Spec, tuple[Planned, ...]]] = [(0.0, 0, "", have, ())]
     seen: set[Spec] = set()
@@ -67,14 +69,16 @@ def _search(have: Spec, want: Spec, sizes: tuple[tuple[str, int], ...],
         for move in _moves(here, want, axes, size, moves):
             if move.want not in seen:
                 step = move.received + LATENCY * (move.op.wire is not None)
-                heapq.heappush(queue, (cost + step, len(path) + 1, f"{text}{move};", move.want, (*path, move)))
+                heapq.heappush(queue,
+                               (cost + step, len(path) + 1, f"{text}{move};", move.want, (*path, move)))
     held = any(o.kind == "@" for o in (*have.owed, *want.owed))
     raise SpecError(f'there is no way from "{have}" to "{want}"; '
                     f'{"what one coordinate holds stays there" if held else "a maximum is owed only by what took it"}')
 
 
 def _place(spec: Spec, axis: str) -> object:
-    """Where an axis is: (dim, its place among the dim's axes and those before it), what is owed on it, or nowhere."""
+    """Where an axis is: (dim, its place among the dim's axes and those before it),
+    what is owed on it, or nowhere."""
     for i, d in enumerate(spec.dims):
         if axis in d.axes:
             return i, d.axes[:d.axes.index(axis) + 1]
@@ -83,7 +87,8 @@ def _place(spec: Spec, axis: str) -> object:
 
 def _moves(here: Spec, want: Spec, axes: list[str], size: Mapping[str, int],
            moves: Sequence[Move]) -> Iterator[Planned]:
-    """The moves of one axis at the end of a dim's axes towards where it is wanted, and reductions over several."""
+    """The moves of one axis at the end of a dim's axes towards where it is wanted,
+    and reductions over several."""
     search = Search(here, want, axes)
     for move in moves:
         for there in move.neighbours(search):
@@ -91,7 +96,8 @@ def _moves(here: Spec, want: Spec, axes: list[str], size: Mapping[str, int],
 
 
 def _merge(path: tuple[Planned, ...]) -> tuple[Planned, ...]:
-    """Adjacent gathers of one dim, and adjacent scatters into one, become one over the product of their axes."""
+    """Adjacent gathers of one dim, and adjacent scatters into one,
+    become one over the product of their axes."""
     out: list[Planned] = []
     for move in path:
         last = out[-1] if out else None

@@ -1,7 +1,8 @@
 """The size of every dim: a name has one in a whole program, its bodies included.
 
-What binds it: `sizes=`, an argument that holds all of a dim, and `rename`, by which a dim is as large as it was under its
-other name. A group has the product of its factors, so a size may follow from the others. All binders are compared.
+What binds it: `sizes=`, an argument that holds all of a dim, and `rename`, by which a dim is as large as it
+was under its other name. A group has the product of its factors, so a size may follow from the others. All
+binders are compared.
 
 >>> from shardlib.spec import parse
 >>> known = Sizes("f")
@@ -27,7 +28,10 @@ from shardlib.spec import Dim
 
 
 class Sizes:
-    """What is known of a program's sizes, `of`, by whom, `by`, and the dims that are known to be equal. `title` begins errors."""
+    """What is known of a program's sizes, `of`, by whom, `by`, and the dims that are known to be equal.
+
+    `title` begins errors.
+    """
 
     def __init__(self, title: str, known: Mapping[str, int] | None = None) -> None:
         check_sizes(known or {})
@@ -45,8 +49,10 @@ class Sizes:
         self.equal.append((dim, other, who))
 
     def rename(self, step: Step) -> None:
-        """What a rename binds, for `settle`: factor by factor where both sides have as many, else products."""
-        who = f'rename "{step.ins[0].whole()} -> {step.outs[0].whole()}"' + (f" at {step.where}" if step.where else "")
+        """What a rename binds, for `settle`: factor by factor where both sides
+        have as many, else products."""
+        who = (f'rename "{step.ins[0].whole()} -> {step.outs[0].whole()}"'
+               + (f" at {step.where}" if step.where else ""))
         for old, new in zip(step.ins[0].dims, step.outs[0].dims):
             pairs = zip(old.factors, new.factors) if by_factor(old, new) else ()
             for a, b in [(Dim((a,)), Dim((b,))) for a, b in pairs] or [(old, new)]:
@@ -58,7 +64,10 @@ class Sizes:
             self.equal = waiting
 
     def _follow(self, dim: Dim, other: Dim, who: str) -> bool:
-        """Whether one equality has said all that it can say; it binds its last unknown. SpecError where it does not hold."""
+        """Whether one equality has said all that it can say; it binds its last unknown.
+
+        SpecError where it does not hold.
+        """
         unknown = self._unknown(dim) + self._unknown(other)
         if not unknown:
             if self.size(dim) != self.size(other):
@@ -69,7 +78,8 @@ class Sizes:
         if len(unknown) > 1 or not rest and not self.size(whole):
             return False
         if not rest or self.size(whole) % rest:
-            raise self.error(f"{self._is(whole, who)}{self._since(open_)}; no {unknown[0]} makes {open_.label} of it")
+            raise self.error(
+                f"{self._is(whole, who)}{self._since(open_)}; no {unknown[0]} makes {open_.label} of it")
         self.bind(unknown[0], self.size(whole) // rest, who)
         return True
 
@@ -83,22 +93,29 @@ class Sizes:
     def _differ(self, dim: Dim, other: Dim, who: str) -> str:
         one, two = (other, dim) if len(other.factors) == 1 else (dim, other)
         if len(one.factors) == 1:
-            return f"{one.label} is {self.size(one)} by {self.by[one.label]}, and {self.size(two)} by {who}{self._since(two)}"
-        return f"{one.label} is {self.size(one)}{self._since(one)}, and {self.size(two)} by {who}{self._since(two)}"
+            return (f"{one.label} is {self.size(one)} by {self.by[one.label]}, and {self.size(two)} by "
+                    f"{who}{self._since(two)}")
+        return (f"{one.label} is {self.size(one)}{self._since(one)}, and {self.size(two)} by "
+                f"{who}{self._since(two)}")
 
     def _is(self, dim: Dim, who: str) -> str:
-        return f"{dim.label} is {self.size(dim)} by {self.by[dim.label]}" if len(dim.factors) == 1 else f"there are {self.size(dim)} rows by {who}"
+        return (f"{dim.label} is {self.size(dim)} by {self.by[dim.label]}" if len(dim.factors) == 1
+                else f"there are {self.size(dim)} rows by {who}")
 
     def _since(self, dim: Dim) -> str:
         known = [n for n in dim.names if n in self.of]
-        return ", since " + " and ".join(f"{n} is {self.of[n]} by {self.by[n]}" for n in known) if known else ""
+        return (", since " + " and ".join(f"{n} is {self.of[n]} by {self.by[n]}" for n in known) if known
+                else "")
 
     def error(self, text: str) -> SpecError:
         return SpecError(f"{self.title}: {text}")
 
 
 def complete_sizes(program: Program, known: Mapping[str, int]) -> dict[str, int]:
-    """`known`, and the sizes that follow from it by the program's renames. SpecError where they contradict it."""
+    """`known`, and the sizes that follow from it by the program's renames.
+
+    SpecError where they contradict it.
+    """
     sizes = Sizes(program.name, known)
     for step in _renames(program):
         sizes.rename(step)
@@ -108,10 +125,12 @@ def complete_sizes(program: Program, known: Mapping[str, int]) -> dict[str, int]
 
 def bind_sizes(program: Program, shapes: Mapping[str, Sequence[int]], known: Mapping[str, int], mesh: Mesh,
                coordinate: Mapping[str, int] | None) -> dict[str, int]:
-    """The global size of every dim, from the arguments' shapes and `known`. SpecError for a conflict, naming both binders.
+    """The global size of every dim, from the arguments' shapes and `known`.
 
-    With a `coordinate`, shapes are those of its shards: a split dim then takes its size from `known`, from another argument or by
-    a rename.
+    SpecError for a conflict, naming both binders.
+
+    With a `coordinate`, shapes are those of its shards: a split dim then takes its size from `known`, from
+    another argument or by a rename.
     """
     check_sizes(known)
     try:
@@ -144,13 +163,16 @@ def bound(program: Program, shapes: Mapping[str, Sequence[int]], known: Mapping[
     for dim, _, path in sizes.equal:
         if path in shapes:
             missing = next(n for n in dim.names if n not in sizes.of)
-            raise sizes.error(f"{path} holds {dim.label} as one dim; say the size of {missing}: sizes=dict({missing}=...)")
+            raise sizes.error(
+                f"{path} holds {dim.label} as one dim; say the size of {missing}: sizes=dict({missing}=...)")
     for path, dim, n in pieces:
         if missing := next((n for n in dim.names if n not in sizes.of), None):
-            raise sizes.error(f"{path} holds only a piece of {missing}; say its global size: sizes=dict({missing}=...)")
+            raise sizes.error(
+                f"{path} holds only a piece of {missing}; say its global size: sizes=dict({missing}=...)")
         if (here := mesh.rows(dim, sizes.of, coordinate)[1]) != n:
-            raise sizes.error(f"{path} has {n} rows of {dim}; with {', '.join(f'{n}={sizes.of[n]}' for n in dim.names)} "
-                              f"this rank holds {here}")
+            raise sizes.error(
+                f"{path} has {n} rows of {dim}; with {', '.join(f'{n}={sizes.of[n]}' for n in dim.names)} "
+                f"this rank holds {here}")
     return sizes
 
 

@@ -1,6 +1,7 @@
 """What ranks must agree on, compared over a control group: their plans, and in debug mode each collective.
 
-`share` gives every member's message to every member, so that all find the same difference, and raise the same error:
+`share` gives every member's message to every member, so that all find the same difference, and raise the same
+error:
 
 >>> said = ["all_reduce sum of (4,) float32", "all_reduce sum of (5,) float32"]
 >>> same_call("collective 3 of group tp (ranks 0 1)", (0, 1), Call(said[0]), lambda mine: [[text, "", [], []] for text in said])
@@ -24,7 +25,10 @@ Share = Callable[[Any], list[Any]]
 
 @dataclass(frozen=True)
 class Call:
-    """A collective as one member calls it. send, recv: elements to and from each member, where those are not equal everywhere."""
+    """A collective as one member calls it.
+
+    send, recv: elements to and from each member, where those are not equal everywhere.
+    """
     text: str
     step: str = ""
     send: tuple[int, ...] = ()
@@ -33,24 +37,31 @@ class Call:
 
 def same_call(where: str, ranks: Sequence[int], mine: Call, share: Share) -> None:
     """SpecError, the same on all `ranks`, unless all call the same collective at the same step."""
-    all_calls = [Call(text, step, tuple(send), tuple(recv)) for text, step, send, recv in share([mine.text, mine.step, mine.send, mine.recv])]
+    all_calls = [Call(text, step, tuple(send), tuple(recv))
+                 for text, step, send, recv in share([mine.text, mine.step, mine.send, mine.recv])]
     said = [call.text + (f", at {call.step}" if call.step else "") for call in all_calls]
     if len(set(said)) > 1:
         raise SpecError("\n".join([f"{where}: its ranks do not call the same", *_rows(ranks, said)]))
     for i, a in enumerate(all_calls):
         for j, b in enumerate(all_calls if a.send else ()):
             if a.send[j] != b.recv[i]:
-                raise SpecError(f"{where}, {said[0]}: rank {ranks[i]} sends {a.send[j]} elements to rank {ranks[j]}, which expects {b.recv[i]}")
+                raise SpecError(f"{where}, {said[0]}: rank {ranks[i]} sends {a.send[j]} elements to rank "
+                                f"{ranks[j]}, which expects {b.recv[i]}")
 
 
 def same_plan(title: str, ranks: Sequence[int], text: str, share: Share) -> None:
-    """SpecError, the same on all `ranks`, unless all have the plan `text`. Only its digest is sent where they have."""
+    """SpecError, the same on all `ranks`, unless all have the plan `text`.
+
+    Only its digest is sent where they have.
+    """
     if len(set(share(hashlib.sha256(text.encode()).hexdigest()))) == 1:
         return
     plans = [plan.splitlines() for plan in share(text)]
-    number, lines = next((i, lines) for i, lines in enumerate(zip_longest(*plans, fillvalue="(nothing)"), 1) if len(set(lines)) > 1)
-    raise SpecError("\n".join([f"{title}: the ranks have different plans, first in line {number}", *_rows(ranks, [line.strip() for line in lines]),
-                               "compile the same function with the same layout, mesh, sizes and dtypes on every rank"]))
+    number, lines = next((i, lines) for i, lines in enumerate(zip_longest(*plans, fillvalue="(nothing)"), 1)
+                         if len(set(lines)) > 1)
+    raise SpecError("\n".join([f"{title}: the ranks have different plans, first in line {number}",
+                               *_rows(ranks, [line.strip() for line in lines]), "compile the same function "
+                               "with the same layout, mesh, sizes and dtypes on every rank"]))
 
 
 def _rows(ranks: Sequence[int], said: Sequence[str]) -> list[str]:

@@ -2,11 +2,13 @@
 
     torchrun --nproc-per-node 4 -m shardlib.distributed.calibrate
 
-measures every collective of every communicator, in groups of all ranks and of some of their divisors (`axes_of`), from 2 kB to
-64 MB: on GPUs eager and in CUDA graphs. The table goes to the user's cache, where `connect` finds it, or to `--out FILE`. What an earlier
-run with another number of processes has measured stays in it. Times are medians of the slowest member, in µs a call.
+measures every collective of every communicator, in groups of all ranks and of some of their divisors
+(`axes_of`), from 2 kB to 64 MB: on GPUs eager and in CUDA graphs. The table goes to the user's cache, where
+`connect` finds it, or to `--out FILE`. What an earlier run with another number of processes has measured
+stays in it. Times are medians of the slowest member, in µs a call.
 
-Refused before anything is measured: a FILE that cannot be written, or is there and no table. A damaged table in the cache is replaced.
+Refused before anything is measured: a FILE that cannot be written, or is there and no table. A damaged table
+in the cache is replaced.
 """
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ _WHILE = 1_000_000
 """Cycles: some 500 µs."""
 
 
-def call_of(name: str, communicator: Communicator, group: GroupCoordinator, x: torch.Tensor) -> Callable[[], Any]:
+def call_of(name: str, communicator: Communicator, group: GroupCoordinator,
+            x: torch.Tensor) -> Callable[[], Any]:
     """The collective `name` of x, whole: what all_gather gives, and the others take."""
     n, piece = group.world_size, x.numel() // group.world_size
     even = (piece,) * n
@@ -62,7 +65,8 @@ def call_of(name: str, communicator: Communicator, group: GroupCoordinator, x: t
 
 def slowest(seconds: Sequence[float], group: GroupCoordinator) -> float:
     """µs: the median over the rounds of the slowest member's time."""
-    times = group.all_gather(torch.tensor(seconds, dtype=torch.float64, device="cpu"), 0, (len(seconds),) * group.world_size)
+    times = group.all_gather(torch.tensor(seconds, dtype=torch.float64, device="cpu"), 0,
+                             (len(seconds),) * group.world_size)
     return statistics.median(times.view(group.world_size, -1).amax(0).tolist()) * 1e6
 
 
@@ -101,7 +105,8 @@ def time_on_gpu(call: Callable[[], Any], group: GroupCoordinator, calls: int, ca
         torch.cuda.synchronize()
         group.barrier()
         if capturing:
-            torch.cuda._sleep(_WHILE)           # while the device waits, what it is to do is enqueued; then one call, untimed, in
+            # while the device waits, what it is to do is enqueued; then one call, untimed, in
+            torch.cuda._sleep(_WHILE)
         call()                                  # which the devices meet
         begin.record()
         run()
@@ -111,8 +116,8 @@ def time_on_gpu(call: Callable[[], Any], group: GroupCoordinator, calls: int, ca
     return slowest(rounds[2:], group)
 
 
-def measure(group: GroupCoordinator, name: str, communicator: Communicator, dtype: torch.dtype, capturing: bool,
-            sizes: Sequence[int] = SIZES) -> Curve | None:
+def measure(group: GroupCoordinator, name: str, communicator: Communicator, dtype: torch.dtype,
+            capturing: bool, sizes: Sequence[int] = SIZES) -> Curve | None:
     """The curve of one collective of one communicator; None where it takes none of the sizes."""
     points = []
     for nbytes in sizes:
@@ -128,7 +133,8 @@ def measure(group: GroupCoordinator, name: str, communicator: Communicator, dtyp
         else:
             us = time_on_cpu(run, group, 20 if nbytes <= 1 << 16 else 3)
         points.append((call.nbytes, round(us, 2)))
-    return Curve(name, group.world_size, str(dtype)[6:], capturing, communicator.name, tuple(points)) if points else None
+    return (Curve(name, group.world_size, str(dtype)[6:], capturing, communicator.name, tuple(points))
+            if points else None)
 
 
 def curves(group: GroupCoordinator, sizes: Sequence[int] = SIZES) -> Iterator[Curve]:
@@ -138,7 +144,8 @@ def curves(group: GroupCoordinator, sizes: Sequence[int] = SIZES) -> Iterator[Cu
     for name in COLLECTIVES:
         for communicator in reversed(communicators.values()):
             for capturing in (False, True) if on_gpu else (False,):
-                curve = measure(group, name, communicator, torch.bfloat16 if on_gpu else torch.float32, capturing, sizes)
+                curve = measure(group, name, communicator, torch.bfloat16 if on_gpu else torch.float32,
+                                capturing, sizes)
                 if curve is not None:
                     yield curve
 
@@ -158,7 +165,8 @@ def provenance(device: torch.device) -> dict[str, str]:
     versions = [f"torch {torch.__version__}"]
     if device.type == "cuda":
         versions += [f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}", f"Triton {_version('triton')}"]
-    return {"versions": ", ".join(versions), "date": datetime.date.today().isoformat(), "commit": _commit() or f"shardlib {_version('shardlib')}"}
+    return {"versions": ", ".join(versions), "date": datetime.date.today().isoformat(),
+            "commit": _commit() or f"shardlib {_version('shardlib')}"}
 
 
 def _commit() -> str:
@@ -167,7 +175,8 @@ def _commit() -> str:
     if not (root / ".git").exists():
         return ""
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True,
+                              text=True).stdout.strip()
     except OSError:
         return ""
 
@@ -181,7 +190,8 @@ def _version(package: str) -> str:
 
 
 def axes_of(ranks: int) -> dict[str, int]:
-    """A mesh of so many ranks with an axis for each prime factor, small ones last: the last axes make the groups that are measured.
+    """A mesh of so many ranks with an axis for each prime factor, small ones last:
+    the last axes make the groups that are measured.
 
     >>> axes_of(12)
     {'a': 3, 'b': 2, 'c': 2}
@@ -194,8 +204,10 @@ def axes_of(ranks: int) -> dict[str, int]:
     return {chr(ord("a") + i): factor for i, factor in enumerate(reversed(factors))}
 
 
-def calibrate(runtime: Runtime, sizes: Sequence[int] = SIZES, say: Callable[[str], None] = lambda text: None) -> Table:
-    """The table of this machine, measured by all ranks together, in the groups over the last axis, the last two, and so on.
+def calibrate(runtime: Runtime, sizes: Sequence[int] = SIZES,
+              say: Callable[[str], None] = lambda text: None) -> Table:
+    """The table of this machine, measured by all ranks together, in the groups over the last axis,
+    the last two, and so on.
 
     It is rank 0's: of groups that were measured at the same time, its own.
     """
@@ -206,18 +218,20 @@ def calibrate(runtime: Runtime, sizes: Sequence[int] = SIZES, say: Callable[[str
     for curve in (c for g in groups for c in curves(runtime.group(g), sizes)):
         found.append(curve)
         (small, fast), (large, slow) = curve.points[0], curve.points[-1]
-        say(f"{curve.name} of {curve.size} by {curve.communicator}{' in a graph' if curve.capturing else ''}: "
+        say(f"{curve.name} of {curve.size} by "
+            f"{curve.communicator}{' in a graph' if curve.capturing else ''}: "
             f"{fast:g} µs for {bytes_text(small)}, {slow:g} µs for {bytes_text(large)}")
     made = Table(hardware(runtime.device), provenance(runtime.device), tuple(found))
     return Table.decode(runtime.group(axes).broadcast_message(made.encode(), 0, bytes), "of rank 0")
 
 
 def target(out: Path | None, device: torch.device) -> tuple[Path, Table | None]:
-    """The file that the table goes to, `out` or the user's own, and the table that is there. SpecError where it cannot be written,
-    and where `out` is damaged; a damaged table of the user's own is none."""
+    """The file that the table goes to, `out` or the user's own, and the table that is there. SpecError where
+    it cannot be written, and where `out` is damaged; a damaged table of the user's own is none."""
     named = out or own_file(device)
     if named is None:
-        raise SpecError("calibrate: this user has no home to keep the table in; set XDG_CACHE_HOME, or pass --out FILE")
+        raise SpecError(
+            "calibrate: this user has no home to keep the table in; set XDG_CACHE_HOME, or pass --out FILE")
     path = Path(os.path.realpath(named))
     try:
         if path.exists() and not path.is_file():
@@ -282,23 +296,29 @@ def maker(text: str) -> Factory:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m shardlib.distributed.calibrate", description="Measure this machine's collectives; start it with torchrun.")
+    parser = argparse.ArgumentParser(prog="python -m shardlib.distributed.calibrate", description="Measure "
+                                     "this machine's collectives; start it with torchrun.")
     parser.add_argument("--out", type=Path, help="where to write the table; by default the user's cache")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--max-bytes", type=int, default=SIZES[-1], help="the largest tensor")
-    parser.add_argument("--communicators", nargs="*", default=[], type=maker, metavar="MODULE:FUNCTION", help="further makers of communicators")
+    parser.add_argument("--communicators", nargs="*", default=[], type=maker, metavar="MODULE:FUNCTION",
+                        help="further makers of communicators")
     options = parser.parse_args(arguments)
     sizes = [s for s in SIZES if s <= options.max_bytes]
     if not sizes:
-        parser.error(f"argument --max-bytes: {options.max_bytes}: the smallest tensor that is measured has {SIZES[0]} bytes")
+        parser.error(f"argument --max-bytes: {options.max_bytes}: the smallest tensor that is measured has "
+                     f"{SIZES[0]} bytes")
     launch = Launch.current()
     if launch.world_size == 1:
-        print("calibrate measures what processes say to each other: start it with torchrun --nproc-per-node N", file=sys.stderr)
+        print("calibrate measures what processes say to each other: start it with torchrun --nproc-per-node "
+              "N", file=sys.stderr)
         return 2
     try:
-        with connect(Mesh(**axes_of(launch.world_size)), options.device, communicators=options.communicators, table=TO_COME) as runtime:
+        with connect(Mesh(**axes_of(launch.world_size)), options.device, communicators=options.communicators,
+                     table=TO_COME) as runtime:
             found = agreed_target(runtime, options.out)
-            table = calibrate(runtime, sizes, lambda text: print(text, flush=True) if launch.rank == 0 else None)
+            table = calibrate(runtime, sizes,
+                              lambda text: print(text, flush=True) if launch.rank == 0 else None)
         if found is not None:
             path, old = found
             write(merged(old, table), path)

@@ -34,7 +34,10 @@ _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _transform, _modes = _functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
 
 def eager(method: Callable) -> Callable:
-    """`method` of something that has a `name`, run as it stands. Its tensors come by themselves, in lists or in tuples."""
+    """`method` of something that has a `name`, run as it stands.
+
+    Its tensors come by themselves, in lists or in tuples.
+    """
     @wraps(method)
     def called(self: Any, *args: Any, **options: Any) -> Any:
         if _transform() is None and not _modes():
@@ -44,7 +47,10 @@ def eager(method: Callable) -> Callable:
 
 
 def _untraced(called: Callable) -> Callable:
-    """`called`, by which torch.compile breaks the graph. It runs no code for this at each call, as torch.compiler.disable does for 0.3 µs."""
+    """`called`, by which torch.compile breaks the graph.
+
+    It runs no code for this at each call, as torch.compiler.disable does for 0.3 µs.
+    """
     try:
         from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
     except ImportError:
@@ -61,7 +67,8 @@ def _alone(method: Callable, self: Any, args: tuple, options: dict[str, Any]) ->
     with ExitStack() as outside:
         outside.enter_context(torch._C._DisableFuncTorch())
         outside.enter_context(unset_fake_temporarily())
-        return method(self, *(_bare(what, a) for a in args), **{key: _bare(what, a) for key, a in options.items()})
+        return method(self, *(_bare(what, a) for a in args),
+                      **{key: _bare(what, a) for key, a in options.items()})
 
 
 def _bare(what: str, x: Any) -> Any:
@@ -75,7 +82,7 @@ def _bare(what: str, x: Any) -> Any:
     return x
 
 
-# -- tensors -----------------------------------------------------------------------------------------------------------
+# -- tensors -------------------------------------------------------------------------------------------------
 
 def bare(x: Tensor) -> Tensor:
     """x without what torch.func.grad, jvp and functionalize have put round it."""
@@ -90,7 +97,8 @@ def fault(x: Tensor) -> str | None:
     """Why x has no elements of its own in memory, one for each of its places; None where it has."""
     if _functorch.is_batchedtensor(x):
         return "differs from sample to sample of torch.vmap; call the collective outside of it"
-    kind = "quantized" if x.is_quantized else str(x.layout).removeprefix("torch.") if x.layout != torch.strided else "nested" if x.is_nested else ""
+    kind = ("quantized" if x.is_quantized else str(x.layout).removeprefix("torch.")
+            if x.layout != torch.strided else "nested" if x.is_nested else "")
     if kind:
         return f"is {kind}; make a dense tensor of it first"
     ours = type(x).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl

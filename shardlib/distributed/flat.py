@@ -1,4 +1,6 @@
-"""Tensors of any dims and strides as flat buffers, piece after piece, and back. Communicators move only such buffers.
+"""Tensors of any dims and strides as flat buffers, piece after piece, and back.
+
+Communicators move only such buffers.
 
 >>> x = torch.arange(6).view(2, 3)
 >>> cut = Cut.of((2, 3), 1, (1, 2))         # the pieces x[:, :1] and x[:, 1:]
@@ -22,14 +24,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_UNCOPIED = frozenset(getattr(torch, name) for name in ("float4_e2m1fn_x2", *(f"{u}int{n}" for u in ("", "u") for n in range(1, 8))) if hasattr(torch, name))
+_UNCOPIED = frozenset(getattr(torch, name) for name in (
+    "float4_e2m1fn_x2", *(f"{u}int{n}" for u in ("", "u") for n in range(1, 8))) if hasattr(torch, name))
 """Dtypes of one byte that torch does not copy; it moves them as bytes."""
 
 
 def plain(x: Tensor) -> Tensor:
-    """`x` itself where it is contiguous, else a contiguous copy; no gradient, no tangent, no lazy conjugate or negation.
+    """`x` itself where it is contiguous, else a contiguous copy;
+    no gradient, no tangent, no lazy conjugate or negation.
 
-    One element, or none, counts as contiguous whatever its strides, which then forbid a view as bytes: copied.
+    One element, or none, counts as contiguous whatever its strides, which then forbid a view as bytes:
+    copied.
     """
     if x.requires_grad or forward_ad._current_level >= 0:
         x = x.detach()
@@ -46,9 +51,11 @@ def copy(x: Tensor) -> Tensor:
 
 
 def pack(pieces: Sequence[Tensor]) -> Tensor:
-    """One flat buffer that holds `pieces` one after another: a view of them where they lie so already, else new."""
+    """One flat buffer that holds `pieces` one after another:
+    a view of them where they lie so already, else new."""
     flat = [plain(piece).flatten() for piece in pieces]
-    return torch.cat(flat) if len(flat) > 1 and not _lie_in_turn(flat) else flat[0].as_strided((sum(map(len, flat)),), (1,))
+    return (torch.cat(flat) if len(flat) > 1 and not _lie_in_turn(flat)
+            else flat[0].as_strided((sum(map(len, flat)),), (1,)))
 
 
 def _lie_in_turn(flat: Sequence[Tensor]) -> bool:
@@ -63,7 +70,8 @@ def _lie_in_turn(flat: Sequence[Tensor]) -> bool:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a tensor of shape `whole` is cut along `dim` into `sizes`: the shapes of the pieces and their counts of elements."""
+    """How a tensor of shape `whole` is cut along `dim` into `sizes`:
+    the shapes of the pieces and their counts of elements."""
     dim: int
     whole: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -76,7 +84,10 @@ class Cut:
     @staticmethod
     @lru_cache(maxsize=4096)
     def of(shape: tuple[int, ...], dim: int, sizes: tuple[int, ...]) -> Cut:
-        """The cut of `shape`, whatever it has along `dim`, into `sizes` along `dim`. IndexError for a dim it lacks, ValueError for sizes below 0."""
+        """The cut of `shape`, whatever it has along `dim`, into `sizes` along `dim`.
+
+        IndexError for a dim it lacks, ValueError for sizes below 0.
+        """
         if not -len(shape) <= dim < len(shape):
             raise IndexError(dim)
         if min(sizes) < 0:
@@ -85,7 +96,8 @@ class Cut:
         head, tail = tuple(shape[:dim]), tuple(shape[dim + 1:])
         shapes = tuple((*head, size, *tail) for size in sizes)
         even = len(set(sizes)) == 1
-        return Cut(dim, (*head, sum(sizes), *tail), sizes, shapes, tuple(map(prod, shapes)), prod(head) <= 1, even)
+        return Cut(dim, (*head, sum(sizes), *tail), sizes, shapes, tuple(map(prod, shapes)), prod(head) <= 1,
+                   even)
 
     def split(self, x: Tensor) -> Tensor:
         """The pieces of `x`, packed; `x` itself, flat, where its memory is in that order already."""
@@ -96,7 +108,8 @@ class Cut:
         return pack(x.split_with_sizes(self.sizes, self.dim))
 
     def join(self, flat: Tensor) -> Tensor:
-        """The tensor whose pieces are packed in `flat`: a view of it where its memory is in that order already."""
+        """The tensor whose pieces are packed in `flat`:
+        a view of it where its memory is in that order already."""
         if self.in_memory_order:
             return flat.view(self.whole) if len(self.whole) != 1 else flat
         if flat.dtype in _UNCOPIED:

@@ -1,4 +1,5 @@
-"""Frames of `messages` over a communicator of CPU tensors: the first block, whose size all know, and then the rest, if there is one.
+"""Frames of `messages` over a communicator of CPU tensors:
+the first block, whose size all know, and then the rest, if there is one.
 
 >>> from shardlib.distributed.communicators.alone import Alone
 >>> frame = messages.frame({"step": 3})

@@ -1,11 +1,13 @@
 """The stream on which this process captures CUDA graphs: one for each device, whichever groups a graph calls.
 
-Communicators take a capture as they take eager calls, and need no word of it: their memory is their own from the start, so that
-nothing is registered, or exchanged between members, when a capture ends. What depends on the stream is what they, and cuBLAS, keep
-for each that calls: NVLink has channels for two streams, one that calls eagerly and one that captures. With this one stream they
-suffice for any number of graphs, and a warm-up on it leaves nothing to be made in the capture itself.
+Communicators take a capture as they take eager calls, and need no word of it: their memory is their own from
+the start, so that nothing is registered, or exchanged between members, when a capture ends. What depends on
+the stream is what they, and cuBLAS, keep for each that calls: NVLink has channels for two streams, one that
+calls eagerly and one that captures. With this one stream they suffice for any number of graphs, and a warm-up
+on it leaves nothing to be made in the capture itself.
 
-torch.cuda.graph has a stream of its own for this, which nobody can warm up: it exists from the first capture on.
+torch.cuda.graph has a stream of its own for this, which nobody can warm up: it exists from the first capture
+on.
 """
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def on_capture_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
-    """The stream is the current one within; it begins after, and ends before, what the one around it has and will have to do."""
+    """The stream is the current one within; it begins after, and ends before,
+    what the one around it has and will have to do."""
     stream, around = capture_stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(around)
     with torch.cuda.stream(stream):
@@ -37,9 +40,10 @@ _POOLS: dict[torch.device, tuple[tuple[int, int], WeakSet]] = {}
 
 
 def new_graph(device: torch.device) -> tuple[torch.cuda.CUDAGraph, tuple[int, int]]:
-    """A graph, and the memory pool that it shares with all others that live: they are replayed one after another."""
+    """A graph, and the memory pool that it shares with all others that live:
+    they are replayed one after another."""
     pool, graphs = _POOLS.get(device, (None, ()))
-    if not graphs:                                          # torch lets a pool go with the last of its graphs, for good
+    if not graphs:  # torch lets a pool go with the last of its graphs, for good
         pool, graphs = _POOLS[device] = torch.cuda.graph_pool_handle(), WeakSet()
     graphs.add(made := torch.cuda.CUDAGraph())
     return made, pool

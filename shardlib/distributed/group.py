@@ -1,4 +1,5 @@
-"""A group of ranks: who stands where, and what a collective of it must fit, each a SpecError before anything is sent."""
+"""A group of ranks: who stands where, and what a collective of it must fit,
+each a SpecError before anything is sent."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -58,26 +59,30 @@ class Group:
         """The rank before this one; before the first comes the last."""
         return self.ranks[self.rank_in_group - 1]
 
-    # -- what a call must fit --------------------------------------------------------------------------------------
+    # -- what a call must fit --------------------------------------------------------------------------------
 
     def _cut(self, name: str, x: Tensor, dim: int, sizes: Sequence[int]) -> Cut:
         self._check_count(name, "sizes", sizes)
         try:
-            return Cut.of(x.shape, index(dim), tuple(map(index, sizes)))         # (2.0, 2.0) is (2, 2) to what remembers cuts
+            # (2.0, 2.0) is (2, 2) to what remembers cuts
+            return Cut.of(x.shape, index(dim), tuple(map(index, sizes)))
         except IndexError:
             raise SpecError(f"{name} over {self.name}: no dim {dim} in a tensor of {x.ndim} dims") from None
         except (TypeError, ValueError):
-            raise SpecError(f"{name} over {self.name}: sizes {tuple(sizes)} along dim {dim} are not all whole numbers of 0 or more") from None
+            raise SpecError(f"{name} over {self.name}: sizes {tuple(sizes)} along dim {dim} are not all "
+                            "whole numbers of 0 or more") from None
 
     def _count(self, name: str, shape: Sequence[int]) -> int:
         """The number of elements of a tensor of this shape."""
         try:
             return _elements(*shape)
         except (TypeError, ValueError):
-            raise SpecError(f"{name} over {self.name}: the sizes of shape {tuple(shape)} are not all whole numbers of 0 or more") from None
+            raise SpecError(f"{name} over {self.name}: the sizes of shape {tuple(shape)} are not all whole "
+                            "numbers of 0 or more") from None
 
     def _dense(self, name: str, x: Tensor) -> Tensor:
-        if (type(x) not in _ORDINARY or x.layout is not _STRIDED or x.is_nested or x.is_quantized) and (wrong := fault(x)):
+        if ((type(x) not in _ORDINARY or x.layout is not _STRIDED or x.is_nested or x.is_quantized)
+            and (wrong := fault(x))):
             raise SpecError(f"{name} over {self.name}: the tensor {wrong}")
         return x
 
@@ -91,7 +96,8 @@ class Group:
 
     def _check_count(self, name: str, what: str, given: Sequence[object]) -> None:
         if len(given) != self.world_size:
-            raise SpecError(f"{name} over {self.name}: {what} has length {len(given)}; the group has {self.world_size} members")
+            raise SpecError(f"{name} over {self.name}: {what} has length {len(given)}; the group has "
+                            f"{self.world_size} members")
 
     def _check_member(self, name: str, member: int) -> None:
         if not hasattr(member, "__index__") or not 0 <= member < self.world_size:
@@ -100,4 +106,5 @@ class Group:
     def _check_peer(self, name: str, member: int) -> None:
         self._check_member(name, member)
         if member == self.rank_in_group and self.world_size > 1:
-            raise SpecError(f"{name} over {self.name}: member {member} is the one that calls; it has what it would send")
+            raise SpecError(
+                f"{name} over {self.name}: member {member} is the one that calls; it has what it would send")

@@ -7,18 +7,19 @@
 ...     tp.ranks, tp.all_gather(torch.ones(2, 3), dim=1, sizes=(3,)).shape
 ((0,), torch.Size([2, 3]))
 
-Every collective is out of place and aliases nothing: the result is new memory at world size 1 too, and the argument may
-be reused at once. Any dim, any strides, uneven and empty pieces, every dtype. Members, `root`, `to` and `source` are
-counted in the group (`rank_in_group`); `first_rank` and its like are ranks of the mesh. All members call the same
-collectives in the same order. No gradient flows through: a backward pass issues its own collectives. torch.compile, torch.func and fake
-tensors stay outside (`eager`).
+Every collective is out of place and aliases nothing: the result is new memory at world size 1 too, and the
+argument may be reused at once. Any dim, any strides, uneven and empty pieces, every dtype. Members, `root`,
+`to` and `source` are counted in the group (`rank_in_group`); `first_rank` and its like are ranks of the mesh.
+All members call the same collectives in the same order. No gradient flows through: a backward pass issues its
+own collectives. torch.compile, torch.func and fake tensors stay outside (`eager`).
 
-Refused with a `SpecError`, before anything is sent: a reduction its dtype does not have (`reduction`), sizes that do not fit, a
-tensor that is not dense in memory (sparse, nested, quantized, fake, batched by vmap), a device that no communicator takes, any call
-after `destroy`. In debug mode (`connect(..., check=True)`) the members compare each collective before it runs, and what differs is
-one `SpecError` on all of them.
+Refused with a `SpecError`, before anything is sent: a reduction its dtype does not have (`reduction`), sizes
+that do not fit, a tensor that is not dense in memory (sparse, nested, quantized, fake, batched by vmap), a
+device that no communicator takes, any call after `destroy`. In debug mode (`connect(..., check=True)`) the
+members compare each collective before it runs, and what differs is one `SpecError` on all of them.
 
-`at` says where the program has a collective: whatever prints as "step 2 of block, ...". Reports of the watchdog repeat it.
+`at` says where the program has a collective: whatever prints as "step 2 of block, ...". Reports of the
+watchdog repeat it.
 """
 from __future__ import annotations
 
@@ -47,23 +48,27 @@ from shardlib.distributed.tensor_dicts import Label, Value, label
 from shardlib.distributed.watchdog import Watchdog
 from shardlib.errors import SpecError
 
-_FACTS = {"all_reduce": " {}", "broadcast": " {} from member {}", "all_gather": " to {} along dim {} by {}", "broadcast_message": " from member {}",
-          "broadcast_tensors": " from member {}",
-          "reduce_scatter": " {} along dim {} by {}", "gather": " to {} along dim {} by {} on member {}", "all_to_all": ", even: {}"}
+_FACTS = {"all_reduce": " {}", "broadcast": " {} from member {}", "all_gather": " to {} along dim {} by {}",
+          "broadcast_message": " from member {}", "broadcast_tensors": " from member {}",
+          "reduce_scatter": " {} along dim {} by {}", "gather": " to {} along dim {} by {} on member {}",
+          "all_to_all": ", even: {}"}
 """How debug mode says what must be equal on all members."""
 
 
 class GroupCoordinator(Group):
-    """The group `name` of `ranks`, in that order, seen from `rank`. `control` carries messages and barriers, on the CPU.
+    """The group `name` of `ranks`, in that order, seen from `rank`.
 
-    watchdog: told of each collective.  check: where members compare each collective before it runs; None where they do not.
+    `control` carries messages and barriers, on the CPU.
+
+    watchdog: told of each collective.  check: where members compare each collective before it runs; None
+    where they do not.
     """
 
     def __init__(self, name: str, ranks: Sequence[int], rank: int, local_rank: int, device: torch.device,
                  communicators: Sequence[Communicator], control: Communicator,
                  device_group: dist.ProcessGroup | None = None, cpu_group: dist.ProcessGroup | None = None, *,
-                 table: Table = UNMEASURED, deterministic: bool = False, declined: Mapping[str, str] | None = None,
-                 watchdog: Watchdog | None = None, check: Place | None = None) -> None:
+                 table: Table = UNMEASURED, deterministic: bool = False, declined: Mapping[str, str]
+                 | None = None, watchdog: Watchdog | None = None, check: Place | None = None) -> None:
         super().__init__(name, ranks, rank, local_rank)
         self.device, self.device_group, self.cpu_group = device, device_group, cpu_group
         self.communicators, self._control = tuple(communicators), control
@@ -78,7 +83,7 @@ class GroupCoordinator(Group):
     def __repr__(self) -> str:
         return f"GroupCoordinator({self.name}, ranks {self.ranks}, rank {self.rank})"
 
-    # -- collectives -----------------------------------------------------------------------------------------------
+    # -- collectives -----------------------------------------------------------------------------------------
 
     @eager
     def all_reduce(self, x: Tensor, op: str = "sum", *, at: object = None) -> Tensor:
@@ -91,19 +96,24 @@ class GroupCoordinator(Group):
 
     @eager
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int], *, at: object = None) -> Tensor:
-        """Every member's x, concatenated along `dim` in the order of the group; sizes[i] is member i's size there."""
+        """Every member's x, concatenated along `dim` in the order of the group;
+        sizes[i] is member i's size there."""
         x = self._dense("all_gather", x)
         cut = self._cut_of_pieces("all_gather", x, dim, sizes)
         count = sum(cut.counts)
         communicator = self.route("all_gather", x, None, count, cut.even)
         if communicator.strided and not cut.in_memory_order:
-            return self._run(at, "all_gather", None, x, count, (cut.whole, cut.dim, cut.sizes), communicator.all_gather_cut, plain(x), cut)
-        flat = self._run(at, "all_gather", None, x, count, (cut.whole, cut.dim, cut.sizes), communicator.all_gather, plain(x).flatten(), cut.counts)
+            return self._run(at, "all_gather", None, x, count, (cut.whole, cut.dim, cut.sizes),
+                             communicator.all_gather_cut, plain(x), cut)
+        flat = self._run(at, "all_gather", None, x, count, (cut.whole, cut.dim, cut.sizes),
+                         communicator.all_gather, plain(x).flatten(), cut.counts)
         return cut.join(flat)
 
     @eager
-    def reduce_scatter(self, x: Tensor, dim: int, sizes: Sequence[int], op: str = "sum", *, at: object = None) -> Tensor:
-        """The piece of the `op` of every member's x that is this member's, when it is cut along `dim` into `sizes`."""
+    def reduce_scatter(self, x: Tensor, dim: int, sizes: Sequence[int], op: str = "sum", *,
+                       at: object = None) -> Tensor:
+        """The piece of the `op` of every member's x that is this member's,
+        when it is cut along `dim` into `sizes`."""
         x = self._dense("reduce_scatter", x)
         check_reducible(op, x.dtype)
         cut = self._cut("reduce_scatter", x, dim, sizes)
@@ -112,9 +122,11 @@ class GroupCoordinator(Group):
                             f"dim {dim} has {x.shape[dim]}")
         communicator = self.route("reduce_scatter", x, op, None, cut.even)
         if communicator.strided and not cut.in_memory_order:
-            return self._run(at, "reduce_scatter", op, x, x.numel(), (cut.whole, cut.dim, cut.sizes), communicator.reduce_scatter_cut, plain(x), cut, op)
+            return self._run(at, "reduce_scatter", op, x, x.numel(), (cut.whole, cut.dim, cut.sizes),
+                             communicator.reduce_scatter_cut, plain(x), cut, op)
         call = communicator.reduce_scatter
-        flat = self._run(at, "reduce_scatter", op, x, x.numel(), (cut.whole, cut.dim, cut.sizes), call, cut.split(x), cut.counts, op)
+        flat = self._run(at, "reduce_scatter", op, x, x.numel(), (cut.whole, cut.dim, cut.sizes), call,
+                         cut.split(x), cut.counts, op)
         return flat.view(cut.shapes[self.rank_in_group]) if x.ndim != 1 else flat
 
     @eager
@@ -122,8 +134,9 @@ class GroupCoordinator(Group):
                    at: object = None) -> tuple[Tensor, ...]:
         """pieces[i] goes to member i; shapes[i] is the shape of what member i sends here.
 
-        All pieces of all members have one dtype. The results lie one after another in one new buffer. even: every piece of
-        every member has the same number of elements, which no member can see alone; more communicators then take the call.
+        All pieces of all members have one dtype. The results lie one after another in one new buffer. even:
+        every piece of every member has the same number of elements, which no member can see alone; more
+        communicators then take the call.
         """
         self._check_count("all_to_all", "pieces", pieces)
         self._check_count("all_to_all", "shapes", shapes)
@@ -132,11 +145,14 @@ class GroupCoordinator(Group):
         send = [self._dense("all_to_all", p).numel() for p in pieces]
         recv, me = [self._count("all_to_all", shape) for shape in shapes], self.rank_in_group
         if send[me] != recv[me]:
-            raise SpecError(f"all_to_all over {self.name}: member {me} keeps its piece of {send[me]} elements; shape {tuple(shapes[me])} has {recv[me]}")
+            raise SpecError(f"all_to_all over {self.name}: member {me} keeps its piece of {send[me]} "
+                            f"elements; shape {tuple(shapes[me])} has {recv[me]}")
         if even and len({*send, *recv}) > 1:
-            raise SpecError(f"all_to_all over {self.name}: pieces of {send} elements and {recv} coming are not even")
+            raise SpecError(
+                f"all_to_all over {self.name}: pieces of {send} elements and {recv} coming are not even")
         call = self.route("all_to_all", pieces[0], None, sum(send) if even else -1, even).all_to_all
-        got = self._run(at, "all_to_all", None, pieces[0], sum(send) if even else -1, (even,), call, pack(pieces), send, recv)
+        got = self._run(at, "all_to_all", None, pieces[0], sum(send) if even else -1, (even,), call,
+                        pack(pieces), send, recv)
         return tuple([p.view(tuple(shape)) for p, shape in zip(got.split_with_sizes(recv), shapes)])
 
     @eager
@@ -148,14 +164,16 @@ class GroupCoordinator(Group):
         return self._run(at, "broadcast", None, x, x.numel(), (x.shape, root), call, x, root)
 
     @eager
-    def gather(self, x: Tensor, root: int, dim: int, sizes: Sequence[int], *, at: object = None) -> Tensor | None:
+    def gather(self, x: Tensor, root: int, dim: int, sizes: Sequence[int], *,
+               at: object = None) -> Tensor | None:
         """As all_gather, on member root alone; None elsewhere."""
         self._check_member("gather", root)
         x = self._dense("gather", x)
         cut = self._cut_of_pieces("gather", x, dim, sizes)
         count = sum(cut.counts)
         call = self.route("gather", x, None, count, cut.even).gather
-        flat = self._run(at, "gather", None, x, count, (cut.whole, cut.dim, cut.sizes, root), call, plain(x).flatten(), root, cut.counts)
+        flat = self._run(at, "gather", None, x, count, (cut.whole, cut.dim, cut.sizes, root), call,
+                         plain(x).flatten(), root, cut.counts)
         return None if flat is None else cut.join(flat)
 
     @eager
@@ -176,28 +194,32 @@ class GroupCoordinator(Group):
         call = self.router.route(Call("send", None, dtype, device.type, count * dtype.itemsize)).recv
         return self._pass("recv", source, dtype, count, call, count, dtype, device, source).view(tuple(shape))
 
-    # -- tensors by name: see `tensor_dicts` -----------------------------------------------------------------------
+    # -- tensors by name: see `tensor_dicts` -----------------------------------------------------------------
 
     @eager
     def send_tensors(self, tensors: Mapping[str, Value], to: int) -> None:
-        """Hands tensors, by name, to member `to`, which calls `recv_tensors`: of any dtypes, shapes and strides, on the CPU or the device.
+        """Hands tensors, by name, to member `to`, which calls `recv_tensors`: of any dtypes, shapes and
+        strides, on the CPU or the device.
 
-        A pair of a tensor and its spec arrives as that pair: {"x": (x, "B T D @pp:1")}. What cannot be sent is a SpecError here
-        and there. One message over the CPU group says what comes; then each tensor, whole, takes its own route.
+        A pair of a tensor and its spec arrives as that pair: {"x": (x, "B T D @pp:1")}. What cannot be sent
+        is a SpecError here and there. One message over the CPU group says what comes; then each tensor,
+        whole, takes its own route.
         """
         self._check_peer("send_tensors", to)
         frame, given = self._labelled("send_tensors", tensors)
         self._pass("send_tensors", to, None, -1, frames.send, self._live_control(), frame, to)
-        messages.read(frame)                                            # what the receiver refuses, this member does, too
+        messages.read(frame)  # what the receiver refuses, this member does, too
         for x in given:
             if x.numel():
                 self.send(x, to)
 
     @eager
     def recv_tensors(self, source: int) -> dict[str, Value]:
-        """What member `source` sends here with `send_tensors`, in its order; tensors that it has on its device are on this rank's."""
+        """What member `source` sends here with `send_tensors`, in its order;
+        tensors that it has on its device are on this rank's."""
         self._check_peer("recv_tensors", source)
-        frame, got = self._pass("recv_tensors", source, None, -1, frames.recv, self._live_control(), source), {}
+        frame, got = (self._pass("recv_tensors", source, None, -1, frames.recv, self._live_control(), source),
+                      {})
         for each in messages.read(frame, list[Label]):
             x = each.room(self.device)
             got[each.name] = each.value(self._recv(x.shape, x.dtype, x.device, source) if x.numel() else x)
@@ -205,11 +227,15 @@ class GroupCoordinator(Group):
 
     @eager
     def broadcast_tensors(self, tensors: Mapping[str, Value] | None, root: int) -> dict[str, Value]:
-        """Member root's tensors, by name, on every member, root's own as copies. The others pass None. Else as `send_tensors`."""
+        """Member root's tensors, by name, on every member, root's own as copies.
+
+        The others pass None. Else as `send_tensors`.
+        """
         self._check_member("broadcast_tensors", root)
         mine = self.rank_in_group == root
         frame, given = self._labelled("broadcast_tensors", tensors) if mine else (b"", [])
-        frame = self._run(None, "broadcast_tensors", None, None, -1, (root,), frames.broadcast, self._live_control(), frame, root, mine)
+        frame = self._run(None, "broadcast_tensors", None, None, -1, (root,), frames.broadcast,
+                          self._live_control(), frame, root, mine)
         labels = messages.read(frame, list[Label])
         rooms = [each.room(self.device) for each in labels]
         return {each.name: each.value(self.broadcast(x, root) if x.numel() else room)
@@ -223,7 +249,7 @@ class GroupCoordinator(Group):
             return messages.refusal(str(error)), []
         return messages.frame(labels), given
 
-    # -- CUDA graphs -----------------------------------------------------------------------------------------------
+    # -- CUDA graphs -----------------------------------------------------------------------------------------
 
     def graph_capture(self) -> AbstractContextManager[torch.cuda.Stream]:
         """The stream to capture CUDA graphs on, as the current one: warm up on it, then capture on it.
@@ -234,26 +260,35 @@ class GroupCoordinator(Group):
                     y = step(x)
             graph.replay()                                          # on any stream
 
-        It is the same in every group of this process, so that one graph may call several. All members capture the same
-        calls in the same order, and replay together. Graphs that were captured on it run one after another: communicators keep
-        memory for each stream, and these graphs share it. Let them go before the group is destroyed.
+        It is the same in every group of this process, so that one graph may call several. All members capture
+        the same calls in the same order, and replay together. Graphs that were captured on it run one after
+        another: communicators keep memory for each stream, and these graphs share it. Let them go before the
+        group is destroyed.
         """
         if self.device.type != "cuda":
-            raise SpecError(f"graph_capture over {self.name}: CUDA graphs are of calls on cuda; this group is on {self.device.type}")
+            raise SpecError(f"graph_capture over {self.name}: CUDA graphs are of calls on cuda; this group "
+                            f"is on {self.device.type}")
         return on_capture_stream(self.device)
 
-    # -- what is around each of them -------------------------------------------------------------------------------
+    # -- what is around each of them -------------------------------------------------------------------------
 
-    def _run(self, at: object, name: str, op: str | None, x: Tensor | None, count: int, facts: tuple, call: Callable, *args: Any) -> Any:
-        """`call(*args)`, known to the watchdog. `facts`: what must be equal on all members, beside the op and the dtype."""
+    def _run(self, at: object, name: str, op: str | None, x: Tensor | None, count: int, facts: tuple,
+             call: Callable, *args: Any) -> Any:
+        """`call(*args)`, known to the watchdog.
+
+        `facts`: what must be equal on all members, beside the op and the dtype.
+        """
         if self._on_gpu and torch._C._cuda_getDevice() != self.device.index:
-            with torch.cuda.device(self.device):            # a new thread's is GPU 0, and kernels and NCCL run on the current one
+            # a new thread's is GPU 0, and kernels and NCCL run on the current one
+            with torch.cuda.device(self.device):
                 return self._run(at, name, op, x, count, facts, call, *args)
         if self._watchdog is None:
             return call(*args)
         watch, seat, thread = self._watchdog.watch, self._seat, get_ident()
         seat.count = number = seat.count + 1
-        watch.calls[thread] = (seat, number, name, op, None if x is None else x.dtype, count, at, None, monotonic())     # as Watch.begin has it
+        # as Watch.begin has it
+        watch.calls[thread] = (seat, number, name, op, None if x is None else x.dtype, count, at, None,
+                               monotonic())
         if self._on_gpu:
             seat.streams.add(current_stream(self.device))
         try:
@@ -265,7 +300,8 @@ class GroupCoordinator(Group):
         finally:
             watch.last = watch.calls.pop(thread)
 
-    def _pass(self, name: str, member: int, dtype: torch.dtype | None, count: int, call: Callable, *args: Any) -> Any:
+    def _pass(self, name: str, member: int, dtype: torch.dtype | None, count: int, call: Callable,
+              *args: Any) -> Any:
         """The same for a send or a recv, of which only two members know."""
         if self._on_gpu and torch._C._cuda_getDevice() != self.device.index:
             with torch.cuda.device(self.device):
@@ -282,36 +318,44 @@ class GroupCoordinator(Group):
         finally:
             self._watchdog.watch.end()
 
-    def _compare(self, at: object, name: str, op: str | None, x: Tensor | None, facts: tuple, args: tuple) -> None:
+    def _compare(self, at: object, name: str, op: str | None, x: Tensor | None, facts: tuple,
+                 args: tuple) -> None:
         """SpecError on every member unless all of them call this collective alike."""
         kind = f" of {str(x.dtype).removeprefix('torch.')}" if x is not None else ""
         facts = [tuple(f) if isinstance(f, (tuple, list)) else f for f in facts]
         text = name + (f" {op}" if op else "") + kind + _FACTS.get(name, "").format(*facts)
         send, recv = args[1:] if name == "all_to_all" else ((), ())
         mine = agreement.Call(text, "" if at is None else str(at), tuple(send), tuple(recv))
-        agreement.same_call(f"collective {self._seat.count} of {self._seat}", self.ranks, mine, self._check.share)
+        agreement.same_call(f"collective {self._seat.count} of {self._seat}", self.ranks, mine,
+                            self._check.share)
 
-    # -- control ---------------------------------------------------------------------------------------------------
+    # -- control ---------------------------------------------------------------------------------------------
 
     @eager
     def broadcast_message(self, message: Any, root: int, as_type: Any = Any) -> Any:
-        """Member root's message, on every member, decoded as `as_type`: numbers, strings, bytes, lists, dicts, dataclasses.
+        """Member root's message, on every member, decoded as `as_type`:
+        numbers, strings, bytes, lists, dicts, dataclasses.
 
-        It travels as msgpack, through the group's queue where there is one from root, else over the CPU group; a tuple arrives as a
-        list unless `as_type` says otherwise, root's own too.
+        It travels as msgpack, through the group's queue where there is one from root, else over the CPU
+        group; a tuple arrives as a list unless `as_type` says otherwise, root's own too.
         """
         self._check_member("broadcast_message", root)
         by_queue = self.queue and self.queue.writer == root and not self.queue.closed
-        way = (self.queue.broadcast, message, as_type) if by_queue else (self._broadcast_message, message, root, as_type)
+        way = ((self.queue.broadcast, message, as_type) if by_queue
+               else (self._broadcast_message, message, root, as_type))
         return self._run(None, "broadcast_message", None, None, -1, (root,), *way)
 
     def _broadcast_message(self, message: Any, root: int, as_type: Any) -> Any:
         frame = messages.frame(message) if self.rank_in_group == root else b""
-        return messages.read(frames.broadcast(self._live_control(), frame, root, self.rank_in_group == root), as_type)
+        return messages.read(frames.broadcast(self._live_control(), frame, root, self.rank_in_group == root),
+                             as_type)
 
     @eager
     def send_message(self, message: Any, to: int) -> None:
-        """Hands a message to member `to`, which calls `recv_message`. What cannot be written is a SpecError here and there."""
+        """Hands a message to member `to`, which calls `recv_message`.
+
+        What cannot be written is a SpecError here and there.
+        """
         self._check_peer("send_message", to)
         frame = messages.frame(message)
         self._pass("send_message", to, None, -1, frames.send, self._live_control(), frame, to)
@@ -321,7 +365,8 @@ class GroupCoordinator(Group):
     def recv_message(self, source: int, as_type: Any = Any) -> Any:
         """What member `source` sends here with `send_message`, decoded as `as_type`."""
         self._check_peer("recv_message", source)
-        return messages.read(self._pass("recv_message", source, None, -1, frames.recv, self._live_control(), source), as_type)
+        return messages.read(
+            self._pass("recv_message", source, None, -1, frames.recv, self._live_control(), source), as_type)
 
     @eager
     def barrier(self) -> None:
@@ -329,7 +374,10 @@ class GroupCoordinator(Group):
         self._run(None, "barrier", None, None, -1, (), self._live_control().barrier)
 
     def destroy(self) -> None:
-        """Ends the use of this group: further calls are refused. The runtime ends the process groups, which others may share."""
+        """Ends the use of this group: further calls are refused.
+
+        The runtime ends the process groups, which others may share.
+        """
         for communicator in self.communicators:
             communicator.close()
         if self.queue:
@@ -337,7 +385,8 @@ class GroupCoordinator(Group):
         self._refuse_calls()
 
     def disown(self) -> None:
-        """In a forked child: calls are refused, as after `destroy`, and nothing is closed that the parent uses."""
+        """In a forked child: calls are refused, as after `destroy`,
+        and nothing is closed that the parent uses."""
         self._parents = self.communicators, self._control, self.queue
         self._refuse_calls()
 
@@ -348,13 +397,19 @@ class GroupCoordinator(Group):
         self.device_group = self.cpu_group = None
         self.router = Router(self.name, self.world_size, ())
 
-    # -- routing ---------------------------------------------------------------------------------------------------
+    # -- routing ---------------------------------------------------------------------------------------------
 
-    def route(self, name: str, x: Tensor, op: str | None = None, count: int | None = None, even: bool = True) -> Communicator:
-        """The communicator that takes the collective `name` of x. `count`: elements of the whole, where x is a piece of it."""
+    def route(self, name: str, x: Tensor, op: str | None = None, count: int | None = None,
+              even: bool = True) -> Communicator:
+        """The communicator that takes the collective `name` of x.
+
+        `count`: elements of the whole, where x is a piece of it.
+        """
         nbytes = x.nbytes if count is None else count if count < 0 else count * x.dtype.itemsize
-        device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type              # x.device.type alone takes 0.4 µs
-        call = (name, op, x.dtype, device, nbytes, even, x.is_cuda and torch.cuda.is_current_stream_capturing())
+        # x.device.type alone takes 0.4 µs
+        device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
+        call = (name, op, x.dtype, device, nbytes, even,
+                x.is_cuda and torch.cuda.is_current_stream_capturing())
         return self.router.known.get(call) or self.router.route(Call(*call))
 
     def check_open(self, what: str) -> None:

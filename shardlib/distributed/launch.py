@@ -42,17 +42,20 @@ class Launch:
         world_size = _number(environment, "WORLD_SIZE", 1)
         rank = _number(environment, "RANK", 0, world_size - 1)
         local_world_size = _number(environment, "LOCAL_WORLD_SIZE", 1, world_size, default=world_size)
-        return cls(rank, world_size, _number(environment, "LOCAL_RANK", 0, local_world_size - 1, default=rank), local_world_size, launched=True)
+        return cls(rank, world_size, _number(environment, "LOCAL_RANK", 0, local_world_size - 1,
+                                             default=rank), local_world_size, launched=True)
 
     @classmethod
     def current(cls) -> Launch:
-        """The Launch of this process; torch.distributed, where somebody has initialised it, overrules the environment."""
+        """The Launch of this process; torch.distributed, where somebody has initialised it,
+        overrules the environment."""
         launch = cls.from_environment(os.environ)
         if not dist.is_initialized():
             return launch
         if launch.world_size == dist.get_world_size():
             return replace(launch, rank=dist.get_rank(), launched=True)
-        return cls(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size(), launched=True)
+        return cls(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size(),
+                   launched=True)
 
     def check(self, mesh: Mesh) -> None:
         """SpecError, the same on every rank, unless there are as many processes as `mesh` has ranks."""
@@ -60,16 +63,18 @@ class Launch:
             return
         started = (f"torchrun started {_count(self.world_size, 'process', 'processes')}" if self.launched
                    else "this process was started without torchrun")
-        raise SpecError(f"mesh {str(mesh) or '()'} has {_count(mesh.world_size, 'rank', 'ranks')}, but {started}; "
-                        f"start torchrun --nproc-per-node {mesh.world_size}, or change the mesh")
+        raise SpecError(
+            f"mesh {str(mesh) or '()'} has {_count(mesh.world_size, 'rank', 'ranks')}, but {started}; "
+            f"start torchrun --nproc-per-node {mesh.world_size}, or change the mesh")
 
 
 def join_job(timeout: timedelta) -> None:
-    """Starts torch.distributed with the other processes of the launch, over gloo. RuntimeError where some do not come within `timeout`,
-    SpecError where MASTER_ADDR or MASTER_PORT cannot be."""
+    """Starts torch.distributed with the other processes of the launch, over gloo. RuntimeError where some do
+    not come within `timeout`, SpecError where MASTER_ADDR or MASTER_PORT cannot be."""
     store, rank, world_size = _store(os.environ, timeout)
     name = _meet(store, rank, world_size, timeout.total_seconds())
-    dist.init_process_group("gloo", store=dist.PrefixStore(f"shardlib/{name}", store), rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group("gloo", store=dist.PrefixStore(f"shardlib/{name}", store), rank=rank,
+                            world_size=world_size, timeout=timeout)
 
 
 def _store(environment: Mapping[str, str], timeout: timedelta) -> tuple[dist.Store, int, int]:
@@ -84,11 +89,15 @@ def _store(environment: Mapping[str, str], timeout: timedelta) -> tuple[dist.Sto
         said = next(iter(str(error).splitlines()), "") or type(error).__name__
         if unknown := _unknown(host):
             raise SpecError(f"MASTER_ADDR is {host!r}, which is no host: {unknown}") from error
-        raise RankError(f"connect: the ranks have not met at MASTER_ADDR={host}, MASTER_PORT={port}: {said}") from error
+        raise RankError(f"connect: the ranks have not met at MASTER_ADDR={host}, MASTER_PORT={port}: "
+                        f"{said}") from error
 
 
 def _unknown(host: str) -> str | None:
-    """Why a name is no host's. It is asked only after a while in vain: where hosts come up together a name may be late."""
+    """Why a name is no host's.
+
+    It is asked only after a while in vain: where hosts come up together a name may be late.
+    """
     try:
         socket.getaddrinfo(host, None)
     except (OSError, UnicodeError) as error:
@@ -99,15 +108,18 @@ def _unknown(host: str) -> str | None:
 def _meet(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
     """A name that the processes which are here now have in common, and none that was here before them.
 
-    All attempts of torchrun's agents, and all runtimes of a process one after another, use one store; without names of their own they
-    would read the addresses that dead processes have left. No count will do for a name: each agent counts for itself, and not every
-    restart. So each process asks under its rank with a word of its own, and rank 0 answers that word with the name, over and over,
-    until all have taken it. A dead process takes none.
+    All attempts of torchrun's agents, and all runtimes of a process one after another, use one store; without
+    names of their own they would read the addresses that dead processes have left. No count will do for a
+    name: each agent counts for itself, and not every restart. So each process asks under its rank with a word
+    of its own, and rank 0 answers that word with the name, over and over, until all have taken it. A dead
+    process takes none.
     """
     word = f"meeting {uuid4().hex}"
-    late = _answer(store, range(1, world_size), word, timeout_s) if rank == 0 else _ask(store, rank, word, timeout_s)
+    late = (_answer(store, range(1, world_size), word, timeout_s) if rank == 0
+            else _ask(store, rank, word, timeout_s))
     if isinstance(late, list):
-        raise RuntimeError(f"connect: waited {timeout_s:g} s for rank{'s' * (len(late) > 1)} {' '.join(map(str, late))}")
+        raise RuntimeError(
+            f"connect: waited {timeout_s:g} s for rank{'s' * (len(late) > 1)} {' '.join(map(str, late))}")
     return late
 
 
@@ -134,15 +146,19 @@ def _ask(store: dist.Store, rank: int, word: str, timeout_s: float) -> str | lis
     return name
 
 
-def _number(environment: Mapping[str, str], name: str, least: int, most: int | None = None, default: int | None = None) -> int:
-    """What a variable says, a number from `least` to `most`; `default`, which is not looked at, where it is not set."""
+def _number(environment: Mapping[str, str], name: str, least: int, most: int | None = None,
+            default: int | None = None) -> int:
+    """What a variable says, a number from `least` to `most`;
+    `default`, which is not looked at, where it is not set."""
     text = environment.get(name, "")
     if name not in environment and default is not None:
         return default
     if not (text.isascii() and text.isdecimal()):
         raise SpecError(_half(name, text))
     if int(text) < least or most is not None and int(text) > most:
-        raise SpecError(f"{name} is {text!r}; it is {f'{least} or more' if most is None else least if most == least else f'from {least} to {most}'}")
+        raise SpecError(
+            f"{name} is {text!r}; it is "
+            f"{f'{least} or more' if most is None else least if most == least else f'from {least} to {most}'}")
     return int(text)
 
 

@@ -4,15 +4,17 @@
         queue.put(Step(3, tokens))                              # member 0
         step = queue.get(Step)                                  # every other: msgspec checks that it is a Step
 
-Messages are plain data (see `messages`): numbers, strings, bytes, lists, dicts, dataclasses, and structs of msgspec; never code.
-To readers on the writer's host they go through a `Ring` of `capacity` bytes; a message may be larger. A `put` waits only when the
-ring is full, for the slowest reader. To readers on other hosts, or where /dev/shm is too small (`declined` says so), they go over
-the CPU group, and a `put` waits until each of these readers takes the message.
+Messages are plain data (see `messages`): numbers, strings, bytes, lists, dicts, dataclasses, and structs of
+msgspec; never code. To readers on the writer's host they go through a `Ring` of `capacity` bytes; a message
+may be larger. A `put` waits only when the ring is full, for the slowest reader. To readers on other hosts, or
+where /dev/shm is too small (`declined` says so), they go over the CPU group, and a `put` waits until each of
+these readers takes the message.
 
-After `close` of the writer, `get` gives what is left, then raises EOFError. A `with` that ends with an error tells readers on
-other hosts nothing, and so waits for nobody. Refused with a `SpecError`: a put by a reader, a get by the writer, what msgspec
-cannot write (raised by `get` as well, so that no reader waits for it), a message that is no `as_type`. A member that has died or
-left, or does not answer for timeout_s, is a `RankError` that names it; the queue is of no use then.
+After `close` of the writer, `get` gives what is left, then raises EOFError. A `with` that ends with an error
+tells readers on other hosts nothing, and so waits for nobody. Refused with a `SpecError`: a put by a reader,
+a get by the writer, what msgspec cannot write (raised by `get` as well, so that no reader waits for it), a
+message that is no `as_type`. A member that has died or left, or does not answer for timeout_s, is a
+`RankError` that names it; the queue is of no use then.
 """
 from __future__ import annotations
 
@@ -30,13 +32,18 @@ from shardlib.errors import SpecError
 
 
 class MessageQueue:
-    """The queue from member `writer` to the others of `place`. All members make it, in turn with their other collectives."""
+    """The queue from member `writer` to the others of `place`.
+
+    All members make it, in turn with their other collectives.
+    """
 
     def __init__(self, place: Place, writer: int = 0, capacity: int = 1 << 20) -> None:
         if not 0 <= writer < place.size or capacity < 64:
-            raise SpecError(f"message queue over {place.name}: writer {writer} of {place.size} members, capacity {capacity}; "
+            raise SpecError(f"message queue over {place.name}: writer {writer} of {place.size} members, "
+                            f"capacity {capacity}; "
                             f"the writer is a member, and the capacity at least 64 bytes")
-        near = (writer, *(m for m in range(place.size) if m != writer and place.hosts[m] == place.hosts[writer]))
+        near = (writer,
+                *(m for m in range(place.size) if m != writer and place.hosts[m] == place.hosts[writer]))
         made = join(place, near, ring_bytes(len(near) - 1, capacity)) if len(near) > 1 else None
         self.declined = made if isinstance(made, str) else None
         self.place, self.writer, self._lost, self._ended, self._closed = place, writer, "", False, False
@@ -49,9 +56,11 @@ class MessageQueue:
         self._put(messages.frame(message))
 
     def get(self, as_type: Any = Any, timeout_s: float | None = None) -> Any:
-        """The next message, as `as_type`; it waits timeout_s, by default the group's, which is also the limit between hosts.
+        """The next message, as `as_type`; it waits timeout_s, by default the group's,
+        which is also the limit between hosts.
 
-        EOFError where the writer has closed the queue. A message that did not come in time may be asked for again.
+        EOFError where the writer has closed the queue. A message that did not come in time may be asked for
+        again.
         """
         return messages.read(self._get(timeout_s), as_type)
 
@@ -63,7 +72,7 @@ class MessageQueue:
         self._put(frame)
         return messages.read(frame, as_type)
 
-    # -- the writer ------------------------------------------------------------------------------------------------
+    # -- the writer ------------------------------------------------------------------------------------------
 
     def _put(self, frame: bytes) -> None:
         self._check("write", self.place.me == self.writer)
@@ -85,7 +94,7 @@ class MessageQueue:
         except RuntimeError as error:
             raise self._unanswered(member) from error
 
-    # -- a reader --------------------------------------------------------------------------------------------------
+    # -- a reader --------------------------------------------------------------------------------------------
 
     def _get(self, timeout_s: float | None) -> bytes | bytearray:
         self._check("read", self.place.me != self.writer)
@@ -117,28 +126,34 @@ class MessageQueue:
 
     def _end(self) -> EOFError:
         self._ended = True
-        return EOFError(f"message queue over {self.place.name}: rank {self.place.ranks[self.writer]} has closed it")
+        return EOFError(
+            f"message queue over {self.place.name}: rank {self.place.ranks[self.writer]} has closed it")
 
-    # -- both ------------------------------------------------------------------------------------------------------
+    # -- both ------------------------------------------------------------------------------------------------
 
     def _check(self, act: str, may: bool) -> None:
         name, ranks = f"message queue over {self.place.name}", self.place.ranks
         if not may:
-            raise SpecError(f"{name}: rank {self.place.rank} cannot {act}; rank {ranks[self.writer]} writes, the others read")
+            raise SpecError(f"{name}: rank {self.place.rank} cannot {act}; rank {ranks[self.writer]} writes, "
+                            "the others read")
         if self._closed:
             raise SpecError(f"{name}: it was closed")
         if self._lost:
             raise RankError(f"{name}: not possible any more; {self._lost}")
 
     def _lose(self, error: BaseException) -> None:
-        self._lost = str(error) if isinstance(error, RankError) else f"a message ended with {type(error).__name__}"
+        self._lost = (str(error) if isinstance(error, RankError)
+                      else f"a message ended with {type(error).__name__}")
 
     def _unanswered(self, member: int) -> RankError:
         return RankError.missing(f"message queue over {self.place.name}", [self.place.ranks[member]],
                                  f"have died, left, or not answered within {self.place.timeout_s:g} s")
 
     def close(self) -> None:
-        """Ends the queue. On one host it waits for nobody; between hosts the reader discards what it did not get, up to the end."""
+        """Ends the queue.
+
+        On one host it waits for nobody; between hosts the reader discards what it did not get, up to the end.
+        """
         ring, live = self._ring, not self._lost and not self._ended and not self._closed
         writes = self.place.me == self.writer
         self.leave()

@@ -4,10 +4,10 @@
 >>> len(block), len(rest), decode(block, rest)
 (1024, 0, {'step': 3})
 
-A message is a frame: a status byte, the length of the payload (8 bytes, little-endian), and the payload. Where receivers must
-know beforehand how much comes, the frame is cut: a first block of fixed size, padded, and the rest in a second part. What
-msgspec cannot write becomes a `SpecError` that travels as the payload, so that it is raised on every rank and none waits for
-ever.
+A message is a frame: a status byte, the length of the payload (8 bytes, little-endian), and the payload.
+Where receivers must know beforehand how much comes, the frame is cut: a first block of fixed size, padded,
+and the rest in a second part. What msgspec cannot write becomes a `SpecError` that travels as the payload, so
+that it is raised on every rank and none waits for ever.
 """
 from __future__ import annotations
 

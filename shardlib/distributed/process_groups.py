@@ -1,8 +1,8 @@
 """The process groups of one runtime: a pair for each set of ranks, made by every rank in one order.
 
-A pair is a group for tensors on the device (NCCL, or gloo on CPU) and one for control traffic (gloo), so that a message
-never waits behind, or slips between, collectives. torch sorts the ranks of a group; so do we, and groups that differ
-only in the order of their members share a pair.
+A pair is a group for tensors on the device (NCCL, or gloo on CPU) and one for control traffic (gloo), so that
+a message never waits behind, or slips between, collectives. torch sorts the ranks of a group; so do we, and
+groups that differ only in the order of their members share a pair.
 """
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class ProcessGroups:
         self._pairs: dict[tuple[int, ...], Pair] = {}
 
     def create(self, rank_sets: Iterable[Iterable[int]]) -> None:
-        """Pairs for all of `rank_sets`, those of other ranks too; sets of one rank, and those that exist, cost nothing."""
+        """Pairs for all of `rank_sets`, those of other ranks too;
+        sets of one rank, and those that exist, cost nothing."""
         wanted = {tuple(sorted(ranks)) for ranks in rank_sets}
         for ranks in sorted(r for r in wanted if len(r) > 1 and r not in self._pairs):
             self._pairs[ranks] = Pair(self._new(ranks, self.device), self._new(ranks, torch.device("cpu")))

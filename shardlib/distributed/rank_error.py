@@ -18,7 +18,10 @@ slept goes first: yielding for 1 ms instead of 50 µs made an all_reduce of 4 kB
 
 
 class RankError(RuntimeError):
-    """Another rank has died, has left, or did not come in time. The text names it, and what was waited for."""
+    """Another rank has died, has left, or did not come in time.
+
+    The text names it, and what was waited for.
+    """
 
     @classmethod
     def missing(cls, what: str, ranks: Sequence[int], fault: str) -> RankError:
@@ -31,7 +34,9 @@ class RankError(RuntimeError):
 
 
 def wait_until(ready: Callable[[], bool], timeout_s: float, look: Callable[[], None] = lambda: None) -> bool:
-    """Whether `ready` came true within timeout_s. A wait that gets long calls `look` now and then, which may raise.
+    """Whether `ready` came true within timeout_s.
+
+    A wait that gets long calls `look` now and then, which may raise.
 
     It yields the core for a while, then sleeps a sixteenth of the time it has waited, at most 1 ms.
     """

@@ -6,8 +6,8 @@ tensor([258.], dtype=torch.bfloat16)
 >>> reduce_pieces([torch.tensor([1.0]), torch.tensor([float("nan")])], "max")
 tensor([nan])
 
-Integers wrap round at the width of their dtype. A float max carries NaN, which the MAX of gloo and of NCCL drops.
-Refused with a `SpecError`, on every rank alike: a sum of bool, a max of complex or of uint64.
+Integers wrap round at the width of their dtype. A float max carries NaN, which the MAX of gloo and of NCCL
+drops. Refused with a `SpecError`, on every rank alike: a sum of bool, a max of complex or of uint64.
 """
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def check_reducible(op: str, dtype: torch.dtype) -> None:
     if op not in WIDE:
         raise SpecError(f'a reduction is "sum" or "max", not {op!r}')
     if dtype not in WIDE[op]:
-        raise SpecError(f"{op} of {str(dtype)[6:]} over ranks: not defined; convert it to another dtype first")
+        raise SpecError(
+            f"{op} of {str(dtype)[6:]} over ranks: not defined; convert it to another dtype first")
 
 
 def reduce_pieces(pieces: Sequence[Tensor], op: str) -> Tensor:

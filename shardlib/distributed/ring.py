@@ -4,9 +4,10 @@
     ring.write(b"...")                                                      # what is longer than the ring goes piece by piece
     ring.read(3, timeout_s=60)
 
-The writer's word counts the bytes that it has written since the beginning, each reader's those that it has read; byte n lies at
-n % capacity. The writer waits for the slowest reader before it writes over anything. Each word has one process that writes it,
-and a word is set after the bytes that it counts (see `segment` on the order of stores), so nothing is ever locked.
+The writer's word counts the bytes that it has written since the beginning, each reader's those that it has
+read; byte n lies at n % capacity. The writer waits for the slowest reader before it writes over anything.
+Each word has one process that writes it, and a word is set after the bytes that it counts (see `segment` on
+the order of stores), so nothing is ever locked.
 """
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Ring:
     """The end of the ring that this member of `place` holds."""
 
     def __init__(self, segment: Segment, place: Place, members: Sequence[int], capacity: int) -> None:
-        self.name, self.ranks, self.timeout_s, self.capacity = place.name, place.ranks, place.timeout_s, capacity
+        self.name, self.ranks, self.timeout_s, self.capacity = (place.name, place.ranks, place.timeout_s,
+                                                                capacity)
         self.writer, *self.readers = members
         self._segment, self._count, self._process = segment, 0, os.getpid()
         self._words = segment.words(0, len(members) * _LINE)
@@ -38,7 +40,7 @@ class Ring:
         start = ring_bytes(len(self.readers), 0)
         self._data = memoryview(segment.memory)[start:start + capacity]
 
-    # -- the writer ------------------------------------------------------------------------------------------------
+    # -- the writer ------------------------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
         """RankError where a reader has died or left, or makes no room for timeout_s."""
@@ -48,7 +50,8 @@ class Ring:
             want = min(len(left), self.capacity // 4)
             if not wait_until(lambda: self._room() >= want, self.timeout_s, self._look_for_readers):
                 full = [r for i, r in enumerate(self.readers) if self.capacity - self._unread(i) < want]
-                raise self._missing(full, f"have read nothing for {self.timeout_s:g} s, and the queue is full")
+                raise self._missing(full,
+                                    f"have read nothing for {self.timeout_s:g} s, and the queue is full")
             n = min(len(left), self._room())
             for start, end in self._spans(n):
                 self._data[start:end], left = left[:end - start], left[end - start:]
@@ -64,7 +67,7 @@ class Ring:
         if gone := [r for r in self.readers if self._segment.gone(r)]:
             raise self._missing(gone, "have died or left")
 
-    # -- a reader --------------------------------------------------------------------------------------------------
+    # -- a reader --------------------------------------------------------------------------------------------
 
     def wait(self, timeout_s: float) -> bool:
         """Whether there is something to read; False where the writer has closed the ring and all was read."""
@@ -93,7 +96,7 @@ class Ring:
         if self._segment.gone(self.writer) and not (self._written() or self._words[_CLOSED]):
             raise self._missing([self.writer], "have died")
 
-    # -- both ------------------------------------------------------------------------------------------------------
+    # -- both ------------------------------------------------------------------------------------------------
 
     def _spans(self, n: int) -> list[tuple[int, int]]:
         """Where the next n bytes lie: one piece, or two round the end."""

@@ -27,13 +27,14 @@ class Choice(NamedTuple):
 
 
 class Router:
-    """Of the group `name` of `size` members. deterministic: only those add up that do so in rank order, rounding once.
+    """Of the group `name` of `size` members. deterministic:
+    only those add up that do so in rank order, rounding once.
 
     declined: communicators that could not be made for this group, and why.
     """
 
-    def __init__(self, name: str, size: int, communicators: Sequence[Communicator], table: Table = UNMEASURED, deterministic: bool = False,
-                 declined: Mapping[str, str] | None = None) -> None:
+    def __init__(self, name: str, size: int, communicators: Sequence[Communicator], table: Table = UNMEASURED,
+                 deterministic: bool = False, declined: Mapping[str, str] | None = None) -> None:
         self.name, self.size, self.communicators, self.table = name, size, tuple(communicators), table
         self.deterministic, self.declined = deterministic, dict(declined or {})
         self.known: dict[Call, Communicator] = {}
@@ -57,18 +58,24 @@ class Router:
         reasons = [self._reason(c, call) for c in self.communicators]
         able = [c for c, reason in zip(self.communicators, reasons) if reason is None]
         if not able:
-            raise SpecError(f"{call.name} over {self.name}: {'; '.join(map(str, dict.fromkeys(reasons))) or 'the group was destroyed'}")
+            raise SpecError(f"{call.name} over {self.name}: "
+                            f"{'; '.join(map(str, dict.fromkeys(reasons))) or 'the group was destroyed'}")
         best = self.table.order(call, self.size, [c.name for c in able])[0]
         return next(c for c in able if c.name == best)
 
     def choice(self, call: Call) -> Choice:
         """Who takes the call, the µs it should take, and why it is that one: in words, for `explain`."""
         chosen = self.route(call)
-        us = {c.name: self.table.us(call, self.size, c.name) for c in self.communicators if self._reason(c, call) is None}
-        times = ", ".join(f"{name} {t:.3g} µs" for name, t in sorted(us.items(), key=lambda item: item[1] or inf) if t is not None)
-        others = {c.name: reason for c in self.communicators if (reason := self._reason(c, call)) and c.name != chosen.name}
-        why = f"measured: {times}" if us[chosen.name] is not None else f"{chosen.name}, the first that takes it"
-        return Choice(chosen.name, us[chosen.name], "; ".join([why, *others.values(), *(f"no {n}: {r}" for n, r in self.declined.items())]))
+        us = {c.name: self.table.us(call, self.size, c.name) for c in self.communicators
+              if self._reason(c, call) is None}
+        times = ", ".join(f"{name} {t:.3g} µs"
+                          for name, t in sorted(us.items(), key=lambda item: item[1] or inf) if t is not None)
+        others = {c.name: reason for c in self.communicators
+                  if (reason := self._reason(c, call)) and c.name != chosen.name}
+        why = (f"measured: {times}" if us[chosen.name] is not None
+               else f"{chosen.name}, the first that takes it")
+        return Choice(chosen.name, us[chosen.name],
+                      "; ".join([why, *others.values(), *(f"no {n}: {r}" for n, r in self.declined.items())]))
 
     def _reason(self, communicator: Communicator, call: Call) -> str | None:
         if self.deterministic and call.op is not None and not communicator.deterministic:

@@ -1,9 +1,9 @@
 """Routing: which communicator takes a call, and how long it should take, by measurement.
 
-A `Table` is what was measured on one machine: per collective, group size, dtype and way of calling (eager, or in a CUDA graph), the
-µs of every communicator at some sizes. A call goes to the one that is fastest at its size; between two measured sizes the
-µs run on a straight line of log against log. A communicator that was not measured gets what no measured one supports; where none
-was, the first takes the call.
+A `Table` is what was measured on one machine: per collective, group size, dtype and way of calling (eager, or
+in a CUDA graph), the µs of every communicator at some sizes. A call goes to the one that is fastest at its
+size; between two measured sizes the µs run on a straight line of log against log. A communicator that was not
+measured gets what no measured one supports; where none was, the first takes the call.
 
 >>> table = Table("a machine", {}, (Curve("all_reduce", 2, "float32", False, "shared memory", ((1024, 30.0), (1048576, 900.0))),
 ...                                 Curve("all_reduce", 2, "float32", False, "gloo", ((1024, 700.0), (1048576, 800.0)))))
@@ -46,8 +46,9 @@ class Curve(msgspec.Struct, frozen=True):
     points: Annotated[tuple[tuple[Count, Microseconds], ...], msgspec.Meta(min_length=1)]
 
     def us(self, nbytes: int) -> float:
-        """µs at `nbytes`: a line of log against log between two measured sizes; before the first, its own; beyond the last, the line
-        through the last two, which neither falls nor rises faster than the bytes."""
+        """µs at `nbytes`: a line of log against log between two measured sizes; before the first, its own;
+        beyond the last, the line through the last two, which neither falls nor rises faster than the
+        bytes."""
         (first, us), points = self.points[0], self.points
         if nbytes <= first or len(points) == 1:
             return us
@@ -65,7 +66,10 @@ def _log(n: int, a: int) -> float:
 
 
 class Table(msgspec.Struct, frozen=True):
-    """What was measured on `hardware`. provenance: versions, date, commit, and whatever else says where it comes from."""
+    """What was measured on `hardware`.
+
+    provenance: versions, date, commit, and whatever else says where it comes from.
+    """
     hardware: str
     provenance: dict[str, str]
     curves: tuple[Curve, ...] = ()
@@ -73,13 +77,16 @@ class Table(msgspec.Struct, frozen=True):
     def curve(self, call: Call, size: int, communicator: str) -> Curve | None:
         """The curve for a call: of its dtype if there is one, else of any other."""
         dtype = str(call.dtype).removeprefix("torch.")
-        found = [c for c in self.curves if (c.name, c.size, c.capturing, c.communicator) == (call.name, size, call.capturing, communicator)]
+        found = [c for c in self.curves if (c.name, c.size, c.capturing, c.communicator)
+                 == (call.name, size, call.capturing, communicator)]
         return next((c for c in found if c.dtype == dtype), found[0] if found else None)
 
     def us(self, call: Call, size: int, communicator: str) -> float | None:
-        """The µs that the call should take; None where nothing like it was measured: of reductions, sums are."""
+        """The µs that the call should take; None where nothing like it was measured:
+        of reductions, sums are."""
         curve = self.curve(call, size, communicator)
-        return None if curve is None or call.nbytes < 0 or call.op not in (None, "sum") else curve.us(call.nbytes)
+        return (None if curve is None or call.nbytes < 0 or call.op not in (None, "sum")
+                else curve.us(call.nbytes))
 
     def order(self, call: Call, size: int, communicators: Sequence[str]) -> list[str]:
         """The communicators, fastest first; those that were not measured come after, in the order given."""
@@ -89,7 +96,8 @@ class Table(msgspec.Struct, frozen=True):
     @property
     def source(self) -> str:
         """Where the figures come from, in a line."""
-        return f"measured on {self.hardware}, {', '.join(self.provenance.values())}" if self.curves else "nothing was measured here"
+        return (f"measured on {self.hardware}, {', '.join(self.provenance.values())}" if self.curves
+                else "nothing was measured here")
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
@@ -103,7 +111,8 @@ class Table(msgspec.Struct, frozen=True):
             raise SpecError(f"routing table {name}: {error}") from None
         for curve in table.curves:
             if any(b <= a for (a, _), (b, _) in zip(curve.points, curve.points[1:])):
-                raise SpecError(f"routing table {name}: {curve.name} by {curve.communicator}: its points are sizes that rise")
+                raise SpecError(f"routing table {name}: {curve.name} by {curve.communicator}: its points are "
+                                "sizes that rise")
         return table
 
 
@@ -121,11 +130,13 @@ def hardware(device: torch.device) -> str:
 def _processor() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+                platform.machine())
 
 
 def own_file(device: torch.device) -> Path | None:
-    """Where `python -m shardlib.distributed.calibrate` keeps the user's own table of this hardware; None for a user without a home."""
+    """Where `python -m shardlib.distributed.calibrate` keeps the user's own table of this hardware;
+    None for a user without a home."""
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
@@ -135,9 +146,11 @@ def own_file(device: torch.device) -> Path | None:
 
 
 def find_table(device: torch.device) -> Table:
-    """The table of this hardware: the file SHARDLIB_ROUTES names, else the user's own, else a shipped one, else an empty one.
+    """The table of this hardware: the file SHARDLIB_ROUTES names, else the user's own, else a shipped one,
+    else an empty one.
 
-    An own table that may not be read is none. SpecError for a file that is damaged, and for a named one that may not be read.
+    An own table that may not be read is none. SpecError for a file that is damaged, and for a named one that
+    may not be read.
     """
     named = os.environ.get("SHARDLIB_ROUTES")
     if named:

@@ -5,15 +5,15 @@
 ...     runtime.rank, runtime.coordinate, runtime.group(("tp",)).world_size
 (0, {'dp': 0, 'tp': 0}, 1)
 
-Without a launcher the mesh has one rank, and nothing of torch.distributed is started. Under torchrun `connect` joins the
-other processes. Groups are made before they are used, by every rank, with the same list:
+Without a launcher the mesh has one rank, and nothing of torch.distributed is started. Under torchrun
+`connect` joins the other processes. Groups are made before they are used, by every rank, with the same list:
 
     with connect(Mesh(dp=2, tp=2)) as runtime:                  # torchrun --nproc-per-node 4
         runtime.create_groups([("tp",), ("dp", "tp")])
         y = runtime.group(("tp",)).all_reduce(x)
 
-Refused with a `SpecError`, on every rank alike and before any group is made: a mesh of another size than the job, more
-processes on a host than it has GPUs, axes that the mesh lacks.
+Refused with a `SpecError`, on every rank alike and before any group is made: a mesh of another size than the
+job, more processes on a host than it has GPUs, axes that the mesh lacks.
 """
 from __future__ import annotations
 
@@ -52,17 +52,21 @@ TIMEOUT_S = 60.0
 
 
 def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: float | None = None, *,
-            communicators: Sequence[Factory] = (), deterministic: bool = False, check: bool | None = None, table: Table = UNMEASURED) -> Runtime:
-    """This process's place on `mesh`, on "cpu" or "cuda" (GPU number LOCAL_RANK); by default on cuda where it can be.
+            communicators: Sequence[Factory] = (), deterministic: bool = False, check: bool | None = None,
+            table: Table = UNMEASURED) -> Runtime:
+    """This process's place on `mesh`, on "cpu" or "cuda" (GPU number LOCAL_RANK);
+    by default on cuda where it can be.
 
-    communicators: makers of further communicators beside shared memory, on the CPU, and torch.distributed, which takes every call
-    that no other takes.
+    communicators: makers of further communicators beside shared memory, on the CPU, and torch.distributed,
+    which takes every call that no other takes.
     deterministic: reduce only with communicators that add up in rank order, rounding once.
     timeout_s: from 1 to 1e9, by default the environment's SHARDLIB_TIMEOUT_S, else TIMEOUT_S.
-    check: debug mode, in which the members of a group compare each collective before it runs; by default if SHARDLIB_CHECK is 1.
+    check: debug mode, in which the members of a group compare each collective before it runs; by default if
+    SHARDLIB_CHECK is 1.
     table: rank 0's routes the calls of all; by default the one that `find_table` finds there.
     """
-    asked = ("SHARDLIB_TIMEOUT_S", os.environ.get("SHARDLIB_TIMEOUT_S", TIMEOUT_S)) if timeout_s is None else ("connect: timeout_s", timeout_s)
+    asked = (("SHARDLIB_TIMEOUT_S", os.environ.get("SHARDLIB_TIMEOUT_S", TIMEOUT_S)) if timeout_s is None
+             else ("connect: timeout_s", timeout_s))
     timeout = timedelta(seconds=_seconds(*asked))
     launch = Launch.current()
     launch.check(mesh)
@@ -101,7 +105,8 @@ _OPEN: set[Runtime] = set()
 
 
 def shared_runtime(mesh: Mesh) -> Runtime:
-    """The runtime on `mesh` of everything in this process that was given none of its own; made at the first call."""
+    """The runtime on `mesh` of everything in this process that was given none of its own;
+    made at the first call."""
     if mesh not in _SHARED or _SHARED[mesh].closed:
         _SHARED[mesh] = connect(mesh)
     return _SHARED[mesh]
@@ -120,7 +125,8 @@ class Runtime:
         self.hosts, self.table = (0,), UNMEASURED
         self._closed = False
         Runtime.owns_torch |= owns_torch
-        self._timeout, self._factories, self._deterministic, self._check = timeout, tuple(factories), deterministic, check
+        self._timeout, self._factories, self._deterministic, self._check = (timeout, tuple(factories),
+                                                                            deterministic, check)
         self._job: Place | None = None
         self._process_groups = ProcessGroups(device, timeout)
         self._coordinators: dict[tuple[str, ...], GroupCoordinator] = {}
@@ -132,22 +138,28 @@ class Runtime:
             _OPEN.add(self)
 
     def _start_watchdog(self) -> Watchdog:
-        """Over a connection of its own to the store of torch.distributed; each runtime of a process has keys of its own there."""
+        """Over a connection of its own to the store of torch.distributed;
+        each runtime of a process has keys of its own there."""
         atexit.register(self._stop_watchdog)
         default = dist.distributed_c10d._get_default_store()
         number = default.add(f"shardlib/watched by {self.rank}", 1)
-        store = dist.PrefixStore(f"shardlib/watchdog {number}", own_connection(default, self._timeout.total_seconds() / 4))
-        return Watchdog(Watch(), store, self.rank, self.mesh.world_size, self._timeout.total_seconds(), self.device)
+        store = dist.PrefixStore(f"shardlib/watchdog {number}",
+                                 own_connection(default, self._timeout.total_seconds() / 4))
+        return Watchdog(Watch(), store, self.rank, self.mesh.world_size, self._timeout.total_seconds(),
+                        self.device)
 
     def _stop_watchdog(self, error: BaseException | None = None) -> None:
-        """What other ranks learn of how this one has left; at the end of the process, whether an exception ended it."""
+        """What other ranks learn of how this one has left;
+        at the end of the process, whether an exception ended it."""
         error = error or (None if self._closed else getattr(sys, "last_value", None))
         atexit.unregister(self._stop_watchdog)
         if self._watchdog:
-            self._watchdog.stop(_parting(error) if error else "has closed its runtime" if self._closed else "has ended")
+            self._watchdog.stop(_parting(error) if error else "has closed its runtime" if self._closed
+                                else "has ended")
 
     def end_others(self, error: BaseException) -> None:
-        """The other ranks end at once with the first line of `error`, which this one is about to raise and they cannot know of."""
+        """The other ranks end at once with the first line of `error`,
+        which this one is about to raise and they cannot know of."""
         if self._watchdog is not None:
             self._watchdog.end_others(_parting(error))
 
@@ -168,18 +180,23 @@ class Runtime:
                 watch.calls[get_ident()] = outer
 
     def create_groups(self, products: Iterable[Sequence[str]]) -> None:
-        """Makes the group over each product of axes, for all ranks of the mesh. Every rank passes the same products."""
+        """Makes the group over each product of axes, for all ranks of the mesh.
+
+        Every rank passes the same products.
+        """
         wanted = [self._expand(axes) for axes in products]
         self._meet()
         self._together("make groups", self._create_groups, wanted)
 
     def _create_groups(self, wanted: Sequence[tuple[str, ...]]) -> None:
-        self._process_groups.create(self.mesh.group(axes, rank) for axes in wanted for rank in range(self.mesh.world_size))
+        self._process_groups.create(self.mesh.group(axes, rank) for axes in wanted
+                                    for rank in range(self.mesh.world_size))
         for axes in wanted:
             self.group(axes)
 
     def replays(self, title: str, graph: Any) -> Callable[[Callable[[], bool]], None]:
-        """What tells the watchdog of each replay of the captured step `title`, before its launch, and when it is over.
+        """What tells the watchdog of each replay of the captured step `title`, before its launch,
+        and when it is over.
 
         `graph.close()` is called before the groups are destroyed: NCCL waits for graphs that hold its calls.
         """
@@ -187,14 +204,19 @@ class Runtime:
         if self._watchdog is None:
             return lambda passed: None
         watch, seat = self._watchdog.watch, self._watchdog.watch.replays(title, range(self.mesh.world_size))
-        seat.communicators = [c for group in dict.fromkeys(self._coordinators.values()) for c in group.communicators]
+        seat.communicators = [c for group in dict.fromkeys(self._coordinators.values())
+                              for c in group.communicators]
         return lambda passed: watch.launch(seat, passed)
 
     def compare_plans(self, title: str, plan: str) -> None:
-        """SpecError, the same on all ranks, unless all of them come here with the text `plan`. Every rank calls it."""
+        """SpecError, the same on all ranks, unless all of them come here with the text `plan`.
+
+        Every rank calls it.
+        """
         if self.mesh.world_size > 1:
             self._meet()
-            self._together(f"compare plans of {title}", same_plan, title, self._job.ranks, plan, self._job.share)
+            self._together(f"compare plans of {title}", same_plan, title, self._job.ranks, plan,
+                           self._job.share)
 
     def _meet(self) -> None:
         """Once, on all ranks: who is on which host, and the routing table, which is rank 0's."""
@@ -205,7 +227,8 @@ class Runtime:
         everyone = tuple(range(self.mesh.world_size))
         group = dist.new_group(list(everyone), self._timeout, "gloo")
         control = TorchDistributed(group, everyone, self.rank)
-        job = Place("job", everyone, self.rank, (0,) * len(everyone), torch.device("cpu"), group, group, self._timeout.total_seconds(), control)
+        job = Place("job", everyone, self.rank, (0,) * len(everyone), torch.device("cpu"), group, group,
+                    self._timeout.total_seconds(), control)
         table, wrong = self._find_table() if self.rank == 0 else (b"", None)
         met = job.share([identity(), table, wrong])
         if met[0][2] is not None:
@@ -218,7 +241,8 @@ class Runtime:
         try:
             return (find_table(self.device) if self.table == UNMEASURED else self.table).encode(), None
         except Exception as error:
-            text = str(error) if isinstance(error, SpecError) else f"the routing table was not found: {type(error).__name__}: {error}"
+            text = (str(error) if isinstance(error, SpecError)
+                    else f"the routing table was not found: {type(error).__name__}: {error}")
             return b"", text.encode(errors="backslashreplace").decode()
 
     def group(self, axes: Sequence[str]) -> GroupCoordinator:
@@ -227,9 +251,11 @@ class Runtime:
         return self._coordinators.get(axes) or self._coordinator(axes)
 
     def open_queue(self, axes: Sequence[str]) -> MessageQueue | None:
-        """The queue from the first member of a group to the others, which then carries its messages from there; None in a group of one.
+        """The queue from the first member of a group to the others,
+        which then carries its messages from there; None in a group of one.
 
-        All members call it. Worth while where messages are many: one alone is sooner sent than a queue is made.
+        All members call it. Worth while where messages are many: one alone is sooner sent than a queue is
+        made.
         """
         group = self.group(axes)
         group.check_open("open_queue")
@@ -252,15 +278,18 @@ class Runtime:
             return GroupCoordinator(*place, (Alone(),), Alone())
         pair = self._process_groups.pair(ranks)
         if pair is None:
-            raise SpecError(f"group {name} does not exist yet; call create_groups([{axes!r}]) on every rank first")
+            raise SpecError(
+                f"group {name} does not exist yet; call create_groups([{axes!r}]) on every rank first")
         data, control = (TorchDistributed(group, ranks, self.rank) for group in (pair.device, pair.cpu))
-        where = Place(name, ranks, self.rank, tuple(self.hosts[r] for r in ranks), self.device, pair.device, pair.cpu,
-                      self._timeout.total_seconds(), control)
+        where = Place(name, ranks, self.rank, tuple(self.hosts[r] for r in ranks), self.device, pair.device,
+                      pair.cpu, self._timeout.total_seconds(), control)
         self._places[axes] = where
-        made = [(getattr(factory, "__name__", repr(factory)), factory(where)) for factory in dict.fromkeys(self._factories)]
+        made = [(getattr(factory, "__name__", repr(factory)), factory(where))
+                for factory in dict.fromkeys(self._factories)]
         more = [c for _, c in made if not isinstance(c, str)]
-        return GroupCoordinator(*place, (*more, data, control), control, pair.device, pair.cpu, table=self.table,
-                                deterministic=self._deterministic, declined={n: c for n, c in made if isinstance(c, str)},
+        return GroupCoordinator(*place, (*more, data, control), control, pair.device, pair.cpu,
+                                table=self.table, deterministic=self._deterministic,
+                                declined={n: c for n, c in made if isinstance(c, str)},
                                 watchdog=self._watchdog, check=where if self._check else None)
 
     def _expand(self, axes: Sequence[str]) -> tuple[str, ...]:
@@ -276,7 +305,10 @@ class Runtime:
         return self._closed
 
     def close(self) -> None:
-        """Destroys the groups, and torch.distributed where `connect` started it. A second call does nothing."""
+        """Destroys the groups, and torch.distributed where `connect` started it.
+
+        A second call does nothing.
+        """
         if self._closed:
             return
         self._closed = True
@@ -332,6 +364,7 @@ def _device(device: str | torch.device | None, launch: Launch) -> torch.device:
     if device.type == "cpu" or device.index is not None:
         return device
     if gpus < needed:
-        raise SpecError(f'device cuda takes one GPU per process; GPUs on this host: {gpus}, processes: {needed}; '
-                        f'start fewer with torchrun --nproc-per-node, or pass device="cpu"')
+        raise SpecError(
+            f'device cuda takes one GPU per process; GPUs on this host: {gpus}, processes: {needed}; '
+            f'start fewer with torchrun --nproc-per-node, or pass device="cpu"')
     return torch.device("cuda", launch.local_rank)

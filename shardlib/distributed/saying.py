@@ -12,7 +12,10 @@ _WRITING: list[threading.Thread] = []
 
 
 def say(rank: int, lines: list[str]) -> None:
-    """Lines on stderr, in one write, so that those of other ranks do not come between. What is not printable is data gone wrong."""
+    """Lines on stderr, in one write, so that those of other ranks do not come between.
+
+    What is not printable is data gone wrong.
+    """
     printable = ("".join(c if c.isprintable() else "?" for c in line) for line in lines)
     text = "".join(f"shardlib [rank {rank}] {line}\n" for line in printable)
     _shortly(lambda: print(text, end="", file=sys.stderr, flush=True))
@@ -24,7 +27,8 @@ def flush() -> None:
 
 
 def _shortly(write: Callable[[], None]) -> None:
-    """Writes, if that is possible, and waits no longer than SAYING_S for it; not at all once something has waited that long."""
+    """Writes, if that is possible, and waits no longer than SAYING_S for it;
+    not at all once something has waited that long."""
     def attempt() -> None:
         with suppress(OSError, ValueError):
             write()

@@ -9,18 +9,20 @@
 
     segment = join(place, members=(0, 1, 2, 3), nbytes=1 << 20)         # on all members of the place; or why there is none
 
-One member creates the file (exclusively, mode 0600, under a name that nobody guesses) and allocates all of it, so that a full
-/dev/shm is an error here and not a signal at some later store; the others attach it by its name; then all of them take the
-name away. From then on the memory lives as long as a process that maps it, and whatever dies leaves nothing behind. Until
-then every member that gets away takes the name away, whichever of them failed.
+One member creates the file (exclusively, mode 0600, under a name that nobody guesses) and allocates all of
+it, so that a full /dev/shm is an error here and not a signal at some later store; the others attach it by its
+name; then all of them take the name away. From then on the memory lives as long as a process that maps it,
+and whatever dies leaves nothing behind. Until then every member that gets away takes the name away, whichever
+of them failed.
 
-Each member locks its own byte of the file. The system drops the lock when the process ends, however it ends, so `gone` knows
-who has died or left at the cost of a system call, and between containers that do not see each other's process numbers.
+Each member locks its own byte of the file. The system drops the lock when the process ends, however it ends,
+so `gone` knows who has died or left at the cost of a system call, and between containers that do not see each
+other's process numbers.
 
-Stores are ordered by the processor: on x86-64 no store overtakes an earlier store, no load an earlier load, no store an
-earlier load. An aligned 64-bit word written through `words` is one store. So what was written before a word is there for
-whoever has read that word. Other processors promise less and need barriers that Python does not have: refused, with a reason,
-as is a system without /dev/shm or without such locks.
+Stores are ordered by the processor: on x86-64 no store overtakes an earlier store, no load an earlier load,
+no store an earlier load. An aligned 64-bit word written through `words` is one store. So what was written
+before a word is there for whoever has read that word. Other processors promise less and need barriers that
+Python does not have: refused, with a reason, as is a system without /dev/shm or without such locks.
 """
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ _FLOCK = struct.Struct("@hhqqi0q")
 
 
 class Segment:
-    """`nbytes` bytes of shared memory, mapped here. Made by `join`; given back by `close`, or when nothing refers to it."""
+    """`nbytes` bytes of shared memory, mapped here.
+
+    Made by `join`; given back by `close`, or when nothing refers to it.
+    """
 
     def __init__(self, file: int, nbytes: int, member: int) -> None:
         self.member, self._file = member, file
@@ -74,7 +79,8 @@ class Segment:
         return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW), nbytes, member)
 
     def words(self, start: int, count: int) -> memoryview:
-        """`count` words of 64 bits from byte `start`, which 8 divides: words[i] = n is one store, words[i] one load."""
+        """`count` words of 64 bits from byte `start`, which 8 divides:
+        words[i] = n is one store, words[i] one load."""
         return memoryview(self.memory)[start:start + 8 * count].cast("Q")
 
     def gone(self, member: int) -> bool:
@@ -83,7 +89,10 @@ class Segment:
         return member != self.member and _FLOCK.unpack(asked)[0] == fcntl.F_UNLCK
 
     def close(self) -> None:
-        """Leaves: `gone` of this member is true from now on. Tensors over the memory stay good as long as they are referred to."""
+        """Leaves: `gone` of this member is true from now on.
+
+        Tensors over the memory stay good as long as they are referred to.
+        """
         if self._file >= 0:
             os.close(self._file)
         self._file, self.memory = -1, None
@@ -96,7 +105,8 @@ def unsupported() -> str | None:
     if not sys.platform.startswith("linux") or not SHARED.is_dir():
         return "there is no /dev/shm"
     machine = platform.machine()
-    return None if machine in ("x86_64", "AMD64") else f"stores are not ordered on {machine}; they are on x86_64"
+    return (None if machine in ("x86_64", "AMD64")
+            else f"stores are not ordered on {machine}; they are on x86_64")
 
 
 def free() -> int:
@@ -106,9 +116,11 @@ def free() -> int:
 
 
 def join(place: Place, members: Sequence[int], nbytes: int) -> Segment | str | None:
-    """The segment of `members`, the first of which creates it; None on other members; on all of them the reason why there is none.
+    """The segment of `members`, the first of which creates it; None on other members;
+    on all of them the reason why there is none.
 
-    All members of the place call it. Whatever fails on one of them, all get the same reason, and nothing is left.
+    All members of the place call it. Whatever fails on one of them, all get the same reason, and nothing is
+    left.
     """
     first, inside = place.me == members[0], place.me in members
     name = place.share(f"{PREFIX}{secrets.token_hex(16)}" if first else "")[members[0]]

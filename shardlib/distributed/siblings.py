@@ -1,7 +1,9 @@
-"""The other workers of this process's torchrun agent, on this host: one that is stopped can only be ended from outside.
+"""The other workers of this process's torchrun agent, on this host:
+one that is stopped can only be ended from outside.
 
-A process that was stopped (SIGSTOP) ends neither by itself nor by the SIGTERM of its agent, which waits half a minute for it. It is
-looked for among the children of the own parent; nothing that comes over the network says which process that is.
+A process that was stopped (SIGSTOP) ends neither by itself nor by the SIGTERM of its agent, which waits half
+a minute for it. It is looked for among the children of the own parent; nothing that comes over the network
+says which process that is.
 """
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def end_stopped() -> None:
 
 def _siblings() -> list[int]:
     """The other children of this process's parent."""
-    found = [int(pid) for task in Path(f"/proc/{os.getppid()}/task").glob("*/children") for pid in _read(task).split()]
+    found = [int(pid) for task in Path(f"/proc/{os.getppid()}/task").glob("*/children")
+             for pid in _read(task).split()]
     return [pid for pid in found if pid != os.getpid()]
 
 

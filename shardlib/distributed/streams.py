@@ -12,17 +12,22 @@ def current_stream(device: torch.device) -> int:
 
 
 def marks(device: torch.device, handles: Iterable[int]) -> list[torch.cuda.Event]:
-    """An event at the present end of each stream. A stream that is being captured has none: nothing runs on it."""
+    """An event at the present end of each stream.
+
+    A stream that is being captured has none: nothing runs on it.
+    """
     made = []
     for handle in handles:
-        with torch.cuda.stream(torch.cuda.ExternalStream(handle, device=device) if handle else torch.cuda.default_stream(device)):
+        with torch.cuda.stream(torch.cuda.ExternalStream(handle, device=device) if handle
+                               else torch.cuda.default_stream(device)):
             if not torch.cuda.is_current_stream_capturing():
                 made.append(torch.cuda.current_stream(device).record_event())
     return made
 
 
 def passed(event: torch.cuda.Event) -> bool:
-    """Whether the GPU has come to it; also where the GPU has failed, or the event has slipped into a capture that began meanwhile."""
+    """Whether the GPU has come to it; also where the GPU has failed,
+    or the event has slipped into a capture that began meanwhile."""
     try:
         return event.query()
     except RuntimeError:

@@ -1,4 +1,5 @@
-"""Tensors by name, as one member hands them to another: what goes ahead of them, so that the receiver knows what comes.
+"""Tensors by name, as one member hands them to another:
+what goes ahead of them, so that the receiver knows what comes.
 
 >>> labels, tensors = label("send_tensors over pp", {"x": torch.ones(2, 3), "carry": (torch.ones(4), "D @pp:1")}, torch.device("cpu"))
 >>> labels[0].name, labels[0].dtype, labels[0].shape, labels[1].spec
@@ -6,12 +7,14 @@
 >>> labels[1].value(tensors[1])
 (tensor([1., 1., 1., 1.]), 'D @pp:1')
 
-A value is a tensor, or a pair of a tensor and its spec, and arrives as what it was. The spec is the receiver's: what goes to the
-next stage says "@pp:1" already. It is text for the reader of the other end, and checked for its grammar and its number of dims.
+A value is a tensor, or a pair of a tensor and its spec, and arrives as what it was. The spec is the
+receiver's: what goes to the next stage says "@pp:1" already. It is text for the reader of the other end, and
+checked for its grammar and its number of dims.
 
-Labels travel as one typed message, then the tensors one after another, each whole: that members of another group hold the same
-tensor is nothing that a sender can know. Refused with a `SpecError` which is raised on the receiver, too: dicts in dicts,
-whatever is no tensor, tensors that are sparse, nested, quantized, fake or on some other device, specs that do not fit.
+Labels travel as one typed message, then the tensors one after another, each whole: that members of another
+group hold the same tensor is nothing that a sender can know. Refused with a `SpecError` which is raised on
+the receiver, too: dicts in dicts, whatever is no tensor, tensors that are sparse, nested, quantized, fake or
+on some other device, specs that do not fit.
 """
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ class Label(msgspec.Struct, frozen=True, array_like=True):
     def room(self, device: torch.device) -> Tensor:
         """An empty tensor of this shape and dtype, on the CPU, or else on `device`."""
         if self.dtype not in _DTYPES:
-            raise SpecError(f"{self.name!r} is of dtype {self.dtype}, which this torch {torch.__version__} does not have")
+            raise SpecError(
+                f"{self.name!r} is of dtype {self.dtype}, which this torch {torch.__version__} does not have")
         return torch.empty(self.shape, dtype=_DTYPES[self.dtype], device="cpu" if self.on_cpu else device)
 
     def value(self, x: Tensor) -> Value:
@@ -51,7 +55,10 @@ class Label(msgspec.Struct, frozen=True, array_like=True):
 
 
 def label(what: str, tensors: Mapping[str, Value], device: torch.device) -> tuple[list[Label], list[Tensor]]:
-    """The labels of `tensors`, and the tensors, in the order of the dict. `what` begins the text of a refusal."""
+    """The labels of `tensors`, and the tensors, in the order of the dict.
+
+    `what` begins the text of a refusal.
+    """
     if not isinstance(tensors, Mapping):
         raise SpecError(f"{what}: a {type(tensors).__name__} is no dict of tensors by name")
     labels, given = [], []
@@ -63,7 +70,8 @@ def label(what: str, tensors: Mapping[str, Value], device: torch.device) -> tupl
         wrong = _fault(x, device) or _spec_fault(x, spec)
         if wrong:
             raise SpecError(f"{what}: {name!r} {wrong}")
-        labels.append(Label(name, str(x.dtype).removeprefix("torch."), tuple(x.shape), x.device.type == "cpu", spec))
+        labels.append(
+            Label(name, str(x.dtype).removeprefix("torch."), tuple(x.shape), x.device.type == "cpu", spec))
         given.append(x)
     return labels, given
 
@@ -75,7 +83,8 @@ def _fault(x: object, device: torch.device) -> str | None:
     if not isinstance(x, Tensor):
         return f"is a {type(x).__name__}, not a tensor, nor a pair of a tensor and its spec"
     able = tuple(dict.fromkeys(("cpu", device.type)))
-    return fault(x) or (None if x.device.type in able else f"is on {x.device.type}; this group sends tensors on {' and '.join(able)}")
+    return fault(x) or (None if x.device.type in able
+                        else f"is on {x.device.type}; this group sends tensors on {' and '.join(able)}")
 
 
 def _spec_fault(x: Tensor, spec: object) -> str | None:

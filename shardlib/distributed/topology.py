@@ -14,9 +14,11 @@ SHARED = Path("/dev/shm")
 
 
 def identity() -> str:
-    """Equal for two processes exactly if they can share memory: the kernel's boot, and the file system behind /dev/shm.
+    """Equal for two processes exactly if they can share memory:
+    the kernel's boot, and the file system behind /dev/shm.
 
-    Containers of one machine that have a /dev/shm each are hosts of their own. Where there is no /dev/shm, the host's name.
+    Containers of one machine that have a /dev/shm each are hosts of their own. Where there is no /dev/shm,
+    the host's name.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     shared = f"{os.stat(SHARED).st_dev}:{os.stat(SHARED).st_ino}" if SHARED.is_dir() else socket.gethostname()

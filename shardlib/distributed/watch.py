@@ -1,4 +1,6 @@
-"""What this process is in: one entry for each thread, written before each collective and taken out after it. Nothing is locked.
+"""What this process is in: one entry for each thread, written before each collective and taken out after it.
+
+Nothing is locked.
 
 >>> watch = Watch()
 >>> tp = watch.seat("tp", (0, 1))
@@ -9,10 +11,12 @@ collective 1 of group tp (ranks 0 1): all_reduce sum of 4 float32, at step 2 of 
 >>> watch.now is None, Moment.of(watch.last).number
 (True, 1)
 
-A `Moment` is the same for other processes: plain data. Collectives are counted per group, so that on the members of a group
-one number is one collective. A send and a recv are not counted: only two members know of them.
+A `Moment` is the same for other processes: plain data. Collectives are counted per group, so that on the
+members of a group one number is one collective. A send and a recv are not counted: only two members know of
+them.
 
-The replay of a CUDA graph is an entry of its own, and the device's: it begins before the launch, and ends when the device has come past it.
+The replay of a CUDA graph is an entry of its own, and the device's: it begins before the launch, and ends
+when the device has come past it.
 
 >>> replays, done = watch.replays("next_token, 8 rows", (0, 1)), []
 >>> watch.launch(replays, lambda: bool(done))
@@ -36,7 +40,10 @@ REPLAY = "replay"
 
 
 class Seat:
-    """One group as this process sits in it. count: the collectives that it has begun.  streams: handles of those it has called on."""
+    """One group as this process sits in it.
+
+    count: the collectives that it has begun.  streams: handles of those it has called on.
+    """
     __slots__ = ("name", "ranks", "count", "communicators", "streams")
 
     def __init__(self, name: str, ranks: Sequence[int]) -> None:
@@ -57,7 +64,10 @@ class Replays(Seat):
 
 
 class Doing(NamedTuple):
-    """A collective that runs, or has run. peer: the rank at the other end of a send or recv; since: of time.monotonic."""
+    """A collective that runs, or has run.
+
+    peer: the rank at the other end of a send or recv; since: of time.monotonic.
+    """
     seat: Seat
     number: int
     name: str
@@ -86,7 +96,8 @@ class Moment(msgspec.Struct, frozen=True):
         many = f"{d.numel} " if d.numel >= 0 else ""
         of = f" of {many}{str(d.dtype).removeprefix('torch.')}" if d.dtype else ""
         call = d.name + (f" {d.op}" if d.op else "") + of
-        return cls(str(d.seat), d.seat.ranks, d.number, call, "" if d.at is None else encodable(str(d.at)), d.peer)
+        return cls(str(d.seat), d.seat.ranks, d.number, call, "" if d.at is None else encodable(str(d.at)),
+                   d.peer)
 
     def __str__(self) -> str:
         what = f"replay {self.number} of {self.group}" if self.call == REPLAY else \
@@ -101,11 +112,13 @@ def encodable(text: str) -> str:
 
 
 class Watch:
-    """The collectives that this process is in, by thread (`calls`), the replays that its device is in (`launched`), the one before them (`last`) and the last that failed; `note`: how it left."""
+    """The collectives that this process is in, by thread (`calls`), the replays that its device is in
+    (`launched`), the one before them (`last`) and the last that failed; `note`: how it left."""
 
     def __init__(self) -> None:
         self.calls: dict[int, tuple] = {}
-        self.launched: list[tuple[tuple, Callable[[], bool]]] = []      # replays, oldest first, and whether the device has come past each
+        # replays, oldest first, and whether the device has come past each
+        self.launched: list[tuple[tuple, Callable[[], bool]]] = []
         self.last: tuple | None = None
         self.failed: tuple | None = None
         self.note = ""
@@ -126,10 +139,11 @@ class Watch:
         seat.count += 1
         while self.launched and self.launched[0][1]():
             (self.last, _), self.launched = self.launched[0], self.launched[1:]
-        self.launched = [*self.launched, ((seat, seat.count, REPLAY, None, None, -1, None, None, monotonic()), passed)]
+        self.launched = [*self.launched,
+                         ((seat, seat.count, REPLAY, None, None, -1, None, None, monotonic()), passed)]
 
-    def begin(self, seat: Seat, name: str, op: str | None = None, dtype: torch.dtype | None = None, numel: int = -1,
-              at: object = None, peer: int | None = None) -> None:
+    def begin(self, seat: Seat, name: str, op: str | None = None, dtype: torch.dtype | None = None,
+              numel: int = -1, at: object = None, peer: int | None = None) -> None:
         """This process calls a collective of `seat`; the fields of `Doing`."""
         if peer is None:
             seat.count += 1

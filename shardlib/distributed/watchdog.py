@@ -1,22 +1,26 @@
-"""No silent hang: a thread that knows which collective this process is in, and ends the job with a report when one takes too long.
+"""No silent hang: a thread that knows which collective this process is in,
+and ends the job with a report when one takes too long.
 
-Every process of a job writes its state into the store of torch.distributed, under its rank, a few times a second; nothing of this
-goes through a process group, which may be what is broken. A report says where this rank is, and which ranks are not there:
+Every process of a job writes its state into the store of torch.distributed, under its rank, a few times a
+second; nothing of this goes through a process group, which may be what is broken. A report says where this
+rank is, and which ranks are not there:
 
     shardlib [rank 0] has waited 45 s in collective 3 of group tp (ranks 0 1): all_reduce sum of 4 float32, at step 2 of block, model.py:12: B T D +tp -> B T D
     shardlib [rank 0]   rank 1 is in no collective; its last was collective 2 of group tp (ranks 0 1): ...
 
-A collective may wait for three quarters of `timeout_s`; the rest is for telling, so that after `timeout_s` no process is left.
+A collective may wait for three quarters of `timeout_s`; the rest is for telling, so that after `timeout_s` no
+process is left.
 
     it waited too long   all ranks report, and end with exit status 1
     it failed            the rank reports at once, and the collective raises a `RankError` with that report
     one rank's data      it raises an error that no other can know of (`end_others`); these end at once, with its first line
     SIGTERM came         the launcher ends us since another rank has failed: the rank reports where it was, and ends
 
-Whatever befalls these threads, the process ends in time: a store that does not answer, a stderr that nobody reads, an error of theirs.
-A forked child has no part in this, and gives its parent no signals.
+Whatever befalls these threads, the process ends in time: a store that does not answer, a stderr that nobody
+reads, an error of theirs. A forked child has no part in this, and gives its parent no signals.
 
-The store is on one host. A rank that is cut off from it cannot know who else is gone, and says so: `the store on 192.0.2.1 does not answer`.
+The store is on one host. A rank that is cut off from it cannot know who else is gone, and says so: `the store
+on 192.0.2.1 does not answer`.
 
 A communicator with a method `report() -> str | None` adds a line of its own: what its kernel waits for.
 """
@@ -49,10 +53,15 @@ _FAILED, _STOP, _RAISED = 0x80, 0x81, 0x82      # what wakes the thread, beside 
 
 
 class Watchdog:
-    """The thread of one process. `store` is its own connection; `device` is asked too whether it makes progress, where it is a GPU."""
+    """The thread of one process.
 
-    def __init__(self, watch: Watch, store: dist.Store, rank: int, world_size: int, timeout_s: float, device: torch.device) -> None:
-        self.watch, self.store, self.rank, self.world_size, self.device = watch, store, rank, world_size, device
+    `store` is its own connection; `device` is asked too whether it makes progress, where it is a GPU.
+    """
+
+    def __init__(self, watch: Watch, store: dist.Store, rank: int, world_size: int, timeout_s: float,
+                 device: torch.device) -> None:
+        self.watch, self.store, self.rank, self.world_size, self.device = (watch, store, rank, world_size,
+                                                                           device)
         self.timeout_s, self.limit_s, self.tick_s = timeout_s, 0.75 * timeout_s, min(1.0, timeout_s / 40)
         self._beat, self._failure, self._report, self._left = 0, (None, ""), "", False
         self._raised = ""                           # how this rank has ended the job, if it has
@@ -64,14 +73,18 @@ class Watchdog:
         self._stopped, self._failing = threading.Event(), threading.Lock()
         self._signals = self._take_signals()
         _LIVE.add(self)
-        self._threads = [threading.Thread(target=f, name=f"shardlib {f.__name__}", daemon=True) for f in (self._watch, self._guard)]
+        self._threads = [threading.Thread(target=f, name=f"shardlib {f.__name__}", daemon=True)
+                         for f in (self._watch, self._guard)]
         for thread in self._threads:
             thread.start()
 
-    # -- what the process itself calls -----------------------------------------------------------------------------
+    # -- what the process itself calls -----------------------------------------------------------------------
 
     def failed(self, error: BaseException) -> RankError:
-        """The error to raise instead of `error`, which ended the collective that runs. Its report is on stderr when this returns."""
+        """The error to raise instead of `error`, which ended the collective that runs.
+
+        Its report is on stderr when this returns.
+        """
         with self._failing:
             mine = self.watch.mine
             self._failure = mine, f"failed in {Moment.of(mine)}: {_first_line(error)}"
@@ -83,7 +96,8 @@ class Watchdog:
             return RankError(self._report or self._failure[1])
 
     def end_others(self, note: str) -> None:
-        """Ends the other ranks, which say at once that this one `note`, as in "has raised ValueError: ..."; it goes on, to raise that."""
+        """Ends the other ranks, which say at once that this one `note`, as in "has raised ValueError: ...";
+        it goes on, to raise that."""
         with self._failing:
             self.watch.note = self._raised = encodable(note)
             self._told.clear()
@@ -91,7 +105,8 @@ class Watchdog:
             self._told.wait(5 * self.tick_s + 1)
 
     def stop(self, note: str) -> None:
-        """Ends the thread; other ranks learn that this one `note`, as in "has closed its runtime"; "" where a collective has failed."""
+        """Ends the thread; other ranks learn that this one `note`, as in "has closed its runtime";
+        "" where a collective has failed."""
         self.watch.note, self._left = self.watch.note or note, True
         self._post(_STOP)
         self._threads[0].join(2 * self.tick_s + 1)
@@ -104,11 +119,13 @@ class Watchdog:
         except OSError:
             pass                        # full, or closed: the thread is awake, or gone
 
-    # -- signals ---------------------------------------------------------------------------------------------------
+    # -- signals ---------------------------------------------------------------------------------------------
 
     def _take_signals(self) -> bool:
-        """SIGTERM wakes the thread, even while the process waits in C; only where nobody else has taken it."""
-        if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        """SIGTERM wakes the thread, even while the process waits in C;
+        only where nobody else has taken it."""
+        if (threading.current_thread() is not threading.main_thread()
+            or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL):
             return False
         others = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         if others != -1:
@@ -138,12 +155,13 @@ class Watchdog:
         self._wake.close()
 
     def _on_term(self, *_: Any) -> None:
-        self._post(signal.SIGTERM)                  # asyncio takes the descriptor that signals write to, and does not give it back
+        # asyncio takes the descriptor that signals write to, and does not give it back
+        self._post(signal.SIGTERM)
         if not self._threads[0].is_alive():         # it would have ended the process
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
 
-    # -- the thread ------------------------------------------------------------------------------------------------
+    # -- the thread ------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         woken = b""
@@ -173,7 +191,8 @@ class Watchdog:
         self._judge()
 
     def _judge(self) -> None:
-        """Ends the process where its collective takes too long, or another rank has ended the job for that or for an error of its own."""
+        """Ends the process where its collective takes too long,
+        or another rank has ended the job for that or for an error of its own."""
         stuck, over = self._stuck(), self._over()
         if stuck is None and over is None:
             return
@@ -181,7 +200,8 @@ class Watchdog:
         if over is None:
             self._ask(lambda s: s.set("over", ""))
         where = Moment.of(mine) if mine else None
-        waits = f"has waited {monotonic() - mine[-1]:.0f} s in {where}" if stuck else f"ends in {where}" if mine else f"ends: it {self._state()}"
+        waits = (f"has waited {monotonic() - mine[-1]:.0f} s in {where}" if stuck else f"ends in {where}"
+                 if mine else f"ends: it {self._state()}")
         try:
             if over:
                 self._tell_why(over)
@@ -192,10 +212,12 @@ class Watchdog:
 
     def _over(self) -> str | None:
         """Why another rank has ended the job: "" where a collective took too long. None where none has."""
-        return None if self._raised else self._ask(lambda s: s.get("over").decode() if s.check(["over"]) else None)
+        return (None if self._raised
+                else self._ask(lambda s: s.get("over").decode() if s.check(["over"]) else None))
 
     def _stuck(self) -> tuple | None:
-        """The collective that has taken longer than it may; on a GPU also the last one, where the GPU does not come past it."""
+        """The collective that has taken longer than it may;
+        on a GPU also the last one, where the GPU does not come past it."""
         now, at = self.watch.now, monotonic()
         if now is not None:
             return now if at - now[-1] > self.limit_s else None
@@ -203,7 +225,8 @@ class Watchdog:
         if self.device.type != "cuda" or last is None or at - last[-1] < self.limit_s / 4:
             return None
         if self._marked is None or self._marked[0] is not last or all(map(passed, self._marked[1])):
-            self._marked = (last, marks(self.device, {0, *(h for s in self.watch.seats for h in tuple(s.streams))}), at)
+            self._marked = (
+                last, marks(self.device, {0, *(h for s in self.watch.seats for h in tuple(s.streams))}), at)
         return last if at - last[-1] > self.limit_s and at - self._marked[2] > self.limit_s / 2 else None
 
     def _terminated(self) -> None:
@@ -220,7 +243,8 @@ class Watchdog:
             os._exit(128 + signal.SIGTERM)
 
     def _leave(self) -> None:
-        """Ends the process, after all that live have reported: the first that is gone makes torchrun end the others."""
+        """Ends the process, after all that live have reported:
+        the first that is gone makes torchrun end the others."""
         self._let_all_say()
         try:
             end_stopped()
@@ -232,13 +256,15 @@ class Watchdog:
         """Waits, some ticks at most, until all ranks have said why the job ends."""
         self._ask(lambda s: s.add("said", 1))
         until = monotonic() + 3 * self.tick_s
-        while monotonic() < until and (self._ask(lambda s: s.add("said", 0)) or self.world_size) < self.world_size:
+        while (monotonic() < until
+               and (self._ask(lambda s: s.add("said", 0)) or self.world_size) < self.world_size):
             sleep(0.02)
 
     def _guard(self) -> None:
         """Ends the process in time even if the other thread is gone, or waits: for the store, say.
 
-        A store that is cut off neither answers nor fails: the timeout of its connection is for keys that it does not have.
+        A store that is cut off neither answers nor fails: the timeout of its connection is for keys that it
+        does not have.
         """
         if self.device.type == "cuda":
             _leave_captures_alone()
@@ -251,14 +277,16 @@ class Watchdog:
                 finally:
                     os._exit(1)
 
-    # -- reports ---------------------------------------------------------------------------------------------------
+    # -- reports ---------------------------------------------------------------------------------------------
 
     def _tell(self, head: str, mine: tuple | None = None) -> None:
         """The report: its first line at once, the others after a look at who still lives."""
         mine = mine or self.watch.now
         say(self.rank, [head])
-        lines = self._scene(Moment.of(mine)).lines() if self._ask(lambda s: s.check(["over"]) is not None) else [self._mute]
-        lines += [f"  {text}" for c in (Doing(*mine).seat.communicators if mine else ()) if (text := _report_of(c))]
+        lines = (self._scene(Moment.of(mine)).lines() if self._ask(lambda s: s.check(["over"]) is not None)
+                 else [self._mute])
+        lines += [f"  {text}" for c in (Doing(*mine).seat.communicators if mine else ())
+                  if (text := _report_of(c))]
         say(self.rank, lines)
         self._report = "\n".join([head, *lines])
 
@@ -296,7 +324,8 @@ class Watchdog:
     def _state(self) -> State:
         watch = self.watch
         now = watch.now or self._waiting or (watch.last if watch.last is watch.failed else None)
-        return State(self._beat, {str(s): s.count for s in watch.seats}, Moment.of(now), Moment.of(watch.last), self._left, encodable(watch.note))
+        return State(self._beat, {str(s): s.count for s in watch.seats}, Moment.of(now),
+                     Moment.of(watch.last), self._left, encodable(watch.note))
 
     def _publish(self) -> None:
         self._beat += 1
@@ -317,7 +346,8 @@ class Watchdog:
 
 
 def _leave_captures_alone() -> None:
-    """What this thread asks of the GPU does not end the capture of a CUDA graph in another thread: mode "relaxed", of this thread alone."""
+    """What this thread asks of the GPU does not end the capture of a CUDA graph in another thread:
+    mode "relaxed", of this thread alone."""
     relaxed = ctypes.c_int(2)
     ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
 
@@ -343,7 +373,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _report_of(communicator: Any) -> str | None:
-    """What it says of itself, if it does. Nothing that goes wrong in it may end the thread that ends the job."""
+    """What it says of itself, if it does.
+
+    Nothing that goes wrong in it may end the thread that ends the job.
+    """
     try:
         return getattr(communicator, "report", lambda: None)()
     except Exception as error:

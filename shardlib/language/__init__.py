@@ -1,1 +1,4 @@
-"""The language: what one writes programs with, an op or a family of ops a file. `trace` runs a function on names; `moves` and `wires` say what a collective is."""
+"""The language: what one writes programs with, an op or a family of ops a file.
+
+`trace` runs a function on names; `moves` and `wires` say what a collective is.
+"""

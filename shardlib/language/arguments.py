@@ -12,7 +12,8 @@ from shardlib.program import Struct
 
 
 def argument_trees(f: Signature, args: Sequence[Any]) -> list[tuple[str, Any]]:
-    """(name, spec or Struct) of every argument; a pytree's from the instance in `args`, else from its annotation."""
+    """(name, spec or Struct) of every argument; a pytree's from the instance in `args`,
+    else from its annotation."""
     hints, trees = f.hints(), []
     if len(args) > len(f.arg_names):
         check_count(f, args)
@@ -22,7 +23,8 @@ def argument_trees(f: Signature, args: Sequence[Any]) -> list[tuple[str, Any]]:
             check_tree(f, name, given, hints.get(name))
         elif spec is not None and isinstance(given, Params):
             raise SpecError(f"{f.__name__}: {name} is {what(given)}; it is one tensor, {spec}")
-        trees.append((name, spec if spec is not None else _struct(f, name, given if isinstance(given, (Params, Struct)) else hints.get(name))))
+        trees.append((name, spec if spec is not None else _struct(
+            f, name, given if isinstance(given, (Params, Struct)) else hints.get(name))))
     return trees
 
 
@@ -31,5 +33,6 @@ def _struct(f: Signature, name: str, given: Any) -> Struct:
         return given
     if isinstance(given, Params) or (isinstance(given, type) and issubclass(given, Params)):
         return struct(given)
-    raise SpecError(f'{f.__name__}: {name} is "*" in "{f.signature}", a pytree; annotate it with its Params class, '
-                    f'or pass an instance')
+    raise SpecError(
+        f'{f.__name__}: {name} is "*" in "{f.signature}", a pytree; annotate it with its Params class, '
+        f'or pass an instance')

@@ -1,9 +1,10 @@
 """The ops behind `+ - * /`: dims are matched by name, and a Python number is a literal.
 
-On one axis: `+` and `-` take two sums that are both owed, or two values that owe nothing; `*` is multilinear; `/` is
-linear in its numerator. A number added counts as whole, except 0.
+On one axis: `+` and `-` take two sums that are both owed, or two values that owe nothing; `*` is multilinear;
+`/` is linear in its numerator. A number added counts as whole, except 0.
 
-A number of Python widens no dtype: integers stay integers under whole numbers, and become float32 under fractions and `/`.
+A number of Python widens no dtype: integers stay integers under whole numbers, and become float32 under
+fractions and `/`.
 """
 from __future__ import annotations
 
@@ -27,9 +28,11 @@ def broadcast(op: str, ins: Sequence[Spec]) -> Spec:
     for spec in ins:
         order = [widest.labels.index(n) for n in spec.labels if n in widest.labels]
         if len(order) < len(spec.dims):
-            raise SpecError(f'{op}: "{spec}" has dims that "{widest}" lacks; einsum or rearrange says what is meant')
+            raise SpecError(
+                f'{op}: "{spec}" has dims that "{widest}" lacks; einsum or rearrange says what is meant')
         if order != sorted(order):
-            raise SpecError(f'{op}: "{spec}" has the dims of "{widest}" in another order; rearrange one of them')
+            raise SpecError(
+                f'{op}: "{spec}" has the dims of "{widest}" in another order; rearrange one of them')
     return widest
 
 
@@ -69,12 +72,12 @@ def _div_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
 _BOTH = Rule(linear=((0, 1),))
 ADD = Op("add", rule=lambda s: _BOTH, emit=_emit, infer=_infer("add"), vjp=_add_vjp, promotes=True,
          reference=lambda d, x, y: x + y)
-SUB = Op("sub", rule=lambda s: _BOTH, emit=_emit, infer=_infer("sub"), vjp=_add_vjp, takes=("number",), promotes=True,
-         reference=lambda d, x, y: -y + x)
-MUL = Op("mul", rule=lambda s: Rule(linear=((0,), (1,))), emit=_emit, infer=_infer("mul"), vjp=_mul_vjp, promotes=True,
-         reference=lambda d, x, y: x * y)
-DIV = Op("div", rule=lambda s: Rule(linear=((0,),)), emit=_emit, infer=_infer("div"), vjp=_div_vjp, reads=reading(fractional), promotes=True,
-         reference=lambda d, x, y: x * y ** -1)
+SUB = Op("sub", rule=lambda s: _BOTH, emit=_emit, infer=_infer("sub"), vjp=_add_vjp, takes=("number",),
+         promotes=True, reference=lambda d, x, y: -y + x)
+MUL = Op("mul", rule=lambda s: Rule(linear=((0,), (1,))), emit=_emit, infer=_infer("mul"), vjp=_mul_vjp,
+         promotes=True, reference=lambda d, x, y: x * y)
+DIV = Op("div", rule=lambda s: Rule(linear=((0,),)), emit=_emit, infer=_infer("div"), vjp=_div_vjp,
+         reads=reading(fractional), promotes=True, reference=lambda d, x, y: x * y ** -1)
 
 
 def _same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
@@ -82,30 +85,35 @@ def _same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
 
 
 def _reads(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | None]:
-    return [fractional(dtypes[0]) if isinstance(attrs["by"], float) else "int64" if dtypes[0] == "bool" else dtypes[0]]
+    return [fractional(dtypes[0]) if isinstance(attrs["by"], float) else "int64" if dtypes[0] == "bool"
+            else dtypes[0]]
 
 
 SCALE = Op("scale", keywords={"by": number}, rule=lambda s: Rule(linear=((0,),)), infer=_same,
            emit=lambda e, s, a: f"{a[0]} * {s.options['by']!r}", reads=_reads,
            vjp=lambda b, s, ct: [b.scale(ct[0], s.options["by"])],
            reference=lambda d, x: d.options["by"] * x)
-SHIFT = Op("shift", keywords={"by": number}, rule=lambda s: Rule(linear=((0,),) if s.options["by"] == 0 else ()), infer=_same,
+SHIFT = Op("shift", keywords={"by": number},
+           rule=lambda s: Rule(linear=((0,),) if s.options["by"] == 0 else ()), infer=_same,
            emit=lambda e, s, a: f"{a[0]} + {s.options['by']!r}", reads=_reads,
            vjp=lambda b, s, ct: [ct[0]],
            reference=lambda d, x: d.options["by"] + x)
 RECIPROCAL = Op("reciprocal", rule=lambda s: Rule(), infer=_same,
                 emit=lambda e, s, a: f"torch.reciprocal({a[0]})", reads=reading(fractional),
-                vjp=lambda b, s, ct: [b.scale(b.call(MUL, [ct[0], b.call(MUL, [s.outputs[0], s.outputs[0]])]), -1.0)],
+                vjp=lambda b, s, ct: [
+                    b.scale(b.call(MUL, [ct[0], b.call(MUL, [s.outputs[0], s.outputs[0]])]), -1.0)],
                 reference=lambda d, x: 1 / x)
 
 
 def with_number(name: str, by: float, left: bool) -> list[tuple[Op, dict[str, Any]]]:
     """The unary steps that `value <name> by` is made of; `left`: the number stands on the left."""
     if isinstance(by, bool) or not isinstance(by, (int, float)):
-        raise SpecError(f"{name}: the other operand is a {type(by).__name__}, no traced value; make it an argument of the @sharded function")
+        raise SpecError(f"{name}: the other operand is a {type(by).__name__}, no traced value; make it an "
+                        "argument of the @sharded function")
     by = float(by) if isinstance(by, float) else int(by)
     if not number(by) or name == "div" and not left and by and not number(1.0 / by):
-        raise SpecError(f"{name}: {by if isinstance(by, float) else 'an integer of more than 64 bits'}; the numbers of a program are finite")
+        raise SpecError(f"{name}: {by if isinstance(by, float) else 'an integer of more than 64 bits'}; the "
+                        "numbers of a program are finite")
     if name == "add":
         return [(SHIFT, {"by": by})]
     if name == "sub":

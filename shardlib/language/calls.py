@@ -1,4 +1,5 @@
-"""What the functions of the API are called with: one line for what they do not take, before anything is traced, made or sent.
+"""What the functions of the API are called with: one line for what they do not take,
+before anything is traced, made or sent.
 
 >>> check_layout("compile", "B=dp")
 Traceback (most recent call last):
@@ -28,14 +29,16 @@ _PUBLIC = ("shardlib", "shardlib.functions", "shardlib.ops")
 def check_layout(who: str, layout: Any) -> None:
     """SpecError unless `layout` is a Layout, or None."""
     if layout is not None and not isinstance(layout, Layout):
-        raise SpecError(f'{who}: the layout is {what(layout)}; it is a Layout, as in Layout(B="dp") or Layout.parse("B=dp")')
+        raise SpecError(f'{who}: the layout is {what(layout)}; it is a Layout, as in Layout(B="dp") or '
+                        'Layout.parse("B=dp")')
 
 
 def check_static(f: Signature, static: Mapping[str, Any]) -> None:
     """SpecError unless `static` are the keyword-only arguments of `f`."""
     for name in static:
         if name in f.arg_names:
-            raise SpecError(f"{f.__name__}: {name} is given by its place; keywords are for static arguments, which come after a \"*,\"")
+            raise SpecError(f"{f.__name__}: {name} is given by its place; keywords are for static arguments, "
+                            "which come after a \"*,\"")
         if name not in f.static_names:
             raise SpecError(f"{f.__name__}: it has no keyword argument {name}")
     if missing := [name for name, needed in f.static_names.items() if needed and name not in static]:
@@ -45,13 +48,15 @@ def check_static(f: Signature, static: Mapping[str, Any]) -> None:
 def refuse_named(f: Signature, named: Mapping[str, Any]) -> None:
     """SpecError where what has been made of `f` is called with arguments by name."""
     if named:
-        raise SpecError(f"{f.__name__}: {next(iter(named))} is given by name; tensors are given by their place, static arguments when it is compiled")
+        raise SpecError(f"{f.__name__}: {next(iter(named))} is given by name; tensors are given by their "
+                        "place, static arguments when it is compiled")
 
 
 def check_count(f: Signature, args: Sequence[Any]) -> None:
     """SpecError unless `f` is given as many arguments as it takes."""
     if len(args) != len(f.arg_names):
-        takes = f"{f.__name__} takes {len(f.arg_names)} argument{'s' * (len(f.arg_names) != 1)}, {', '.join(f.arg_names)}"
+        takes = (f"{f.__name__} takes {len(f.arg_names)} argument{'s' * (len(f.arg_names) != 1)}, "
+                 f"{', '.join(f.arg_names)}")
         raise SpecError(f"{takes}; {len(args)} {'was' if len(args) == 1 else 'were'} given")
 
 
@@ -68,7 +73,8 @@ def check_tree(f: Signature, name: str, given: Any, hint: Any) -> None:
     wanted = hint if isinstance(hint, type) and issubclass(hint, Params) else None
     if not isinstance(given, wanted or Params):
         found = "the class itself" if given is wanted else what(given)
-        raise SpecError(f"{f.__name__}: {name} is {found}; it is a pytree of Params{f', {_a(wanted.__name__)}' if wanted else ''}")
+        raise SpecError(f"{f.__name__}: {name} is {found}; it is a pytree of "
+                        f"Params{f', {_a(wanted.__name__)}' if wanted else ''}")
 
 
 def what(x: Any) -> str:
@@ -81,7 +87,10 @@ def _a(name: str) -> str:
 
 
 def check_tensors(f: Signature, leaves: Iterable[tuple[str, Any]]) -> None:
-    """SpecError unless all leaves are plain tensors of dtypes that programs have, on one device. A prepared leaf is a tuple of layers."""
+    """SpecError unless all leaves are plain tensors of dtypes that programs have, on one device.
+
+    A prepared leaf is a tuple of layers.
+    """
     first: tuple[str, Tensor] | None = None
     for path, leaf in leaves:
         x = leaf[0] if isinstance(leaf, tuple) and leaf else leaf
@@ -91,28 +100,34 @@ def check_tensors(f: Signature, leaves: Iterable[tuple[str, Any]]) -> None:
             raise SpecError(f"{f.__name__}: {path} is {what(x)}, not a tensor")
         kind, form = (str(said).removeprefix("torch.") for said in (x.dtype, x.layout))
         if form != "strided" or x.is_nested:
-            raise SpecError(f"{f.__name__}: {path} is {'nested' if x.is_nested else form}; make a dense tensor of it first")
+            raise SpecError(f"{f.__name__}: {path} is {'nested' if x.is_nested else form}; make a dense "
+                            "tensor of it first")
         if kind not in ITEMSIZE:
-            raise SpecError(f"{f.__name__}: {path} is {kind}; a tensor of a program is one of {', '.join(ITEMSIZE)}")
+            raise SpecError(
+                f"{f.__name__}: {path} is {kind}; a tensor of a program is one of {', '.join(ITEMSIZE)}")
         first = first or (path, x)
         if x.device != first[1].device:
-            raise SpecError(f"{f.__name__}: {path} is on {x.device}, {first[0]} on {first[1].device}; all arguments are on one device")
+            raise SpecError(f"{f.__name__}: {path} is on {x.device}, {first[0]} on {first[1].device}; all "
+                            "arguments are on one device")
 
 
 def misuse(error: TypeError | ValueError, ours: Any) -> SpecError | None:
-    """What is said in place of an error that a function of the library was called with what it does not take; None where a user's own
-    code has raised it. ours(module): whether a module is the library's."""
+    """What is said in place of an error that a function of the library was called with what it does not take;
+    None where a user's own code has raised it. ours(module): whether a module is the library's."""
     frames, entry = [], error.__traceback__
     while entry is not None:
         frames.append(entry.tb_frame)
         entry = entry.tb_next
-    last = max((i for i, frame in enumerate(frames) if not ours(frame.f_globals.get("__name__", ""))), default=-1)
+    last = max((i for i, frame in enumerate(frames) if not ours(frame.f_globals.get("__name__", ""))),
+               default=-1)
     if last + 1 < len(frames):
         return SpecError(f"{frames[last + 1].f_code.co_name}: {error}") if last >= 0 else None
     if not (called := _MISCALLED.fullmatch(str(error))):
         return None
-    f = next((f for m in _PUBLIC if inspect.isfunction(f := getattr(sys.modules.get(m), called[1], None))), None)
-    return SpecError(f"{called[1]}: it is called {called[1]}({_parameters(f)}), and {str(error).partition('() ')[2]}") if f else None
+    f = next((f for m in _PUBLIC if inspect.isfunction(f := getattr(sys.modules.get(m), called[1], None))),
+             None)
+    return SpecError(f"{called[1]}: it is called {called[1]}({_parameters(f)}), and "
+                     f"{str(error).partition('() ')[2]}") if f else None
 
 
 def _parameters(f: Any) -> str:

@@ -2,9 +2,10 @@
 
     y = cond(is_long, window, full, q, k, v)
 
-All ranks must choose alike, since the bodies may communicate: the predicate is a scalar that owes nothing, equal on every
-rank. Both bodies are `@sharded` functions with the same arguments and results. Refused: a predicate with dims, or one that
-still owes; bodies whose results differ in type, or, as far as that is known, in dtype. cond has no derivative yet.
+All ranks must choose alike, since the bodies may communicate: the predicate is a scalar that owes nothing,
+equal on every rank. Both bodies are `@sharded` functions with the same arguments and results. Refused: a
+predicate with dims, or one that still owes; bodies whose results differ in type, or, as far as that is known,
+in dtype. cond has no derivative yet.
 """
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def cond(predicate: Operand, yes: Function, no: Function, *args: Operand | Param
     tensor([0.3000, 2.0000])
     """
     if not isinstance(predicate, Value) or predicate.spec.dims:
-        raise SpecError(f"cond: the predicate is {getattr(predicate, 'spec', type(predicate).__name__)}; it is a scalar, (), of the traced function")
+        raise SpecError(f"cond: the predicate is {getattr(predicate, 'spec', type(predicate).__name__)}; it "
+                        "is a scalar, (), of the traced function")
     for f in (yes, no):
         if not isinstance(f, Function):
             raise SpecError(f"cond: a branch is a @sharded function, not {what(f)}")
@@ -62,11 +64,12 @@ def cond(predicate: Operand, yes: Function, no: Function, *args: Operand | Param
         for (path, spec), v in zip(branch.arg_leaves(), flat):
             check_dims(f"cond: {path} of {f.__name__}", spec, v)
     if [s.labels for _, s in body.result_leaves()] != [s.labels for _, s in orelse.result_leaves()]:
-        raise SpecError(f"cond: {yes.__name__} returns {_say(body)}, {no.__name__} returns {_say(orelse)}; both return the same dims")
+        raise SpecError(f"cond: {yes.__name__} returns {_say(body)}, {no.__name__} returns {_say(orelse)}; "
+                        "both return the same dims")
     if error := unlike(yes.__name__, no.__name__, fixed_dtypes(body), fixed_dtypes(orelse)):
         raise error
-    made = apply(COND, (predicate, *flat), ins=(predicate.spec, *(v.spec for v in flat)), outs=[s for _, s in body.result_leaves()],
-                 body=body, orelse=orelse)
+    made = apply(COND, (predicate, *flat), ins=(predicate.spec, *(v.spec for v in flat)),
+                 outs=[s for _, s in body.result_leaves()], body=body, orelse=orelse)
     it = iter(made if isinstance(made, tuple) else (made,))
     out = tuple(fill(r, "", lambda _: next(it)) if isinstance(r, Params) else next(it) for r in results)
     for tree in out:

@@ -3,8 +3,9 @@
 >>> [str(s) for s in pairwise("B T D, D F, F D -> B T D", dict(B=1, T=8, D=64, F=256))[0]]
 ['D F', 'F D', 'D']
 
-On one axis: a split dim that is kept stays split, a split dim that is contracted leaves a sum owed, one operand may owe a
-sum if no other does. Refused: a dim split in one operand only, two operands that owe over one axis.
+On one axis: a split dim that is kept stays split, a split dim that is contracted leaves a sum owed, one
+operand may owe a sum if no other does. Refused: a dim split in one operand only, two operands that owe over
+one axis.
 """
 from __future__ import annotations
 
@@ -60,10 +61,12 @@ def check(text: str) -> None:
     known = {label for s in ins for label in s.labels}
     for label in outs[0].labels:
         if label not in known and not (outs[0].ellipsis and not label):
-            raise SpecError(f'einsum "{text}": {label} is in the result and in no operand; einsum makes no dims')
+            raise SpecError(
+                f'einsum "{text}": {label} is in the result and in no operand; einsum makes no dims')
     opened = {f.name for s in (*ins, outs[0]) for d in s.dims if len(d.factors) > 1 for f in d.factors}
     if loose := next((n for n in opened if n in known), None):
-        raise SpecError(f'einsum "{text}": {loose} stands alone and in a group; a group matches only the same group')
+        raise SpecError(
+            f'einsum "{text}": {loose} stands alone and in a group; a group matches only the same group')
 
 
 def _specs(text: str) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
@@ -95,9 +98,11 @@ EINSUM = Op("einsum", rule=_rule, emit=_emit, vjp=_vjp, reads=reading(counted),
 
 
 def contraction(ins: list[list[str]], out: list[str], args: list[str], size: Mapping[str, int]) -> str:
-    """The fastest plain-torch expression of an einsum of local tensors: one matmul where the dims allow it."""
+    """The fastest plain-torch expression of an einsum of local tensors:
+    one matmul where the dims allow it."""
     if len(ins) == 2:
-        for (a, b), (x, y) in (((ins[0], ins[1]), (args[0], args[1])), ((ins[1], ins[0]), (args[1], args[0]))):
+        for (a, b), (x, y) in (((ins[0], ins[1]), (args[0], args[1])),
+                               ((ins[1], ins[0]), (args[1], args[0]))):
             if text := _matmul(a, b, out, x, y, size):
                 return text
     letter = dict(zip(dict.fromkeys(n for s in ins for n in s), string.ascii_letters))
@@ -107,8 +112,10 @@ def contraction(ins: list[list[str]], out: list[str], args: list[str], size: Map
     return _chain(ins, out, args, size)
 
 
-def _matmul(a: list[str], b: list[str], out: list[str], x: str, y: str, size: Mapping[str, int]) -> str | None:
-    """`x @ y` when x is (left.., inner..), y is (inner.., right..) or (right.., inner..), and the result (left.., right..)."""
+def _matmul(a: list[str], b: list[str], out: list[str], x: str, y: str,
+            size: Mapping[str, int]) -> str | None:
+    """`x @ y` when x is (left.., inner..), y is (inner.., right..) or (right.., inner..),
+    and the result (left.., right..)."""
     inner = [n for n in a if n in b]
     left, right = [n for n in a if n not in b], [n for n in b if n not in a]
     if not inner or a != left + inner or out != left + right or set(inner) & set(out):
@@ -132,7 +139,8 @@ def _args(shape: Sequence[int]) -> str:
 
 
 def pairwise(text: str, size: Mapping[str, int]) -> list[tuple[Spec, ...]]:
-    """The contractions, two operands at a time, that opt-einsum finds cheapest: (left, right, result) specs."""
+    """The contractions, two operands at a time, that opt-einsum finds cheapest:
+    (left, right, result) specs."""
     ins, outs = _specs(text)
     found = _path([list(s.labels) for s in ins], list(outs[0].labels), size)
     by = {d.label: d for s in ins for d in s.dims}
@@ -140,7 +148,8 @@ def pairwise(text: str, size: Mapping[str, int]) -> list[tuple[Spec, ...]]:
 
 
 def _path(ins: list[list[str]], out: list[str], size: Mapping[str, int]) -> list[tuple]:
-    """Per contraction: (index, index, left labels, right labels, result labels), operands shifting as they are consumed."""
+    """Per contraction: (index, index, left labels, right labels, result labels),
+    operands shifting as they are consumed."""
     import opt_einsum
     letter = dict(zip(dict.fromkeys(n for s in ins for n in s), string.ascii_letters))
     equation = ",".join("".join(letter[n] for n in s) for s in ins) + "->" + "".join(letter[n] for n in out)

@@ -2,15 +2,17 @@
 
     y = local("B/dp T D, D -> B/dp T D", my_kernel, x, w)
 
-The specs are exact: a dim without axes is whole, and operands are converted to just that. What the function does is not
-looked into; what it returns is: as many tensors as the text names, of this rank's shapes, on the operands' device, each of the
-first operand's dtype (or as `dtype` says). It may return what it is given, or views of that, and changes none of it: it works in
-place on copies only. Its derivative is its own (torch.autograd on each rank); the cotangent of an operand that is whole on an
-axis which something in the call uses is owed there. `check_local` compares it with the function on whole tensors, with random
-owed pieces. `f` is a function that can be imported, so that a printed program can name it.
+The specs are exact: a dim without axes is whole, and operands are converted to just that. What the function
+does is not looked into; what it returns is: as many tensors as the text names, of this rank's shapes, on the
+operands' device, each of the first operand's dtype (or as `dtype` says). It may return what it is given, or
+views of that, and changes none of it: it works in place on copies only. Its derivative is its own
+(torch.autograd on each rank); the cotangent of an operand that is whole on an axis which something in the
+call uses is owed there. `check_local` compares it with the function on whole tensors, with random owed
+pieces. `f` is a function that can be imported, so that a printed program can name it.
 
-Refused where it runs, in one line: a result that is something else, and an operand that torch has seen change. Writes that torch
-does not see (through `x.data`, `x.numpy()`, or the pointer in a kernel of your own) are found by `check_local`.
+Refused where it runs, in one line: a result that is something else, and an operand that torch has seen
+change. Writes that torch does not see (through `x.data`, `x.numpy()`, or the pointer in a kernel of your own)
+are found by `check_local`.
 """
 from __future__ import annotations
 
@@ -52,9 +54,11 @@ def local(text: str, f: Callable, *operands: Operand, dtype: str | Sequence[str]
     >>> check_local("B/dp T -> B/dp T", running_max, dict(B=3, T=5), Mesh(dp=2))
     """
     if not callable(f) or not operands:
-        raise SpecError(f"local: {what(f)} is no function" if not callable(f) else f"local: {_short(f)} is given no operand")
+        raise SpecError(f"local: {what(f)} is no function" if not callable(f)
+                        else f"local: {_short(f)} is given no operand")
     if getattr(f, "__closure__", None):
-        raise SpecError(f"local: {_name(f)} closes over {', '.join(f.__code__.co_freevars)}; pass what it needs as operands")
+        raise SpecError(f"local: {_name(f)} closes over {', '.join(f.__code__.co_freevars)}; pass what it "
+                        "needs as operands")
     if dtype is None:
         return apply(local_op(f), operands, text)
     kinds = (dtype,) * len(parse_signature(text)[1]) if isinstance(dtype, str) else tuple(dtype)
@@ -66,19 +70,22 @@ def local(text: str, f: Callable, *operands: Operand, dtype: str | Sequence[str]
 @cache
 def local_op(f: Callable) -> Op:
     """The op that runs `f`. Its types are those of its text: nothing is completed, nothing follows."""
-    return Op("local", rule=lambda s: Rule(), asserted=True, function=f, vjp=lambda b, s, ct: _vjp(f, b, s, ct),
-              emit=lambda e, s, a: _emit(f, e, s, a), keywords={"dtype": _names},
-              reads=as_they_come, dtype=lambda d, options: options.get("dtype") or repeat(d[0]))
+    return Op("local", rule=lambda s: Rule(), asserted=True, function=f,
+              vjp=lambda b, s, ct: _vjp(f, b, s, ct), emit=lambda e, s, a: _emit(f, e, s, a),
+              keywords={"dtype": _names}, reads=as_they_come,
+              dtype=lambda d, options: options.get("dtype") or repeat(d[0]))
 
 
 @cache
 def local_vjp_op(f: Callable) -> Op:
     return Op("local_vjp", rule=lambda s: Rule(), asserted=True, function=f,
-              emit=lambda e, s, a: f"{e.use(local_vjp)}({e.use(f)}, {len(s.outs)}, {', '.join(a)})", reads=as_they_come, dtype=lambda d, o: d)
+              emit=lambda e, s, a: f"{e.use(local_vjp)}({e.use(f)}, {len(s.outs)}, {', '.join(a)})",
+              reads=as_they_come, dtype=lambda d, o: d)
 
 
 def _names(dtype: Any) -> bool:
-    return dtype is None or isinstance(dtype, tuple) and all(isinstance(kind, str) and kind in ITEMSIZE for kind in dtype)
+    return (dtype is None or isinstance(dtype, tuple)
+            and all(isinstance(kind, str) and kind in ITEMSIZE for kind in dtype))
 
 
 def _emit(f: Callable, e: LocalCode, step: Step, args: Sequence[str]) -> str:
@@ -88,8 +95,12 @@ def _emit(f: Callable, e: LocalCode, step: Step, args: Sequence[str]) -> str:
     return f"{e.use(run_local)}({e.use(f)}, {shapes}, {kinds}, {', '.join(args)})"
 
 
-def run_local(f: Callable, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str | None], *operands: Tensor) -> Any:
-    """What `f` returns for `operands`. SpecError unless it has these shapes and dtypes (None: the first operand's), and they are as they were."""
+def run_local(f: Callable, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str | None],
+              *operands: Tensor) -> Any:
+    """What `f` returns for `operands`.
+
+    SpecError unless it has these shapes and dtypes (None: the first operand's), and they are as they were.
+    """
     if torch.compiler.is_compiling():               # what is traced counts no writes
         return f(*operands)
     with _unchanged(f, operands) as given:
@@ -98,8 +109,10 @@ def run_local(f: Callable, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[s
     if len(results) != len(shapes):
         raise SpecError(f"local: {_short(f)} returns {len(results)}, its text names {len(shapes)} results")
     for i, (result, shape, dtype) in enumerate(zip(results, shapes, dtypes), 1):
-        if wrong := _wrong(result, shape, getattr(torch, dtype) if dtype else operands[0].dtype, operands[0].device):
-            raise SpecError(f"local: {_short(f)} returns {wrong}" if len(shapes) == 1 else f"local: result {i} of {_short(f)} is {wrong}")
+        if wrong := _wrong(result, shape, getattr(torch, dtype) if dtype else operands[0].dtype,
+                           operands[0].device):
+            raise SpecError(f"local: {_short(f)} returns {wrong}" if len(shapes) == 1
+                            else f"local: result {i} of {_short(f)} is {wrong}")
     return made
 
 
@@ -110,13 +123,17 @@ def _wrong(result: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torc
     if result.shape != shape:
         return f"{tuple(result.shape)}, its text says {shape} on this rank"
     if result.dtype != dtype:
-        return f"{_kind(result.dtype)}, not {_kind(dtype)}; where that is meant, say dtype={_kind(result.dtype)!r}"
+        return (f"{_kind(result.dtype)}, not {_kind(dtype)}; where that is meant, say "
+                f"dtype={_kind(result.dtype)!r}")
     return f"a tensor on {result.device}, its operands are on {device}" if result.device != device else None
 
 
 @contextmanager
 def _unchanged(f: Callable, operands: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """The operands, such that torch counts what is written to them. SpecError at the end if anything was: others may read them."""
+    """The operands, such that torch counts what is written to them.
+
+    SpecError at the end if anything was: others may read them.
+    """
     with ExitStack() as around:
         if torch.is_inference_mode_enabled() or any(x.is_inference() for x in operands):
             around.enter_context(torch.inference_mode(False))
@@ -126,14 +143,17 @@ def _unchanged(f: Callable, operands: Sequence[Tensor]) -> Iterator[Sequence[Ten
         yield operands
         changed = next((i for i, x in enumerate(operands) if x._version != before[i]), None)
     if changed is not None:
-        raise SpecError(f"local: {_short(f)} changes {_argument(f, changed)} in place, which others may read; let it work on a copy")
+        raise SpecError(f"local: {_short(f)} changes {_argument(f, changed)} in place, which others may "
+                        "read; let it work on a copy")
 
 
 def _counting(x: Tensor) -> Tensor:
-    """The same elements as a tensor that counts what is written to it, which those of inference mode do not."""
+    """The same elements as a tensor that counts what is written to it,
+    which those of inference mode do not."""
     if not x.is_inference():
         return x
-    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+    return torch.empty(0, dtype=x.dtype,
+                       device=x.device).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
 
 def local_vjp(f: Callable, count: int, *args: Tensor) -> Any:
@@ -141,17 +161,21 @@ def local_vjp(f: Callable, count: int, *args: Tensor) -> Any:
     with _unchanged(f, args) as given, torch.enable_grad():
         xs = [x.detach().requires_grad_(x.is_floating_point()) for x in given[:count]]
         out = f(*xs)
-        through = [(y, ct) for y, ct in zip(out if isinstance(out, tuple) else (out,), given[count:]) if y.requires_grad]
+        through = [(y, ct) for y, ct in zip(out if isinstance(out, tuple) else (out,), given[count:])
+                   if y.requires_grad]
         if not through:
-            raise SpecError(f"local: torch knows no derivative of {_short(f)}; make it a torch.autograd.Function, or call stop_gradient")
+            raise SpecError(f"local: torch knows no derivative of {_short(f)}; make it a "
+                            "torch.autograd.Function, or call stop_gradient")
         ys, cotangents = zip(*through)
-        found = iter(torch.autograd.grad(ys, [x for x in xs if x.requires_grad], cotangents, allow_unused=True))
+        found = iter(
+            torch.autograd.grad(ys, [x for x in xs if x.requires_grad], cotangents, allow_unused=True))
     made = tuple(torch.zeros_like(x) if not x.requires_grad or (g := next(found)) is None else g for x in xs)
     return made if len(made) > 1 else made[0]
 
 
 def _vjp(f: Callable, b: Steps, step: Step, cotangents: Sequence[str]) -> list[str]:
-    busy = [a for a in b.mesh.axes if any(a in s.split_axes or a in s.owed_axes for s in (*step.ins, *step.outs))]
+    busy = [a for a in b.mesh.axes
+            if any(a in s.split_axes or a in s.owed_axes for s in (*step.ins, *step.outs))]
     kinds = [s.owing(*(a for a in busy if a not in s.split_axes and a not in s.owed_axes)) for s in step.ins]
     return list(b.add(local_vjp_op(f), [*step.inputs, *cotangents], kinds))
 
@@ -177,44 +201,56 @@ def _name(f: Callable) -> str:
     return f"{getattr(f, '__module__', '?')}:{getattr(f, '__qualname__', repr(f))}"
 
 
-def check_local(text: str, f: Callable, sizes: Mapping[str, int], mesh: Mesh, whole: Callable | None = None, trials: int = 3) -> None:
-    """SpecError unless `f` on every rank's pieces is `whole` (by default `f`) on whole tensors, value and derivative.
+def check_local(text: str, f: Callable, sizes: Mapping[str, int], mesh: Mesh, whole: Callable | None = None,
+                trials: int = 3) -> None:
+    """SpecError unless `f` on every rank's pieces is `whole` (by default `f`) on whole tensors,
+    value and derivative.
 
-    Operands are drawn at random, fp64, pieces of owed sums too; `f` may write to none of them, in whatever way.
+    Operands are drawn at random, fp64, pieces of owed sums too; `f` may write to none of them, in whatever
+    way.
     """
     written = parse_specs(text, f'local "{text}": "*" belongs in the signature of a @sharded function')
     ins, outs = (tuple(s.resolve(mesh) for s in side) for side in written)
     generator = torch.Generator().manual_seed(0)
     for _ in range(trials):
-        xs = [torch.randn(mesh.local_shape(s.whole(), sizes, {}), generator=generator, dtype=torch.float64, device="cpu") for s in ins]
+        xs = [torch.randn(mesh.local_shape(s.whole(), sizes, {}), generator=generator, dtype=torch.float64,
+                          device="cpu") for s in ins]
         pieces = [placement.place(x, s, sizes, mesh, generator) for x, s in zip(xs, ins)]
         for rank in range(mesh.world_size):
-            _check_call(text, f, [p[rank] for p in pieces], [mesh.local_shape(s, sizes, mesh.coordinate(rank)) for s in outs])
+            _check_call(text, f, [p[rank] for p in pieces],
+                        [mesh.local_shape(s, sizes, mesh.coordinate(rank)) for s in outs])
         dense = _tuple((whole or f)(*(x.requires_grad_() for x in xs)))
         ranks = [_tuple(f(*(p[r].requires_grad_() for p in pieces))) for r in range(mesh.world_size)]
         for i, (want, kind) in enumerate(zip(dense, outs)):
-            _same(f"{_name(f)}: result {i + 1}", text, _join([r[i].detach() for r in ranks], kind, sizes, mesh), want.detach())
+            _same(f"{_name(f)}: result {i + 1}", text,
+                  _join([r[i].detach() for r in ranks], kind, sizes, mesh), want.detach())
         seeds = [torch.randn(d.shape, generator=generator, dtype=torch.float64, device="cpu") for d in dense]
         want = torch.autograd.grad(dense, xs, seeds, allow_unused=True)
         busy = [a for a in mesh.axes if any(a in s.split_axes or a in s.owed_axes for s in (*ins, *outs))]
         placed = [placement.place(s, k.owing(), sizes, mesh) for s, k in zip(seeds, outs)]
-        got = [torch.autograd.grad(ranks[r], [p[r] for p in pieces], [c[r] for c in placed], allow_unused=True) for r in range(mesh.world_size)]
+        got = [torch.autograd.grad(ranks[r], [p[r] for p in pieces], [c[r] for c in placed],
+                                   allow_unused=True) for r in range(mesh.world_size)]
         for i, (x, kind) in enumerate(zip(xs, ins)):
             dual = kind.owing(*(a for a in busy if a not in kind.split_axes and a not in kind.owed_axes))
-            local_grads = [g[i] if g[i] is not None else torch.zeros_like(pieces[i][r]) for r, g in enumerate(got)]
+            local_grads = [g[i] if g[i] is not None else torch.zeros_like(pieces[i][r])
+                           for r, g in enumerate(got)]
             _same(f"{_name(f)}: the gradient of operand {i + 1}", text, _join(local_grads, dual, sizes, mesh),
                   want[i] if want[i] is not None else torch.zeros_like(x))
 
 
-def _check_call(text: str, f: Callable, operands: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+def _check_call(text: str, f: Callable, operands: Sequence[Tensor],
+                shapes: Sequence[tuple[int, ...]]) -> None:
     """SpecError unless `f` returns tensors of these shapes, and its operands hold the same bits as before."""
     before = [x.clone() for x in operands]
     with torch.no_grad():
         made = [tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__ for y in _tuple(f(*operands))]
     if made != list(shapes):
-        raise SpecError(f'{_name(f)} returns {", ".join(map(str, made))}; "{text}" says {", ".join(map(str, shapes))}')
-    if changed := [_argument(f, i) for i, (x, y) in enumerate(zip(operands, before)) if not torch.equal(x.view(torch.int64), y.view(torch.int64))]:
-        raise SpecError(f"{_name(f)} changes {', '.join(changed)}, which others may read; let it work on a copy")
+        raise SpecError(
+            f'{_name(f)} returns {", ".join(map(str, made))}; "{text}" says {", ".join(map(str, shapes))}')
+    if changed := [_argument(f, i) for i, (x, y) in enumerate(zip(operands, before))
+                   if not torch.equal(x.view(torch.int64), y.view(torch.int64))]:
+        raise SpecError(
+            f"{_name(f)} changes {', '.join(changed)}, which others may read; let it work on a copy")
 
 
 def _join(pieces: Sequence[Tensor], kind: Spec, sizes: Mapping[str, int], mesh: Mesh) -> Tensor | None:

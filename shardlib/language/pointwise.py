@@ -1,8 +1,9 @@
 """Pointwise functions of one tensor, and `where`.
 
-Each row of `UNARY` is an op: the plain-torch expression of its value, and of its derivative in terms of the cotangent
-`g`, the operand `x` and the result `y`. All are nonlinear: of a sum that is still owed they are refused. Their
-derivatives are linear in `g`, so a cotangent may be owed. `relu` and `square` take integers, too.
+Each row of `UNARY` is an op: the plain-torch expression of its value, and of its derivative in terms of the
+cotangent `g`, the operand `x` and the result `y`. All are nonlinear: of a sum that is still owed they are
+refused. Their derivatives are linear in `g`, so a cotangent may be owed. `relu` and `square` take integers,
+too.
 """
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def _unary(name: str, value: str, slope: str) -> tuple[Op, Op]:
 
     def vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
         return [b.call(backward, [step.outputs[0] if from_result else step.inputs[0], ct[0]])]
-    forward = Op(name, rule=lambda s: Rule(), infer=_infer, vjp=vjp, emit=lambda e, s, a: value.format(x=a[0]),
+    forward = Op(name, rule=lambda s: Rule(), infer=_infer, vjp=vjp,
+                 emit=lambda e, s, a: value.format(x=a[0]),
                  takes=("number" if name in OF_INTEGERS else "float",),
                  reference=lambda d, x: function(x))
     return forward, backward
@@ -200,15 +202,14 @@ def _to(e: LocalCode, step: Step, args: list[str]) -> str:
     return args[0] if have == want else f"{args[0]}.to(torch.{want})"
 
 
-CAST = Op("cast", keywords={"dtype": lambda v: v in FLOATS}, rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast_vjp,
-          emit=lambda e, s, a: f"{a[0]}.to(torch.{s.options['dtype']})", dtype=lambda d, o: [o["dtype"]],
-          reference=lambda d, x: x)
-CAST_LIKE = Op("cast_like", rule=lambda s: Rule(linear=((0,),), uses=((0,),)), infer=_infer, vjp=_cast_vjp, index=(1,), emit=_to,
-               takes=("any",), reads=as_they_come, dtype=lambda d, o: [d[1] if d[1] in FLOATS else d[1] and d[0]],
-               reference=lambda d, x, like: x)
-WIDEN = Op("widen", rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast_vjp, emit=_to, reads=as_they_come,
-           dtype=lambda d, o: [widest(d[0], "float32")],
-           reference=lambda d, x: x)
+CAST = Op("cast", keywords={"dtype": lambda v: v in FLOATS}, rule=lambda s: Rule(linear=((0,),)),
+          infer=_infer, vjp=_cast_vjp, emit=lambda e, s, a: f"{a[0]}.to(torch.{s.options['dtype']})",
+          dtype=lambda d, o: [o["dtype"]], reference=lambda d, x: x)
+CAST_LIKE = Op("cast_like", rule=lambda s: Rule(linear=((0,),), uses=((0,),)), infer=_infer, vjp=_cast_vjp,
+               index=(1,), emit=_to, takes=("any",), reads=as_they_come,
+               dtype=lambda d, o: [d[1] if d[1] in FLOATS else d[1] and d[0]], reference=lambda d, x, like: x)
+WIDEN = Op("widen", rule=lambda s: Rule(linear=((0,),)), infer=_infer, vjp=_cast_vjp, emit=_to,
+           reads=as_they_come, dtype=lambda d, o: [widest(d[0], "float32")], reference=lambda d, x: x)
 
 
 def cast(x: Operand, dtype: str) -> Value:
@@ -240,8 +241,8 @@ def _where_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
             b.einsum_to(step.ins[2], [b.call(WHERE, [mask, zero, ct[0]])])]
 
 
-WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=_where_infer, emit=_where_emit, vjp=_where_vjp, index=(0,),
-           takes=("mask", "any"), promotes=True,
+WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=_where_infer, emit=_where_emit,
+           vjp=_where_vjp, index=(0,), takes=("mask", "any"), promotes=True,
            reference=lambda d, mask, a, b: a.masked_fill(~mask, 0) + b.masked_fill(mask, 0))
 
 
@@ -261,8 +262,8 @@ def where(mask: Operand, a: Operand, b: Operand) -> Value:
     return apply(WHERE, (mask, a, b))
 
 
-STOP_GRADIENT = Op("stop_gradient", rule=lambda s: Rule(linear=((0,),)), infer=_infer, emit=lambda e, s, a: f"{a[0]}.detach()", constant=True,
-                   reference=lambda d, x: x.detach())
+STOP_GRADIENT = Op("stop_gradient", rule=lambda s: Rule(linear=((0,),)), infer=_infer,
+                   emit=lambda e, s, a: f"{a[0]}.detach()", constant=True, reference=lambda d, x: x.detach())
 
 
 def stop_gradient(x: Operand) -> Value:
@@ -277,7 +278,8 @@ def stop_gradient(x: Operand) -> Value:
     return apply(STOP_GRADIENT, (x,))
 
 
-COMPARE = {name: Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=_infer, constant=True, takes=("number",), dtype=lambda d, o: ["bool"],
+COMPARE = {name: Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=_infer, constant=True,
+                    takes=("number",), dtype=lambda d, o: ["bool"],
                     emit=lambda e, s, a, sign=sign: f"({a[0]} {sign} {s.options['than']!r})",
                     reference=lambda d, x, side=side: (x - d.options["than"]).sign() == side)
            for name, sign, side in (("greater", ">", 1), ("less", "<", -1))}
@@ -309,4 +311,5 @@ def less(x: Operand, than: float) -> Value:
     return apply(COMPARE["less"], (x,), than=than)
 
 
-TABLE = {**OPS, **COMPARE, "cast": CAST, "cast_like": CAST_LIKE, "widen": WIDEN, "where": WHERE, "stop_gradient": STOP_GRADIENT}
+TABLE = {**OPS, **COMPARE, "cast": CAST, "cast_like": CAST_LIKE, "widen": WIDEN, "where": WHERE,
+         "stop_gradient": STOP_GRADIENT}

@@ -1,11 +1,12 @@
 """rearrange: transpose, merge and split dims, in einops' notation. rename: give a dim another letter.
 
-A merged dim keeps its factors in its type: `rearrange("B T K/tp G H -> B T (K/tp G H)", q)` is split in whole units of
-K, and taking it apart again is its inverse; both are free, and both pass a sum that is owed. Refused: a group whose
-later factor is split (its rows on a rank would be strided), dims lost or made.
+A merged dim keeps its factors in its type: `rearrange("B T K/tp G H -> B T (K/tp G H)", q)` is split in whole
+units of K, and taking it apart again is its inverse; both are free, and both pass a sum that is owed.
+Refused: a group whose later factor is split (its rows on a rank would be strided), dims lost or made.
 
-A rename is free where both sides have as many factors, each taking the next one's name. Between a group and a name (or a
-constant) it is one of products, and the dim is whole: (K/a G) of 3 x 4 is 8 and 4 rows on two ranks, N/a would be 6 and 6.
+A rename is free where both sides have as many factors, each taking the next one's name. Between a group and a
+name (or a constant) it is one of products, and the dim is whole: (K/a G) of 3 x 4 is 8 and 4 rows on two
+ranks, N/a would be 6 and 6.
 """
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def _vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
 
 
 def by_factor(old: Dim, new: Dim) -> bool:
-    """Whether a rename of `old` to `new` names each factor anew; else what is named is the product, and the dim is whole."""
+    """Whether a rename of `old` to `new` names each factor anew;
+    else what is named is the product, and the dim is whole."""
     return len(old.factors) == len(new.factors) > 0
 
 
@@ -50,10 +52,14 @@ def whole_in_rename(old: Spec, new: Spec) -> tuple[Dim, ...]:
 
 
 def renamed(have: Spec, named: Spec) -> Spec:
-    """The type of a value of type `have` under the names of `named`. RuleError for a split dim whose pieces it would change."""
+    """The type of a value of type `have` under the names of `named`.
+
+    RuleError for a split dim whose pieces it would change.
+    """
     for old, new in zip(have.dims, named.dims):
         if old.axes and not by_factor(old, new):
-            raise RuleError(f"rename: {old} is split over {'/'.join(old.axes)}; its pieces are not those of {new.label}", 0, old.label)
+            raise RuleError(f"rename: {old} is split over {'/'.join(old.axes)}; its pieces are not those of "
+                            f"{new.label}", 0, old.label)
     return Spec(tuple(new.split(old.axes) for old, new in zip(have.dims, named.dims)), have.owed)
 
 

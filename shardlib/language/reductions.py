@@ -1,9 +1,9 @@
 """Ops along dims: sum, mean, max, softmax, logsumexp, argmax.
 
-Their spec string says the dims that remain: `mean("B T -> ()", x)`. A split dim that is summed leaves a sum owed, one
-that is maxed leaves a max owed. softmax, logsumexp and argmax need their dim whole, or take the distributed form: the
-same over the pieces, joined by small reductions, each of them a step of the program. Of bfloat16 and float16, what is summed up
-inside of an op is summed in float32, and rounded once.
+Their spec string says the dims that remain: `mean("B T -> ()", x)`. A split dim that is summed leaves a sum
+owed, one that is maxed leaves a max owed. softmax, logsumexp and argmax need their dim whole, or take the
+distributed form: the same over the pieces, joined by small reductions, each of them a step of the program. Of
+bfloat16 and float16, what is summed up inside of an op is summed in float32, and rounded once.
 """
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def _sum(e: LocalCode, step: Step, args: list[str]) -> str:
 
 
 def _rounded(e: LocalCode, step: Step) -> str:
-    """The end of an expression in float32: its rounding to the step's dtype; nothing where that is not narrow."""
+    """The end of an expression in float32: its rounding to the step's dtype;
+    nothing where that is not narrow."""
     kind = e.dtypes[step.outputs[0]]
     return f".to(torch.{kind})" if narrow(kind) else ""
 
@@ -52,7 +53,8 @@ def _wide(e: LocalCode, step: Step, arg: str) -> str:
 def _mean(e: LocalCode, step: Step, args: list[str]) -> str:
     if (end := _rounded(e, step)) and _dims(step) and _count(e, step):
         return f"({args[0]}.sum({_dims(step)}, dtype=torch.float32) / {_count(e, step)}){end}"
-    return f"{_sum(e, step, args)} / {_count(e, step)}" if _count(e, step) else f"{_sum(e, step, args)} * float('nan')"
+    return (f"{_sum(e, step, args)} / {_count(e, step)}" if _count(e, step)
+            else f"{_sum(e, step, args)} * float('nan')")
 
 
 def _made(step: Step) -> tuple[str, ...]:
@@ -87,26 +89,29 @@ def _max(e: LocalCode, step: Step, args: list[str]) -> str:
 
 
 def amax(x: Any, dims: tuple[int, ...]) -> Any:
-    """The maximum over `dims`; the least of its dtype (-inf, False) where there is nothing, NaN where there is one."""
+    """The maximum over `dims`; the least of its dtype (-inf, False) where there is nothing,
+    NaN where there is one."""
     if any(x.shape[d] == 0 for d in dims):
         shape = [n for i, n in enumerate(x.shape) if i not in dims]
-        low = float("-inf") if x.is_floating_point() else False if x.dtype == torch.bool else torch.iinfo(x.dtype).min
+        low = (float("-inf") if x.is_floating_point() else False if x.dtype == torch.bool
+               else torch.iinfo(x.dtype).min)
         return x.new_full(shape, low)
     return x.amax(dims) if dims else x.clone()
 
 
 def _fold_max(d: Dims, x: Tensor) -> Tensor:
-    low = float("-inf") if x.is_floating_point() else False if x.dtype == torch.bool else torch.iinfo(x.dtype).min
+    low = (float("-inf") if x.is_floating_point() else False if x.dtype == torch.bool
+           else torch.iinfo(x.dtype).min)
     return d.fold(torch.maximum, low, x)
 
 
-SUM = Op("sum", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_sum, vjp=lambda b, s, ct: [b.spread(ct[0], s.ins[0])],
-         reads=reading(counted),
+SUM = Op("sum", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_sum,
+         vjp=lambda b, s, ct: [b.spread(ct[0], s.ins[0])], reads=reading(counted),
          reference=lambda d, x: d.sum(x))
-MEAN = Op("mean", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_mean, vjp=_mean_vjp, reads=reading(fractional), statistic=True,
-          reference=lambda d, x: d.sum(x) / d.count(*d.gone))
-SPREAD = Op("spread", keywords={"mean": lambda v: v in (None, True)}, rule=lambda s: Rule(linear=((0,),)), emit=_spread, vjp=None,
-            reads=lambda d, o: [fractional(d[0]) if o.get("mean") else d[0]],
+MEAN = Op("mean", rule=lambda s: Rule(linear=((0,),), sums=_gone(s)), emit=_mean, vjp=_mean_vjp,
+          reads=reading(fractional), statistic=True, reference=lambda d, x: d.sum(x) / d.count(*d.gone))
+SPREAD = Op("spread", keywords={"mean": lambda v: v in (None, True)}, rule=lambda s: Rule(linear=((0,),)),
+            emit=_spread, vjp=None, reads=lambda d, o: [fractional(d[0]) if o.get("mean") else d[0]],
             reference=lambda d, x: x / d.count(*_made(d.step)) if d.options.get("mean") else x)
 MAX = Op("max", rule=lambda s: Rule(maxes=_gone(s)), emit=_max,
          reference=_fold_max)
@@ -148,10 +153,12 @@ def _has_dim(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
     return (ins[0],)
 
 
-SOFTMAX = Op("softmax", takes=("float",), keywords={"along": nameable}, rule=lambda s: Rule(whole=(_along(s),)), infer=_has_dim, vjp=_softmax_vjp,
+SOFTMAX = Op("softmax", takes=("float",), keywords={"along": nameable},
+             rule=lambda s: Rule(whole=(_along(s),)), infer=_has_dim, vjp=_softmax_vjp,
              emit=lambda e, s, a: f"{a[0]}.softmax({s.ins[0].labels.index(_along(s))})",
              reference=lambda d, x: _softmax(d, x))
-SOFTMAX_VJP = Op("softmax_vjp", keywords={"along": nameable}, rule=lambda s: Rule(linear=((1,),), whole=(_along(s),)), infer=_has_dim,
+SOFTMAX_VJP = Op("softmax_vjp", keywords={"along": nameable},
+                 rule=lambda s: Rule(linear=((1,),), whole=(_along(s),)), infer=_has_dim,
                  emit=_softmax_backward, takes=("float",),
                  reference=lambda d, y, g: d.vjp(_softmax, (y.log(),), g, d.step.ins[0]))
 
@@ -167,13 +174,15 @@ def _narrow_to_wide(arg: str, narrow: Spec, wide: Spec) -> str:
 def _exp_minus(e: LocalCode, step: Step, args: list[str]) -> str:
     x, m, g = args
     wide = step.ins[0]
-    text = f"({_wide(e, step, x)} - {_narrow_to_wide(m, step.ins[1], wide)}).exp() * {_narrow_to_wide(g, step.ins[2], wide)}"
+    text = (f"({_wide(e, step, x)} - {_narrow_to_wide(m, step.ins[1], wide)}).exp() * "
+            f"{_narrow_to_wide(g, step.ins[2], wide)}")
     return f"({text}){end}" if (end := _rounded(e, step)) else text
 
 
 def _sum_exp(e: LocalCode, step: Step, args: list[str]) -> str:
     x, m = args
-    return f"({_wide(e, step, x)} - {_narrow_to_wide(m, step.ins[1], step.ins[0])}).exp().sum({_dims(step)}){_rounded(e, step)}"
+    return (f"({_wide(e, step, x)} - "
+            f"{_narrow_to_wide(m, step.ins[1], step.ins[0])}).exp().sum({_dims(step)}){_rounded(e, step)}")
 
 
 def _logsumexp(e: LocalCode, step: Step, args: list[str]) -> str:
@@ -197,9 +206,10 @@ def _spread_logsumexp(b: Steps, step: Step, x: str) -> str:
 LOGSUMEXP = Op("logsumexp", rule=lambda s: Rule(whole=_gone(s)), vjp=_logsumexp_vjp,
                emit=_logsumexp, distribute=_spread_logsumexp, takes=("float",),
                reference=lambda d, x: d.fold(torch.logaddexp, float("-inf"), x))
-EXP_MINUS = Op("exp_minus", rule=lambda s: Rule(linear=((2,),)), infer=_first, emit=_exp_minus, takes=("float",),
-               reference=lambda d, x, m, g: g * math.e ** (x - m))
-FINITE = Op("finite", rule=lambda s: Rule(), infer=_first, takes=("float",), emit=lambda e, s, a: f"{a[0]}.masked_fill({a[0]}.isinf(), 0)",
+EXP_MINUS = Op("exp_minus", rule=lambda s: Rule(linear=((2,),)), infer=_first, emit=_exp_minus,
+               takes=("float",), reference=lambda d, x, m, g: g * math.e ** (x - m))
+FINITE = Op("finite", rule=lambda s: Rule(), infer=_first, takes=("float",),
+            emit=lambda e, s, a: f"{a[0]}.masked_fill({a[0]}.isinf(), 0)",
             reference=lambda d, x: torch.where(x.abs() == float("inf"), 0, x))
 SUM_EXP = Op("sum_exp", rule=lambda s: Rule(sums=_gone(s)), emit=_sum_exp, takes=("float",),
              vjp=lambda b, s, ct: [b.call(EXP_MINUS, [s.inputs[0], s.inputs[1], ct[0]]), None],
@@ -221,12 +231,15 @@ def _rank_of(e: LocalCode, step: Step, args: list[str]) -> str:
     (i,) = _dims(step)
     start, _ = e.rows(step.ins[0].dims[i])
     x, top = args
-    return f"{e.use(rank_of)}({x}, {_narrow_to_wide(top, step.ins[1], step.ins[0])}, {i}, {start}, {_not_empty(e, step)})"
+    return (f"{e.use(rank_of)}({x}, {_narrow_to_wide(top, step.ins[1], step.ins[0])}, {i}, {start}, "
+            f"{_not_empty(e, step)})")
 
 
 def rank_of(x: Any, top: Any, dim: int, start: int, n: int) -> Any:
-    """-i for the first i of n with x[i] = top (NaN equals NaN), i counted from `start`; -n where there is none."""
-    index = torch.arange(start, start + x.shape[dim], device=x.device).view([-1 if i == dim else 1 for i in range(x.ndim)])
+    """-i for the first i of n with x[i] = top (NaN equals NaN), i counted from `start`;
+    -n where there is none."""
+    index = torch.arange(start, start + x.shape[dim],
+                         device=x.device).view([-1 if i == dim else 1 for i in range(x.ndim)])
     return amax(torch.where((x == top) | (x.isnan() & top.isnan()), -index, -n), (dim,))
 
 
@@ -255,12 +268,12 @@ def _argmax(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"{args[0]}.argmax({_dims(step)[0]})"
 
 
-ARGMAX = Op("argmax", rule=lambda s: Rule(whole=_gone(s)), emit=_argmax, distribute=_spread_argmax, takes=("number",), dtype=lambda d, o: ["int64"],
-            reference=_argmax_reference)
-RANK_OF = Op("rank_of", rule=lambda s: Rule(maxes=_gone(s)), emit=_rank_of, takes=("number",), dtype=lambda d, o: ["int64"],
-             reference=lambda d, x, top: -_first_of(d, x, top))
-FROM_RANK = Op("from_rank", takes=("number",), rule=lambda s: Rule(linear=((0,),)), infer=_first, emit=lambda e, s, a: f"-{a[0]}",
-               reference=lambda d, x: x * -1)
+ARGMAX = Op("argmax", rule=lambda s: Rule(whole=_gone(s)), emit=_argmax, distribute=_spread_argmax,
+            takes=("number",), dtype=lambda d, o: ["int64"], reference=_argmax_reference)
+RANK_OF = Op("rank_of", rule=lambda s: Rule(maxes=_gone(s)), emit=_rank_of, takes=("number",),
+             dtype=lambda d, o: ["int64"], reference=lambda d, x, top: -_first_of(d, x, top))
+FROM_RANK = Op("from_rank", takes=("number",), rule=lambda s: Rule(linear=((0,),)), infer=_first,
+               emit=lambda e, s, a: f"-{a[0]}", reference=lambda d, x: x * -1)
 
 
 def _call(op: Op, text: str, x: Operand, lost: int | None = None) -> Value:
@@ -269,7 +282,8 @@ def _call(op: Op, text: str, x: Operand, lost: int | None = None) -> Value:
     if len(ins) != 1 or len(outs) != 1 or any(n not in ins[0].labels for n in outs[0].labels):
         raise SpecError(meant)
     if lost is not None and len(ins[0].labels) - len(outs[0].labels) != lost:
-        raise SpecError(f'{op.name} "{text}": it runs over {lost} dim, the spec drops {len(ins[0].labels) - len(outs[0].labels)}')
+        raise SpecError(f'{op.name} "{text}": it runs over {lost} dim, the spec drops '
+                        f'{len(ins[0].labels) - len(outs[0].labels)}')
     if [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels):
         raise SpecError(f'{op.name} "{text}": the dims that remain keep their order')
     return apply(op, (x,), text)
@@ -369,5 +383,5 @@ def argmax(text: str, x: Operand) -> Value:
     return _call(ARGMAX, text, x, lost=1)
 
 
-TABLE = {op.name: op for op in (SUM, MEAN, SPREAD, MAX, SOFTMAX, SOFTMAX_VJP, LOGSUMEXP, EXP_MINUS, FINITE, SUM_EXP, LOG_PLUS,
-                                ARGMAX, RANK_OF, FROM_RANK)}
+TABLE = {op.name: op for op in (SUM, MEAN, SPREAD, MAX, SOFTMAX, SOFTMAX_VJP, LOGSUMEXP, EXP_MINUS, FINITE,
+                                SUM_EXP, LOG_PLUS, ARGMAX, RANK_OF, FROM_RANK)}

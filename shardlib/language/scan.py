@@ -3,9 +3,10 @@
     x, cache = scan(block, x, (w.layers, cache), angles, mask)
     x, owed, cache = scan(block, (x, owed), (w.layers, cache), angles, mask)
 
-The body is a `@sharded` function of (carry or carries, slices of the stacked, constants) that returns the new carries, then what
-is to be stacked. The stacked dim is the first of each stacked tensor; in the body it is gone, and conversions happen
-there, never on the stack. Refused: a stacked dim that is split (that is a pipeline), two different stacked dims.
+The body is a `@sharded` function of (carry or carries, slices of the stacked, constants) that returns the new
+carries, then what is to be stacked. The stacked dim is the first of each stacked tensor; in the body it is
+gone, and conversions happen there, never on the stack. Refused: a stacked dim that is split (that is a
+pipeline), two different stacked dims.
 """
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ from shardlib.spec import Dim, Spec
 
 def scan(f: Function, carry: Operand | tuple[Operand, ...], stacked: Any, *constants: Operand | Params,
          **static: Any) -> Any:
-    """Apply `f` over the slices of `stacked` (a tensor, a Params, or a tuple of them), passing `carry` on (a tensor, or a tuple of them).
+    """Apply `f` over the slices of `stacked` (a tensor, a Params, or a tuple of them),
+    passing `carry` on (a tensor, or a tuple of them).
 
     Returns the last carry, or carries; and where `f` returns more, those results, stacked.
 
@@ -58,18 +60,23 @@ def scan(f: Function, carry: Operand | tuple[Operand, ...], stacked: Any, *const
     if isinstance(tracer := carries[0].tracer, Executor):
         return tracer.scan(f, carries, stacks, constants, static)
     if len(f.ins) != len(carries) + len(stacks) + len(constants):
-        raise SpecError(f"scan: {f.__name__} takes {len(f.ins)} arguments; it gets {'the carry' if len(carries) == 1 else f'{len(carries)} carries'}, {len(stacks)} stacked and "
-                        f"{len(constants)} constants")
+        raise SpecError(
+            f"scan: {f.__name__} takes {len(f.ins)} arguments; it gets "
+            f"{'the carry' if len(carries) == 1 else f'{len(carries)} carries'}, {len(stacks)} stacked and "
+            f"{len(constants)} constants")
     body, results = trace_results(f, [*carries, *(_slice(s) for s in stacks), *constants], static)
     if len(body.results) < len(carries) or any(isinstance(r, Params) for r in results[:len(carries)]):
-        raise SpecError(f"scan: {f.__name__} returns {len(body.results)}; the first {len(carries)} are the carries, tensors")
+        raise SpecError(f"scan: {f.__name__} returns {len(body.results)}; the first {len(carries)} are the "
+                        "carries, tensors")
     fixed = [v for c in constants for v in tensors("scan", c)]
     operands = (*carries, *values, *fixed)
     for i, ((path, spec), v) in enumerate(zip(body.arg_leaves(), operands)):
         stack = len(carries) <= i < len(carries) + len(values)
         check_dims(f"scan: {path} of {f.__name__}", Spec((*v.spec.dims[:stack], *spec.dims), spec.owed), v)
-    outs = [spec if i < len(carries) else Spec((first, *spec.dims), spec.owed) for i, (_, spec) in enumerate(body.result_leaves())]
-    made = apply(SCAN, operands, ins=[v.spec for v in operands], outs=outs, body=body, **dict(Scan.attrs(first.label, len(values), len(carries))))
+    outs = [spec if i < len(carries) else Spec((first, *spec.dims), spec.owed)
+            for i, (_, spec) in enumerate(body.result_leaves())]
+    made = apply(SCAN, operands, ins=[v.spec for v in operands], outs=outs, body=body,
+                 **dict(Scan.attrs(first.label, len(values), len(carries))))
     flat = iter(made if isinstance(made, tuple) else (made,))
     out = tuple(fill(r, "", lambda _: next(flat)) if isinstance(r, Params) else next(flat) for r in results)
     for tree in out:
@@ -83,7 +90,8 @@ def _carries(carry: Any) -> tuple[Value, ...]:
     carries = tuple(c for c in given if isinstance(c, Value))
     if len(carries) < len(given) or not given:
         wrong = next((c for c in given if not isinstance(c, Value)), carry)
-        raise SpecError(f"scan: the carry is {what(wrong)}; it is a tensor of the traced function, or a tuple of them")
+        raise SpecError(
+            f"scan: the carry is {what(wrong)}; it is a tensor of the traced function, or a tuple of them")
     return carries
 
 
@@ -91,10 +99,12 @@ def _stacked_dim(values: list[Value]) -> Dim:
     """The one dim with which all of `values` begin. SpecError where it is none, or split."""
     dims = dict.fromkeys(v.spec.dims[0].label if v.spec.dims else "()" for v in values)
     if len(dims) != 1 or "()" in dims:
-        raise SpecError(f"scan: the stacked tensors begin with {', '.join(dims) or 'nothing'}; they share one first dim")
+        raise SpecError(
+            f"scan: the stacked tensors begin with {', '.join(dims) or 'nothing'}; they share one first dim")
     first = values[0].spec.dims[0]
     if first.axes:
-        raise SpecError(f"scan: {first.label} is split over {'/'.join(first.axes)}; a scan over a split dim is a pipeline, which is not built yet")
+        raise SpecError(f"scan: {first.label} is split over {'/'.join(first.axes)}; a scan over a split dim "
+                        "is a pipeline, which is not built yet")
     return first
 
 

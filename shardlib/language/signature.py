@@ -5,8 +5,8 @@
 >>> s.arg_names, s.static_names, [str(spec) for spec in s.outs]
 (['x', 'w'], {'eps': False}, ['B T D'])
 
-Every tensor argument and result has a spec; `*`, None here, is a pytree. Keyword-only arguments are static. Refused: "...", as
-many specs as the function has no arguments for, and names that no program can say.
+Every tensor argument and result has a spec; `*`, None here, is a pytree. Keyword-only arguments are static.
+Refused: "...", as many specs as the function has no arguments for, and names that no program can say.
 """
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ from shardlib.spec import nameable, parse_signature
 
 
 class Signature:
-    """A Python function and its specs. static_names: of its static arguments, each with whether it must be given."""
+    """A Python function and its specs.
+
+    static_names: of its static arguments, each with whether it must be given.
+    """
 
     def __init__(self, fn: Callable, signature: str) -> None:
         self.fn, self.signature = fn, signature
         try:
             self.ins, self.outs = parse_signature(signature)
             if any(s is not None and s.ellipsis for s in (*self.ins, *self.outs)):
-                raise SpecError(f'{fn.__name__}: the signature "{signature}" has "..."; a signature names every dim')
+                raise SpecError(
+                    f'{fn.__name__}: the signature "{signature}" has "..."; a signature names every dim')
         except SpecError as error:
             raise error.at(self.definition) from None
         self.__name__, self.__doc__, self.__wrapped__ = fn.__name__, fn.__doc__, fn
@@ -36,10 +40,13 @@ class Signature:
         self.static_names = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
         self.arg_names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
         if bad := next((n for n in self.arg_names if not nameable(n)), None):
-            raise SpecError(f"{fn.__name__}: {bad!r} is no name for an argument; use letters, digits and _").at(self.definition)
+            raise SpecError(f"{fn.__name__}: {bad!r} is no name for an argument; use letters, digits and "
+                            "_").at(self.definition)
         if len(self.arg_names) != len(self.ins):
-            raise SpecError(f'{fn.__name__}: the signature "{signature}" names {len(self.ins)} arguments, the function takes '
-                            f'{len(self.arg_names)} ({", ".join(self.arg_names)}); static ones come after a "*,"').at(self.definition)
+            raise SpecError(f'{fn.__name__}: the signature "{signature}" names {len(self.ins)} arguments, '
+                            'the function takes '
+                            f'{len(self.arg_names)} ({", ".join(self.arg_names)}); static ones come after a '
+                            '"*,"').at(self.definition)
 
     @property
     def definition(self) -> Where:
@@ -52,4 +59,5 @@ class Signature:
         try:
             return typing.get_type_hints(self.fn)
         except NameError:
-            return {n: self.fn.__globals__.get(t) if isinstance(t, str) else t for n, t in self.fn.__annotations__.items()}
+            return {n: self.fn.__globals__.get(t) if isinstance(t, str) else t
+                    for n, t in self.fn.__annotations__.items()}

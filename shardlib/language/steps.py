@@ -1,4 +1,5 @@
-"""What an op may ask of whoever builds a program's steps: its derivative, and its form over pieces, are written with these.
+"""What an op may ask of whoever builds a program's steps:
+its derivative, and its form over pieces, are written with these.
 
     def _vjp(b: Steps, step: Step, cotangents: Sequence[str]) -> list[str]:
         return [b.call(MUL, [cotangents[0], step.inputs[1]]), b.call(MUL, [cotangents[0], step.inputs[0]])]
@@ -23,8 +24,12 @@ class Steps(Protocol):
     def add(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec]) -> tuple[str, ...]:
         """A step whose result types are known."""
 
-    def call(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec] | None = None, base: str = "", **attrs: Any) -> Any:
-        """A step typed by its rule; `outs` are the results' dims, for an op with a spec string. One name, or several."""
+    def call(self, op: Op, inputs: Sequence[str], outs: Sequence[Spec] | None = None, base: str = "",
+             **attrs: Any) -> Any:
+        """A step typed by its rule; `outs` are the results' dims, for an op with a spec string.
+
+        One name, or several.
+        """
 
     def move(self, name: str, want: Spec, why: str = "") -> str:
         """`name` converted to type `want`."""

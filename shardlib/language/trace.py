@@ -4,10 +4,10 @@
 >>> [(step.op.name, step.text) for step in trace(f).steps]
 [('add', 'B T D, D -> B T D'), ('scale', 'B T D -> B T D')]
 
-Every tensor argument and result has a spec in the signature; `*` is a pytree of `Params` (its annotation, or an
-instance given to `trace`, says which). Keyword-only arguments are static: plain Python values, part of the program.
-A `@sharded` function called inside another becomes part of its program. Refused: dims that are not those of the value,
-the wrong number of operands, values of another trace.
+Every tensor argument and result has a spec in the signature; `*` is a pytree of `Params` (its annotation, or
+an instance given to `trace`, says which). Keyword-only arguments are static: plain Python values, part of the
+program. A `@sharded` function called inside another becomes part of its program. Refused: dims that are not
+those of the value, the wrong number of operands, values of another trace.
 """
 from __future__ import annotations
 
@@ -65,40 +65,49 @@ class Value:
     def __pos__(self) -> Value: return self
 
     def __bool__(self) -> bool:
-        raise SpecError("if: a traced value has no truth; a branch on data would let ranks part ways; use where(mask, a, b)")
+        raise SpecError("if: a traced value has no truth; a branch on data would let ranks part ways; use "
+                        "where(mask, a, b)")
 
     def __getattr__(self, name: str) -> Any:
-        raise NoMethod(f"{name}: a traced value has dims by name and no methods; write it with the ops of shardlib")
+        raise NoMethod(
+            f"{name}: a traced value has dims by name and no methods; write it with the ops of shardlib")
 
     def _compare(self, other: Any) -> bool:
-        raise SpecError("compare: a traced value has no numbers yet; pass masks in as arguments of the @sharded function")
+        raise SpecError(
+            "compare: a traced value has no numbers yet; pass masks in as arguments of the @sharded function")
 
     def _no_operator(self, *_: Any) -> Any:
-        raise SpecError("a traced value has + - * / with values and numbers; write the rest with functions: square(x), where(mask, a, b)")
+        raise SpecError("a traced value has + - * / with values and numbers; write the rest with functions: "
+                        "square(x), where(mask, a, b)")
 
-    __pow__ = __rpow__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __abs__ = __round__ = _no_operator
+    __pow__ = __rpow__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __abs__ = __round__ = (
+        _no_operator)
     __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _no_operator
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _compare
     __hash__ = object.__hash__
 
     def __matmul__(self, other: Any) -> Value:
-        raise SpecError('matmul: "@" does not say which dims it contracts; write einsum("B T D, D F -> B T F", x, w)')
+        raise SpecError(
+            'matmul: "@" does not say which dims it contracts; write einsum("B T D, D F -> B T F", x, w)')
 
     __rmatmul__ = __matmul__
 
     def _no_number(self, *_: Any) -> Any:
-        raise SpecError("a traced value has dims by name and no numbers yet; it is not indexed, iterated over, or read")
+        raise SpecError(
+            "a traced value has dims by name and no numbers yet; it is not indexed, iterated over, or read")
 
     __getitem__ = __iter__ = __len__ = __float__ = __int__ = __index__ = __array__ = _no_number
 
     @classmethod
     def __torch_function__(cls, function: Any, *_: Any) -> Any:
-        raise SpecError(f"torch.{getattr(function, '__name__', function)}: it is called on a traced value; the ops of shardlib know what "
+        raise SpecError(f"torch.{getattr(function, '__name__', function)}: it is called on a traced value; "
+                        "the ops of shardlib know what "
                         f"a split and an owed sum are, those of torch do not")
 
 
-Operand = Value | Tensor      # what an op takes: a Value. A field of Params is one in a trace; its class says Tensor
+# what an op takes: a Value. A field of Params is one in a trace; its class says Tensor
+Operand = Value | Tensor
 
 
 def _arithmetic(name: str, a: Any, b: Any) -> Value:
@@ -111,7 +120,10 @@ def _arithmetic(name: str, a: Any, b: Any) -> Value:
 
 
 class Function(Signature):
-    """A function with a signature of specs. Inside of a trace, calling it makes it part of the traced program."""
+    """A function with a signature of specs.
+
+    Inside of a trace, calling it makes it part of the traced program.
+    """
 
     def __init__(self, fn: Callable, signature: str, layout: Layout | None = None) -> None:
         super().__init__(fn, signature)
@@ -127,12 +139,15 @@ class Function(Signature):
 
 
 class Tracer:
-    """Records steps. Values are numbered; names are given at the end, from the user's variables where it has them."""
+    """Records steps.
+
+    Values are numbered; names are given at the end, from the user's variables where it has them.
+    """
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.specs: list[Spec] = []
-        self.names: dict[int, tuple[str, str, Any]] = {}        # value -> variable, path in it, the object it holds
+        self.names: dict[int, tuple[str, str, Any]] = {}  # value -> variable, path in it, the object it holds
         self.num_args = 0
         self.layout: Layout | None = None
 
@@ -142,12 +157,13 @@ class Tracer:
             self.names[len(self.specs) - 1] = (name, "", name)
         return Value(self, len(self.specs) - 1, spec)
 
-    def record(self, op: Op, values: Sequence[Value], ins: Sequence[Spec], outs: Sequence[Spec], attrs: dict[str, Any],
-               body: Program | None, where: Where | None, said: tuple[str, ...] = (), called: str = "",
-               orelse: Program | None = None) -> tuple[Value, ...]:
+    def record(self, op: Op, values: Sequence[Value], ins: Sequence[Spec], outs: Sequence[Spec],
+               attrs: dict[str, Any], body: Program | None, where: Where | None, said: tuple[str, ...] = (),
+               called: str = "", orelse: Program | None = None) -> tuple[Value, ...]:
         made = tuple(self.new(s) for s in outs)
-        self.steps.append(Step(op, tuple(ins), tuple(outs), tuple(str(v.id) for v in values), tuple(str(v.id) for v in made),
-                               tuple(sorted(attrs.items())), body, orelse, where, layout=self.layout, said=said, called=called))
+        self.steps.append(Step(op, tuple(ins), tuple(outs), tuple(str(v.id) for v in values),
+                               tuple(str(v.id) for v in made), tuple(sorted(attrs.items())), body, orelse,
+                               where, layout=self.layout, said=said, called=called))
         if op.keywords:
             check_keywords(self.steps[-1])
         return made
@@ -172,7 +188,8 @@ class Tracer:
         for path, v in _values(tree):
             self.names[v.id] = ("", path, tree)
 
-    def finish(self, name: str, args: Sequence[tuple[str, Any]], results: Sequence[tuple[str, Any]], where: Where | None) -> Program:
+    def finish(self, name: str, args: Sequence[tuple[str, Any]], results: Sequence[tuple[str, Any]],
+               where: Where | None) -> Program:
         """The program, with every value under a unique, readable name."""
         taken = {*(n for n, _ in args), *RESERVED, *(s.op.name for s in self.steps)}
         roots: dict[int, str] = {}
@@ -186,8 +203,9 @@ class Tracer:
             if key not in roots:
                 roots[key] = fresh(root, taken)
             final[str(ident)] = roots[key] + suffix
-        steps = tuple(replace(s, inputs=tuple(final[i] for i in s.inputs), outputs=tuple(final[i] for i in s.outputs))
-                      for s in self.steps)
+        steps = tuple(
+            replace(s, inputs=tuple(final[i] for i in s.inputs), outputs=tuple(final[i] for i in s.outputs))
+            for s in self.steps)
         return Program(name if heading(name) and name not in RESERVED else "f", tuple(args), steps,
                        tuple(_result(tree, value, final) for tree, value in results), where=where)
 
@@ -196,7 +214,8 @@ class Executor(Tracer, ABC):
     """Executes each op as it is called, in place of recording it (`shardlib.step`)."""
 
     @abstractmethod
-    def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any]) -> Any:
+    def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any,
+            attrs: dict[str, Any]) -> Any:
         """Execute one call."""
 
     @abstractmethod
@@ -211,7 +230,8 @@ class Executor(Tracer, ABC):
 
 def fresh(base: str, taken: set[str]) -> str:
     """A name that is not yet in `taken`, like `base`; it is added."""
-    name = base if nameable(base) and base not in taken else next(n for i in count(2 if base else 1) if (n := f"{base or 'v'}{i}") not in taken)
+    name = (base if nameable(base) and base not in taken
+            else next(n for i in count(2 if base else 1) if (n := f"{base or 'v'}{i}") not in taken))
     taken.add(name)
     return name
 
@@ -237,15 +257,20 @@ def _result(tree: Any, value: Any, final: dict[str, str]) -> Result:
 
 
 def trace(f: Function, args: Sequence[Any] = (), static: dict[str, Any] | None = None) -> Program:
-    """The Program of `f`, as written: nothing completed. `args`: instances that say which pytrees it takes, where annotations do not."""
+    """The Program of `f`, as written: nothing completed.
+
+    `args`: instances that say which pytrees it takes, where annotations do not.
+    """
     return trace_results(f, args, static)[0]
 
 
-def trace_results(f: Function, args: Sequence[Any] = (), static: dict[str, Any] | None = None) -> tuple[Program, tuple[Any, ...]]:
+def trace_results(f: Function, args: Sequence[Any] = (),
+                  static: dict[str, Any] | None = None) -> tuple[Program, tuple[Any, ...]]:
     """The Program of `f`, and what it returned: Values, and pytrees of them."""
     check_static(f, static or {})
     tracer, hints, trees = Tracer(), f.hints(), argument_trees(f, args)
-    values = [_argument(tracer, name, tree, hints.get(name), args[i] if i < len(args) else None) for i, (name, tree) in enumerate(trees)]
+    values = [_argument(tracer, name, tree, hints.get(name), args[i] if i < len(args) else None)
+              for i, (name, tree) in enumerate(trees)]
     tracer.num_args = len(tracer.specs)
     try:
         with active(tracer):
@@ -262,7 +287,8 @@ def tracing() -> bool:
 
 
 def raise_at_user_line(error: SpecError | TypeError | ValueError) -> NoReturn:
-    """What came out of a user's function, with the line there; as a SpecError, where it was a wrong call of one of ours."""
+    """What came out of a user's function, with the line there;
+    as a SpecError, where it was a wrong call of one of ours."""
     said = error if isinstance(error, SpecError) else misuse(error, is_ours)
     if said is None:
         raise error
@@ -305,7 +331,8 @@ def _results(f: Function, results: Any) -> list[tuple[Any, Any]]:
 def _checked_results(f: Function, results: Any) -> list[tuple[Any, Any]]:
     given = results if isinstance(results, tuple) else (results,)
     if len(given) != len(f.outs):
-        raise SpecError(f'{f.__name__}: it returns {len(given)}, its signature "{f.signature}" names {len(f.outs)} results')
+        raise SpecError(f'{f.__name__}: it returns {len(given)}, its signature "{f.signature}" names '
+                        f'{len(f.outs)} results')
     out: list[tuple[Any, Any]] = []
     for spec, value in zip(f.outs, given):
         if spec is None:
@@ -313,7 +340,8 @@ def _checked_results(f: Function, results: Any) -> list[tuple[Any, Any]]:
                 raise SpecError(f'{f.__name__}: result "*" is a Params pytree, not {type(value).__name__}')
             for path, leaf in leaf_values(value, ""):
                 if not isinstance(leaf, Value):
-                    raise SpecError(f'{f.__name__}: {path[1:]} of result "*" is {what(leaf)}, not a tensor of the traced function')
+                    raise SpecError(f'{f.__name__}: {path[1:]} of result "*" is {what(leaf)}, not a tensor '
+                                    'of the traced function')
             out.append((_types(value), value))
         else:
             check_dims(f"{f.__name__}: the result", spec, value)
@@ -336,10 +364,12 @@ def _inline(tracer: Tracer, f: Function, args: Sequence[Any], static: dict[str, 
             check_tree(f, name, given, hints.get(name))
     before, tracer.layout = tracer.layout, f.layout if f.layout is not None else tracer.layout
     try:
-        passed = [a if spec is None else _pass(f"{f.__name__}: the argument {n}", spec, a, f.__name__) for n, spec, a in zip(f.arg_names, f.ins, args)]
+        passed = [a if spec is None else _pass(f"{f.__name__}: the argument {n}", spec, a, f.__name__)
+                  for n, spec, a in zip(f.arg_names, f.ins, args)]
         results = f.fn(*passed, **static)
         given = _results(f, results)
-        out = tuple(v if isinstance(v, Params) else apply(RESHARD, (v,), ins=(s,), outs=(s,), called=f"{f.__name__}, result") for s, v in given)
+        out = tuple(v if isinstance(v, Params) else apply(RESHARD, (v,), ins=(s,), outs=(s,),
+                                                          called=f"{f.__name__}, result") for s, v in given)
     finally:
         tracer.layout = before
     return out if isinstance(results, tuple) else out[0]
@@ -351,30 +381,39 @@ def _pass(who: str, spec: Spec, value: Any, called: str) -> Value:
 
 
 def apply(op: Op, operands: Sequence[Any], text: str | None = None, *, ins: Sequence[Spec] | None = None,
-          outs: Sequence[Spec] | None = None, body: Program | None = None, orelse: Program | None = None, called: str = "", **attrs: Any) -> Any:
-    """Record one call of `op`: by its spec string `text`, or with specs inferred from its operands. Its results."""
+          outs: Sequence[Spec] | None = None, body: Program | None = None, orelse: Program | None = None,
+          called: str = "", **attrs: Any) -> Any:
+    """Record one call of `op`: by its spec string `text`, or with specs inferred from its operands.
+
+    Its results.
+    """
     tracer = _ACTIVE.get()
     if tracer is None:
-        raise SpecError(f"{op.name} was called outside of a @sharded function; put the computation into one, and call that")
+        raise SpecError(f"{op.name} was called outside of a @sharded function; put the computation into one, "
+                        "and call that")
     if isinstance(tracer, Executor):
         return tracer.run(op, operands, text, ins, outs, attrs)
     frame = user_frame()
     said = tracer.notice(frame)
     for i, x in enumerate(operands):
         if not isinstance(x, Value):
-            raise SpecError(f"{op.name}: operand {i + 1} is {what(x)}, no traced value; make it an argument of the @sharded function")
+            raise SpecError(f"{op.name}: operand {i + 1} is {what(x)}, no traced value; make it an argument "
+                            "of the @sharded function")
         if x.tracer is not tracer:
             name = next((n for n, value in frame.f_locals.items() if value is x), f"operand {i + 1}")
-            raise SpecError(f"{op.name}: {name} belongs to another trace; a function takes all it uses as arguments")
+            raise SpecError(
+                f"{op.name}: {name} belongs to another trace; a function takes all it uses as arguments")
     names = tuple(said.get(v.id, "") for v in operands)
     ins, outs = specs_of(op, operands, text, ins, outs, attrs, names)
     made = tracer.record(op, operands, ins, outs, attrs, body, Where.of(frame), names, called, orelse)
     return made if len(made) != 1 else made[0]
 
 
-def specs_of(op: Op, operands: Sequence[Value], text: str | None, ins: Sequence[Spec] | None, outs: Sequence[Spec] | None,
-             attrs: dict[str, Any], names: Sequence[str]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
-    """Of a call's operands and results: those of its text, those given, or whole operands and what the op infers from them."""
+def specs_of(op: Op, operands: Sequence[Value], text: str | None, ins: Sequence[Spec] | None,
+             outs: Sequence[Spec] | None, attrs: dict[str, Any],
+             names: Sequence[str]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
+    """Of a call's operands and results: those of its text, those given,
+    or whole operands and what the op infers from them."""
     if text is not None:
         return bind(op.name, text, operands, names)
     if ins is not None and outs is not None:
@@ -383,20 +422,25 @@ def specs_of(op: Op, operands: Sequence[Value], text: str | None, ins: Sequence[
     return whole, op.inferred(whole, attrs)
 
 
-def bind(op: str, text: str, operands: Sequence[Value], names: Sequence[str]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
-    """Operand and result specs of `text`, its dims checked against the operands', "..." replaced by the dims it stands for."""
+def bind(op: str, text: str, operands: Sequence[Value],
+         names: Sequence[str]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
+    """Operand and result specs of `text`, its dims checked against the operands',
+    "..." replaced by the dims it stands for."""
     ins, outs = parse_specs(text, f'{op} "{text}": "*" belongs in the signature of a @sharded function')
     if len(ins) != len(operands):
-        raise SpecError(f'{op} "{text}": the text has {len(ins)} operand specs, {len(operands)} operands were given')
+        raise SpecError(
+            f'{op} "{text}": the text has {len(ins)} operand specs, {len(operands)} operands were given')
     dots: tuple[Dim, ...] | None = None
     for spec, value in zip(ins, operands):
         if spec.ellipsis:
             here = value.spec.whole().dims[:len(value.spec.dims) - len(spec.dims)]
             if dots is not None and here != dots:
-                raise SpecError(f'{op} "{text}": "..." stands for {Spec(dots)} in one operand, for {Spec(here)} in another')
+                raise SpecError(f'{op} "{text}": "..." stands for {Spec(dots)} in one operand, for '
+                                f'{Spec(here)} in another')
             dots = here
     if dots is None and any(s.ellipsis for s in outs):
-        raise SpecError(f'{op} "{text}": "..." in the result stands for dims of an operand, and no operand has it')
+        raise SpecError(
+            f'{op} "{text}": "..." in the result stands for dims of an operand, and no operand has it')
 
     def open_(spec: Spec) -> Spec:
         return Spec((*(dots or ()), *spec.dims), spec.owed) if spec.ellipsis else spec

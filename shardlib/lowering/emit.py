@@ -1,8 +1,8 @@
 """Lowering: from an explicit program to the plain Python that one rank runs.
 
-The text holds only identifiers made here, literals, and names of torch; sizes and offsets of the rank are in it as numbers.
-Collectives are calls on the group's coordinator, or, for the simulator, `yield`s of the same request. Axes of size 1
-are gone. Sources are in `linecache`, so that tracebacks show the generated lines.
+The text holds only identifiers made here, literals, and names of torch; sizes and offsets of the rank are in
+it as numbers. Collectives are calls on the group's coordinator, or, for the simulator, `yield`s of the same
+request. Axes of size 1 are gone. Sources are in `linecache`, so that tracebacks show the generated lines.
 """
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from shardlib.wires import Wire
 
 @dataclass(frozen=True)
 class PlanStep:
-    """One collective of a program, for reports: its number there, counted from 1, the user's line, the specs before and after."""
+    """One collective of a program, for reports: its number there, counted from 1, the user's line,
+    the specs before and after."""
     number: int
     program: str
     where: str
@@ -43,43 +44,50 @@ class PlanStep:
 
 
 _VIEW = re.compile(r"\.view\([0-9, ]+\)$")
-_MARK = re.compile(r"  # step (\d+)$")          # at the end of lines that are being written: which step they are of
+_MARK = re.compile(r"  # step (\d+)$")  # at the end of lines that are being written: which step they are of
 
 
 class Emitter:
     """Writes one rank's code.
 
     sizes: the global size of every dim.  yields: collectives become requests (the simulator).
-    donate: arguments whose buffers the results may reuse.  given: the dtypes of arguments, where they are not float32, int64 or bool.
-    prepared: arguments that come as `Compiled.prepare` made them: weights packed, stacked ones as a sequence of layers.
+    donate: arguments whose buffers the results may reuse.  given: the dtypes of arguments, where they are not
+    float32, int64 or bool.
+    prepared: arguments that come as `Compiled.prepare` made them: weights packed, stacked ones as a sequence
+    of layers.
     """
 
-    def __init__(self, mesh: Mesh, rank: int, sizes: Mapping[str, int], yields: bool = False, donate: Sequence[str] = (),
-                 given: Mapping[str, str] | None = None, prepared: Sequence[str] = ()) -> None:
-        self.mesh, self.rank, self.sizes, self.yields, self.donate = mesh, rank, sizes, yields, frozenset(donate)
+    def __init__(self, mesh: Mesh, rank: int, sizes: Mapping[str, int], yields: bool = False,
+                 donate: Sequence[str] = (), given: Mapping[str, str] | None = None,
+                 prepared: Sequence[str] = ()) -> None:
+        self.mesh, self.rank, self.sizes, self.yields, self.donate = (mesh, rank, sizes, yields,
+                                                                      frozenset(donate))
         self.coordinate = mesh.coordinate(rank)
         self.groups: dict[tuple[str, ...], str] = {}
         self.wires: dict[str, Wire] = {}                    # by the method that the code calls
         self.helpers: dict[str, Callable | IndexSite] = {}  # what generated code has by name
         self.constants: dict[str, torch.Tensor] = {}
-        self.plan: dict[str, PlanStep] = {}                 # name in the code -> the collective that is called there
+        self.plan: dict[str, PlanStep] = {}  # name in the code -> the collective that is called there
         self._where: tuple[str, Step] | None = None         # the program and the step that is being written
-        self._branch: tuple[str, ...] = ()                  # the names of the branches that are being written, outermost first
-        self.sites: dict[tuple, str] = {}                   # (op, variable that is an index, dim, ..) -> its site's name in the code
+        # the names of the branches that are being written, outermost first
+        self._branch: tuple[str, ...] = ()
+        # (op, variable that is an index, dim, ..) -> its site's name in the code
+        self.sites: dict[tuple, str] = {}
         self.given = dict(given or {})
-        self.dtypes: dict[str, Any] = dict(self.given)      # of the values of the program that is being written
+        self.dtypes: dict[str, Any] = dict(self.given)  # of the values of the program that is being written
         self._written: list[Step | None] = []               # the steps that have lines
-        self.lines: tuple[Step | None, ...] = ()            # of each line of the source, the step that it is of
+        self.lines: tuple[Step | None, ...] = ()  # of each line of the source, the step that it is of
         self.variables = 0
         self.in_place: set[str] = set()
         self.prepared = frozenset(prepared)
         self.packs: list[Packing] = []
-        self.returned: tuple[str | None, ...] = ()          # the argument that each result leaf is, updated in place
-        self.invariant: frozenset[str] = frozenset()        # variables that are the same in every round of the current loop
-        self.hoisted: dict[tuple[str, str], str] = {}       # (variable, template) -> what it is before the loop
-        self._hoisting: dict[str, Step | None] = {}                # by what is hoisted, the step that asked for it
+        self.returned: tuple[str | None, ...] = ()  # the argument that each result leaf is, updated in place
+        # variables that are the same in every round of the current loop
+        self.invariant: frozenset[str] = frozenset()
+        self.hoisted: dict[tuple[str, str], str] = {}  # (variable, template) -> what it is before the loop
+        self._hoisting: dict[str, Step | None] = {}  # by what is hoisted, the step that asked for it
 
-    # -- what ops ask for ------------------------------------------------------------------------------------------
+    # -- what ops ask for ------------------------------------------------------------------------------------
 
     def shape(self, spec: Spec) -> tuple[int, ...]:
         """The local shape of a value of type `spec`."""
@@ -100,21 +108,25 @@ class Emitter:
     def use(self, helper: Callable) -> str:
         """The name under which generated code calls `helper`; a user's function gets one of ours."""
         known = next((n for n, h in self.helpers.items() if h is helper), None)
-        name = known or (helper.__name__ if helper.__module__.startswith("shardlib.") else f"u{len(self.helpers)}")
+        name = known or (helper.__name__ if helper.__module__.startswith("shardlib.")
+                         else f"u{len(self.helpers)}")
         self.helpers[name] = helper
         return name
 
-    def index_site(self, step: Step, operand: int, variable: str, dim: Dim, argument: str, *, op: str = "", rows: Dim | None = None,
-                   ignored: int | None = None, hint: str = "") -> str:
-        """The name in generated code of the place where `variable`, an operand of the step, is an index into `dim`.
+    def index_site(self, step: Step, operand: int, variable: str, dim: Dim, argument: str, *, op: str = "",
+                   rows: Dim | None = None, ignored: int | None = None, hint: str = "") -> str:
+        """The name in generated code of the place where `variable`, an operand of the step,
+        is an index into `dim`.
 
-        argument: what it is called where the user has no name for it.  op: what the user has called, if not the step's own.
+        argument: what it is called where the user has no name for it.  op: what the user has called, if not
+        the step's own.
         rows, ignored, hint: as an `IndexSite` has them.
         """
         key = op or step.op.name, variable, dim, rows, ignored, self._branch
         if key not in self.sites:
             said, name = step.said[operand] if step.said else "", f"i{len(self.sites)}"
-            site = IndexSite(key[0], said or argument, dim.label, self.count(dim), (rows.label, self.count(rows)) if rows else ("", 1), ignored,
+            site = IndexSite(key[0], said or argument, dim.label, self.count(dim),
+                             (rows.label, self.count(rows)) if rows else ("", 1), ignored,
                              step.where, hint, self.mesh.size(step.ins[operand].split_axes) == 1)
             self.sites[key], self.helpers[name] = name, site
         return self.sites[key]
@@ -124,9 +136,11 @@ class Emitter:
         return [self.helpers[name] for name in self.sites.values()]
 
     def hoist(self, variable: str, template: str, parts: int = 1) -> str:
-        """`template` applied to `variable`: once before the loop, where the variable is the same in every layer.
+        """`template` applied to `variable`: once before the loop,
+        where the variable is the same in every layer.
 
-        There, the result is a variable's name; or several, "v1, v2", where the template makes a tuple of `parts`.
+        There, the result is a variable's name; or several, "v1, v2", where the template makes a tuple of
+        `parts`.
         """
         if variable not in self.invariant:
             return template.format(x=variable)
@@ -136,11 +150,15 @@ class Emitter:
         return self.hoisted[variable, template]
 
     def view(self, text: str, shape: Sequence[int]) -> str:
-        """`text` viewed as `shape`: a view of a view is one view. Its sizes are separate arguments: torch reads a tuple slower."""
+        """`text` viewed as `shape`: a view of a view is one view.
+
+        Its sizes are separate arguments: torch reads a tuple slower.
+        """
         return f"{_VIEW.sub('', text)}.view({', '.join(map(str, shape)) or '()'})"
 
     def collective(self, wire: Wire, axes: Sequence[str], pieces: Sequence[str], more: tuple) -> str:
-        """A call of the coordinator of the group over `axes`, which says where in the plan it is; over one rank, nothing is left of it."""
+        """A call of the coordinator of the group over `axes`, which says where in the plan it is;
+        over one rank, nothing is left of it."""
         operand = f"({', '.join(pieces)},)" if wire.many else pieces[0]
         if self.mesh.size(axes) == 1:
             return operand
@@ -159,13 +177,16 @@ class Emitter:
         return f", at={name}"
 
     def space(self, device: torch.device) -> dict[str, Any]:
-        """What the code names beside its groups, on `device` once and for all: a copy in each step would stop a capture, and wait."""
-        return {**self.helpers, **{name: made.to(device) for name, made in self.constants.items()}, **self.plan}
+        """What the code names beside its groups, on `device` once and for all:
+        a copy in each step would stop a capture, and wait."""
+        return {**self.helpers, **{name: made.to(device) for name, made in self.constants.items()},
+                **self.plan}
 
-    # -- programs --------------------------------------------------------------------------------------------------
+    # -- programs --------------------------------------------------------------------------------------------
 
     def program(self, program: Program) -> str:
-        """The source of a module whose function `main` takes the program's argument leaves and returns its result leaves."""
+        """The source of a module whose function `main` takes the program's argument leaves
+        and returns its result leaves."""
         self.packs = packings(program, set(self.prepared), self.given)
         args = self.arguments(program)
         names = {path: f"a{i}" for i, path in enumerate(args)}
@@ -201,9 +222,9 @@ class Emitter:
 
     def _block(self, program: Program, names: dict[str, str], owned: set[str], packs: Mapping[str, Packing],
                dtypes: dict[str, Any]) -> list[str]:
-        """The lines of a program's steps. `names`: value -> variable, gets what the steps make. `owned`: values whose buffers may
-        be reused, where nothing else uses them. `packs`: packings of this body, by the name of the value that is the packed weight.
-        `dtypes`: of the program's values."""
+        """The lines of a program's steps. `names`: value -> variable, gets what the steps make. `owned`:
+        values whose buffers may be reused, where nothing else uses them. `packs`: packings of this body, by
+        the name of the value that is the packed weight. `dtypes`: of the program's values."""
         outside, self.dtypes = self.dtypes, dtypes
         group_of = {s.outputs[0]: (arg, group) for arg, group in packs.items() for s in group.steps}
         uses = _uses(program)
@@ -249,27 +270,36 @@ class Emitter:
         return [f"{', '.join(names[o] for o in step.outputs)} = {text}"]
 
     def _operands(self, step: Step, args: list[str]) -> list[str]:
-        """The operands in the dtypes in which the op reads them, where torch would not read them so itself."""
+        """The operands in the dtypes in which the op reads them,
+        where torch would not read them so itself."""
         have = [self.dtypes[i] for i in step.inputs]
         want = read_dtypes(step, have)
         counting = [i for i in range(len(args)) if i not in step.op.index]
-        if step.op.promotes and all(step.ins[i].dims for i in counting) and widest(*(have[i] for i in counting)) == want[counting[0]]:
+        if (step.op.promotes and all(step.ins[i].dims for i in counting)
+            and widest(*(have[i] for i in counting)) == want[counting[0]]):
             return args
         return [self.read(*of) for of in zip(args, have, want)]
 
     def _text(self, step: Step, args: list[str]) -> str:
-        """What the op says. SpecError where a size is not known, or the op cannot be called with these dims."""
+        """What the op says.
+
+        SpecError where a size is not known, or the op cannot be called with these dims.
+        """
         try:
             return step.op.emit(self, step, args)
         except SpecError as error:
             raise error.at(step.where) from None
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             unknown = next((n for s in (*step.ins, *step.outs) for n in s.names if n not in self.sizes), None)
-            raise SpecError(f"{step.op.name}: no argument holds all of {unknown}; say its global size: sizes=dict({unknown}=...)" if unknown else
+            raise SpecError(f"{step.op.name}: no argument holds all of {unknown}; say its global size: "
+                            f"sizes=dict({unknown}=...)" if unknown else
                             f'{step.op.name}: "{step.text}" is no call of it').at(step.where) from error
 
     def _cond(self, step: Step, names: dict[str, str]) -> list[str]:
-        """A branch, each body in its place. Nothing of it is done before a loop around it: it may not be taken."""
+        """A branch, each body in its place.
+
+        Nothing of it is done before a loop around it: it may not be taken.
+        """
         made = [self.variable() for _ in step.outputs]
         lines, around = [], (self.invariant, self._branch)
         self.invariant = frozenset()
@@ -284,16 +314,21 @@ class Emitter:
         return lines
 
     def _scan(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> list[str]:
-        """A loop over the layers. A stacked cache that the body updates and returns in its place is updated in place."""
+        """A loop over the layers.
+
+        A stacked cache that the body updates and returns in its place is updated in place.
+        """
         body, parts = step.body, Scan.of(step)
         outer, slices = dict(step.passed(body)), [path for path, _ in parts.stacked]
-        kept = {made: path for made, _ in parts.made if (path := _updates(body, made)) in slices and outer[path] in owned and uses[outer[path]] == 1}
+        kept = {made: path for made, _ in parts.made if (path := _updates(body, made)) in slices
+                and outer[path] in owned and uses[outer[path]] == 1}
         packs = {group.name: group for group in self.packs if group.scan == step.outputs[0]}
         outer |= {name: name for name in packs}
         absorbed = {p for group in packs.values() for p in group.inner_paths}
         stacked = [*packs, *(p for p in slices if p not in absorbed)]
         constants = {path: names[value] for path, value in parts.constants}
-        inner = {**{path: self.variable() for path, _ in parts.carries}, **{p: self.variable() for p in stacked}, **constants}
+        inner = {**{path: self.variable() for path, _ in parts.carries},
+                 **{p: self.variable() for p in stacked}, **constants}
         carries, targets = [inner[path] for path, _ in parts.carries], [inner[p] for p in stacked]
         around = self.invariant, self.hoisted
         self.invariant, self.hoisted = frozenset(constants.values()), {}
@@ -302,13 +337,15 @@ class Emitter:
         hoisted, (self.invariant, self.hoisted) = self.hoisted, around
         lines = [line for (variable, template), made in hoisted.items() for line in self._marked(
             self._hoisting[made], [f"{made} = {self.hoist(variable, template, made.count(',') + 1)}"])]
-        lines = lines if self.sizes[parts.dim] else []                  # without layers nothing is looked up, or refused
+        lines = lines if self.sizes[parts.dim] else []  # without layers nothing is looked up, or refused
         lists = {made: self.variable() for made, _ in parts.made if made not in kept}
         block += [f"{made}.append({inner[out]})" for out, made in lists.items()]
         block += [f"{', '.join(carries)} = {', '.join(inner[out] for out, _ in parts.carried)}"]
         reverse = "[::-1]" if parts.reverse else ""
-        rows = [names[outer[p]] + ("" if outer[p].split(".")[0] in self.prepared else ".unbind(0)") + reverse for p in stacked]
-        lines += [*(f"{carry} = {names[value]}" for carry, (_, value) in zip(carries, parts.carries)), *(f"{made} = []" for made in lists.values()),
+        rows = [names[outer[p]] + ("" if outer[p].split(".")[0] in self.prepared else ".unbind(0)") + reverse
+                for p in stacked]
+        lines += [*(f"{carry} = {names[value]}" for carry, (_, value) in zip(carries, parts.carries)),
+                  *(f"{made} = []" for made in lists.values()),
                   f"for {', '.join(targets)}, in zip({', '.join(rows)}):", *_indented(block)]
         names.update(zip((value for _, value in parts.carried), carries))
         types = body.types()
@@ -338,7 +375,8 @@ def _uses(program: Program) -> dict[str, int]:
 
 
 def _updates(program: Program, name: str) -> str | None:
-    """The argument whose buffer `name` is an update of, if it is one, and nothing else uses the argument or an update on the way."""
+    """The argument whose buffer `name` is an update of, if it is one,
+    and nothing else uses the argument or an update on the way."""
     made, uses, chain = {out: s for s in program.steps for out in s.outputs}, _uses(program), [name]
     while chain[-1] in made:
         step = made[chain[-1]]
@@ -356,7 +394,8 @@ def _updated(program: Program) -> set[str]:
             out.add(step.inputs[step.op.updates])
         if step.op is SCAN:
             outer = dict(step.passed(step.body))
-            out |= {outer[path] for made, _ in Scan.of(step).made if (path := _updates(step.body, made)) in outer}
+            out |= {outer[path] for made, _ in Scan.of(step).made
+                    if (path := _updates(step.body, made)) in outer}
     return {p for p, _ in program.arg_leaves()} & out
 
 

@@ -1,6 +1,8 @@
-"""Indices out of range: one SpecError, which names the op, the user's line, the argument, the value, and what it may be.
+"""Indices out of range: one SpecError, which names the op, the user's line, the argument, the value,
+and what it may be.
 
-Every place of a program where something is looked up by an index is an `IndexSite`. Generated code hands it to what looks up:
+Every place of a program where something is looked up by an index is an `IndexSite`. Generated code hands it
+to what looks up:
 
 >>> site = IndexSite("embedding", "ids", "V", 5, where="model.py:12")
 >>> site.look(torch.tensor([0, 4, 2]))
@@ -8,9 +10,10 @@ Every place of a program where something is looked up by an index is an `IndexSi
 Traceback (most recent call last):
 shardlib.errors.SpecError: embedding: ids holds -7, outside of 0 to 4 (V=5)          model.py:12
 
-On the CPU a site raises at once. A GPU would have to be waited for: there a site only notes on the device the least and the
-greatest index that it has seen (two kernels, which a CUDA graph may hold), and whoever looks up takes zero for rows that are not
-there. `IndexFlags` of `run` copies these notes out behind a call and reads them before a later one, once they have arrived.
+On the CPU a site raises at once. A GPU would have to be waited for: there a site only notes on the device the
+least and the greatest index that it has seen (two kernels, which a CUDA graph may hold), and whoever looks up
+takes zero for rows that are not there. `IndexFlags` of `run` copies these notes out behind a call and reads
+them before a later one, once they have arrived.
 """
 from __future__ import annotations
 
@@ -27,10 +30,12 @@ from shardlib.errors import SpecError
 class IndexSite:
     """A place where `argument` of `op` is an index into the dim `dim` of `size`, all ranks' pieces together.
 
-    rows: of an index from which several rows follow, the dim that counts them and its size.  ignored: an index that stands for none.
+    rows: of an index from which several rows follow, the dim that counts them and its size.  ignored: an
+    index that stands for none.
     hint: ends the message where the value, which {value} stands for, is negative.
     everywhere: every rank has the same index, and refuses it alike.
-    tell: hears of an error, that others cannot know of, before it is raised.  seen: the least and the greatest index so far, where they are read later.
+    tell: hears of an error, that others cannot know of, before it is raised.  seen: the least and the
+    greatest index so far, where they are read later.
     """
     op: str
     argument: str
@@ -62,7 +67,10 @@ class IndexSite:
             torch.aminmax(torch.cat((index.reshape(-1), self.seen)), out=tuple(self.seen.unbind()))
 
     def without(self, index: Tensor) -> Tensor | None:
-        """Which rows have no index: it stands for none or, where the error comes later, is out of range. None where all have one."""
+        """Which rows have no index: it stands for none or, where the error comes later, is out of range.
+
+        None where all have one.
+        """
         ignored = None if self.ignored is None else index == self.ignored
         if self.seen is None:
             return ignored
@@ -70,11 +78,14 @@ class IndexSite:
         return out if ignored is None else out | ignored
 
     def torch_looks(self, index: Tensor, size: int) -> bool:
-        """Whether torch's own lookup in `size` rows refuses what this site does: then nothing need be looked at twice."""
-        return 0 < size == self.size and self.seen is None and self.ignored is None and index.device.type == "cpu"
+        """Whether torch's own lookup in `size` rows refuses what this site does:
+        then nothing need be looked at twice."""
+        return (0 < size == self.size and self.seen is None and self.ignored is None
+                and index.device.type == "cpu")
 
     def instead_of(self, error: Exception, index: Tensor) -> Exception:
-        """The SpecError for what torch's lookup refused with `error`; `error` where that was not for an index."""
+        """The SpecError for what torch's lookup refused with `error`;
+        `error` where that was not for an index."""
         return self._refused(index) or error
 
     def _refused(self, index: Tensor) -> SpecError | None:

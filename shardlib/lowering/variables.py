@@ -1,8 +1,8 @@
 """Variables of generated code: the name of a value that is used no further goes to the next one.
 
-So a value is let go when the next one of its block takes its name, mostly in the line after the last that reads it, as in code
-written by hand; those of a loop's body keep theirs until the function ends. Lines come in with every value under a name `vN` of
-its own, blocks indented by four spaces.
+So a value is let go when the next one of its block takes its name, mostly in the line after the last that
+reads it, as in code written by hand; those of a loop's body keep theirs until the function ends. Lines come
+in with every value under a name `vN` of its own, blocks indented by four spaces.
 """
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ Block = list[tuple[str, list]]         # lines, each with the block that it head
 
 
 def reuse(lines: Sequence[str]) -> list[str]:
-    """The same lines with fewer variables. One that is assigned in several places, or by a loop's head, keeps its name for itself."""
+    """The same lines with fewer variables.
+
+    One that is assigned in several places, or by a loop's head, keeps its name for itself.
+    """
     block, _ = _block(lines, 0, 0)
     assigned = Counter(name for line in lines for name in _targets(line))
     loops = {name for line in lines if line.lstrip().startswith("for ") for name in _targets(line)}

@@ -91,7 +91,8 @@ class Classes:
 
 
 def classes_of(mesh: Mesh, specs: Iterable[Spec], sizes: Mapping[str, int]) -> Classes:
-    """The classes of ranks that hold pieces of one size each of `specs`; a coordinate that holds stands alone."""
+    """The classes of ranks that hold pieces of one size each of `specs`;
+    a coordinate that holds stands alone."""
     cuts: dict[str, set[int]] = {axis: {0} for axis in mesh.axes}
     dims = {(sizes[d.factors[0].name], d.axes): None for spec in specs for d in spec.dims if d.axes}
     for n, axes in dims:

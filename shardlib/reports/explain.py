@@ -1,8 +1,8 @@
 """explain: where the traffic comes from. A table for a person, and the same as JSON.
 
-One row a collective of the program: the user's line, the spec before and after, the group, bytes a rank receives, the
-predicted time, and why it is there; then what each rank holds, and how unevenly. With a runtime, also the communicator that takes
-it on this machine, and its time as measured there.
+One row a collective of the program: the user's line, the spec before and after, the group, bytes a rank
+receives, the predicted time, and why it is there; then what each rank holds, and how unevenly. With a
+runtime, also the communicator that takes it on this machine, and its time as measured there.
 """
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ from shardlib.reports.project import check_given, sent
 
 @dataclass(frozen=True)
 class CostModel:
-    """A collective takes `latency_us` and `bytes / bytes_per_us`. `source` says where the numbers come from."""
+    """A collective takes `latency_us` and `bytes / bytes_per_us`.
+
+    `source` says where the numbers come from.
+    """
     latency_us: float = 20.0
     bytes_per_us: float = 100_000.0
     source: str = "assumed, not measured: 20 µs a collective, 100 GB/s"
@@ -125,20 +128,25 @@ class Explanation:
     def __str__(self) -> str:
         out = io.StringIO()
         console = Console(file=out, width=150, force_terminal=False)
-        table = Table(title=f"{self.program} on mesh {self.mesh or '(one rank)'}", title_justify="left", box=None, pad_edge=False)
+        table = Table(title=f"{self.program} on mesh {self.mesh or '(one rank)'}", title_justify="left",
+                      box=None, pad_edge=False)
         routed, branched = any(t.communicator for t in self.traffic), any(t.branch for t in self.traffic)
-        for name in ("line", *(["branch"] if branched else []), "collective", "before", "after", "ranks", "times", "bytes", "µs",
-                     *(["by"] if routed else []), "why"):
-            table.add_column(name, justify="right" if name in ("ranks", "times", "bytes", "µs") else "left", overflow="fold")
+        for name in ("line", *(["branch"] if branched else []), "collective", "before", "after", "ranks",
+                     "times", "bytes", "µs", *(["by"] if routed else []), "why"):
+            table.add_column(name, justify="right" if name in ("ranks", "times", "bytes", "µs") else "left",
+                             overflow="fold")
         for t in self.traffic:
-            table.add_row(t.where, *([t.branch] if branched else []), t.op, t.before, t.after, f"{'/'.join(t.axes)}={t.group_size}", str(t.times),
-                          bytes_text(t.bytes), f"{t.predicted_us:.3g}", *([t.communicator] if routed else []), t.why)
+            table.add_row(t.where, *([t.branch] if branched else []), t.op, t.before, t.after,
+                          f"{'/'.join(t.axes)}={t.group_size}", str(t.times), bytes_text(t.bytes),
+                          f"{t.predicted_us:.3g}", *([t.communicator] if routed else []), t.why)
         console.print(table)
         for choice in dict.fromkeys(t.choice for t in self.traffic if t.choice):
             console.print(choice)
         most = "at most " if branched else ""
-        console.print(f"{most}{self.collectives} collectives, {bytes_text(self.bytes)} received per rank and run; times {self.cost_source}")
-        console.print(f"arguments: {bytes_text(self.held.most)} on the fullest rank, {self.imbalance:.2f} x the mean")
+        console.print(f"{most}{self.collectives} collectives, {bytes_text(self.bytes)} received per rank and "
+                      f"run; times {self.cost_source}")
+        console.print(
+            f"arguments: {bytes_text(self.held.most)} on the fullest rank, {self.imbalance:.2f} x the mean")
         for line in self.unmet:
             console.print(line)
         return out.getvalue()
@@ -153,14 +161,16 @@ def _plain(found: Traffic | Explanation, **names: str) -> dict[str, Any]:
     return {name: value.plain() if isinstance(value, PerRank) else value for name, value in values.items()}
 
 
-def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None, default: str = "float32",
-            cost: CostModel = CostModel(), runtime: Runtime | None = None) -> Explanation:
+def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None,
+            default: str = "float32", cost: CostModel = CostModel(),
+            runtime: Runtime | None = None) -> Explanation:
     """Every collective of an explicit program, with its cost at these sizes, and what each rank holds.
 
     sizes: of every dim; dtypes: of arguments by path, `default` of the others. Bytes are what the busiest
     rank receives each time.
 
-    runtime: says who takes each collective and how long that took when it was measured; all ranks then call this.
+    runtime: says who takes each collective and how long that took when it was measured; all ranks then call
+    this.
 
     >>> from shardlib import Layout, einsum, lower, sharded
     >>> mesh = Mesh(dp=2, tp=4)
@@ -176,7 +186,8 @@ def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapp
     sizes = check_given(program, mesh, sizes, dtypes or {}, default)
     kinds = value_dtypes(program, dtypes or {}, default)
     classes = _classes(program, mesh, sizes)
-    held = tuple(sum(prod(mesh.local_shape(spec, sizes, c)) * ITEMSIZE[kinds[path]] for path, spec in program.arg_leaves())
+    held = tuple(sum(prod(mesh.local_shape(spec, sizes, c)) * ITEMSIZE[kinds[path]]
+                     for path, spec in program.arg_leaves())
                  for c in classes.firsts)
     traffic, (collectives, *received) = _Counter(classes, sizes, cost).count(program, kinds)
     source = cost.source
@@ -206,15 +217,18 @@ def _classes(program: Program, mesh: Mesh, sizes: Mapping[str, int]) -> Classes:
     return found.cut(cuts)
 
 
-def _routed(traffic: Sequence[tuple[Traffic, Call]], runtime: Runtime, cost: CostModel) -> tuple[list[tuple[Traffic, Call]], str]:
-    """The same with who takes each, and µs by the routing table where it has them; and where the times come from."""
+def _routed(traffic: Sequence[tuple[Traffic, Call]], runtime: Runtime,
+            cost: CostModel) -> tuple[list[tuple[Traffic, Call]], str]:
+    """The same with who takes each, and µs by the routing table where it has them;
+    and where the times come from."""
     runtime.create_groups(dict.fromkeys(t.axes for t, _ in traffic))
     made, measured = [], 0
     for t, call in traffic:
         call = call._replace(device=runtime.device.type)
         choice = runtime.group(t.axes).router.choice(call)
         measured += choice.us is not None
-        made.append((replace(t, communicator=choice.communicator, choice=f"{t.op} of {bytes_text(max(call.nbytes, 0))}: {choice.why}",
+        made.append((replace(t, communicator=choice.communicator,
+                             choice=f"{t.op} of {bytes_text(max(call.nbytes, 0))}: {choice.why}",
                              predicted_us=t.predicted_us if choice.us is None else choice.us), call))
     assumed = f"; {len(made) - measured} of {len(made)}: {cost.source}" if measured < len(made) else ""
     return made, f"{runtime.table.source}{assumed}" if measured else cost.source
@@ -225,7 +239,8 @@ def _unmet(program: Program) -> tuple[str, ...]:
     places: dict[tuple[str, str], list[str]] = {}
     for dim, axis, where in (u for p in (program, *program.bodies()) for u in p.unmet):
         places.setdefault((dim, axis), []).append(where)
-    return tuple(f"{dim} is not split over {axis} at {', '.join(dict.fromkeys(found))}: there another dim has it" for (dim, axis), found in places.items())
+    return tuple(f"{dim} is not split over {axis} at {', '.join(dict.fromkeys(found))}: there another dim "
+                 "has it" for (dim, axis), found in places.items())
 
 
 @dataclass(frozen=True)
@@ -235,7 +250,8 @@ class _Counter:
     sizes: Mapping[str, int]
     cost: CostModel
 
-    def count(self, program: Program, kinds: Mapping[str, str], times: int = 1, branch: str = "") -> tuple[list[tuple[Traffic, Call]], list[int]]:
+    def count(self, program: Program, kinds: Mapping[str, str], times: int = 1,
+              branch: str = "") -> tuple[list[tuple[Traffic, Call]], list[int]]:
         rows, total, mesh = [], [0] * (1 + len(self.classes)), self.classes.mesh
         for step in program.steps:
             if step.bodies:
@@ -256,8 +272,8 @@ class _Counter:
         got = PerRank(self.classes, tuple(self._placed(step, c).received * itemsize
                                           for c in self.classes.firsts))
         us = self.cost.latency_us + got.most / self.cost.bytes_per_us
-        return Traffic(step.op.name, str(step.where or ""), program.name, branch, str(step.ins[0]), str(step.outs[0]),
-                       axes, self.classes.mesh.size(axes), times, got, us, step.why)
+        return Traffic(step.op.name, str(step.where or ""), program.name, branch, str(step.ins[0]),
+                       str(step.outs[0]), axes, self.classes.mesh.size(axes), times, got, us, step.why)
 
     def _placed(self, step: Step, here: Coordinate) -> Placed:
         return placed(step, self.classes.mesh, self.sizes, here, self.classes.starts)

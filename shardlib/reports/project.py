@@ -32,8 +32,8 @@ NAMED = 64          # the most ranks of a group that a message names one by one
 class Call:
     """One collective of one rank. numel: elements that it brings; root: for rooted ones, the in-group rank.
 
-    group: its ranks.  shapes: what each of them brings.  In the calls of a class, `group` is the axes that it is
-    over, without those of one coordinate, and `shapes` are of the members that stand for all.
+    group: its ranks.  shapes: what each of them brings.  In the calls of a class, `group` is the axes that it
+    is over, without those of one coordinate, and `shapes` are of the members that stand for all.
     """
     op: str
     group: tuple[int, ...] | tuple[str, ...]
@@ -55,7 +55,8 @@ class Call:
 
     def same(self, other: Call) -> bool:
         """Whether two members of a group call the same collective."""
-        return (self.op, self.group, self.dtype, self.shapes, self.root) == (other.op, other.group, other.dtype, other.shapes, other.root)
+        return (self.op, self.group, self.dtype, self.shapes,
+                self.root) == (other.op, other.group, other.dtype, other.shapes, other.root)
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,13 @@ class Repeat:
 Calls = tuple["Call | Repeat", ...]
 
 
-def check_given(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str], default: str = "float32") -> dict[str, int]:
-    """All sizes that follow from `sizes`. SpecError unless the mesh has the program's axes, `sizes` the dims of what is held and sent,
-    and `dtypes` are some of its arguments'."""
+def check_given(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str],
+                default: str = "float32") -> dict[str, int]:
+    """All sizes that follow from `sizes`. SpecError unless the mesh has the program's axes, `sizes` the dims
+    of what is held and sent, and `dtypes` are some of its arguments'."""
     if not isinstance(program, Program):
-        raise SpecError(f"what is proven and explained is a program, as lower(f, layout) returns it, not a {type(program).__name__}")
+        raise SpecError("what is proven and explained is a program, as lower(f, layout) returns it, not a "
+                        f"{type(program).__name__}")
     if not isinstance(mesh, Mesh):
         raise SpecError(f"the mesh is a {type(mesh).__name__}; it is a Mesh, as in Mesh(dp=2, tp=4)")
     check_sizes(sizes)
@@ -85,14 +88,17 @@ def check_given(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: 
     held = [spec for _, spec in program.arg_leaves()]
     used = [spec for p in places for s in p.steps for spec in (*s.ins, *s.outs)]
     if lacking := [a for a in _axes((*held, *used)) if a not in mesh.axes]:
-        raise SpecError(f"{program.name}: unknown axis {lacking[0]}; the mesh has {', '.join(mesh.axes) or 'none'}")
+        raise SpecError(
+            f"{program.name}: unknown axis {lacking[0]}; the mesh has {', '.join(mesh.axes) or 'none'}")
     scanned = [s.options["dim"] for p in places for s in p.steps if s.op is SCAN]
     needed = dict.fromkeys((*(n for spec in (*held, *sent(program)) for n in spec.names), *scanned))
     if lacking := [n for n in needed if n not in sizes]:
-        raise SpecError(f"{program.name}: no size of {', '.join(lacking)}; sizes has {', '.join(sizes) or 'none'}: "
-                        f"sizes=dict({', '.join(f'{n}=...' for n in lacking)})")
+        raise SpecError(
+            f"{program.name}: no size of {', '.join(lacking)}; sizes has {', '.join(sizes) or 'none'}: "
+            f"sizes=dict({', '.join(f'{n}=...' for n in lacking)})")
     if lacking := [path for path in dtypes if path not in paths]:
-        raise SpecError(f"dtypes: {program.name} has no argument {lacking[0]}; it has {', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}")
+        raise SpecError(f"dtypes: {program.name} has no argument {lacking[0]}; it has "
+                        f"{', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}")
     for what, kind in (("default", default), *((f"dtypes: {path}", kind) for path, kind in dtypes.items())):
         if kind not in ITEMSIZE:
             raise SpecError(f"{what} is {kind!r}; a dtype is one of {', '.join(ITEMSIZE)}")
@@ -103,9 +109,12 @@ def _axes(specs: Sequence[Spec]) -> dict[str, None]:
     return dict.fromkeys(a for spec in specs for a in (*spec.split_axes, *(o.axis for o in spec.owed)))
 
 
-def project(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None,
-            default: str = "float32") -> list[Call]:
-    """The collectives of `rank`, scans unrolled. `dtypes`: of arguments by path, where they are not the default or int64 indices."""
+def project(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int],
+            dtypes: Mapping[str, str] | None = None, default: str = "float32") -> list[Call]:
+    """The collectives of `rank`, scans unrolled.
+
+    `dtypes`: of arguments by path, where they are not the default or int64 indices.
+    """
     found = _calls(program, mesh, sizes, value_dtypes(program, dtypes or {}, default), mesh.coordinate(rank))
     return [replace(call, group=mesh.group(call.axes, rank)) for call in unrolled(found)]
 
@@ -136,7 +145,8 @@ def _calls(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mappi
            here: Coordinate, starts: Mapping[str, Sequence[int]] | None = None) -> Calls:
     made: list[Call | Repeat] = []
     for step in program.steps:
-        for body in step.bodies:            # of a cond both: whichever is taken, all take it, since the predicate is whole
+        # of a cond both: whichever is taken, all take it, since the predicate is whole
+        for body in step.bodies:
             inner = _calls(body, mesh, sizes, inner_dtypes(step, body, dtypes), here, starts)
             if step.op is SCAN:
                 made.append(Repeat(body.name, sizes[step.options["dim"]], inner))

@@ -28,18 +28,23 @@ from shardlib.reports.project import Call, Calls, Repeat, check_given, project_c
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proven: on `mesh`, all ranks end after `collectives` collectives. `digest` is equal on ranks with equal plans."""
+    """What was proven: on `mesh`, all ranks end after `collectives` collectives.
+
+    `digest` is equal on ranks with equal plans.
+    """
     mesh: Mesh
     collectives: int
     digest: str
 
     def __str__(self) -> str:
-        return f"on mesh {self.mesh}: {self.mesh.world_size} ranks, {self.collectives} collectives, all matched; plan {self.digest[:12]}"
+        return (f"on mesh {self.mesh}: {self.mesh.world_size} ranks, {self.collectives} collectives, all "
+                f"matched; plan {self.digest[:12]}")
 
     __repr__ = __str__
 
 
-def prove(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None) -> Proof:
+def prove(program: Program, mesh: Mesh, sizes: Mapping[str, int],
+          dtypes: Mapping[str, str] | None = None) -> Proof:
     """Prove that all ranks issue the same collectives in the same order. SpecError where they do not.
 
     sizes: of every dim of the program; dtypes: of arguments by path, float32 where nothing is said.
@@ -63,7 +68,8 @@ def check_branches(program: Program) -> None:
         for body in step.bodies:
             check_branches(body)
         if step.op is COND and step.ins[0].owed and any(_communicates(b) for b in step.bodies):
-            raise SpecError(f"cond on {step.inputs[0]}, which is {step.ins[0]}: ranks that see different pieces of it part ways before "
+            raise SpecError(f"cond on {step.inputs[0]}, which is {step.ins[0]}: ranks that see different "
+                            "pieces of it part ways before "
                             f"the collectives of {' and '.join(b.name for b in step.bodies)}")
 
 
@@ -131,7 +137,8 @@ class _Matching:
             return inside
         if not inside and any(heads):
             raise SpecError("the ranks part ways: " + "; ".join(
-                _say(self.classes, c, head) if isinstance(head, Call) else f"rank {_rank(self.classes, c)} has ended"
+                _say(self.classes, c, head) if isinstance(head, Call)
+                else f"rank {_rank(self.classes, c)} has ended"
                 for c, head in enumerate(heads)))
         for c, scan in inside.items():
             self.calls[c][self.at[c]:self.at[c] + 1] = scan.unrolled()

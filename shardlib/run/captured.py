@@ -1,19 +1,20 @@
-"""Captured steps: a call that runs once, is recorded as a CUDA graph, and is replayed from then on with one launch.
+"""Captured steps: a call that runs once, is recorded as a CUDA graph,
+and is replayed from then on with one launch.
 
     step = compile(f, layout, runtime=runtime, graph=True)
     y = step(x, w)                  # runs, and is recorded, for these shapes and this w
     y = step(x, w)                  # replays
 
-A tensor argument is copied into a buffer of the graph; a pytree (weights, a cache) is read, and where it is donated
-written, where it lies: another one is another graph. Results are copied out of the graph's own buffers, so that they
-are the caller's, as those of an eager call are. A graph keeps alive what it reads. Eager calls and replays may take
-turns, on one stream at a time.
+A tensor argument is copied into a buffer of the graph; a pytree (weights, a cache) is read, and where it is
+donated written, where it lies: another one is another graph. Results are copied out of the graph's own
+buffers, so that they are the caller's, as those of an eager call are. A graph keeps alive what it reads.
+Eager calls and replays may take turns, on one stream at a time.
 
-On the CPU nothing is recorded, and a replay is the call itself, on the same buffers: the same code is right or wrong
-there, too.
+On the CPU nothing is recorded, and a replay is the call itself, on the same buffers: the same code is right
+or wrong there, too.
 
-Refused with a `SpecError`: `cond`, whose branch the host would choose (`graph="auto"` runs such a function eagerly),
-arguments that want gradients, and ranks that come to record different graphs.
+Refused with a `SpecError`: `cond`, whose branch the host would choose (`graph="auto"` runs such a function
+eagerly), arguments that want gradients, and ranks that come to record different graphs.
 """
 from __future__ import annotations
 
@@ -36,8 +37,9 @@ from shardlib.program import Program, Step
 class Graph:
     """`call`, which takes and returns nothing: run once when this is made, and again by each `replay()`.
 
-    Every rank makes it, with one `plan`: its title, where pieces are alike. It is recorded on the stream on which it has run, where communicators and libraries then have
-    what they need; on that of the caller it begins after what is there, and ends before what comes.
+    Every rank makes it, with one `plan`: its title, where pieces are alike. It is recorded on the stream on
+    which it has run, where communicators and libraries then have what they need; on that of the caller it
+    begins after what is there, and ends before what comes.
     """
 
     def __init__(self, title: str, call: Callable[[], None], runtime: Runtime, plan: str = "") -> None:
@@ -56,7 +58,8 @@ class Graph:
             except RankError:
                 raise
             except RuntimeError as error:
-                raise SpecError(f"{title} cannot be captured: {str(error).splitlines()[0]}; compile it without graph=True") from error
+                raise SpecError(f"{title} cannot be captured: {str(error).splitlines()[0]}; compile it "
+                                "without graph=True") from error
         self._graph = graph
         self._begin = runtime.replays(title, self)
 
@@ -94,24 +97,30 @@ class Captures:
         """`main`, replayed; see `run`."""
         return lambda *values: self.run(name, sizes, key, main, values, copied)
 
-    def run(self, name: str, sizes: str, key: tuple, main: Callable, values: Sequence[Any], copied: Sequence[bool]) -> tuple[Any, ...]:
-        """What main(*values) returns. key: of main, and of the shapes of what is `copied`; others are known by where they lie, and how.
+    def run(self, name: str, sizes: str, key: tuple, main: Callable, values: Sequence[Any],
+            copied: Sequence[bool]) -> tuple[Any, ...]:
+        """What main(*values) returns. key: of main, and of the shapes of what is `copied`;
+        others are known by where they lie, and how.
 
         sizes: the global ones, which all ranks say alike.
         """
-        here = (key, *((t.data_ptr(), t.stride()) for v, moves in zip(values, copied) if not moves for t in _tensors(v)))
+        here = (key, *((t.data_ptr(), t.stride()) for v, moves in zip(values, copied) if not moves
+                       for t in _tensors(v)))
         given = [v for v, moves in zip(values, copied) if moves]
         if torch.is_grad_enabled() and any(t.requires_grad for v in values for t in _tensors(v)):
-            raise SpecError(f"{name}: an argument wants a gradient, and a replay makes none; compile value_and_grad of it, "
+            raise SpecError(f"{name}: an argument wants a gradient, and a replay makes none; compile "
+                            "value_and_grad of it, "
                             "or call it in torch.no_grad()")
         with torch.inference_mode():                    # which may write to tensors of both kinds
             step = self._steps.get(here)
             if step is None:
                 if sum(known == key for known, *_ in self._steps) == MOST_PYTREES:
-                    raise SpecError(f"{name}: {MOST_PYTREES} graphs of one shape, each of other pytrees, which a graph reads where they lie; donate "
+                    raise SpecError(f"{name}: {MOST_PYTREES} graphs of one shape, each of other pytrees, "
+                                    "which a graph reads where they lie; donate "
                                     "those that it returns, or compile it without graph=True")
                 title = f"{name} of {', '.join('x'.join(map(str, v.shape)) or '()' for v in given)}"
-                step = self._steps[here] = _Step(title, f"{name}, {sizes}", main, values, copied, self.runtime)
+                step = self._steps[here] = _Step(title, f"{name}, {sizes}", main, values, copied,
+                                                 self.runtime)
             else:
                 for buffer, value in zip(step.taken, given):
                     buffer.copy_(value)
@@ -122,7 +131,8 @@ class Captures:
 class _Step:
     """main(*values) on buffers of its own. taken: those of the values that are copied; made: the results."""
 
-    def __init__(self, title: str, plan: str, main: Callable, values: Sequence[Any], copied: Sequence[bool], runtime: Runtime) -> None:
+    def __init__(self, title: str, plan: str, main: Callable, values: Sequence[Any], copied: Sequence[bool],
+                 runtime: Runtime) -> None:
         with torch.inference_mode(False):
             self.values = [v.clone() if moves else v for v, moves in zip(values, copied)]
         self.taken = [v for v, moves in zip(self.values, copied) if moves]
@@ -147,7 +157,8 @@ class _Step:
 
 def conditional(program: Program) -> Step | None:
     """A step of the program, or of a function in it, whose course depends on data."""
-    inner = (found for s in program.steps for found in ([s] if s.op is COND else [conditional(body) for body in s.bodies]) if found)
+    inner = (found for s in program.steps
+             for found in ([s] if s.op is COND else [conditional(body) for body in s.bodies]) if found)
     return next(inner, None)
 
 

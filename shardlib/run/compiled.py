@@ -1,4 +1,5 @@
-"""Compiled programs: one plain Python function for every set of argument shapes, called with this rank's shards."""
+"""Compiled programs: one plain Python function for every set of argument shapes,
+called with this rank's shards."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,14 +36,18 @@ class Compiled:
     One plain Python function is made for every set of argument shapes, and kept.
     """
 
-    def __init__(self, f: Function | Gradients, layout: Layout | None, runtime: Runtime, sizes: Mapping[str, int], donate: Sequence[str],
-                 static: Mapping[str, Any], graph: bool | str = False, passes: Sequence[Pass | str] = DEFAULT) -> None:
+    def __init__(self, f: Function | Gradients, layout: Layout | None, runtime: Runtime,
+                 sizes: Mapping[str, int], donate: Sequence[str], static: Mapping[str, Any],
+                 graph: bool | str = False, passes: Sequence[Pass | str] = DEFAULT) -> None:
         check_static(traced_function("compile", f), static)
         check_layout("compile", layout)
         check_sizes(sizes)
-        if unknown := next((n for n in ((donate,) if isinstance(donate, str) else donate) if n not in f.arg_names), None):
-            raise SpecError(f"compile: donate names {unknown}, which is no argument of {f.__name__}; it has {', '.join(f.arg_names)}")
-        self.f, self.layout, self.runtime, self.sizes, self.passes = f, layout, runtime, dict(sizes), chosen(passes)
+        if unknown := next((n for n in ((donate,) if isinstance(donate, str) else donate)
+                            if n not in f.arg_names), None):
+            raise SpecError(f"compile: donate names {unknown}, which is no argument of {f.__name__}; it has "
+                            f"{', '.join(f.arg_names)}")
+        self.f, self.layout, self.runtime, self.sizes, self.passes = (f, layout, runtime, dict(sizes),
+                                                                      chosen(passes))
         self.donate, self.static = (donate,) if isinstance(donate, str) else tuple(donate), dict(static)
         self.program: Program | None = None
         self.sources: dict[tuple, str] = {}
@@ -51,42 +56,49 @@ class Compiled:
         self._results: tuple[Any, ...] = ()
         self._flags = IndexFlags(runtime.device, lambda error: runtime.end_others(error))
         self._likes: dict[int, Params] = {}         # argument -> a pytree like the one it takes
-        self._apart = runtime.mesh.world_size > 1 and not isinstance(f, Gradients)       # torch.autograd would miss other ranks
+        # torch.autograd would miss other ranks
+        self._apart = runtime.mesh.world_size > 1 and not isinstance(f, Gradients)
 
     def at(self, **sizes: int) -> Compiled:
-        """The same where dims have these global sizes; what has been made for some of them is made for all."""
+        """The same where dims have these global sizes; what has been made for some
+        of them is made for all."""
         made = copy(self)
         made.sizes, made._likes = {**self.sizes, **sizes}, dict(self._likes)
         return made
 
     def lower(self, *args: Any) -> Program:
-        """The explicit program; `args` say which pytrees it takes, as for `lower`. What an earlier call has said need not be said again;
-        where this one says otherwise, it is the program of this one."""
-        news = {i: a for i, a in enumerate(args) if isinstance(a, Params) and (i not in self._likes or present(a) != present(self._likes[i]))}
+        """The explicit program; `args` say which pytrees it takes, as for `lower`. What an earlier call has
+        said need not be said again; where this one says otherwise, it is the program of this one."""
+        news = {i: a for i, a in enumerate(args)
+                if isinstance(a, Params) and (i not in self._likes or present(a) != present(self._likes[i]))}
         if self.program is None or news:
             self._likes |= news
             self.program = self._lower()
-            self._captures = Captures(self.runtime) if self.graph and not self._refuses(conditional(self.program)) else None
+            self._captures = (Captures(self.runtime)
+                              if self.graph and not self._refuses(conditional(self.program)) else None)
         return self.program
 
     def _lower(self, dtypes: Mapping[str, str] | None = None) -> Program:
         likes = [self._likes.get(i) for i in range(len(self.f.arg_names))]
-        program, self._results = lower_results(self.f, self.layout, self.runtime.mesh, self.sizes, likes, self.static, self.passes, dtypes)
+        program, self._results = lower_results(self.f, self.layout, self.runtime.mesh, self.sizes, likes,
+                                               self.static, self.passes, dtypes)
         return program
 
     def _refuses(self, branch: Step | None) -> bool:
         """Whether `branch` keeps the program from being captured. SpecError where it was to be."""
         if branch and self.graph is True:
-            raise SpecError(f'cond: a graph is recorded once and cannot branch on data; compile {self.program.name} with graph="auto", '
+            raise SpecError('cond: a graph is recorded once and cannot branch on data; compile '
+                            f'{self.program.name} with graph="auto", '
                             "which runs it eagerly").at(branch.where)
         return branch is not None
 
     def prepare(self, name: str, weights: Params | dict[str, Tensor], like: Params | None = None) -> Prepared:
         """The argument `name`, in the form in which this program runs fastest; pass it in place of `weights`.
 
-        Weights that multiply the same activation are packed into one matrix. What is packed is copied: drop `weights`. Given as
-        a dict path -> tensor (with `like`, the pytree they are of), it is emptied on the way, and no two copies are held at once.
-        A stacked cache is held layer by layer; where it is donated, the call returns this very form of it.
+        Weights that multiply the same activation are packed into one matrix. What is packed is copied: drop
+        `weights`. Given as a dict path -> tensor (with `like`, the pytree they are of), it is emptied on the
+        way, and no two copies are held at once. A stacked cache is held layer by layer; where it is donated,
+        the call returns this very form of it.
         """
         program = self.lower(*((like or weights) if n == name else None for n in self.f.arg_names))
         return prepare(program, name, weights)
@@ -102,7 +114,7 @@ class Compiled:
     def _run(self, args: Sequence[Any]) -> Any:
         if self._apart and torch.is_grad_enabled():
             refuse_gradients(self.f.__name__, self._leaves(args))
-        values, key = [], [*self.sizes.items()]         # shards of equal shapes may be of wholes of different sizes
+        values, key = [], [*self.sizes.items()]  # shards of equal shapes may be of wholes of different sizes
         try:
             for a in args:
                 if type(a) is Prepared:
@@ -131,8 +143,8 @@ class Compiled:
         return results(leaves_made, args)
 
     def check(self) -> None:
-        """SpecError if an index was out of range in any call so far. It waits for the device; each call looks by itself as far as it can
-        without waiting. On the CPU every call raises at once."""
+        """SpecError if an index was out of range in any call so far. It waits for the device; each call looks
+        by itself as far as it can without waiting. On the CPU every call raises at once."""
         self._flags.check()
 
     def _check(self, args: Sequence[Any]) -> None:
@@ -148,7 +160,8 @@ class Compiled:
             yield from zip(arg.parts, arg.flat) if isinstance(arg, Prepared) else named_leaves(name, arg)
 
     def _build(self, args: Sequence[Any], key: tuple) -> tuple[Callable, Callable, Lines]:
-        """What runs the program for arguments like these, what makes its results of the leaves that this returns, and what its lines are."""
+        """What runs the program for arguments like these,
+        what makes its results of the leaves that this returns, and what its lines are."""
         self._check(args)
         program = self.lower(*(None if isinstance(a, Prepared) else a for a in args))
         given: dict[str, Any] = {}
@@ -161,19 +174,23 @@ class Compiled:
         dtypes |= leaf_dtypes(plain)
         given.update((p, tuple(v.shape)) for p, v in plain)
         if missing := [p for p, _ in program.arg_leaves() if p not in given]:
-            raise SpecError(f"{program.name} is called without {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}")
+            raise SpecError(f"{program.name} is called without "
+                            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}")
         if isinstance(self.f, Gradients):
             self.f.check_dtypes(dtypes)
             program = self.program = self._lower(dtypes)
         mesh, rank = self.runtime.mesh, self.runtime.rank
         sizes = bind_sizes(program, given, self.sizes, mesh, mesh.coordinate(rank))
-        e = Emitter(mesh, rank, sizes, donate=self.donate, given=dtypes, prepared=[a.name for a in args if isinstance(a, Prepared)])
+        e = Emitter(mesh, rank, sizes, donate=self.donate, given=dtypes,
+                    prepared=[a.name for a in args if isinstance(a, Prepared)])
         value_dtypes(program, dtypes)
         self.runtime.compare_plans(program.name, _plan_text(program, mesh, sizes, dtypes))
         source = self.sources[key] = e.program(program)
         for a in args:
-            if isinstance(a, Prepared) and a.parts != (parts := tuple(p for p in e.arguments(program) if p.split(".")[0] == a.name)):
-                raise SpecError(f"{program.name}: {a.name} was prepared for a program that packs it otherwise: {', '.join(a.parts)}, "
+            if (isinstance(a, Prepared) and a.parts
+                != (parts := tuple(p for p in e.arguments(program) if p.split(".")[0] == a.name))):
+                raise SpecError(f"{program.name}: {a.name} was prepared for a program that packs it "
+                                f"otherwise: {', '.join(a.parts)}, "
                                 f"and here {', '.join(parts)}; prepare it with this one")
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
@@ -181,13 +198,18 @@ class Compiled:
         lines = {run.__code__.co_filename: e.lines}
         run = torch.no_grad()(run) if isinstance(self.f, Gradients) else run
         if self._captures is not None:
-            copied = [isinstance(a, Tensor) for a in args for _ in (a.flat if isinstance(a, Prepared) else flat_leaves(a))]
+            copied = [isinstance(a, Tensor) for a in args
+                      for _ in (a.flat if isinstance(a, Prepared) else flat_leaves(a))]
             run = self._captures.around(program.name, _sizes_text(sizes), key, run, copied)
         return self._flags.around(run, e.index_sites()), self._finish(program, e.returned, args), lines
 
     def _finish(self, program: Program, returned: Sequence[str | None], args: Sequence[Any]) -> Callable:
-        """What puts result leaves together. A prepared argument that is updated in place, all of it, is returned as it came."""
-        prepared = {tuple(p for p, _ in leaves(*program.args[i])): i for i, a in enumerate(args) if isinstance(a, Prepared)}
+        """What puts result leaves together.
+
+        A prepared argument that is updated in place, all of it, is returned as it came.
+        """
+        prepared = {tuple(p for p, _ in leaves(*program.args[i])): i for i, a in enumerate(args)
+                    if isinstance(a, Prepared)}
         parts, at = [], 0
         for result, like in zip(program.results, self._results, strict=True):
             here = slice(at, at := at + len(result.leaves()))
@@ -196,7 +218,8 @@ class Compiled:
             return (lambda out, args: out) if len(parts) > 1 else lambda out, args: out[0]
 
         def finish(out: Sequence[Any], args: Sequence[Any]) -> Any:
-            made = tuple(args[same] if same is not None else rebuild(tuple(map(whole, out[here])), (like,)) for here, like, same in parts)
+            made = tuple(args[same] if same is not None else rebuild(tuple(map(whole, out[here])), (like,))
+                         for here, like, same in parts)
             return made if len(made) > 1 else made[0]
         return finish
 

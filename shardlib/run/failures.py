@@ -1,9 +1,11 @@
-"""What fails in generated code, said in the user's words: the op, what torch said, and the line that asked for it.
+"""What fails in generated code, said in the user's words:
+the op, what torch said, and the line that asked for it.
 
     einsum: The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 1          model.py:12
 
-torch's own error is the cause. What a function in `local` raises, and a lack of memory, stay what they are, for who catches them,
-with the line as a note; what a collective raises passes as it is, since it names the step itself.
+torch's own error is the cause. What a function in `local` raises, and a lack of memory, stay what they are,
+for who catches them, with the line as a note; what a collective raises passes as it is, since it names the
+step itself.
 """
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ Lines = Mapping[str, Sequence[Step | None]]
 
 
 def explain_failure(error: Exception, lines: Lines, where: Where | None = None) -> None:
-    """Raises the SpecError that says where in a program `error` was raised; returns where `error` itself is to be raised.
+    """Raises the SpecError that says where in a program `error` was raised;
+    returns where `error` itself is to be raised.
 
     where: the user's line, for code that was made for another one.
     """

@@ -1,4 +1,5 @@
-"""What a device has noted of indices, copied out behind a call, and read before a later one, once it has arrived."""
+"""What a device has noted of indices, copied out behind a call, and read before a later one,
+once it has arrived."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,9 @@ from shardlib.lowering.index_check import IndexSite
 
 
 class IndexFlags:
-    """What a device has noted of the indices of one function's calls. Only `check` waits for it. On the CPU, and where tensors hold nothing, there are none.
+    """What a device has noted of the indices of one function's calls. Only `check` waits for it.
+
+    On the CPU, and where tensors hold nothing, there are none.
 
     tell: hears of an error before it is raised.
     """
@@ -22,7 +25,8 @@ class IndexFlags:
         self._flags: list[_Flag] = []
 
     def around(self, run: Callable, sites: Sequence[IndexSite]) -> Callable:
-        """`run`, before which earlier calls' notes are read as far as they have come, and behind which its own are sent."""
+        """`run`, before which earlier calls' notes are read as far as they have come,
+        and behind which its own are sent."""
         for site in sites:
             site.tell = self.tell
         if self.at_once or not sites:
@@ -49,14 +53,19 @@ class IndexFlags:
 
 
 class _Flag:
-    """The notes of one program's sites: on the device, and their copy. One copy at a time is under way; notes are kept until they are read."""
+    """The notes of one program's sites: on the device, and their copy.
+
+    One copy at a time is under way; notes are kept until they are read.
+    """
 
     def __init__(self, sites: Sequence[IndexSite], device: torch.device) -> None:
-        self.sites = tuple(site for site in sites if site.last >= 0)    # where no index may be, none is waited with
+        # where no index may be, none is waited with
+        self.sites = tuple(site for site in sites if site.last >= 0)
         self.device, self.sent = device, False
         with torch.inference_mode(False):               # calls of any mode write here
             self.noted = torch.zeros(len(self.sites), 2, dtype=torch.int64, device=device)
-            self.copy = torch.zeros(len(self.sites), 2, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+            self.copy = torch.zeros(len(self.sites), 2, dtype=torch.int64, device="cpu",
+                                    pin_memory=device.type == "cuda")
         self.event = torch.cuda.Event() if device.type == "cuda" else None
         for site, seen in zip(self.sites, self.noted):
             site.seen = seen

@@ -1,4 +1,5 @@
-"""Arguments in the form in which a program runs fastest: weights packed, what a scan runs over held layer by layer."""
+"""Arguments in the form in which a program runs fastest:
+weights packed, what a scan runs over held layer by layer."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -19,7 +20,8 @@ from shardlib.program import Program, Scan, arg_types
 class Prepared:
     """A pytree argument as `Compiled.prepare` made it.
 
-    flat: its leaves; stacked ones as a tuple of layers.  shapes, dtypes: of the leaves it was made from, by path.
+    flat: its leaves; stacked ones as a tuple of layers.  shapes, dtypes: of the leaves it was made from, by
+    path.
     parts: what each of `flat` is: a path, or the paths that are packed in it.
     number: equal for arguments of one name, equal parts, dtypes and shapes.
     """
@@ -48,7 +50,8 @@ def prepare(program: Program, name: str, weights: Params | dict[str, Tensor]) ->
             made[path] = leaf.unbind(0) if path in scanned else leaf
         elif packed[path].name not in made:
             made[packed[path].name] = pack(packed[path], leaves)
-    return Prepared(name, tuple(made.values()), shapes, dtypes, tuple(made), _number_of((name, *made, *shapes.items(), *dtypes.items())))
+    return Prepared(name, tuple(made.values()), shapes, dtypes, tuple(made),
+                    _number_of((name, *made, *shapes.items(), *dtypes.items())))
 
 
 _NUMBERS: dict[tuple, int] = {}

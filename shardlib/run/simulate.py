@@ -1,7 +1,8 @@
 """The simulator: all ranks of a mesh in one process, on the code that each rank would run.
 
-Every rank's generated function is a generator that yields its collectives. A round runs each rank to its next one; a
-collective happens when all ranks of its group ask for the same. Ranks that part ways are an error that says how.
+Every rank's generated function is a generator that yields its collectives. A round runs each rank to its next
+one; a collective happens when all ranks of its group ask for the same. Ranks that part ways are an error that
+says how.
 """
 from __future__ import annotations
 
@@ -20,8 +21,11 @@ from shardlib.run.surroundings import without_autocast
 from shardlib.wires import WIRES, Wire
 
 
-def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]], sizes: Mapping[str, int], log: list | None = None) -> list[dict[str, Tensor]]:
-    """Run an explicit program on every rank. `args`: each rank's shards by path. Each rank's result leaves, by position name.
+def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]], sizes: Mapping[str, int],
+             log: list | None = None) -> list[dict[str, Tensor]]:
+    """Run an explicit program on every rank. `args`: each rank's shards by path.
+
+    Each rank's result leaves, by position name.
 
     `log` receives (rank, group ranks, method, numel) of every collective.
     """
@@ -45,7 +49,8 @@ def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]],
     return [{f"{i}": v for i, v in enumerate(out)} for out in outs]
 
 
-def run_ranks(ranks: Sequence[Any], log: list | None = None, wires: Mapping[str, Wire] = WIRES) -> list[tuple]:
+def run_ranks(ranks: Sequence[Any], log: list | None = None,
+              wires: Mapping[str, Wire] = WIRES) -> list[tuple]:
     """Drive the ranks' generators to their ends, performing the collectives they ask for over `wires`."""
     waiting: dict[int, tuple] = {}
     done: dict[int, tuple] = {}
@@ -62,7 +67,8 @@ def run_ranks(ranks: Sequence[Any], log: list | None = None, wires: Mapping[str,
                       if all(m in waiting and waiting[m][0] == g for m in g)), None)
         if ready is None:
             raise SpecError("the ranks part ways: " + "; ".join(
-                f"rank {r} waits in {waiting[r][1]} of ranks {list(waiting[r][0])}" if r in waiting else f"rank {r} has ended"
+                f"rank {r} waits in {waiting[r][1]} of ranks {list(waiting[r][0])}" if r in waiting
+                else f"rank {r} has ended"
                 for r in range(len(ranks))))
         requests = [waiting.pop(m) for m in ready]
         if log is not None:
@@ -83,11 +89,14 @@ def perform(requests: Sequence[tuple], wires: Mapping[str, Wire] = WIRES) -> lis
     """
     method = requests[0][1]
     if any(r[1] != method for r in requests):
-        raise SpecError(f"the ranks part ways: {', '.join(sorted({r[1] for r in requests}))} in one group at once")
+        raise SpecError(
+            f"the ranks part ways: {', '.join(sorted({r[1] for r in requests}))} in one group at once")
     wire, xs, more = wires[method], [r[2] for r in requests], [r[3:] for r in requests]
     told = [said[wire.own:] for said in more]
     if any(t != told[0] for t in told):
-        raise SpecError(f"{method}: the ranks say {' and '.join(map(str, dict.fromkeys(told)))} of one collective")
+        raise SpecError(
+            f"{method}: the ranks say {' and '.join(map(str, dict.fromkeys(told)))} of one collective")
     if len(dtypes := dict.fromkeys(p.dtype for x in xs for p in (x if wire.many else (x,)))) > 1:
-        raise SpecError(f"{method}: the ranks bring {' and '.join(str(d).removeprefix('torch.') for d in dtypes)}")
+        raise SpecError(
+            f"{method}: the ranks bring {' and '.join(str(d).removeprefix('torch.') for d in dtypes)}")
     return wire.perform(xs, more)

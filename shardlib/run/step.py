@@ -1,8 +1,8 @@
 """The step executor: a sharded function run line by line on this rank's tensors, for a debugger.
 
-The user's own Python runs; every op is typed, completed, converted and executed at once, so that a breakpoint in the
-function sees real values: `x.spec` is the type, `x.local` this rank's tensor. What an op needs (its conversions, its local
-code) is worked out once for each set of operand types, and kept.
+The user's own Python runs; every op is typed, completed, converted and executed at once, so that a breakpoint
+in the function sees real values: `x.spec` is the type, `x.local` this rank's tensor. What an op needs (its
+conversions, its local code) is worked out once for each set of operand types, and kept.
 """
 from __future__ import annotations
 
@@ -61,13 +61,16 @@ class Stepper(Executor):
         made.local, made.key = local, f"{spec.text} {_name(local.dtype)}{' param' if param else ''}"
         return made
 
-    def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any]) -> Any:
+    def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any,
+            attrs: dict[str, Any]) -> Any:
         """Execute one call."""
         try:
-            key = (op, text or ins, outs, self.layout, *[x.key for x in operands], repr(attrs) if attrs else "", _place() if op.index else None)
+            key = (op, text or ins, outs, self.layout, *[x.key for x in operands],
+                   repr(attrs) if attrs else "", _place() if op.index else None)
             function, made, lines = self.recipes[key]
         except (KeyError, AttributeError):
-            function, made, lines = self._recipe(op, operands, text, ins, outs, attrs, self.layout if self.layout is not None else self.base)
+            function, made, lines = self._recipe(op, operands, text, ins, outs, attrs,
+                                                 self.layout if self.layout is not None else self.base)
             self.recipes[key] = function, made, lines
         try:
             results = function(*[x.local for x in operands])
@@ -81,18 +84,21 @@ class Stepper(Executor):
             return value
         return tuple(self.value(spec, t) for (spec, _), t in zip(made, results))
 
-    def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any, attrs: dict[str, Any],
-                layout: Layout) -> tuple[Callable, list[tuple[Spec, str]], Lines]:
-        """What runs a call like this one, the types of its results and what recipes know them by, and whose lines are whose."""
+    def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any,
+                attrs: dict[str, Any], layout: Layout) -> tuple[Callable, list[tuple[Spec, str]], Lines]:
+        """What runs a call like this one, the types of its results and what recipes know them by,
+        and whose lines are whose."""
         for i, x in enumerate(operands):
             if not isinstance(x, Value) or x.tracer is not self:
-                raise SpecError(f"{op.name}: operand {i + 1} is no tensor of this function; pass tensors in as arguments")
+                raise SpecError(
+                    f"{op.name}: operand {i + 1} is no tensor of this function; pass tensors in as arguments")
         frame = user_frame()
         said = tuple(next((n for n, value in frame.f_locals.items() if value is x), "") for x in operands)
         names = tuple(f"i{i}" for i in range(len(operands)))
         ins, outs = specs_of(op, operands, text, ins, outs, attrs, said)
         made = tuple(f"o{i}" for i in range(len(outs)))
-        step = Step(op, ins, outs, names, made, tuple(sorted(attrs.items())), where=Where.of(frame), said=said)
+        step = Step(op, ins, outs, names, made, tuple(sorted(attrs.items())), where=Where.of(frame),
+                    said=said)
         given = {n: _name(x.local.dtype) for n, x in zip(names, operands)}
         step_dtypes(step, [*given.values()])
         if op is RENAME:
@@ -116,7 +122,8 @@ class Stepper(Executor):
         """The scalar `value`, with what it owes paid."""
         return self.run(RESHARD, (value,), None, (value.spec,), (value.spec.owing(),), {}).local
 
-    def scan(self, f: Function, carries: tuple[Value, ...], stacks: Sequence[Any], constants: Sequence[Any], static: dict[str, Any]) -> Any:
+    def scan(self, f: Function, carries: tuple[Value, ...], stacks: Sequence[Any], constants: Sequence[Any],
+             static: dict[str, Any]) -> Any:
         """Run the body of a scan layer by layer, through the user's own function."""
         first = next(v for s in stacks for v in _values(s))
         dim, rows = first.spec.dims[0], []
@@ -159,14 +166,15 @@ def _values(tree: Any) -> list[Value]:
     return [v for _, v in leaf_values(tree, "")] if isinstance(tree, Params) else [tree]
 
 
-def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any], sizes: Mapping[str, int], static: dict[str, Any],
-              recipes: dict) -> Any:
+def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any], sizes: Mapping[str, int],
+              static: dict[str, Any], recipes: dict) -> Any:
     """Run `f` op by op on this rank's shards; shards come back."""
     mesh = runtime.mesh
     check_given(f, args)
     layout = (f.layout if f.layout is not None else layout).on(mesh)
     trees = [(name, _complete(tree, layout, mesh)) for name, tree in argument_trees(f, args)]
-    given = {path: v for (name, tree), arg in zip(trees, args) for (path, _), v in zip(leaves(name, tree), _tensors(arg))}
+    given = {path: v for (name, tree), arg in zip(trees, args)
+             for (path, _), v in zip(leaves(name, tree), _tensors(arg))}
     check_tensors(f, given.items())
     if mesh.world_size > 1:
         refuse_gradients(f.__name__, given.items())
@@ -190,7 +198,8 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
         except (SpecError, TypeError, ValueError) as error:
             raise_at_user_line(error)
         given_back = results if isinstance(results, tuple) else (results,)
-        out = tuple(_locals(v) if spec is None else stepper.run(RESHARD, (v,), None, (v.spec,), (spec,), {}).local
+        out = tuple(_locals(v) if spec is None
+                    else stepper.run(RESHARD, (v,), None, (v.spec,), (spec,), {}).local
                     for spec, v in zip(f.outs, given_back, strict=True))
     return out if len(out) > 1 else out[0]
 

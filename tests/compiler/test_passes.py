@@ -203,4 +203,5 @@ def test_a_chain_that_is_cheapest_is_left_as_it_is_written():
 def test_an_unknown_pass_is_named():
     with pytest.raises(SpecError) as error:
         lower(parallel, Layout(F="tp"), mesh=MESH, passes=("fuse_all",))
-    assert str(error.value) == "passes: 'fuse_all' is not one of hoist_sums, replan_moves, drop_dead_steps, rotate_scan"
+    assert str(error.value) == (
+        "passes: 'fuse_all' is not one of hoist_sums, replan_moves, drop_dead_steps, rotate_scan")

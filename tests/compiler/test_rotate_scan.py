@@ -23,12 +23,14 @@ from shardlib.placement import shard_of
 from shardlib.program import Program, Scan
 
 ROTATED = (*DEFAULT, "rotate_scan")
-PLACES = [("tp=2", "tp"), ("tp=2", "tp+sp"), ("dp=2,tp=2", "tp+fsdp"), ("tk=2,tg=2", "tp"), ("tk=2,tg=2", "tp+sp")]
+PLACES = [("tp=2", "tp"), ("tp=2", "tp+sp"), ("dp=2,tp=2", "tp+fsdp"), ("tk=2,tg=2", "tp"),
+          ("tk=2,tg=2", "tp+sp")]
 
 
 def config(layers: int) -> LlamaConfig:
-    return LlamaConfig(vocab_size=11, d_model=18, num_layers=layers, num_kv_heads=3, queries_per_kv=2, head_dim=4, d_ff=7, norm_eps=1e-5,
-                       rope_theta=1e4, rope_scaling=None, tied=False, max_context=64)
+    return LlamaConfig(vocab_size=11, d_model=18, num_layers=layers, num_kv_heads=3, queries_per_kv=2,
+                       head_dim=4, d_ff=7, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=False,
+                       max_context=64)
 
 
 def decoded(program: Program, mesh: Mesh, of: LlamaConfig) -> list[Tensor]:
@@ -38,9 +40,11 @@ def decoded(program: Program, mesh: Mesh, of: LlamaConfig) -> list[Tensor]:
         weights = {path: w[:0] if path.startswith("layers") else w for path, w in weights.items()}
     sizes = dict(of.sizes, B=4, T=5, S=6)
     cache = init(Cache, sizes, path="cache")
-    whole: dict[str, Any] = {"ids": torch.arange(20).view(4, 5) % 11, "start": torch.zeros(4, dtype=torch.int64),
-                             "last": torch.tensor([4, 0, 2, 3]), **dict(leaf_values(tree(weights, of), "w")), **dict(leaf_values(cache, "cache"))}
-    placed = [{path: shard_of(whole[path], spec, mesh, c) for path, spec in program.arg_leaves()} for c in mesh.coordinates()]
+    whole: dict[str, Any] = {"ids": torch.arange(20).view(4, 5) % 11,
+                             "start": torch.zeros(4, dtype=torch.int64), "last": torch.tensor([4, 0, 2, 3]),
+                             **dict(leaf_values(tree(weights, of), "w")), **dict(leaf_values(cache, "cache"))}
+    placed = [{path: shard_of(whole[path], spec, mesh, c) for path, spec in program.arg_leaves()}
+              for c in mesh.coordinates()]
     return execute(program, mesh, placed, sizes).results
 
 
@@ -60,17 +64,19 @@ def collectives(program: Program, layers: int) -> Counter[str]:
 @pytest.mark.parametrize("mesh, layout", PLACES)
 def test_the_llama_decodes_the_same_bits_by_as_many_collectives(mesh: str, layout: str, layers: int) -> None:
     here, of = Mesh.parse(mesh), config(layers)
-    straight, rotated = (lower(next_logits, named_layout(layout, here), mesh=here, config=of, passes=passes) for passes in (DEFAULT, ROTATED))
+    straight, rotated = (lower(next_logits, named_layout(layout, here), mesh=here, config=of, passes=passes)
+                         for passes in (DEFAULT, ROTATED))
     (scanned,) = (step for step in rotated.steps if step.op is SCAN)
     assert len(Scan.of(scanned).carries) == 2 and rotated != straight
-    assert [s.op.name for s in scanned.body.steps[:2]] == [next(s for s in straight.steps if s.op is SCAN).body.steps[-2].op.name, "add"]
+    assert ([s.op.name for s in scanned.body.steps[:2]]
+            == [next(s for s in straight.steps if s.op is SCAN).body.steps[-2].op.name, "add"])
     assert collectives(rotated, layers) == collectives(straight, layers)
     assert parse_program(str(rotated), TABLE) == rotated == check(rotated, here)
     for a, b in zip(decoded(straight, here, of), decoded(rotated, here, of), strict=True):
         assert torch.equal(a, b)
 
 
-# -- where it is left alone ---------------------------------------------------------------------------------------------
+# -- where it is left alone ----------------------------------------------------------------------------------
 
 @sharded("B D, D F, F D -> B D")
 def layer(x, up, down):
@@ -110,8 +116,9 @@ def test_it_rotates_what_the_others_are_like() -> None:
     assert "residual" in str(lower(plain, SPLIT, mesh=Mesh(tp=2), passes=ROTATED))
 
 
-@pytest.mark.parametrize("f, layout", [(plain, Layout(F="tp")), (plain, Layout(V="tp")), (used_again, SPLIT), (of_another_dtype, SPLIT),
-                                       (value_and_grad(loss, wrt="up"), SPLIT)])
+@pytest.mark.parametrize("f, layout", [(plain, Layout(F="tp")), (plain, Layout(V="tp")), (used_again, SPLIT),
+                                       (of_another_dtype, SPLIT), (value_and_grad(loss, wrt="up"), SPLIT)])
 def test_what_it_leaves_alone(f: Any, layout: Layout) -> None:
-    """Nothing is owed before the scan, or in it; what goes in is used again; the owed sums have two dtypes; a gradient is wanted."""
+    """Nothing is owed before the scan, or in it; what goes in is used again; the owed sums have two dtypes;
+    a gradient is wanted."""
     assert lower(f, layout, mesh=Mesh(tp=2), passes=ROTATED) == lower(f, layout, mesh=Mesh(tp=2))

@@ -28,15 +28,17 @@ def match(ranks: Sequence[Sequence[Call]]) -> int:
             if all(h is not None and h.group == call.group for h in heads):
                 wrong = next((m for m, h in zip(call.group, heads) if not call.same(h)), None)
                 if wrong is not None:
-                    raise SpecError(f"ranks {rank} and {wrong} meet in different collectives: {_say(rank, call)}; "
-                                    f"{_say(wrong, ranks[wrong][at[wrong]])}")
+                    raise SpecError(
+                        f"ranks {rank} and {wrong} meet in different collectives: {_say(rank, call)}; "
+                        f"{_say(wrong, ranks[wrong][at[wrong]])}")
                 for m in call.group:
                     at[m] += 1
                 done += 1
                 break
         else:
             raise SpecError("the ranks part ways: " + "; ".join(
-                _say(r, calls[i]) if i < len(calls) else f"rank {r} has ended" for r, (i, calls) in enumerate(zip(at, ranks))))
+                _say(r, calls[i]) if i < len(calls) else f"rank {r} has ended"
+                for r, (i, calls) in enumerate(zip(at, ranks))))
     return done
 
 

@@ -25,10 +25,11 @@ from shardlib.reports.classes import Classes, classes_of
 from shardlib.reports.project import Call, Calls, Repeat, project, project_classes, sent, unrolled
 from shardlib.reports.prove import match, prove
 
-CONFIG = LlamaConfig(vocab_size=11, d_model=18, num_layers=2, num_kv_heads=3, queries_per_kv=2, head_dim=4, d_ff=7, norm_eps=1e-5,
-                     rope_theta=1e4, rope_scaling=None, tied=False, max_context=64)
+CONFIG = LlamaConfig(vocab_size=11, d_model=18, num_layers=2, num_kv_heads=3, queries_per_kv=2, head_dim=4,
+                     d_ff=7, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=False, max_context=64)
 SIZES = dict(CONFIG.sizes, B=3, T=5, S=5)
-PLACES = (("tp=2", "tp"), ("tp=3", "tp+sp"), ("dp=2", "fsdp"), ("tk=2,tg=2", "tp"), ("cp=2,tp=2", "tp+cp"), ("dp=2,cp=2,tp=2", "tp+sp+fsdp+cp"))
+PLACES = (("tp=2", "tp"), ("tp=3", "tp+sp"), ("dp=2", "fsdp"), ("tk=2,tg=2", "tp"), ("cp=2,tp=2", "tp+cp"),
+          ("dp=2,cp=2,tp=2", "tp+sp+fsdp+cp"))
 PROGRAMS = {"next_token": next_token, "logits_of": logits_of, "loss": value_and_grad(loss)}
 
 
@@ -50,22 +51,26 @@ def calls(name: str, mesh: str, layout: str) -> tuple[tuple[Call, ...], ...]:
 def test_the_programs_of_the_models(name: str, mesh: str, layout: str) -> None:
     made = Mesh.parse(mesh)
     proof = prove(lowered(name, mesh, layout), made, SIZES)
-    assert proof.collectives == sum(c.group[0] == rank for rank, made in enumerate(calls(name, mesh, layout)) for c in made)
+    assert proof.collectives == sum(c.group[0] == rank for rank, made in enumerate(calls(name, mesh, layout))
+                                    for c in made)
     assert proof.collectives == rank_by_rank.match(calls(name, mesh, layout))
-    assert str(proof) == f"on mesh {mesh}: {made.world_size} ranks, {proof.collectives} collectives, all matched; plan {proof.digest[:12]}"
+    assert str(proof) == (f"on mesh {mesh}: {made.world_size} ranks, {proof.collectives} collectives, all "
+                          f"matched; plan {proof.digest[:12]}")
 
 
 def test_digests_tell_plans_apart() -> None:
     found = {prove(lowered(name, *place), Mesh.parse(place[0]), SIZES).digest
              for name in PROGRAMS for place in PLACES}
     assert len(found) == len(PROGRAMS) * len(PLACES)
-    mesh, program = Mesh(tp=2), lower(next_token, named_layout("tp", Mesh(tp=2)), mesh=Mesh(tp=2), config=CONFIG)
+    mesh, program = (Mesh(tp=2),
+                     lower(next_token, named_layout("tp", Mesh(tp=2)), mesh=Mesh(tp=2), config=CONFIG))
     others = (SIZES, {**SIZES, "T": 6, "S": 6}, {**SIZES, "B": 4})
-    assert len({prove(program, mesh, sizes, {p: kind for p, _ in program.arg_leaves() if p.startswith(("w.", "cache."))}).digest
+    assert len({prove(program, mesh, sizes,
+                      {p: kind for p, _ in program.arg_leaves() if p.startswith(("w.", "cache."))}).digest
                 for sizes in others for kind in ("float32", "bfloat16")}) == 6
 
 
-# -- mutants -----------------------------------------------------------------------------------------------------------
+# -- mutants -------------------------------------------------------------------------------------------------
 
 def skipped(draw: st.DrawFn, made: list[Call], i: int, mesh: Mesh) -> list[Call]:
     return made[:i] + made[i + 1:]
@@ -91,11 +96,13 @@ def rooted(draw: st.DrawFn, made: list[Call], i: int, mesh: Mesh) -> list[Call]:
 
 
 def other_dtype(draw: st.DrawFn, made: list[Call], i: int, mesh: Mesh) -> list[Call]:
-    return [*made[:i], replace(made[i], dtype=draw(st.sampled_from(("float32", "bfloat16", "int64")))), *made[i + 1:]]
+    return [*made[:i], replace(made[i], dtype=draw(st.sampled_from(("float32", "bfloat16", "int64")))),
+            *made[i + 1:]]
 
 
 def other_op(draw: st.DrawFn, made: list[Call], i: int, mesh: Mesh) -> list[Call]:
-    return [*made[:i], replace(made[i], op=draw(st.sampled_from(("all_reduce", "all_gather", "reduce_scatter", "all_to_all")))), *made[i + 1:]]
+    return [*made[:i], replace(made[i], op=draw(
+        st.sampled_from(("all_reduce", "all_gather", "reduce_scatter", "all_to_all")))), *made[i + 1:]]
 
 
 def other_group(draw: st.DrawFn, made: list[Call], i: int, mesh: Mesh) -> list[Call]:
@@ -140,7 +147,8 @@ def test_every_mutant_is_rejected(mutant: tuple[Mesh, list[list[Call]], int]) ->
 
 
 def runs_to_the_end(ranks: Sequence[Sequence[Call]]) -> bool:
-    """Another way to say it: the k-th calls of a group's members are the same, and no call waits, by way of others, for itself."""
+    """Another way to say it: the k-th calls of a group's members are the same, and no call waits,
+    by way of others, for itself."""
     nth: dict[tuple, dict[int, tuple]] = {}
     graph: dict[tuple, set[tuple]] = {}
     for rank, made in enumerate(ranks):
@@ -163,8 +171,12 @@ def runs_to_the_end(ranks: Sequence[Sequence[Call]]) -> bool:
 
 
 @given(mutants((swapped,)))
-def test_a_swap_is_rejected_unless_every_rank_can_still_end(mutant: tuple[Mesh, list[list[Call]], int]) -> None:
-    """Within one group it never can. Calls of two groups may change places on one rank, if nobody waits in a circle then."""
+def test_a_swap_is_rejected_unless_every_rank_can_still_end(
+        mutant: tuple[Mesh, list[list[Call]], int]) -> None:
+    """Within one group it never can.
+
+    Calls of two groups may change places on one rank, if nobody waits in a circle then.
+    """
     mesh, ranks, rank = mutant
     try:
         rank_by_rank.match(ranks)
@@ -177,7 +189,8 @@ def test_a_swap_is_rejected_unless_every_rank_can_still_end(mutant: tuple[Mesh, 
 
 
 @given(mutants((skipped, repeated, rooted, other_dtype, other_op, other_group, swapped)), st.data())
-def test_the_proof_is_the_absence_of_circles(mutant: tuple[Mesh, list[list[Call]], int], data: st.DataObject) -> None:
+def test_the_proof_is_the_absence_of_circles(mutant: tuple[Mesh, list[list[Call]], int],
+                                             data: st.DataObject) -> None:
     """Also for several ranks changed alike, which may be right."""
     mesh, ranks, rank = mutant
     name = data.draw(st.sampled_from(range(len(ranks))))
@@ -307,7 +320,8 @@ def test_a_proof_of_many_ranks_takes_no_longer() -> None:
     program = lower(PROGRAMS["loss"], named_layout("tp+sp+fsdp+cp", mesh), mesh=mesh, config=CONFIG)
     sizes = {**SIZES, "B": 1543, "T": 128, "S": 128}
     proof = prove(program, mesh, sizes)
-    assert str(proof).startswith(f"on mesh {mesh}: 65536 ranks, {proof.collectives} collectives, all matched; ")
+    assert str(proof).startswith(
+        f"on mesh {mesh}: 65536 ranks, {proof.collectives} collectives, all matched; ")
     assert len(classes_of(mesh, sent(program), sizes)) < 65
 
 
@@ -321,11 +335,15 @@ def test_messages() -> None:
             match(classes, ranks)
         return str(caught.value)
     assert said([one, two], [two, one]) == (
-        "ranks 0 and 1 meet in different collectives: rank 0 is in all_reduce of 6 float32 over ranks 0 1 at y (model.py:3); "
+        "ranks 0 and 1 meet in different collectives: rank 0 is in all_reduce of 6 float32 over ranks 0 1 at "
+        "y (model.py:3); "
         "rank 1 is in all_gather of 6 float32 over ranks 0 1 at z (model.py:4)")
     assert said([one, two], [one]) == (
-        "the ranks part ways: rank 0 is in all_gather of 6 float32 over ranks 0 1 at z (model.py:4); rank 1 has ended")
-    assert said([one], [replace(one, numel=4)]) == "rank 1 is in all_reduce of 4 float32 over ranks 0 1 at y (model.py:3); its piece has shape (2, 3)"
+        "the ranks part ways: rank 0 is in all_gather of 6 float32 over ranks 0 1 at z (model.py:4); rank 1 "
+        "has ended")
+    assert said([one], [replace(one, numel=4)]) == (
+        "rank 1 is in all_reduce of 4 float32 over ranks 0 1 at y (model.py:3); its piece has shape (2, 3)")
     assert said([replace(one, root=0)], [replace(one, root=1, step="")]) == (
-        "ranks 0 and 1 meet in different collectives: rank 0 is in all_reduce of 6 float32 over ranks 0 1 at y (model.py:3); "
+        "ranks 0 and 1 meet in different collectives: rank 0 is in all_reduce of 6 float32 over ranks 0 1 at "
+        "y (model.py:3); "
         "rank 1 is in all_reduce of 6 float32 over ranks 0 1")

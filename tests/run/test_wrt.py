@@ -152,4 +152,4 @@ def test_gradients_are_no_part_of_a_program():
 
 def test_the_example_of_its_docstring():
     (example,) = doctest.DocTestFinder(recurse=False).find(value_and_grad, globs=vars(api) | {})
-    assert doctest.DocTestRunner().run(example) == (0, 6)
+    assert doctest.DocTestRunner().run(example) == (0, 8)

@@ -1,8 +1,8 @@
 """Rewrites of explicit programs: one file each, from a program to one that denotes the same.
 
-A pass is a value. What `lower` and `compile` are handed is run in order, by value or by name: `lower(f, layout,
-passes=("drop_dead_steps",))`. Without them every line of the text has the collectives that its own operands and result need,
-and nothing else.
+A pass is a value. What `lower` and `compile` are handed is run in order, by value or by name: `lower(f,
+layout, passes=("drop_dead_steps",))`. Without them every line of the text has the collectives that its own
+operands and result need, and nothing else.
 
 >>> from shardlib import Mesh, sharded
 >>> from shardlib.api import lower
@@ -32,7 +32,8 @@ PASSES = {each.name: each for each in (*DEFAULT, ROTATE_SCAN)}
 
 def chosen(passes: Sequence[Pass | str]) -> tuple[Pass, ...]:
     """The passes that are given, by value or by name. SpecError for what is neither."""
-    wrong = [passes] if isinstance(passes, str) else [p for p in passes if not isinstance(p, Pass) and p not in PASSES]
+    wrong = ([passes] if isinstance(passes, str)
+             else [p for p in passes if not isinstance(p, Pass) and p not in PASSES])
     if wrong:
         raise SpecError(f"passes: {wrong[0]!r} is not one of {', '.join(PASSES)}")
     return tuple(p if isinstance(p, Pass) else PASSES[p] for p in passes)

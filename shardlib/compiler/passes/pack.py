@@ -1,8 +1,9 @@
 """Packing: weights that multiply the same activation become one matrix, and their einsums one matmul.
 
-A lowering choice, made once: it changes no type and no collective. `Compiled.prepare` builds the packed weights; a body
-that was lowered for them takes those instead of the separate leaves. Packed are einsums of a scan's body whose weight is
-a leaf of the stacked arguments, used there only, with the contracted dims in front: `D K G H`, `D K H`, `K G H D`.
+A lowering choice, made once: it changes no type and no collective. `Compiled.prepare` builds the packed
+weights; a body that was lowered for them takes those instead of the separate leaves. Packed are einsums of a
+scan's body whose weight is a leaf of the stacked arguments, used there only, with the contracted dims in
+front: `D K G H`, `D K H`, `K G H D`.
 """
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from shardlib.spec import Dim, Spec
 
 @dataclass(frozen=True)
 class Packing:
-    """One matmul: the steps of a body that it computes, their weights by path (in the body, and outside), in order."""
+    """One matmul: the steps of a body that it computes, their weights by path (in the body,
+    and outside), in order."""
     scan: str
     steps: tuple[Step, ...]
     inner_paths: tuple[str, ...]
@@ -35,7 +37,8 @@ class Packing:
 
 
 def packings(program: Program, prepared: set[str], dtypes: Mapping[str, str]) -> list[Packing]:
-    """The packings of `program`, whose arguments `prepared` come packed; `dtypes`: of the weights, by path."""
+    """The packings of `program`, whose arguments `prepared` come packed; `dtypes`:
+    of the weights, by path."""
     uses: dict[str, int] = {}
     for step in program.steps:
         for name in step.inputs:
@@ -52,21 +55,26 @@ def _of_body(scan: Step, stacked: Mapping[str, str], dtypes: Mapping[str, str]) 
     groups: dict[tuple, list[tuple[Step, str]]] = {}
     used = [i for s in scan.body.steps for i in s.inputs]
     for step in scan.body.steps:
-        if step.op is EINSUM and len(step.inputs) == 2 and step.inputs[1] in stacked and used.count(step.inputs[1]) == 1:
+        if (step.op is EINSUM and len(step.inputs) == 2 and step.inputs[1] in stacked
+            and used.count(step.inputs[1]) == 1):
             x, w = step.ins
             inner = tuple(n for n in x.labels if n in w.labels)
             right = tuple(n for n in w.labels if n not in x.labels)
             left = tuple(n for n in x.labels if n not in w.labels)
-            if inner and right and x.labels == left + inner and w.labels == inner + right and step.outs[0].labels == left + right:
-                groups.setdefault((step.inputs[0], inner, dtypes.get(stacked[step.inputs[1]])), []).append((step, step.inputs[1]))
-    return [Packing(scan.outputs[0], tuple(s for s, _ in g), tuple(p for _, p in g), tuple(stacked[p] for _, p in g)) for g in groups.values()]
+            if (inner and right and x.labels == left + inner and w.labels == inner + right
+                and step.outs[0].labels == left + right):
+                groups.setdefault((step.inputs[0], inner, dtypes.get(stacked[step.inputs[1]])),
+                                  []).append((step, step.inputs[1]))
+    return [Packing(scan.outputs[0], tuple(s for s, _ in g), tuple(p for _, p in g),
+                    tuple(stacked[p] for _, p in g)) for g in groups.values()]
 
 
 def pack(group: Packing, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Per layer, the packed matrix: contracted dims flat, then the dims of every weight flat, one after the other.
+    """Per layer, the packed matrix: contracted dims flat, then the dims of every weight flat,
+    one after the other.
 
-    It lies in memory as matmuls of few rows read it fastest: by columns in 16 bits, by rows in more. The weights are taken out of
-    `leaves`.
+    It lies in memory as matmuls of few rows read it fastest: by columns in 16 bits, by rows in more. The
+    weights are taken out of `leaves`.
     """
     flat = []
     for step, path in zip(group.steps, group.outer_paths):
@@ -79,10 +87,13 @@ def pack(group: Packing, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return tuple(whole.unbind(0))
 
 
-def emit_packed(e: LocalCode, group: Packing, body: Program, names: dict[str, str], weight: str, uses: Mapping[str, int]) -> list[str]:
-    """The lines of one matmul and of what it computes; `names` gets the variables of the steps that are done by them.
+def emit_packed(e: LocalCode, group: Packing, body: Program, names: dict[str, str], weight: str,
+                uses: Mapping[str, int]) -> list[str]:
+    """The lines of one matmul and of what it computes; `names` gets the variables
+    of the steps that are done by them.
 
-    Neighbours that the body puts through the same op along their last dim (q and k through rope) go through it joined.
+    Neighbours that the body puts through the same op along their last dim (q and k through rope) go through
+    it joined.
     """
     first = group.steps[0]
     shape = e.shape(first.ins[0])
@@ -91,7 +102,8 @@ def emit_packed(e: LocalCode, group: Packing, body: Program, names: dict[str, st
     have, kind = e.dtypes[first.inputs[0]], e.dtypes[first.outputs[0]]
     x, weight = e.read(names[first.inputs[0]], have, kind), e.read(weight, e.dtypes[first.inputs[1]], kind)
     flat = (*shape[:left], prod(shape[left:]))
-    operand = x if inner == 1 else e.view(x, flat) if ".view(" in x and have == kind else f"{x}.reshape({flat})"
+    operand = (x if inner == 1 else e.view(x, flat) if ".view(" in x and have == kind
+               else f"{x}.reshape({flat})")
     product = f"torch.matmul({operand}, {weight})"
     if len(group.steps) == 1:
         names[first.outputs[0]] = e.variable()
@@ -108,7 +120,8 @@ def emit_packed(e: LocalCode, group: Packing, body: Program, names: dict[str, st
         else:
             names[out] = e.variable()
             lines.append(f"{names[out]} = {text}")
-    lines.append(f"{', '.join(parts)} = {product}.split({tuple(sum(width[s.outputs[0]] for s, _ in run) for run in runs)}, -1)")
+    lines.append(f"{', '.join(parts)} = "
+                 f"{product}.split({tuple(sum(width[s.outputs[0]] for s, _ in run) for run in runs)}, -1)")
     for part, run in zip(parts, runs):
         if len(run) == 1:
             name(run[0][0], run[0][0].outputs[0], _view(e, run[0][0], part, left))
@@ -117,12 +130,14 @@ def emit_packed(e: LocalCode, group: Packing, body: Program, names: dict[str, st
         lines += joining
         for piece, (step, after) in zip(pieces, run):
             names[step.outputs[0]] = piece
-            name(step, after.outputs[0], piece if len(step.outs[0].dims) == left + 2 else e.view(piece, e.shape(step.outs[0])))
+            name(step, after.outputs[0],
+                 piece if len(step.outs[0].dims) == left + 2 else e.view(piece, e.shape(step.outs[0])))
     return lines
 
 
 def _runs(group: Packing, body: Program, made: Collection[str]) -> list[list[tuple[Step, Step | None]]]:
-    """The steps of the group with the op that follows each, neighbours together that an op joins; its other operands are `made`."""
+    """The steps of the group with the op that follows each, neighbours together that an op joins;
+    its other operands are `made`."""
     follows: dict[str, list[Step]] = {}
     for step in body.steps:
         for name in step.inputs:
@@ -132,7 +147,8 @@ def _runs(group: Packing, body: Program, made: Collection[str]) -> list[list[tup
     for step in group.steps:
         (out,) = step.outputs
         after = follows.get(out, [])
-        joins = after[0] if len(after) == 1 and after[0].op.joins and after[0].inputs[0] == out and out not in results else None
+        joins = (after[0] if len(after) == 1 and after[0].op.joins and after[0].inputs[0] == out
+                 and out not in results else None)
         joins = joins if joins and all(i in made for i in joins.inputs[1:]) else None
         last = runs[-1][-1] if runs else (None, None)
         if joins and last[1] and (joins.op, joins.inputs[1:], joins.attrs, step.outs[0].dims[-1]) == (
@@ -143,17 +159,21 @@ def _runs(group: Packing, body: Program, made: Collection[str]) -> list[list[tup
     return runs
 
 
-def _joined(e: LocalCode, run: list[tuple[Step, Step]], part: str, left: int, names: dict[str, str]) -> tuple[list[str], list[str]]:
-    """The variables of the pieces, and the lines that make them: one call of the op that all of them go through."""
+def _joined(e: LocalCode, run: list[tuple[Step, Step]], part: str, left: int,
+            names: dict[str, str]) -> tuple[list[str], list[str]]:
+    """The variables of the pieces, and the lines that make them:
+    one call of the op that all of them go through."""
     (step, op), last = run[0], run[0][0].outs[0].dims[-1]
     lead = e.shape(step.outs[0])[:left]
     heads = [prod(e.shape(s.outs[0])[left:-1]) for s, _ in run]
     wide = Spec((*step.outs[0].dims[:left], Dim((), size=sum(heads)), last))
     (size,) = e.shape(Spec((last,)))
     whole = e.variable()
-    text = op.op.emit(e, replace(op, ins=(wide, *op.ins[1:]), outs=(wide,)), [whole, *(names[i] for i in op.inputs[1:])])
+    text = op.op.emit(e, replace(op, ins=(wide, *op.ins[1:]), outs=(wide,)),
+                      [whole, *(names[i] for i in op.inputs[1:])])
     pieces = [e.variable() for _ in run]
-    return pieces, [f"{whole} = {e.view(part, (*lead, sum(heads), size))}", f"{', '.join(pieces)} = {text}.split({tuple(heads)}, {left})"]
+    return pieces, [f"{whole} = {e.view(part, (*lead, sum(heads), size))}",
+                    f"{', '.join(pieces)} = {text}.split({tuple(heads)}, {left})"]
 
 
 def _view(e: LocalCode, step: Step, text: str, left: int) -> str:

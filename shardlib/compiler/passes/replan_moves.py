@@ -5,8 +5,8 @@
     u = all_reduce("D +x +y -> D +y", t)        |
     v = all_reduce("D +y -> D", u)              |   v = all_reduce("D +x +y -> D", t)
 
-Side condition: what lies inside of the chain is used by it alone. A chain is replaced only where that moves fewer bytes,
-or takes fewer collectives for the same bytes.
+Side condition: what lies inside of the chain is used by it alone. A chain is replaced only where that moves
+fewer bytes, or takes fewer collectives for the same bytes.
 """
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ def replan_moves(program: Program, mesh: Mesh) -> Program:
     for step in program.steps:
         step = renamed(step, alias).rewritten(lambda body: replan_moves(body, mesh))
         chain = _chain(step, made, count) if step.op.moves else []
-        if len(chain) > 1 and (moves := plan(chain[0].ins[0], step.outs[0], mesh)) is not None and _better(moves, chain, mesh):
+        if (len(chain) > 1 and (moves := plan(chain[0].ins[0], step.outs[0], mesh)) is not None
+            and _better(moves, chain, mesh)):
             steps = [s for s in steps if s not in chain]
             here = chain[0].inputs[0]
             for i, move in enumerate(moves):
                 name = step.outputs[0] if i == len(moves) - 1 else fresh("", taken)
-                steps.append(Step(move.op, (move.have,), (move.want,), (here,), (name,), where=step.where, why=step.why))
+                steps.append(Step(move.op, (move.have,), (move.want,), (here,), (name,), where=step.where,
+                                  why=step.why))
                 made[name], here = steps[-1], name
                 count.setdefault(name, 1)
             if not moves:
@@ -51,7 +53,8 @@ def replan_moves(program: Program, mesh: Mesh) -> Program:
 def _chain(step: Step, made: dict[str, Step], count: dict[str, int]) -> list[Step]:
     """The moves that end with `step`, each but the last used by the next alone."""
     chain = [step]
-    while (before := made.get(chain[0].inputs[0])) is not None and before.op.moves and count[before.outputs[0]] == 1:
+    while ((before := made.get(chain[0].inputs[0])) is not None and before.op.moves
+           and count[before.outputs[0]] == 1):
         chain.insert(0, before)
     return chain
 

@@ -12,8 +12,8 @@ from shardlib.program import Program, Step
 class Pass:
     """A rewrite by its name: `run` gives a program that denotes the same, its results in the same types.
 
-    before_grad: whether it runs on a program before its gradient is made of it.  after_grad: whether it runs on the two together.
-    A program without gradients sees all passes, once.
+    before_grad: whether it runs on a program before its gradient is made of it.  after_grad: whether it runs
+    on the two together. A program without gradients sees all passes, once.
     """
     name: str
     run: Callable[[Program, Mesh], Program]
@@ -31,4 +31,5 @@ def uses(program: Program) -> dict[str, int]:
 
 def renamed(step: Step, alias: Mapping[str, str]) -> Step:
     """The step, taking other values in place of those in `alias`."""
-    return replace(step, inputs=tuple(alias.get(i, i) for i in step.inputs)) if any(i in alias for i in step.inputs) else step
+    return (replace(step, inputs=tuple(alias.get(i, i) for i in step.inputs))
+            if any(i in alias for i in step.inputs) else step)

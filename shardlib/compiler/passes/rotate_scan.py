@@ -10,11 +10,12 @@
                                                       |   v2 = all_reduce("B T D +tp -> B T D", y2)
                                                       |   x2 = r2 + v2
 
-So a sum, the addition to the residual and the norm that follows stand beside each other in every round, where a kernel can
-take them together. As many collectives as before, no weight is shifted, and a scan of no layers is no case of its own.
+So a sum, the addition to the residual and the norm that follows stand beside each other in every round, where
+a kernel can take them together. As many collectives as before, no weight is shifted, and a scan of no layers
+is no case of its own.
 
-Side condition: what goes into the scan is just such a sum (an embedding's, say), nothing else uses the values that move, and
-no gradient is wanted: a backward scan would keep other values.
+Side condition: what goes into the scan is just such a sum (an embedding's, say), nothing else uses the values
+that move, and no gradient is wanted: a backward scan would keep other values.
 """
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ from shardlib.program import Program, Result, Scan, Step
 
 def rotate_scan(program: Program, mesh: Mesh) -> Program:
     """The program with every scan rotated that can be."""
-    program = replace(program, steps=tuple(s.rewritten(lambda body: rotate_scan(body, mesh)) for s in program.steps))
+    program = replace(program,
+                      steps=tuple(s.rewritten(lambda body: rotate_scan(body, mesh)) for s in program.steps))
     for step in program.steps:
         if step.op is SCAN and (tail := _tail(program, step)):
             program = _rotated(program, step, *tail, mesh)
@@ -42,13 +44,17 @@ def rotate_scan(program: Program, mesh: Mesh) -> Program:
 
 
 def _tail(program: Program, scan: Step) -> tuple[Step, Step, Step] | None:
-    """The move that pays at the end of each round, the addition after it, and the move that feeds the scan. None where it does not end so."""
+    """The move that pays at the end of each round, the addition after it, and the move that feeds the scan.
+
+    None where it does not end so.
+    """
     parts, body = Scan.of(scan), scan.body
     made, before = ({o: s for s in steps for o in s.outputs} for steps in (body.steps, program.steps))
     if len(parts.carries) != 1:
         return None
     add = made.get(parts.carried[0][0])
-    pays = next((made[i] for i in add.inputs if i in made and _pays(made[i])), None) if add and add.op is ADD else None
+    pays = (next((made[i] for i in add.inputs if i in made and _pays(made[i])), None) if add and add.op is ADD
+            else None)
     first = before.get(parts.carries[0][1])
     if pays is None or first is None or (first.op, first.ins, first.outs) != (pays.op, pays.ins, pays.outs):
         return None
@@ -58,7 +64,8 @@ def _tail(program: Program, scan: Step) -> tuple[Step, Step, Step] | None:
 
 
 def _pays(step: Step) -> bool:
-    return step.op.moves and step.op.wire is not None and step.op.wire.reduces and all(o.kind == "+" for o in step.ins[0].owed)
+    return (step.op.moves and step.op.wire is not None and step.op.wire.reduces
+            and all(o.kind == "+" for o in step.ins[0].owed))
 
 
 def _of_one_dtype(program: Program, scan: Step, first: Step, pays: Step) -> bool:
@@ -79,8 +86,9 @@ def _rotated(program: Program, scan: Step, pays: Step, add: Step, first: Step, m
     parts = Scan.of(scan)
     attrs = Scan.attrs(parts.dim, len(parts.stacked), 2, parts.reverse)
     ins, outs = (pays.outs[0], pays.ins[0], *scan.ins[1:]), (pays.outs[0], pays.ins[0], *scan.outs[1:])
-    turned = replace(scan, ins=ins, outs=outs, inputs=(zero, first.inputs[0], *scan.inputs[1:]), outputs=(residual, owed, *scan.outputs[1:]),
-                     attrs=attrs, body=_turned_body(scan.body, pays, add), said=())
+    turned = replace(scan, ins=ins, outs=outs, inputs=(zero, first.inputs[0], *scan.inputs[1:]),
+                     outputs=(residual, owed, *scan.outputs[1:]), attrs=attrs,
+                     body=_turned_body(scan.body, pays, add), said=())
     end = _paid(pays, add, residual, owed, fresh("", b.taken), scan.outputs[0])
     return replace(program, steps=(*(s for s in before if s is not first), *b.steps, turned, *end, *after))
 
@@ -94,14 +102,16 @@ def _turned_body(body: Program, pays: Step, add: Step) -> Program:
     (kept,) = (i for i in add.inputs if i != pays.outputs[0])           # the sum is used once
     results = (Result(pays.outs[0], (kept,)), Result(pays.ins[0], pays.inputs), *body.results[1:])
     steps = (*head, *(s for s in body.steps if s is not pays and s is not add))
-    return replace(body, args=((residual, pays.outs[0]), (owed, pays.ins[0]), *args), steps=steps, results=results)
+    return replace(body, args=((residual, pays.outs[0]), (owed, pays.ins[0]), *args), steps=steps,
+                   results=results)
 
 
 def _paid(pays: Step, add: Step, residual: str, owed: str, between: str, made: str) -> tuple[Step, Step]:
     """What is owed, paid and added to the residual, as the round did: the operands in their order."""
     operands: Mapping[bool, str] = {True: between, False: residual}
     return (replace(pays, inputs=(owed,), outputs=(between,), said=()),
-            replace(add, inputs=tuple(operands[i == pays.outputs[0]] for i in add.inputs), outputs=(made,), said=()))
+            replace(add, inputs=tuple(operands[i == pays.outputs[0]] for i in add.inputs), outputs=(made,),
+                    said=()))
 
 
 ROTATE_SCAN = Pass("rotate_scan", rotate_scan, before_grad=False, after_grad=False)

@@ -55,7 +55,8 @@ def _call_in_source(where: Where | None) -> str:
     """The expression that was being computed, in parentheses; nothing where the source is not at hand."""
     if where is None or where.code is None:
         return ""
-    first, last, start, end = next(islice(where.code.co_positions(), where.instruction // 2, None), (None,) * 4)
+    first, last, start, end = next(islice(where.code.co_positions(), where.instruction // 2, None),
+                                   (None,) * 4)
     if None in (first, last, start, end):
         return ""
     text = [linecache.getline(where.file, n).encode() for n in range(first, last + 1)]

@@ -1,21 +1,24 @@
-"""The communicator over NCCL itself, without torch.distributed between: every call is one NCCL call, or one group of them.
+"""The communicator over NCCL itself, without torch.distributed between:
+every call is one NCCL call, or one group of them.
 
     connect(mesh, communicators=(nccl,))            # pip install 'shardlib[nccl]'
 
-It runs on the current stream, in which torch.distributed's calls would leave for a stream of their own and come back, and works
-on the memory that it is given. So a call costs no events, and is captured in a CUDA graph as any kernel is: connections between
-the members are made with the communicator, not by a first call. Pieces that differ from member to member, which
-torch.distributed pads or copies, are grouped calls straight from and to their places:
+It runs on the current stream, in which torch.distributed's calls would leave for a stream of their own and
+come back, and works on the memory that it is given. So a call costs no events, and is captured in a CUDA
+graph as any kernel is: connections between the members are made with the communicator, not by a first call.
+Pieces that differ from member to member, which torch.distributed pads or copies, are grouped calls straight
+from and to their places:
 
     all_gather, all_to_all, gather      even: ncclAllGather     else: ncclSend and ncclRecv, all in one group
     reduce_scatter                      even: ncclReduceScatter else: ncclReduce to each member, all in one group
 
-What is only moved is moved as bytes, whatever its dtype. Refused by `supports`: a max of floats, since NCCL's drops NaN;
-reductions of int16, uint16, float8, bool and complex numbers, which NCCL has not, or not as `reduction` defines them.
+What is only moved is moved as bytes, whatever its dtype. Refused by `supports`: a max of floats, since NCCL's
+drops NaN; reductions of int16, uint16, float8, bool and complex numbers, which NCCL has not, or not as
+`reduction` defines them.
 
-Not made where nccl4py is not installed, where the group's tensors are not on GPUs, or where NCCL itself says no, as it does of
-two members on one GPU. The NCCL that torch has loaded is used. As with all of NCCL, members must issue their calls in one order:
-on several streams at once only where something else orders these.
+Not made where nccl4py is not installed, where the group's tensors are not on GPUs, or where NCCL itself says
+no, as it does of two members on one GPU. The NCCL that torch has loaded is used. As with all of NCCL, members
+must issue their calls in one order: on several streams at once only where something else orders these.
 """
 from __future__ import annotations
 
@@ -45,7 +48,8 @@ Piece = tuple[int, int, int]
 
 
 def nccl(place: Place) -> Nccl | str:
-    """The communicator of the group at `place`, or why it has none; the same on all members, who all call it."""
+    """The communicator of the group at `place`, or why it has none;
+    the same on all members, who all call it."""
     reason = place.agree(_reason(place))
     if reason is not None:
         return reason
@@ -65,7 +69,10 @@ def nccl(place: Place) -> Nccl | str:
 
 
 def _library() -> Any:
-    """nccl4py's functions of nccl.h. They take addresses; its classes above them take tensors, and 5 µs for each."""
+    """nccl4py's functions of nccl.h.
+
+    They take addresses; its classes above them take tensors, and 5 µs for each.
+    """
     return importlib.import_module("nccl.bindings.nccl")
 
 
@@ -91,7 +98,8 @@ def _identity(library: Any) -> tuple[bytes, str | None]:
 
 def _join(place: Place, library: Any, identity: bytes) -> Nccl:
     torch.cuda.set_device(place.device)                  # of this thread
-    made = Nccl(place, library, library.comm_init_rank_scalable(place.size, place.me, 1, bytearray(identity), 0))
+    made = Nccl(place, library,
+                library.comm_init_rank_scalable(place.size, place.me, 1, bytearray(identity), 0))
     made.first_calls()
     return made
 
@@ -101,7 +109,10 @@ def _said(who: str, error: Exception) -> str:
 
 
 def within(timeout_s: float, call: Callable[[], Any]) -> Any:
-    """What `call` returns or raises, in a thread of its own. TimeoutError after timeout_s; the thread then waits on alone."""
+    """What `call` returns or raises, in a thread of its own.
+
+    TimeoutError after timeout_s; the thread then waits on alone.
+    """
     outcome: list[tuple[Any, Exception | None]] = []
 
     def run() -> None:
@@ -142,10 +153,14 @@ class Nccl:
             return f"NCCL takes tensors on {self.device.type}, not on {call.device}"
         if call.op == "max" and call.dtype.is_floating_point:
             return f"NCCL's max of {str(call.dtype)[6:]} drops NaN"
-        return f"NCCL has no {call.op} of {str(call.dtype)[6:]}" if call.op and call.dtype not in CODES else None
+        return (f"NCCL has no {call.op} of {str(call.dtype)[6:]}" if call.op and call.dtype not in CODES
+                else None)
 
     def first_calls(self) -> None:
-        """Connects the members with each other, and looks whether a sum is one. All call it; waits for the device."""
+        """Connects the members with each other, and looks whether a sum is one.
+
+        All call it; waits for the device.
+        """
         ones, n = torch.ones(64 * self.size, device=self.device), self.size
         total = self.all_reduce(ones, "sum")
         self.reduce_scatter(self.all_gather(ones, (64 * n,) * n), (64 * n,) * n, "sum")
@@ -153,32 +168,37 @@ class Nccl:
         if (total != n).any():
             raise RuntimeError(f"the sum of {n} ones is {total[0].item():g}")
 
-    # -- reductions ------------------------------------------------------------------------------------------------
+    # -- reductions ------------------------------------------------------------------------------------------
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         out = torch.empty_like(x)
         if x.numel():
-            self._do("all_reduce", [(self._library.all_reduce, x.data_ptr(), out.data_ptr(), x.numel(), CODES[x.dtype], OPS[op])])
+            self._do("all_reduce", [
+                (self._library.all_reduce, x.data_ptr(), out.data_ptr(), x.numel(), CODES[x.dtype], OPS[op])])
         return out
 
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], op: str) -> Tensor:
         out, codes, library = x.new_empty(counts[self.me]), (CODES[x.dtype], OPS[op]), self._library
         if _even(counts):
-            calls = [(library.reduce_scatter, x.data_ptr(), out.data_ptr(), out.numel(), *codes)] if x.numel() else []
+            calls = ([(library.reduce_scatter, x.data_ptr(), out.data_ptr(), out.numel(), *codes)]
+                     if x.numel() else [])
         else:
             size = x.dtype.itemsize
-            calls = [(library.reduce, start, out.data_ptr(), nbytes // size, *codes, m) for start, nbytes, m in _pieces(x, counts)]
+            calls = [(library.reduce, start, out.data_ptr(), nbytes // size, *codes, m)
+                     for start, nbytes, m in _pieces(x, counts)]
         self._do("reduce_scatter", calls)
         return out
 
-    # -- moves -----------------------------------------------------------------------------------------------------
+    # -- moves -----------------------------------------------------------------------------------------------
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         out = x.new_empty(sum(counts))
         if _even(counts):
-            self._do("all_gather", [(self._library.all_gather, x.data_ptr(), out.data_ptr(), x.nbytes, BYTE)] if x.numel() else [])
+            self._do("all_gather", [(self._library.all_gather, x.data_ptr(), out.data_ptr(), x.nbytes, BYTE)]
+                     if x.numel() else [])
         else:
-            self._exchange("all_gather", [(x.data_ptr(), x.nbytes, m) for m in range(self.size)], _pieces(out, counts))
+            self._exchange("all_gather", [(x.data_ptr(), x.nbytes, m) for m in range(self.size)],
+                           _pieces(out, counts))
         return out
 
     def all_to_all(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
@@ -188,13 +208,15 @@ class Nccl:
 
     def gather(self, x: Tensor, root: int, counts: Sequence[int]) -> Tensor | None:
         out = x.new_empty(sum(counts)) if self.me == root else None
-        self._exchange("gather", [(x.data_ptr(), x.nbytes, root)], [] if out is None else _pieces(out, counts))
+        self._exchange("gather", [(x.data_ptr(), x.nbytes, root)],
+                       [] if out is None else _pieces(out, counts))
         return out
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
         out = torch.empty_like(x)
         if x.numel():
-            self._do("broadcast", [(self._library.broadcast, x.data_ptr(), out.data_ptr(), x.nbytes, BYTE, root)])
+            self._do("broadcast",
+                     [(self._library.broadcast, x.data_ptr(), out.data_ptr(), x.nbytes, BYTE, root)])
         return out
 
     def send(self, x: Tensor, to: int) -> None:
@@ -209,10 +231,13 @@ class Nccl:
         """Waits for the device, too."""
         self.all_reduce(torch.zeros(1, device=self.device), "sum").item()
 
-    # -- calls -----------------------------------------------------------------------------------------------------
+    # -- calls -----------------------------------------------------------------------------------------------
 
     def _exchange(self, what: str, send: Iterable[Piece], recv: Iterable[Piece]) -> None:
-        """Pieces to and from other members, and from this one to itself, all at once. Both ends leave out empty ones."""
+        """Pieces to and from other members, and from this one to itself, all at once.
+
+        Both ends leave out empty ones.
+        """
         out, into = self._library.send, self._library.recv
         self._do(what, [*((out, start, nbytes, BYTE, m) for start, nbytes, m in send if nbytes),
                         *((into, start, nbytes, BYTE, m) for start, nbytes, m in recv if nbytes)])
@@ -243,11 +268,12 @@ class Nccl:
     def close(self) -> None:
         """Aborts NCCL's communicator once the device is done with what was called, or after CLOSE_S.
 
-        An abort waits for CUDA graphs that hold calls of the communicator: after CLOSE_S it goes on in the background, until
-        these graphs are gone. Let them go first.
+        An abort waits for CUDA graphs that hold calls of the communicator: after CLOSE_S it goes on in the
+        background, until these graphs are gone. Let them go first.
         """
         comm, self._comm = self._comm, None
-        for call in (partial(torch.cuda.synchronize, self.device), partial(self._library.comm_abort, comm)) if comm else ():
+        for call in ((partial(torch.cuda.synchronize, self.device), partial(self._library.comm_abort, comm))
+                     if comm else ()):
             try:
                 within(CLOSE_S, call)
             except Exception:               # what is wrong with the device was said by what called it

@@ -1,8 +1,9 @@
 """What a communicator is: it says which calls it takes, and takes them.
 
-A communicator sees contiguous tensors only, and, where pieces differ from member to member, flat ones: `counts`, `send`
-and `recv` are numbers of elements per member, in the order of the group. Dims, strides and the meaning of dtypes are
-the coordinator's matter. A result is always new memory: it aliases neither an argument nor another result.
+A communicator sees contiguous tensors only, and, where pieces differ from member to member, flat ones:
+`counts`, `send` and `recv` are numbers of elements per member, in the order of the group. Dims, strides and
+the meaning of dtypes are the coordinator's matter. A result is always new memory: it aliases neither an
+argument nor another result.
 """
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ from shardlib.distributed.flat import Cut
 class Call(NamedTuple):
     """All that a choice between communicators may depend on; equal on every member of the group.
 
-    nbytes: of the whole tensor: what all_gather and gather give, what the others take; -1 for an all_to_all whose pieces are not
-    known to be even.  even: all members' pieces have one size.
+    nbytes: of the whole tensor: what all_gather and gather give, what the others take; -1 for an all_to_all
+    whose pieces are not known to be even.  even: all members' pieces have one size.
     capturing: a CUDA graph is being captured.
     """
     name: str
@@ -38,8 +39,9 @@ class Call(NamedTuple):
 class Place:
     """What a communicator is made from: one group, seen from one of its members.
 
-    ranks: of the mesh, in the order of the group.  hosts: of each member, the number of the host that it runs on; processes
-    have one host where they share its memory.  timeout_s: how long a member waits for the others.
+    ranks: of the mesh, in the order of the group.  hosts: of each member, the number of the host that it runs
+    on; processes have one host where they share its memory.  timeout_s: how long a member waits for the
+    others.
     """
     name: str
     ranks: tuple[int, ...]
@@ -63,12 +65,16 @@ class Place:
     def share(self, mine: Any) -> list[Any]:
         """Every member's message of plain data, on every member. All members call it."""
         text = torch.frombuffer(bytearray(msgspec.msgpack.encode(mine)), dtype=torch.uint8)
-        lengths = self.control.all_gather(torch.tensor([text.numel()], device="cpu"), (1,) * self.size).tolist()
+        lengths = self.control.all_gather(torch.tensor([text.numel()], device="cpu"),
+                                          (1,) * self.size).tolist()
         whole = self.control.all_gather(text, lengths)
         return [msgspec.msgpack.decode(piece.numpy().tobytes()) for piece in whole.split_with_sizes(lengths)]
 
     def agree(self, reason: str | None) -> str | None:
-        """The first member's reason that is not None, on every member; None if there is none. All members call it."""
+        """The first member's reason that is not None, on every member; None if there is none.
+
+        All members call it.
+        """
         return next((r for r in self.share(reason) if r is not None), None)
 
 
@@ -77,7 +83,10 @@ Factory = Callable[[Place], "Communicator | str"]
 
 
 class Communicator(Protocol):
-    """A way to run collectives over one group. `op` is "sum" or "max"; members are counted in the group's order."""
+    """A way to run collectives over one group.
+
+    `op` is "sum" or "max"; members are counted in the group's order.
+    """
 
     name: str
     deterministic: bool

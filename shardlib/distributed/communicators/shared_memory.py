@@ -1,6 +1,7 @@
 """The communicator between processes of one host, for CPU tensors: everybody writes, then everybody reads.
 
-A segment of shared memory holds two slots for each member, and for each member a word, its round. In round n a member
+A segment of shared memory holds two slots for each member, and for each member a word, its round. In round n
+a member
 
     waits until all others have begun round n - 1       so they have done with n - 2, and slot n % 2 is free
     writes its piece into its slot n % 2
@@ -8,16 +9,17 @@ A segment of shared memory holds two slots for each member, and for each member 
     waits until all others have set theirs to n
     reads their pieces, straight from the segment, into its result
 
-so a round costs one meeting, and the next one needs no other to be over. Reductions read the pieces in rank order, with
-`reduction.reduce_pieces` itself. What is larger than a slot goes in several rounds; a large all_reduce is a reduce_scatter and
-an all_gather, so that each member adds up only its share.
+so a round costs one meeting, and the next one needs no other to be over. Reductions read the pieces in rank
+order, with `reduction.reduce_pieces` itself. What is larger than a slot goes in several rounds; a large
+all_reduce is a reduce_scatter and an all_gather, so that each member adds up only its share.
 
     connect(mesh, device="cpu").group(("tp",)).all_reduce(x)            # where all members of tp run on one host
 
-Not made where members run on several hosts, where /dev/shm is too small, and where `segment` says that there is no sharing.
-Refused by `supports`: other collectives, other devices, more than MOST bytes. A peer that died, has left or does not come is a
-`RankError` which names it. After one, or another error once others can see that this member has begun, it refuses further calls: its rounds
-are no longer the others'.
+Not made where members run on several hosts, where /dev/shm is too small, and where `segment` says that there
+is no sharing.
+Refused by `supports`: other collectives, other devices, more than MOST bytes. A peer that died, has left or
+does not come is a `RankError` which names it. After one, or another error once others can see that this
+member has begun, it refuses further calls: its rounds are no longer the others'.
 """
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ _REMEMBERED = 256
 
 
 def shared_memory(place: Place) -> SharedMemory | str:
-    """The communicator of the group at `place`, or why it has none; the same on all members, who all call it."""
+    """The communicator of the group at `place`, or why it has none;
+    the same on all members, who all call it."""
     hosts = len(set(place.hosts))
     if hosts > 1:
         return f"members run on {hosts} hosts"
@@ -84,9 +87,10 @@ class SharedMemory:
             return f"shared memory takes {', '.join(TAKES[:-1])} and {TAKES[-1]}, not {call.name}"
         if call.device != "cpu":
             return f"shared memory takes tensors on cpu, not on {call.device}"
-        return None if call.nbytes <= MOST else f"shared memory takes at most {bytes_text(MOST)}, not {bytes_text(call.nbytes)}"
+        return (None if call.nbytes <= MOST
+                else f"shared memory takes at most {bytes_text(MOST)}, not {bytes_text(call.nbytes)}")
 
-    # -- collectives -----------------------------------------------------------------------------------------------
+    # -- collectives -----------------------------------------------------------------------------------------
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         return self._whole("all_reduce", self._all_reduce, x, op)
@@ -103,17 +107,23 @@ class SharedMemory:
         return self._whole("broadcast", self._broadcast, given, root).view(x.dtype).view(x.shape)
 
     def _whole(self, what: str, body: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """What `body` returns. Where it fails before it has set this member's word, others have seen nothing, and the round is still to come."""
+        """What `body` returns.
+
+        Where it fails before it has set this member's word, others have seen nothing, and the round is still
+        to come.
+        """
         if self._lost:
             raise RankError(f"{what} over {self.group}: not possible any more; {self._lost}")
         before = self._round
         try:
             return body(what, *arguments)
         except BaseException as error:
-            if self._words is not None and self._words[self.me * _LINE] == before and not isinstance(error, RankError):
+            if (self._words is not None and self._words[self.me * _LINE] == before
+                and not isinstance(error, RankError)):
                 self._round = before
                 raise
-            self._lost = str(error) if isinstance(error, RankError) else f"{what} over {self.group} ended with {type(error).__name__}"
+            self._lost = (str(error) if isinstance(error, RankError)
+                          else f"{what} over {self.group} ended with {type(error).__name__}")
             raise
 
     def _all_reduce(self, what: str, x: Tensor, op: str) -> Tensor:
@@ -121,7 +131,8 @@ class SharedMemory:
         if x.nbytes <= ONE_SHOT:
             return reduce_pieces(self._exchange(what, (flat,), (n,) * self.size), op).view(x.shape)
         counts = tuple(n // self.size + (i < n % self.size) for i in range(self.size))
-        mine, sizes = self._reduce_scatter(what, flat, counts, op), tuple(c * x.dtype.itemsize for c in counts)
+        mine, sizes = (self._reduce_scatter(what, flat, counts, op),
+                       tuple(c * x.dtype.itemsize for c in counts))
         return self._all_gather(what, mine.view(torch.uint8), sizes).view(x.dtype).view(x.shape)
 
     def _all_gather(self, what: str, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -165,10 +176,11 @@ class SharedMemory:
             part.copy_(row)
         return out
 
-    # -- rounds ----------------------------------------------------------------------------------------------------
+    # -- rounds ----------------------------------------------------------------------------------------------
 
     def _exchange(self, what: str, parts: Sequence[Tensor], counts: tuple[int, ...]) -> list[Tensor]:
-        """A round: counts[i] elements of every member i, as they lie in the segment; this member's are `parts`, joined."""
+        """A round: counts[i] elements of every member i, as they lie in the segment;
+        this member's are `parts`, joined."""
         rows = self._begin(parts[0].dtype, counts)
         self._meet(what, self._round - 1, self._others)
         if len(parts) == 1:
@@ -186,7 +198,8 @@ class SharedMemory:
         if key not in self._rows:
             if len(self._rows) >= _REMEMBERED:
                 self._rows.clear()
-            with torch.inference_mode(False):           # whatever the mode of this call, others will want the rows, too
+            # whatever the mode of this call, others will want the rows, too
+            with torch.inference_mode(False):
                 slots = self._slots[self._round % 2]
                 self._rows[key] = [slot[:n * dtype.itemsize].view(dtype) for slot, n in zip(slots, counts)]
         return self._rows[key]

@@ -1,16 +1,17 @@
 """The communicator over one torch.distributed process group: gloo for CPU tensors, NCCL for CUDA tensors.
 
-gloo only moves data here; it never reduces. Its reductions refuse int16 and float8, drop NaN from a max, round bf16 at
-every step, and are slower than moving the pieces and adding them up in rank order (reduce_scatter into 4 pieces of 4 MB:
-14 ms against 36 ms, 4 processes on 2 cores). So on gloo every sum is deterministic. NCCL adds up what it can add exactly as torch does;
-a float max, and dtypes it does not know, are moved and reduced as on gloo.
+gloo only moves data here; it never reduces. Its reductions refuse int16 and float8, drop NaN from a max,
+round bf16 at every step, and are slower than moving the pieces and adding them up in rank order
+(reduce_scatter into 4 pieces of 4 MB: 14 ms against 36 ms, 4 processes on 2 cores). So on gloo every sum is
+deterministic. NCCL adds up what it can add exactly as torch does; a float max, and dtypes it does not know,
+are moved and reduced as on gloo.
 
     all_reduce      small: gather all, reduce       large: exchange pieces, reduce, gather
     reduce_scatter  exchange pieces, reduce
     gather          an all_to_all in which only the root receives
 
-torch sorts the ranks of a group, so a group over ("y", "x") shares its process group with ("x", "y"): `places` says
-where in it each member stands, and pieces are permuted.
+torch sorts the ranks of a group, so a group over ("y", "x") shares its process group with ("x", "y"):
+`places` says where in it each member stands, and pieces are permuted.
 """
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 
 class TorchDistributed:
-    """Collectives of the members `ranks`, in that order, over `group`, whose ranks are the same in sorted order."""
+    """Collectives of the members `ranks`, in that order, over `group`,
+    whose ranks are the same in sorted order."""
 
     strided = False
 
@@ -57,9 +59,10 @@ class TorchDistributed:
         self._reduced = _REDUCED[self.backend]
 
     def supports(self, call: Call) -> str | None:
-        return None if call.device == self.device else f"{self.name} takes tensors on {self.device}, not on {call.device}"
+        return (None if call.device == self.device
+                else f"{self.name} takes tensors on {self.device}, not on {call.device}")
 
-    # -- reductions ------------------------------------------------------------------------------------------------
+    # -- reductions ------------------------------------------------------------------------------------------
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         if x.dtype in self._reduced[op]:
@@ -88,7 +91,7 @@ class TorchDistributed:
             dist.reduce_scatter(out, [pieces[m] for m in self.members], _OPS[op], self.group)
         return out
 
-    # -- moves -----------------------------------------------------------------------------------------------------
+    # -- moves -----------------------------------------------------------------------------------------------
 
     def all_gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         if x.dtype not in _MOVED:
@@ -104,7 +107,8 @@ class TorchDistributed:
         return out
 
     def _all_gather_by_broadcasts(self, x: Tensor, pieces: Sequence[Tensor]) -> None:
-        """gloo's own all_gather takes equal pieces only; broadcasts at once into place are as fast, and need no padding."""
+        """gloo's own all_gather takes equal pieces only;
+        broadcasts at once into place are as fast, and need no padding."""
         pieces[self.me].copy_(x)
         works = [dist.broadcast(pieces[m], group_src=place, group=self.group, async_op=True)
                  for place, m in enumerate(self.members) if pieces[m].numel()]
@@ -117,8 +121,10 @@ class TorchDistributed:
             return self.all_to_all(x.view(torch.uint8), send, recv).view(x.dtype)
         if self.in_order:
             return self._exchange(x, send, recv)
-        pieces, send, sizes = x.split_with_sizes(send), [send[m] for m in self.members], [recv[m] for m in self.members]
-        got = self._exchange(torch.cat([pieces[m] for m in self.members]), send, sizes).split_with_sizes(sizes)
+        pieces, send, sizes = (x.split_with_sizes(send), [send[m] for m in self.members],
+                               [recv[m] for m in self.members])
+        got = self._exchange(torch.cat([pieces[m] for m in self.members]), send,
+                             sizes).split_with_sizes(sizes)
         return torch.cat([got[place] for place in self.places])
 
     def _exchange(self, x: Tensor, send: Sequence[int], recv: Sequence[int]) -> Tensor:
@@ -144,8 +150,10 @@ class TorchDistributed:
         return out
 
     def _pass(self, way: Callable[..., object], x: Tensor, member: int) -> None:
-        """As a batch of one: NCCL serialises a lone send with all collectives of its group, and warns of it."""
-        works = dist.batch_isend_irecv([dist.P2POp(way, _movable(x), group=self.group, group_peer=self.places[member])])
+        """As a batch of one: NCCL serialises a lone send with all collectives of its group,
+        and warns of it."""
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(way, _movable(x), group=self.group, group_peer=self.places[member])])
         for work in works:
             work.wait()
 
