@@ -12,8 +12,8 @@ the mean over the others divides by their number:
 
 Where V is split, no logits move. Ranks join a maximum and two sums of the size of the losses, in float32:
 
-    top = max("B T V/tp -> B T max:tp", logits)                                                     then all_reduce
-    total, label = label_sums("B T V/tp, B T, B T -> B T +tp, B T +tp", logits, labels, top)        then all_reduce
+    top = max("B T V/tp -> B T max:tp", logits)                       # then all_reduce
+    total, label = label_sums("B T V/tp, B T, B T -> B T +tp, B T +tp", logits, labels, top)     # all_reduce
     loss = log(total) - label
 
 and its derivative reads the logits once, without anything of their size being kept for it.
@@ -30,11 +30,11 @@ from torch import Tensor
 from shardlib.dtypes import Dtypes, widest
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import SUB
+from shardlib.language.local_code import LocalCode
 from shardlib.language.pointwise import OPS as UNARY
 from shardlib.language.reductions import MAX
 from shardlib.language.steps import Steps
-from shardlib.language.trace import Operand, Value, apply
-from shardlib.local_code import LocalCode
+from shardlib.language.value import Operand, Value, apply
 from shardlib.lowering.index_check import IndexSite
 from shardlib.ops.take import local, pick
 from shardlib.program import Op, Step
@@ -119,7 +119,8 @@ def _over_logits(helper: Any, pieces: bool) -> Any:
         site = e.index_site(step, 1, index, dim, "labels", op="cross_entropy", ignored=ignored,
                             hint="; ignore_index={value} leaves such rows out" if ignored is None else "")
         place = [e.rows(dim)[0], not any(e.coordinate[a] for a in dim.axes)] if pieces else []
-        return f"{e.use(helper)}({', '.join(map(str, [logits, _along(index, labels, x), *rest, x.dims.index(dim), *place, site]))})"
+        given = [logits, _along(index, labels, x), *rest, x.dims.index(dim), *place, site]
+        return f"{e.use(helper)}({', '.join(map(str, given))})"
     return emit
 
 
@@ -219,8 +220,9 @@ def cross_entropy(text: str, logits: Operand, labels: Operand, *, ignore_index: 
              'of the logits, '
              f'and have those of the labels')
     ins, outs = parse_specs(text, meant)
-    if len(ins) != 2 or len(outs) != 1 or len(ins[0].labels) != len(outs[0].labels) + 1 \
-            or [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels) or any(n not in outs[0].labels for n in ins[1].labels):
+    if (len(ins) != 2 or len(outs) != 1 or len(ins[0].labels) != len(outs[0].labels) + 1
+            or [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels)
+            or any(n not in outs[0].labels for n in ins[1].labels)):
         raise SpecError(meant)
     if ignore_index is None:
         return apply(CROSS_ENTROPY, (logits, labels), text)

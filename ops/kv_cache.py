@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from shardlib.errors import SpecError
-from shardlib.language.trace import Operand, Value, apply
-from shardlib.local_code import LocalCode
+from shardlib.language.local_code import LocalCode
+from shardlib.language.value import Operand, Value, apply
 from shardlib.lowering.index_check import IndexSite
 from shardlib.ops.rope import positions
 from shardlib.program import Op, Step

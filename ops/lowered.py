@@ -17,7 +17,8 @@ from torch import Tensor
 from shardlib import EXPLICIT, Params, SpecError, cond, local, param, sharded, stacked
 from shardlib import scan as forward_scan
 from shardlib.compiler.parser import CORE
-from shardlib.language.trace import Executor, apply
+from shardlib.language.trace import Executor
+from shardlib.language.value import apply
 from shardlib.ops import TABLE
 from shardlib.program import Op
 

@@ -43,7 +43,8 @@ CHANNELS = 2
 CLOSE_S = 5.0
 """Seconds that `close` gives the device to finish."""
 ONE_SHOT = 576 << 10
-"""Bytes that a GPU sends in one shot, up to which groups of more than two add up in one: as the sweeps on 3 and 4 H200 have it."""
+"""Bytes that a GPU sends in one shot, up to which groups of more than two add up in one: as the sweeps on 3
+and 4 H200 have it."""
 MOST_RANKS = 8
 SMS = 132
 """Multiprocessors of a GPU that hold the blocks of two channels at once: see MOST_BLOCKS."""
@@ -273,10 +274,12 @@ class NVLink:
 
 
 MOST_BLOCKS, BLOCK_REGISTERS = 256, 16384
-"""Blocks of a launch, and registers of a block: an SM of the H200 holds four of those, so that the kernels of two channels are never in each
-other's way, nor NCCL's beside them. A kernel that waits for a peer while it keeps another from running would wait for ever."""
+"""Blocks of a launch, and registers of a block: an SM of the H200 holds four of those, so that the kernels of
+two channels are never in each other's way, nor NCCL's beside them. A kernel that waits for a peer while it
+keeps another from running would wait for ever."""
 GRIDS = ((8192, 256, 1), (16384, 128, 4), (32768, 128, 8), (65536, 192, 8), (131072, 256, 8))
-"""(most quads from one rank, most blocks, warps), as the sweeps of 2026-11-22 on 2, 3 and 4 H200 have it. Beyond, as many warps as
+"""(most quads from one rank, most blocks, warps), as the sweeps of 2026-11-22 on 2, 3 and 4 H200
+have it. Beyond, as many warps as
 fit, and moved data has a word a block instead of a word a warp."""
 
 
@@ -289,7 +292,8 @@ def grid_of(quads: int, registers: int) -> Grid:
 
 
 MOST_ROW, MOST_NORMED = 64 << 10, 8 << 20
-"""Bytes of a row that is normed, and of all: W - 1 times as many fit a slot, with a word for each block of a row."""
+"""Bytes of a row that is normed, and of all: W - 1 times as many fit a slot, with a word for each block of
+a row."""
 ROW_GRIDS = ((2, 8, 1), (8, 2, 1), (1 << 30, 1, 2))
 """(most rows, blocks that share one, shots), as the sweep of benchmarks/fused_norm.py on 4 H100 has it."""
 

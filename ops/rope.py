@@ -17,9 +17,9 @@ from torch import Tensor
 
 from shardlib.dtypes import FLOATS, as_they_come, widest
 from shardlib.errors import SpecError
+from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
-from shardlib.language.trace import Operand, Value, apply
-from shardlib.local_code import LocalCode
+from shardlib.language.value import Operand, Value, apply
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from shardlib.errors import SpecError
-from shardlib.language.trace import Operand, Value, apply
-from shardlib.local_code import LocalCode
+from shardlib.language.local_code import LocalCode
+from shardlib.language.value import Operand, Value, apply
 from shardlib.params import uniform
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims

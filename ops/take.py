@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardlib.errors import SpecError
+from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
-from shardlib.language.trace import Operand, Value, apply
-from shardlib.local_code import LocalCode
+from shardlib.language.value import Operand, Value, apply
 from shardlib.lowering.index_check import IndexSite
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
@@ -202,8 +202,9 @@ def take(text: str, x: Operand, index: Operand) -> Value:
              'first operand, '
              f'and has those of the index')
     ins, outs = parse_specs(text, meant)
-    if len(ins) != 2 or len(outs) != 1 or len(ins[0].labels) != len(outs[0].labels) + 1 \
-            or [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels) or any(n not in outs[0].labels for n in ins[1].labels):
+    if (len(ins) != 2 or len(outs) != 1 or len(ins[0].labels) != len(outs[0].labels) + 1
+            or [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels)
+            or any(n not in outs[0].labels for n in ins[1].labels)):
         raise SpecError(meant)
     return apply(TAKE, (x, index), text)
 

@@ -17,7 +17,8 @@ from shardlib.dtypes import value_dtypes
 from shardlib.errors import SpecError
 from shardlib.language.arguments import argument_trees
 from shardlib.language.calls import check_given, check_layout, check_static, check_tensors, refuse_named, what
-from shardlib.language.trace import Function, tracing
+from shardlib.language.trace import Function
+from shardlib.language.value import tracing
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh, check_sizes, current_mesh
 from shardlib.params import flat_leaves, leaf_dtypes, named_leaves, rebuild

@@ -5,7 +5,8 @@ the same text on every rank. First line: the op and the rule broken, in words. T
 name, a caret, and code to paste with its cost.
 
 >>> from shardlib.spec import parse
->>> print(aligned([("x", parse("B/dp T D"), ""), ("y", parse("B/dp T D +tp"), "owed since line 3")], caret="+tp"))
+>>> rows = [("x", parse("B/dp T D"), ""), ("y", parse("B/dp T D +tp"), "owed since line 3")]
+>>> print(aligned(rows, caret="+tp"))
   x   B/dp  T  D
   y   B/dp  T  D  +tp   owed since line 3
                   ^^^

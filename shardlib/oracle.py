@@ -33,8 +33,8 @@ from torch import Tensor
 
 from shardlib.compiler.sizes import Sizes
 from shardlib.dtypes import step_dtypes
+from shardlib.language.local_code import LocalCode
 from shardlib.language.rearrange import RENAME, by_factor, renamed
-from shardlib.local_code import LocalCode
 from shardlib.lowering.emit import Emitter, load
 from shardlib.mesh import Mesh
 from shardlib.placement import NotReplicated, join, place

@@ -10,7 +10,7 @@ Programs compare by what they mean: source lines and reasons are left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from typing import Any
@@ -20,6 +20,7 @@ from shardlib.layout import Layout
 from shardlib.rules import Rule
 from shardlib.source import Where
 from shardlib.spec import Spec
+from shardlib.tree import Struct, Tree, leaves
 from shardlib.wires import Wire
 
 
@@ -33,28 +34,27 @@ class Op:
 
     rule(step):  the Rule of this call.
     emit(e, step, args): the Python expression that runs it on one rank's tensors (a tuple's, for several
-    results); `e` is its
-                 `LocalCode`.
+                 results); `e` is its `LocalCode`.
     infer(ins, attrs): the results' dims, for an op that is called without a spec string.
     vjp(b, step, cotangents): the cotangents of the operands, built with the grad builder `b`; None where
-    there is none.
+                 there is none.
     moves:       it changes types and keeps the value: a conversion.
     wire:        how its ranks communicate, if they do.
     index:       operands that hold integers or masks, outside linearity and without cotangent.
     updates:     the operand whose buffer the result may reuse, if any.
     distribute(b, step, x): the same over pieces, for an operand split along the dim the op runs over.
     constant:    its results have no gradient, and none is missed.
-    statistic:   over a split dim, declarative text lets it owe in at least float32, and rounds what was settled.
-    joins:       it acts on the last dim of its first operand, alike for all others: operands joined along those may share a call.
+    statistic:   over a split dim, declarative text lets it owe in float32 at least, and rounds once
+    joins:       it acts on the last dim of its first operand, alike for all others, which may share a call.
     asserted:    its types are those of its text, unchecked (`local`); `function` is what it runs.
-    takes:       what each operand may hold, the last for all further ones: "any", "number" (no mask), "float", "index", "mask"; by
-                 default the operands in `index` hold indices and the others any.
+    takes:       what each operand may hold, the last for all further ones: "any", "number" (no mask),
+                 "float", "index", "mask"; by default the operands in `index` hold indices and the others any.
     reads(dtypes, attrs): the dtypes in which the operands are read; by default the widest of those that are
-    no index (`shardlib.dtypes`). dtype(dtypes, attrs): the results' dtypes; by default that in which the
-    operands are read.
+                 no index (`shardlib.dtypes`).
+    dtype(dtypes, attrs): the results' dtypes; by default that in which the operands are read.
     promotes:    torch itself reads the operands so, those without dims excepted.
     reference(d, *xs): what it means, in float64 by the names of its dims, another way than `emit` has it: see
-    `shardlib.reference`.
+                 `shardlib.reference`.
     """
     name: str
     rule: Callable[[Step], Rule]
@@ -139,33 +139,6 @@ class Step:
         return f"{', '.join(map(str, self.ins))} -> {', '.join(map(str, self.outs))}"
 
 
-@dataclass(frozen=True)
-class Struct:
-    """The shape of a pytree argument: a Params class by name, its fields each a Spec or a Struct;
-    absent ones are left out.
-
-    `stacked`: the leading dim along which many are stacked; it stands in the specs of all fields.
-    """
-    name: str
-    fields: tuple[tuple[str, Spec | Struct], ...]
-    stacked: str = ""
-
-    def leaves(self, path: str) -> Iterator[tuple[str, Spec]]:
-        for name, sub in self.fields:
-            if isinstance(sub, Struct):
-                yield from sub.leaves(f"{path}.{name}")
-            else:
-                yield f"{path}.{name}", sub
-
-    def map(self, f: Callable[[Spec], Spec]) -> Struct:
-        return replace(self,
-                       fields=tuple((n, s.map(f) if isinstance(s, Struct) else f(s)) for n, s in self.fields))
-
-    def slice(self) -> Struct:
-        """One of the stacked."""
-        return replace(self.map(lambda spec: replace(spec, dims=spec.dims[1:])), stacked="")
-
-
 def number(value: Any) -> bool:
     """A keyword argument that is a finite number; an integer has 64 bits."""
     return (isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -180,14 +153,6 @@ def check_keywords(step: Step) -> None:
         raise SpecError(f"{step.op.name}: the keyword argument {wrong} is missing" if wrong not in given else
                         f"{step.op.name}: it has no keyword argument {wrong}" if wrong not in kinds else
                         f"{step.op.name}: {wrong} is {given[wrong]!r}")
-
-
-Tree = Spec | Struct
-
-
-def leaves(name: str, tree: Tree) -> list[tuple[str, Spec]]:
-    """(path, spec) of every tensor in the argument `name`."""
-    return list(tree.leaves(name)) if isinstance(tree, Struct) else [(name, tree)]
 
 
 @dataclass(frozen=True)

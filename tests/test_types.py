@@ -21,7 +21,8 @@ MODEL = '''
 import torch
 from torch import Tensor
 
-from shardlib import Layout, Mesh, Params, compile, einsum, init, param, scan, sharded, stacked, value_and_grad
+from shardlib import Layout, Mesh, Params, compile, einsum, init, param
+from shardlib import scan, sharded, stacked, value_and_grad
 from shardlib.functions import mean, silu
 from shardlib.ops import cross_entropy, rms_norm
 
@@ -53,7 +54,8 @@ step = value_and_grad(loss, wrt="w")
 run = compile(step, Layout(B="dp", F="tp"), mesh=Mesh(dp=1, tp=1))
 w = init(Model, dict(D=4, F=8, V=5, L=2))
 value, grads = run(torch.ones(2, 3, 4), w, torch.zeros(2, 3, dtype=torch.int64))
-made = Model(table=torch.ones(5, 4), blocks=Block(norm=torch.ones(2, 4), up=torch.ones(2, 4, 8), down=torch.ones(2, 8, 4)))
+blocks = Block(norm=torch.ones(2, 4), up=torch.ones(2, 4, 8), down=torch.ones(2, 8, 4))
+made = Model(table=torch.ones(5, 4), blocks=blocks)
 reveal_type(made.blocks.up)
 reveal_type(loss)
 reveal_type(loss(value))

@@ -72,8 +72,8 @@ def _search(have: Spec, want: Spec, sizes: tuple[tuple[str, int], ...],
                 heapq.heappush(queue,
                                (cost + step, len(path) + 1, f"{text}{move};", move.want, (*path, move)))
     held = any(o.kind == "@" for o in (*have.owed, *want.owed))
-    raise SpecError(f'there is no way from "{have}" to "{want}"; '
-                    f'{"what one coordinate holds stays there" if held else "a maximum is owed only by what took it"}')
+    why = "what one coordinate holds stays there" if held else "a maximum is owed only by what took it"
+    raise SpecError(f'there is no way from "{have}" to "{want}"; {why}')
 
 
 def _place(spec: Spec, axis: str) -> object:

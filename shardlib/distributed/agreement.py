@@ -4,7 +4,8 @@
 error:
 
 >>> said = ["all_reduce sum of (4,) float32", "all_reduce sum of (5,) float32"]
->>> same_call("collective 3 of group tp (ranks 0 1)", (0, 1), Call(said[0]), lambda mine: [[text, "", [], []] for text in said])
+>>> same_call("collective 3 of group tp (ranks 0 1)", (0, 1), Call(said[0]),
+...           lambda mine: [[text, "", [], []] for text in said])
 Traceback (most recent call last):
 shardlib.errors.SpecError: collective 3 of group tp (ranks 0 1): its ranks do not call the same
   rank 0   all_reduce sum of (4,) float32
@@ -33,6 +34,20 @@ class Call:
     step: str = ""
     send: tuple[int, ...] = ()
     recv: tuple[int, ...] = ()
+
+
+_FACTS = {"all_reduce": " {}", "broadcast": " {} from member {}", "all_gather": " to {} along dim {} by {}",
+          "broadcast_message": " from member {}", "broadcast_tensors": " from member {}",
+          "reduce_scatter": " {} along dim {} by {}", "gather": " to {} along dim {} by {} on member {}",
+          "all_to_all": ", even: {}"}
+"""How debug mode says what must be equal on all members."""
+
+
+def said(name: str, op: str | None, dtype: Any, facts: Sequence[Any]) -> str:
+    """A collective in words. facts: what must be equal on all members, beside the op and the dtype."""
+    kind = "" if dtype is None else f" of {str(dtype).removeprefix('torch.')}"
+    equal = [tuple(f) if isinstance(f, tuple | list) else f for f in facts]
+    return name + (f" {op}" if op else "") + kind + _FACTS.get(name, "").format(*equal)
 
 
 def same_call(where: str, ranks: Sequence[int], mine: Call, share: Share) -> None:

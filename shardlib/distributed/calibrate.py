@@ -42,7 +42,8 @@ ROUNDS = 7
 QUAD = 16
 """Every member's piece is a multiple of so many bytes: the sizes of groups of 3 are a little smaller."""
 TO_COME = Table("hardware that is being measured", {})
-"""Routes meanwhile: what is measured needs no table, and one that is damaged must not keep it from being replaced."""
+"""Routes meanwhile: what is measured needs no table, and one that is damaged must not keep it
+from being replaced."""
 _WHILE = 1_000_000
 """Cycles: some 500 µs."""
 

@@ -1,8 +1,8 @@
 """Methods that run as they stand, whatever traces or transforms the code that calls them.
 
-    torch.compile           the graph breaks at the call: what it does depends on other ranks, whose sizes the trace does not know
+    torch.compile           the graph breaks at the call: what it does depends on other ranks
     torch.func.grad, jvp    the call sees and gives plain values, since no gradient flows through it
-    torch.vmap              a value that differs from sample to sample is refused; one that does not is a plain value
+    torch.vmap              a value that differs from sample to sample is refused; another is a plain one
     FakeTensorMode          is off within the call
     make_fx                 is refused: its graph would hold values of other ranks
 

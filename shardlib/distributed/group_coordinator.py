@@ -44,15 +44,9 @@ from shardlib.distributed.reduction import check_reducible
 from shardlib.distributed.router import Router
 from shardlib.distributed.routing import UNMEASURED, Table
 from shardlib.distributed.streams import current_stream
-from shardlib.distributed.tensor_dicts import Label, Value, label
+from shardlib.distributed.tensor_dicts import Label, Value, labelled
 from shardlib.distributed.watchdog import Watchdog
 from shardlib.errors import SpecError
-
-_FACTS = {"all_reduce": " {}", "broadcast": " {} from member {}", "all_gather": " to {} along dim {} by {}",
-          "broadcast_message": " from member {}", "broadcast_tensors": " from member {}",
-          "reduce_scatter": " {} along dim {} by {}", "gather": " to {} along dim {} by {} on member {}",
-          "all_to_all": ", even: {}"}
-"""How debug mode says what must be equal on all members."""
 
 
 class GroupCoordinator(Group):
@@ -67,8 +61,9 @@ class GroupCoordinator(Group):
     def __init__(self, name: str, ranks: Sequence[int], rank: int, local_rank: int, device: torch.device,
                  communicators: Sequence[Communicator], control: Communicator,
                  device_group: dist.ProcessGroup | None = None, cpu_group: dist.ProcessGroup | None = None, *,
-                 table: Table = UNMEASURED, deterministic: bool = False, declined: Mapping[str, str]
-                 | None = None, watchdog: Watchdog | None = None, check: Place | None = None) -> None:
+                 table: Table = UNMEASURED, deterministic: bool = False,
+                 declined: Mapping[str, str] | None = None, watchdog: Watchdog | None = None,
+                 check: Place | None = None) -> None:
         super().__init__(name, ranks, rank, local_rank)
         self.device, self.device_group, self.cpu_group = device, device_group, cpu_group
         self.communicators, self._control = tuple(communicators), control
@@ -96,8 +91,7 @@ class GroupCoordinator(Group):
 
     @eager
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int], *, at: object = None) -> Tensor:
-        """Every member's x, concatenated along `dim` in the order of the group;
-        sizes[i] is member i's size there."""
+        """Every member's x, concatenated along `dim` in their order; sizes[i] is member i's size there."""
         x = self._dense("all_gather", x)
         cut = self._cut_of_pieces("all_gather", x, dim, sizes)
         count = sum(cut.counts)
@@ -112,8 +106,7 @@ class GroupCoordinator(Group):
     @eager
     def reduce_scatter(self, x: Tensor, dim: int, sizes: Sequence[int], op: str = "sum", *,
                        at: object = None) -> Tensor:
-        """The piece of the `op` of every member's x that is this member's,
-        when it is cut along `dim` into `sizes`."""
+        """This member's piece of the `op` of every member's x, cut along `dim` into `sizes`."""
         x = self._dense("reduce_scatter", x)
         check_reducible(op, x.dtype)
         cut = self._cut("reduce_scatter", x, dim, sizes)
@@ -206,7 +199,7 @@ class GroupCoordinator(Group):
         whole, takes its own route.
         """
         self._check_peer("send_tensors", to)
-        frame, given = self._labelled("send_tensors", tensors)
+        frame, given = labelled(f"send_tensors over {self.name}", tensors, self.device)
         self._pass("send_tensors", to, None, -1, frames.send, self._live_control(), frame, to)
         messages.read(frame)  # what the receiver refuses, this member does, too
         for x in given:
@@ -233,7 +226,8 @@ class GroupCoordinator(Group):
         """
         self._check_member("broadcast_tensors", root)
         mine = self.rank_in_group == root
-        frame, given = self._labelled("broadcast_tensors", tensors) if mine else (b"", [])
+        where = f"broadcast_tensors over {self.name}"
+        frame, given = labelled(where, tensors, self.device) if mine else (b"", [])
         frame = self._run(None, "broadcast_tensors", None, None, -1, (root,), frames.broadcast,
                           self._live_control(), frame, root, mine)
         labels = messages.read(frame, list[Label])
@@ -241,21 +235,13 @@ class GroupCoordinator(Group):
         return {each.name: each.value(self.broadcast(x, root) if x.numel() else room)
                 for each, x, room in zip(labels, given if mine else rooms, rooms)}
 
-    def _labelled(self, name: str, tensors: Mapping[str, Value]) -> tuple[bytes, list[Tensor]]:
-        """The frame that goes ahead of `tensors`, or says why they do not come; and the tensors."""
-        try:
-            labels, given = label(f"{name} over {self.name}", tensors, self.device)
-        except SpecError as error:
-            return messages.refusal(str(error)), []
-        return messages.frame(labels), given
-
     # -- CUDA graphs -----------------------------------------------------------------------------------------
 
     def graph_capture(self) -> AbstractContextManager[torch.cuda.Stream]:
         """The stream to capture CUDA graphs on, as the current one: warm up on it, then capture on it.
 
             with tp.graph_capture() as stream:
-                step(x)                                             # compiles, and gives the stream its channels and workspaces
+                step(x)                             # compiles; gives the stream its workspaces
                 with torch.cuda.graph(graph, stream=stream):
                     y = step(x)
             graph.replay()                                          # on any stream
@@ -321,10 +307,8 @@ class GroupCoordinator(Group):
     def _compare(self, at: object, name: str, op: str | None, x: Tensor | None, facts: tuple,
                  args: tuple) -> None:
         """SpecError on every member unless all of them call this collective alike."""
-        kind = f" of {str(x.dtype).removeprefix('torch.')}" if x is not None else ""
-        facts = [tuple(f) if isinstance(f, (tuple, list)) else f for f in facts]
-        text = name + (f" {op}" if op else "") + kind + _FACTS.get(name, "").format(*facts)
         send, recv = args[1:] if name == "all_to_all" else ((), ())
+        text = agreement.said(name, op, None if x is None else x.dtype, facts)
         mine = agreement.Call(text, "" if at is None else str(at), tuple(send), tuple(recv))
         agreement.same_call(f"collective {self._seat.count} of {self._seat}", self.ranks, mine,
                             self._check.share)
@@ -385,8 +369,7 @@ class GroupCoordinator(Group):
         self._refuse_calls()
 
     def disown(self) -> None:
-        """In a forked child: calls are refused, as after `destroy`,
-        and nothing is closed that the parent uses."""
+        """In a forked child: calls are refused, and nothing is closed that the parent uses."""
         self._parents = self.communicators, self._control, self.queue
         self._refuse_calls()
 

@@ -156,9 +156,9 @@ def _number(environment: Mapping[str, str], name: str, least: int, most: int | N
     if not (text.isascii() and text.isdecimal()):
         raise SpecError(_half(name, text))
     if int(text) < least or most is not None and int(text) > most:
-        raise SpecError(
-            f"{name} is {text!r}; it is "
-            f"{f'{least} or more' if most is None else least if most == least else f'from {least} to {most}'}")
+        allowed = f"from {least} to {most}" if most is not None and most != least else least
+        allowed = f"{least} or more" if most is None else allowed
+        raise SpecError(f"{name} is {text!r}; it is {allowed}")
     return int(text)
 
 

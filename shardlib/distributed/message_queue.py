@@ -2,7 +2,7 @@
 
     with MessageQueue(place, writer=0) as queue:                # all members make it together
         queue.put(Step(3, tokens))                              # member 0
-        step = queue.get(Step)                                  # every other: msgspec checks that it is a Step
+        step = queue.get(Step)                              # every other: msgspec checks that it is a Step
 
 Messages are plain data (see `messages`): numbers, strings, bytes, lists, dicts, dataclasses, and structs of
 msgspec; never code. To readers on the writer's host they go through a `Ring` of `capacity` bytes; a message

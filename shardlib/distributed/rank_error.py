@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 
 YIELD_S = 5e-5
-"""How long a wait only offers its core to others before it sleeps. Ranks that outnumber the cores pass them round this way: on an idle
-machine 4 processes on 2 cores meet in 30 to 50 µs, as with a futex. Beside other programs a yield costs a turn of theirs, and who
-slept goes first: yielding for 1 ms instead of 50 µs made an all_reduce of 4 kB between 4 busy processes 4 times slower."""
+"""How long a wait only offers its core to others before it sleeps. Ranks that outnumber the cores pass them
+round this way: on an idle machine 4 processes on 2 cores meet in 30 to 50 µs, as with a futex. Beside other
+programs a yield costs a turn of theirs, and who slept goes first: yielding for 1 ms instead of 50 µs made an
+all_reduce of 4 kB between 4 busy processes 4 times slower."""
 
 
 class RankError(RuntimeError):

@@ -1,7 +1,7 @@
 """A stream of bytes from one process to others of its host, through a ring in shared memory.
 
-    ring = Ring(segment, place, members=(0, 1, 2), capacity=1 << 20)        # members[0] writes, the others read
-    ring.write(b"...")                                                      # what is longer than the ring goes piece by piece
+    ring = Ring(segment, place, members=(0, 1, 2), capacity=1 << 20)      # members[0] writes, the others read
+    ring.write(b"...")                                                  # longer than the ring: piece by piece
     ring.read(3, timeout_s=60)
 
 The writer's word counts the bytes that it has written since the beginning, each reader's those that it has

@@ -5,8 +5,10 @@ in a CUDA graph), the µs of every communicator at some sizes. A call goes to th
 size; between two measured sizes the µs run on a straight line of log against log. A communicator that was not
 measured gets what no measured one supports; where none was, the first takes the call.
 
->>> table = Table("a machine", {}, (Curve("all_reduce", 2, "float32", False, "shared memory", ((1024, 30.0), (1048576, 900.0))),
-...                                 Curve("all_reduce", 2, "float32", False, "gloo", ((1024, 700.0), (1048576, 800.0)))))
+>>> def curve(by, *points):
+...     return Curve("all_reduce", 2, "float32", False, by, points)
+>>> table = Table("a machine", {}, (curve("shared memory", (1024, 30.0), (1048576, 900.0)),
+...                                 curve("gloo", (1024, 700.0), (1048576, 800.0))))
 >>> call = Call("all_reduce", "sum", torch.float32, "cpu", 1024)
 >>> table.order(call, 2, ("gloo", "shared memory"))
 ['shared memory', 'gloo']

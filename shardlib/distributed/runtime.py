@@ -101,7 +101,8 @@ def _installed() -> tuple[Factory, ...]:
 
 _SHARED: dict[Mesh, Runtime] = {}
 _OPEN: set[Runtime] = set()
-"""Those over torch.distributed that this process has not closed. The last one ends it, where `connect` has started it."""
+"""Those over torch.distributed that this process has not closed. The last one ends it,
+where `connect` has started it."""
 
 
 def shared_runtime(mesh: Mesh) -> Runtime:

@@ -7,7 +7,7 @@
 >>> other.words(0, 2)[1]
 7
 
-    segment = join(place, members=(0, 1, 2, 3), nbytes=1 << 20)         # on all members of the place; or why there is none
+    segment = join(place, members=(0, 1, 2, 3), nbytes=1 << 20)     # on all members; or why there is none
 
 One member creates the file (exclusively, mode 0600, under a name that nobody guesses) and allocates all of
 it, so that a full /dev/shm is an error here and not a signal at some later store; the others attach it by its

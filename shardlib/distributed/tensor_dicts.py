@@ -1,7 +1,8 @@
 """Tensors by name, as one member hands them to another:
 what goes ahead of them, so that the receiver knows what comes.
 
->>> labels, tensors = label("send_tensors over pp", {"x": torch.ones(2, 3), "carry": (torch.ones(4), "D @pp:1")}, torch.device("cpu"))
+>>> given = {"x": torch.ones(2, 3), "carry": (torch.ones(4), "D @pp:1")}
+>>> labels, tensors = label("send_tensors over pp", given, torch.device("cpu"))
 >>> labels[0].name, labels[0].dtype, labels[0].shape, labels[1].spec
 ('x', 'float32', (2, 3), 'D @pp:1')
 >>> labels[1].value(tensors[1])
@@ -24,6 +25,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from shardlib.distributed import messages
 from shardlib.distributed.eager import bare, fault
 from shardlib.errors import SpecError
 from shardlib.spec import parse
@@ -98,3 +100,12 @@ def _spec_fault(x: Tensor, spec: object) -> str | None:
         return f"comes with {error}"
     fits = x.ndim >= len(parsed.dims) if parsed.ellipsis else x.ndim == len(parsed.dims)
     return None if fits else f'has {x.ndim} dims; its spec "{spec}" has {len(parsed.dims)}'
+
+
+def labelled(where: str, tensors: Mapping[str, Value], device: torch.device) -> tuple[bytes, list[Tensor]]:
+    """The frame that goes ahead of `tensors`, or says why they do not come; and the tensors."""
+    try:
+        labels, given = label(where, tensors, device)
+    except SpecError as error:
+        return messages.refusal(str(error)), []
+    return messages.frame(labels), given

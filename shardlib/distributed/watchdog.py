@@ -5,7 +5,7 @@ Every process of a job writes its state into the store of torch.distributed, und
 second; nothing of this goes through a process group, which may be what is broken. A report says where this
 rank is, and which ranks are not there:
 
-    shardlib [rank 0] has waited 45 s in collective 3 of group tp (ranks 0 1): all_reduce sum of 4 float32, at step 2 of block, model.py:12: B T D +tp -> B T D
+    shardlib [rank 0] has waited 45 s in collective 3 of group tp (ranks 0 1): all_reduce ...
     shardlib [rank 0]   rank 1 is in no collective; its last was collective 2 of group tp (ranks 0 1): ...
 
 A collective may wait for three quarters of `timeout_s`; the rest is for telling, so that after `timeout_s` no
@@ -13,8 +13,8 @@ process is left.
 
     it waited too long   all ranks report, and end with exit status 1
     it failed            the rank reports at once, and the collective raises a `RankError` with that report
-    one rank's data      it raises an error that no other can know of (`end_others`); these end at once, with its first line
-    SIGTERM came         the launcher ends us since another rank has failed: the rank reports where it was, and ends
+    one rank's data      it raises what no other can know of (`end_others`); these end with its first line
+    SIGTERM came         the launcher ends us since another rank has failed: the rank says where it was
 
 Whatever befalls these threads, the process ends in time: a store that does not answer, a stderr that nobody
 reads, an error of theirs. A forked child has no part in this, and gives its parent no signals.
@@ -60,8 +60,8 @@ class Watchdog:
 
     def __init__(self, watch: Watch, store: dist.Store, rank: int, world_size: int, timeout_s: float,
                  device: torch.device) -> None:
-        self.watch, self.store, self.rank, self.world_size, self.device = (watch, store, rank, world_size,
-                                                                           device)
+        self.watch, self.store, self.device = watch, store, device
+        self.rank, self.world_size = rank, world_size
         self.timeout_s, self.limit_s, self.tick_s = timeout_s, 0.75 * timeout_s, min(1.0, timeout_s / 40)
         self._beat, self._failure, self._report, self._left = 0, (None, ""), "", False
         self._raised = ""                           # how this rank has ended the job, if it has
@@ -122,8 +122,7 @@ class Watchdog:
     # -- signals ---------------------------------------------------------------------------------------------
 
     def _take_signals(self) -> bool:
-        """SIGTERM wakes the thread, even while the process waits in C;
-        only where nobody else has taken it."""
+        """SIGTERM wakes the thread, even while the process waits in C, where nobody else has taken it."""
         if (threading.current_thread() is not threading.main_thread()
             or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL):
             return False
@@ -191,8 +190,7 @@ class Watchdog:
         self._judge()
 
     def _judge(self) -> None:
-        """Ends the process where its collective takes too long,
-        or another rank has ended the job for that or for an error of its own."""
+        """Ends the process where its collective takes too long, or another rank has ended the job."""
         stuck, over = self._stuck(), self._over()
         if stuck is None and over is None:
             return
@@ -216,8 +214,7 @@ class Watchdog:
                 else self._ask(lambda s: s.get("over").decode() if s.check(["over"]) else None))
 
     def _stuck(self) -> tuple | None:
-        """The collective that has taken longer than it may;
-        on a GPU also the last one, where the GPU does not come past it."""
+        """The collective that takes longer than it may; on a GPU also the last, if it is not come past."""
         now, at = self.watch.now, monotonic()
         if now is not None:
             return now if at - now[-1] > self.limit_s else None
@@ -243,8 +240,7 @@ class Watchdog:
             os._exit(128 + signal.SIGTERM)
 
     def _leave(self) -> None:
-        """Ends the process, after all that live have reported:
-        the first that is gone makes torchrun end the others."""
+        """Ends the process after all that live have reported: the first gone makes torchrun end the others."""
         self._let_all_say()
         try:
             end_stopped()
@@ -346,8 +342,7 @@ class Watchdog:
 
 
 def _leave_captures_alone() -> None:
-    """What this thread asks of the GPU does not end the capture of a CUDA graph in another thread:
-    mode "relaxed", of this thread alone."""
+    """What this thread asks of the GPU does not end the capture of a CUDA graph in another one."""
     relaxed = ctypes.c_int(2)
     ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
 

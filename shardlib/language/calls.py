@@ -1,9 +1,9 @@
 """What the functions of the API are called with: one line for what they do not take,
 before anything is traced, made or sent.
 
->>> check_layout("compile", "B=dp")
+>>> check_layout("compile", "B=dp")                                     # doctest: +ELLIPSIS
 Traceback (most recent call last):
-shardlib.errors.SpecError: compile: the layout is a str; it is a Layout, as in Layout(B="dp") or Layout.parse("B=dp")
+shardlib.errors.SpecError: compile: the layout is a str; it is a Layout, as in ...
 """
 from __future__ import annotations
 

@@ -14,16 +14,8 @@ from typing import Any
 from shardlib.dtypes import fixed_dtypes, unlike
 from shardlib.errors import SpecError
 from shardlib.language.calls import check_count, what
-from shardlib.language.trace import (
-    Executor,
-    Function,
-    Operand,
-    Value,
-    apply,
-    check_dims,
-    tensors,
-    trace_results,
-)
+from shardlib.language.trace import Executor, Function, tensors, trace_results
+from shardlib.language.value import Operand, Value, apply, check_dims
 from shardlib.params import Params, fill
 from shardlib.program import Op
 from shardlib.rules import Rule

@@ -16,9 +16,9 @@ from functools import lru_cache
 
 from shardlib.dtypes import counted, reading
 from shardlib.errors import SpecError
+from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
-from shardlib.language.trace import Operand, Value, apply
-from shardlib.local_code import LocalCode
+from shardlib.language.value import Operand, Value, apply
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_specs

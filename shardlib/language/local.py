@@ -30,9 +30,9 @@ from shardlib import placement
 from shardlib.dtypes import ITEMSIZE, as_they_come
 from shardlib.errors import SpecError
 from shardlib.language.calls import what
+from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
-from shardlib.language.trace import Operand, apply
-from shardlib.local_code import LocalCode
+from shardlib.language.value import Operand, apply
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
@@ -262,8 +262,9 @@ def _join(pieces: Sequence[Tensor], kind: Spec, sizes: Mapping[str, int], mesh: 
 
 def _same(who: str, text: str, got: Tensor | None, want: Tensor) -> None:
     if got is None or not torch.allclose(got, want, rtol=1e-9, atol=1e-9):
-        raise SpecError(f'{who} is not of the type that "{text}" asserts: '
-                        f'{"its copies differ between ranks" if got is None else "put together, it is not that of the whole"}')
+        parts = "put together, it is not that of the whole"
+        why = "its copies differ between ranks" if got is None else parts
+        raise SpecError(f'{who} is not of the type that "{text}" asserts: {why}')
 
 
 def _tuple(x: Any) -> tuple:

@@ -12,8 +12,7 @@
 
 Every move is the identity on what its operand denotes, so its transpose is the move between the duals. A
 move that communicates has a wire (`shardlib.wires`), and two may share one: permute goes over that of
-all_to_all. The planner asks a record for its neighbours and its cost, the writer of code for its request,
-reports for its group and who receives what.
+all_to_all.
 
 >>> from shardlib.mesh import Mesh
 >>> from shardlib.spec import parse
@@ -32,7 +31,7 @@ from math import prod
 
 from shardlib import wires
 from shardlib.language.changes import Axes, Change, Search, change, changed_dims
-from shardlib.local_code import LocalCode
+from shardlib.language.local_code import LocalCode
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
@@ -47,16 +46,12 @@ Coordinate = Mapping[str, int]
 def _communicate(e: LocalCode, step: Step, args: list[str]) -> str:
     """The code of a move over a wire: cut, ask, join."""
     at = placed(step, e.mesh, e.sizes, e.coordinate)
-    move = at.move
-    return move.join(at, e.collective(at.wire, at.axes, move.cut(at, args[0]), move.request(at)))
+    got = e.collective(at.wire, at.axes, at.move.cut(at, args[0]), at.move.request(at))
+    return at.move.join(at, got)
 
 
 def _alone(before: Change, after: Change) -> bool:
     return False
-
-
-def _always(before: Change, after: Change) -> bool:
-    return True
 
 
 def _same_dims(before: Change, after: Change) -> bool:
@@ -257,7 +252,7 @@ SHARD = Move(
     "shard", example="`T D -> T/tp D`", does="none: keep the own piece", emit=_shard,
     legal=lambda c: (bool(c.gained) and not (c.shrunk or c.lost or c.new)
                      and not {*c.gained} & {o.axis for o in c.have.owed}),
-    neighbours=_towards_shard, merges=_always)
+    neighbours=_towards_shard, merges=lambda before, after: True)
 
 
 def _owe(e: LocalCode, step: Step, args: list[str]) -> str:
@@ -286,7 +281,7 @@ OWE = Move(
     "owe", example="`D -> D +tp`, `T/tp D -> T D +tp`", does="none: keep at coordinate 0, or pad with zeros",
     legal=lambda c: (not (c.grown or c.lost) and c.new != () and {*c.gone} <= {o.axis for o in c.new}
                      and all(o.kind == "+" for o in c.new)),
-    emit=_owe, neighbours=_towards_owe, merges=_always)
+    emit=_owe, neighbours=_towards_owe, merges=lambda before, after: True)
 
 
 # -- the moves that pay what is owed -------------------------------------------------------------------------

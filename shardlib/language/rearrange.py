@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shardlib.errors import SpecError
+from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
-from shardlib.language.trace import Operand, Value, apply
-from shardlib.local_code import LocalCode
+from shardlib.language.value import Operand, Value, apply
 from shardlib.program import Op, Step
 from shardlib.rules import Rule, RuleError
 from shardlib.spec import Dim, Spec, parse_specs

@@ -15,16 +15,8 @@ from typing import Any
 
 from shardlib.errors import SpecError
 from shardlib.language.calls import what
-from shardlib.language.trace import (
-    Executor,
-    Function,
-    Operand,
-    Value,
-    apply,
-    check_dims,
-    tensors,
-    trace_results,
-)
+from shardlib.language.trace import Executor, Function, tensors, trace_results
+from shardlib.language.value import Operand, Value, apply, check_dims
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op, Scan
 from shardlib.rules import Rule

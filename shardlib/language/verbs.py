@@ -18,7 +18,7 @@ from shardlib.language.moves import (
     RESHARD,
     SHARD,
 )
-from shardlib.language.trace import Operand, Value, apply
+from shardlib.language.value import Operand, Value, apply
 
 
 def shard(text: str, x: Operand) -> Value:

@@ -22,6 +22,7 @@ from shardlib.errors import SpecError
 from shardlib.language.cond import COND
 from shardlib.language.pointwise import CAST_LIKE, WIDEN
 from shardlib.language.scan import SCAN
+from shardlib.lowering.buffers import updated_arguments, updates_of, use_counts
 from shardlib.lowering.index_check import IndexSite
 from shardlib.lowering.variables import reuse
 from shardlib.mesh import Mesh
@@ -190,7 +191,7 @@ class Emitter:
         self.packs = packings(program, set(self.prepared), self.given)
         args = self.arguments(program)
         names = {path: f"a{i}" for i, path in enumerate(args)}
-        updated, uses = _updated(program), _uses(program)
+        updated, uses = updated_arguments(program), use_counts(program)
         donated = {path for path, _ in program.arg_leaves() if path.split(".")[0] in self.donate}
         updated -= {path for path in updated - donated if path.split(".")[0] in self.prepared}
         lines = [f"{names[p]} = {names[p]}.clone()" for p in names if p in updated - donated and uses[p] == 1]
@@ -227,7 +228,7 @@ class Emitter:
         the name of the value that is the packed weight. `dtypes`: of the program's values."""
         outside, self.dtypes = self.dtypes, dtypes
         group_of = {s.outputs[0]: (arg, group) for arg, group in packs.items() for s in group.steps}
-        uses = _uses(program)
+        uses = use_counts(program)
         lines: list[str] = []
         for step in program.steps:
             if step.outputs[0] in names:
@@ -320,7 +321,7 @@ class Emitter:
         """
         body, parts = step.body, Scan.of(step)
         outer, slices = dict(step.passed(body)), [path for path, _ in parts.stacked]
-        kept = {made: path for made, _ in parts.made if (path := _updates(body, made)) in slices
+        kept = {made: path for made, _ in parts.made if (path := updates_of(body, made)) in slices
                 and outer[path] in owned and uses[outer[path]] == 1}
         packs = {group.name: group for group in self.packs if group.scan == step.outputs[0]}
         outer |= {name: name for name in packs}
@@ -364,39 +365,6 @@ class Emitter:
 
 def _indented(lines: Sequence[str]) -> list[str]:
     return ["    " + line for line in lines]
-
-
-def _uses(program: Program) -> dict[str, int]:
-    """How often each value is used, results included."""
-    out: dict[str, int] = {}
-    for name in (*(i for s in program.steps for i in s.inputs), *(n for n, _ in program.result_leaves())):
-        out[name] = out.get(name, 0) + 1
-    return out
-
-
-def _updates(program: Program, name: str) -> str | None:
-    """The argument whose buffer `name` is an update of, if it is one,
-    and nothing else uses the argument or an update on the way."""
-    made, uses, chain = {out: s for s in program.steps for out in s.outputs}, _uses(program), [name]
-    while chain[-1] in made:
-        step = made[chain[-1]]
-        if step.op.updates is None:
-            return None
-        chain.append(step.inputs[step.op.updates])
-    return chain[-1] if all(uses[n] == 1 for n in chain[1:] or chain) else None
-
-
-def _updated(program: Program) -> set[str]:
-    """The arguments that the program may update in place once they are its own."""
-    out: set[str] = set()
-    for step in program.steps:
-        if step.op.updates is not None:
-            out.add(step.inputs[step.op.updates])
-        if step.op is SCAN:
-            outer = dict(step.passed(step.body))
-            out |= {outer[path] for made, _ in Scan.of(step).made
-                    if (path := _updates(step.body, made)) in outer}
-    return {p for p, _ in program.arg_leaves()} & out
 
 
 def load(source: str, helpers: Mapping[str, Any], groups: Mapping[str, Any], title: str) -> Callable:

@@ -1,7 +1,7 @@
 """What fails in generated code, said in the user's words:
 the op, what torch said, and the line that asked for it.
 
-    einsum: The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 1          model.py:12
+    einsum: The size of tensor a (3) must match the size of tensor b (4) at dimension 1     model.py:12
 
 torch's own error is the cause. What a function in `local` raises, and a lack of memory, stay what they are,
 for who catches them, with the line as a note; what a collective raises passes as it is, since it names the

@@ -20,15 +20,8 @@ from shardlib.errors import SpecError
 from shardlib.language.arguments import argument_trees
 from shardlib.language.calls import check_given, check_tensors
 from shardlib.language.rearrange import RENAME
-from shardlib.language.trace import (
-    RESHARD,
-    Executor,
-    Function,
-    Value,
-    active,
-    raise_at_user_line,
-    specs_of,
-)
+from shardlib.language.trace import RESHARD, Executor, Function, raise_at_user_line
+from shardlib.language.value import Value, active, specs_of
 from shardlib.layout import Layout
 from shardlib.lowering.emit import Emitter, load
 from shardlib.params import Params, fill, leaf_values
@@ -61,8 +54,9 @@ class Stepper(Executor):
         made.local, made.key = local, f"{spec.text} {_name(local.dtype)}{' param' if param else ''}"
         return made
 
-    def run(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any,
-            attrs: dict[str, Any]) -> Any:
+    def call(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any,
+             attrs: dict[str, Any], body: Program | None = None, orelse: Program | None = None,
+             called: str = "") -> Any:
         """Execute one call."""
         try:
             key = (op, text or ins, outs, self.layout, *[x.key for x in operands],
@@ -120,7 +114,7 @@ class Stepper(Executor):
 
     def whole(self, value: Value) -> Tensor:
         """The scalar `value`, with what it owes paid."""
-        return self.run(RESHARD, (value,), None, (value.spec,), (value.spec.owing(),), {}).local
+        return self.call(RESHARD, (value,), None, (value.spec,), (value.spec.owing(),), {}).local
 
     def scan(self, f: Function, carries: tuple[Value, ...], stacks: Sequence[Any], constants: Sequence[Any],
              static: dict[str, Any]) -> Any:
@@ -199,7 +193,7 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
             raise_at_user_line(error)
         given_back = results if isinstance(results, tuple) else (results,)
         out = tuple(_locals(v) if spec is None
-                    else stepper.run(RESHARD, (v,), None, (v.spec,), (spec,), {}).local
+                    else stepper.call(RESHARD, (v,), None, (v.spec,), (spec,), {}).local
                     for spec, v in zip(f.outs, given_back, strict=True))
     return out if len(out) > 1 else out[0]
 

@@ -220,7 +220,8 @@ MUTANTS = (
     Mutant("shardlib/program.py", "self.inputs[len(self.inputs) - len(paths):]", "self.inputs", COND),
     Mutant("shardlib/dtypes.py", "for a, b in zip(made, others)):", "for a, b in zip(made[:1], others)):",
            COND),
-    Mutant("shardlib/dtypes.py", "in found\n              and i not in step.op.index):", "in found):", EXPLAIN),
+    Mutant("shardlib/dtypes.py", "in found\n              and i not in step.op.index):",
+           "in found):", EXPLAIN),
     # shardlib/layout.py, mesh.py, spec.py, variables.py, local.py, step.py
     Mutant("shardlib/layout.py", "                used.update(prefix)\n", "", LAYOUT),
     Mutant("shardlib/layout.py", "            return axes[:i]\n", "            return ()\n", LAYOUT),
@@ -354,7 +355,8 @@ MUTANTS = (
            LOSSES),
     Mutant("ops/cross_entropy.py", "top = b.settle(b.call(MAX, [x], outs=(small,)))",
            "top = b.call(MAX, [x], outs=(small,))", LOSSES),
-    Mutant("shardlib/distributed/watchdog.py", "return (None if self._raised\n                else ", "return (", ENDS),
+    Mutant("shardlib/distributed/watchdog.py",
+           "return (None if self._raised\n                else ", "return (", ENDS),
     Mutant("shardlib/distributed/watchdog.py", "            self._post(_RAISED)\n", "", ENDS),
     Mutant("shardlib/distributed/watchdog.py", "            if over:\n                self._tell_why(over)\n"
            "            else:\n                self._tell(waits, mine)",
@@ -397,7 +399,8 @@ MUTANTS = (
            "tests/ops/test_attention.py"),
     Mutant("ops/rms_norm.py", "torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)",
            "x.dtype", "tests/ops/test_rms_norm.py"),
-    Mutant("shardlib/language/reductions.py", "False if x.dtype == torch.bool\n               else torch.iinfo(x.dtype).min)\n        return",
+    Mutant("shardlib/language/reductions.py", "False if x.dtype == torch.bool\n               "
+           "else torch.iinfo(x.dtype).min)\n        return",
            "0)\n        return",
            "tests/language/test_reductions.py"),
     # what is odd, empty or contradicts: at the edges

@@ -30,7 +30,7 @@ from shardlib import (
     value_and_grad,
 )
 from shardlib.functions import mean, silu, square, stop_gradient, sum
-from shardlib.language.trace import apply
+from shardlib.language.value import apply
 from shardlib.ops.cases import CASES
 from shardlib.oracle import Case, normal
 from shardlib.placement import place

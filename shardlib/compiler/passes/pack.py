@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from shardlib.language.einsum import EINSUM
+from shardlib.language.local_code import LocalCode
 from shardlib.language.scan import SCAN
-from shardlib.local_code import LocalCode
 from shardlib.program import Program, Scan, Step
 from shardlib.spec import Dim, Spec
 

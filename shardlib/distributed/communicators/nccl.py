@@ -10,7 +10,7 @@ Pieces that differ from member to member, which torch.distributed pads or copies
 from and to their places:
 
     all_gather, all_to_all, gather      even: ncclAllGather     else: ncclSend and ncclRecv, all in one group
-    reduce_scatter                      even: ncclReduceScatter else: ncclReduce to each member, all in one group
+    reduce_scatter                      even: ncclReduceScatter else: ncclReduce to each member, in one group
 
 What is only moved is moved as bytes, whatever its dtype. Refused by `supports`: a max of floats, since NCCL's
 drops NaN; reductions of int16, uint16, float8, bool and complex numbers, which NCCL has not, or not as
@@ -36,7 +36,8 @@ from shardlib.distributed.communicators.protocol import Call, Place
 
 CODES = {torch.int8: 0, torch.uint8: 1, torch.int32: 2, torch.uint32: 3, torch.int64: 4, torch.uint64: 5,
          torch.float16: 6, torch.float32: 7, torch.float64: 8, torch.bfloat16: 9}
-"""ncclDataType_t of what NCCL adds up as torch does: integers wrap round, floats are rounded after every step."""
+"""ncclDataType_t of what NCCL adds up as torch does: integers wrap round, floats are rounded after
+every step."""
 OPS = {"sum": 0, "max": 2}
 """ncclRedOp_t."""
 BYTE = CODES[torch.uint8]

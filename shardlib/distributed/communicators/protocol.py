@@ -90,7 +90,7 @@ class Communicator(Protocol):
 
     name: str
     deterministic: bool
-    """Whether it reduces in rank order, in a wide dtype, rounding once: bit for bit `reduction.reduce_pieces`."""
+    """Whether it reduces in rank order, in a wide dtype, rounding once: as `reduction.reduce_pieces`."""
 
     strided: bool
     """Whether it also has `StridedCommunicator`'s methods."""

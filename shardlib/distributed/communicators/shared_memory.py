@@ -5,7 +5,7 @@ a member
 
     waits until all others have begun round n - 1       so they have done with n - 2, and slot n % 2 is free
     writes its piece into its slot n % 2
-    sets its word to n                                  and only then can others see n: see `segment` on the order of stores
+    sets its word to n                                  and only then can others see n: see `segment`
     waits until all others have set theirs to n
     reads their pieces, straight from the segment, into its result
 
@@ -13,7 +13,7 @@ so a round costs one meeting, and the next one needs no other to be over. Reduct
 order, with `reduction.reduce_pieces` itself. What is larger than a slot goes in several rounds; a large
 all_reduce is a reduce_scatter and an all_gather, so that each member adds up only its share.
 
-    connect(mesh, device="cpu").group(("tp",)).all_reduce(x)            # where all members of tp run on one host
+    connect(mesh, device="cpu").group(("tp",)).all_reduce(x)    # where all of tp run on one host
 
 Not made where members run on several hosts, where /dev/shm is too small, and where `segment` says that there
 is no sharing.
@@ -36,8 +36,9 @@ from shardlib.distributed.segment import Segment, join
 from shardlib.errors import bytes_text
 
 SLOT = 512 << 10
-"""Bytes that a member writes in a round. Smaller slots fit a cache, larger ones need fewer meetings; where ranks outnumber the
-cores, meetings are what costs: an all_reduce of 1 MB between 4 processes on 2 cores took 5.1 ms with 256 kB, 2.0 ms with 1 MB."""
+"""Bytes that a member writes in a round. Smaller slots fit a cache, larger ones need fewer meetings; where
+ranks outnumber the cores, meetings are what costs: an all_reduce of 1 MB between 4 processes on 2 cores
+took 5.1 ms with 256 kB, 2.0 ms with 1 MB."""
 ONE_SHOT = 64 << 10
 """Bytes up to which every member of an all_reduce adds up everything."""
 MOST = 64 << 20
