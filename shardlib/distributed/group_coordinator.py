@@ -11,15 +11,14 @@ Every collective is out of place and aliases nothing: the result is new memory a
 argument may be reused at once. Any dim, any strides, uneven and empty pieces, every dtype. Members, `root`,
 `to` and `source` are counted in the group (`rank_in_group`); `first_rank` and its like are ranks of the mesh.
 All members call the same collectives in the same order. No gradient flows through: a backward pass issues its
-own collectives. torch.compile, torch.func and fake tensors stay outside (`eager`).
+own. torch.compile, torch.func and fake tensors stay outside (`eager`).
 
 Refused with a `SpecError`, before anything is sent: a reduction its dtype does not have (`reduction`), sizes
 that do not fit, a tensor that is not dense in memory (sparse, nested, quantized, fake, batched by vmap), a
 device that no communicator takes, any call after `destroy`. In debug mode (`connect(..., check=True)`) the
 members compare each collective before it runs, and what differs is one `SpecError` on all of them.
 
-`at` says where the program has a collective: whatever prints as "step 2 of block, ...". Reports of the
-watchdog repeat it.
+`at` says where the program has a collective; reports of the watchdog repeat it.
 """
 from __future__ import annotations
 
@@ -336,10 +335,7 @@ class GroupCoordinator(Group):
 
     @eager
     def send_message(self, message: Any, to: int) -> None:
-        """Hands a message to member `to`, which calls `recv_message`.
-
-        What cannot be written is a SpecError here and there.
-        """
+        """Hands a message to `to`, which calls `recv_message`; what cannot be written is a SpecError on both."""
         self._check_peer("send_message", to)
         frame = messages.frame(message)
         self._pass("send_message", to, None, -1, frames.send, self._live_control(), frame, to)
@@ -358,10 +354,7 @@ class GroupCoordinator(Group):
         self._run(None, "barrier", None, None, -1, (), self._live_control().barrier)
 
     def destroy(self) -> None:
-        """Ends the use of this group: further calls are refused.
-
-        The runtime ends the process groups, which others may share.
-        """
+        """Ends the use of this group; the runtime ends the process groups, which others may share."""
         for communicator in self.communicators:
             communicator.close()
         if self.queue:

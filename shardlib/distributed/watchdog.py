@@ -65,8 +65,7 @@ class Watchdog:
         self.timeout_s, self.limit_s, self.tick_s = timeout_s, 0.75 * timeout_s, min(1.0, timeout_s / 40)
         self._beat, self._failure, self._report, self._left = 0, (None, ""), "", False
         self._raised = ""                           # how this rank has ended the job, if it has
-        self._told, self._marked, self._waiting = threading.Event(), None, None
-        self._asked: float | None = None
+        self._told, self._marked, self._waiting, self._asked = threading.Event(), None, None, None
         self._mute = f"  the store{_on_host(store)} does not answer"
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
@@ -240,7 +239,7 @@ class Watchdog:
             os._exit(128 + signal.SIGTERM)
 
     def _leave(self) -> None:
-        """Ends the process after all that live have reported: the first gone makes torchrun end the others."""
+        """Ends the process after all that live have reported: torchrun ends the others after the first."""
         self._let_all_say()
         try:
             end_stopped()

@@ -57,7 +57,6 @@ def _alone(before: Change, after: Change) -> bool:
 def _same_dims(before: Change, after: Change) -> bool:
     return before.dims == after.dims
 
-
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Move(Op):
     """One move, and an op of programs.
