@@ -31,7 +31,7 @@ from shardlib.api import Sharded
 from shardlib.compiler.complete import complete
 from shardlib.compiler.grad import value_and_grad_program
 from shardlib.compiler.parser import CORE, check, parse_program
-from shardlib.compiler.passes import DEFAULT, PASSES
+from shardlib.compiler.passes import PASSES
 from shardlib.errors import SpecError
 from shardlib.functions import argmax as best_of
 from shardlib.functions import greater, logsumexp
@@ -507,9 +507,9 @@ def test_a_printed_program_reads_back_and_types_again(drawn: Drawn) -> None:
 def test_passes_keep_types_and_results(drawn: Drawn) -> None:
     program = drawn.explicit()
     want = dense(drawn.program, drawn)
-    for name in DEFAULT:
-        rewritten = PASSES[name](program, drawn.mesh)
-        assert check(rewritten, drawn.mesh) == rewritten, f"{name}\n{drawn}\n{rewritten}"
+    for each in PASSES.values():
+        rewritten = each.run(program, drawn.mesh)
+        assert check(rewritten, drawn.mesh) == rewritten, f"{each.name}\n{drawn}\n{rewritten}"
         assert ([s for _, s in rewritten.result_leaves()] == [s for _, s in program.result_leaves()]
                 and rewritten.args == program.args)
         check_equal(drawn, rewritten, run(rewritten, drawn.mesh, drawn.sizes, whole_args(drawn)), want)

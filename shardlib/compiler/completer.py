@@ -1,12 +1,12 @@
 """The completer: from a program as written, and a layout, to the explicit program.
 
-`shardlib.complete` is how it is called.
+`complete` beside it is how it is called.
 
 Four rules. A value that stands alone (argument, result, the result spec of an op) is completed over its own
 dims. The operands of one op are completed together, over the union of their names, and converted to that. A
 conversion is made once in a straight-line body. An op without a spec string follows its first operand;
 parameters are converted to match, activations never. Under `EXPLICIT` nothing is completed or converted. What
-does not match is refused: a fact is raised, and `shardlib.messages` words it.
+does not match is refused: a fact is raised, and `refusals` words it.
 """
 from __future__ import annotations
 

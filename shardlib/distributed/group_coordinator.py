@@ -335,7 +335,7 @@ class GroupCoordinator(Group):
 
     @eager
     def send_message(self, message: Any, to: int) -> None:
-        """Hands a message to `to`, which calls `recv_message`; what cannot be written is a SpecError on both."""
+        """Hands a message to `to`, which calls `recv_message`; what cannot be written is an error on both."""
         self._check_peer("send_message", to)
         frame = messages.frame(message)
         self._pass("send_message", to, None, -1, frames.send, self._live_control(), frame, to)
