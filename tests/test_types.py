@@ -62,7 +62,7 @@ reveal_type(loss(value))
 reveal_type(step)
 reveal_type(run)
 '''
-REVEALED = ["shardlib.language.trace.Value", "shardlib.language.trace.Value", "shardlib.language.trace.Value",
+REVEALED = ["shardlib.language.value.Value", "shardlib.language.value.Value", "shardlib.language.value.Value",
             "torch._tensor.Tensor", "shardlib.api.Sharded", "Any", "shardlib.api.ValueAndGrad",
             "shardlib.run.compiled.Compiled"]
 WRONG = '''

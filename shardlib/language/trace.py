@@ -48,7 +48,9 @@ class Function(Signature):
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         tracer = ACTIVE.get()
-        return self.outside(args, static) if tracer is None else _inline(tracer, self, args, static)
+        if isinstance(tracer, Tracer):
+            return _inline(tracer, self, args, static)
+        return self.outside(args, static)
 
     def outside(self, args: Sequence[Any], static: dict[str, Any]) -> Any:
         """What a call on tensors does; the executors say."""
