@@ -90,6 +90,7 @@ DTYPES = "float64, int64, float32, int32, bfloat16, float16, int16, bool, uint8,
     ((x.to(torch.complex64), w), "{f}: x is complex64; a tensor of a program is one of " + DTYPES),
     ((x.to(torch.float8_e4m3fn), w), "{f}: x is float8_e4m3fn; a tensor of a program is one of " + DTYPES),
     ((x.to_sparse(), w), "{f}: x is sparse_coo; make a dense tensor of it first"),
+    ((torch.nested.nested_tensor([x[0], x[1, :2]]), w), "{f}: x is nested; make a dense tensor of it first"),
     ((x, Weights(a=w.a.to("meta"), b=w.b)), "{f}: w.a is on meta, x on cpu; all arguments are on one device"),
     ((x[0], w), "{g}: x has 1 dims, its spec B D has 2"), ((torch.ones(3, 3), w), "{g}: D is 3 by x, and 4 by w.a")])
 def test_arguments_that_are_none(run: str, args: tuple, says: str) -> None:
