@@ -179,6 +179,8 @@ OPERATORS = "a traced value has + - * / with values and numbers; write the rest 
     (lambda x, s: softmax(None, "D"), f"softmax: operand 1 is None, {TRACED}"), (lambda x, s: where(x, 1, x), f"where: operand 2 is an int, {TRACED}"),
     (lambda x, s: all_reduce("B D -> B D", 3.0), f"all_reduce: operand 1 is a float, {TRACED}"),
     (lambda x, s: cast(x, torch.float32), "cast: torch.float32 is not one of float32, bfloat16, float16, float64"),
+    (lambda x, s: x * float("inf"), "mul: inf; the numbers of a program are finite"),
+    (lambda x, s: x / 1e-320, "div: 1e-320; the numbers of a program are finite"), (lambda x, s: x / 0, "div: by the number 0"),
     (lambda x, s: x ** 2, OPERATORS), (lambda x, s: x // 2, OPERATORS), (lambda x, s: abs(x), OPERATORS), (lambda x, s: ~x, OPERATORS),
     (lambda x, s: scan(shifted, None, x), "scan: the carry is None; it is a tensor of the traced function, or a tuple of them"),
     (lambda x, s: scan(lambda x, b: x, x, x), "scan: the body is a @sharded function, not a function"),
