@@ -158,6 +158,26 @@ def test_what_a_body_reads_is_still_there() -> None:
         torch.testing.assert_close(run(x, w), made * z)
 
 
+@sharded("D, D -> D, D, D")
+def twice_kept(x, w):
+    y = x * w
+    return x + y, y, y
+
+
+@sharded("D, L D -> D, L D, L D")
+def kept_twice(x, w):
+    return scan(twice_kept, x, w)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_what_a_body_returns_twice_is_stacked_twice(layers: int) -> None:
+    x, w = torch.tensor([2., 3.]), torch.tensor([[5., 7.], [11., 13.]])[:layers]
+    wanted = torch.stack([x * w[0], (x + x * w[0]) * w[1]]) if layers else torch.zeros(0, 2)
+    for run in (kept_twice, lambda *args: simulate(kept_twice, Layout(D="x"), *args, mesh=Mesh(x=2))):
+        _, *both = run(x, w)
+        assert all(torch.equal(made, wanted) for made in both)
+
+
 def test_stacks_of_two_dims_are_refused() -> None:
     """The last slices of the longer one would be left out."""
     @sharded("D, D, D -> D")
