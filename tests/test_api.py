@@ -270,7 +270,7 @@ class OneOfTwo:
 
 
 def test_a_plan_says_all_that_ranks_must_agree_on():
-    """Sizes and dtypes of arguments, too: with others, ranks would wait for each other, or read what another means."""
+    """Sizes and dtypes of arguments, too: else ranks would wait for each other, or read other bytes."""
     rank, double = OneOfTwo(), sharded("T D -> T D")(lambda x: x * 2.0)
     for rows, dtype in ((5, torch.float32), (6, torch.float32), (5, torch.bfloat16), (5, torch.float64)):
         compile(double, Layout(T="tp"), runtime=rank, sizes=dict(T=rows))(torch.ones(3, 2, dtype=dtype))

@@ -274,7 +274,8 @@ def test_a_mask_is_no_index(call: Any) -> None:
         return embedding("B, V D -> B D", which, table)
     with pytest.raises(SpecError) as error:
         call(rows, torch.tensor([True, False]), torch.ones(3, 2))
-    assert str(error.value).splitlines()[0].split("          ")[0] == "embedding: which is bool; indices are integers"
+    first_line, _ = str(error.value).splitlines()[0].split("          ")
+    assert first_line == "embedding: which is bool; indices are integers"
 
 
 def test_prepared_weights_of_several_dtypes_are_packed_by_dtype() -> None:

@@ -154,7 +154,8 @@ def test_what_a_body_reads_is_still_there() -> None:
     z = made = y + 1
     for row in w:
         made = made * row + y
-    for run in (of_a_constant_that_is_read_before, lambda *args: simulate(of_a_constant_that_is_read_before, Layout(D="x"), *args, mesh=Mesh(x=2))):
+    f = of_a_constant_that_is_read_before
+    for run in (f, lambda *args: simulate(f, Layout(D="x"), *args, mesh=Mesh(x=2))):
         torch.testing.assert_close(run(x, w), made * z)
 
 
@@ -187,7 +188,9 @@ def test_stacks_of_two_dims_are_refused() -> None:
     @sharded("D, L D, M D -> D")
     def f(x, w, v):
         return scan(moved, x, (w, v))
-    for run in (lambda: lower(f, Layout(), mesh=Mesh()), lambda: step(f)(torch.ones(2), torch.ones(3, 2), torch.ones(4, 2))):
+    x, w, v = torch.ones(2), torch.ones(3, 2), torch.ones(4, 2)
+    for run in (lambda: lower(f, Layout(), mesh=Mesh()), lambda: step(f)(x, w, v)):
         with pytest.raises(SpecError) as refused:
             run()
-        assert str(refused.value).split("      ")[0] == "scan: the stacked tensors begin with L, M; they share one first dim"
+        assert str(refused.value).split("      ")[0] == (
+            "scan: the stacked tensors begin with L, M; they share one first dim")

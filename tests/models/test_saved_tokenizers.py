@@ -114,8 +114,9 @@ def test_what_contradicts_is_said_in_a_line(files, said, tmp_path, recwarn):
 def test_listed_tokens_are_added_in_the_order_of_their_ids(tmp_path):
     """Which are numbers: 9 comes before 10, and 3 before both."""
     listed = {id: {"content": f"<{id}>", "special": True} for id in ("10", "9", "3")}
-    write(tmp_path, {"tokenizer.json": SAVED, "config.json": {"model_type": "llama"},
-                     "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": listed}})
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": listed}
+    write(tmp_path, {"tokenizer.json": SAVED, "tokenizer_config.json": config,
+                     "config.json": {"model_type": "llama"}})
     ids = Tokenizer.load(tmp_path).encode("<10>a<9><3>")
     assert ids == AutoTokenizer.from_pretrained(tmp_path)("<10>a<9><3>").input_ids == [5, 2, 4, 3]
 

@@ -27,9 +27,11 @@ NVLINK, PROTOCOLS = "tests/ops/test_nvlink.py", "tests/triton_kernels/test_proto
 CALLS = "tests/distributed/test_asked.py"
 SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/compiler/test_sizes.py"
 LOCAL, PIECES = "tests/language/test_local.py", "tests/test_errors.py -k piece_that_is"
-DTYPES, BY_HAND, ERRORS, RULES = (f"tests/test_{name}.py" for name in ("dtypes", "dtypes_by_hand", "errors", "rules_oracle"))
+DTYPES, BY_HAND, ERRORS, RULES = (f"tests/test_{name}.py" for name in (
+    "dtypes", "dtypes_by_hand", "errors", "rules_oracle"))
 REDUCTIONS, ARGUMENTS, SCANS = (f"tests/language/test_{name}.py" for name in ("reductions", "calls", "scan"))
-FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in ("failures", "captured", "surroundings", "wrt"))
+FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
+    "failures", "captured", "surroundings", "wrt"))
 ATTENTION, CACHES, ROPE = (f"tests/ops/test_{name}.py" for name in ("attention", "kv_cache", "rope"))
 TOKENIZERS, GGUF = "tests/models/test_saved_tokenizers.py -k unless_the_folder", "tests/models/test_gguf_defaults.py"
 DECODER, ROTATED = "tests/models/test_decoder.py", "tests/compiler/test_rotate_scan.py -k leaves_alone"

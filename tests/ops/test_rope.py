@@ -36,7 +36,8 @@ def table(start, *, dtype):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_a_table_is_that_of_float32_rounded_once(dtype: torch.dtype) -> None:
     """Far from the beginning, too: neither dtype has the number 4099."""
-    of = {kind: compile(table, sizes=dict(T=3, H=4), dtype=str(kind)[6:])(torch.tensor([0, 4099])) for kind in (torch.float32, dtype)}
+    of = {kind: compile(table, sizes=dict(T=3, H=4), dtype=str(kind)[6:])(torch.tensor([0, 4099]))
+          for kind in (torch.float32, dtype)}
     assert of[dtype].dtype == dtype and torch.equal(of[dtype], of[torch.float32].to(dtype))
 
 

@@ -175,7 +175,8 @@ def test_a_result_that_is_refused_is_that_of_the_line_that_runs():
     for run in (step, compile):
         with pytest.raises(SpecError) as error:
             run(shortened, mesh=Mesh(dp=1))(torch.ones(4, 6))
-        assert str(error.value) == f"local: short returns (1, 6), its text says (4, 6) on this rank          {line('SHORT')}"
+        assert str(error.value) == (
+            f"local: short returns (1, 6), its text says (4, 6) on this rank          {line('SHORT')}")
 
 
 class Stopped(Exception):
