@@ -31,7 +31,8 @@ from shardlib import (
 from shardlib.functions import mean, silu, sum
 from shardlib.ops import rms_norm
 from shardlib.params import leaf_values, struct
-from shardlib.placement import region
+from shardlib.placement import region, shard_of
+from shardlib.spec import parse
 
 SIZES = dict(T=3, D=4, F=5, L=2)
 
@@ -255,6 +256,39 @@ def many_kinds(x, w: Norms):
     x = scan(norm_layer, x * 2.0 + x * 3.0, w.layers)
     scores = einsum("T D, S D -> T S", x, rename("T D -> S D", x))
     return x, mean("T S -> T", scores), mean("T D -> T", x * 2.0 - x * -3.0)
+
+
+def test_a_shard_of_a_group_is_not_cut_by_its_rows():
+    with pytest.raises(SpecError) as refused:
+        shard_of(torch.ones(6), parse("(K/tp G)"), Mesh(tp=2), dict(tp=0))
+    assert str(refused.value) == "shard_of: (K/tp G) is a group; take it apart first"
+
+
+def test_step_mode_works_out_other_sizes_anew():
+    average = step(sharded("T D -> D")(lambda x: mean("T D -> D", x)))
+    assert [average(torch.ones(rows, 2)).tolist() for rows in (2, 5, 2, 3)] == [[1.0, 1.0]] * 4
+
+
+class OneOfTwo:
+    """Rank 0 of two, which tells what it would compare with the other."""
+    mesh, rank, coordinate, device = Mesh(tp=2), 0, {"tp": 0}, torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.plans: list[str] = []
+
+    def compare_plans(self, title: str, plan: str) -> None:
+        self.plans.append(plan)
+
+    def create_groups(self, products: list) -> None:
+        assert not products
+
+
+def test_a_plan_says_all_that_ranks_must_agree_on():
+    """Sizes and dtypes of arguments, too: else ranks would wait for each other, or read other bytes."""
+    rank, double = OneOfTwo(), sharded("T D -> T D")(lambda x: x * 2.0)
+    for rows, dtype in ((5, torch.float32), (6, torch.float32), (5, torch.bfloat16), (5, torch.float64)):
+        compile(double, Layout(T="tp"), runtime=rank, sizes=dict(T=rows))(torch.ones(3, 2, dtype=dtype))
+    assert len(set(rank.plans)) == 4
 
 
 def test_step_mode_works_out_each_call_by_itself():

@@ -26,7 +26,7 @@ from shardlib import (
 )
 from shardlib.compiler.parser import parse_program
 from shardlib.functions import argmax, cast, greater, logsumexp, mean, softmax, sum, where
-from shardlib.ops import attention, rms_norm, rope, rope_table
+from shardlib.ops import attention, embedding, rms_norm, rope, rope_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE, TWO = Mesh(tp=1), Mesh(tp=2)
@@ -278,6 +278,17 @@ def test_what_an_op_does_not_take_is_refused_before_it_runs(call: Any) -> None:
     first_line, where = str(error.value).splitlines()[0].split("          ")
     assert (first_line == "sub: right is bool; it takes integers and floats"
             and where.startswith("test_dtypes_by_hand.py:"))
+
+
+@every_executor
+def test_a_mask_is_no_index(call: Any) -> None:
+    @sharded("B, V D -> B D")
+    def rows(which, table):
+        return embedding("B, V D -> B D", which, table)
+    with pytest.raises(SpecError) as error:
+        call(rows, torch.tensor([True, False]), torch.ones(3, 2))
+    first_line, _ = str(error.value).splitlines()[0].split("          ")
+    assert first_line == "embedding: which is bool; indices are integers"
 
 
 def test_prepared_weights_of_several_dtypes_are_packed_by_dtype() -> None:

@@ -362,6 +362,20 @@ reduce_scatter: x owes no sum over tp; reducing it would count it once for every
 """)
 
 
+@sharded("D +tp @dp:0 -> D", layout=EXPLICIT)
+def all_reduce_of_what_one_coordinate_holds(x):
+    return all_reduce("D +tp @dp:0 -> D", x)
+
+
+wrong(all_reduce_of_what_one_coordinate_holds, """
+all_reduce: what one coordinate holds owes no sum: "D @dp:0 +tp -> D"          model.py:3
+
+  x      D  @dp:0  +tp   owed in the signature of all_reduce_of_what_one_coordinate_holds
+  text   D  @dp:0  +tp
+  to     D
+""")
+
+
 @sharded("B F/dp/tp, F/dp/tp D -> B D", layout=EXPLICIT)
 def reduced_over_one_of_two_axes(x, w):
     y = einsum("B F/dp/tp, F/dp/tp D -> B D +dp +tp", x, w)

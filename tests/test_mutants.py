@@ -45,6 +45,8 @@ def test_what_becomes_of_a_mutant(runner, tmp_path: Path) -> None:
 
 
 def test_every_mutant_of_the_table_has_its_place(runner) -> None:
-    """One whose text is gone, or stands twice, tests nothing any more."""
+    """One whose text is gone, or stands twice, tests nothing any more; nor one whose tests are elsewhere."""
     root = HERE.parents[1]
     assert [m for m in runner.MUTANTS if (root / m.file).read_text().count(m.old) != 1] == []
+    named = {word for m in runner.MUTANTS for word in m.tests.split() if word.startswith("tests/")}
+    assert [word for word in named if not (root / word).exists()] == []

@@ -127,7 +127,7 @@ class Compiled:
                     if isinstance(a, Params):
                         key.append(present(a))
                     key += [v.dtype for v in leaves_of]
-        except AttributeError:
+        except (AttributeError, RuntimeError):         # no tensor, or one that says no shape
             self._check(args)
             raise
         key = tuple(key)

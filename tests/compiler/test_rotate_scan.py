@@ -10,7 +10,7 @@ import torch
 from simulated import execute, tree
 from torch import Tensor
 
-from shardlib import Layout, Mesh, einsum, lower, scan, sharded, value_and_grad
+from shardlib import EXPLICIT, Layout, Mesh, all_reduce, einsum, lower, scan, sharded, value_and_grad
 from shardlib.compiler.parser import check, parse_program
 from shardlib.compiler.passes import DEFAULT
 from shardlib.functions import cast, sum, tanh
@@ -104,6 +104,18 @@ def narrow(x, up, down):
     return x + cast(einsum("B F, F D -> B D", tanh(einsum("B D, D F -> B F", x, up)), down), dtype="bfloat16")
 
 
+@sharded("B D, D F/tp, F/tp D -> B D", layout=EXPLICIT)
+def narrow_sums(x, up, down):
+    y = einsum("B F/tp, F/tp D -> B D +tp", tanh(einsum("B D, D F/tp -> B F/tp", x, up)), down)
+    return x + all_reduce("B D +tp -> B D", cast(y, dtype="bfloat16"))
+
+
+@sharded("B, V/tp D, L D F/tp, L F/tp D -> B D", layout=EXPLICIT)
+def of_two_owed_dtypes(ids, table, up, down):
+    x = cast(embedding("B, V/tp D -> B D +tp", ids, table), dtype="float32")
+    return scan(narrow_sums, all_reduce("B D +tp -> B D", x), (up, down))
+
+
 @sharded("B, V D, L D F, L F D -> ()")
 def loss(ids, table, up, down):
     return sum("B D -> ()", scan(layer, embedding("B, V D -> B D", ids, table), (up, down)))
@@ -117,7 +129,8 @@ def test_it_rotates_what_the_others_are_like() -> None:
 
 
 @pytest.mark.parametrize("f, layout", [(plain, Layout(F="tp")), (plain, Layout(V="tp")), (used_again, SPLIT),
-                                       (of_another_dtype, SPLIT), (value_and_grad(loss, wrt="up"), SPLIT)])
+                                       (of_another_dtype, SPLIT), (of_two_owed_dtypes, EXPLICIT),
+                                       (value_and_grad(loss, wrt="up"), SPLIT)])
 def test_what_it_leaves_alone(f: Any, layout: Layout) -> None:
     """Nothing is owed before the scan, or in it; what goes in is used again; the owed sums have two dtypes;
     a gradient is wanted."""

@@ -172,6 +172,9 @@ def test_a_constant_dim():
     assert said(constant, x, torch.rand(2, 5)) == (
         'constant: K is 5 by y, and 4 by rename "B 4 -> B K" at the rename')
     assert said(constant, torch.rand(2, 5), x) == "constant: x has 5 rows where its spec B 4 says 4"
+    other = sharded("B 4 -> B 5")(lambda x: rename("B 4 -> B 5", x))
+    for call in (other, lambda x: simulate(other, Layout(B="tp"), x, mesh=Mesh(tp=2))):
+        assert said(call, x) == 'f: 4 is 4, and 5 by rename "B 4 -> B 5" at the rename'
 
 
 def test_sizes_that_a_program_is_asked_about():
@@ -198,6 +201,13 @@ def test_explicit_text_cannot_relabel_the_pieces_of_a_group():
     assert said(lower, program("B N/tp -> B (K/tp G)"), mesh=Mesh(tp=2)) == (
         "rename: N/tp is split over tp; its pieces are not those of (K G)")
     assert str(lower(program("B (K/tp G) -> B (M/tp N)"), mesh=Mesh(tp=2)).results[0].tree) == "B (M/tp N)"
+
+
+def test_explicit_text_is_given_no_gather_by_a_rename():
+    @sharded("T/tp D -> S D", layout=EXPLICIT)
+    def f(x):
+        return rename("T D -> S D", x)
+    assert said(lower, f, mesh=Mesh(tp=2)) == 'rename: x has T split over tp; the text takes "T D"'
 
 
 # -- random chains -------------------------------------------------------------------------------------------

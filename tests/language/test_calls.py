@@ -98,6 +98,7 @@ DTYPES = "float64, int64, float32, int32, bfloat16, float16, int16, bool, uint8,
     ((x.to(torch.complex64), w), "{f}: x is complex64; a tensor of a program is one of " + DTYPES),
     ((x.to(torch.float8_e4m3fn), w), "{f}: x is float8_e4m3fn; a tensor of a program is one of " + DTYPES),
     ((x.to_sparse(), w), "{f}: x is sparse_coo; make a dense tensor of it first"),
+    ((torch.nested.nested_tensor([x[0], x[1, :2]]), w), "{f}: x is nested; make a dense tensor of it first"),
     ((x, Weights(a=w.a.to("meta"), b=w.b)), "{f}: w.a is on meta, x on cpu; all arguments are on one device"),
     ((x[0], w), "{g}: x has 1 dims, its spec B D has 2"),
     ((torch.ones(3, 3), w), "{g}: D is 3 by x, and 4 by w.a")])
@@ -216,6 +217,9 @@ OPERATORS = ("a traced value has + - * / with values and numbers; write the rest
     (lambda x, s: all_reduce("B D -> B D", 3.0), f"all_reduce: operand 1 is a float, {TRACED}"),
     (lambda x, s: cast(x, torch.float32),
      "cast: torch.float32 is not one of float32, bfloat16, float16, float64"),
+    (lambda x, s: x * float("inf"), "mul: inf; the numbers of a program are finite"),
+    (lambda x, s: x / 1e-320, "div: 1e-320; the numbers of a program are finite"),
+    (lambda x, s: x / 0, "div: by the number 0"),
     (lambda x, s: x ** 2, OPERATORS), (lambda x, s: x // 2, OPERATORS), (lambda x, s: abs(x), OPERATORS),
     (lambda x, s: ~x, OPERATORS), (lambda x, s: scan(shifted, None, x), "scan: the carry is None; it is a "
                                    "tensor of the traced function, or a tuple of them"),

@@ -221,6 +221,32 @@ def test_branches_of_different_types_are_refused(f, says):
     assert str(error.value).split("          ")[0] == f"cond: {says}; both take and return the same types"
 
 
+@sharded("T D, F -> T D, F")
+def in_order(x, v):
+    return x, v
+
+
+@sharded("T D, F -> F, T D")
+def turned_round(x, v):
+    return v, x
+
+
+@sharded("T D, F -> T D, F, F")
+def one_more(x, v):
+    return x, v, v
+
+
+@pytest.mark.parametrize("other, returns", [(turned_round, "F, T D"), (one_more, "T D, F, F")])
+def test_branches_that_return_the_same_in_another_order_or_number_are_refused(other, returns):
+    @sharded("(), T D, F -> T D, F")
+    def f(p, x, v):
+        return cond(p, in_order, other, x, v)
+    with pytest.raises(SpecError) as error:
+        lower(f, mesh=MESH)
+    assert str(error.value).split("          ")[0] == (
+        f"cond: in_order returns T D, F, {other.__name__} returns {returns}; both return the same dims")
+
+
 @sharded("+tp, T D, D F, F D -> T D")
 def owed_predicate(p, x, up, down):
     return cond(p, deep, shallow, x, up, down)

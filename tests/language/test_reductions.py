@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardlib import Layout, Mesh, sharded, simulate
-from shardlib.functions import argmax, max, mean, sum
+from shardlib.functions import argmax, logsumexp, max, mean, sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOWEST = {torch.float64: -torch.inf, torch.float32: -torch.inf, torch.int64: -2 ** 63, torch.int32: -2 ** 31,
@@ -59,3 +59,16 @@ def test_the_mean_of_nothing_is_nan_and_its_sum_is_zero(layout: Layout) -> None:
     for dtype in (torch.float64, torch.bfloat16, torch.int64):
         means, sums = simulate(of_nothing, layout, torch.ones(2, 0, dtype=dtype), mesh=Mesh(x=2, y=2))
         assert means.isnan().all() and sums.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_logsumexp_of_infinities_is_that_of_torch(layout: Layout) -> None:
+    """What is nothing but -inf stays so, +inf is larger than all else, and a NaN is not lost."""
+    @sharded("B V -> B")
+    def total(x):
+        return logsumexp("B V -> B", x)
+    inf, nan = torch.inf, torch.nan
+    rows = [0.0, inf, 1.0], [inf] * 3, [-inf] * 3, [-inf, 2.0, -inf], [inf, -inf, 0.0], [0.0, nan, inf]
+    x = torch.tensor(rows, dtype=torch.float64)
+    got = simulate(total, layout, x, mesh=Mesh(x=2, y=2))
+    torch.testing.assert_close(got, x.logsumexp(1), equal_nan=True)

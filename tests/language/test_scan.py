@@ -144,3 +144,64 @@ def test_a_body_that_returns_fewer_than_its_carries() -> None:
         lower(f, Layout(), mesh=Mesh())
     assert str(refused.value).split("      ")[0] == (
         "scan: one returns 1; the first 2 are the carries, tensors")
+
+
+@sharded("D, D, D -> D")
+def weighted(x, w, y):
+    return x * w + y
+
+
+@sharded("D, L D -> D")
+def of_a_constant_that_is_read_before(x, w):
+    y = x * 2.0
+    z = y + 1.0
+    return scan(weighted, z, w, y) * z
+
+
+def test_what_a_body_reads_is_still_there() -> None:
+    """Its variable in generated code goes to no other value before the loop is over."""
+    x, w = tensors()[0][0], tensors()[2][:, :, 0]
+    y = 2 * x
+    z = made = y + 1
+    for row in w:
+        made = made * row + y
+    f = of_a_constant_that_is_read_before
+    for run in (f, lambda *args: simulate(f, Layout(D="x"), *args, mesh=Mesh(x=2))):
+        torch.testing.assert_close(run(x, w), made * z)
+
+
+@sharded("D, D -> D, D, D")
+def twice_kept(x, w):
+    y = x * w
+    return x + y, y, y
+
+
+@sharded("D, L D -> D, L D, L D")
+def kept_twice(x, w):
+    return scan(twice_kept, x, w)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_what_a_body_returns_twice_is_stacked_twice(layers: int) -> None:
+    x, w = torch.tensor([2., 3.]), torch.tensor([[5., 7.], [11., 13.]])[:layers]
+    wanted = torch.stack([x * w[0], (x + x * w[0]) * w[1]]) if layers else torch.zeros(0, 2)
+    for run in (kept_twice, lambda *args: simulate(kept_twice, Layout(D="x"), *args, mesh=Mesh(x=2))):
+        _, *both = run(x, w)
+        assert all(torch.equal(made, wanted) for made in both)
+
+
+def test_stacks_of_two_dims_are_refused() -> None:
+    """The last slices of the longer one would be left out."""
+    @sharded("D, D, D -> D")
+    def moved(x, w, v):
+        return x * w + v
+
+    @sharded("D, L D, M D -> D")
+    def f(x, w, v):
+        return scan(moved, x, (w, v))
+    x, w, v = torch.ones(2), torch.ones(3, 2), torch.ones(4, 2)
+    for run in (lambda: lower(f, Layout(), mesh=Mesh()), lambda: step(f)(x, w, v)):
+        with pytest.raises(SpecError) as refused:
+            run()
+        assert str(refused.value).split("      ")[0] == (
+            "scan: the stacked tensors begin with L, M; they share one first dim")

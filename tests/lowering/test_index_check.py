@@ -379,6 +379,15 @@ def test_a_row_to_ignore_is_no_error_later_either() -> None:
     f.check()
 
 
+def test_a_row_to_ignore_counts_for_nothing_though_its_index_is_in_range() -> None:
+    @sharded("B V, B -> B")
+    def some(x, labels):
+        return cross_entropy("B V, B -> B", x, labels, ignore_index=0)
+    x, labels = torch.zeros(3, 4), torch.tensor([0, 1, 0])
+    for f in (some, later(some)):
+        torch.testing.assert_close(f(x, labels), torch.tensor([1.0, 4.0, 1.0]).log())
+
+
 @sharded("B S, B T, B -> B S")
 def written(cache, rows, begin):
     return update_cache("B S, B T, B -> B S", cache, rows, begin)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import torchrun
 
-from shardlib import Layout, Mesh, init
+from shardlib import Layout, Mesh, SpecError, init
 from shardlib.distributed.runtime import connect
 from shardlib.models import decoder, decoding
 from shardlib.models.decoding import Model, Sampling, llama_of
@@ -53,6 +53,7 @@ def test_rows_stay_on_their_rank_and_are_there_once(rows: int, ranks: int, data:
         if smaller is None:
             assert slots.size == ranks * round_up(fullest)
             continue
+        assert smaller.slots.size < slots.size
         new, each, before = smaller.slots, smaller.slots.size // ranks, slots.size // ranks
         assert (new.size == ranks * round_up(fullest)
                 and sorted(r for r in new.rows if r is not None) == sorted({*range(rows)} - ended))
@@ -95,6 +96,14 @@ def test_captured_tokens_are_the_eager_ones(one: Model, batch: tuple, chunk: int
     assert replace(made, seconds=0) == replace(wanted, seconds=0)
     assert ([[*p, *(t for t in column if t is not None)] for p, column in zip(prompts, zip(*steps))]
             == made.tokens)
+
+
+@pytest.mark.parametrize("graph", (False, True))
+def test_a_text_may_fill_the_context_and_no_more(one: Model, graph: bool) -> None:
+    assert len(one.generate([[1] * 40], CONFIG.max_context - 40, graph=graph).tokens[0]) == CONFIG.max_context
+    with pytest.raises(SpecError) as refused:
+        one.generate([[1] * 40], CONFIG.max_context - 39, graph=graph)
+    assert str(refused.value) == "the prompt has 40 tokens and 9 are to follow; the model's context is 48"
 
 
 def test_prompts_make_few_sizes(one: Model) -> None:

@@ -137,6 +137,16 @@ def test_what_contradicts_is_said_in_a_line(files, said, tmp_path, recwarn):
             == [f"{tmp_path}: {line}" for line in said])
 
 
+def test_listed_tokens_are_added_in_the_order_of_their_ids(tmp_path):
+    """Which are numbers: 9 comes before 10, and 3 before both."""
+    listed = {id: {"content": f"<{id}>", "special": True} for id in ("10", "9", "3")}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": listed}
+    write(tmp_path, {"tokenizer.json": SAVED, "tokenizer_config.json": config,
+                     "config.json": {"model_type": "llama"}})
+    ids = Tokenizer.load(tmp_path).encode("<10>a<9><3>")
+    assert ids == AutoTokenizer.from_pretrained(tmp_path)("<10>a<9><3>").input_ids == [5, 2, 4, 3]
+
+
 @pytest.mark.parametrize(
     "said, blank", [({}, True), *(({"add_prefix_space": x}, x is not False) for x in (None, True, False))])
 def test_a_blank_is_put_before_a_text_unless_the_folder_says_no(said, blank, tmp_path):

@@ -280,6 +280,11 @@ def test_weights_that_are_missing_or_odd(tiny_folder):
         'weight layers.wq: tensor model.layers.1.self_attn.q_proj.weight should be "(K G H) D" with K=3 G=2 '
         'H=16 D=96, '
         "so (96, 96); it is (95, 96)")
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    turned = checkpoint.tensors[gate].shape[::-1]
+    lying = with_entry(checkpoint, gate, shape=turned)
+    assert refusal(CheckpointError, lying, {"layers.gate": parse("L D F")}, *one).endswith(
+        f"so {turned[::-1]}; it is {turned}")
     assert refusal(CheckpointError, with_entry(checkpoint, q, dtype="F8_E4M3"), wq, *one) == (
         "weight layers.wq: tensor model.layers.1.self_attn.q_proj.weight is stored as F8_E4M3, which is not "
         "implemented; known are "

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardlib import Layout, Mesh, SpecError, lower, sharded, simulate
+from shardlib import Layout, Mesh, SpecError, compile, lower, sharded, simulate
 from shardlib.lowering.emit import Emitter
 from shardlib.ops import rope, rope_table
 
@@ -30,6 +30,19 @@ def test_pairs_are_turned_by_their_position(layout: Layout, t: int) -> None:
     got = simulate(turned, layout, start, x, mesh=Mesh(x=3, y=2))
     # angles are float32: 2 ** -24 of 12
     assert torch.allclose(torch.complex(got[..., :2], got[..., 2:]), want, rtol=1e-6, atol=1e-6)
+
+
+@sharded("B -> B T H")
+def table(start, *, dtype):
+    return rope_table("B -> B T H", start, theta=THETA, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_table_is_that_of_float32_rounded_once(dtype: torch.dtype) -> None:
+    """Far from the beginning, too: neither dtype has the number 4099."""
+    of = {kind: compile(table, sizes=dict(T=3, H=4), dtype=str(kind)[6:])(torch.tensor([0, 4099]))
+          for kind in (torch.float32, dtype)}
+    assert of[dtype].dtype == dtype and torch.equal(of[dtype], of[torch.float32].to(dtype))
 
 
 def test_an_odd_dim_has_no_pairs() -> None:

@@ -166,6 +166,25 @@ def test_a_step_that_is_made_once_fails_on_the_line_that_runs(monkeypatch):
     assert str(error.value) == f"silu: late          {line('AGAIN')}"
 
 
+def short(x):
+    return x[:1] if x[0, 0] < 0 else -x
+
+
+@sharded("B D -> B D")
+def shortened(x):
+    y = local("B D -> B D", short, x)
+    return local("B D -> B D", short, y)                                # SHORT
+
+
+def test_a_result_that_is_refused_is_that_of_the_line_that_runs():
+    """Step by step too, where the second call is as the first and its code is not made anew."""
+    for run in (step, compile):
+        with pytest.raises(SpecError) as error:
+            run(shortened, mesh=Mesh(dp=1))(torch.ones(4, 6))
+        assert str(error.value) == (
+            f"local: short returns (1, 6), its text says (4, 6) on this rank          {line('SHORT')}")
+
+
 class Stopped(Exception):
     """An exception of the user's own."""
 
