@@ -27,8 +27,9 @@ from shardlib.distributed.graph_capture import capture_stream  # noqa: E402
 COMMON = dict(deadline=None, report_multiple_bugs=False, print_blob=True, suppress_health_check=[
     HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
 settings.register_profile("default", max_examples=100, **COMMON)
-settings.register_profile("ci", max_examples=100, derandomize=True, database=None,
-                          **{**COMMON, "print_blob": False})
+SAME = {**COMMON, "derandomize": True, "database": None, "print_blob": False}
+settings.register_profile("ci", max_examples=40, **SAME)         # the same ones each time
+settings.register_profile("same", max_examples=100, **SAME)      # what mutants are held against
 settings.register_profile("more", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 

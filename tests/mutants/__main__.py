@@ -54,7 +54,7 @@ def break_it(tree: Path, mutant: Mutant) -> bool:
 def passes(tree: Path, tests: str, timeout_s: float) -> bool:
     """Whether the tests pass, in time, with the same random examples every time."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1",
-                   "OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "ci"}
+                   "OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "same"}
     command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-x", "-p",
                "no:cacheprovider", *tests.split()]
     process = subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL,
