@@ -40,7 +40,7 @@ def chosen(passes: Sequence[Pass | str]) -> tuple[Pass, ...]:
     return tuple(p if isinstance(p, Pass) else PASSES[p] for p in passes)
 
 
-def rewrite(program: Program, mesh: Mesh, passes: Sequence[Pass]) -> Program:
+def rewrite(program: Program, mesh: Mesh, passes: Sequence[Pass] = DEFAULT) -> Program:
     """The program after `passes`, in order."""
     for each in passes:
         program = each.run(program, mesh)
