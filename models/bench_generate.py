@@ -164,8 +164,7 @@ def run(options: argparse.Namespace) -> None:
             made.append(
                 m := measure(model, rows, options.prompt_tokens, options.new_tokens, rate, not options.eager))
             say(f"{m.rows:6} {m.step_ms:11.3f} {m.floor_ms:10.3f} {m.floor_ms / m.step_ms:6.0%} "
-                f"{m.token_ms:13.3f} "
-                f"{m.first_ms:16.1f} {m.tokens_per_second:10.0f}")
+                f"{m.token_ms:13.3f} {m.first_ms:16.1f} {m.tokens_per_second:10.0f}")
         if options.json and runtime.rank == 0:
             print(json.dumps({"weights": name, "mesh": str(mesh), "bytes_per_second": rate,
                               "batches": [asdict(m) for m in made]}))

@@ -217,8 +217,7 @@ def cross_entropy(text: str, logits: Operand, labels: Operand, *, ignore_index: 
     tensor([1.0986, 0.0000])
     """
     meant = (f'cross_entropy "{text}": the specs are those of "B T V, B T -> B T": the losses lack one dim '
-             'of the logits, '
-             f'and have those of the labels')
+             'of the logits, and have those of the labels')
     ins, outs = parse_specs(text, meant)
     if (len(ins) != 2 or len(outs) != 1 or len(ins[0].labels) != len(outs[0].labels) + 1
             or [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels)

@@ -231,9 +231,8 @@ class NVLink:
         if stream not in self._channels:
             if not self._free:
                 raise SpecError(f"NVLink over {self.group}: {CHANNELS} streams have called it, and each has "
-                                "memory of its own; "
-                                "capture CUDA graphs on the stream of group.graph_capture(), and call on "
-                                "one other")
+                                "memory of its own; capture CUDA graphs on the stream of "
+                                "group.graph_capture(), and call on one other")
             self._channels[stream] = self._free.pop(0)
         return self._channels[stream]
 

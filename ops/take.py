@@ -199,8 +199,7 @@ def take(text: str, x: Operand, index: Operand) -> Value:
             [5.]])
     """
     meant = (f'take "{text}": the specs are those of "B T D, B -> B D": the result lacks one dim of the '
-             'first operand, '
-             f'and has those of the index')
+             'first operand, and has those of the index')
     ins, outs = parse_specs(text, meant)
     if (len(ins) != 2 or len(outs) != 1 or len(ins[0].labels) != len(outs[0].labels) + 1
             or [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels)

@@ -65,8 +65,7 @@ class Mesh:
         for name, value in self.aliases.items():
             if not value or len(set(value)) != len(value) or any(a not in self.axes for a in value):
                 raise SpecError(f"mesh: alias {name} names {', '.join(map(str, value)) or 'nothing'}; it may "
-                                "name each of the axes "
-                                f"{', '.join(self.axes) or '(none)'} once")
+                                f"name each of the axes {', '.join(self.axes) or '(none)'} once")
         if self.world_size > MAX_RANKS:
             raise SpecError(f"mesh: {self.world_size} ranks; the most allowed is {MAX_RANKS}")
         self._tokens: list[Token] = []

@@ -97,8 +97,7 @@ def _label_axes(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], 
         for axis in split:
             if axis in owner:
                 raise RuleError(f"{op}: axis {axis} splits both {owner[axis]} and {name}; a rank would hold "
-                                "only the pairs on "
-                                f"the diagonal", first.get(name), name, axis)
+                                "only the pairs on the diagonal", first.get(name), name, axis)
             owner[axis] = name
     for name in rule.whole:
         if axes.get(name):
@@ -143,8 +142,8 @@ def _check_linear(op: str, rule: Rule, i: int, owed: Owed, ins: Sequence[Spec], 
                         f"{names[missing[0]]} once for every rank of {owed.axis}", i, str(owed), owed.axis)
     if others := sorted(owing - set(group)):
         raise RuleError(f"{op}: {names[i]} and {names[others[0]]} both owe a sum over {owed.axis}; the "
-                        "product of two sums is "
-                        f"not the sum of the products", others[0], str(owed), owed.axis)
+                        "product of two sums is not the sum of the "
+                        f"products", others[0], str(owed), owed.axis)
 
 
 def _owes(owed: Owed) -> str:
@@ -172,7 +171,6 @@ def _with_axes(op: str, spec: Spec, axes: dict[str, tuple[str, ...]]) -> Spec:
         for factor in dim.factors[1:]:
             if axes.get(factor.name):
                 raise RuleError(f"{op}: {factor.name} is split over {'/'.join(axes[factor.name])} and is not "
-                                "the first factor of "
-                                f"{dim.label}; a rank's rows would be strided",
+                                f"the first factor of {dim.label}; a rank's rows would be strided",
                                 0, factor.name)
     return Spec(tuple(d.split(axes.get(d.factors[0].name, ())) if d.factors else d for d in spec.dims))

@@ -119,8 +119,7 @@ def _rule(metadata: Mapping[str, Any], where: str) -> Rule:
     model, name = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model == "gpt2" and name in (None, ""):
         note(f"{where}: no tokenizer.ggml.pre says how text is cut into words; it is cut by 'default', as "
-             "llama.cpp does, "
-             f"and the model may have learnt another way")
+             "llama.cpp does, and the model may have learnt another way")
         return RULES["default"]
     if model != "gpt2" or name not in tuple(RULES):
         raise CheckpointError(

@@ -65,8 +65,7 @@ def _older(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     for key in sorted(found.keys() & config.keys()):
         if config[key] is not None and text(found[key]) != text(config[key]):
             note(f"{folder}: {key} is {text(config[key])!r} in tokenizer_config.json and "
-                 f"{text(found[key])!r} in special_tokens_map.json, "
-                 f"which is taken")
+                 f"{text(found[key])!r} in special_tokens_map.json, which is taken")
     return found
 
 

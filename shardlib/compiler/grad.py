@@ -49,8 +49,8 @@ def value_and_grad_program(program: Program, wrt: Sequence[str], mesh: Mesh, reg
         raise SpecError(f"value_and_grad: regather is {regather!r}; it is one of {', '.join(REGATHER)}")
     if [spec.text for _, spec in program.result_leaves()] != ["()"]:
         raise SpecError(f"value_and_grad: {program.name} returns "
-                        f"{', '.join(str(s) for _, s in program.result_leaves())}; "
-                        f"it must return one scalar, ()").at(program.where)
+                        f"{', '.join(str(s) for _, s in program.result_leaves())}; it must return one "
+                        f"scalar, ()").at(program.where)
     trees, indices = dict(program.args), value_dtypes(program, {}, None)
     active = {path for n in wrt for path, _ in leaves(n, trees[n])}
     if path := next((path for n in wrt for path, _ in leaves(n, trees[n]) if indices[path]), None):

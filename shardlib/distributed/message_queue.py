@@ -40,8 +40,8 @@ class MessageQueue:
     def __init__(self, place: Place, writer: int = 0, capacity: int = 1 << 20) -> None:
         if not 0 <= writer < place.size or capacity < 64:
             raise SpecError(f"message queue over {place.name}: writer {writer} of {place.size} members, "
-                            f"capacity {capacity}; "
-                            f"the writer is a member, and the capacity at least 64 bytes")
+                            f"capacity {capacity}; the writer is a member, and the capacity at least 64 "
+                            f"bytes")
         near = (writer,
                 *(m for m in range(place.size) if m != writer and place.hosts[m] == place.hosts[writer]))
         made = join(place, near, ring_bytes(len(near) - 1, capacity)) if len(near) > 1 else None

@@ -97,8 +97,7 @@ class Value:
     @classmethod
     def __torch_function__(cls, function: Any, *_: Any) -> Any:
         raise SpecError(f"torch.{getattr(function, '__name__', function)}: it is called on a traced value; "
-                        "the ops of shardlib know what "
-                        f"a split and an owed sum are, those of torch do not")
+                        "the ops of shardlib know what a split and an owed sum are, those of torch do not")
 
 
 # what an op takes: a Value. A field of Params is one in a trace; its class says Tensor

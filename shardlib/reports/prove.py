@@ -69,8 +69,8 @@ def check_branches(program: Program) -> None:
             check_branches(body)
         if step.op is COND and step.ins[0].owed and any(_communicates(b) for b in step.bodies):
             raise SpecError(f"cond on {step.inputs[0]}, which is {step.ins[0]}: ranks that see different "
-                            "pieces of it part ways before "
-                            f"the collectives of {' and '.join(b.name for b in step.bodies)}")
+                            "pieces of it part ways before the collectives of "
+                            f"{' and '.join(b.name for b in step.bodies)}")
 
 
 def _communicates(program: Program) -> bool:

@@ -109,15 +109,14 @@ class Captures:
         given = [v for v, moves in zip(values, copied) if moves]
         if torch.is_grad_enabled() and any(t.requires_grad for v in values for t in _tensors(v)):
             raise SpecError(f"{name}: an argument wants a gradient, and a replay makes none; compile "
-                            "value_and_grad of it, "
-                            "or call it in torch.no_grad()")
+                            "value_and_grad of it, or call it in torch.no_grad()")
         with torch.inference_mode():                    # which may write to tensors of both kinds
             step = self._steps.get(here)
             if step is None:
                 if sum(known == key for known, *_ in self._steps) == MOST_PYTREES:
                     raise SpecError(f"{name}: {MOST_PYTREES} graphs of one shape, each of other pytrees, "
-                                    "which a graph reads where they lie; donate "
-                                    "those that it returns, or compile it without graph=True")
+                                    "which a graph reads where they lie; donate those that it returns, or "
+                                    "compile it without graph=True")
                 title = f"{name} of {', '.join('x'.join(map(str, v.shape)) or '()' for v in given)}"
                 step = self._steps[here] = _Step(title, f"{name}, {sizes}", main, values, copied,
                                                  self.runtime)

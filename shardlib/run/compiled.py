@@ -190,8 +190,8 @@ class Compiled:
             if (isinstance(a, Prepared) and a.parts
                 != (parts := tuple(p for p in e.arguments(program) if p.split(".")[0] == a.name))):
                 raise SpecError(f"{program.name}: {a.name} was prepared for a program that packs it "
-                                f"otherwise: {', '.join(a.parts)}, "
-                                f"and here {', '.join(parts)}; prepare it with this one")
+                                f"otherwise: {', '.join(a.parts)}, and here "
+                                f"{', '.join(parts)}; prepare it with this one")
         self.runtime.create_groups(list(e.groups))
         groups = {name: self.runtime.group(axes) for axes, name in e.groups.items()}
         run = load(source, e.space(self.runtime.device), groups, program.name)

@@ -37,5 +37,4 @@ def refuse_gradients(name: str, leaves: Iterable[tuple[str, Any]]) -> None:
     for path, leaf in leaves:
         if any(getattr(x, "requires_grad", False) for x in (leaf if isinstance(leaf, tuple) else (leaf,))):
             raise SpecError(f"{name}: {path} requires grad, and torch.autograd does not reach other ranks; "
-                            f"take value_and_grad({name}), "
-                            f"or call it under torch.no_grad()")
+                            f"take value_and_grad({name}), or call it under torch.no_grad()")
