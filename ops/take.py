@@ -2,7 +2,7 @@
 
 On one axis: both are linear in what they pick from; a split table dim (`V/tp`) is legal, rows outside of the
 own range are zero and the result owes. An index outside of the whole table is an error
-(`shardlib.index_check`); where that comes later, its row is zero until then.
+(`shardlib.lowering.index_check`); where that comes later, its row is zero until then.
 """
 from __future__ import annotations
 

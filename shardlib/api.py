@@ -244,7 +244,7 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
 
 
 def compile(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None,
-            runtime: Runtime | None = None,  # noqa: A001
+            runtime: Runtime | None = None,
             sizes: Mapping[str, int] | None = None, donate: Sequence[str] = (), graph: bool | str = False,
             passes: Sequence[Pass | str] = DEFAULT, **static: Any) -> Compiled:
     """`f` for the ranks of a mesh: all of them call it, each with its shards, and get their shards.
@@ -253,6 +253,7 @@ def compile(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: M
     donate: arguments whose buffers the results may reuse (a KV cache); the caller does not use them again.
     graph:  on GPUs each call is the replay of a CUDA graph, recorded on first use for its shapes (see
             `captured`); "auto" leaves out functions that cannot be recorded.
+    passes: the rewrites of the compiled program, in order, by name or as functions.
 
     On a mesh of one rank shards are whole tensors; elsewhere `shard_of` cuts them.
 

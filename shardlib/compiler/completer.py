@@ -122,7 +122,7 @@ class Completer(Builder):
         placed = []
         for i, (name, want) in enumerate(zip(inputs, wanted)):
             if (self.types[name] != want
-                and (explicit or not step.op.takes_text and not self._may_follow(name, want))):
+                and (explicit or not step.op.takes_text and not self._may_follow(name))):
                 if explicit and step.op.takes_text:
                     raise self._refused(UnlikeOperand(step, i, want, step.op.rule(step)))
                 want = self.types[name]
@@ -144,7 +144,7 @@ class Completer(Builder):
         except SpecError as error:
             raise self._refused(NoWay(str(error), step, operand)) from None
 
-    def _may_follow(self, name: str, want: Spec) -> bool:
+    def _may_follow(self, name: str) -> bool:
         return self.source.get(name, name) in self.params
 
     def _wanted(self, step: Step, inputs: Sequence[str], layout: Layout) -> list[Spec]:

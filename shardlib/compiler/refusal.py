@@ -1,6 +1,6 @@
 """Facts: what completion refuses, and why, as data.
 
-Completion raises a fact and says nothing; `shardlib.messages` puts it into words, and adds what could stand
+Completion raises a fact and says nothing; `refusals.messages` puts it into words, and adds what could stand
 there instead. To try a program is therefore to catch a fact. A fact holds what is its own; beside it is the
 `State`, the completion as it stood.
 """

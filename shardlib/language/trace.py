@@ -149,7 +149,7 @@ class Tracer:
 
 
 class Executor(Tracer, ABC):
-    """Whose `call` executes an op, in place of recording it (`shardlib.step`)."""
+    """Whose `call` executes an op, in place of recording it (`shardlib.run.step`)."""
 
     @abstractmethod
     def whole(self, value: Value) -> Tensor:

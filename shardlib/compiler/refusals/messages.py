@@ -1,6 +1,6 @@
 """What a refusal says: the rule broken and the line, the specs aligned by dim name, a caret, code to paste.
 
-One function for each kind of fact in `shardlib.refusal`; what there is to paste comes from `shardlib.offers`.
+One function for each kind of fact in `compiler.refusal`; what there is to paste comes from `offers`.
 """
 from __future__ import annotations
 
