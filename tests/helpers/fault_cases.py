@@ -217,6 +217,8 @@ def rank_main(case: str, folder: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)           # a fork has the agent's
     here, rank = Path(folder), os.environ["RANK"]
     (here / f"{rank}.pid").write_text(str(os.getpid()))
+    while len(list(here.glob("*.pid"))) < mesh_of(case).world_size:     # see `fault_launcher`
+        time.sleep(0.01)
     mesh = mesh_of(case)
     timeout_s = 3600.0 if case == "no_watchdog" else TIMEOUT_S
     with connect(mesh, "cpu", timeout_s, check=case.startswith("checked")) as runtime:
