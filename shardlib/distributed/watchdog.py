@@ -110,7 +110,7 @@ class Watchdog:
         self._post(_STOP)
         self._threads[0].join(2 * self.tick_s + 1)
         self._stopped.set()
-        self._give_signals_back()
+        self._let_go()
 
     def _post(self, byte: int) -> None:
         try:
@@ -132,25 +132,24 @@ class Watchdog:
         signal.signal(signal.SIGTERM, self._on_term)
         return True
 
-    def _give_signals_back(self) -> None:
-        """As far as nobody has taken them since. Another thread cannot: then what they write to stays."""
-        if not self._signals:
-            return
-        if threading.current_thread() is not threading.main_thread():
-            _KEPT.append((self._woken, self._wake))
-            return
-        if (taken := signal.set_wakeup_fd(-1)) not in (-1, self._wake.fileno()):
-            signal.set_wakeup_fd(taken)
-        if signal.getsignal(signal.SIGTERM) == self._on_term:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def _let_go(self) -> None:
+        """Gives signals back, as far as nobody has taken them since, and closes the socket. Another thread
+        cannot give them back: then what they write to stays open."""
+        taken = self._signals and threading.current_thread() is not threading.main_thread()
+        if self._signals and not taken:
+            if (other := signal.set_wakeup_fd(-1)) not in (-1, self._wake.fileno()):
+                signal.set_wakeup_fd(other)
+            if signal.getsignal(signal.SIGTERM) == self._on_term:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if not self._threads[0].is_alive():
+            for end in (self._woken, self._wake):
+                end.detach() if taken else end.close()
 
     def _forked(self) -> None:
         """In a child of this process, which shares the socket with it, but has none of its threads."""
         self._left = True
         self._stopped.set()
-        self._give_signals_back()
-        self._woken.close()
-        self._wake.close()
+        self._let_go()
 
     def _on_term(self, *_: Any) -> None:
         # asyncio takes the descriptor that signals write to, and does not give it back
@@ -378,7 +377,6 @@ def _report_of(communicator: Any) -> str | None:
 
 
 _LIVE: weakref.WeakSet[Watchdog] = weakref.WeakSet()
-_KEPT: list[Any] = []
 _MASKS: list[Any] = []
 
 

@@ -204,10 +204,14 @@ def test_signals_are_given_back_as_far_as_nobody_has_taken_them() -> None:
     signal.set_wakeup_fd(there.fileno())
     dog.stop("")
     assert signal.set_wakeup_fd(-1) == there.fileno() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    here.close()
+    there.close()
     dog = watchdog(dist.HashStore())
+    written_to = dog._wake.fileno()
     (stopper := Thread(target=dog.stop, args=("",))).start()
     stopper.join()
-    assert signal.set_wakeup_fd(-1) == dog._wake.fileno()
+    assert signal.set_wakeup_fd(-1) == written_to
+    os.close(written_to)                                        # it was open
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
