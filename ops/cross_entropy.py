@@ -36,11 +36,11 @@ from shardlib.language.reductions import MAX
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply
 from shardlib.lowering.index_check import IndexSite
-from shardlib.ops.take import local, pick
+from shardlib.ops.take import along, lacks_one, local, pick
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
-from shardlib.spec import Dim, Spec, parse_specs
+from shardlib.spec import Dim, parse_specs
 
 
 def wide(x: Tensor) -> Tensor:
@@ -104,12 +104,6 @@ def _over(step: Step) -> Dim:
     return next(d for d in step.ins[0].dims if d.label not in small.labels)
 
 
-def _along(arg: str, narrow: Spec, like: Spec) -> str:
-    """A variable with the dims of `like`, 1 where it has none."""
-    index = [":" if n in narrow.labels else "None" for n in like.labels]
-    return f"{arg}[{', '.join(index)}]" if "None" in index else arg
-
-
 def _over_logits(helper: Any, pieces: bool) -> Any:
     """Code of a helper that takes logits and labels; and, where V may be split, where this rank's piece
     begins and whether it is the first."""
@@ -119,7 +113,7 @@ def _over_logits(helper: Any, pieces: bool) -> Any:
         site = e.index_site(step, 1, index, dim, "labels", op="cross_entropy", ignored=ignored,
                             hint="; ignore_index={value} leaves such rows out" if ignored is None else "")
         place = [e.rows(dim)[0], not any(e.coordinate[a] for a in dim.axes)] if pieces else []
-        given = [logits, _along(index, labels, x), *rest, x.dims.index(dim), *place, site]
+        given = [logits, along(index, labels, x), *rest, x.dims.index(dim), *place, site]
         return f"{e.use(helper)}({', '.join(map(str, given))})"
     return emit
 
@@ -218,10 +212,7 @@ def cross_entropy(text: str, logits: Operand, labels: Operand, *, ignore_index: 
     """
     meant = (f'cross_entropy "{text}": the specs are those of "B T V, B T -> B T": the losses lack one dim '
              'of the logits, and have those of the labels')
-    ins, outs = parse_specs(text, meant)
-    if (len(ins) != 2 or len(outs) != 1 or len(ins[0].labels) != len(outs[0].labels) + 1
-            or [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels)
-            or any(n not in outs[0].labels for n in ins[1].labels)):
+    if not lacks_one(*parse_specs(text, meant)):
         raise SpecError(meant)
     if ignore_index is None:
         return apply(CROSS_ENTROPY, (logits, labels), text)

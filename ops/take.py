@@ -7,7 +7,6 @@ own range are zero and the result owes. An index outside of the whole table is a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from shardlib.lowering.index_check import IndexSite
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
-from shardlib.spec import parse_specs
+from shardlib.spec import Spec, parse_specs
 
 
 def local(index: Tensor, start: int, size: int, site: IndexSite) -> tuple[Tensor, Tensor]:
@@ -106,12 +105,25 @@ def _embed_back(e: LocalCode, step: Step, args: list[str]) -> str:
             f"{e.index_site(step, 0, args[0], out.dims[0], 'ids', op='embedding')})")
 
 
-def _gone(x: Any, out: Any) -> str:
+def _gone(x: Spec, out: Spec) -> str:
     return next(n for n in x.labels if n not in out.labels)
 
 
-def _index(arg: str, index: Any, x: Any) -> str:
-    return f"{arg}[{', '.join(':' if n in index.labels else 'None' for n in x.labels)}]"
+def along(arg: str, narrow: Spec, like: Spec) -> str:
+    """A variable with the dims of `like`, 1 where it has none."""
+    index = [":" if n in narrow.labels else "None" for n in like.labels]
+    return f"{arg}[{', '.join(index)}]" if "None" in index else arg
+
+
+def lacks_one(ins: Sequence[Spec], outs: Sequence[Spec]) -> bool:
+    """Whether these are the specs of "B T D, B -> B D": one result, which lacks one dim of the first operand
+    and has all of the second one's."""
+    if (len(ins), len(outs)) != (2, 1):
+        return False
+    (x, index), (out,) = ins, outs
+    kept = [n for n in x.labels if n in out.labels]
+    return (len(x.labels) == len(out.labels) + 1 and kept == list(out.labels)
+            and set(index.labels) <= set(out.labels))
 
 
 def _take(e: LocalCode, step: Step, args: list[str]) -> str:
@@ -119,7 +131,7 @@ def _take(e: LocalCode, step: Step, args: list[str]) -> str:
     name = _gone(x, step.outs[0])
     dim = x.labels.index(name)
     site = e.index_site(step, 1, args[1], x.dims[dim], "index")
-    return f"{e.use(pick)}({args[0]}, {_index(args[1], index, x)}, {dim}, {e.rows(x.dims[dim])[0]}, {site})"
+    return f"{e.use(pick)}({args[0]}, {along(args[1], index, x)}, {dim}, {e.rows(x.dims[dim])[0]}, {site})"
 
 
 def _take_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
@@ -132,7 +144,7 @@ def _take_back(e: LocalCode, step: Step, args: list[str]) -> str:
     dim = x.dim(name)
     start, size = e.rows(dim)
     site = e.index_site(step, 0, args[0], dim, "index", op="take")
-    return (f"{e.use(pick_vjp)}({_index(args[0], index, x)}, {args[1]}, {x.dims.index(dim)}, {start}, "
+    return (f"{e.use(pick_vjp)}({along(args[0], index, x)}, {args[1]}, {x.dims.index(dim)}, {start}, "
             f"{size}, {site})")
 
 
@@ -151,14 +163,10 @@ EMBEDDING = Op("embedding", rule=lambda s: Rule(linear=((1,),), sums=s.ins[1].di
                reference=lambda d, ids, table: _reference(d, table, ids))
 EMBEDDING_VJP = Op("embedding_vjp", rule=lambda s: Rule(linear=((1,),), sums=s.ins[0].names),
                    emit=_embed_back, index=(0,), dtype=lambda d, o: [d[1]], reference=_back)
-TAKE = Op("take", rule=lambda s: Rule(linear=((0,),), sums=s.ins[0].dim(_gone(*_pair(s))).names), emit=_take,
-          vjp=_take_vjp, index=(1,), reference=_reference)
+TAKE = Op("take", rule=lambda s: Rule(linear=((0,),), sums=s.ins[0].dim(_gone(s.ins[0], s.outs[0])).names),
+          emit=_take, vjp=_take_vjp, index=(1,), reference=_reference)
 TAKE_VJP = Op("take_vjp", rule=lambda s: Rule(linear=((1,),)), emit=_take_back, index=(0,),
               dtype=lambda d, o: [d[1]], reference=_back)
-
-
-def _pair(step: Step) -> tuple[Any, Any]:
-    return step.ins[0], step.outs[0]
 
 
 def embedding(text: str, ids: Operand, table: Operand) -> Value:
@@ -200,10 +208,7 @@ def take(text: str, x: Operand, index: Operand) -> Value:
     """
     meant = (f'take "{text}": the specs are those of "B T D, B -> B D": the result lacks one dim of the '
              'first operand, and has those of the index')
-    ins, outs = parse_specs(text, meant)
-    if (len(ins) != 2 or len(outs) != 1 or len(ins[0].labels) != len(outs[0].labels) + 1
-            or [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels)
-            or any(n not in outs[0].labels for n in ins[1].labels)):
+    if not lacks_one(*parse_specs(text, meant)):
         raise SpecError(meant)
     return apply(TAKE, (x, index), text)
 
