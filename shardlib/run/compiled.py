@@ -120,13 +120,12 @@ class Compiled:
                 if type(a) is Prepared:
                     values += a.flat
                     key.append(a.number)
+                elif isinstance(a, Params):
+                    values += (parts := flat(a))
+                    key += [present(a), *[v.shape for v in parts], *[v.dtype for v in parts]]
                 else:
-                    leaves_of = flat(a) if isinstance(a, Params) else (a,)
-                    values += leaves_of
-                    key += [v.shape for v in leaves_of]
-                    if isinstance(a, Params):
-                        key.append(present(a))
-                    key += [v.dtype for v in leaves_of]
+                    values.append(a)
+                    key += (a.shape, a.dtype)
         except (AttributeError, RuntimeError):         # no tensor, or one that says no shape
             self._check(args)
             raise
