@@ -591,7 +591,7 @@ def test_results_that_could_not_be_kept_are_refused_first(tiny: Known, tmp_path:
 
 
 KILLED = """
-import os, shutil, signal, sys
+import os, shutil, signal, sys, time
 from shardlib.models.decoding import Model
 from shardlib.models.generate import main
 
@@ -601,6 +601,7 @@ batches, generate = [], Model.generate
 def killed(self, *arguments):
     batches.append(arguments)
     if len(batches) == 3 and attempt == "0" and rank == "1":
+        time.sleep(2)           # until the other one waits in a collective, where the agent's signal finds it
         os.kill(os.getpid(), signal.SIGKILL)
     return generate(self, *arguments)
 
