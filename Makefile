@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 TORCH  ?= pinned
+JOBS   ?= 2
 ARGS   ?=
 PROMPT ?= What is the capital of France?
 
@@ -38,7 +39,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c $(PINS)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
-	@echo '  TORCH=installed  reuse the torch that $(PYTHON) has;  PYTHON=...  another Python;  ARGS="..."  more arguments'
+	@echo '  TORCH=installed  reuse the torch that $(PYTHON) has;  PYTHON=...  another Python'
+	@echo '  JOBS=2  processes that `make test` runs files in, of a core each;  ARGS="..."  more arguments'
 
 demo: $(VENV)/.demo ## a language model, tensor parallel over 3 processes of this machine
 	@echo '== starting 3 processes'; rm -f $(VENV)/error
@@ -49,7 +51,7 @@ test-fast: $(VENV)/.test ## what proves most in two minutes: types, rules on two
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --import-mode=importlib -q $(FAST) $(ARGS)
 
 test: $(VENV)/.test ## every test that needs no GPU
-	$(BIN)/python -m pytest --import-mode=importlib -q tests --ignore=tests/gpu $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --import-mode=importlib -q -n $(JOBS) --dist loadfile tests --ignore=tests/gpu $(ARGS)
 
 test-gpu: $(VENV)/.test ## the tests that need GPUs, against an installed wheel
 	rm -rf build && mkdir -p build/wheel
@@ -80,7 +82,7 @@ $(VENV)/.demo: $(PINS) pyproject.toml | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	@echo '== Next into $(VENV): pytest, hypothesis, transformers, mypy, ruff; a download of 50 MB'
+	@echo '== Next into $(VENV): pytest with xdist, hypothesis, transformers, mypy, ruff; a download of 50 MB'
 	$(PIP) --no-build-isolation -e '.[test]'
 	@touch $@
 

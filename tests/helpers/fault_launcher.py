@@ -5,8 +5,8 @@ Its standard output has the pid of each job's agent.
 Each job has an agent of its own, torchrun's; agents and workers are forks of this process, which has torch
 imported already. What the workers print goes to files in the folder, one a rank.
 
-A worker calls nobody until all are forked: the agent's store looks up the name of whoever calls, in a thread of
-its own, and a fork made meanwhile finds the lock of the C library's resolver taken, for ever.
+A worker calls nobody until all are forked: the agent's store looks up the name of whoever calls, in a thread
+of its own, and a fork made meanwhile finds the lock of the C library's resolver taken, for ever.
 """
 from __future__ import annotations
 

@@ -107,6 +107,7 @@ class Launcher:
         finally:
             self.process.kill()
             self.process.wait()
+            self.process.stdout.close()
 
 
 VARIES = {r"\.py:\d+": ".py:N", r"(has waited \d+ s|ends) in": "waits in", r"\[127\.0\.0\.1\]:\d+": "PEER",

@@ -1,6 +1,7 @@
 """Tokenizers against the oracle in bpe_oracle, and against transformers."""
 import json
 import math
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -238,16 +239,21 @@ def test_a_folder_against_transformers(tmp_path):
     assert ours.eos_ids == {theirs.eos_token_id}
 
 
-@pytest.mark.parametrize("files, eos_ids", [
-    (dict(), set()),
-    (dict(config={"eos_token_id": 1}), {1}),
-    (dict(config={"eos_token_id": [1, 4]}, tokenizer_config={"eos_token": "</s>"}), {1, 4}),
-    (dict(config={"eos_token_id": 4}, generation_config={}, tokenizer_config={"eos_token": "</s>"}), {4}),
-    (dict(config={"eos_token_id": 1}, generation_config={"eos_token_id": [5, 6]}), {5, 6}),
-    (dict(config={"eos_token_id": None}, tokenizer_config={"eos_token": "<s>"}), {0}),
+@pytest.mark.parametrize("files, eos_ids, said", [
+    (dict(), set(), []),
+    (dict(config={"eos_token_id": 1}), {1}, []),
+    (dict(config={"eos_token_id": [1, 4]}, tokenizer_config={"eos_token": "</s>"}), {1, 4}, []),
+    (dict(config={"eos_token_id": 4}, generation_config={}, tokenizer_config={"eos_token": "</s>"}), {4},
+     ["[4] by config.json, with [1] by tokenizer_config.json"]),
+    (dict(config={"eos_token_id": 1}, generation_config={"eos_token_id": [5, 6]}), {5, 6},
+     ["[5, 6] by generation_config.json, with [1] by config.json"]),
+    (dict(config={"eos_token_id": None}, tokenizer_config={"eos_token": "<s>"}), {0}, []),
 ])
-def test_the_ids_that_end_a_text(files, eos_ids, tmp_path):
-    assert Tokenizer.load(folder(tmp_path / "m", **files)).eos_ids == eos_ids
+def test_the_ids_that_end_a_text(files, eos_ids, said, tmp_path):
+    with warnings.catch_warnings(record=True, action="always") as notes:
+        assert Tokenizer.load(folder(tmp_path / "m", **files)).eos_ids == eos_ids
+    assert [str(note.message) for note in notes] == [
+        f"{tmp_path / 'm'}: a text ends with {text}; the first is taken" for text in said]
 
 
 @pytest.mark.filterwarnings("ignore::shardlib.models.files.checkpoint.CheckpointWarning")
