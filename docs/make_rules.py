@@ -7,13 +7,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import shardlib
-from shardlib import ops
+from shardlib import functions, ops
 from shardlib.ops.cases import CASES
 from shardlib.oracle import Case
 
 PAGE = Path(__file__).with_name("rules.md")
 INFIX = {"add": "x + y", "sub": "x - y", "mul": "x * y", "div": "x / y", "scale": "x * number",
-         "shift": "x + number", "reciprocal": "1 / x"}
+         "shift": "x + number", "reciprocal": "1 / x", "compare": "x > y"}
 HEAD = """# Typing rules
 
 Made by `python docs/make_rules.py` from the rules themselves; `tests/test_rules_oracle.py` holds each rule against brute
@@ -49,7 +49,7 @@ def page() -> str:
     first = {case.op.name: case for case in reversed(CASES)}
     cases = [case for case in CASES if first[case.op.name] is case]
     public = [case for case in cases
-              if case.op.name in INFIX or hasattr(shardlib, case.op.name) or hasattr(ops, case.op.name)]
+              if case.op.name in INFIX or any(hasattr(m, case.op.name) for m in (shardlib, functions, ops))]
     inner = [case for case in cases if case not in public]
     return HEAD + COLUMNS + "".join(map(row, public)) + INNER + COLUMNS + "".join(map(row, inner))
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from shardlib.compiler.parser import CORE
 from shardlib.language.arithmetic import BINARY, SCALE, SHIFT
-from shardlib.language.pointwise import UNARY
+from shardlib.language.comparison import SIGNS
+from shardlib.language.unary import UNARY
 from shardlib.ops import TABLE
 from shardlib.oracle import Case, Draw, normal
 from shardlib.program import Op
@@ -51,6 +52,12 @@ def infinite(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generato
 def single(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
            before: list[Tensor]) -> Tensor:
     return normal(shape, sizes, g, before).float()
+
+
+def digit(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+          before: list[Tensor]) -> Tensor:
+    """0, 1 or 2: equal ones among them."""
+    return torch.randint(3, shape, generator=g).double()
 
 
 def mask(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
@@ -95,7 +102,8 @@ def _case(name: str, text: str, *draws: Draw, indices: tuple[int, ...] = (), con
 # What a function takes, and what its derivative does: for some, the function's result.
 _RANGES: dict[str, tuple[Draw, Draw]] = {
     "log": (positive, positive), "rsqrt": (positive, positive), "exp": (normal, positive),
-    "sigmoid": (normal, between(0.1, 0.9)), "tanh": (normal, between(-0.9, 0.9))}
+    "sigmoid": (normal, between(0.1, 0.9)), "tanh": (normal, between(-0.9, 0.9)),
+    "sqrt": (positive, positive), "log1p": (positive, positive), "expm1": (normal, positive)}
 
 
 def _unary(name: str) -> list[Case]:
@@ -103,6 +111,7 @@ def _unary(name: str) -> list[Case]:
     return [_case(name, "B D -> B D", operand), _case(f"{name}_vjp", "B D, B D -> B D", result)]
 
 
+_BOUNDS: tuple[dict[str, Any], ...] = (dict(min=-0.5, max=0.5), dict(min=0.25), dict(max=-0.25))
 _Q, _K, _V, _MASK, _OUT = "B T K G H", "B S K H", "B S K V", "B T S", "B T K G V"
 _MASKED = (normal, normal, normal, mask)
 
@@ -116,13 +125,23 @@ CASES: tuple[Case, ...] = (
     _case("scale", "B D -> B D", by=-2.5), _case("shift", "B D -> B D", by=1.5),
     _case("shift", "B D -> B D", by=0), _case("reciprocal", "B D -> B D", positive),
     *(case for name in UNARY for case in _unary(name)),
+    _case("pow", "B D -> B D", positive, by=2.5), _case("pow", "B D -> B D", positive, by=-1),
+    *(_case(name, f"{operands} -> B D", **bounds)
+      for name, operands in (("clamp", "B D"), ("clamp_vjp", "B D, B D"))
+      for bounds in _BOUNDS),
     _case("widen", "B D -> B D"),
     _case("cast", "B D -> B D", single, dtype="float64", tolerance=ROUNDED["float32"]),
     *(_case("cast", "B D -> B D", dtype=dtype, tolerance=tolerance) for dtype, tolerance in ROUNDED.items()),
     _case("cast_like", "B D, B D -> B D", single, tolerance=ROUNDED["float32"]),
     _case("cast_like", "B D, B D -> B D", normal, single, tolerance=ROUNDED["float32"]),
     _case("where", "B T, B T, B T -> B T", mask), _case("where", "T, B T, T -> B T", mask),
-    _case("greater", "B D -> B D", than=0.5), _case("less", "B D -> B D", than=-0.5),
+    *(_case(name, "B D -> B D", digit, than=1) for name in SIGNS),
+    *(_case("compare", text, digit, digit, sign=sign) for sign in SIGNS.values()
+      for text in ("B T D, D -> B T D", "T, B T -> B T")),
+    *(_case(name, "B T, T -> B T", mask, mask) for name in ("logical_and", "logical_or")),
+    _case("logical_not", "B T -> B T", mask), _case("masked", "T, B T -> B T", mask),
+    *(_case(name, text) for name in ("maximum", "minimum")
+      for text in ("B T D, D -> B T D", "T, B T -> B T")),
     _case("stop_gradient", "B D -> B D"), _case("ones_like", "B D -> B D"), _case("zeros_like", "B D -> B D"),
     _case("sum", "B T D -> B"), _case("sum", "B (K H) -> B"), _case("sum", "B D -> B D"),
     _case("mean", "B T D -> B"), _case("mean", "B (K H) -> B"), _case("mean", "B D -> ()"),

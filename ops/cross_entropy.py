@@ -31,9 +31,9 @@ from shardlib.dtypes import Dtypes, widest
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import SUB
 from shardlib.language.local_code import LocalCode
-from shardlib.language.pointwise import OPS as UNARY
 from shardlib.language.reductions import MAX
 from shardlib.language.steps import Steps
+from shardlib.language.unary import OPS as UNARY
 from shardlib.language.value import Operand, Value, apply
 from shardlib.lowering.index_check import IndexSite
 from shardlib.ops.take import along, lacks_one, local, pick

@@ -1,21 +1,45 @@
-"""The functions of tensors that models are written with: pointwise ones, and reductions along dims."""
+"""The functions of tensors that models are written with: pointwise ones, masks, and reductions along dims."""
+from shardlib.language.casts import cast, stop_gradient
+from shardlib.language.masks import (
+    equal,
+    greater,
+    greater_equal,
+    less,
+    less_equal,
+    logical_and,
+    logical_not,
+    logical_or,
+    maximum,
+    minimum,
+    not_equal,
+    where,
+)
 from shardlib.language.pointwise import (
-           cast,
-           exp,
-           gelu,
-           greater,
-           less,
-           log,
-           relu,
-           rsqrt,
-           sigmoid,
-           silu,
-           square,
-           stop_gradient,
-           tanh,
-           where,
+    abs,
+    clamp,
+    cos,
+    erf,
+    exp,
+    expm1,
+    gelu,
+    log,
+    log1p,
+    log_sigmoid,
+    pow,
+    relu,
+    rsqrt,
+    sigmoid,
+    silu,
+    sin,
+    softplus,
+    sqrt,
+    square,
+    tanh,
 )
 from shardlib.language.reductions import argmax, logsumexp, max, mean, softmax, sum
 
-__all__ = ["cast", "exp", "gelu", "greater", "less", "log", "relu", "rsqrt", "sigmoid", "silu", "square",
-           "stop_gradient", "tanh", "where", "argmax", "logsumexp", "max", "mean", "softmax", "sum"]
+__all__ = ["abs", "argmax", "cast", "clamp", "cos", "equal", "erf", "exp", "expm1", "gelu", "greater",
+           "greater_equal", "less", "less_equal", "log", "log1p", "log_sigmoid", "logical_and",
+           "logical_not", "logical_or", "logsumexp", "max", "maximum", "mean", "minimum", "not_equal", "pow",
+           "relu", "rsqrt", "sigmoid", "silu", "sin", "softmax", "softplus", "sqrt", "square",
+           "stop_gradient", "sum", "tanh", "where"]

@@ -68,12 +68,14 @@ def first(x: torch.dtype, *others: torch.dtype) -> torch.dtype:
     return x
 
 
+COMPARISONS = ("greater", "less", "greater_equal", "less_equal", "equal", "not_equal", "compare")
+LOGICAL = ("logical_and", "logical_or", "logical_not")
 # of the dtypes of all operands; what is missing gives the widest of those that are no index
 GIVES: dict[str, Any] = {
     **dict.fromkeys(("div", "mean", "reciprocal", "scale"), fraction),
     **dict.fromkeys(("sum", "einsum"), total), **dict.fromkeys(
         ("rms_norm", "rope", "rope_vjp", "update_cache", "from_rank", "ones_like", "zeros_like"), first),
-    **dict.fromkeys(("greater", "less", "causal_mask"), lambda *kinds: torch.bool),
+    **dict.fromkeys((*COMPARISONS, *LOGICAL, "causal_mask"), lambda *kinds: torch.bool),
     "rope_table": lambda start: float32,
     **dict.fromkeys(("argmax", "rank_of", "sample"), lambda *kinds: int64),
     "rms_norm_vjp": lambda x, w, g: (x, w),
@@ -86,8 +88,9 @@ GIVES: dict[str, Any] = {
 TAKES_ANY = {"add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "mean", "max", "spread",
              "cast", "cast_like", "widen", "where", "stop_gradient", "ones_like", "zeros_like", "rearrange",
              "rename", "take", "take_vjp", "embedding", "embedding_vjp", "update_cache"}
-TAKES_NUMBERS = {"sub", "greater", "less", "relu", "square", "argmax", "rank_of", "from_rank"}
-MASKS = {("where", 0), ("attention", 3)}
+TAKES_NUMBERS = {"sub", *COMPARISONS, "relu", "square", "abs", "clamp", "maximum", "minimum", "argmax",
+                 "rank_of", "from_rank"}
+MASKS = {("where", 0), ("masked", 0), ("attention", 3), *((name, i) for name in LOGICAL for i in (0, 1))}
 LIKES, TABLES = {("cast_like", 1), ("ones_like", 0), ("zeros_like", 0)}, {("rope", 1), ("rope_vjp", 1)}
 
 
@@ -118,6 +121,8 @@ def gives(case: Case, kinds: Dtypes) -> tuple[torch.dtype, ...] | None:
         (x,) = kinds
         return (fraction(x) if isinstance(dict(case.attrs)["by"], float) else int64 if x == torch.bool
                 else x,)
+    if name == "clamp":
+        return (fraction(*kinds) if any(isinstance(v, float) for _, v in case.attrs) else kinds[0],)
     if name == "spread":
         return (fraction(*kinds) if dict(case.attrs).get("mean") else kinds[0],)
     made = (GIVES[name](*kinds) if name in GIVES
@@ -239,7 +244,7 @@ def in_(kind: torch.dtype, xs: Sequence[Tensor]) -> list[Tensor]:
 
 STATISTICS = ("mean", "softmax", "softmax_vjp", "logsumexp", "exp_minus", "sum_exp", "log_plus", "rms_norm",
               "rms_norm_vjp", "cross_entropy_vjp", "label_sums_vjp")
-EXACT = ("sample", "argmax", "rank_of", "from_rank", "greater", "less", "causal_mask", "finite")
+EXACT = ("sample", "argmax", "rank_of", "from_rank", *COMPARISONS, *LOGICAL, "causal_mask", "finite")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.op.name not in EXACT], ids=str)

@@ -754,11 +754,11 @@ if: a traced value has no truth; a branch on data would let ranks part ways; use
 
 @sharded("B T -> B T")
 def comparison(x):
-    return where(x > 0, x, 0)
+    return where(x == 0, x, x)
 
 
 wrong(comparison, """
-compare: a traced value has no numbers yet; pass masks in as arguments of the @sharded function          model.py:3
+==: a traced value has no numbers yet; equal(x, y) and not_equal(x, y) make masks          model.py:3
 """)
 
 

@@ -197,14 +197,15 @@ class Writer:
 
 def pointwise(w: Writer) -> None:
     x = w.float_()
-    allowed = ["silu", "gelu", "relu", "tanh", "sigmoid", "scale", "shift", "cast", "stop_gradient"]
+    allowed = ["silu", "gelu", "relu", "tanh", "sigmoid", "scale", "shift", "cast", "stop_gradient",
+               "softplus", "log_sigmoid", "erf", "cos", "clamp"]
     allowed += ["square"] if x.order <= 2 else []
     allowed += {"bounded": ["exp"], "positive": ["log", "rsqrt", "reciprocal"]}.get(x.holds, [])
     name = w.one_of(allowed)
     attrs = {"scale": dict(by=-1.5), "shift": dict(by=w.one_of((0, 0.5)) if name == "shift" else 0),
-             "cast": dict(dtype="float64")}.get(name, {})
+             "cast": dict(dtype="float64"), "clamp": dict(min=-0.321)}.get(name, {})
     holds = ("positive" if name == "exp" or name == "sigmoid" and x.holds == "bounded"
-             else "bounded" if name in ("tanh", "sigmoid") else "any")
+             else "bounded" if name in ("tanh", "sigmoid", "erf", "cos") else "any")
     w.add(name, [x], holds=holds, order=2 * x.order if name == "square" else 2 if holds != "any" else x.order,
           **attrs)
 

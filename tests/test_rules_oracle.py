@@ -26,9 +26,9 @@ from shardlib.language.arithmetic import MUL
 from shardlib.language.cond import COND
 from shardlib.language.local import local_op, local_vjp_op
 from shardlib.language.moves import TABLE as MOVES
-from shardlib.language.pointwise import OPS as UNARY
 from shardlib.language.rearrange import RENAME
 from shardlib.language.scan import SCAN
+from shardlib.language.unary import OPS as UNARY
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh
 from shardlib.ops import TABLE

@@ -13,8 +13,8 @@ from typing import Any
 from shardlib.compiler.planner import plan
 from shardlib.dtypes import FLOATS
 from shardlib.language.arithmetic import DIV, SCALE
+from shardlib.language.casts import CAST, CAST_LIKE
 from shardlib.language.einsum import EINSUM
-from shardlib.language.pointwise import CAST, CAST_LIKE
 from shardlib.language.reductions import SPREAD
 from shardlib.language.trace import RESERVED, fresh
 from shardlib.mesh import Mesh

@@ -31,10 +31,10 @@ from shardlib.compiler.refusal import (
     WrongMove,
 )
 from shardlib.errors import SpecError
+from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.cond import COND
 from shardlib.language.einsum import EINSUM
 from shardlib.language.moves import check_move
-from shardlib.language.pointwise import CAST_LIKE, WIDEN
 from shardlib.language.rearrange import RENAME, renamed, whole_in_rename
 from shardlib.language.scan import SCAN
 from shardlib.language.trace import RESHARD

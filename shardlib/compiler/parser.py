@@ -25,7 +25,7 @@ from shardlib.compiler.parse_text import (
     stacked_along,
 )
 from shardlib.errors import SpecError
-from shardlib.language import moves, pointwise, reductions
+from shardlib.language import casts, comparison, masks, moves, reductions, unary
 from shardlib.language.arithmetic import RECIPROCAL
 from shardlib.language.einsum import EINSUM
 from shardlib.language.rearrange import REARRANGE, RENAME
@@ -34,8 +34,9 @@ from shardlib.mesh import Mesh
 from shardlib.program import Op, Program, Struct
 from shardlib.spec import check_text, nameable, parse
 
-CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE, **pointwise.TABLE,
-                       **reductions.TABLE, **grad.TABLE, "rearrange": REARRANGE, "rename": RENAME}
+CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE, **unary.TABLE,
+                       **casts.TABLE, **comparison.TABLE, **masks.TABLE, **reductions.TABLE, **grad.TABLE,
+                       "rearrange": REARRANGE, "rename": RENAME}
 MAX_TEXT = 4_000_000        # characters of a program
 MAX_LEAVES = 100_000        # tensors of one pytree
 

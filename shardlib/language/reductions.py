@@ -16,8 +16,8 @@ from torch import Tensor
 
 from shardlib.dtypes import counted, fractional, narrow, reading
 from shardlib.errors import SpecError
+from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.local_code import LocalCode
-from shardlib.language.pointwise import CAST_LIKE, WIDEN
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply
 from shardlib.program import Op, Step

@@ -19,6 +19,10 @@ from torch import Tensor
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import BINARY, with_number
 from shardlib.language.calls import what
+from shardlib.language.comparison import COMPARE, LOGICAL, NOT, SIGNS
+from shardlib.language.comparison import with_number as with_a_number
+from shardlib.language.unary import OPS as UNARY
+from shardlib.language.unary import power
 from shardlib.program import Op, Program
 from shardlib.spec import Dim, Spec, parse_specs
 
@@ -67,19 +71,30 @@ class Value:
         raise NoMethod(
             f"{name}: a traced value has dims by name and no methods; write it with the ops of shardlib")
 
-    def _compare(self, other: Any) -> bool:
-        raise SpecError(
-            "compare: a traced value has no numbers yet; pass masks in as arguments of the @sharded function")
+    def __gt__(self, other: Any) -> Value: return compare("greater", self, other)
+    def __lt__(self, other: Any) -> Value: return compare("less", self, other)
+    def __ge__(self, other: Any) -> Value: return compare("greater_equal", self, other)
+    def __le__(self, other: Any) -> Value: return compare("less_equal", self, other)
+    def __and__(self, other: Any) -> Value: return _logical("logical_and", self, other)
+    def __or__(self, other: Any) -> Value: return _logical("logical_or", self, other)
+    def __invert__(self) -> Value: return apply(NOT, (self,))
+    def __abs__(self) -> Value: return apply(UNARY["abs"], (self,))
+
+    def __pow__(self, by: Any) -> Value:
+        op, attrs = power(by)
+        return apply(op, (self,), **attrs)
+
+    def _equal(self, other: Any) -> bool:
+        raise SpecError("==: a traced value has no numbers yet; equal(x, y) and not_equal(x, y) make masks")
 
     def _no_operator(self, *_: Any) -> Any:
-        raise SpecError("a traced value has + - * / with values and numbers; write the rest with functions: "
-                        "square(x), where(mask, a, b)")
+        raise SpecError("a traced value has + - * / < <= > >= with values and numbers, ** with a number "
+                        "and, as a mask, & | ~; write the rest with functions: where(mask, a, b)")
 
-    __pow__ = __rpow__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __abs__ = __round__ = (
-        _no_operator)
-    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _no_operator
+    __rpow__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __round__ = _no_operator
+    __rand__ = __ror__ = __xor__ = __rxor__ = _no_operator
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _compare
+    __eq__ = __ne__ = _equal
     __hash__ = object.__hash__
 
     def __matmul__(self, other: Any) -> Value:
@@ -111,6 +126,20 @@ def _arithmetic(name: str, a: Any, b: Any) -> Value:
     for op, attrs in with_number(name, number, left=value is b):
         value = apply(op, (value,), **attrs)
     return value
+
+
+def compare(name: str, x: Any, other: Any) -> Value:
+    """The mask of where x is `name`, as in "greater", than another value, or than a number."""
+    if isinstance(other, Value) or not isinstance(x, Value):
+        return apply(COMPARE, (x, other), sign=SIGNS[name])
+    op, attrs = with_a_number(name, other)
+    return apply(op, (x,), **attrs)
+
+
+def _logical(name: str, x: Value, other: Any) -> Value:
+    if not isinstance(other, Value):
+        raise SpecError(f"{name}: the other mask is {what(other)}, not a tensor of the traced function")
+    return apply(LOGICAL[name], (x, other))
 
 
 def tracing() -> bool:

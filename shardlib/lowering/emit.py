@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from shardlib.compiler.passes.pack import Packing, emit_packed, packings
 from shardlib.dtypes import inner_dtypes, read_dtypes, value_dtypes, widest
 from shardlib.errors import SpecError
+from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.cond import COND
-from shardlib.language.pointwise import CAST_LIKE, WIDEN
 from shardlib.language.scan import SCAN
 from shardlib.lowering.buffers import updated_arguments, updates_of, use_counts
 from shardlib.lowering.index_check import IndexSite

@@ -32,7 +32,7 @@ from shardlib import (
     step,
     value_and_grad,
 )
-from shardlib.functions import argmax, cast, mean, silu, softmax, sum, where
+from shardlib.functions import argmax, cast, clamp, equal, gelu, maximum, mean, silu, softmax, sum, where
 from shardlib.ops import attention, rms_norm, rope_table
 
 ONE, TP = Mesh(tp=1), Mesh(tp=2)
@@ -191,8 +191,8 @@ def halved(x):
 
 
 TRACED = "no traced value; make it an argument of the @sharded function"
-OPERATORS = ("a traced value has + - * / with values and numbers; write the rest with functions: square(x), "
-             "where(mask, a, b)")
+OPERATORS = ("a traced value has + - * / < <= > >= with values and numbers, ** with a number and, as a mask, "
+             "& | ~; write the rest with functions: where(mask, a, b)")
 
 
 @pytest.mark.parametrize("body, says", [
@@ -220,8 +220,19 @@ OPERATORS = ("a traced value has + - * / with values and numbers; write the rest
     (lambda x, s: x * float("inf"), "mul: inf; the numbers of a program are finite"),
     (lambda x, s: x / 1e-320, "div: 1e-320; the numbers of a program are finite"),
     (lambda x, s: x / 0, "div: by the number 0"),
-    (lambda x, s: x ** 2, OPERATORS), (lambda x, s: x // 2, OPERATORS), (lambda x, s: abs(x), OPERATORS),
-    (lambda x, s: ~x, OPERATORS), (lambda x, s: scan(shifted, None, x), "scan: the carry is None; it is a "
+    (lambda x, s: x % 2, OPERATORS), (lambda x, s: x // 2, OPERATORS), (lambda x, s: 2 ** x, OPERATORS),
+    (lambda x, s: x ** s, "**: the exponent is Value(S); it is a finite number"),
+    (lambda x, s: x ** float("nan"), "**: the exponent is nan; it is a finite number"),
+    (lambda x, s: x > "1", "greater: it compares with a value or a finite number, not with '1'"),
+    (lambda x, s: x == 1,
+     "==: a traced value has no numbers yet; equal(x, y) and not_equal(x, y) make masks"),
+    (lambda x, s: (x > 0) & True, f"logical_and: the other mask is a bool, {TRACED}"),
+    (lambda x, s: equal(3.0, x), f"compare: operand 1 is a float, {TRACED}"),
+    (lambda x, s: maximum(x, 0.0), f"maximum: operand 2 is a float, {TRACED}"),
+    (lambda x, s: clamp(x), "clamp: neither min nor max is given"),
+    (lambda x, s: clamp(x, min=float("nan")), "clamp: min is nan; it is a finite number"),
+    (lambda x, s: gelu(x, approximate="fast"), "gelu: approximate is 'fast'; it is 'none' or 'tanh'"),
+    (lambda x, s: scan(shifted, None, x), "scan: the carry is None; it is a "
                                    "tensor of the traced function, or a tuple of them"),
     (lambda x, s: scan(lambda x, b: x, x, x), "scan: the body is a @sharded function, not a function"),
     (lambda x, s: scan(shifted, x), ("scan: it is called scan(f, carry, stacked, *constants, **static), and "

@@ -32,7 +32,8 @@ SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/compiler/test_sizes.py"
 LOCAL, PIECES = "tests/language/test_local.py", "tests/test_errors.py -k piece_that_is"
 DTYPES, BY_HAND, ERRORS, RULES = (f"tests/test_{name}.py" for name in (
     "dtypes", "dtypes_by_hand", "errors", "rules_oracle"))
-REDUCTIONS, ARGUMENTS, SCANS = (f"tests/language/test_{name}.py" for name in ("reductions", "calls", "scan"))
+REDUCTIONS, ARGUMENTS, SCANS, MASKS = (f"tests/language/test_{name}.py" for name in (
+    "reductions", "calls", "scan", "masks"))
 FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
     "failures", "captured", "surroundings", "wrt"))
 ATTENTION, CACHES, ROPE = (f"tests/ops/test_{name}.py" for name in ("attention", "kv_cache", "rope"))
@@ -444,9 +445,15 @@ MUTANTS = (
            SURROUNDINGS),
     Mutant("shardlib/run/surroundings.py", "    if not torch.is_grad_enabled():\n        return\n", "",
            SURROUNDINGS),
-    Mutant("shardlib/language/pointwise.py", "[b.call(WHERE, [mask, zero, ct[0]])]",
-           "[b.call(WHERE, [mask, ct[0], zero])]", GRAD),
-    Mutant("shardlib/language/pointwise.py", '(("greater", ">", 1)', '(("greater", ">=", 1)', COND),
+    Mutant("shardlib/language/masks.py", "[b.call(MASKED, [b.call(NOT, [mask]), ct[0]])]",
+           "[b.call(MASKED, [mask, ct[0]])]", GRAD),
+    Mutant("shardlib/language/masks.py", '[b.call(MASKED, [mask, ct[0]])])', '[ct[0]])', GRAD),
+    Mutant("shardlib/language/masks.py", 'b.scale(ct[0], 0.5), ct[0]]', 'ct[0], ct[0]]', MASKS),
+    Mutant("shardlib/language/masks.py", '"<>" if step.op.name == "maximum"',
+           '"><" if step.op.name == "maximum"', MASKS),
+    Mutant("shardlib/language/comparison.py", '{"greater": ">"', '{"greater": ">="', COND),
+    Mutant("shardlib/language/unary.py", "by=by - 1) if by != 2", "by=by) if by != 2", f"{RULES} -k pow"),
+    Mutant("shardlib/language/unary.py", '("max", "<=")', '("max", "<")', MASKS),
     Mutant("shardlib/compiler/grad.py", "for _, value in parts.made):", "for _, value in parts.made[1:]):",
            GRAD),
     Mutant("shardlib/lowering/emit.py", '\n        lines = lines if self.sizes[parts.dim] else []  # without '
@@ -495,7 +502,7 @@ MUTANTS = (
            "inner[add.outputs[0]] == inner[pays.outputs[0]] == 1", ROTATED),
     Mutant("shardlib/dtypes.py", '"index": {*ITEMSIZE} - {*FLOATS} - {"bool"}}',
            '"index": {*ITEMSIZE} - {*FLOATS}}', f"{BY_HAND} -k mask_is_no_index"),
-    Mutant("shardlib/language/pointwise.py", '"torch.ops.aten.gelu_backward({g}, {x})"',
+    Mutant("shardlib/language/unary.py", '"torch.ops.aten.gelu_backward({g}, {x})"',
            '"torch.ops.aten.gelu_backward({g}, {x}, approximate=\'tanh\')"', f"{RULES} -k gelu"),
     Mutant("shardlib/language/reductions.py",
            'return f"({args[0]}.sum({_dims(step)}, dtype=torch.float32) / {_count(e, step)}){end}"',

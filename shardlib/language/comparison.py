@@ -1,0 +1,75 @@
+"""The ops behind comparisons and `& | ~`: they make masks, and have no gradient. All are refused of sums that
+are still owed."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from shardlib.errors import SpecError
+from shardlib.language.arithmetic import align, broadcast
+from shardlib.language.local_code import LocalCode
+from shardlib.program import Op, Step, number
+from shardlib.rules import Rule
+from shardlib.spec import Spec
+
+SIGNS = {"greater": ">", "less": "<", "greater_equal": ">=", "less_equal": "<=", "equal": "==",
+         "not_equal": "!="}
+_HOLDS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    ">": lambda x, y: (x - y).sign() == 1, "<": lambda x, y: (y - x).sign() == 1,
+    ">=": lambda x, y: x.maximum(y) == x, "<=": lambda x, y: x.minimum(y) == x,
+    "==": lambda x, y: (x - y) ** 2 <= 0, "!=": lambda x, y: (x - y) ** 2 > 0}
+
+
+def _same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
+    return (ins[0],)
+
+
+def _as(op: str) -> Callable[..., tuple[Spec, ...]]:
+    return lambda ins, attrs: (broadcast(op, ins),)
+
+
+def _between(sign: Callable[[Step], str]) -> Callable[[LocalCode, Step, list[str]], str]:
+    """Code of `x sign y`."""
+    def emit(e: LocalCode, step: Step, args: list[str]) -> str:
+        x, y = (align(a, s, step.outs[0]) for a, s in zip(args, step.ins))
+        return f"({x} {sign(step)} {y})"
+    return emit
+
+
+def _sign(step: Step) -> str:
+    return step.options["sign"]
+
+
+WITH_NUMBER = {name: Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=_same, constant=True,
+                        takes=("number",), dtype=lambda d, o: ["bool"],
+                        emit=lambda e, s, a, sign=sign: f"({a[0]} {sign} {s.options['than']!r})",
+                        reference=lambda d, x, holds=_HOLDS[sign]: holds(x, x.new_tensor(d.options["than"])))
+               for name, sign in SIGNS.items()}
+COMPARE = Op("compare", keywords={"sign": lambda v: v in _HOLDS}, rule=lambda s: Rule(), infer=_as("compare"),
+             constant=True, takes=("number",), dtype=lambda d, o: ["bool"], promotes=True,
+             emit=_between(_sign),
+             reference=lambda d, x, y: _HOLDS[d.options["sign"]](x, y))
+def _logical(step: Step) -> str:
+    return "&" if step.op.name == "logical_and" else "|"
+
+
+LOGICAL = {name: Op(name, rule=lambda s: Rule(), infer=_as(name), constant=True, index=(0, 1),
+                    takes=("mask",), dtype=lambda d, o: ["bool"],
+                    emit=_between(_logical), reference=means)
+           for name, means in (("logical_and", lambda d, x, y: x.minimum(y)),
+                               ("logical_or", lambda d, x, y: x.maximum(y)))}
+NOT = Op("logical_not", rule=lambda s: Rule(), infer=_same, constant=True, index=(0,), takes=("mask",),
+         dtype=lambda d, o: ["bool"], emit=lambda e, s, a: f"~{a[0]}",
+         reference=lambda d, x: x == x.new_zeros(()))
+
+
+def with_number(name: str, than: Any) -> tuple[Op, dict[str, Any]]:
+    """The step that compares a value with a number of Python."""
+    if not number(than):
+        raise SpecError(f"{name}: it compares with a value or a finite number, not with {than!r}")
+    return WITH_NUMBER[name], {"than": than}
+
+
+TABLE = {op.name: op for op in (*WITH_NUMBER.values(), COMPARE, *LOGICAL.values(), NOT)}

@@ -1,0 +1,228 @@
+"""Masks: comparisons make them, `where` chooses by one, and so do `maximum` and `minimum`."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shardlib.language.arithmetic import align, broadcast
+from shardlib.language.comparison import COMPARE, LOGICAL, NOT
+from shardlib.language.local_code import LocalCode
+from shardlib.language.steps import Steps
+from shardlib.language.value import Operand, Value, apply, compare
+from shardlib.program import Op, Step
+from shardlib.rules import Rule
+from shardlib.spec import Spec
+
+
+def greater(x: Operand, than: Operand | float) -> Value:
+    """Whether each element is above a number, or another value's: a mask, or the predicate of a cond.
+    `x > than` says the same.
+
+    Refused of a sum that is still owed. How many labels count, where -100 says that one does not:
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> from shardlib.functions import sum
+    >>> count = sharded("B T -> B")(lambda labels: sum("B T -> B", greater(labels, -1)))
+    >>> simulate(count, Layout(T="cp"), torch.tensor([[5, 0, -100], [3, -100, -100]]), mesh=Mesh(cp=2))
+    tensor([2, 1])
+    """
+    return compare("greater", x, than)
+
+
+def less(x: Operand, than: Operand | float) -> Value:
+    """Whether each element is below a number or another value's, which NaN is not. `x < than` says the same.
+
+    Refused of a sum that is still owed.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> sharded("D -> D")(lambda x: less(x, 0.5))(torch.tensor([0.0, 0.5, float("nan")]))
+    tensor([ True, False, False])
+    """
+    return compare("less", x, than)
+
+
+def greater_equal(x: Operand, than: Operand | float) -> Value:
+    """Whether each element is at least a number, or another value's. `x >= than` says the same.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> kept = sharded("T S, T -> T S")(lambda score, bar: greater_equal(score, bar))
+    >>> kept(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([2.0, 1.0]))
+    tensor([[False,  True],
+            [ True, False]])
+    """
+    return compare("greater_equal", x, than)
+
+
+def less_equal(x: Operand, than: Operand | float) -> Value:
+    """Whether each element is at most a number, or another value's. `x <= than` says the same.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> sharded("D -> D")(lambda x: less_equal(x, 1))(torch.tensor([0, 1, 2]))
+    tensor([ True,  True, False])
+    """
+    return compare("less_equal", x, than)
+
+
+def equal(x: Operand, to: Operand | float) -> Value:
+    """Whether each element is a number, or another value's. There is no `==`: Python asks that of its own.
+
+    Padding, by its id:
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> sharded("B T -> B T")(lambda ids: equal(ids, 0))(torch.tensor([[5, 7, 0, 0]]))
+    tensor([[False, False,  True,  True]])
+    """
+    return compare("equal", x, to)
+
+
+def not_equal(x: Operand, to: Operand | float) -> Value:
+    """Whether each element is another than a number, or than another value's; NaN is, than anything.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> sharded("D -> D")(lambda x: not_equal(x, x))(torch.tensor([1.0, float("nan")]))
+    tensor([False,  True])
+    """
+    return compare("not_equal", x, to)
+
+
+def logical_and(x: Operand, y: Operand) -> Value:
+    """Where both masks are true. `x & y` says the same. Dims that one lacks are broadcast.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> seen = sharded("T S, S -> T S")(lambda causal, real: logical_and(causal, real))
+    >>> seen(torch.tensor([[True, False], [True, True]]), torch.tensor([True, False]))
+    tensor([[ True, False],
+            [ True, False]])
+    """
+    return apply(LOGICAL["logical_and"], (x, y))
+
+
+def logical_or(x: Operand, y: Operand) -> Value:
+    """Where one mask at least is true. `x | y` says the same. Dims that one lacks are broadcast.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> outside = sharded("D -> D")(lambda x: logical_or(x < -1, x > 1))
+    >>> outside(torch.tensor([-2.0, 0.0, 2.0]))
+    tensor([ True, False,  True])
+    """
+    return apply(LOGICAL["logical_or"], (x, y))
+
+
+def logical_not(x: Operand) -> Value:
+    """Where a mask is false. `~x` says the same.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> sharded("B -> B")(lambda done: logical_not(done))(torch.tensor([True, False]))
+    tensor([False,  True])
+    """
+    return apply(NOT, (x,))
+
+
+def _masked_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
+    return [None, b.call(MASKED, [step.inputs[0], ct[0]])]
+
+
+MASKED = Op("masked", rule=lambda s: Rule(linear=((1,),)),
+            infer=lambda ins, attrs: (broadcast("masked", ins),), index=(0,), takes=("mask", "float"),
+            reference=lambda d, mask, x: x.masked_fill(~mask, 0),
+            emit=lambda e, s, a: f"torch.where({align(a[0], s.ins[0], s.outs[0])}, {a[1]}, 0)",
+            vjp=_masked_vjp)
+"""An operand where a mask is true, 0 where it is not, whatever is there: 0 times infinity would be NaN."""
+
+
+def _where_infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
+    return (broadcast("where", ins),)
+
+
+def _where_emit(e: LocalCode, step: Step, args: list[str]) -> str:
+    return f"torch.where({', '.join(_aligned(step, args))})"
+
+
+def _where_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
+    mask = step.inputs[0]
+    return [None, b.einsum_to(step.ins[1], [b.call(MASKED, [mask, ct[0]])]),
+            b.einsum_to(step.ins[2], [b.call(MASKED, [b.call(NOT, [mask]), ct[0]])])]
+
+
+WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=_where_infer, emit=_where_emit,
+           vjp=_where_vjp, index=(0,), takes=("mask", "any"), promotes=True,
+           reference=lambda d, mask, a, b: a.masked_fill(~mask, 0) + b.masked_fill(mask, 0))
+
+
+def where(mask: Operand, a: Operand, b: Operand) -> Value:
+    """`a` where `mask`, else `b`; dims that one of them lacks are broadcast. Both owe a sum, or neither does.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> @sharded("B T, B T D, D -> B T D")
+    ... def padded(real, x, filler):
+    ...     return where(real, x, filler)
+    >>> real, x = torch.tensor([[True, False]]), torch.ones(1, 2, 3)
+    >>> simulate(padded, Layout(T="cp"), real, x, torch.tensor([7.0, 8.0, 9.0]), mesh=Mesh(cp=2))
+    tensor([[[1., 1., 1.],
+             [7., 8., 9.]]])
+    """
+    return apply(WHERE, (mask, a, b))
+
+
+def _extreme_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
+    """To the one that was taken; where they are equal, half to each."""
+    x, y = step.inputs
+    share = b.call(WHERE, [b.call(COMPARE, [x, y], sign="=="), b.scale(ct[0], 0.5), ct[0]])
+    lost = [b.call(COMPARE, [x, y], sign=sign) for sign in ("<>" if step.op.name == "maximum" else "><")]
+    return [b.einsum_to(spec, [b.call(MASKED, [b.call(NOT, [mask]), share])])
+            for spec, mask in zip(step.ins, lost)]
+
+
+def _extreme(name: str, sign: int) -> Op:
+    return Op(name, rule=lambda s: Rule(), infer=lambda ins, attrs: (broadcast(name, ins),),
+              takes=("number",), promotes=True, vjp=_extreme_vjp,
+              emit=lambda e, s, a: f"torch.{name}({', '.join(_aligned(s, a))})",
+              reference=lambda d, x, y: (x + y + sign * (x - y).abs()) / 2)
+
+
+def _aligned(step: Step, args: list[str]) -> list[str]:
+    return [align(a, s, step.outs[0]) for a, s in zip(args, step.ins)]
+
+
+MAXIMUM, MINIMUM = _extreme("maximum", 1), _extreme("minimum", -1)
+
+
+def maximum(x: Operand, y: Operand) -> Value:
+    """The larger of two values, element by element, NaN where one is; dims that one lacks are broadcast.
+
+    Where they are equal, each gets half of the gradient. Refused of a sum that is still owed.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> floor = sharded("B D, D -> B D")(lambda x, least: maximum(x, least))
+    >>> x, least = torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([2.0, 0.0])
+    >>> simulate(floor, Layout(D="tp"), x, least, mesh=Mesh(tp=2))
+    tensor([[2., 0.],
+            [3., 4.]])
+    """
+    return apply(MAXIMUM, (x, y))
+
+
+def minimum(x: Operand, y: Operand) -> Value:
+    """The smaller of two values, element by element, as `maximum` is the larger.
+
+    >>> import torch
+    >>> from shardlib import sharded, value_and_grad
+    >>> f = sharded("(), () -> ()")(lambda x, y: minimum(x, y))
+    >>> value_and_grad(f, wrt=("x", "y"))(torch.tensor(2.0), torch.tensor(2.0))
+    (tensor(2.), tensor(0.5000), tensor(0.5000))
+    """
+    return apply(MINIMUM, (x, y))
+
+
+TABLE = {op.name: op for op in (MASKED, WHERE, MAXIMUM, MINIMUM)}

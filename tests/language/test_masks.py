@@ -1,0 +1,117 @@
+"""Comparisons, masks, and what chooses by them: as torch has it at ties, bounds, NaN and infinity."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardlib import Layout, Mesh, compile, lower, sharded, simulate, value_and_grad
+from shardlib.functions import (
+    clamp,
+    equal,
+    greater,
+    greater_equal,
+    less,
+    less_equal,
+    maximum,
+    minimum,
+    not_equal,
+    sum,
+    where,
+)
+
+X = torch.tensor([-1.0, 0.0, 1.0, 1.0, 2.0, float("inf")])
+Y = torch.tensor([0.0, 0.0, 1.0, -1.0, 3.0, 1.0])
+NAN = torch.tensor([float("nan"), 1.0, 2.0])
+TORCH = {greater: torch.gt, less: torch.lt, greater_equal: torch.ge, less_equal: torch.le, equal: torch.eq,
+         not_equal: torch.ne}
+
+
+def slopes(f: Callable, *xs: Tensor, by: Tensor) -> list[Tensor]:
+    """Gradients of the sum of by * f(*xs), over two ranks."""
+    traced = sharded(", ".join(["D"] * (len(xs) + 1)) + " -> ()")(
+        [lambda x, by: sum("D -> ()", by * f(x)), lambda x, y, by: sum("D -> ()", by * f(x, y))][len(xs) - 1])
+    grads = value_and_grad(traced, wrt=("x", "y")[:len(xs)])
+    return list(simulate(grads, Layout(D="tp"), *xs, by, mesh=Mesh(tp=2))[1:])
+
+
+def torch_slopes(f: Callable, *xs: Tensor, by: Tensor) -> list[Tensor]:
+    xs = tuple(x.clone().requires_grad_() for x in xs)
+    return list(torch.autograd.grad(f(*xs), xs, by))
+
+
+@pytest.mark.parametrize("ours", TORCH, ids=lambda f: f.__name__)
+def test_comparisons_are_those_of_torch(ours: Callable) -> None:
+    for x, y in ((X, Y), (NAN, torch.ones(3)), (NAN, NAN)):
+        whole = sharded("D, D -> D")(lambda x, y: ours(x, y))
+        assert torch.equal(simulate(whole, Layout(D="tp"), x, y, mesh=Mesh(tp=2)), TORCH[ours](x, y))
+        one = sharded("D -> D")(lambda x: ours(x, 1))
+        assert torch.equal(simulate(one, Layout(D="tp"), x, mesh=Mesh(tp=2)), TORCH[ours](x, 1))
+
+
+def test_operators_are_the_functions() -> None:
+    def f(x, y):
+        return where((x < y) & ~(x >= 2.0) | (y > x) & (y <= 0), abs(x), x ** 2)
+    assert str(lower(sharded("D, D -> D")(f), mesh=Mesh())) == '''\
+@sharded("D, D -> D", layout=EXPLICIT)
+def f(x, y):
+    v1 = compare(x, y, sign='<')
+    v2 = greater_equal(x, than=2.0)
+    v3 = logical_not(v2)
+    v4 = logical_and(v1, v3)
+    v5 = compare(y, x, sign='>')
+    v6 = less_equal(y, than=0)
+    v7 = logical_and(v5, v6)
+    v8 = logical_or(v4, v7)
+    v9 = abs(x)
+    v10 = square(x)
+    v11 = where(v8, v9, v10)
+    return v11
+'''
+    want = torch.where((X < Y) & ~(X >= 2.0) | (Y > X) & (Y <= 0), abs(X), X ** 2)
+    assert torch.equal(simulate(sharded("D, D -> D")(f), Layout(D="tp"), X, Y, mesh=Mesh(tp=2)), want)
+
+
+@pytest.mark.parametrize("ours, theirs", [(maximum, torch.maximum), (minimum, torch.minimum)])
+def test_equal_ones_share_the_gradient(ours: Callable, theirs: Callable) -> None:
+    by = torch.arange(1.0, 7.0)
+    for got, want in zip(slopes(ours, X, Y, by=by), torch_slopes(theirs, X, Y, by=by), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("bounds", [dict(min=0, max=1), dict(min=0.0), dict(max=1)], ids=str)
+def test_bounds_let_the_gradient_through(bounds: dict) -> None:
+    by = torch.arange(1.0, 7.0)
+    (got,), (want,) = (slopes(lambda x: clamp(x, **bounds), X, by=by),
+                       torch_slopes(lambda x: x.clamp(**bounds), X, by=by))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("exponent", [-1, 0, 0.5, 1, 2, 2.5, 3])
+def test_powers_and_their_slopes(exponent: float) -> None:
+    x, by = torch.tensor([0.0, 0.5, 4.0]), torch.ones(3)
+    f = sharded("D -> D")(lambda x: x ** exponent)
+    assert torch.equal(simulate(f, Layout(D="tp"), x, mesh=Mesh(tp=2)), x ** exponent)
+    (got,), (want,) = (how(lambda x: x ** exponent, x, by=by) for how in (slopes, torch_slopes))
+    torch.testing.assert_close(got, want)
+
+
+def test_what_is_not_chosen_gets_no_gradient_whatever_comes_back() -> None:
+    """An infinite cotangent times 0 would be NaN."""
+    mask, by = X > 0, torch.full((6,), float("inf"))
+    for ours, theirs in ((lambda x, y: where(x > 0, x, y), lambda x, y: torch.where(mask, x, y)),
+                         (maximum, torch.maximum)):
+        for got, want in zip(slopes(ours, X, Y, by=by), torch_slopes(theirs, X, Y, by=by), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_integers_stay_integers_between_whole_numbers() -> None:
+    ids = torch.tensor([-3, 2, 9])
+    for bounds, dtype in ((dict(min=0, max=5), torch.int64), (dict(min=0.5), torch.float32)):
+        f = compile(sharded("D -> D")(lambda x: clamp(x, **bounds)), mesh=Mesh())
+        assert f(ids).dtype == dtype and torch.equal(f(ids), torch.clamp(ids, **bounds).to(dtype))
+    both = compile(sharded("D, D -> D")(maximum), mesh=Mesh())
+    assert torch.equal(both(ids, ids.flip(0)), torch.tensor([9, 2, 9]))
+    assert both(ids.int(), ids).dtype == torch.int64
