@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import inspect
 import io
 import pkgutil
 import re
@@ -71,6 +72,14 @@ def has_example(public: object, name: str) -> bool:
 @pytest.mark.parametrize("module, name", PUBLIC, ids=[f"{m.__name__}.{n}" for m, n in PUBLIC])
 def test_public_names_have_an_example(module: types.ModuleType, name: str) -> None:
     assert has_example(getattr(module, name), name), f"{name} has no example in its docstring"
+
+
+def test_every_function_of_models_is_public() -> None:
+    """What gives a value of a program is called by users."""
+    found = [importlib.import_module(name) for name in modules() if name.startswith("shardlib.ops.")]
+    calls = {name for m in found for name, f in vars(m).items() if inspect.isfunction(f)
+             and f.__module__ == m.__name__ and name[0] != "_" and f.__annotations__.get("return") == "Value"}
+    assert sorted(calls - {*shardlib.ops.__all__}) == []
 
 
 # -- what these tests would find ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import pkgutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import shardlib.ops
 from shardlib.compiler.builder import Builder
 from shardlib.compiler.complete import complete
 from shardlib.compiler.parser import check, parse_program
@@ -35,7 +37,7 @@ from shardlib.ops import TABLE
 from shardlib.ops.cases import CASES, OPS
 from shardlib.oracle import Case, NoSuchCall, Trial, disagreements, dual, same, some, types, verdicts
 from shardlib.placement import join, place
-from shardlib.program import Program, Result
+from shardlib.program import Op, Program, Result
 from shardlib.rules import Rule, RuleError
 from shardlib.run.simulate import simulate
 from shardlib.spec import parse
@@ -71,6 +73,14 @@ def odd_sizes(case: Case) -> list[dict[str, int]]:
             *({**SIZES, n: size} for n in names for size in (0, 1, 7))]
 
 
+def test_every_op_of_models_is_in_the_table() -> None:
+    """Or in a language's table: an op that is in none has no case, and nothing tests it."""
+    modules = [importlib.import_module(f"shardlib.ops.{m.name}")
+               for m in pkgutil.iter_modules(shardlib.ops.__path__)]
+    made = {op for m in modules for op in vars(m).values() if isinstance(op, Op)}
+    assert sorted(op.name for op in made - {*OPS.values()}) == []
+
+
 def test_every_op_has_a_case() -> None:
     assert set(OPS) - {case.op.name for case in CASES} == set(MOVES)
 
@@ -80,6 +90,14 @@ def test_every_op_has_a_reference() -> None:
     and local, whose text asserts what it is: `check_local` holds it against the function of whole tensors."""
     without = (*MOVES.values(), SCAN, COND, local_op(abs), local_vjp_op(abs))
     assert [op.name for op in {*OPS.values(), *without} if (op.reference is None) != (op in without)] == []
+
+
+def test_every_op_has_a_derivative_or_is_one_of_those_without() -> None:
+    """Those of derivatives and moves, and what is constant, apart."""
+    assert {op.name for op in OPS.values() if op.vjp is None and not op.moves and not op.constant
+            and not op.name.endswith("_vjp")} == {
+        "spread", "max", "exp_minus", "finite", "argmax", "rank_of", "from_rank", "ones_like", "zeros_like",
+        "update_cache", "causal_mask", "rope_table"}
 
 
 # -- sound and complete --------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 and keeps results."""
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
 
@@ -21,6 +24,7 @@ from shardlib import (
     sharded,
     simulate,
 )
+from shardlib.compiler import passes
 from shardlib.compiler.parser import check
 from shardlib.functions import max, silu, sum
 from shardlib.language.moves import COLLECTIVES
@@ -198,6 +202,13 @@ def test_the_product_of_two_reductions_is_one_over_both_axes():
 
 def test_a_chain_that_is_cheapest_is_left_as_it_is_written():
     assert lower(cheapest, mesh=MESH) == lower(cheapest, mesh=MESH, passes=())
+
+
+def test_every_pass_has_a_name():
+    modules = [importlib.import_module(f"{passes.__name__}.{m.name}")
+               for m in pkgutil.iter_modules(passes.__path__)]
+    made = {p for m in modules for p in vars(m).values() if isinstance(p, passes.Pass)}
+    assert made == {*passes.PASSES.values()}
 
 
 def test_an_unknown_pass_is_named():

@@ -60,6 +60,12 @@ def test_fixed_cases(world: World, setting: Setting) -> None:
         assert world.check(*cases, communicator=setting.communicator) == []
 
 
+def test_it_takes_what_its_setting_says(world: World, setting: Setting) -> None:
+    """What a communicator takes beyond that, nothing tries."""
+    for axes in setting.products:
+        assert world.run("taken", axes, setting.communicator) == [list(setting.collectives)] * world.size
+
+
 def test_an_order_that_is_not_its_own_inverse(pool: Pool) -> None:
     world = pool.connect("tp=3", [("tp",)], 3)
     assert world.run("any_order", [1, 2, 0]) == [[]] * 3

@@ -47,6 +47,13 @@ def shared_groups(runtime: Runtime) -> list[bool]:
             one.device_group is one.cpu_group]
 
 
+def taken(runtime: Runtime, axes: list[str], communicator: str) -> list[str]:
+    """The collectives that the communicator of that name takes."""
+    found = next(c for c in runtime.group(axes).communicators if c.name == communicator)
+    return [name for name in COLLECTIVES if found.supports(
+        Call(name, "sum" if "reduce" in name else None, torch.float32, "cpu", 1024)) is None]
+
+
 def any_order(runtime: Runtime, order: list[int]) -> list[str]:
     """Failures of the fixed cases on a group in this order of ranks, which need not be that of any mesh."""
     whole = runtime.group(tuple(runtime.mesh.axes))
