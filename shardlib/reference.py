@@ -21,16 +21,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cache, reduce
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardlib.program import Program, Scan, Step
+from shardlib.errors import SpecError
+from shardlib.program import Op, Program, Scan, Step
 from shardlib.spec import Spec
 
 Reference = Callable[..., Any]
+
+
+@cache
+def operands(op: Op) -> tuple[int, float]:
+    """How many operands a call has, at least and at most: as many as the reference takes."""
+    if op.reference is None:
+        return (1, 1) if op.moves else (0, math.inf)
+    taken = list(signature(op.reference).parameters.values())[1:]
+    named = [p for p in taken if p.kind != p.VAR_POSITIONAL]
+    return sum(p.default is p.empty for p in named), len(named) if named == taken else math.inf
+
+
+def check_operands(op: Op, count: int) -> None:
+    """SpecError where a call of `op` has more or fewer operands than it takes."""
+    least, most = operands(op)
+    if not least <= count <= most:
+        takes = f"{least}" if least == most else f"{least} or more" if most > 9 else f"{least} to {most}"
+        raise SpecError(f"{op.name}: it takes {takes} operand{'s' * (takes != '1')}; {count} "
+                        f"{'was' if count == 1 else 'were'} given")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import os
 import pkgutil
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from shardlib.ops.cases import CASES, OPS
 from shardlib.oracle import Case, NoSuchCall, Trial, disagreements, dual, same, some, types, verdicts
 from shardlib.placement import join, place
 from shardlib.program import Op, Program, Result
+from shardlib.reference import operands
 from shardlib.rules import Rule, RuleError
 from shardlib.run.simulate import simulate
 from shardlib.spec import parse
@@ -90,6 +92,14 @@ def test_every_op_has_a_reference() -> None:
     and local, whose text asserts what it is: `check_local` holds it against the function of whole tensors."""
     without = (*MOVES.values(), SCAN, COND, local_op(abs), local_vjp_op(abs))
     assert [op.name for op in {*OPS.values(), *without} if (op.reference is None) != (op in without)] == []
+
+
+def test_the_cases_have_as_many_operands_as_the_reference() -> None:
+    assert all(least <= len(case.ins) <= most for case in CASES for least, most in [operands(case.op)])
+    assert {op.name: operands(op) for op in OPS.values()
+            if op.reference is not None and operands(op)[0] != operands(op)[1]} == {
+        "einsum": (0, math.inf), "attention": (3, 4), "attention_vjp": (3, math.inf),
+        "label_sums_vjp": (3, math.inf), "sample": (0, math.inf)}
 
 
 def test_every_op_has_a_derivative_or_is_one_of_those_without() -> None:

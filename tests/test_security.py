@@ -475,6 +475,21 @@ def test_deep_and_huge_text_is_refused_at_once(text):
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("call, said", [
+    ("silu(x, x)", "silu: it takes 1 operand; 2 were given"),
+    ("silu()", "silu: it takes 1 operand; 0 were given"),
+    ("where(x, x)", "where: it takes 3 operands; 2 were given"),
+    ("rms_norm(x, x, x, eps=1e-06)", "rms_norm: it takes 2 operands; 3 were given"),
+    ('take("D, D, D -> ()", x, x, x)', "take: it takes 2 operands; 3 were given"),
+    ('attention("D, D -> D", x, x)', "attention: it takes 3 to 4 operands; 2 were given"),
+])
+def test_a_call_has_as_many_operands_as_its_op_takes(call: str, said: str) -> None:
+    """One too many was read as if it were not there."""
+    with pytest.raises(SpecError) as error:
+        parse_program(f"@sharded('D -> D', layout=EXPLICIT)\ndef f(x):\n    v = {call}\n    return v", ops=OPS)
+    assert str(error.value).split("  ")[0] == said
+
+
 # -- the library's own source --------------------------------------------------------------------------------
 
 def sources(*folders):

@@ -28,6 +28,7 @@ from shardlib.language.rearrange import RENAME
 from shardlib.language.scan import SCAN
 from shardlib.language.trace import RESHARD
 from shardlib.program import Op, Program, Result, Scan, Step, Struct, check_keywords, leaves
+from shardlib.reference import check_operands
 from shardlib.rules import natural
 from shardlib.spec import Spec, nameable, parse_signature
 
@@ -182,6 +183,7 @@ class FunctionText:
         ins = tuple(self.types[i] if self.explicit else self.types[i].whole() for i in inputs)
         step = Step(op, ins, (), tuple(inputs), (), attrs)
         check_keywords(step)
+        check_operands(op, len(inputs))
         dims = _guarded(op, lambda: op.infer(ins, dict(attrs)))
         outs = (_guarded(op, lambda: natural(op.name, op.rule(replace(step, outs=dims)), ins, dims, inputs))
                 if self.explicit else dims)
@@ -273,6 +275,7 @@ class FunctionText:
                             f"{MAX_DEPTH} deep")
         if step.op.takes_text and not step.bodies:
             check_keywords(step)
+            check_operands(step.op, len(step.inputs))
             _guarded(step.op, lambda: self._check(step))
         self.steps.append(step)
         self.types.update(zip(step.outputs, step.outs))

@@ -42,11 +42,14 @@ def _sign(step: Step) -> str:
     return step.options["sign"]
 
 
-WITH_NUMBER = {name: Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=_same, constant=True,
-                        takes=("number",), dtype=lambda d, o: ["bool"],
-                        emit=lambda e, s, a, sign=sign: f"({a[0]} {sign} {s.options['than']!r})",
-                        reference=lambda d, x, holds=_HOLDS[sign]: holds(x, x.new_tensor(d.options["than"])))
-               for name, sign in SIGNS.items()}
+def _with_number(name: str, sign: str) -> Op:
+    return Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=_same, constant=True,
+              takes=("number",), dtype=lambda d, o: ["bool"],
+              emit=lambda e, s, a: f"({a[0]} {sign} {s.options['than']!r})",
+              reference=lambda d, x: _HOLDS[sign](x, x.new_tensor(d.options["than"])))
+
+
+WITH_NUMBER = {name: _with_number(name, sign) for name, sign in SIGNS.items()}
 COMPARE = Op("compare", keywords={"sign": lambda v: v in _HOLDS}, rule=lambda s: Rule(), infer=_as("compare"),
              constant=True, takes=("number",), dtype=lambda d, o: ["bool"], promotes=True,
              emit=_between(_sign),

@@ -24,6 +24,7 @@ from shardlib.language.comparison import with_number as with_a_number
 from shardlib.language.unary import OPS as UNARY
 from shardlib.language.unary import power
 from shardlib.program import Op, Program
+from shardlib.reference import check_operands
 from shardlib.spec import Dim, Spec, parse_specs
 
 
@@ -172,7 +173,8 @@ def specs_of(op: Op, operands: Sequence[Value], text: str | None, ins: Sequence[
              outs: Sequence[Spec] | None, attrs: dict[str, Any],
              names: Sequence[str]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
     """Of a call's operands and results: those of its text, those given,
-    or whole operands and what the op infers from them."""
+    or whole operands and what the op infers from them. SpecError for more or fewer than it takes."""
+    check_operands(op, len(operands))
     if text is not None:
         return bind(op.name, text, operands, names)
     if ins is not None and outs is not None:
