@@ -1,7 +1,7 @@
 """What a rank asks of the store, by counting: it grows with the members of its groups, and not with the job.
 
-The other ranks are not there. `Counted` does their part in the store: once a rank has come to a key, what they
-would have written.
+The other ranks are not there. `Counted` does their part in the store: once a rank has come to a key, what
+they would have written.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORLDS = pytest.mark.parametrize("world", [4, 64, 1024])
 class Counted(dist.Store):
     """A store that counts its calls, and the keys of those that take several.
 
-    then: by the end of a key, what the others do when a rank calls `set` or `add` with it; it is told the key.
+    then: by the end of a key, what the others do when a rank calls `set` or `add` with it; told the key.
     """
 
     def __init__(self, **then: Callable[[dist.Store, str], Any]) -> None:
