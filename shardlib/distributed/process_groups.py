@@ -19,6 +19,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -62,8 +63,8 @@ class ProcessGroups:
         return self._pairs.get(tuple(sorted(ranks)))
 
     def close(self) -> None:
-        """Destroys every group this rank is in."""
-        for ranks, pair in self._pairs.items():
+        """Destroys every group this rank is in, in an order that all ranks have in common."""
+        for ranks, pair in sorted(self._pairs.items(), key=itemgetter(0)):
             if dist.get_rank() in ranks:
                 dist.destroy_process_group(pair.device)
                 dist.destroy_process_group(pair.cpu)

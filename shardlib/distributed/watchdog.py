@@ -299,12 +299,13 @@ class Watchdog:
         """Who is not there, in lines.
 
         Where more than LOOKED ranks wait, one looks for all that are in this call: the first that gets here.
+        The others show it meanwhile that they live.
         """
         if mine is None or mine.peer is not None or len(mine.ranks) <= LOOKED:
             return self._scene(mine).lines()
         key = f"absent from {mine}"
         if self.board.ask(lambda s: s.add(f"{key}: looks", 1)) != 1:
-            found = self.board.wait(lambda: self.board.look(key), 4 * self.tick_s)
+            found = self.board.wait(lambda: self._publish() or self.board.look(key), 4 * self.tick_s)
             return found.decode().split("\n") if found else ["  the rank that looks for all has not answered"]
         lines = self._scene(mine).lines()
         self.board.ask(lambda s: s.set(key, "\n".join(lines)))
