@@ -1,7 +1,7 @@
 """Running on ranks: processes, groups of them, and the collectives between them.
 
     runtime = connect(mesh)                     one process, or one of torchrun's
-    runtime.create_groups([("dp",), ("tp",)])   on every rank, in one order
+    runtime.create_groups([("dp",), ("tp",)])   on every rank
     runtime.group(("tp",)).all_reduce(x)        a GroupCoordinator
 
 Imports go down: runtime -> group_coordinator -> communicators -> {flat, reduction}.

@@ -1,4 +1,4 @@
-"""What ranks must agree on, compared over a control group: their plans, and in debug mode each collective.
+"""What ranks must agree on: their plans, and in debug mode each collective, compared over a control group.
 
 `share` gives every member's message to every member, so that all find the same difference, and raise the same
 error:
@@ -13,12 +13,12 @@ shardlib.errors.SpecError: collective 3 of group tp (ranks 0 1): its ranks do no
 """
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+from shardlib.distributed.rank_error import listed
 from shardlib.errors import SpecError
 
 Share = Callable[[Any], list[Any]]
@@ -64,19 +64,14 @@ def same_call(where: str, ranks: Sequence[int], mine: Call, share: Share) -> Non
                                 f"{ranks[j]}, which expects {b.recv[i]}")
 
 
-def same_plan(title: str, ranks: Sequence[int], text: str, share: Share) -> None:
-    """SpecError, the same on all `ranks`, unless all have the plan `text`.
-
-    Only its digest is sent where they have.
-    """
-    if len(set(share(hashlib.sha256(text.encode()).hexdigest()))) == 1:
-        return
-    plans = [plan.splitlines() for plan in share(text)]
-    number, lines = next((i, lines) for i, lines in enumerate(zip_longest(*plans, fillvalue="(nothing)"), 1)
-                         if len(set(lines)) > 1)
-    raise SpecError("\n".join([f"{title}: the ranks have different plans, first in line {number}",
-                               *_rows(ranks, [line.strip() for line in lines]), "compile the same function "
-                               "with the same layout, mesh, sizes and dtypes on every rank"]))
+def different_plans(title: str, plans: Sequence[str]) -> str:
+    """The error of ranks whose `plans`, by rank, are not all the same."""
+    lines = [plan.splitlines() for plan in plans]
+    number, first = next((i, at) for i, at in enumerate(zip_longest(*lines, fillvalue="(nothing)"), 1)
+                         if len(set(at)) > 1)
+    return "\n".join([f"{title}: the ranks have different plans, first in line {number}",
+                      *_rows(range(len(plans)), [line.strip() for line in first]),
+                      "compile the same function with the same layout, mesh, sizes and dtypes on every rank"])
 
 
 def _rows(ranks: Sequence[int], said: Sequence[str]) -> list[str]:
@@ -84,5 +79,5 @@ def _rows(ranks: Sequence[int], said: Sequence[str]) -> list[str]:
     who: dict[str, list[int]] = {}
     for rank, text in zip(ranks, said):
         who.setdefault(text, []).append(rank)
-    heads = [f"rank{'s' * (len(found) > 1)} {' '.join(map(str, found))}" for found in who.values()]
+    heads = [f"rank{'s' * (len(found) > 1)} {listed(found)}" for found in who.values()]
     return [f"  {head.ljust(max(map(len, heads)))}   {text}" for head, text in zip(heads, who)]

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from time import sleep
-from uuid import uuid4
 
 import torch.distributed as dist
 
-from shardlib.distributed.rank_error import RankError, wait_until
+from shardlib.distributed.meeting import meet
+from shardlib.distributed.rank_error import RankError
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 
-POLL_S = 5e-3
-"""How often a process that waits for others to start asks the store."""
+ON_DEMAND = "TORCH_GLOO_LAZY_INIT"
+"""torch's variable by which gloo connects two ranks when they first have something to tell each other."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,21 @@ class Launch:
 
 def join_job(timeout: timedelta) -> None:
     """Starts torch.distributed with the other processes of the launch, over gloo. RuntimeError where some do
-    not come within `timeout`, SpecError where MASTER_ADDR or MASTER_PORT cannot be."""
+    not come within `timeout`, SpecError where MASTER_ADDR or MASTER_PORT cannot be.
+
+    The group of all ranks is connected on demand: nothing here uses it, and else each rank would read every
+    other one's address and hold a socket to it.
+    """
     store, rank, world_size = _store(os.environ, timeout)
-    name = _meet(store, rank, world_size, timeout.total_seconds())
-    dist.init_process_group("gloo", store=dist.PrefixStore(f"shardlib/{name}", store), rank=rank,
-                            world_size=world_size, timeout=timeout)
+    name = meet(store, rank, world_size, timeout.total_seconds())
+    undecided = ON_DEMAND not in os.environ
+    os.environ.setdefault(ON_DEMAND, "1")
+    try:
+        dist.init_process_group("gloo", store=dist.PrefixStore(f"shardlib/{name}", store), rank=rank,
+                                world_size=world_size, timeout=timeout)
+    finally:
+        if undecided:
+            del os.environ[ON_DEMAND]
 
 
 def _store(environment: Mapping[str, str], timeout: timedelta) -> tuple[dist.Store, int, int]:
@@ -103,47 +112,6 @@ def _unknown(host: str) -> str | None:
     except (OSError, UnicodeError) as error:
         return getattr(error, "strerror", None) or str(error)
     return None
-
-
-def _meet(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
-    """A name that the processes which are here now have in common, and none that was here before them.
-
-    All attempts of torchrun's agents, and all runtimes of a process one after another, use one store; without
-    names of their own they would read the addresses that dead processes have left. No count will do for a
-    name: each agent counts for itself, and not every restart. So each process asks under its rank with a word
-    of its own, and rank 0 answers that word with the name, over and over, until all have taken it. A dead
-    process takes none.
-    """
-    word = f"meeting {uuid4().hex}"
-    late = (_answer(store, range(1, world_size), word, timeout_s) if rank == 0
-            else _ask(store, rank, word, timeout_s))
-    if isinstance(late, list):
-        raise RuntimeError(
-            f"connect: waited {timeout_s:g} s for rank{'s' * (len(late) > 1)} {' '.join(map(str, late))}")
-    return late
-
-
-def _answer(store: dist.Store, others: Sequence[int], word: str, timeout_s: float) -> str | list[int]:
-    """On rank 0: `word`, which all others have taken; else the ranks that have not."""
-    def late() -> list[int]:
-        return [r for r in others if not store.check([f"shardlib/{word}/has {r}"])]
-
-    def answer() -> None:
-        for r in late():
-            if store.check([f"shardlib/asks/{r}"]):
-                store.set(f"shardlib/answer/{store.get(f'shardlib/asks/{r}').decode()}", word)
-        sleep(POLL_S)
-    return word if wait_until(lambda: not late(), timeout_s, answer) else late()
-
-
-def _ask(store: dist.Store, rank: int, word: str, timeout_s: float) -> str | list[int]:
-    """On another rank: what rank 0 answers to `word`; else that it is rank 0 which is not there."""
-    store.set(f"shardlib/asks/{rank}", word)
-    if not wait_until(lambda: store.check([f"shardlib/answer/{word}"]), timeout_s, lambda: sleep(POLL_S)):
-        return [0]
-    name = store.get(f"shardlib/answer/{word}").decode()
-    store.set(f"shardlib/{name}/has {rank}", "")
-    return name
 
 
 def _number(environment: Mapping[str, str], name: str, least: int, most: int | None = None,

@@ -1,17 +1,29 @@
-"""The process groups of one runtime: a pair for each set of ranks, made by every rank in one order.
+"""The process groups of one runtime: a pair for each set of ranks, made by its members alone.
 
 A pair is a group for tensors on the device (NCCL, or gloo on CPU) and one for control traffic (gloo), so that
 a message never waits behind, or slips between, collectives. torch sorts the ranks of a group; so do we, and
 groups that differ only in the order of their members share a pair.
+
+`torch.distributed.new_group` is a call of all ranks of the job: it names a group by how many this process has
+made, and the members find each other in the store under that name. Our names say what all members know and
+no other group shares: the number of the runtime (each rank counts its own, in the store, so that nobody reads
+the addresses of one that it has closed), which of the pair it is, and the members. So ranks that are not in a
+group have no part in it, nor wait for those that are.
+
+One case remains a call of all. Where somebody has bound the default group to a GPU (`init_process_group` with
+`device_id`), torch makes NCCL's groups by ncclCommSplit, in which every rank of the default group takes part.
 """
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 
 @dataclass(frozen=True)
@@ -22,32 +34,53 @@ class Pair:
 
 
 class ProcessGroups:
-    """Pairs by sorted ranks. `create` is collective over all ranks of the job; the rest is local."""
+    """Pairs by sorted ranks, of the runtime `number` of each of them. Members make a pair together."""
 
-    def __init__(self, device: torch.device, timeout: timedelta) -> None:
-        self.device, self.timeout = device, timeout
+    def __init__(self, device: torch.device, timeout: timedelta, number: int) -> None:
+        self.device, self.timeout, self.number = device, timeout, number
         self._pairs: dict[tuple[int, ...], Pair] = {}
 
+    @property
+    def split(self) -> bool:
+        """Whether all ranks make all groups, in one order: see above."""
+        return dist.is_initialized() and distributed_c10d._get_default_group().bound_device_id is not None
+
     def create(self, rank_sets: Iterable[Iterable[int]]) -> None:
-        """Pairs for all of `rank_sets`, those of other ranks too;
-        sets of one rank, and those that exist, cost nothing."""
+        """Pairs for `rank_sets`; sets of one rank, and those that exist, cost nothing."""
         wanted = {tuple(sorted(ranks)) for ranks in rank_sets}
         for ranks in sorted(r for r in wanted if len(r) > 1 and r not in self._pairs):
-            self._pairs[ranks] = Pair(self._new(ranks, self.device), self._new(ranks, torch.device("cpu")))
+            self._pairs[ranks] = Pair(self._new("device", ranks, self.device),
+                                      self._new("cpu", ranks, torch.device("cpu")))
 
-    def _new(self, ranks: tuple[int, ...], device: torch.device) -> dist.ProcessGroup:
-        if device.type == "cuda":
-            return dist.new_group(list(ranks), self.timeout, "nccl", device_id=device)
-        return dist.new_group(list(ranks), self.timeout, "gloo")
+    def _new(self, half: str, ranks: tuple[int, ...], device: torch.device) -> dist.ProcessGroup:
+        how = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        if self.split:
+            return dist.new_group(list(ranks), self.timeout, how[0], device_id=how[1])
+        return _among(ranks, f"shardlib/{self.number}/{half} {_digest(ranks)}", self.timeout, *how)
 
     def pair(self, ranks: Iterable[int]) -> Pair | None:
         """The pair over `ranks`, in whatever order; None where it was not created."""
         return self._pairs.get(tuple(sorted(ranks)))
 
     def close(self) -> None:
-        """Destroys every group this rank is in."""
-        for ranks, pair in self._pairs.items():
+        """Destroys every group this rank is in, in an order that all ranks have in common."""
+        for ranks, pair in sorted(self._pairs.items(), key=itemgetter(0)):
             if dist.get_rank() in ranks:
                 dist.destroy_process_group(pair.device)
                 dist.destroy_process_group(pair.cpu)
         self._pairs.clear()
+
+
+def _among(ranks: tuple[int, ...], name: str, timeout: timedelta, backend: str,
+           device: torch.device | None) -> dist.ProcessGroup:
+    """The group `name` of `ranks`, who all call this: `new_group`, but for where the name comes from."""
+    group, _ = distributed_c10d._new_process_group_helper(
+        len(ranks), ranks.index(dist.get_rank()), list(ranks), dist.Backend(backend),
+        distributed_c10d._get_default_store(), name, timeout=timeout, device_id=device)
+    distributed_c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
+    return group
+
+
+def _digest(ranks: tuple[int, ...]) -> str:
+    """As long for a thousand members as for two: it stands before each key of the group."""
+    return hashlib.sha256(" ".join(map(str, ranks)).encode()).hexdigest()[:32]

@@ -17,6 +17,9 @@ round this way: on an idle machine 4 processes on 2 cores meet in 30 to 50 µs, 
 programs a yield costs a turn of theirs, and who slept goes first: yielding for 1 ms instead of 50 µs made an
 all_reduce of 4 kB between 4 busy processes 4 times slower."""
 
+NAMED = 64
+"""Ranks that a text lists, at most."""
+
 
 class RankError(RuntimeError):
     """Another rank has died, has left, or did not come in time.
@@ -32,6 +35,16 @@ class RankError(RuntimeError):
             fault = "has" + fault[4:] if fault.startswith("have") else fault
             return cls(f"{what}: rank {names[0]} {fault}")
         return cls(f"{what}: ranks {', '.join(names[:-1])} and {names[-1]} {fault}")
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """Ranks in a text, which stays short where they are thousands.
+
+    >>> listed((0, 2)), listed(range(1024))[-15:]
+    ('0 2', '63 and 960 more')
+    """
+    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    return " ".join(map(str, ranks[:NAMED])) + more
 
 
 def wait_until(ready: Callable[[], bool], timeout_s: float, look: Callable[[], None] = lambda: None) -> bool:

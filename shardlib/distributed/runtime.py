@@ -21,21 +21,25 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import entry_points
 from threading import get_ident
 from typing import Any
 from weakref import WeakSet
 
+import msgspec
 import torch
 import torch.distributed as dist
 
-from shardlib.distributed.agreement import same_plan
+from shardlib.distributed.agreement import different_plans
+from shardlib.distributed.board import own_connection
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.communicators.protocol import Factory, Place
 from shardlib.distributed.communicators.shared_memory import shared_memory
 from shardlib.distributed.communicators.torch_distributed import TorchDistributed
 from shardlib.distributed.group_coordinator import GroupCoordinator
+from shardlib.distributed.job import Job
 from shardlib.distributed.launch import Launch, join_job
 from shardlib.distributed.message_queue import MessageQueue
 from shardlib.distributed.process_groups import ProcessGroups
@@ -43,7 +47,7 @@ from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.routing import UNMEASURED, Table, find_table
 from shardlib.distributed.topology import hosts, identity
 from shardlib.distributed.watch import Watch
-from shardlib.distributed.watchdog import Watchdog, own_connection
+from shardlib.distributed.watchdog import Watchdog
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 
@@ -123,18 +127,19 @@ class Runtime:
                  factories: Sequence[Factory] = (), deterministic: bool = False, check: bool = False) -> None:
         self.mesh, self.device, self.rank, self.local_rank = mesh, device, launch.rank, launch.local_rank
         self.coordinate = mesh.coordinate(self.rank)
-        self.hosts, self.table = (0,), UNMEASURED
-        self._closed = False
+        self.table = UNMEASURED
+        self._closed = self._met = False
         Runtime.owns_torch |= owns_torch
         self._timeout, self._factories, self._deterministic, self._check = (timeout, tuple(factories),
                                                                             deterministic, check)
-        self._job: Place | None = None
-        self._process_groups = ProcessGroups(device, timeout)
+        world = mesh.world_size
+        self._job = (Job(dist.distributed_c10d._get_default_store(), self.rank, world) if world > 1 else None)
+        self._process_groups = ProcessGroups(device, timeout, self._job.number if self._job else 0)
         self._coordinators: dict[tuple[str, ...], GroupCoordinator] = {}
         self._places: dict[tuple[str, ...], Place] = {}
         self._graphs: WeakSet[Any] = WeakSet()
-        self._watchdog = self._start_watchdog() if mesh.world_size > 1 else None
-        self._seat = self._watchdog.watch.seat("job", range(mesh.world_size)) if self._watchdog else None
+        self._watchdog = self._start_watchdog() if world > 1 else None
+        self._seat = self._watchdog.watch.seat("job", range(world)) if self._watchdog else None
         if dist.is_initialized():
             _OPEN.add(self)
 
@@ -142,10 +147,9 @@ class Runtime:
         """Over a connection of its own to the store of torch.distributed;
         each runtime of a process has keys of its own there."""
         atexit.register(self._stop_watchdog)
-        default = dist.distributed_c10d._get_default_store()
-        number = default.add(f"shardlib/watched by {self.rank}", 1)
-        store = dist.PrefixStore(f"shardlib/watchdog {number}",
-                                 own_connection(default, self._timeout.total_seconds() / 4))
+        store = dist.PrefixStore(f"shardlib/watchdog {self._job.number}",
+                                 own_connection(dist.distributed_c10d._get_default_store(),
+                                                self._timeout.total_seconds() / 4))
         return Watchdog(Watch(), store, self.rank, self.mesh.world_size, self._timeout.total_seconds(),
                         self.device)
 
@@ -181,17 +185,17 @@ class Runtime:
                 watch.calls[get_ident()] = outer
 
     def create_groups(self, products: Iterable[Sequence[str]]) -> None:
-        """Makes the group over each product of axes, for all ranks of the mesh.
+        """Makes the group over each product of axes, with the other members of this rank's.
 
-        Every rank passes the same products.
+        Every rank passes the same products; it waits for those that are in groups with it.
         """
         wanted = [self._expand(axes) for axes in products]
         self._meet()
         self._together("make groups", self._create_groups, wanted)
 
     def _create_groups(self, wanted: Sequence[tuple[str, ...]]) -> None:
-        self._process_groups.create(self.mesh.group(axes, rank) for axes in wanted
-                                    for rank in range(self.mesh.world_size))
+        ranks = range(self.mesh.world_size) if self._process_groups.split else (self.rank,)
+        self._process_groups.create(self.mesh.group(axes, rank) for axes in wanted for rank in ranks)
         for axes in wanted:
             self.group(axes)
 
@@ -214,28 +218,26 @@ class Runtime:
 
         Every rank calls it.
         """
-        if self.mesh.world_size > 1:
-            self._meet()
-            self._together(f"compare plans of {title}", same_plan, title, self._job.ranks, plan,
-                           self._job.share)
+        if self._job is None:
+            return
+        self._meet()
+        wrong = self._together(f"compare plans of {title}", self._job.differ, plan,
+                               lambda plans: different_plans(title, plans))
+        if wrong:
+            raise SpecError(wrong)
 
     def _meet(self) -> None:
-        """Once, on all ranks: who is on which host, and the routing table, which is rank 0's."""
-        if self._job is None and self.mesh.world_size > 1:
-            self._together("meet", self._first_meeting)
+        """Once, on all ranks: the routing table, which is rank 0's."""
+        if not self._met and self._job is not None:
+            self._together("meet", self._take_table, self._job)
+            self._met = True
 
-    def _first_meeting(self) -> None:
-        everyone = tuple(range(self.mesh.world_size))
-        group = dist.new_group(list(everyone), self._timeout, "gloo")
-        control = TorchDistributed(group, everyone, self.rank)
-        job = Place("job", everyone, self.rank, (0,) * len(everyone), torch.device("cpu"), group, group,
-                    self._timeout.total_seconds(), control)
-        table, wrong = self._find_table() if self.rank == 0 else (b"", None)
-        met = job.share([identity(), table, wrong])
-        if met[0][2] is not None:
-            raise SpecError(met[0][2])
-        self.hosts, self.table = hosts([host for host, _, _ in met]), Table.decode(met[0][1], "of rank 0")
-        self._job = job
+    def _take_table(self, job: Job) -> None:
+        said = job.from_first(lambda: msgspec.msgpack.encode(self._find_table()))
+        table, wrong = msgspec.msgpack.decode(said, type=tuple[bytes, str | None])
+        if wrong is not None:
+            raise SpecError(wrong)
+        self.table = Table.decode(table, "of rank 0")
 
     def _find_table(self) -> tuple[bytes, str | None]:
         """The routing table, or why there is none: whatever it is, the others wait to be told."""
@@ -282,9 +284,9 @@ class Runtime:
             raise SpecError(
                 f"group {name} does not exist yet; call create_groups([{axes!r}]) on every rank first")
         data, control = (TorchDistributed(group, ranks, self.rank) for group in (pair.device, pair.cpu))
-        where = Place(name, ranks, self.rank, tuple(self.hosts[r] for r in ranks), self.device, pair.device,
-                      pair.cpu, self._timeout.total_seconds(), control)
-        self._places[axes] = where
+        where = Place(name, ranks, self.rank, (), self.device, pair.device, pair.cpu,
+                      self._timeout.total_seconds(), control)
+        where = self._places[axes] = replace(where, hosts=hosts(where.share(identity())))
         made = [(getattr(factory, "__name__", repr(factory)), factory(where))
                 for factory in dict.fromkeys(self._factories)]
         more = [c for _, c in made if not isinstance(c, str)]

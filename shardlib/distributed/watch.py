@@ -36,6 +36,8 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
+from shardlib.distributed.rank_error import listed
+
 REPLAY = "replay"
 
 
@@ -44,23 +46,23 @@ class Seat:
 
     count: the collectives that it has begun.  streams: handles of those it has called on.
     """
-    __slots__ = ("name", "ranks", "count", "communicators", "streams")
+    __slots__ = ("name", "ranks", "count", "communicators", "streams", "_text")
+    kind = "group "
 
     def __init__(self, name: str, ranks: Sequence[int]) -> None:
         self.name, self.ranks, self.count = name, tuple(ranks), 0
         self.communicators: Sequence[Any] = ()
         self.streams: set[int] = set()
+        self._text = f"{self.kind}{name} (ranks {listed(self.ranks)})"
 
     def __str__(self) -> str:
-        return f"group {self.name} (ranks {' '.join(map(str, self.ranks))})"
+        return self._text
 
 
 class Replays(Seat):
     """The replays of one captured step, which `name` says."""
     __slots__ = ()
-
-    def __str__(self) -> str:
-        return f"{self.name} (ranks {' '.join(map(str, self.ranks))})"
+    kind = ""
 
 
 class Doing(NamedTuple):

@@ -1,9 +1,9 @@
 """No silent hang: a thread that knows which collective this process is in,
 and ends the job with a report when one takes too long.
 
-Every process of a job writes its state into the store of torch.distributed, under its rank, a few times a
-second; nothing of this goes through a process group, which may be what is broken. A report says where this
-rank is, and which ranks are not there:
+Every process of a job writes its state on a `board` in the store of torch.distributed, a few times a second,
+and looks there whether the job is over; nothing of this goes through a process group, which may be what is
+broken. A report reads the states of the ranks that this one waits for, and says which of them are not there:
 
     shardlib [rank 0] has waited 45 s in collective 3 of group tp (ranks 0 1): all_reduce ...
     shardlib [rank 0]   rank 1 is in no collective; its last was collective 2 of group tp (ranks 0 1): ...
@@ -34,14 +34,14 @@ import signal
 import socket
 import threading
 import weakref
-from datetime import timedelta
+from itertools import chain, islice
 from time import monotonic, sleep
 from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
 
+from shardlib.distributed.board import Board
 from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.saying import flush, say
 from shardlib.distributed.scene import Scene, State
@@ -49,6 +49,8 @@ from shardlib.distributed.siblings import end_stopped
 from shardlib.distributed.streams import marks, passed
 from shardlib.distributed.watch import Doing, Moment, Watch, encodable
 
+LOOKED = 64
+"""Ranks whose states a report reads, at most, where it does not wait for more."""
 _FAILED, _STOP, _RAISED = 0x80, 0x81, 0x82      # what wakes the thread, beside the numbers of signals
 
 
@@ -60,13 +62,13 @@ class Watchdog:
 
     def __init__(self, watch: Watch, store: dist.Store, rank: int, world_size: int, timeout_s: float,
                  device: torch.device) -> None:
-        self.watch, self.store, self.device = watch, store, device
+        self.watch, self.board, self.device = watch, Board(store), device
         self.rank, self.world_size = rank, world_size
         self.timeout_s, self.limit_s, self.tick_s = timeout_s, 0.75 * timeout_s, min(1.0, timeout_s / 40)
         self._beat, self._failure, self._report, self._left = 0, (None, ""), "", False
         self._raised = ""                           # how this rank has ended the job, if it has
-        self._told, self._marked, self._waiting, self._asked = threading.Event(), None, None, None
-        self._mute = f"  the store{_on_host(store)} does not answer"
+        self._told, self._marked, self._waiting = threading.Event(), None, None
+        self._mute = f"  {self.board.where} does not answer"
         self._woken, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         self._stopped, self._failing = threading.Event(), threading.Lock()
@@ -180,7 +182,7 @@ class Watchdog:
             self._tell(head, mine)
             self._told.set()
         if _RAISED in woken:
-            self._ask(lambda s: s.set("over", f"rank {self.rank} {self._raised}"))
+            self.board.ask(lambda s: s.set("over", f"rank {self.rank} {self._raised}"))
             self._let_all_say()
             self._told.set()
         if signal.SIGTERM in woken and signal.getsignal(signal.SIGTERM) == self._on_term:
@@ -194,7 +196,7 @@ class Watchdog:
             return
         mine = self._waiting = stuck or self.watch.now
         if over is None:
-            self._ask(lambda s: s.set("over", ""))
+            self.board.ask(lambda s: s.set("over", ""))
         where = Moment.of(mine) if mine else None
         waits = (f"has waited {monotonic() - mine[-1]:.0f} s in {where}" if stuck else f"ends in {where}"
                  if mine else f"ends: it {self._state()}")
@@ -208,8 +210,8 @@ class Watchdog:
 
     def _over(self) -> str | None:
         """Why another rank has ended the job: "" where a collective took too long. None where none has."""
-        return (None if self._raised
-                else self._ask(lambda s: s.get("over").decode() if s.check(["over"]) else None))
+        over = None if self._raised else self.board.look("over")
+        return None if over is None else over.decode()
 
     def _stuck(self) -> tuple | None:
         """The collective that takes longer than it may; on a GPU also the last, if it is not come past."""
@@ -248,11 +250,9 @@ class Watchdog:
 
     def _let_all_say(self) -> None:
         """Waits, some ticks at most, until all ranks have said why the job ends."""
-        self._ask(lambda s: s.add("said", 1))
-        until = monotonic() + 3 * self.tick_s
-        while (monotonic() < until
-               and (self._ask(lambda s: s.add("said", 0)) or self.world_size) < self.world_size):
-            sleep(0.02)
+        self.board.ask(lambda s: s.add("said", 1))
+        self.board.wait(lambda: (self.board.ask(lambda s: s.add("said", 0)) or self.world_size)
+                        >= self.world_size, 3 * self.tick_s)
 
     def _guard(self) -> None:
         """Ends the process in time even if the other thread is gone, or waits: for the store, say.
@@ -263,7 +263,7 @@ class Watchdog:
         if self.device.type == "cuda":
             _leave_captures_alone()
         while not self._stopped.wait(self.tick_s):
-            now, asked, at = self.watch.now, self._asked, monotonic()
+            now, asked, at = self.watch.now, self.board.asked, monotonic()
             cut_off = asked is not None and at - asked > self.timeout_s / 5
             if now is not None and at - now[-1] > (self.limit_s if cut_off else 0.95 * self.timeout_s):
                 try:
@@ -277,7 +277,7 @@ class Watchdog:
         """The report: its first line at once, the others after a look at who still lives."""
         mine = mine or self.watch.now
         say(self.rank, [head])
-        lines = (self._scene(Moment.of(mine)).lines() if self._ask(lambda s: s.check(["over"]) is not None)
+        lines = (self._absent(Moment.of(mine)) if self.board.ask(lambda s: s.check(["over"]) is not None)
                  else [self._mute])
         lines += [f"  {text}" for c in (Doing(*mine).seat.communicators if mine else ())
                   if (text := _report_of(c))]
@@ -294,26 +294,39 @@ class Watchdog:
         say(self.rank, [head, self._mute])
         self._report = f"{head}\n{self._mute}"
 
+    def _absent(self, mine: Moment | None) -> list[str]:
+        """Who is not there, in lines.
+
+        Where more than LOOKED ranks wait, one looks for all that are in this call: the first that gets here.
+        The others show it meanwhile that they live.
+        """
+        if mine is None or mine.peer is not None or len(mine.ranks) <= LOOKED:
+            return self._scene(mine).lines()
+        key = f"absent from {mine}"
+        if self.board.ask(lambda s: s.add(f"{key}: looks", 1)) != 1:
+            found = self.board.wait(lambda: self._publish() or self.board.look(key), 4 * self.tick_s)
+            return found.decode().split("\n") if found else ["  the rank that looks for all has not answered"]
+        lines = self._scene(mine).lines()
+        self.board.ask(lambda s: s.set(key, "\n".join(lines)))
+        return lines
+
     def _scene(self, mine: Moment | None) -> Scene:
-        """All states, and who is silent: whose beat stands still."""
-        before, until = self._states(), monotonic() + 2.5 * self.tick_s
+        """The states that matter, and who is silent: whose beat stands still."""
+        near = self._near(mine)
+        before, until = self.board.read(near), monotonic() + 2.5 * self.tick_s
         while monotonic() < until:
             sleep(self.tick_s / 4)
             self._publish()
-        states = self._states()
+        states = self.board.read(near)
         still = [r for r, s in states.items() if r != self.rank and s.beat == before[r].beat and not s.left]
         return Scene(self.rank, mine, states, {r: "it was killed, stopped or cut off" for r in still})
 
-    def _states(self) -> dict[int, State]:
-        """Every rank's state; that of a rank that has never written one is empty."""
-        made = {}
-        for rank in range(self.world_size):
-            text = self._ask(lambda s: s.get(str(rank)) if s.check([str(rank)]) else None)
-            try:
-                made[rank] = msgspec.msgpack.decode(text, type=State) if text else State()
-            except msgspec.DecodeError:
-                made[rank] = State(left=True, note="has written what is no state")
-        return made
+    def _near(self, mine: Moment | None) -> list[int]:
+        """The ranks that this one waits for; and others up to LOOKED, from its smallest group to the job."""
+        waits = () if mine is None else mine.ranks if mine.peer is None else (mine.peer,)
+        groups = sorted((seat.ranks for seat in self.watch.seats), key=len)
+        found = dict.fromkeys(chain(waits, *groups, range(self.world_size)))
+        return list(islice(found, max(LOOKED, len(waits))))
 
     def _state(self) -> State:
         watch = self.watch
@@ -323,40 +336,13 @@ class Watchdog:
 
     def _publish(self) -> None:
         self._beat += 1
-        self._ask(lambda s: s.set(str(self.rank), msgspec.msgpack.encode(self._state())))
-
-    def _ask(self, question: Any) -> Any:
-        """What the store answers; None once it does not."""
-        if self.store is None:
-            return None
-        self._asked = monotonic()
-        try:
-            return question(self.store)
-        except RuntimeError:
-            self.store = None
-            return None
-        finally:
-            self._asked = None
+        self.board.write(self.rank, self._state())
 
 
 def _leave_captures_alone() -> None:
     """What this thread asks of the GPU does not end the capture of a CUDA graph in another one."""
     relaxed = ctypes.c_int(2)
     ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
-
-
-def own_connection(store: dist.Store, timeout_s: float) -> dist.Store:
-    """A connection to `store` that another thread may use."""
-    made = store.clone() if hasattr(store, "clone") else store
-    made.set_timeout(timedelta(seconds=timeout_s))
-    return made
-
-
-def _on_host(store: Any) -> str:
-    """The host that holds the store for all ranks, where it is a TCPStore."""
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    return f" on {store.host}" if isinstance(store, dist.TCPStore) else ""
 
 
 def _first_line(error: BaseException) -> str:

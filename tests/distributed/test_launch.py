@@ -10,7 +10,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from shardlib.distributed.launch import Launch, _meet, _store
+from shardlib.distributed.launch import Launch, _store
+from shardlib.distributed.meeting import CALLED, meet
 from shardlib.distributed.rank_error import RankError, wait_until
 from shardlib.errors import SpecError
 
@@ -23,7 +24,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 def come(pool: ThreadPoolExecutor, store: dist.Store, ranks: Sequence[int],
          timeout_s: float = 20.0) -> list[Future[str]]:
-    return [pool.submit(_meet, store, rank, 3, timeout_s) for rank in ranks]
+    return [pool.submit(meet, store, rank, 3, timeout_s) for rank in ranks]
 
 
 def test_all_get_one_name_and_each_meeting_another(pool: ThreadPoolExecutor) -> None:
@@ -32,20 +33,30 @@ def test_all_get_one_name_and_each_meeting_another(pool: ThreadPoolExecutor) -> 
         (name,) = {future.result() for future in come(pool, store, ranks)}
         names.add(name)
     assert len(names) == 3
-    assert _meet(dist.HashStore(), 0, 1, 0.0).startswith("meeting ")
+    assert meet(dist.HashStore(), 0, 1, 0.0).startswith("meeting ")
 
 
-def test_who_died_on_the_way_is_not_met(pool: ThreadPoolExecutor) -> None:
-    """Rank 2 asked and died; rank 0 took its word for that of the living one, until that came.
-
-    Agents have counted differently.
-    """
+def test_a_meeting_that_a_dead_rank_0_has_called_is_left_for_the_next(pool: ThreadPoolExecutor) -> None:
     store = dist.HashStore()
-    store.set("shardlib/asks/2", "a word of the dead")
-    early = come(pool, store, (0, 1))
-    assert (wait_until(lambda: store.check(["shardlib/answer/a word of the dead"]), 20.0)
-            and not early[0].done())
-    assert len({future.result() for future in early + come(pool, store, (2,))}) == 1
+    store.set(CALLED, "meeting of the dead")
+    early = come(pool, store, (1, 2))
+    assert wait_until(lambda: store.add("shardlib/meeting of the dead/came", 0) == 2, 20.0)
+    assert not early[0].done() and not early[1].done()
+    (name,) = {future.result() for future in early + come(pool, store, (0,))}
+    assert name != "meeting of the dead"
+
+
+def test_who_died_on_the_way_is_followed_by_its_successor(pool: ThreadPoolExecutor) -> None:
+    """Rank 2 came and died; it is counted once, and rank 1 still waited for."""
+    store = dist.HashStore()
+    first = come(pool, store, (0,))
+    assert wait_until(lambda: store.check([CALLED]), 20.0)
+    name = store.get(CALLED).decode()
+    store.add(f"shardlib/{name}/has 2", 1)
+    store.add(f"shardlib/{name}/came", 1)
+    again = come(pool, store, (2,))
+    assert wait_until(lambda: store.add(f"shardlib/{name}/has 2", 0) == 2, 20.0) and not first[0].done()
+    assert {future.result() for future in first + again + come(pool, store, (1,))} == {name}
 
 
 def test_who_is_missing_is_named(pool: ThreadPoolExecutor) -> None:

@@ -471,6 +471,26 @@ def two_runtimes(runtime: Runtime, axes: list[str]) -> list[Any]:
     return [*got, dist.is_initialized()]
 
 
+def groups_in_turn(runtime: Runtime, orders: list[list[list[str]]]) -> list[float]:
+    """This rank's sum of ranks over each group, made one after another in an order of its own."""
+    sums = []
+    for axes in orders[runtime.rank]:
+        runtime.create_groups([axes])
+        sums.append(runtime.group(axes).all_reduce(torch.tensor([float(runtime.rank)])).item())
+    return sums
+
+
+def groups_again(runtime: Runtime, orders: list[list[list[str]]]) -> list[Any]:
+    """The same in runtimes that come and go: beside this one, and where torch.distributed ends with each."""
+    sums = [groups_in_turn(runtime, orders)]
+    for again in range(4):
+        if again == 2:
+            runtime.close()
+        with connect(runtime.mesh, "cpu", 5.0) as other:
+            sums.append(groups_in_turn(other, orders))
+    return [*sums, dist.is_initialized(), "TORCH_GLOO_LAZY_INIT" in os.environ]
+
+
 def hang(runtime: Runtime) -> None:
     """Never answers in time."""
     time.sleep(3600)

@@ -29,7 +29,7 @@ def places(runtime: Runtime) -> dict[str, Any]:
     """Where this rank is, and in each group: who else, who takes a small all_reduce, and who declined to."""
     groups = [runtime.group(axes) for axes in GROUPS]
     return {"rank": runtime.rank, "local_rank": runtime.local_rank, "name": os.uname().nodename,
-            "hosts": list(runtime.hosts),
+            "hosts": list(runtime._places[GROUPS[-1]].hosts),
             "groups": {g.name: [list(g.ranks), g.route("all_reduce", torch.ones(4), "sum").name,
                                 g.router.declined] for g in groups}}
 

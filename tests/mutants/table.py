@@ -27,7 +27,7 @@ GROUP, ROUTING, WATCHDOG, TENSORS, QUEUE = (f"tests/distributed/test_{name}.py" 
 INDICES, LOSSES, ENDS = ("tests/lowering/test_index_check.py", "tests/ops/test_cross_entropy.py",
                          WATCHDOG + " -k ends_the_others")
 NVLINK, PROTOCOLS = "tests/ops/test_nvlink.py", "tests/triton_kernels/test_protocols.py"
-CALLS = "tests/distributed/test_asked.py"
+CALLS, COST, MEETING = (f"tests/distributed/test_{name}.py" for name in ("asked", "cost", "launch"))
 SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/compiler/test_sizes.py"
 LOCAL, PIECES = "tests/language/test_local.py", "tests/test_errors.py -k piece_that_is"
 DTYPES, BY_HAND, ERRORS, RULES = (f"tests/test_{name}.py" for name in (
@@ -360,7 +360,20 @@ MUTANTS = (
     Mutant("ops/cross_entropy.py", "top = b.settle(b.call(MAX, [x], outs=(small,)))",
            "top = b.call(MAX, [x], outs=(small,))", LOSSES),
     Mutant("shardlib/distributed/watchdog.py",
-           "return (None if self._raised\n                else ", "return (", ENDS),
+           'None if self._raised else self.board.look("over")', 'self.board.look("over")', ENDS),
+    # what a rank asks of the store
+    Mutant("shardlib/distributed/meeting.py", 'has {rank}", 1) == 1:', 'has {rank}", 1):',
+           MEETING + " -k successor"),
+    Mutant("shardlib/distributed/meeting.py", "and called != name:", "and not name:",
+           MEETING + " -k dead_rank_0"),
+    Mutant("shardlib/distributed/process_groups.py", 'f"shardlib/{self.number}/{half}', 'f"shardlib/{half}',
+           "tests/distributed/test_process_groups.py -k made_again"),
+    Mutant("shardlib/distributed/job.py", 'self._store.add(f"{key}/{digest}", 0) == self.world_size', "True",
+           COST + " -k plans"),
+    Mutant("shardlib/distributed/board.py", "now=_brief(state.now)", "now=state.now", COST + " -k tick"),
+    Mutant("shardlib/distributed/watchdog.py", "islice(found, max(LOOKED, len(waits)))",
+           "islice(found, None)", COST + " -k waited_for"),
+    Mutant("shardlib/distributed/watchdog.py", "(mine.peer,)", "mine.ranks", COST + " -k for_nobody"),
     Mutant("shardlib/distributed/watchdog.py", "            self._post(_RAISED)\n", "", ENDS),
     Mutant("shardlib/distributed/watchdog.py", "            if over:\n                self._tell_why(over)\n"
            "            else:\n                self._tell(waits, mine)",

@@ -1,0 +1,79 @@
+"""Groups are made by their members alone: in whatever order, and again in runtimes that come and go."""
+from __future__ import annotations
+
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pool
+
+from shardlib.distributed import process_groups
+from shardlib.distributed.process_groups import ProcessGroups
+from shardlib.distributed.runtime import Runtime
+from shardlib.mesh import Mesh
+
+DP, TP, BOTH = ["dp"], ["tp"], ["dp", "tp"]
+
+
+def test_ranks_make_their_groups_in_different_orders(pool: Pool) -> None:
+    """Ranks 0 and 1 begin with tp, which is theirs alone; the others wait for them in dp."""
+    world = pool.connect("dp=2,tp=2", [], 4)
+    orders = [[TP, DP, BOTH]] * 2 + [[DP, TP, BOTH]] * 2
+    assert world.run("groups_in_turn", orders) == [[1, 2, 6], [1, 4, 6], [2, 5, 6], [4, 5, 6]]
+
+
+def test_ranks_that_make_no_group_are_not_waited_for(pool: Pool) -> None:
+    world = pool.connect("dp=2,tp=2", [], 4)
+    assert world.run("groups_in_turn", [[TP], [TP], [], []]) == [[1], [1], [], []]
+    assert world.run("groups_in_turn", [[], [], [TP], [TP]]) == [[], [], [5], [5]]
+
+
+def test_groups_are_made_again_where_runtimes_come_and_go(pool: Pool) -> None:
+    """No group reads what an earlier one of the same ranks has left in the store."""
+    world = pool.connect("dp=2,tp=2", [], 4)
+    sums = [[1, 2], [1, 4], [2, 5], [4, 5]]
+    found = world.run("groups_again", [[TP, DP]] * 2 + [[DP, TP]] * 2)
+    pool.joined = None
+    assert found == [[mine] * 5 + [False, False] for mine in sums]
+
+
+def made(monkeypatch: pytest.MonkeyPatch, mesh: Mesh, rank: int, bound: Any = None) -> list[tuple[int, ...]]:
+    """The members of each process group that `rank` makes where its runtime makes groups over tp and dp."""
+    calls: list[tuple[int, ...]] = []
+    monkeypatch.setattr(process_groups.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(process_groups.distributed_c10d, "_get_default_group",
+                        lambda: SimpleNamespace(bound_device_id=bound))
+    monkeypatch.setattr(process_groups, "_among", lambda ranks, *how: calls.append(ranks))
+    monkeypatch.setattr(process_groups.dist, "new_group",
+                        lambda ranks, *how, **more: calls.append(tuple(ranks)))
+    groups = ProcessGroups(torch.device("cpu"), timedelta(seconds=1), 1)
+    runtime = SimpleNamespace(mesh=mesh, rank=rank, _process_groups=groups, group=lambda axes: None)
+    Runtime._create_groups(runtime, [("tp",), ("dp",)])
+    return calls
+
+
+@pytest.mark.parametrize("dp", [2, 16, 256, 1024])
+def test_a_rank_makes_its_own_groups_however_many_there_are(dp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    across, tp = tuple(range(11, 64 * dp, 64)), tuple(range(8, 16))
+    assert made(monkeypatch, Mesh(dp=dp, cp=8, tp=8), 11) == [tp, tp, across, across]
+
+
+def test_where_groups_are_split_off_a_bound_one_every_rank_makes_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ncclCommSplit is a call of all ranks of the group that is split."""
+    found = made(monkeypatch, Mesh(dp=2, tp=2), 0, bound=torch.device("cuda", 0))
+    assert found == [ranks for ranks in ((0, 1), (0, 2), (1, 3), (2, 3)) for _ in range(2)]
+
+
+def test_torch_still_makes_a_group_under_a_name_that_it_is_given() -> None:
+    """`_among` relies on a function of torch that is not public."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = process_groups._among((0,), "ours", timedelta(seconds=5), "gloo", None)
+        dist.all_reduce(x := torch.ones(2), group=group)
+        assert (group.group_name, dist.get_process_group_ranks(group), x.tolist()) == ("ours", [0], [1, 1])
+        dist.destroy_process_group(group)
+    finally:
+        dist.destroy_process_group()
