@@ -486,7 +486,8 @@ def test_deep_and_huge_text_is_refused_at_once(text):
 def test_a_call_has_as_many_operands_as_its_op_takes(call: str, said: str) -> None:
     """One too many was read as if it were not there."""
     with pytest.raises(SpecError) as error:
-        parse_program(f"@sharded('D -> D', layout=EXPLICIT)\ndef f(x):\n    v = {call}\n    return v", ops=OPS)
+        parse_program("@sharded('D -> D', layout=EXPLICIT)\n"
+                      f"def f(x):\n    v = {call}\n    return v", ops=OPS)
     assert str(error.value).split("  ")[0] == said
 
 
