@@ -240,8 +240,13 @@ class Watchdog:
             os._exit(128 + signal.SIGTERM)
 
     def _leave(self) -> None:
-        """Ends the process after all that live have reported: torchrun ends the others after the first."""
+        """Ends the process after all that live have reported: torchrun ends the others after the first.
+
+        One that is late finds in its state that it has left, and does not take it for dead.
+        """
         self._let_all_say()
+        self._left = True
+        self._publish()
         try:
             end_stopped()
         finally:
@@ -311,14 +316,20 @@ class Watchdog:
         return lines
 
     def _scene(self, mine: Moment | None) -> Scene:
-        """The states that matter, and who is silent: whose beat stands still."""
+        """The states that matter, and who is silent: whose beat stands still, at a second look too where the
+        machine may be busy."""
         near = self._near(mine)
-        before, until = self.board.read(near), monotonic() + 2.5 * self.tick_s
-        while monotonic() < until:
-            sleep(self.tick_s / 4)
-            self._publish()
-        states = self.board.read(near)
-        still = [r for r, s in states.items() if r != self.rank and s.beat == before[r].beat and not s.left]
+        before = self.board.read(near)
+        for ticks in (2.5, 1.5):
+            until = monotonic() + ticks * self.tick_s
+            while monotonic() < until:
+                sleep(self.tick_s / 4)
+                self._publish()
+            states = self.board.read(near)
+            still = [r for r, s in states.items()
+                     if r != self.rank and s.beat == before[r].beat and not s.left]
+            if not still:
+                break
         return Scene(self.rank, mine, states, {r: "it was killed, stopped or cut off" for r in still})
 
     def _near(self, mine: Moment | None) -> list[int]:

@@ -18,6 +18,7 @@ from shardlib import Layout, Mesh, SpecError, lower, reshard, sharded
 from shardlib.distributed import connect
 from shardlib.distributed import watchdog as watchdog_module
 from shardlib.distributed.agreement import different_plans
+from shardlib.distributed.board import Board
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.group_coordinator import GroupCoordinator
 from shardlib.distributed.rank_error import wait_until
@@ -348,6 +349,27 @@ time.sleep(30)
 def test_a_stderr_that_nobody_reads_holds_nobody_up(how: str) -> None:
     """As a pager, or `2>&1 | head`, leaves it."""
     assert script(UNREAD, how)[:2] == (1, "")
+
+
+LEAVES = """
+import sys, time, torch, torch.distributed as dist
+from shardlib.distributed.watch import Watch
+from shardlib.distributed.watchdog import Watchdog
+
+watch = Watch()
+watch.begin(watch.seat("tp", (0, 1)), "barrier")
+dog = Watchdog(watch, dist.FileStore(sys.argv[1]), 0, 2, 2.0, torch.device("cpu"))
+time.sleep(30)
+"""
+
+
+def test_a_rank_that_has_reported_and_ended_is_not_silent(tmp_path: Path) -> None:
+    """One that reports later still reads in which collective it was."""
+    status, _, said = script(LEAVES, str(tmp_path / "store"))
+    assert status == 1
+    assert said.startswith(f"shardlib [rank 0] has waited 2 s in collective 1 of {TP}: barrier")
+    state = Board(dist.FileStore(str(tmp_path / "store"))).read((0,))[0]
+    assert state.left and str(state) == f"is in collective 1 of {TP}: barrier"
 
 
 MUTE = """
