@@ -9,7 +9,7 @@ from __future__ import annotations
 import linecache
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -20,6 +20,7 @@ from shardlib.compiler.passes.pack import Packing, emit_packed, packings
 from shardlib.dtypes import inner_dtypes, read_dtypes, value_dtypes, widest
 from shardlib.errors import SpecError
 from shardlib.language.cond import COND
+from shardlib.language.fused import FUSED
 from shardlib.language.pointwise import CAST_LIKE, WIDEN
 from shardlib.language.scan import SCAN
 from shardlib.lowering.buffers import updated_arguments, updates_of, use_counts
@@ -241,6 +242,8 @@ class Emitter:
                 made = self._scan(step, names, owned, uses)
             elif step.op is COND:
                 made = self._cond(step, names)
+            elif step.op is FUSED:
+                made = self._fused(step, names, program.name)
             else:
                 made = self._line(step, names, owned, uses)
             self._where = around
@@ -312,6 +315,15 @@ class Emitter:
             lines += [head, *_indented(block or ["pass"])]
         self.invariant, self._branch = around
         names.update(zip(step.outputs, made))
+        return lines
+
+    def _fused(self, step: Step, names: dict[str, str], title: str) -> list[str]:
+        """The body in its place: its steps are those of the program `title` around it."""
+        (body,) = step.bodies
+        inner = {path: names[value] for path, value in step.passed(body)}
+        dtypes = inner_dtypes(step, body, self.dtypes)
+        lines = self._block(replace(body, name=title), inner, set(), {}, dtypes)
+        names.update((out, inner[n]) for out, (n, _) in zip(step.outputs, body.result_leaves()))
         return lines
 
     def _scan(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> list[str]:
