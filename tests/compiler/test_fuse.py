@@ -1,0 +1,247 @@
+"""Fusions: what is found of them in programs, what is like one and is none, and that nothing else changes."""
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from decoded import collectives, config, decoded
+
+from shardlib import EXPLICIT, Mesh, all_gather, all_reduce, explain, lower, prove, sharded
+from shardlib.compiler.fusion import Fusion
+from shardlib.compiler.parser import check, parse_program
+from shardlib.compiler.passes import DEFAULT
+from shardlib.compiler.passes.fuse import fuse, fusion_report
+from shardlib.functions import silu, sum
+from shardlib.language.fused import FUSED
+from shardlib.language.scan import SCAN
+from shardlib.models.layouts import named_layout
+from shardlib.models.llama import next_logits
+from shardlib.ops import TABLE, rms_norm
+from shardlib.ops.fusions import FUSIONS
+from shardlib.program import Program
+
+ROTATED = (*DEFAULT, "rotate_scan")
+FUSING = (*ROTATED, *fuse(FUSIONS))
+PLACES = [("tp=2", "tp"), ("tp=3", "tp"), ("tp=2", "tp+sp"), ("dp=2,tp=2", "tp"), ("dp=2,tp=2", "tp+fsdp"),
+          ("dp=2,tp=2", "tp+sp+fsdp"), ("tk=2,tg=2", "tp"), ("tk=2,tg=2", "tp+sp"), ("cp=2,tp=2", "tp+cp"),
+          ("cp=2,tp=2", "tp+sp+cp"), ("dp=2,tk=2,tg=2", "tp+sp+fsdp")]
+
+
+def sites(program: Program, layers: int) -> Counter[str]:
+    """The fused steps of one run."""
+    found: Counter[str] = Counter()
+    for step in program.steps:
+        if step.op is FUSED:
+            found[step.bodies[0].name] += 1
+        for body in step.bodies if step.op is SCAN else ():
+            for name, count in sites(body, layers).items():
+                found[name] += layers * count
+    return found
+
+
+def unfused(program: Program) -> list[str]:
+    return [line for line in fusion_report(program) if not line.endswith(": fused")]
+
+
+def lowered(mesh: str, layout: str, passes: Any, layers: int = 2) -> Program:
+    here = Mesh.parse(mesh)
+    return lower(next_logits, named_layout(layout, here), mesh=here, config=config(layers), passes=passes)
+
+
+@pytest.mark.parametrize("mesh, layout", PLACES)
+def test_all_sums_of_a_llama_fuse_with_their_norms(mesh: str, layout: str) -> None:
+    here, of, layers = Mesh.parse(mesh), config(2), 2
+    plain, made = lowered(mesh, layout, ROTATED), lowered(mesh, layout, FUSING)
+    sums = "reduce_scatter_add_rms_norm" if "sp" in layout else "all_reduce_add_rms_norm"
+    assert sites(made, layers) == {sums: 2 * layers + 1, "gate_up": layers}
+    assert collectives(made, layers) == collectives(plain, layers)
+    assert parse_program(str(made), TABLE) == made == check(made, here)
+    sizes = dict(of.sizes, B=4, T=5, S=6)
+    assert prove(plain, here, sizes).collectives == prove(made, here, sizes).collectives
+    one, other = explain(plain, here, sizes), explain(made, here, sizes)
+    assert (one.received, one.collectives) == (other.received, other.collectives)
+
+
+@pytest.mark.parametrize("mesh, layout", [("tp=2", "tp"), ("tp=2", "tp+sp"), ("dp=2,tp=2", "tp+fsdp")])
+def test_the_llama_decodes_the_same_bits(mesh: str, layout: str) -> None:
+    here = Mesh.parse(mesh)
+    plain, made = (decoded(lowered(mesh, layout, passes, 1), here, config(1)) for passes in (ROTATED, FUSING))
+    assert all(torch.equal(a, b) for a, b in zip(plain, made, strict=True))
+
+
+# -- what is one, and what is like one -----------------------------------------------------------------------
+
+MESH = Mesh(a=2, b=2)
+
+
+@sharded("T D +x, T D, D -> T D, T D", layout=EXPLICIT)
+def summed(y, residual, w, *, eps):
+    x = residual + all_reduce("T D +x -> T D", y)
+    return x, rms_norm(x, w, eps)
+
+
+@sharded("T/x D, T/x D -> T D", layout=EXPLICIT)
+def both_gathered(u, v):
+    return all_gather("T/x D -> T D", u) * all_gather("T/x D -> T D", v)
+
+
+@sharded("F, F -> F", layout=EXPLICIT)
+def gated(gate, up):
+    return silu(gate) * up
+
+
+SMALL = (Fusion(summed), Fusion(both_gathered), Fusion(gated))
+
+
+def lines(f: Any, *table: Fusion) -> list[str]:
+    """The report, without the lines of this file."""
+    program = lower(f, mesh=MESH, passes=fuse(table or SMALL))
+    assert parse_program(str(program), TABLE) == program == check(program, MESH)
+    return [re.sub(r" at test_fuse.py:\d+", "", line) for line in fusion_report(program)]
+
+
+@sharded("B T D/b +a, B T D/b, D/b -> B T D/b, B T D/b", layout=EXPLICIT)
+def sum_of_a_gated_sum(y, r, w):
+    p = all_reduce("B T D/b +a -> B T D/b", y)
+    return silu(p) * r, silu(w) * w
+
+
+@sharded("B Q +b +a, B Q, Q -> B Q", layout=EXPLICIT)
+def other_letters_a_product_and_two_eps(y, r, w):
+    first = all_reduce("B Q +a +b -> B Q", y) + r
+    h = rms_norm(first, w, 0.125)
+    return rms_norm(first + all_reduce("B Q +a +b -> B Q", y * 2), w, 0.25) * h
+
+
+@sharded("B/b D +a, B/b D, D -> B/b D", layout=EXPLICIT)
+def one_axis_rides_along(y, r, w):
+    return rms_norm(all_reduce("B/b D +a -> B/b D", y) + r, w, 0.5)
+
+
+@sharded("K G T D +a, K G T D, D -> K G T D", layout=EXPLICIT)
+def more_dims(y, r, w):
+    return rms_norm(all_reduce("K G T D +a -> K G T D", y) + r, w, 0.5)
+
+
+@sharded("D +a, D, D -> D", layout=EXPLICIT)
+def no_more_dims(y, r, w):
+    return rms_norm(r + all_reduce("D +a -> D", y), w, 0.5)
+
+
+@sharded("T D, T D -> T D, T D", layout=EXPLICIT)
+def up_to_the_order(x, y):
+    return silu(x) * y, y * silu(x)
+
+
+@sharded("T D -> T D", layout=EXPLICIT)
+def one_operand_twice(x):
+    return silu(x) * x
+
+
+@sharded("T/a/b D, T/a/b D -> T D", layout=EXPLICIT)
+def of_a_product(u, v):
+    return all_gather("T/a/b D -> T D", u) * all_gather("T/a/b D -> T D", v)
+
+
+@pytest.mark.parametrize("f", [other_letters_a_product_and_two_eps, one_axis_rides_along, more_dims,
+                               no_more_dims, up_to_the_order, one_operand_twice, of_a_product])
+def test_what_is_one(f: Any) -> None:
+    assert lines(f) and all(line.endswith(": fused") for line in lines(f))
+
+
+def test_each_site_keeps_its_own_attributes_and_types() -> None:
+    program = lower(other_letters_a_product_and_two_eps, mesh=MESH, passes=fuse(SMALL))
+    assert str(program).split("\n\n\n")[1:] == ['''\
+@sharded("B Q +a +b, B Q, Q -> B Q, B Q", layout=EXPLICIT)
+def summed__2(y, residual, w):
+    v1 = all_reduce("B Q +a +b -> B Q", y)
+    x = residual + v1
+    v2 = rms_norm(x, w, eps=0.25)
+    return x, v2''', '''\
+@sharded("B Q +a +b, B Q, Q -> B Q", layout=EXPLICIT)
+def other_letters_a_product_and_two_eps(y, r, w):
+    first, h = fused(summed, y, r, w)
+    v2 = y * 2
+    v4, v5 = fused(summed__2, v2, first, w)
+    v6 = v5 * h
+    return v6
+''']
+
+
+@sharded("T D +a, T D, D -> T D, T D", layout=EXPLICIT)
+def used_elsewhere(y, r, w):
+    paid = all_reduce("T D +a -> T D", y)
+    return rms_norm(r + paid, w, 0.5), paid * 2
+
+
+@sharded("T D +a, T D, D -> T D, T D", layout=EXPLICIT)
+def returned(y, r, w):
+    paid = all_reduce("T D +a -> T D", y)
+    return rms_norm(r + paid, w, 0.5), paid
+
+
+@sharded("T D +a, T D -> T D", layout=EXPLICIT)
+def cyclic(y, r):
+    x = r + all_reduce("T D +a -> T D", y)
+    return rms_norm(x, sum("T D -> D", x), 0.5)
+
+
+@sharded("T D +a, T D, D -> T D", layout=EXPLICIT)
+def no_norm(y, r, w):
+    return silu(r + all_reduce("T D +a -> T D", y))
+
+
+@sharded("T D +a, D, D -> T D", layout=EXPLICIT)
+def broadcast(y, r, w):
+    return rms_norm(all_reduce("T D +a -> T D", y) + r, w, 0.5)
+
+
+@sharded("T/a/b D, T/b/a D -> T D", layout=EXPLICIT)
+def in_two_orders(u, v):
+    return all_gather("T/a/b D -> T D", u) * all_gather("T/b/a D -> T D", v)
+
+
+@sharded("T/a D, T/b D -> T D", layout=EXPLICIT)
+def over_two_axes(u, v):
+    return all_gather("T/a D -> T D", u) * all_gather("T/b D -> T D", v)
+
+
+@sharded("T/a D, T D/a -> T D", layout=EXPLICIT)
+def of_another_dim(u, v):
+    return all_gather("T/a D -> T D", u) * all_gather("T D/a -> T D", v)
+
+
+@sharded("T D -> T D", layout=EXPLICIT)
+def its_own_gate(x):
+    g = silu(x)
+    return g * g
+
+
+@sharded("T D +a, T D +a, T D, T D, D -> T D, T D", layout=EXPLICIT)
+def each_needs_the_other(y, z, r, s, w):
+    """Either is one step, and both are not: each would wait for the other."""
+    x = r + all_reduce("T D +a -> T D", y)
+    u = s + all_reduce("T D +a -> T D", z)
+    return rms_norm(x, sum("T D -> D", u), 0.5), rms_norm(u, sum("T D -> D", x), 0.5)
+
+
+@pytest.mark.parametrize("f, report", [
+    (used_elsewhere, ["summed: paid is used by scale, too"]),
+    (returned, ["summed: paid is used by the result, too"]),
+    (cyclic, ["summed: its operand v2 is made from what it makes"]),
+    (no_norm, ["summed: v2 goes into silu, not into rms_norm",
+               "gated: v3 goes into the result, not into mul"]),
+    (broadcast, ['summed: add has "D", which is no "T D"']),
+    (its_own_gate, ["gated: its operand g is made from what it makes"]),
+    (each_needs_the_other, ["summed: fused", "summed: its operand v5 is made from what it makes"]),
+    (in_two_orders, [f"both_gathered: x is {one} and {other}, a product in two orders"
+                     for one, other in (("a/b", "b/a"), ("b/a", "a/b"))]),
+    (over_two_axes, ["both_gathered: all_gather is over a, and a is not throughout what x is in the "
+                     "function"] * 2),
+    (of_another_dim, ["both_gathered: all_gather is over a, and a is not throughout what x is in the "
+                      "function"] * 2)])
+def test_what_is_like_one(f: Any, report: list[str]) -> None:
+    assert lines(f) == report
