@@ -6,8 +6,11 @@ Each is a function; x is any axis, or product of axes, and a name that no op loo
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from shardlib import EXPLICIT, all_reduce, reduce_scatter, sharded
-from shardlib.compiler.fusion import Fusion
+from shardlib.compiler.fusion import Fusion, Site
+from shardlib.distributed.communicators.protocol import FusingCommunicator
 from shardlib.functions import silu
 from shardlib.ops.rms_norm import rms_norm
 
@@ -38,5 +41,13 @@ def gate_up(gate, up):
     return silu(gate) * up
 
 
-FUSIONS = (Fusion(all_reduce_add_rms_norm), Fusion(reduce_scatter_add_rms_norm), Fusion(add_rms_norm),
-           Fusion(gate_up))
+def by_communicator(site: Site) -> Callable | str:
+    """The kernel of the first communicator that has one; or why none has."""
+    answers = [c.fused(site.name, site.operands, site.static) for c in site.communicators
+               if isinstance(c, FusingCommunicator)]
+    said = [a for a in answers if isinstance(a, str)]
+    return next((a for a in answers if not isinstance(a, str)), "; ".join(said) or "no communicator has one")
+
+
+FUSIONS = (Fusion(all_reduce_add_rms_norm, kernel=by_communicator),
+           Fusion(reduce_scatter_add_rms_norm, kernel=by_communicator), Fusion(add_rms_norm), Fusion(gate_up))

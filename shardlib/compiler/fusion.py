@@ -34,16 +34,20 @@ from shardlib.program import Program, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec
 
+Kernels = Callable[[Step, Sequence[Tensor]], Callable | None]
+"""What takes a fused step of operands like these, on meta; None where nothing does, and its body runs."""
 PLAIN = ("add", "sub", "mul", "div", "scale", "shift")      # ops that stand everywhere
 
 
 @dataclass(frozen=True)
 class Site:
-    """A fused step as one rank is to run it, where a kernel is asked for.
+    """A fused step as one rank is to run it on `device`, where a kernel is asked for. name: the function's.
 
     operands: their local shapes and dtypes, on meta.  static: the function's static arguments.
-    communicators: those of the group over which the step communicates, if it does, best first.
+    communicators: those of the group over which the step communicates, if it does.
     """
+    name: str
+    device: str
     operands: Sequence[Tensor]
     static: Mapping[str, float]
     communicators: Sequence[object] = ()
@@ -53,8 +57,8 @@ class Site:
 class Fusion:
     """What to look for, `function`, and what takes it.
 
-    kernel(site): what is called with the local operands, and gives the local results; or why there is none.
-    Members of a group are asked alike, and answer alike. On the CPU nobody asks.
+    kernel(site): what is called with the local operands, and gives the local results; or why nothing is.
+    Members of a group are asked alike, and answer alike.
     when(step): why the fused step is not to be made; None where it is. It sees types: a program is one for
     all sizes, and those the kernel sees.
     """

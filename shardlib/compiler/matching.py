@@ -51,6 +51,24 @@ class Match:
         return [s for i, step in sorted(self.steps.items()) for s in (*step.ins[::self.order(i)], *step.outs)]
 
 
+@dataclass(frozen=True)
+class Found:
+    """A fused step that may be made, those that it takes the place of, the function's static arguments."""
+    made: Step
+    steps: tuple[Step, ...]
+    static: Mapping[str, float]
+
+
+def static_of(fusion: Fusion, body: Program, mesh: Mesh) -> Mapping[str, float] | None:
+    """The static arguments with which `body` is what the fusion's function means; None where it is not."""
+    matching = Matching(body, mesh)
+    for mark in matching.candidates(fusion):
+        found = matching.at(fusion, mark)
+        if isinstance(found, Found) and found.made.body == body:
+            return found.static
+    return None
+
+
 class Matching:
     """A program in which patterns are looked for."""
 
@@ -75,12 +93,12 @@ class Matching:
                     o.kind for s in mark.ins for o in s.owed][:1]:
                 yield step
 
-    def at(self, fusion: Fusion, mark: Step) -> tuple[Step, Sequence[Step]] | str:
-        """The fused step that `mark` is in, and those that it takes the place of; or why there is none."""
+    def at(self, fusion: Fusion, mark: Step) -> Found | str:
+        """The fused step that `mark` is in; or why there is none."""
         search, unlike = _Search(self, fusion.pattern), ""
         for found in search.matches(0, Match(), [mark]):
             try:
-                return self._step(fusion, found), list(found.steps.values())
+                return Found(self._step(fusion, found), tuple(found.steps.values()), found.static)
             except Unlike as why:
                 unlike = unlike or str(why)
         return unlike or search.why

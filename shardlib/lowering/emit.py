@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from shardlib.compiler.fusion import Kernels
 from shardlib.compiler.passes.pack import Packing, emit_packed, packings
 from shardlib.dtypes import inner_dtypes, read_dtypes, value_dtypes, widest
 from shardlib.errors import SpecError
@@ -57,11 +58,12 @@ class Emitter:
     float32, int64 or bool.
     prepared: arguments that come as `Compiled.prepare` made them: weights packed, stacked ones as a sequence
     of layers.
+    kernels: asked what takes a fused step; without it, or where it says None, the body is written.
     """
 
     def __init__(self, mesh: Mesh, rank: int, sizes: Mapping[str, int], yields: bool = False,
                  donate: Sequence[str] = (), given: Mapping[str, str] | None = None,
-                 prepared: Sequence[str] = ()) -> None:
+                 prepared: Sequence[str] = (), kernels: Kernels | None = None) -> None:
         self.mesh, self.rank, self.sizes, self.yields, self.donate = (mesh, rank, sizes, yields,
                                                                       frozenset(donate))
         self.coordinate = mesh.coordinate(rank)
@@ -81,7 +83,7 @@ class Emitter:
         self.lines: tuple[Step | None, ...] = ()  # of each line of the source, the step that it is of
         self.variables = 0
         self.in_place: set[str] = set()
-        self.prepared = frozenset(prepared)
+        self.prepared, self.kernels = frozenset(prepared), kernels
         self.packs: list[Packing] = []
         self.returned: tuple[str | None, ...] = ()  # the argument that each result leaf is, updated in place
         # variables that are the same in every round of the current loop
@@ -318,8 +320,17 @@ class Emitter:
         return lines
 
     def _fused(self, step: Step, names: dict[str, str], title: str) -> list[str]:
-        """The body in its place: its steps are those of the program `title` around it."""
+        """A kernel's call, at the step that communicates; or the body in its place:
+        its steps are those of the program `title` around it."""
         (body,) = step.bodies
+        operands = [torch.empty(self.shape(spec), dtype=getattr(torch, self.dtypes[n]), device="meta")
+                    for spec, n in zip(step.ins, step.inputs)]
+        if (kernel := self.kernels(step, operands) if self.kernels else None) is not None:
+            name, wire = f"k{len(self.helpers)}", next((s for s in body.steps if s.op.wire), None)
+            self.helpers[name], self._where = kernel, wire and (title, wire)
+            text = f"{name}({', '.join(names[i] for i in step.inputs)}{self._here()})"
+            names.update((out, self.variable()) for out in step.outputs)
+            return [f"{', '.join(names[out] for out in step.outputs)} = {text}"]
         inner = {path: names[value] for path, value in step.passed(body)}
         dtypes = inner_dtypes(step, body, self.dtypes)
         lines = self._block(replace(body, name=title), inner, set(), {}, dtypes)

@@ -51,8 +51,10 @@ def fuse(fusions: Sequence[Fusion]) -> tuple[Pass, Pass]:
 
     def late(program: Program, mesh: Mesh) -> Program:
         return _fused(program, mesh, table)
-    return (Pass("fuse_local", lambda program, mesh: _everywhere(program, mesh, early), after_grad=False),
-            Pass("fuse", lambda program, mesh: _everywhere(program, mesh, late), before_grad=False))
+    return (Pass("fuse_local", lambda program, mesh: _everywhere(program, mesh, early), after_grad=False,
+                 fusions=table),
+            Pass("fuse", lambda program, mesh: _everywhere(program, mesh, late), before_grad=False,
+                 fusions=table))
 
 
 def fusion_report(program: Program) -> list[str]:
@@ -114,8 +116,8 @@ def _fused(program: Program, mesh: Mesh, fusions: Sequence[Fusion], claimed: Col
                 continue
             if isinstance(found, str):
                 notes.append(f"{fusion.name}{_at(mark)}: {found}")
-            elif not any(o in claimed for s in found[1] for o in s.outputs):
-                matching = Matching(_replaced(matching.program, *found), mesh)
+            elif not any(o in claimed for s in found.steps for o in s.outputs):
+                matching = Matching(_replaced(matching.program, found.made, found.steps), mesh)
     return replace(matching.program, unfused=tuple(notes))
 
 
