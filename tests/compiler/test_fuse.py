@@ -5,11 +5,23 @@ import re
 from collections import Counter
 from typing import Any
 
+import llama_reference as reference
 import pytest
 import torch
 from decoded import collectives, config, decoded
+from simulated import execute, tree
 
-from shardlib import EXPLICIT, Mesh, all_gather, all_reduce, explain, lower, prove, sharded
+from shardlib import (
+    EXPLICIT,
+    Mesh,
+    all_gather,
+    all_reduce,
+    explain,
+    lower,
+    prove,
+    sharded,
+    value_and_grad,
+)
 from shardlib.compiler.fusion import Fusion
 from shardlib.compiler.parser import check, parse_program
 from shardlib.compiler.passes import DEFAULT
@@ -18,9 +30,11 @@ from shardlib.functions import silu, sum
 from shardlib.language.fused import FUSED
 from shardlib.language.scan import SCAN
 from shardlib.models.layouts import named_layout
-from shardlib.models.llama import next_logits
+from shardlib.models.llama import loss, next_logits
 from shardlib.ops import TABLE, rms_norm
 from shardlib.ops.fusions import FUSIONS
+from shardlib.params import leaf_values
+from shardlib.placement import shard_of
 from shardlib.program import Program
 
 ROTATED = (*DEFAULT, "rotate_scan")
@@ -245,3 +259,35 @@ def each_needs_the_other(y, z, r, s, w):
                       "function"] * 2)])
 def test_what_is_like_one(f: Any, report: list[str]) -> None:
     assert lines(f) == report
+
+
+# -- gradients -----------------------------------------------------------------------------------------------
+
+def trained(passes: Any, mesh: Mesh, layout: str) -> Program:
+    return lower(value_and_grad(loss), named_layout(layout, mesh), mesh=mesh, config=config(1), passes=passes)
+
+
+@pytest.mark.parametrize("mesh, layout", [("tp=2", "tp"), ("tk=2,tg=2", "tp"), ("dp=2,tp=2", "tp+sp+fsdp")])
+def test_a_llama_that_learns_fuses_on_both_sides_of_its_gradient(mesh: str, layout: str) -> None:
+    """The products in two passes; its sums after the gradient, but for the last one of a round."""
+    here = Mesh.parse(mesh)
+    plain, made = (trained(passes, here, layout) for passes in (DEFAULT, (*DEFAULT, *fuse(FUSIONS))))
+    sums = "reduce_scatter_add_rms_norm" if "sp" in layout else "all_reduce_add_rms_norm"
+    assert sites(made, 2) == {sums: 2, "gate_up": 2, "gate_up_vjp": 2}
+    assert collectives(made, 2) == collectives(plain, 2)
+    assert parse_program(str(made), TABLE) == made == check(made, here)
+    kept = [len(next(s for s in p.steps if s.op is SCAN).outs) for p in (plain, made)]
+    assert kept[1] == kept[0] - 1                               # silu(gate) is made again
+
+
+def test_gradients_of_a_llama_are_the_same_bits() -> None:
+    here, of, got = Mesh(tp=2), config(1), []
+    whole = {"ids": torch.arange(6).view(2, 3), "labels": torch.arange(3, 9).view(2, 3),
+             "start": torch.zeros(2, dtype=torch.int64),
+             **dict(leaf_values(tree(reference.random_weights(of, 0), of), "w"))}
+    for passes in (DEFAULT, (*DEFAULT, *fuse(FUSIONS))):
+        program = trained(passes, here, "tp")
+        placed = [{path: shard_of(whole[path], spec, here, c) for path, spec in program.arg_leaves()}
+                  for c in here.coordinates()]
+        got.append(execute(program, here, placed, dict(of.sizes, B=2, T=3, S=3)).results)
+    assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))

@@ -23,13 +23,14 @@ from shardlib import (
     sharded,
     simulate,
     step,
+    value_and_grad,
 )
 from shardlib.compiler.parser import check, parse_program
 from shardlib.dtypes import value_dtypes
 from shardlib.functions import sum
 from shardlib.language.fused import FUSED, fused
 from shardlib.lowering.emit import Emitter
-from shardlib.ops import TABLE, rms_norm
+from shardlib.ops import TABLE, rms_norm, rope
 from shardlib.reference import meaning
 from shardlib.reports.classes import Classes
 from shardlib.reports.project import project, project_classes
@@ -222,3 +223,74 @@ def test_what_is_no_program(old: str, new: str, message: str) -> None:
     with pytest.raises(SpecError) as error:
         parse_program(text.replace(old, new), TABLE)
     assert str(error.value) == f"this is no program: {message}"
+
+
+# -- gradients -----------------------------------------------------------------------------------------------
+
+@sharded("B D, B D, D -> B D, B D")
+def added(y, residual, w):
+    x = residual + y
+    return x, rms_norm(x, w, 0.5)
+
+
+def losses(call: Any, used: str) -> Any:
+    @sharded("B F, F D, B D, D -> ()")
+    def loss(a, down, r, w):
+        x, h = call(einsum("B F, F D -> B D", a, down), r, w)
+        both = {"both": lambda: x * h, "first": lambda: x * x, "second": lambda: h}[used]()
+        return sum("B D -> ()", both * 3)
+    return loss
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(B="dp", F="tp"), Layout(F=("dp", "tp"))])
+@pytest.mark.parametrize("used", ["both", "first", "second"])
+def test_its_derivative_is_that_of_its_body(layout: Layout, used: str) -> None:
+    """What is owed (a weight's cotangent, over dp) is settled outside of it, once."""
+    mesh, args, logs = Mesh(dp=2, tp=2), values(), ([], [])
+    plain, made = (simulate(value_and_grad(losses(call, used), wrt=["a", "down", "r", "w"]), layout, *args,
+                            mesh=mesh, log=log) for call, log in zip((added, as_one(added)), logs))
+    assert all(torch.equal(a, b) for a, b in zip(plain, made, strict=True))
+    assert sorted(name for _, name, _ in logs[0]) == sorted(name for _, name, _ in logs[1])
+
+
+def test_backward_runs_the_body_again_from_its_operands() -> None:
+    program = lower(value_and_grad(losses(as_one(added), "both"), wrt=["r", "down"]), mesh=Mesh())
+    assert str(program.bodies()[1]) == '''\
+@sharded("B D, B D, D, B D, B D -> B D, B D", layout=EXPLICIT)
+def added_vjp(y, residual, w, g, g2):
+    x = residual + y
+    v2, v3 = rms_norm_vjp(x, w, g2, eps=0.5)
+    v4 = g + v2
+    return v4, v4
+'''
+    assert parse_program(str(program), TABLE) == program == check(program, Mesh())
+
+
+def test_one_that_communicates_has_a_derivative_too() -> None:
+    @sharded("B F/tp, F/tp D, B D, D -> ()", layout=EXPLICIT)
+    def loss(a, down, r, w):
+        x, h = fused(narrow, einsum("B F/tp, F/tp D -> B D +tp", a, down), r, w)
+        return sum("B D -> ()", x * h)
+
+    @sharded("B F/tp, F/tp D, B D, D -> ()", layout=EXPLICIT)
+    def plain(a, down, r, w):
+        x = r + all_reduce("B D +tp -> B D", einsum("B F/tp, F/tp D -> B D +tp", a, down))
+        return sum("B D -> ()", x * rms_norm(x, w, 1e-5))
+    names = ["a", "down", "r", "w"]
+    one, other = (simulate(value_and_grad(f, wrt=names), None, *values(), mesh=MESH) for f in (loss, plain))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_what_has_no_derivative_has_none_in_a_body() -> None:
+    @sharded("B T H, B T H -> B T H")
+    def turned(x, angles):
+        return rope("B T H, B T H -> B T H", x, angles)
+
+    @sharded("B T H, B T H -> ()")
+    def loss(x, angles):
+        return sum("B T H -> ()", fused(turned, x, angles))
+    with pytest.raises(SpecError) as error:
+        lower(value_and_grad(loss, wrt="angles"), mesh=Mesh())
+    assert str(error.value).split("    ")[0] == (
+        "value_and_grad: rope has no derivative by angles; stop_gradient makes it a constant")
+    assert "turned_vjp" in str(lower(value_and_grad(loss, wrt="x"), mesh=Mesh()))
