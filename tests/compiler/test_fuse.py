@@ -9,11 +9,12 @@ import llama_reference as reference
 import pytest
 import torch
 from decoded import collectives, config, decoded
-from simulated import execute, tree
+from simulated import execute, line, tree
 
 from shardlib import (
     EXPLICIT,
     Mesh,
+    SpecError,
     all_gather,
     all_reduce,
     explain,
@@ -25,9 +26,9 @@ from shardlib import (
 from shardlib.compiler.fusion import Fusion
 from shardlib.compiler.parser import check, parse_program
 from shardlib.compiler.passes import DEFAULT
-from shardlib.compiler.passes.fuse import fuse, fusion_report
+from shardlib.compiler.passes.fuse import fuse, fusion_report, require_fusion
 from shardlib.functions import silu, sum
-from shardlib.language.fused import FUSED
+from shardlib.language.fused import FUSED, fused
 from shardlib.language.scan import SCAN
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import loss, next_logits
@@ -35,7 +36,7 @@ from shardlib.ops import TABLE, rms_norm
 from shardlib.ops.fusions import FUSIONS
 from shardlib.params import leaf_values
 from shardlib.placement import shard_of
-from shardlib.program import Program
+from shardlib.program import Program, Step
 
 ROTATED = (*DEFAULT, "rotate_scan")
 FUSING = (*ROTATED, *fuse(FUSIONS))
@@ -291,3 +292,102 @@ def test_gradients_of_a_llama_are_the_same_bits() -> None:
                   for c in here.coordinates()]
         got.append(execute(program, here, placed, dict(of.sizes, B=2, T=3, S=3)).results)
     assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
+
+
+# -- what is told, and insisted on ---------------------------------------------------------------------------
+
+def test_where_nothing_is_owed_the_addition_fuses_with_the_norm() -> None:
+    program = lowered("dp=2", "tp", FUSING)
+    assert sites(program, 2) == {"add_rms_norm": 2, "gate_up": 2}
+    assert [re.sub(r"llama.py:\d+", "llama.py", line) for line in unfused(program)] == [
+        "add_rms_norm at llama.py: x is an argument, not made by add",
+        "add_rms_norm at llama.py: x2 is made by scan at llama.py, not by add"]
+
+
+def test_explain_tells_of_each_candidate() -> None:
+    program, sizes = lowered("tp=2", "tp+sp", FUSING), dict(config(2).sizes, B=4, T=5, S=6)
+    told = explain(program, Mesh(tp=2), sizes)
+    assert told.fusions == tuple(dict.fromkeys(fusion_report(program))) == tuple(told.to_json()["fusions"])
+    assert str(told).endswith("".join(f"{line}\n" for line in told.fusions))
+    assert unfused(program) == [
+        f"all_reduce_add_rms_norm at {line('take(')}: h2 goes into einsum, not into add"]
+
+
+def test_a_fusion_may_be_insisted_on() -> None:
+    """They are counted in the text: three sums, whatever the number of layers."""
+    made = lowered("tp=2", "tp", (*FUSING, require_fusion("all_reduce_add_rms_norm", 3)))
+    assert made == lowered("tp=2", "tp", FUSING)
+    for count, passes in ((4, FUSING), (2, FUSING), (3, (*DEFAULT, *fuse(FUSIONS)))):
+        with pytest.raises(SpecError) as error:
+            lowered("tp=2", "tp", (*passes, require_fusion("all_reduce_add_rms_norm", count)))
+        program = lowered("tp=2", "tp", passes)
+        found = 3 if passes is FUSING else 1
+        assert str(error.value) == "\n  ".join([
+            f"require_fusion: next_logits has {found} fused all_reduce_add_rms_norm, not {count}",
+            *fusion_report(program)])
+
+
+def test_a_fusion_has_a_side_condition() -> None:
+    def when(step: Step) -> str | None:
+        return None if step.ins[1].split_axes else f"its residual is whole, {step.ins[1]}"
+    table = (Fusion(summed, when=when),)
+    assert lines(one_axis_rides_along, *table) == ["summed: fused"]
+    assert lines(more_dims, *table) == ["summed: its residual is whole, K G T D"]
+
+
+# -- what can be a fusion ------------------------------------------------------------------------------------
+
+@sharded("F, F -> F")
+def declarative(a, b):
+    return a * b
+
+
+@sharded("F, F -> F, F", layout=EXPLICIT)
+def gives_what_it_takes(a, b):
+    return a, silu(a) * b
+
+
+@sharded("F, F -> F, F", layout=EXPLICIT)
+def gives_one_twice(a, b):
+    c = silu(a) * b
+    return c, c
+
+
+@sharded("F, F -> F", layout=EXPLICIT)
+def takes_more(a, b):
+    return silu(a)
+
+
+@sharded("F, F -> F, F", layout=EXPLICIT)
+def apart(a, b):
+    return silu(a), silu(b)
+
+
+@sharded("F -> F", layout=EXPLICIT)
+def made_of_static(a, *, by):
+    return silu(a * (by * 2))
+
+
+@sharded("F -> F", layout=EXPLICIT)
+def forked(a, *, by):
+    return silu(a) if by < 0.3 else a * by
+
+
+@sharded("F, F -> F", layout=EXPLICIT)
+def around_another(a, b):
+    return fused(gated, a, b)
+
+
+@pytest.mark.parametrize("f, problem", [
+    (declarative, "it is a function of tensors, with layout=EXPLICIT"),
+    (gives_what_it_takes, "it gives what its steps make, each once"),
+    (gives_one_twice, "it gives what its steps make, each once"),
+    (takes_more, "no step takes b"),
+    (apart, "each of its steps shares a value with another"),
+    (made_of_static, "a static argument becomes an attribute as it is"),
+    (forked, "its steps depend on a static argument"),
+    (around_another, "its steps have no bodies")])
+def test_what_cannot_be_one(f: Any, problem: str) -> None:
+    with pytest.raises(SpecError) as error:
+        lines(up_to_the_order, Fusion(f))
+    assert str(error.value).split("    ")[0] == f"fusion {f.__name__}: {problem}"
