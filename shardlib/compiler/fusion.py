@@ -115,8 +115,8 @@ def _refused(f: Function, problem: str) -> SpecError:
 
 def _traced(f: Function, static: Mapping[str, float]) -> Program:
     written = trace(f, (), dict(static))
-    specs = [s for step in written.steps for s in (*step.ins, *step.outs)]
-    axes = dict.fromkeys(a for s in specs for a in (*s.split_axes, *(o.axis for o in s.owed)))
+    specs = [*f.ins, *(s for step in written.steps for s in (*step.ins, *step.outs))]
+    axes = dict.fromkeys(a for s in specs if s for a in (*s.split_axes, *(o.axis for o in s.owed)))
     return complete(written, EXPLICIT, Mesh(dict.fromkeys(axes, 2)))
 
 

@@ -323,9 +323,9 @@ class Emitter:
         """A kernel's call, at the step that communicates; or the body in its place:
         its steps are those of the program `title` around it."""
         (body,) = step.bodies
-        operands = [torch.empty(self.shape(spec), dtype=getattr(torch, self.dtypes[n]), device="meta")
-                    for spec, n in zip(step.ins, step.inputs)]
-        if (kernel := self.kernels(step, operands) if self.kernels else None) is not None:
+        like = [torch.empty(self.shape(spec), dtype=getattr(torch, self.dtypes[n]), device="meta")
+                for spec, n in zip(step.ins, step.inputs)] if self.kernels else []
+        if self.kernels and (kernel := self.kernels(step, like)) is not None:
             name, wire = f"k{len(self.helpers)}", next((s for s in body.steps if s.op.wire), None)
             self.helpers[name], self._where = kernel, wire and (title, wire)
             text = f"{name}({', '.join(names[i] for i in step.inputs)}{self._here()})"

@@ -27,7 +27,7 @@ from shardlib.compiler.fusion import Fusion
 from shardlib.compiler.parser import check, parse_program
 from shardlib.compiler.passes import DEFAULT
 from shardlib.compiler.passes.fuse import fuse, fusion_report, require_fusion
-from shardlib.functions import silu, sum
+from shardlib.functions import silu, softmax, sum, tanh
 from shardlib.language.fused import FUSED, fused
 from shardlib.language.scan import SCAN
 from shardlib.models.layouts import named_layout
@@ -114,6 +114,7 @@ SMALL = (Fusion(summed), Fusion(both_gathered), Fusion(gated))
 def lines(f: Any, *table: Fusion) -> list[str]:
     """The report, without the lines of this file."""
     program = lower(f, mesh=MESH, passes=fuse(table or SMALL))
+    assert not any(s.bodies for p in program.bodies() for s in p.steps)
     assert parse_program(str(program), TABLE) == program == check(program, MESH)
     return [re.sub(r" at test_fuse.py:\d+", "", line) for line in fusion_report(program)]
 
@@ -209,6 +210,13 @@ def no_norm(y, r, w):
     return silu(r + all_reduce("T D +a -> T D", y))
 
 
+@sharded("T D +a, T D, D -> T D, T D", layout=EXPLICIT)
+def used_between(y, r, w):
+    x = r + all_reduce("T D +a -> T D", y)
+    z = silu(x)
+    return z, rms_norm(x, w, 0.5)
+
+
 @sharded("T D +a, D, D -> T D", layout=EXPLICIT)
 def broadcast(y, r, w):
     return rms_norm(all_reduce("T D +a -> T D", y) + r, w, 0.5)
@@ -250,6 +258,7 @@ def each_needs_the_other(y, z, r, s, w):
     (no_norm, ["summed: v2 goes into silu, not into rms_norm",
                "gated: v3 goes into the result, not into mul"]),
     (broadcast, ['summed: add has "D", which is no "T D"']),
+    (used_between, ["summed: fused", "gated: z goes into the result, not into mul"]),
     (its_own_gate, ["gated: its operand g is made from what it makes"]),
     (each_needs_the_other, ["summed: fused", "summed: its operand v5 is made from what it makes"]),
     (in_two_orders, [f"both_gathered: x is {one} and {other}, a product in two orders"
@@ -260,6 +269,54 @@ def each_needs_the_other(y, z, r, s, w):
                       "function"] * 2)])
 def test_what_is_like_one(f: Any, report: list[str]) -> None:
     assert lines(f) == report
+
+
+# -- attributes, and axes that no move is over ---------------------------------------------------------------
+
+@sharded("T D, D -> T D", layout=EXPLICIT)
+def twice_normed(x, w, *, eps):
+    return softmax(rms_norm(tanh(rms_norm(x, w, eps)) * 2.0, w, eps), along="D")
+
+
+@sharded("T/x, T/x -> T/x", layout=EXPLICIT)
+def of_pieces(a, b):
+    return tanh(a) * b
+
+
+@sharded("B Q, Q -> B Q", layout=EXPLICIT)
+def other_letters_in_an_attribute(x, w):
+    return softmax(rms_norm(tanh(rms_norm(x, w, 0.75)) * 2.0, w, 0.75), along="Q")
+
+
+@sharded("T/b/a, T/b/a -> T/b/a", layout=EXPLICIT)
+def pieces(x, y):
+    return tanh(x) * y
+
+
+def normed(first: float, second: float, by: float, along: str) -> Any:
+    @sharded("T D, D -> T D", layout=EXPLICIT)
+    def f(x, w):
+        return softmax(rms_norm(tanh(rms_norm(x, w, first)) * by, w, second), along=along)
+    return f
+
+
+@sharded("T, T -> T", layout=EXPLICIT)
+def whole(x, y):
+    return tanh(x) * y
+
+
+def test_attributes_are_the_same_but_for_names_of_dims_and_static_arguments() -> None:
+    table = Fusion(twice_normed)
+    assert lines(other_letters_in_an_attribute, table) == ["twice_normed: fused"]
+    for site, why in (((0.5, 0.25, 2.0, "D"), "rms_norm has eps=0.25, and eps is 0.5 already"),
+                      ((0.5, 0.5, 3.0, "D"), "scale has by=3.0, not 2.0"),
+                      ((0.5, 0.5, 2.0, "T"), "softmax has along='T', not 'D'")):
+        assert lines(normed(*site), table)[0] == f"twice_normed: {why}"
+
+
+def test_an_axis_of_the_function_is_there() -> None:
+    assert lines(pieces, Fusion(of_pieces)) == ["of_pieces: fused"]
+    assert lines(whole, Fusion(of_pieces)) == ["of_pieces: no axis does what x does in the function"]
 
 
 # -- gradients -----------------------------------------------------------------------------------------------

@@ -16,7 +16,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlib import EXPLICIT, Layout, Mesh, Params, all_reduce, einsum, param, scan, sharded, stacked
+from shardlib import (
+    EXPLICIT,
+    Layout,
+    Mesh,
+    Params,
+    all_reduce,
+    einsum,
+    lower,
+    param,
+    reduce_scatter,
+    scan,
+    sharded,
+    stacked,
+)
 from shardlib.compiler.fusion import Fusion
 from shardlib.compiler.passes import DEFAULT, Pass
 from shardlib.compiler.passes.fuse import fuse
@@ -29,6 +42,7 @@ from shardlib.ops.fusions import FUSIONS, by_communicator
 from shardlib.params import fill, leaf_values
 from shardlib.placement import shard_of
 from shardlib.run.compiled import Compiled
+from shardlib.run.kernels import Kernels
 
 B, D, F, V, L = 3, 4, 6, 5, 2
 MESH, LAYOUT = Mesh(tp=2), Layout(F="tp", V="tp")
@@ -240,3 +254,29 @@ def test_a_body_that_means_something_else_runs() -> None:
                                             fusions=(Fusion(other, kernel=by_communicator),))))
     assert made.calls == [("all_reduce", at) for at in ROUNDS]
     assert [a for a in made.answers if FUSED in a] == [f"{FUSED}: its body is not what the fusion means"] * 2
+
+
+def asked(f: Any, mesh: Mesh, **sizes: int) -> list[str]:
+    """What is said of the fused steps of `f`."""
+    runtime = SimpleNamespace(mesh=mesh, rank=0, coordinate=mesh.coordinate(0), device=torch.device("cpu"),
+                              group=lambda axes: SimpleNamespace(communicators=(), router=SimpleNamespace(
+                                  deterministic=False), name="tp"))
+    program, kernels = lower(f, mesh=mesh, passes=fuse(FUSIONS)), Kernels(runtime, FUSIONS, sizes)
+    for step in program.steps:
+        like = [torch.empty(mesh.local_shape(s, sizes, mesh.coordinate(0)), device="meta") for s in step.ins]
+        assert step.op.name == "fused" and kernels(step, like) is None
+    return [line.rpartition(": ")[2] for line in kernels.answers]
+
+
+@sharded("B T D +tp, B T/tp D, D -> B T/tp D, B T/tp D", layout=EXPLICIT)
+def scattered(y, r, w):
+    x = r + reduce_scatter("B T D +tp -> B T/tp D", y)
+    return x, rms_norm(x, w, 0.5)
+
+
+def test_nobody_is_asked_where_pieces_are_not_even_or_there_is_one() -> None:
+    """Members would be asked of other sizes, and might answer otherwise."""
+    assert asked(scattered, MESH, B=2, T=4, D=4) == ["no communicator has one"]
+    assert asked(scattered, MESH, B=2, T=5, D=4) == ["its pieces are not even"]
+    assert asked(scattered, Mesh(tp=1), B=2, T=5, D=4) == [
+        "its collectives are over one rank, or over several groups"]
