@@ -170,6 +170,7 @@ def test_what_is_one(f: Any) -> None:
 
 def test_each_site_keeps_its_own_attributes_and_types() -> None:
     program = lower(other_letters_a_product_and_two_eps, mesh=MESH, passes=fuse(SMALL))
+    assert "    x = v1 + residual\n" in str(program).split("\n\n\n")[0]
     assert str(program).split("\n\n\n")[1:] == ['''\
 @sharded("B Q +a +b, B Q, Q -> B Q, B Q", layout=EXPLICIT)
 def summed__2(y, residual, w):

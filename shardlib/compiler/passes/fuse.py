@@ -61,6 +61,16 @@ def fusion_report(program: Program) -> list[str]:
     """What has been fused, and what looks like a fusion and is none, with the reason: a line each.
 
     The body of a scan is told once, however often it runs.
+
+    >>> from shardlib import EXPLICIT, Mesh, lower, sharded
+    >>> from shardlib.functions import silu
+    >>> gate_up = sharded("F, F -> F", layout=EXPLICIT)(lambda gate, up: silu(gate) * up)
+    >>> gate_up.__name__ = "gate_up"
+    >>> three = sharded("F, F, F -> F, F")(lambda a, b, c: (silu(a) * b, silu(c)))
+    >>> for line in fusion_report(lower(three, mesh=Mesh(), passes=fuse([Fusion(gate_up)]))):
+    ...     print(line)                                                 # doctest: +ELLIPSIS
+    gate_up at <...>:1: fused
+    gate_up at <...>:1: v3 goes into the result, not into mul
     """
     lines = []
     for step in program.steps:
