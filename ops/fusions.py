@@ -38,6 +38,7 @@ def add_rms_norm(y, residual, w, *, eps):
 
 @sharded("F, F -> F", layout=EXPLICIT)
 def gate_up(gate, up):
+    """What stands between the matmuls of a gated feed-forward."""
     return silu(gate) * up
 
 

@@ -133,8 +133,8 @@ def _fused(program: Program, mesh: Mesh, fusions: Sequence[Fusion], claimed: Col
 
 def _claimed(program: Program, mesh: Mesh, fusions: Sequence[Fusion]) -> set[str]:
     """The values that steps of `fusions` would make, were these made."""
-    after = _fused(program, mesh, fusions)
-    return {o for s in program.steps for o in s.outputs if s not in after.steps}
+    left = {id(s) for s in _fused(program, mesh, fusions).steps}
+    return {o for s in program.steps for o in s.outputs if id(s) not in left}
 
 
 def _replaced(program: Program, made: Step, steps: Sequence[Step]) -> Program:
