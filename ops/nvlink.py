@@ -188,7 +188,8 @@ class NVLink:
         if name != "all_reduce_add_rms_norm":
             return f"NVLink has no {name}"
         eps = static["eps"]
-        return self.refuses_norm(*operands) or (lambda *given: self.all_reduce_add_rms_norm(*given, eps))
+        return (self.refuses_norm(*operands)
+                or (lambda x, residual, weight: self.all_reduce_add_rms_norm(x, residual, weight, eps)))
 
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], op: str) -> Tensor:
         return self._reduce_scatter(x.view(1, self.size, -1)).view(-1)

@@ -64,13 +64,16 @@ def fusion_report(program: Program) -> list[str]:
 
     >>> from shardlib import EXPLICIT, Mesh, lower, sharded
     >>> from shardlib.functions import silu
-    >>> gate_up = sharded("F, F -> F", layout=EXPLICIT)(lambda gate, up: silu(gate) * up)
-    >>> gate_up.__name__ = "gate_up"
-    >>> three = sharded("F, F, F -> F, F")(lambda a, b, c: (silu(a) * b, silu(c)))
-    >>> for line in fusion_report(lower(three, mesh=Mesh(), passes=fuse([Fusion(gate_up)]))):
+    >>> @sharded("F, F -> F", layout=EXPLICIT)
+    ... def gate_up(gate, up):
+    ...     return silu(gate) * up
+    >>> @sharded("F, F, F -> F, F")
+    ... def two(x, y, z):
+    ...     return silu(x) * y, silu(z)
+    >>> for line in fusion_report(lower(two, mesh=Mesh(), passes=fuse([Fusion(gate_up)]))):
     ...     print(line)                                                 # doctest: +ELLIPSIS
-    gate_up at <...>:1: fused
-    gate_up at <...>:1: v3 goes into the result, not into mul
+    gate_up at <...>:3: fused
+    gate_up at <...>:3: v3 goes into the result, not into mul
     """
     lines = []
     for step in program.steps:
@@ -88,7 +91,9 @@ def require_fusion(name: str, count: int) -> Pass:
     after the last, 3 for any number of layers. More than expected is an error like fewer.
 
     >>> from shardlib import Mesh, lower, sharded
-    >>> double = sharded("B F -> B F")(lambda x: x * 2)
+    >>> @sharded("B F -> B F")
+    ... def double(x):
+    ...     return x * 2
     >>> lower(double, mesh=Mesh(), passes=[require_fusion("gate_up", 1)])
     Traceback (most recent call last):
     shardlib.errors.SpecError: require_fusion: double has 0 fused gate_up, not 1
