@@ -289,7 +289,7 @@ def other_letters_in_an_attribute(x, w):
     return softmax(rms_norm(tanh(rms_norm(x, w, 0.75)) * 2.0, w, 0.75), along="Q")
 
 
-@sharded("T/b/a, T/b/a -> T/b/a", layout=EXPLICIT)
+@sharded("Q/b/a, Q/b/a -> Q/b/a", layout=EXPLICIT)
 def pieces(x, y):
     return tanh(x) * y
 

@@ -265,6 +265,8 @@ def added_vjp(y, residual, w, g, g2):
     v4 = g + v2
     return v4, v4
 '''
+    of_one = lower(value_and_grad(losses(as_one(added), "first"), wrt="r"), mesh=Mesh(), passes=())
+    assert str(of_one.bodies()[1]).splitlines()[1:] == ["def added_vjp(g):", "    return g"]
     assert parse_program(str(program), TABLE) == program == check(program, Mesh())
 
 

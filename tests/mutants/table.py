@@ -611,8 +611,6 @@ MUTANTS = (
            f"{FUSE} -k what_is_one"),
     Mutant("shardlib/compiler/passes/fuse.py", "            if known.issuperset(step.inputs):\n",
            "            if True:\n", LIKE),
-    Mutant("shardlib/compiler/grad.py", "if path in wanted & {*inner.given}}", "if path in wanted}",
-           f"{FUSED} -k derivative_is"),
     Mutant("shardlib/compiler/grad.py", "_needed((*inner.forward, *inner.steps), grads.values())",
            "(*inner.forward, *inner.steps)", f"{FUSED} -k runs_the_body_again"),
     Mutant("shardlib/compiler/grad.py", "            if out in self.given:\n                cotangent",

@@ -156,6 +156,8 @@ def _replaced(program: Program, made: Step, steps: Sequence[Step]) -> Program:
                 known.update(step.outputs)
             else:
                 waiting.append(step)
+        if len(waiting) == len(left):
+            raise AssertionError(f"{waiting[0].op.name} takes what nothing makes")
         left = waiting
     return replace(program, steps=tuple(order))
 
