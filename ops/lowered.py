@@ -17,6 +17,7 @@ from torch import Tensor
 from shardlib import EXPLICIT, Params, SpecError, cond, local, param, sharded, stacked
 from shardlib import scan as forward_scan
 from shardlib.compiler.parser import CORE
+from shardlib.language.fused import fused
 from shardlib.language.trace import Executor
 from shardlib.language.value import apply
 from shardlib.ops import TABLE
@@ -44,4 +45,5 @@ def scan(f: Any, carry: Any, stacks: tuple, *constants: Any, reverse: bool = Fal
 
 _CALLS = {op.name: _function(op) for op in (*CORE.values(), *TABLE.values())}
 globals().update(_CALLS)
-__all__ = ["EXPLICIT", "Params", "Tensor", "cond", "local", "param", "scan", "sharded", "stacked", *_CALLS]
+__all__ = ["EXPLICIT", "Params", "Tensor", "cond", "fused", "local", "param", "scan", "sharded", "stacked",
+           *_CALLS]

@@ -17,7 +17,7 @@ that are no multiple of 16 bytes, tensors beyond the capacity. A call on a third
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 
@@ -182,6 +182,14 @@ class NVLink:
         total, normed = all_reduce_add_rms_norm(rows, old, _aligned(weight), eps, self._workspace(),
                                                 *grid_of_rows(len(rows), weight.nbytes // QUAD, self.size))
         return total.view(x.shape), normed.view(x.shape)
+
+    def fused(self, name: str, operands: Sequence[Tensor], static: Mapping[str, float]) -> Callable | str:
+        """What takes a fused step, as `FusingCommunicator` has it: `all_reduce_add_rms_norm`."""
+        if name != "all_reduce_add_rms_norm":
+            return f"NVLink has no {name}"
+        eps = static["eps"]
+        return (self.refuses_norm(*operands)
+                or (lambda x, residual, weight: self.all_reduce_add_rms_norm(x, residual, weight, eps)))
 
     def reduce_scatter(self, x: Tensor, counts: Sequence[int], op: str) -> Tensor:
         return self._reduce_scatter(x.view(1, self.size, -1)).view(-1)

@@ -176,6 +176,8 @@ def _of_bodies(step: Step, ins: Dtypes) -> Dtypes:
     made, *others = (result_dtypes(body, inner_dtypes(step, body, outside)) for body in step.bodies)
     if others:
         error = unlike(step.body.name, step.orelse.name, made, *others)
+    elif step.op.name == "fused":
+        error = None
     else:
         carries = len(Scan.of(step).carries)
         error = next(filter(None, (changed(step.body.name, *pair) for pair in zip(ins[:carries], made))),

@@ -118,7 +118,7 @@ class Step:
 
     @property
     def bodies(self) -> tuple[Program, ...]:
-        """The sub-programs: of a scan one, of a cond two."""
+        """The sub-programs: of a scan or a fused step one, of a cond two."""
         return tuple(b for b in (self.body, self.orelse) if b is not None)
 
     def rewritten(self, f: Callable[[Program], Program]) -> Step:
@@ -172,6 +172,7 @@ class Program:
     `explicit`: its specs are types, nothing is left to complete.
 
     unmet: (dim, axis, line) where the layout would have split a dim over an axis that another dim had.
+    unfused: what is like a fusion and is none, and why.
     """
     name: str
     args: tuple[tuple[str, Tree], ...]
@@ -180,6 +181,7 @@ class Program:
     explicit: bool = False
     where: Where | None = field(default=None, compare=False)
     unmet: tuple[tuple[str, str, str], ...] = field(default=(), compare=False)
+    unfused: tuple[str, ...] = field(default=(), compare=False)
 
     def arg_leaves(self) -> list[tuple[str, Spec]]:
         return [leaf for name, tree in self.args for leaf in leaves(name, tree)]
@@ -345,10 +347,8 @@ def _show_tree(tree: Tree, values: tuple[str, ...], classes: dict[str, Struct]) 
 
 def _show_step(step: Step, classes: dict[str, Struct], functions: list[Program]) -> str:
     op, options = step.op, step.options
-    if step.orelse is not None:
-        return _show_cond(step, classes, functions)
-    if step.body is not None:
-        return _show_scan(step, classes, functions)
+    if step.bodies:
+        return _WITH_BODIES[op.name](step, classes, functions)
     target = ", ".join(step.outputs)
     if op.name in INFIX and len(step.inputs) == 2:
         return f"{target} = {step.inputs[0]} {INFIX[op.name]} {step.inputs[1]}"
@@ -379,6 +379,14 @@ def _show_scan(step: Step, classes: dict[str, Struct], functions: list[Program])
                 f"({', '.join(stacked)},)", *(text for start, text in shown if start >= last),
                 *(["reverse=True"] if parts.reverse else [])]
     return f"{_show_targets(step, classes)} = scan({', '.join(operands)})"
+
+
+def _show_fused(step: Step, classes: dict[str, Struct], functions: list[Program]) -> str:
+    operands = [_function_name(step.bodies[0], functions), *step.inputs]
+    return f"{', '.join(step.outputs)} = fused({', '.join(operands)})"
+
+
+_WITH_BODIES = {"scan": _show_scan, "cond": _show_cond, "fused": _show_fused}
 
 
 def _show_targets(step: Step, classes: dict[str, Struct]) -> str:

@@ -153,7 +153,9 @@ def _step(step: Step, sizes: Mapping[str, int], xs: list[Tensor]) -> Sequence[Te
         return xs
     if step.orelse is not None:
         return _apply(step.body if bool(xs[0]) else step.orelse, sizes, xs[1:])
-    return _scan(step, sizes, xs) if step.body is not None else refer(step, sizes, xs)
+    if step.body is not None:
+        return _apply(step.body, sizes, xs) if step.op.name == "fused" else _scan(step, sizes, xs)
+    return refer(step, sizes, xs)
 
 
 def _apply(body: Program, sizes: Mapping[str, int], xs: Sequence[Tensor]) -> list[Tensor]:

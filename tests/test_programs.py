@@ -32,6 +32,7 @@ from shardlib.compiler.complete import complete
 from shardlib.compiler.grad import value_and_grad_program
 from shardlib.compiler.parser import CORE, check, parse_program
 from shardlib.compiler.passes import PASSES
+from shardlib.compiler.passes.fuse import fuse
 from shardlib.errors import SpecError
 from shardlib.functions import argmax as best_of
 from shardlib.functions import greater, logsumexp
@@ -50,6 +51,7 @@ from shardlib.models.llama import LlamaConfig, loss, next_token
 from shardlib.ops import TABLE, lowered
 from shardlib.ops import embedding as look_up
 from shardlib.ops.cases import OPS
+from shardlib.ops.fusions import FUSIONS
 from shardlib.oracle import same, types
 from shardlib.placement import join, place
 from shardlib.program import Op, Program, Result, Step, Struct, leaves
@@ -301,6 +303,20 @@ def rms_norm(w: Writer) -> None:
     w.add("rms_norm", [x, w.with_dims(Spec(x.spec.dims[-1:]))], order=4, eps=1e-6)
 
 
+def fusible(w: Writer) -> None:
+    """What fusions look for: an addition and a norm, or a gate."""
+    x = w.one_of([v for v in (w.float_(dims=1, order=3),) if len(v.spec.dims[-1].factors) == 1])
+    y = w.with_dims(x.spec)
+    if y.order > 3:
+        raise NotHere
+    if w.maybe():
+        y, x = w.add("silu", [y], order=y.order), x
+        w.add("mul", [x, y] if w.maybe() else [y, x], order=x.order + y.order)
+        return
+    total = w.add("add", [x, y], order=4)
+    w.add("rms_norm", [total, w.with_dims(Spec(x.spec.dims[-1:]))], order=4, eps=w.one_of((1e-6, 0.5)))
+
+
 def rope(w: Writer) -> None:
     """A made table has float32's angles, which are off by some 1e-7: no other step takes it, lest it grow."""
     w.add("rope_table", [w.new("B", "start")], "B T H", holds="table", theta=10.0,
@@ -374,8 +390,8 @@ def cond(w: Writer) -> None:
 
 
 KINDS = [pointwise, binary, compare, where, einsum, einsum, reduction, two_reductions, argmax, softmax,
-         rearrange, rename, spread, rms_norm, rope, attention, update_cache, embedding, take, reshard, scan,
-         cond]
+         rearrange, rename, spread, rms_norm, fusible, rope, attention, update_cache, embedding, take,
+         reshard, scan, cond]
 
 
 def write(w: Writer, count: int, kinds: Sequence[Callable[[Writer], None]]) -> None:
@@ -508,13 +524,15 @@ def test_a_printed_program_reads_back_and_types_again(drawn: Drawn) -> None:
 def test_passes_keep_types_and_results(drawn: Drawn) -> None:
     program = drawn.explicit()
     want = dense(drawn.program, drawn)
-    for each in PASSES.values():
+    for each in (*PASSES.values(), *fuse(FUSIONS)):
         rewritten = each.run(program, drawn.mesh)
         assert check(rewritten, drawn.mesh) == rewritten, f"{each.name}\n{drawn}\n{rewritten}"
         assert ([s for _, s in rewritten.result_leaves()] == [s for _, s in program.result_leaves()]
                 and rewritten.args == program.args)
         check_equal(drawn, rewritten, run(rewritten, drawn.mesh, drawn.sizes, whole_args(drawn)), want)
         program = rewritten
+    event(f"fused: {str(program).count(' = fused(')}")
+    assert parse_program(str(program), TABLE) == program, str(drawn)
 
 
 def moved(program: Program, mesh: Mesh, sizes: Mapping[str, int],
@@ -723,13 +741,14 @@ def autograd(program: Program, drawn: Drawn, wrt: Sequence[str]) -> list[torch.T
 
 
 @given(programs([k for k in KINDS if k not in (cond, update_cache, spread)]),
-       st.sampled_from(("all", "weights", "nothing")))
+       st.sampled_from(("all", "weights", "nothing")), st.booleans())
 def test_gradients_are_those_of_autograd_each_in_the_type_of_its_argument(drawn: Drawn,
-                                                                          regather: str) -> None:
+                                                                          regather: str, fused: bool) -> None:
     program = with_loss(drawn)
     leaves_of = {n: [path for path, _ in leaves(n, tree)] for n, tree in program.args}
     wrt = [n for n, paths in leaves_of.items() if drawn.holds[paths[0]] in ("bounded", "positive")]
     explicit = complete(program, drawn.layout, drawn.mesh)
+    explicit = fuse(FUSIONS)[0].run(explicit, drawn.mesh) if fused else explicit
     try:
         made = value_and_grad_program(explicit, wrt, drawn.mesh, regather)
     except SpecError as error:

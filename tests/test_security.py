@@ -362,7 +362,7 @@ def calls(draw):
         ["B D", "B/dp D", "D", "()", "B D F", "B D/tp", "B D +tp", "B T K G H", "(B D)", "4 D"])
     lines = []
     for i in range(draw(st.integers(1, 2))):
-        name = draw(st.sampled_from([*CORE, *OPS, "scan", "cond", "local"]))
+        name = draw(st.sampled_from([*CORE, *OPS, "scan", "cond", "fused", "local"]))
         texts = draw(st.lists(spec, max_size=4))
         keywords = draw(st.lists(st.sampled_from(KEYWORDS_OF_OPS), max_size=1))
         args = draw(st.lists(st.sampled_from(["x", "y", "z", "g"]), max_size=4))

@@ -34,6 +34,7 @@ from shardlib.errors import SpecError
 from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.cond import COND
 from shardlib.language.einsum import EINSUM
+from shardlib.language.fused import FUSED
 from shardlib.language.moves import check_move
 from shardlib.language.rearrange import RENAME, renamed, whole_in_rename
 from shardlib.language.scan import SCAN
@@ -113,6 +114,8 @@ class Completer(Builder):
             return self._scan(step, inputs, layout)
         if step.op is COND:
             return self._cond(step, inputs, layout)
+        if step.op is FUSED:
+            return self._fused(step, inputs, layout)
         if step.op.moves:
             return self._move(step, inputs[0], layout)
         if step.op is RENAME:
@@ -269,6 +272,17 @@ class Completer(Builder):
             raise self._refused(UnlikeBranches(step, *other))
         made = self.add(COND, inputs, [k for _, k in bodies[0].result_leaves()], step.outputs,
                         attrs=step.attrs, body=bodies[0], orelse=bodies[1])
+        self.now.update(zip(step.outputs, made))
+
+    def _fused(self, step: Step, inputs: list[str], layout: Layout) -> None:
+        inner = Completer(step.bodies[0], layout, self.mesh, self.sizes)
+        inner.params |= {p for p, n in zip(dict(step.bodies[0].arg_leaves()), inputs) if n in self.params}
+        body = inner.run()
+        for i, (path, kind) in enumerate(body.arg_leaves()):
+            if layout == EXPLICIT and self.types[inputs[i]] != kind:
+                raise self._refused(UnlikeOperand(step, i, kind))
+            inputs[i] = self.move(inputs[i], kind, f"an argument of {body.name}")
+        made = self.add(FUSED, inputs, [kind for _, kind in body.result_leaves()], step.outputs, body=body)
         self.now.update(zip(step.outputs, made))
 
     def _scan(self, step: Step, inputs: list[str], layout: Layout) -> None:

@@ -9,7 +9,7 @@ whole copy of what is split.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from shardlib.compiler.builder import Builder
 from shardlib.dtypes import FLOATS, holds, inner_dtypes, step_dtypes, value_dtypes
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import ADD
+from shardlib.language.fused import FUSED
 from shardlib.language.rearrange import REARRANGE, RENAME
 from shardlib.language.reductions import SUM
 from shardlib.language.scan import SCAN
@@ -135,6 +136,9 @@ class _Backward(Builder):
                 continue
             if not any(i in self.active for j, i in enumerate(step.inputs) if j not in step.op.index):
                 continue
+            if step.op is FUSED:
+                self._fused(step)
+                continue
             if step.op.vjp is None:
                 if step.op.constant:
                     continue
@@ -145,8 +149,12 @@ class _Backward(Builder):
                            outputs=tuple(self.available(o) for o in step.outputs))
             for name, ct in zip(step.inputs, step.op.vjp(self, here, cotangents)):
                 if ct is not None and name in self.active:
-                    self.contribute(name,
-                                    self.like(ct, name) if self.dtypes[ct] and self.dtypes[name] else ct)
+                    self._contribute_like(name, ct)
+
+    def _contribute_like(self, name: str, cotangent: str) -> None:
+        """The same, in the dtype of `name`."""
+        known = self.dtypes[cotangent] and self.dtypes[name]
+        self.contribute(name, self.like(cotangent, name) if known else cotangent)
 
     def _refuse_tables(self, step: Step) -> None:
         """SpecError where a gradient is wanted by floats that the op takes as a constant,
@@ -163,6 +171,34 @@ class _Backward(Builder):
         again = self.regather == "all" or self.regather == "weights" and root in self.params
         return (self.move(root, self.types[name], "gathered again for backward")
                 if root != name and again and not self.types[root].owed else name)
+
+    # -- fused steps -----------------------------------------------------------------------------------------
+
+    def _fused(self, step: Step) -> None:
+        """Backward through a fused step: a fused step that runs the body again, then backward through it.
+        What its results owe is settled outside, as after any step."""
+        (body,), outer = step.bodies, dict(step.passed(step.bodies[0]))
+        wanted = {path for path, value in outer.items() if value in self.active}
+        inner = _Backward(body, wanted, self.mesh, "nothing", set(), inner_dtypes(step, body, self.dtypes))
+        seeds = {}
+        for (result, _), out in zip(body.result_leaves(), step.outputs):
+            if out in self.given:
+                cotangent = self.total(out)
+                seed = inner.declare(inner._fresh("g"), self.types[cotangent])
+                seeds[seed], inner.dtypes[seed] = cotangent, self.dtypes[cotangent]
+                inner.contribute(result, seed)
+        inner.run()
+        grads = {path: inner.total(path, settle=False) for path in outer if path in wanted & {*inner.given}}
+        steps = _needed((*inner.forward, *inner.steps), grads.values())
+        used = {*grads.values(), *(i for s in steps for i in s.inputs)}
+        taken = [*((path, self.available(value)) for path, value in outer.items() if path in used),
+                 *((seed, cotangent) for seed, cotangent in seeds.items() if seed in used)]
+        backward = Program(f"{body.name}_vjp", tuple((name, inner.types[name]) for name, _ in taken), steps,
+                           tuple(Result(inner.types[name], (name,)) for name in grads.values()), True)
+        kinds = [inner.types[name] for name in grads.values()]
+        for path, made in zip(grads, self.add(FUSED, [value for _, value in taken], kinds, body=backward)
+                              if grads else ()):
+            self._contribute_like(outer[path], made)
 
     # -- scan ------------------------------------------------------------------------------------------------
 
@@ -241,6 +277,16 @@ class _Backward(Builder):
 
     def _fresh(self, base: str) -> str:
         return fresh(base.replace(".", "_"), self.taken)
+
+
+def _needed(steps: Sequence[Step], results: Iterable[str]) -> tuple[Step, ...]:
+    """The steps without those that no result needs."""
+    needed, kept = {*results}, []
+    for step in reversed(steps):
+        if needed.intersection(step.outputs):
+            needed.update(step.inputs)
+            kept.append(step)
+    return tuple(reversed(kept))
 
 
 def _settled(kind: Spec) -> Spec:

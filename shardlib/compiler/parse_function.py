@@ -22,6 +22,7 @@ from shardlib.compiler.parse_text import (
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import BINARY, SCALE, SHIFT
 from shardlib.language.cond import COND
+from shardlib.language.fused import FUSED
 from shardlib.language.local import local_op, local_vjp_op
 from shardlib.language.moves import check_move
 from shardlib.language.rearrange import RENAME
@@ -134,8 +135,8 @@ class FunctionText:
         if not isinstance(value, ast.Call):
             raise not_printed(value)
         name = name_of(value.func)
-        if name in ("scan", "cond"):
-            return self._scan(target, value) if name == "scan" else self._cond(target, value)
+        if with_body := {"scan": self._scan, "cond": self._cond, "fused": self._fused}.get(name):
+            return with_body(target, value)
         op = self.known.ops.get(name) or self._asserted(value)
         if op is None:
             raise SpecError(f"this is no program: unknown op {name!r}, line {value.lineno}")
@@ -234,6 +235,17 @@ class FunctionText:
             raise not_printed(value)
         self._add(Step(COND, tuple(kinds), tuple(s for _, s in body.result_leaves()), tuple(inputs),
                        self._leaves(target, [r.tree for r in body.results]), (), body, orelse))
+
+    def _fused(self, target: ast.expr, value: ast.Call) -> None:
+        if not value.args or value.keywords:
+            raise not_printed(value)
+        body, inputs = self.known.function(value.args[0]), tuple(self._one(a) for a in value.args[1:])
+        kinds, outs = tuple(self.types[n] for n in inputs), tuple(s for _, s in body.result_leaves())
+        trees = [*(tree for _, tree in body.args), *(r.tree for r in body.results)]
+        if any(isinstance(tree, Struct) for tree in trees):
+            raise not_printed(value)
+        self._matches([self._value(a) for a in value.args[1:]], kinds, body, value)
+        self._add(Step(FUSED, kinds, outs, inputs, self._targets(target, len(outs)), (), body))
 
     def _matches(self, operands: Sequence[Tree], kinds: Sequence[Spec], body: Program,
                  node: ast.expr) -> None:

@@ -86,7 +86,7 @@ class GroupCoordinator(Group):
         check_reducible(op, x.dtype)
         x = plain(x)
         call = self.route("all_reduce", x, op).all_reduce
-        return self._run(at, "all_reduce", op, x, x.numel(), (x.shape,), call, x, op)
+        return self.watched(at, "all_reduce", op, x, x.numel(), (x.shape,), call, x, op)
 
     @eager
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int], *, at: object = None) -> Tensor:
@@ -96,9 +96,9 @@ class GroupCoordinator(Group):
         count = sum(cut.counts)
         communicator = self.route("all_gather", x, None, count, cut.even)
         if communicator.strided and not cut.in_memory_order:
-            return self._run(at, "all_gather", None, x, count, (cut.whole, cut.dim, cut.sizes),
+            return self.watched(at, "all_gather", None, x, count, (cut.whole, cut.dim, cut.sizes),
                              communicator.all_gather_cut, plain(x), cut)
-        flat = self._run(at, "all_gather", None, x, count, (cut.whole, cut.dim, cut.sizes),
+        flat = self.watched(at, "all_gather", None, x, count, (cut.whole, cut.dim, cut.sizes),
                          communicator.all_gather, plain(x).flatten(), cut.counts)
         return cut.join(flat)
 
@@ -114,10 +114,10 @@ class GroupCoordinator(Group):
                             f"dim {dim} has {x.shape[dim]}")
         communicator = self.route("reduce_scatter", x, op, None, cut.even)
         if communicator.strided and not cut.in_memory_order:
-            return self._run(at, "reduce_scatter", op, x, x.numel(), (cut.whole, cut.dim, cut.sizes),
+            return self.watched(at, "reduce_scatter", op, x, x.numel(), (cut.whole, cut.dim, cut.sizes),
                              communicator.reduce_scatter_cut, plain(x), cut, op)
         call = communicator.reduce_scatter
-        flat = self._run(at, "reduce_scatter", op, x, x.numel(), (cut.whole, cut.dim, cut.sizes), call,
+        flat = self.watched(at, "reduce_scatter", op, x, x.numel(), (cut.whole, cut.dim, cut.sizes), call,
                          cut.split(x), cut.counts, op)
         return flat.view(cut.shapes[self.rank_in_group]) if x.ndim != 1 else flat
 
@@ -143,7 +143,7 @@ class GroupCoordinator(Group):
             raise SpecError(
                 f"all_to_all over {self.name}: pieces of {send} elements and {recv} coming are not even")
         call = self.route("all_to_all", pieces[0], None, sum(send) if even else -1, even).all_to_all
-        got = self._run(at, "all_to_all", None, pieces[0], sum(send) if even else -1, (even,), call,
+        got = self.watched(at, "all_to_all", None, pieces[0], sum(send) if even else -1, (even,), call,
                         pack(pieces), send, recv)
         return tuple([p.view(tuple(shape)) for p, shape in zip(got.split_with_sizes(recv), shapes)])
 
@@ -153,7 +153,7 @@ class GroupCoordinator(Group):
         self._check_member("broadcast", root)
         x = plain(self._dense("broadcast", x))
         call = self.route("broadcast", x).broadcast
-        return self._run(at, "broadcast", None, x, x.numel(), (x.shape, root), call, x, root)
+        return self.watched(at, "broadcast", None, x, x.numel(), (x.shape, root), call, x, root)
 
     @eager
     def gather(self, x: Tensor, root: int, dim: int, sizes: Sequence[int], *,
@@ -164,7 +164,7 @@ class GroupCoordinator(Group):
         cut = self._cut_of_pieces("gather", x, dim, sizes)
         count = sum(cut.counts)
         call = self.route("gather", x, None, count, cut.even).gather
-        flat = self._run(at, "gather", None, x, count, (cut.whole, cut.dim, cut.sizes, root), call,
+        flat = self.watched(at, "gather", None, x, count, (cut.whole, cut.dim, cut.sizes, root), call,
                          plain(x).flatten(), root, cut.counts)
         return None if flat is None else cut.join(flat)
 
@@ -227,7 +227,7 @@ class GroupCoordinator(Group):
         mine = self.rank_in_group == root
         where = f"broadcast_tensors over {self.name}"
         frame, given = labelled(where, tensors, self.device) if mine else (b"", [])
-        frame = self._run(None, "broadcast_tensors", None, None, -1, (root,), frames.broadcast,
+        frame = self.watched(None, "broadcast_tensors", None, None, -1, (root,), frames.broadcast,
                           self._live_control(), frame, root, mine)
         labels = messages.read(frame, list[Label])
         rooms = [each.room(self.device) for each in labels]
@@ -257,7 +257,7 @@ class GroupCoordinator(Group):
 
     # -- what is around each of them -------------------------------------------------------------------------
 
-    def _run(self, at: object, name: str, op: str | None, x: Tensor | None, count: int, facts: tuple,
+    def watched(self, at: object, name: str, op: str | None, x: Tensor | None, count: int, facts: tuple,
              call: Callable, *args: Any) -> Any:
         """`call(*args)`, known to the watchdog.
 
@@ -266,7 +266,7 @@ class GroupCoordinator(Group):
         if self._on_gpu and torch._C._cuda_getDevice() != self.device.index:
             # a new thread's is GPU 0, and kernels and NCCL run on the current one
             with torch.cuda.device(self.device):
-                return self._run(at, name, op, x, count, facts, call, *args)
+                return self.watched(at, name, op, x, count, facts, call, *args)
         if self._watchdog is None:
             return call(*args)
         watch, seat, thread = self._watchdog.watch, self._seat, get_ident()
@@ -326,7 +326,7 @@ class GroupCoordinator(Group):
         by_queue = self.queue and self.queue.writer == root and not self.queue.closed
         way = ((self.queue.broadcast, message, as_type) if by_queue
                else (self._broadcast_message, message, root, as_type))
-        return self._run(None, "broadcast_message", None, None, -1, (root,), *way)
+        return self.watched(None, "broadcast_message", None, None, -1, (root,), *way)
 
     def _broadcast_message(self, message: Any, root: int, as_type: Any) -> Any:
         frame = messages.frame(message) if self.rank_in_group == root else b""
@@ -351,7 +351,7 @@ class GroupCoordinator(Group):
     @eager
     def barrier(self) -> None:
         """Returns when every member has called it; the device may still be at work."""
-        self._run(None, "barrier", None, None, -1, (), self._live_control().barrier)
+        self.watched(None, "barrier", None, None, -1, (), self._live_control().barrier)
 
     def destroy(self) -> None:
         """Ends the use of this group; the runtime ends the process groups, which others may share."""

@@ -32,7 +32,7 @@ from shardlib.program import Op, Program, Result, Step, Struct, check_keywords
 from shardlib.source import Where, is_ours, user_frame, user_line
 from shardlib.spec import Spec, heading, nameable
 
-RESERVED = (*TABLE, "scan", "sharded", "EXPLICIT", "Params", "Tensor", "param", "stacked", "nested")
+RESERVED = (*TABLE, "scan", "fused", "sharded", "EXPLICIT", "Params", "Tensor", "param", "stacked", "nested")
 """Names that printed programs use."""
 
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 import linecache
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from shardlib.compiler.fusion import Kernels
 from shardlib.compiler.passes.pack import Packing, emit_packed, packings
 from shardlib.dtypes import inner_dtypes, read_dtypes, value_dtypes, widest
 from shardlib.errors import SpecError
 from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.cond import COND
+from shardlib.language.fused import FUSED
 from shardlib.language.scan import SCAN
 from shardlib.lowering.buffers import updated_arguments, updates_of, use_counts
 from shardlib.lowering.index_check import IndexSite
@@ -56,11 +58,12 @@ class Emitter:
     float32, int64 or bool.
     prepared: arguments that come as `Compiled.prepare` made them: weights packed, stacked ones as a sequence
     of layers.
+    kernels: asked what takes a fused step; without it, or where it says None, the body is written.
     """
 
     def __init__(self, mesh: Mesh, rank: int, sizes: Mapping[str, int], yields: bool = False,
                  donate: Sequence[str] = (), given: Mapping[str, str] | None = None,
-                 prepared: Sequence[str] = ()) -> None:
+                 prepared: Sequence[str] = (), kernels: Kernels | None = None) -> None:
         self.mesh, self.rank, self.sizes, self.yields, self.donate = (mesh, rank, sizes, yields,
                                                                       frozenset(donate))
         self.coordinate = mesh.coordinate(rank)
@@ -80,7 +83,7 @@ class Emitter:
         self.lines: tuple[Step | None, ...] = ()  # of each line of the source, the step that it is of
         self.variables = 0
         self.in_place: set[str] = set()
-        self.prepared = frozenset(prepared)
+        self.prepared, self.kernels = frozenset(prepared), kernels
         self.packs: list[Packing] = []
         self.returned: tuple[str | None, ...] = ()  # the argument that each result leaf is, updated in place
         # variables that are the same in every round of the current loop
@@ -241,6 +244,8 @@ class Emitter:
                 made = self._scan(step, names, owned, uses)
             elif step.op is COND:
                 made = self._cond(step, names)
+            elif step.op is FUSED:
+                made = self._fused(step, names, program.name)
             else:
                 made = self._line(step, names, owned, uses)
             self._where = around
@@ -312,6 +317,24 @@ class Emitter:
             lines += [head, *_indented(block or ["pass"])]
         self.invariant, self._branch = around
         names.update(zip(step.outputs, made))
+        return lines
+
+    def _fused(self, step: Step, names: dict[str, str], title: str) -> list[str]:
+        """A kernel's call, at the step that communicates; or the body in its place:
+        its steps are those of the program `title` around it."""
+        (body,) = step.bodies
+        like = [torch.empty(self.shape(spec), dtype=getattr(torch, self.dtypes[n]), device="meta")
+                for spec, n in zip(step.ins, step.inputs)] if self.kernels else []
+        if self.kernels and (kernel := self.kernels(step, like)) is not None:
+            name, wire = f"k{len(self.helpers)}", next((s for s in body.steps if s.op.wire), None)
+            self.helpers[name], self._where = kernel, wire and (title, wire)
+            text = f"{name}({', '.join(names[i] for i in step.inputs)}{self._here()})"
+            names.update((out, self.variable()) for out in step.outputs)
+            return [f"{', '.join(names[out] for out in step.outputs)} = {text}"]
+        inner = {path: names[value] for path, value in step.passed(body)}
+        dtypes = inner_dtypes(step, body, self.dtypes)
+        lines = self._block(replace(body, name=title), inner, set(), {}, dtypes)
+        names.update((out, inner[n]) for out, (n, _) in zip(step.outputs, body.result_leaves()))
         return lines
 
     def _scan(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> list[str]:

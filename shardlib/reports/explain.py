@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from shardlib.compiler.passes.fuse import fusion_report
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
@@ -82,7 +83,8 @@ class Explanation:
     """What `explain` found. `print` it, or take `to_json()`.
 
     collectives: that one run makes; bytes_of: what ranks receive in one run. Of a cond both count the larger
-    branch: they are at most that. held: the bytes of the arguments.
+    branch: they are at most that. held: the bytes of the arguments. fusions: what was fused, and what is like
+    it and was not, where the passes of `fuse` ran.
     """
     program: str
     mesh: str
@@ -92,6 +94,7 @@ class Explanation:
     held: PerRank
     cost_source: str
     unmet: tuple[str, ...] = ()
+    fusions: tuple[str, ...] = ()
 
     @property
     def received(self) -> tuple[int, ...]:
@@ -147,7 +150,7 @@ class Explanation:
                       f"run; times {self.cost_source}")
         console.print(
             f"arguments: {bytes_text(self.held.most)} on the fullest rank, {self.imbalance:.2f} x the mean")
-        for line in self.unmet:
+        for line in (*self.unmet, *self.fusions):
             console.print(line)
         return out.getvalue()
 
@@ -194,7 +197,8 @@ def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapp
     if runtime is not None:
         traffic, source = _routed(traffic, runtime, cost)
     return Explanation(program.name, str(mesh), tuple(t for t, _ in traffic), collectives,
-                       PerRank(classes, tuple(received)), PerRank(classes, held), source, _unmet(program))
+                       PerRank(classes, tuple(received)), PerRank(classes, held), source, _unmet(program),
+                       tuple(dict.fromkeys(fusion_report(program))))
 
 
 def _classes(program: Program, mesh: Mesh, sizes: Mapping[str, int]) -> Classes:

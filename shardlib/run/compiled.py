@@ -26,6 +26,7 @@ from shardlib.program import Program, Step, leaves
 from shardlib.run.captured import Captures, conditional
 from shardlib.run.failures import Lines, explain_failure
 from shardlib.run.index_flags import IndexFlags
+from shardlib.run.kernels import Kernels
 from shardlib.run.prepared import Prepared, prepare, whole
 from shardlib.run.surroundings import any_autocast, refuse_gradients, without_autocast
 
@@ -51,6 +52,7 @@ class Compiled:
         self.donate, self.static = (donate,) if isinstance(donate, str) else tuple(donate), dict(static)
         self.program: Program | None = None
         self.sources: dict[tuple, str] = {}
+        self.kernels: Kernels | None = None         # asked by the code that was made last
         self.graph, self._captures = graph, None
         self._variants: dict[tuple, tuple[Callable, Callable, Lines]] = {}
         self._results: tuple[Any, ...] = ()
@@ -180,10 +182,13 @@ class Compiled:
             program = self.program = self._lower(dtypes)
         mesh, rank = self.runtime.mesh, self.runtime.rank
         sizes = bind_sizes(program, given, self.sizes, mesh, mesh.coordinate(rank))
-        e = Emitter(mesh, rank, sizes, donate=self.donate, given=dtypes,
-                    prepared=[a.name for a in args if isinstance(a, Prepared)])
         value_dtypes(program, dtypes)
-        self.runtime.compare_plans(program.name, _plan_text(program, mesh, sizes, dtypes))
+        self.kernels = Kernels(self.runtime, [f for p in self.passes for f in p.fusions], sizes)
+        self.runtime.compare_plans(
+            program.name, _plan_text(program, mesh, sizes, dtypes) + self.kernels.plan)
+        self.kernels.meet(program)
+        e = Emitter(mesh, rank, sizes, donate=self.donate, given=dtypes,
+                    prepared=[a.name for a in args if isinstance(a, Prepared)], kernels=self.kernels)
         source = self.sources[key] = e.program(program)
         for a in args:
             if (isinstance(a, Prepared) and a.parts

@@ -1,14 +1,11 @@
 """The rotated scan: the same numbers by as many collectives, each sum beside the addition that follows it."""
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
-import llama_reference as reference
 import pytest
 import torch
-from simulated import execute, tree
-from torch import Tensor
+from decoded import collectives, config, decoded
 
 from shardlib import EXPLICIT, Layout, Mesh, all_reduce, einsum, lower, scan, sharded, value_and_grad
 from shardlib.compiler.parser import check, parse_program
@@ -16,48 +13,13 @@ from shardlib.compiler.passes import DEFAULT
 from shardlib.functions import cast, sum, tanh
 from shardlib.language.scan import SCAN
 from shardlib.models.layouts import named_layout
-from shardlib.models.llama import Cache, LlamaConfig, next_logits
+from shardlib.models.llama import next_logits
 from shardlib.ops import TABLE, embedding
-from shardlib.params import init, leaf_values
-from shardlib.placement import shard_of
-from shardlib.program import Program, Scan
+from shardlib.program import Scan
 
 ROTATED = (*DEFAULT, "rotate_scan")
 PLACES = [("tp=2", "tp"), ("tp=2", "tp+sp"), ("dp=2,tp=2", "tp+fsdp"), ("tk=2,tg=2", "tp"),
           ("tk=2,tg=2", "tp+sp")]
-
-
-def config(layers: int) -> LlamaConfig:
-    return LlamaConfig(vocab_size=11, d_model=18, num_layers=layers, num_kv_heads=3, queries_per_kv=2,
-                       head_dim=4, d_ff=7, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=False,
-                       max_context=64)
-
-
-def decoded(program: Program, mesh: Mesh, of: LlamaConfig) -> list[Tensor]:
-    """The logits and the cache after prompts of unequal lengths."""
-    weights = reference.random_weights(of, 0)
-    if not of.num_layers:
-        weights = {path: w[:0] if path.startswith("layers") else w for path, w in weights.items()}
-    sizes = dict(of.sizes, B=4, T=5, S=6)
-    cache = init(Cache, sizes, path="cache")
-    whole: dict[str, Any] = {"ids": torch.arange(20).view(4, 5) % 11,
-                             "start": torch.zeros(4, dtype=torch.int64), "last": torch.tensor([4, 0, 2, 3]),
-                             **dict(leaf_values(tree(weights, of), "w")), **dict(leaf_values(cache, "cache"))}
-    placed = [{path: shard_of(whole[path], spec, mesh, c) for path, spec in program.arg_leaves()}
-              for c in mesh.coordinates()]
-    return execute(program, mesh, placed, sizes).results
-
-
-def collectives(program: Program, layers: int) -> Counter[str]:
-    """How often each is made in one run."""
-    made: Counter[str] = Counter()
-    for step in program.steps:
-        if step.op.moves and step.op.wire:
-            made[step.op.name] += 1
-        for body in step.bodies:
-            for name, count in collectives(body, layers).items():
-                made[name] += layers * count
-    return made
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardlib.distributed.communicators.protocol import Call
+from shardlib.distributed.communicators.protocol import Call, FusingCommunicator
 from shardlib.distributed.flat import Cut
 from shardlib.errors import SpecError
 from shardlib.ops import nvlink
@@ -351,6 +351,10 @@ def test_what_is_not_normed(shapes: tuple[tuple[int, ...], ...], dtypes: str, re
         torch.empty(s, dtype={"b": torch.bfloat16, "f": torch.float32, "i": torch.int32}[d], device="meta")
         for s, d in zip(shapes, dtypes))
     assert made.refuses_norm(x, residual, weight) == refusal
+    assert isinstance(made, FusingCommunicator)
+    found = made.fused("all_reduce_add_rms_norm", (x, residual, weight), {"eps": 1e-5})
+    assert callable(found) if refusal is None else found == refusal
+    assert made.fused("add_rms_norm", (x, residual, weight), {"eps": 1e-5}) == "NVLink has no add_rms_norm"
     if refusal is not None:
         with pytest.raises(SpecError) as raised:
             made.all_reduce_add_rms_norm(x, residual, weight, 1e-5)

@@ -191,8 +191,8 @@ def test_json() -> None:
     found = explained(next_token, "dp=2,tp=2", "tp+fsdp")
     plain = found.to_json()
     assert json.loads(json.dumps(plain)) == plain
-    assert sorted(plain) == ["argument_bytes", "bytes", "collectives", "cost_source", "imbalance", "mesh",
-                             "program", "received", "traffic", "unmet"]
+    assert sorted(plain) == ["argument_bytes", "bytes", "collectives", "cost_source", "fusions", "imbalance",
+                             "mesh", "program", "received", "traffic", "unmet"]
     assert (plain["program"], plain["mesh"]) == ("next_token", "dp=2,tp=2")
     assert plain["bytes"] == found.bytes == max(plain["received"])
     assert plain["received"] == [sum(t["times"] * t["received"][rank] for t in plain["traffic"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from shardlib.compiler.fusion import Fusion
 from shardlib.mesh import Mesh
 from shardlib.program import Program, Step
 
@@ -14,11 +15,13 @@ class Pass:
 
     before_grad: whether it runs on a program before its gradient is made of it.  after_grad: whether it runs
     on the two together. A program without gradients sees all passes, once.
+    fusions: what the fused steps that it makes mean, and which kernels there are for them.
     """
     name: str
     run: Callable[[Program, Mesh], Program]
     before_grad: bool = True
     after_grad: bool = True
+    fusions: tuple[Fusion, ...] = ()
 
 
 def uses(program: Program) -> dict[str, int]:

@@ -23,8 +23,6 @@ from shardlib.compiler.refusal import (
 from shardlib.compiler.refusals import offers
 from shardlib.compiler.refusals.user_source import WORDS, label, labels, made_by, variable
 from shardlib.errors import SpecError, aligned
-from shardlib.language.cond import COND
-from shardlib.language.scan import SCAN
 from shardlib.language.trace import RESHARD
 from shardlib.program import Program, Step
 from shardlib.rules import Rule, RuleError, natural
@@ -93,7 +91,7 @@ def _unlike_operand(fact: UnlikeOperand, state: State) -> str:
 def _instead_of_operand(fact: UnlikeOperand, have: Spec, state: State) -> list[str]:
     step, want = fact.step, fact.want
     if fact.rule is None:
-        return offers.convert(step, fact.operand, want, state, bare=step.op in (SCAN, COND, RESHARD))
+        return offers.convert(step, fact.operand, want, state, bare=bool(step.bodies) or step.op is RESHARD)
     types, text = [state.type_of(n) for n in step.inputs], [s.resolve(state.mesh) for s in step.ins]
     axes = dict.fromkeys([*_split_apart(have, want), *_owed_apart(have, want)])
     return offers.instead(step, tuple(axes), types, state, fact.rule, also=text)

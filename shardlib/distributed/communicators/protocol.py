@@ -7,9 +7,9 @@ argument nor another result.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 import torch
@@ -118,6 +118,18 @@ class Communicator(Protocol):
 
     def close(self) -> None:
         """Gives back what it holds. Waits for nobody."""
+
+
+@runtime_checkable
+class FusingCommunicator(Protocol):
+    """One that takes some collectives together with the steps around them (`shardlib.compiler.fusion`)."""
+
+    def fused(self, name: str, operands: Sequence[Tensor], static: Mapping[str, float]) -> Callable | str:
+        """What takes the fused step `name` of operands like these, which are on meta; or why nothing does.
+
+        The same on every member. It is called with the operands, and gives the results: new memory, whose
+        sums have the bits of this communicator's own collective.
+        """
 
 
 class StridedCommunicator(Communicator, Protocol):

@@ -1,0 +1,54 @@
+"""The fusions of the models: what steps mean together, for the pass that looks for them.
+
+    compile(f, layout, passes=(*DEFAULT, "rotate_scan", *fuse(FUSIONS)))
+
+Each is a function; x is any axis, or product of axes, and a name that no op looks at any number of dims.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shardlib import EXPLICIT, all_reduce, reduce_scatter, sharded
+from shardlib.compiler.fusion import Fusion, Site
+from shardlib.distributed.communicators.protocol import FusingCommunicator
+from shardlib.functions import silu
+from shardlib.ops.rms_norm import rms_norm
+
+
+@sharded("T D +x, T D, D -> T D, T D", layout=EXPLICIT)
+def all_reduce_add_rms_norm(y, residual, w, *, eps):
+    """What ends each half of a transformer's layer, with the norm that begins the next."""
+    x = residual + all_reduce("T D +x -> T D", y)
+    return x, rms_norm(x, w, eps)
+
+
+@sharded("B T D +x, B T/x D, D -> B T/x D, B T/x D", layout=EXPLICIT)
+def reduce_scatter_add_rms_norm(y, residual, w, *, eps):
+    """The same under sequence parallelism."""
+    x = residual + reduce_scatter("B T D +x -> B T/x D", y)
+    return x, rms_norm(x, w, eps)
+
+
+@sharded("T D, T D, D -> T D, T D", layout=EXPLICIT)
+def add_rms_norm(y, residual, w, *, eps):
+    """The same where no sum is owed."""
+    x = residual + y
+    return x, rms_norm(x, w, eps)
+
+
+@sharded("F, F -> F", layout=EXPLICIT)
+def gate_up(gate, up):
+    """What stands between the matmuls of a gated feed-forward."""
+    return silu(gate) * up
+
+
+def by_communicator(site: Site) -> Callable | str:
+    """The kernel of the first communicator that has one; or why none has."""
+    answers = [c.fused(site.name, site.operands, site.static) for c in site.communicators
+               if isinstance(c, FusingCommunicator)]
+    said = [a for a in answers if isinstance(a, str)]
+    return next((a for a in answers if not isinstance(a, str)), "; ".join(said) or "no communicator has one")
+
+
+FUSIONS = (Fusion(all_reduce_add_rms_norm, kernel=by_communicator),
+           Fusion(reduce_scatter_add_rms_norm, kernel=by_communicator), Fusion(add_rms_norm), Fusion(gate_up))

@@ -1,0 +1,84 @@
+"""Kernels for fused steps: what the device, or a communicator of the group, has for them.
+
+A step is one of a fusion where its body is what the fusion's function means, whoever made it. Its kernel is
+asked for when code is written, with the shapes and dtypes of this rank. Where pieces are not even, members
+would be asked unlike things: there the body runs. With SHARDLIB_REFERENCE=1 in the environment every body
+runs, on all ranks.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from shardlib.compiler.fusion import Fusion, Site
+from shardlib.compiler.matching import static_of
+from shardlib.distributed.fused_call import FusedCall
+from shardlib.distributed.runtime import Runtime
+from shardlib.language.fused import FUSED
+from shardlib.language.moves import axes_of, placed
+from shardlib.program import Program, Step
+
+
+class Kernels:
+    """Those of `fusions`, for a program whose dims have `sizes`, on this rank.
+
+    answers: of each fused step that was asked for, who takes it, or why its body runs.
+    """
+
+    def __init__(self, runtime: Runtime, fusions: Iterable[Fusion], sizes: Mapping[str, int]) -> None:
+        self.runtime, self.sizes = runtime, sizes
+        self.fusions = {f.name: f for f in fusions if f.kernel is not None}
+        self.reference = os.environ.get("SHARDLIB_REFERENCE", "0") not in ("", "0")
+        self.answers: list[str] = []
+
+    @property
+    def plan(self) -> str:
+        """What all ranks that run a program together must have alike."""
+        return "bodies of fused steps\n" if self.reference else ""
+
+    def meet(self, program: Program) -> None:
+        """Makes the groups whose communicators are to be asked. All ranks call it."""
+        steps = [s for p in (program, *program.bodies()) for s in p.steps
+                 if s.op is FUSED and s.bodies[0].name in self.fusions]
+        if (groups := list(dict.fromkeys(filter(None, map(self._axes, steps))))) and not self.reference:
+            self.runtime.create_groups(groups)
+
+    def __call__(self, step: Step, operands: Sequence[Tensor]) -> Callable | None:
+        """What takes the step; None where its body runs."""
+        name = step.bodies[0].name
+        found = self._asked(step, operands)
+        said = found if isinstance(found, str) else "by a kernel"
+        self.answers.append(f"{name}{f' at {step.where}' if step.where else ''}: {said}")
+        return None if isinstance(found, str) else found
+
+    def _asked(self, step: Step, operands: Sequence[Tensor]) -> Callable | str:
+        (body,), fusion, axes = step.bodies, self.fusions.get(step.bodies[0].name), self._axes(step)
+        if self.reference:
+            return "SHARDLIB_REFERENCE is set"
+        if fusion is None or fusion.kernel is None:
+            return "there is no kernel of that name"
+        if (static := static_of(fusion, body, self.runtime.mesh)) is None:
+            return "its body is not what the fusion means"
+        if axes is None:
+            return "its collectives are over one rank, or over several groups"
+        if not all(placed(s, self.runtime.mesh, self.sizes, self.runtime.coordinate).even
+                   for s in body.steps if s.op.wire):
+            return "its pieces are not even"
+        group = self.runtime.group(axes) if axes else None
+        sums = [c for c in group.communicators
+                if c.deterministic or not group.router.deterministic] if group else []
+        site = Site(fusion.name, self.runtime.device.type, operands, static, tuple(sums))
+        kernel: Any = fusion.kernel(site)
+        return FusedCall(group, fusion.name, kernel) if group and not isinstance(kernel, str) else kernel
+
+    def _axes(self, step: Step) -> tuple[str, ...] | None:
+        """The axes of the one group over which the step communicates, () where it does not;
+        None where these are several, or hold one rank."""
+        mesh = self.runtime.mesh
+        over = dict.fromkeys(axes_of(s, mesh) for s in step.bodies[0].steps if s.op.wire)
+        if not over:
+            return ()
+        return next(iter(over)) if len(over) == 1 and mesh.size(next(iter(over))) > 1 else None
