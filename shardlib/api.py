@@ -23,11 +23,12 @@ from shardlib.layout import Layout
 from shardlib.mesh import Mesh, check_sizes, current_mesh
 from shardlib.params import flat_leaves, leaf_dtypes, named_leaves, rebuild
 from shardlib.placement import join, place, shard_of
-from shardlib.program import Program, arg_types, leaves
+from shardlib.program import Program, arg_types
 from shardlib.run.compiled import Compiled
 from shardlib.run.prepared import Prepared
 from shardlib.run.simulate import simulate as simulate_ranks
 from shardlib.run.step import run_steps
+from shardlib.tree import leaves
 
 __all__ = ["Compiled", "Prepared", "Sharded", "ValueAndGrad", "arg_types", "compile", "lower", "shard_of",
            "sharded", "simulate", "step", "value_and_grad"]

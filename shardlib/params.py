@@ -29,8 +29,8 @@ from torch import Tensor
 
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh, check_sizes
-from shardlib.program import Struct
 from shardlib.spec import Dim, Spec, heading, nameable, parse
+from shardlib.tree import Struct
 
 INITIAL = ("normal", "ones", "zeros")
 

@@ -35,15 +35,15 @@ from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.cond import COND
 from shardlib.language.einsum import EINSUM
 from shardlib.language.fused import FUSED
-from shardlib.language.moves import check_move
+from shardlib.language.moves import RESHARD, check_move
 from shardlib.language.rearrange import RENAME, renamed, whole_in_rename
 from shardlib.language.scan import SCAN
-from shardlib.language.trace import RESHARD
 from shardlib.layout import EXPLICIT, Layout, pins
 from shardlib.mesh import Mesh
-from shardlib.program import Program, Result, Scan, Step, Struct, leaves
+from shardlib.program import Program, Result, Scan, Step
 from shardlib.rules import RuleError, natural
 from shardlib.spec import Spec
+from shardlib.tree import Struct, leaves
 
 
 class Completer(Builder):

@@ -23,9 +23,10 @@ from shardlib.language.reductions import SUM
 from shardlib.language.scan import SCAN
 from shardlib.language.trace import fresh
 from shardlib.mesh import Mesh
-from shardlib.program import Op, Program, Result, Scan, Step, Struct, leaves
+from shardlib.program import Op, Program, Result, Scan, Step
 from shardlib.rules import Rule
 from shardlib.spec import Dim, Spec
+from shardlib.tree import Struct, leaves
 
 ONES_LIKE = Op("ones_like", rule=lambda s: Rule(shapes=(0,)), infer=lambda ins, attrs: (ins[0].owing(),),
                index=(0,), takes=("any",), emit=lambda e, s, a: f"torch.ones_like({a[0]})",

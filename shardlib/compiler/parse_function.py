@@ -24,14 +24,14 @@ from shardlib.language.arithmetic import BINARY, SCALE, SHIFT
 from shardlib.language.cond import COND
 from shardlib.language.fused import FUSED
 from shardlib.language.local import local_op, local_vjp_op
-from shardlib.language.moves import check_move
+from shardlib.language.moves import RESHARD, check_move
 from shardlib.language.rearrange import RENAME
 from shardlib.language.scan import SCAN
-from shardlib.language.trace import RESHARD
-from shardlib.program import Op, Program, Result, Scan, Step, Struct, check_keywords, leaves
+from shardlib.program import Op, Program, Result, Scan, Step, check_keywords
 from shardlib.reference import check_operands
 from shardlib.rules import natural
 from shardlib.spec import Spec, nameable, parse_signature
+from shardlib.tree import Struct, leaves
 
 MAX_STEPS = 1_000_000       # steps, those of bodies counted wherever they are used
 MAX_DEPTH = 16              # bodies within bodies

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardlib.errors import SpecError
-from shardlib.program import Op, Program, Struct, leaves
+from shardlib.program import Op, Program
 from shardlib.spec import Dim, Spec
+from shardlib.tree import Struct, leaves
 
 
 @dataclass

@@ -31,8 +31,9 @@ from shardlib.language.einsum import EINSUM
 from shardlib.language.rearrange import REARRANGE, RENAME
 from shardlib.layout import EXPLICIT
 from shardlib.mesh import Mesh
-from shardlib.program import Op, Program, Struct
+from shardlib.program import Op, Program
 from shardlib.spec import check_text, nameable, parse
+from shardlib.tree import Struct
 
 CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE, **unary.TABLE,
                        **casts.TABLE, **comparison.TABLE, **masks.TABLE, **reductions.TABLE, **grad.TABLE,

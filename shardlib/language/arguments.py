@@ -8,7 +8,7 @@ from shardlib.errors import SpecError
 from shardlib.language.calls import check_count, check_tree, what
 from shardlib.language.signature import Signature
 from shardlib.params import Params, struct
-from shardlib.program import Struct
+from shardlib.tree import Struct
 
 
 def argument_trees(f: Signature, args: Sequence[Any]) -> list[tuple[str, Any]]:

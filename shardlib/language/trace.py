@@ -28,9 +28,10 @@ from shardlib.language.signature import Signature
 from shardlib.language.value import ACTIVE, Value, active, apply, check_dims, specs_of
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values, struct
-from shardlib.program import Op, Program, Result, Step, Struct, check_keywords
+from shardlib.program import Op, Program, Result, Step, check_keywords
 from shardlib.source import Where, is_ours, user_frame, user_line
 from shardlib.spec import Spec, heading, nameable
+from shardlib.tree import Struct
 
 RESERVED = (*TABLE, "scan", "fused", "sharded", "EXPLICIT", "Params", "Tensor", "param", "stacked", "nested")
 """Names that printed programs use."""

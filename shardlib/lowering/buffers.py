@@ -1,16 +1,9 @@
 """Which buffers of a program's arguments its results may reuse."""
 from __future__ import annotations
 
+from shardlib.compiler.passes.rewrite import use_counts
 from shardlib.language.scan import SCAN
 from shardlib.program import Program, Scan
-
-
-def use_counts(program: Program) -> dict[str, int]:
-    """How often each value is used, results included."""
-    out: dict[str, int] = {}
-    for name in (*(i for s in program.steps for i in s.inputs), *(n for n, _ in program.result_leaves())):
-        out[name] = out.get(name, 0) + 1
-    return out
 
 
 def updates_of(program: Program, name: str) -> str | None:

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 
 from shardlib.compiler.fusion import Kernels
 from shardlib.compiler.passes.pack import Packing, emit_packed, packings
+from shardlib.compiler.passes.rewrite import use_counts
 from shardlib.dtypes import inner_dtypes, read_dtypes, value_dtypes, widest
 from shardlib.errors import SpecError
 from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.cond import COND
 from shardlib.language.fused import FUSED
 from shardlib.language.scan import SCAN
-from shardlib.lowering.buffers import updated_arguments, updates_of, use_counts
+from shardlib.lowering.buffers import updated_arguments, updates_of
 from shardlib.lowering.index_check import IndexSite
 from shardlib.lowering.variables import reuse
 from shardlib.mesh import Mesh

@@ -22,13 +22,14 @@ from shardlib.layout import Layout
 from shardlib.lowering.emit import Emitter, load
 from shardlib.mesh import Mesh, check_sizes
 from shardlib.params import Params, flat, flat_leaves, leaf_dtypes, named_leaves, present, rebuild
-from shardlib.program import Program, Step, leaves
+from shardlib.program import Program, Step
 from shardlib.run.captured import Captures, conditional
 from shardlib.run.failures import Lines, explain_failure
 from shardlib.run.index_flags import IndexFlags
 from shardlib.run.kernels import Kernels
 from shardlib.run.prepared import Prepared, prepare, whole
 from shardlib.run.surroundings import any_autocast, refuse_gradients, without_autocast
+from shardlib.tree import leaves
 
 
 class Compiled:

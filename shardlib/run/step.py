@@ -19,17 +19,19 @@ from shardlib.dtypes import ITEMSIZE, changed, step_dtypes, value_dtypes
 from shardlib.errors import SpecError
 from shardlib.language.arguments import argument_trees
 from shardlib.language.calls import check_given, check_tensors
+from shardlib.language.moves import RESHARD
 from shardlib.language.rearrange import RENAME
-from shardlib.language.trace import RESHARD, Executor, Function, raise_at_user_line
+from shardlib.language.trace import Executor, Function, raise_at_user_line
 from shardlib.language.value import Value, active, specs_of
 from shardlib.layout import Layout
 from shardlib.lowering.emit import Emitter, load
 from shardlib.params import Params, fill, leaf_values
-from shardlib.program import Op, Program, Step, leaves
+from shardlib.program import Op, Program, Step
 from shardlib.run.failures import Lines, explain_failure
 from shardlib.run.surroundings import refuse_gradients, without_autocast
 from shardlib.source import Where, user_frame
 from shardlib.spec import Spec
+from shardlib.tree import leaves
 
 KNOWN = frozenset(getattr(torch, name) for name in ITEMSIZE)
 PARAM = -2       # the id of values that are parameters: they follow an activation's split, others do not

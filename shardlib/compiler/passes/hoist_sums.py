@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shardlib.compiler.passes.rewrite import Pass, uses
+from shardlib.compiler.passes.rewrite import Pass, use_counts
 from shardlib.language.arithmetic import ADD, SUB
 from shardlib.language.trace import fresh
 from shardlib.program import Program, Step
@@ -28,7 +28,7 @@ def hoist_sums(program: Program) -> Program:
 
 def _once(program: Program) -> Program:
     made = {o: s for s in program.steps for o in s.outputs}
-    count = uses(program)
+    count = use_counts(program)
     for at, step in enumerate(program.steps):
         if step.op not in (ADD, SUB):
             continue

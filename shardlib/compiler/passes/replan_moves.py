@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shardlib.compiler.passes.rewrite import Pass, renamed, uses
+from shardlib.compiler.passes.rewrite import Pass, renamed, use_counts
 from shardlib.compiler.planner import Planned, plan
 from shardlib.language.moves import Move, cost
 from shardlib.language.trace import fresh
@@ -25,7 +25,7 @@ def replan_moves(program: Program, mesh: Mesh) -> Program:
     """The program with every chain of moves planned again."""
     steps: list[Step] = []
     made: dict[str, Step] = {}
-    count = uses(program)
+    count = use_counts(program)
     taken = program.names()
     alias: dict[str, str] = {}
     for step in program.steps:

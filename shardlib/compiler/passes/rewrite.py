@@ -24,7 +24,7 @@ class Pass:
     fusions: tuple[Fusion, ...] = ()
 
 
-def uses(program: Program) -> dict[str, int]:
+def use_counts(program: Program) -> dict[str, int]:
     """How often each value is used, results included."""
     out = {name: 0 for name in program.types()}
     for name in (*(i for s in program.steps for i in s.inputs), *(n for n, _ in program.result_leaves())):

@@ -19,12 +19,11 @@ that move, and no gradient is wanted: a backward scan would keep other values.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from shardlib.compiler.builder import Builder
 from shardlib.compiler.grad import ZEROS_LIKE
-from shardlib.compiler.passes.rewrite import Pass, uses
+from shardlib.compiler.passes.rewrite import Pass, use_counts
 from shardlib.dtypes import value_dtypes
 from shardlib.language.arithmetic import ADD
 from shardlib.language.scan import SCAN
@@ -58,7 +57,7 @@ def _tail(program: Program, scan: Step) -> tuple[Step, Step, Step] | None:
     first = before.get(parts.carries[0][1])
     if pays is None or first is None or (first.op, first.ins, first.outs) != (pays.op, pays.ins, pays.outs):
         return None
-    inner, outer = uses(body), uses(program)
+    inner, outer = use_counts(body), use_counts(program)
     alone = inner[add.outputs[0]] == inner[pays.outputs[0]] == outer[first.outputs[0]] == 1
     return (pays, add, first) if alone and _of_one_dtype(program, scan, first, pays) else None
 
@@ -108,10 +107,9 @@ def _turned_body(body: Program, pays: Step, add: Step) -> Program:
 
 def _paid(pays: Step, add: Step, residual: str, owed: str, between: str, made: str) -> tuple[Step, Step]:
     """What is owed, paid and added to the residual, as the round did: the operands in their order."""
-    operands: Mapping[bool, str] = {True: between, False: residual}
+    operands = tuple(between if i in pays.outputs else residual for i in add.inputs)
     return (replace(pays, inputs=(owed,), outputs=(between,), said=()),
-            replace(add, inputs=tuple(operands[i == pays.outputs[0]] for i in add.inputs), outputs=(made,),
-                    said=()))
+            replace(add, inputs=operands, outputs=(made,), said=()))
 
 
 ROTATE_SCAN = Pass("rotate_scan", rotate_scan, before_grad=False, after_grad=False)

@@ -23,7 +23,7 @@ from shardlib.compiler.refusal import (
 from shardlib.compiler.refusals import offers
 from shardlib.compiler.refusals.user_source import WORDS, label, labels, made_by, variable
 from shardlib.errors import SpecError, aligned
-from shardlib.language.trace import RESHARD
+from shardlib.language.moves import RESHARD
 from shardlib.program import Program, Step
 from shardlib.rules import Rule, RuleError, natural
 from shardlib.spec import Owed, Spec

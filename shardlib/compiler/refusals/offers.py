@@ -16,8 +16,8 @@ from shardlib.compiler.planner import Planned, plan
 from shardlib.compiler.refusal import State
 from shardlib.compiler.refusals.user_source import label, operand, written
 from shardlib.errors import SpecError, bytes_text
+from shardlib.language.moves import RESHARD
 from shardlib.language.scan import SCAN
-from shardlib.language.trace import RESHARD
 from shardlib.layout import EXPLICIT, Layout
 from shardlib.program import Program, Step
 from shardlib.rules import Rule, natural

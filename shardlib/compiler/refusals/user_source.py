@@ -9,8 +9,8 @@ import linecache
 from collections.abc import Sequence
 from itertools import islice
 
+from shardlib.language.moves import RESHARD
 from shardlib.language.scan import SCAN
-from shardlib.language.trace import RESHARD
 from shardlib.program import INFIX, Program, Step
 from shardlib.source import Where
 
