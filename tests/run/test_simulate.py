@@ -82,3 +82,12 @@ def test_ranks_that_wait_in_different_groups_are_not_joined() -> None:
         "rank 1 waits in all_reduce of ranks [1, 2]; rank 2 waits in all_reduce of ranks [0, 2]")
     made = run_ranks([in_group(0, 2), in_group(1), in_group(0, 2)])
     assert [y.tolist() for y, in made] == [[0, 2], [0, 1], [0, 2]]
+
+
+def test_the_log_counts_the_largest_piece() -> None:
+    def gathering(x: torch.Tensor) -> Any:
+        got = yield PAIR, "all_gather", x, 0, (len(X), len(Y))
+        return (got,)
+    log: list[Any] = []
+    run_ranks([gathering(X), gathering(Y)], log)
+    assert log == [(PAIR, "all_gather", 3)]
