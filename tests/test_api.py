@@ -22,6 +22,7 @@ from shardlib import (
     param,
     prove,
     rename,
+    reshard,
     scan,
     sharded,
     simulate,
@@ -305,6 +306,37 @@ def test_step_mode_works_out_each_call_by_itself():
     for run in runs:
         for got, y in zip(run(x, w), meant, strict=True):
             assert torch.allclose(got, y, rtol=1e-12, atol=1e-12)
+
+
+class Weight(Params):
+    weight: Tensor = param("D")
+
+
+@sharded("D, * -> D")
+def by_a_whole(x, w: Weight):
+    return x * reshard("D -> D/1", w.weight)
+
+
+def test_a_parameter_follows_an_activation_after_a_conversion_too():
+    assert str(lower(by_a_whole, Layout(D="dp"), mesh=Mesh(dp=2))).endswith(
+        "    v2 = x * w.weight\n    return v2\n")
+    x, w = torch.tensor([1.0, 2.0, 3.0]), Weight(weight=torch.tensor([5.0, 7.0, 9.0]))
+    assert simulate(by_a_whole, Layout(D="dp"), x, w, mesh=Mesh(dp=2)).tolist() == [5, 14, 27]
+
+
+@sharded("B D/1, D, * -> B D/1")
+def by_two(x, v, w: Weight):
+    return rms_norm(rms_norm(x, w.weight), v)
+
+
+def test_step_mode_tells_an_activation_from_a_parameter_of_its_type():
+    x, v, w, said = torch.ones(2, 3), torch.ones(3), Weight(weight=torch.ones(3)), []
+    for run in (lambda: step(by_two, Layout(D="dp"), mesh=Mesh(dp=1))(x, v, w),
+                lambda: lower(by_two, Layout(D="dp"), mesh=Mesh(dp=1))):
+        with pytest.raises(SpecError) as refused:
+            run()
+        said.append(str(refused.value).partition("   ")[0])
+    assert said == ["rms_norm: D is whole in rms_norm(...), split over dp in v"] * 2
 
 
 @sharded("B -> B")

@@ -144,6 +144,10 @@ def test_the_order_of_a_dict_of_weights_does_not_matter():
     with pytest.raises(SpecError) as error:
         step.prepare("w", {"w.layers.up": w.layers.up}, w)
     assert str(error.value) == "prepare: w has the leaves w.layers.up, w.layers.gate; given are w.layers.up"
+    with pytest.raises(SpecError) as error:
+        step.prepare("w", {**leaves, "w.bias": x}, w)
+    assert str(error.value) == (
+        "prepare: w has the leaves w.layers.up, w.layers.gate; given are w.layers.up, w.layers.gate, w.bias")
 
 
 def test_what_was_prepared_for_another_program_runs_right_or_is_refused():

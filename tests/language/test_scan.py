@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlib import Layout, Mesh, SpecError, einsum, lower, scan, sharded, simulate, step, value_and_grad
+from shardlib import (
+    EXPLICIT,
+    Layout,
+    Mesh,
+    SpecError,
+    einsum,
+    lower,
+    scan,
+    sharded,
+    simulate,
+    step,
+    value_and_grad,
+)
 from shardlib.compiler.parser import parse_program
 from shardlib.functions import sum, tanh
 
@@ -205,3 +217,21 @@ def test_stacks_of_two_dims_are_refused() -> None:
             run()
         assert str(refused.value).split("      ")[0] == (
             "scan: the stacked tensors begin with L, M; they share one first dim")
+
+
+@sharded("B, B D/x -> B, B +x", layout=EXPLICIT)
+def totalled(before, rows):
+    return before, sum("B D/x -> B +x", rows)
+
+
+def test_what_stacked_results_owe_is_known_op_by_op() -> None:
+    seen = []
+
+    @sharded("B, L B D -> B, L B")
+    def f(before, rows):
+        after, sums = scan(totalled, before, rows)
+        seen.append(str(sums.spec))
+        return after, sums
+    before, rows = torch.zeros(2), torch.arange(12.0).view(3, 2, 2)
+    after, sums = step(f, Layout(D="x"), mesh=Mesh(x=1))(before, rows)
+    assert seen == ["L B +x"] and torch.equal(after, before) and torch.equal(sums, rows.sum(-1))

@@ -129,6 +129,13 @@ def starts_of_layers(x, caches, starts):
     return scan(by_its_own_start, x, (caches, starts))
 
 
+def test_one_argument_may_be_donated_by_its_name_alone() -> None:
+    given = torch.zeros(2, 5, 3)
+    _, after = compile(by_its_own_start, Layout(), donate="cache")(torch.ones(2, 2, 3), given,
+                                                                  torch.tensor([0, 3]))
+    assert after.data_ptr() == given.data_ptr() and given.sum() == 12
+
+
 def test_what_differs_by_layer_is_not_worked_out_before_the_loop() -> None:
     x, caches, starts = torch.ones(2, 2, 3), torch.zeros(3, 2, 5, 3), torch.tensor([[0, 3], [1, 2], [3, 0]])
     _, after = compile(starts_of_layers, Layout())(x, caches, starts)

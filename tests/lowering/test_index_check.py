@@ -388,6 +388,15 @@ def test_a_row_to_ignore_counts_for_nothing_though_its_index_is_in_range() -> No
         torch.testing.assert_close(f(x, labels), torch.tensor([1.0, 4.0, 1.0]).log())
 
 
+def test_each_loss_of_the_same_labels_ignores_its_own() -> None:
+    @sharded("B V, B -> B, B, B")
+    def three(x, labels):
+        return tuple(cross_entropy("B V, B -> B", x, labels, ignore_index=i) for i in (0, None, 1))
+    x, labels = torch.zeros(3, 4), torch.tensor([0, 1, 2])
+    for f in (three, later(three)):
+        assert [(losses > 0).int().tolist() for losses in f(x, labels)] == [[0, 1, 1], [1, 1, 1], [1, 0, 1]]
+
+
 @sharded("B S, B T, B -> B S")
 def written(cache, rows, begin):
     return update_cache("B S, B T, B -> B S", cache, rows, begin)

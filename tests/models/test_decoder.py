@@ -99,6 +99,26 @@ def test_captured_tokens_are_the_eager_ones(one: Model, batch: tuple, chunk: int
 
 
 @pytest.mark.parametrize("graph", (False, True))
+def test_a_prompt_in_chunks_is_continued_as_it_would_be_whole(one: Model, graph: bool,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn by where its last token stands, in its first chunk or in another one."""
+    prompts = [[n % 13 for n in range(length)] for length in (40, 33, 32, 31, 17, 16, 3)]
+    wanted = one.generate(prompts, 4, (), DRAWN, graph=False).tokens
+    for name in ("PROMPT_TOKENS", "LATER_TOKENS"):
+        monkeypatch.setattr(decoder, name, 1)
+    assert one.generate(prompts, 4, (), DRAWN, graph=graph).tokens == wanted
+
+
+def test_rows_that_move_draw_by_their_own_number(one: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[n] for n in range(8)]
+    wanted = one.generate(prompts, 20, {2, 5}, DRAWN, graph=False).tokens
+    assert len({len(tokens) for tokens in wanted}) > 3                  # they end one after another
+    for name in ("WORTH_MOVING", "WORTH_CAPTURING"):
+        monkeypatch.setattr(decoding, name, 1)
+    assert one.generate(prompts, 20, {2, 5}, DRAWN, graph=True).tokens == wanted
+
+
+@pytest.mark.parametrize("graph", (False, True))
 def test_a_text_may_fill_the_context_and_no_more(one: Model, graph: bool) -> None:
     assert len(one.generate([[1] * 40], CONFIG.max_context - 40, graph=graph).tokens[0]) == CONFIG.max_context
     with pytest.raises(SpecError) as refused:

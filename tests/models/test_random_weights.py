@@ -40,6 +40,15 @@ def test_replicas_are_equal_and_pieces_are_not() -> None:
             and 0.8 < ranks[0]["layers.wq"].std() * TINY.d_model ** 0.5 < 1.2)
 
 
+def test_another_seed_draws_other_weights() -> None:
+    types = weight_types(TINY, named_layout("tp", Mesh()), Mesh())
+    one, again, other = (random_weights(TINY, types, Mesh(), {}, torch.float32, torch.device("cpu"), seed)
+                         for seed in (0, 0, 1))
+    assert all(torch.equal(one[path], again[path]) for path in types)
+    assert ({path for path in types if torch.equal(one[path], other[path])}
+            == {"norm", "layers.norm1", "layers.norm2"})
+
+
 def test_the_commands(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     assert bench_generate.main(["--weights", "random:tiny", "--batch", "1,3", "--prompt-tokens", "4",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardlib.errors import SpecError
+from shardlib.models.generate import _digests, arguments
 from shardlib.models.results import Result, Results, digest
 
 OF = ["a", "b", "c"]
@@ -139,3 +140,17 @@ def test_without_a_file_they_are_kept_in_memory() -> None:
 def test_digests_tell_prompts_and_options_apart() -> None:
     assert len({digest([1, 2], (8, 0.0)), digest([1], (8, 0.0)), digest([1, 2], (9, 0.0)),
                 digest([1, 2], (8, 0.5))}) == 4
+
+
+def test_a_request_is_known_by_all_that_decides_its_tokens() -> None:
+    """Of what a command is told: one thing after another is said otherwise."""
+    def known(*how: str, rows: int = 1) -> str:
+        return _digests([[1, 2]] * rows, arguments().parse_args(how))[-1]
+    drawn, random = ("--temperature", "1.5"), ("--weights", "random:llama3-1b")
+    others = [(), ("--dtype", "bfloat16"), ("--max-new-tokens", "9"), ("--model", "other.gguf"), drawn,
+              ("--temperature", "1"), (*drawn, "--top-p", "0.5"), (*drawn, "--seed", "1"), random,
+              (*random, "--seed", "1"), (*random, "--mesh", "tp=2")]
+    assert len({known(*how) for how in others}) == len(others)
+    assert {known(*how) for how in (("--seed", "1"), ("--top-p", "0.5"), ("--mesh", "tp=2"))} == {known()}
+    assert known(rows=2) == known()
+    assert known(*drawn) == known(*drawn, "--batch", "1", rows=2) != known(*drawn, rows=2)

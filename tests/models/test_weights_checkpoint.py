@@ -106,6 +106,13 @@ def test_a_tensor_with_no_bytes_may_lie_between_others(tmp_path):
     assert list(read_safetensors_header(path)) == ["a", "none", "b"]
 
 
+def test_a_tensor_with_no_bytes_may_be_listed_behind_the_one_at_its_place(tmp_path):
+    path = safetensors(tmp_path / "m", {"a": tensor((4,), (0, 8)), "none": tensor((0, 9), (0, 0))})
+    assert list(read_safetensors_header(path)) == ["a", "none"]
+    path = gguf_file(tmp_path / "m.gguf", tensors=[info("a", (4,)), info("none", (0,))])
+    assert [entry.num_bytes for entry in read_gguf_header(path).tensors.values()] == [16, 0]
+
+
 # -- every cut and every flipped byte ------------------------------------------------------------------------
 
 def damaged_copies(data: bytes, header: int):
@@ -228,6 +235,19 @@ def test_a_gguf_header(tmp_path):
         f"{tmp_path / 'none.gguf'}: No such file or directory")
     (tmp_path / "text.gguf").write_text("a file of another kind")
     assert refusal(read_gguf_header, tmp_path / "text.gguf") == f"{tmp_path / 'text.gguf'}: not a GGUF file"
+
+
+@pytest.mark.parametrize("kind, format, values", [
+    (0, "B", (0, 255)), (1, "b", (-128, 127)), (2, "H", (0, 65535)), (3, "h", (-32768, 32767)),
+    (4, "I", (0, 2**32 - 1)), (5, "i", (-2**31, 2**31 - 1)), (6, "f", (-0.5, 2.0**100)),
+    (7, "?", (False, True)), (10, "Q", (0, 2**64 - 1)), (11, "q", (-2**63, 2**63 - 1)),
+    (12, "d", (0.1, -1e300))])
+def test_numbers_of_every_type_of_gguf(kind, format, values, tmp_path):
+    """The least and the greatest, alone and in an array."""
+    pairs = [text(f"n{i}") + struct.pack(f"<I{format}", kind, value) for i, value in enumerate(values)]
+    pairs.append(array("both", kind, 2, struct.pack(f"<2{format}", *values)))
+    metadata = read_gguf_header(gguf_file(tmp_path / "m.gguf", pairs)).metadata
+    assert metadata == {"n0": values[0], "n1": values[1], "both": [*values]}
 
 
 def test_tensors_of_any_type_may_lie_in_a_gguf_file(tmp_path):

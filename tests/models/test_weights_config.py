@@ -33,6 +33,16 @@ def test_llama_3_of_transformers_4_and_5(rope):
     assert config_from_hf({**HF, **rope}) == expected
 
 
+def test_a_length_beside_the_rotary_set_wins_over_the_one_in_it():
+    """As in transformers; where neither is said, it is the context."""
+    def length(**fields):
+        return config_from_hf({**HF, "rope_theta": 5e5, **fields}).rope_scaling.original_context
+    without = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    assert (length(rope_scaling=LLAMA3, original_max_position_embeddings=4096)
+            == length(rope_scaling=without, original_max_position_embeddings=4096) == 4096)
+    assert length(rope_scaling=LLAMA3) == 8192 and length(rope_scaling=without) == 131072
+
+
 def test_what_a_config_leaves_out():
     config = config_from_hf({**HF, "num_key_value_heads": None, "rope_scaling": None, "head_dim": 128,
                              "tie_word_embeddings": None})

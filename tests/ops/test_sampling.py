@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from shardlib import Layout, Mesh, sharded, simulate
+from shardlib import Layout, Mesh, SpecError, sharded, simulate
 from shardlib.ops import sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,3 +67,14 @@ def test_the_likeliest_alone() -> None:
         made = simulate(drawn, Layout(), logits, torch.arange(3), mesh=Mesh(), temperature=temperature,
                         top_p=top_p, seed=0).tolist()
         assert made[1:] == [2, 2] and (made[0] == 1 if top_p < 1 else made[0] in (1, 2))
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (1.0, 0.0),
+                                                (1.0, 1.5), (1.0, math.nan)])
+def test_what_nothing_can_be_drawn_by_is_refused(temperature: float, top_p: float) -> None:
+    with pytest.raises(SpecError) as refused:
+        simulate(drawn, Layout(), torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), mesh=Mesh(),
+                 temperature=temperature, top_p=top_p, seed=0)
+    assert str(refused.value).partition("   ")[0] == (
+        f"sample: temperature is {temperature}, top_p {top_p}; temperature is above 0, top_p above 0 and at "
+        "most 1")

@@ -69,3 +69,25 @@ def test_ranks_that_part_ways() -> None:
     assert str(refused.value) == "the ranks part ways: all_gather, all_reduce in one group at once"
     ((mine,), (theirs,)) = run_ranks([rank("all_reduce"), rank("all_reduce")])
     assert torch.equal(mine, 2 * X) and torch.equal(theirs, mine) and mine.data_ptr() != theirs.data_ptr()
+
+
+def test_ranks_that_wait_in_different_groups_are_not_joined() -> None:
+    def in_group(*members: int) -> Any:
+        got = yield members, "all_reduce", X, "sum"
+        return (got,)
+    with pytest.raises(SpecError) as refused:
+        run_ranks([in_group(0, 1), in_group(1, 2), in_group(0, 2)])
+    assert str(refused.value) == (
+        "the ranks part ways: rank 0 waits in all_reduce of ranks [0, 1]; "
+        "rank 1 waits in all_reduce of ranks [1, 2]; rank 2 waits in all_reduce of ranks [0, 2]")
+    made = run_ranks([in_group(0, 2), in_group(1), in_group(0, 2)])
+    assert [y.tolist() for y, in made] == [[0, 2], [0, 1], [0, 2]]
+
+
+def test_the_log_counts_the_largest_piece() -> None:
+    def gathering(x: torch.Tensor) -> Any:
+        got = yield PAIR, "all_gather", x, 0, (len(X), len(Y))
+        return (got,)
+    log: list[Any] = []
+    run_ranks([gathering(X), gathering(Y)], log)
+    assert log == [(PAIR, "all_gather", 3)]
