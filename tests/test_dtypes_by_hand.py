@@ -320,7 +320,7 @@ class Threes(Params):
 
 
 def test_a_function_called_at_other_dtypes_is_written_anew() -> None:
-    """Where only the second of a pytree's leaves differs, too."""
+    """Where only the second of a pytree's leaves differs, or a tensor beside it, too."""
     @sharded("B D, * -> B F")
     def f(x, w: Layer):
         return einsum("B D, D F -> B F", rms_norm(x, w.norm), w.up)
@@ -328,6 +328,8 @@ def test_a_function_called_at_other_dtypes_is_written_anew() -> None:
     for kind in (float32, float64, bfloat16):
         w = Layer(norm=torch.rand(6), up=torch.rand(6, 5).to(kind), down=torch.rand(5, 6))
         assert called(x, w).dtype == stepped(x, w).dtype == torch.promote_types(float32, kind)
+        first, w = torch.rand(2, 6).to(kind), Layer(norm=w.norm, up=w.up.float(), down=w.down)
+        assert called(first, w).dtype == stepped(first, w).dtype == torch.promote_types(float32, kind)
 
 
 @sharded("T D, () -> T D, T, T D")
