@@ -43,8 +43,13 @@ def gate_up(gate, up):
 
 
 def by_communicator(site: Site) -> Callable | str:
-    """The kernel of the first communicator that has one; or why none has."""
-    answers = [c.fused(site.name, site.operands, site.static) for c in site.communicators
+    """The kernel of the first communicator that has one; or why none has.
+
+    They know functions by name: it is that of FUSIONS, or none.
+    """
+    if not any(site.function is fusion.function for fusion in FUSIONS):
+        return f"{site.function.__name__} is another function than that of ops.fusions"
+    answers = [c.fused(site.function.__name__, site.operands, site.static) for c in site.communicators
                if isinstance(c, FusingCommunicator)]
     said = [a for a in answers if isinstance(a, str)]
     return next((a for a in answers if not isinstance(a, str)), "; ".join(said) or "no communicator has one")

@@ -64,6 +64,14 @@ def narrow(dtype: str | None) -> bool:
     return dtype in ("bfloat16", "float16")
 
 
+def fits(dtype: str | None, value: float) -> bool:
+    """Whether a whole number is one of an integer dtype; others are not asked."""
+    if dtype is None or dtype in (*FLOATS, "bool") or isinstance(value, float):
+        return True
+    held = torch.iinfo(getattr(torch, dtype))
+    return held.min <= value <= held.max
+
+
 # -- one op --------------------------------------------------------------------------------------------------
 
 def reading(f: Callable[[str | None], str | None]) -> Callable:

@@ -41,12 +41,13 @@ PLAIN = ("add", "sub", "mul", "div", "scale", "shift")      # ops that stand eve
 
 @dataclass(frozen=True)
 class Site:
-    """A fused step as one rank is to run it on `device`, where a kernel is asked for. name: the function's.
+    """A fused step as one rank is to run it on `device`, where a kernel is asked for.
 
-    operands: their local shapes and dtypes, on meta.  static: the function's static arguments.
+    function: what it means.  operands: their local shapes and dtypes, on meta.
+    static: the function's static arguments.
     communicators: those of the group over which the step communicates, if it does.
     """
-    name: str
+    function: Function
     device: str
     operands: Sequence[Tensor]
     static: Mapping[str, float]
@@ -98,7 +99,7 @@ class Pattern:
         takes what nothing uses, or where its steps have bodies or share no value."""
         if f.layout != EXPLICIT or None in (*f.ins, *f.outs):
             raise _refused(f, "it is a function of tensors, with layout=EXPLICIT")
-        values = {0.5 + i: name for i, name in enumerate(f.static_names)}
+        values = {0.7182 + i: name for i, name in enumerate(f.static_names)}    # special to no op
         one, other = (_traced(f, {name: x - less for x, name in values.items()}) for less in (0, 0.25))
         if problem := _problem(one) or _unlike(one, other):
             raise _refused(f, problem)
@@ -179,15 +180,19 @@ def _together(run: tuple[str, ...], spec: Spec) -> bool:
     return spec.labels[at:at + len(run)] == run
 
 
+def runs_over(step: Step) -> set[str]:
+    """The dims that a step runs over, makes, or puts together anew."""
+    if step.op in (RENAME, REARRANGE):
+        return {n for s in (*step.ins, *step.outs) for d in s.dims for n in (d.label, *d.names)}
+    rule: Rule = step.op.rule(step)
+    names = {*rule.whole, *rule.sums, *rule.maxes, *(v for _, v in step.attrs if isinstance(v, str))}
+    return names | {n for s in step.ins for n in s.labels} ^ {n for s in step.outs for n in s.labels}
+
+
 def _looked_at(step: Step) -> set[str]:
     """The dims that a step does not merely carry along."""
-    rule: Rule = step.op.rule(step)
-    every = [d for s in (*step.ins, *step.outs) for d in s.dims]
-    names = {*rule.whole, *rule.sums, *rule.maxes, *(v for _, v in step.attrs if isinstance(v, str))}
-    if step.op in (RENAME, REARRANGE):
-        return {n for d in every for n in (d.label, *d.names)}
+    every, names = [d for s in (*step.ins, *step.outs) for d in s.dims], runs_over(step)
     names |= {n for d in every if len(d.factors) != 1 or d.axes for n in (d.label, *d.names)}
-    names |= {n for s in step.ins for n in s.labels} ^ {n for s in step.outs for n in s.labels}
     if step.op.moves:
         (have,), (want,) = step.ins, step.outs
         names |= {a.label for a, b in zip(have.dims, want.dims) if a != b}

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from shardlib.compiler.fusion import Fusion, Pattern
+from shardlib.compiler.fusion import Fusion, Pattern, runs_over
 from shardlib.language.arithmetic import ADD, MUL
 from shardlib.language.fused import FUSED
 from shardlib.language.moves import axes_of
@@ -163,6 +163,8 @@ class Matching:
                                 != _state(s.outs[0], axis, {})), None):
                 raise Unlike(f"{said(moved)} is over {axis}, and {axis} is not throughout what "
                              f"{' or '.join(forms)} is in the function")
+            elif split := next((s for s in steps if _depends(s, axis)), None):
+                raise Unlike(f"{said(split)} does over {axis} what it does not in the function")
         for x, players in plays.items():
             if not players:
                 raise Unlike(f"no axis does what {x} does in the function")
@@ -183,6 +185,16 @@ def _state(spec: Spec, axis: str, names: Mapping[str, str]) -> object:
     dim = next((d.label for d in spec.dims if axis in d.axes), None)
     owed = next(((o.kind, o.at) for o in spec.owed if o.axis == axis), None)
     return (names.get(dim), dim if dim not in names else "") if dim is not None else owed
+
+
+def _depends(step: Step, axis: str) -> bool:
+    """Whether a step does otherwise where `axis` splits something: it runs over such a dim, or makes one, or
+    leaves a sum owed. A move keeps the value, whatever rides along."""
+    if step.op.moves:
+        return False
+    dims = [d for s in (*step.ins, *step.outs) for d in s.dims if axis in d.axes]
+    owes = [any(o.axis == axis for s in side for o in s.owed) for side in (step.ins, step.outs)]
+    return owes[0] != owes[1] or any({d.label, *d.names} & runs_over(step) for d in dims)
 
 
 def said(step: Step) -> str:
@@ -285,6 +297,8 @@ class _Search:
                    static: dict[str, float]) -> None:
         mine = step.options.get(key)
         if name := self.pattern.static.get((i, key)):
+            if key not in step.options:
+                raise Unlike(f"{said(step)} has no {key}")
             if static.setdefault(name, mine) != mine:
                 raise Unlike(f"{said(step)} has {key}={mine!r}, and {name} is {static[name]!r} already")
         elif mine != (dims.get(wanted, wanted) if isinstance(wanted, str) else wanted):

@@ -13,7 +13,8 @@ waits until every other rank has come to it:
 
 Only a rank 0 that lives ends a meeting, and one that is over is no longer called. So who comes to the
 meeting of a dead one stays in it until the living one calls another. A rank that has died on its way is
-counted once, and its successor comes to the same meeting.
+counted once, and its successor comes to the same meeting; where it died between its two counts, rank 0 waits
+its whole time, and then finds that all have come.
 
 How often a rank asks the store depends on how long it waits, and not on how many there are. Rank 0 looks for
 each other rank only to say who is missing.

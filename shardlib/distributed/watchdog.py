@@ -67,6 +67,7 @@ class Watchdog:
         self.timeout_s, self.limit_s, self.tick_s = timeout_s, 0.75 * timeout_s, min(1.0, timeout_s / 40)
         self._beat, self._failure, self._report, self._left = 0, (None, ""), "", False
         self._raised = ""                           # how this rank has ended the job, if it has
+        self._leaving = False                       # it has reported, and waits for the others to
         self._told, self._marked, self._waiting = threading.Event(), None, None
         self._mute = f"  {self.board.where} does not answer"
         self._woken, self._wake = socket.socketpair()
@@ -244,6 +245,7 @@ class Watchdog:
 
         One that is late finds in its state that it has left, and does not take it for dead.
         """
+        self._leaving = True
         self._let_all_say()
         self._left = True
         self._publish()
@@ -270,9 +272,11 @@ class Watchdog:
         while not self._stopped.wait(self.tick_s):
             now, asked, at = self.watch.now, self.board.asked, monotonic()
             cut_off = asked is not None and at - asked > self.timeout_s / 5
-            if now is not None and at - now[-1] > (self.limit_s if cut_off else 0.95 * self.timeout_s):
+            share = 0.75 if cut_off else 1.0 if self._leaving else 0.95     # leaving, it waits for others
+            if now is not None and at - now[-1] > share * self.timeout_s:
                 try:
-                    self._tell_alone(f"has waited {at - now[-1]:.0f} s in {Moment.of(now)}")
+                    if not self._leaving:
+                        self._tell_alone(f"has waited {at - now[-1]:.0f} s in {Moment.of(now)}")
                 finally:
                     os._exit(1)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from shardlib.dtypes import fits
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import align, broadcast
 from shardlib.language.local_code import LocalCode
@@ -16,10 +17,11 @@ from shardlib.spec import Spec
 
 SIGNS = {"greater": ">", "less": "<", "greater_equal": ">=", "less_equal": "<=", "equal": "==",
          "not_equal": "!="}
-_HOLDS: dict[str, Callable[[Tensor, Any], Tensor]] = {
-    ">": lambda x, y: (x - y).sign() == 1, "<": lambda x, y: (y - x).sign() == 1,
+_HOLDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    ">": lambda x, y: (x.maximum(y) != y) & (x == x) & (y == y),
+    "<": lambda x, y: (x.minimum(y) != y) & (x == x) & (y == y),
     ">=": lambda x, y: x.maximum(y) == x, "<=": lambda x, y: x.minimum(y) == x,
-    "==": lambda x, y: (x - y) ** 2 <= 0, "!=": lambda x, y: (x - y) ** 2 > 0}
+    "==": lambda x, y: x.maximum(y) == x.minimum(y), "!=": lambda x, y: ~(x.maximum(y) == x.minimum(y))}
 
 
 def _same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
@@ -42,17 +44,28 @@ def _sign(step: Step) -> str:
     return step.options["sign"]
 
 
+def _holding(e: LocalCode, step: Step, x: str) -> str:
+    """x, as int64 where its own integers do not reach to the number: there torch would turn that round."""
+    kind, than = e.dtypes[step.inputs[0]], step.options["than"]
+    return x if fits(kind, than) else f"{x}.long()"
+
+
+def _both(x: Tensor, than: float) -> tuple[Tensor, Tensor]:
+    wide = x if x.is_floating_point() else x.double() if isinstance(than, float) else x.long()
+    return wide, wide.new_tensor(than)
+
+
 def _with_number(name: str, sign: str) -> Op:
     return Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=_same, constant=True,
               takes=("number",), dtype=lambda d, o: ["bool"],
-              emit=lambda e, s, a: f"({a[0]} {sign} {s.options['than']!r})",
-              reference=lambda d, x: _HOLDS[sign](x, x.new_tensor(d.options["than"])))
+              emit=lambda e, s, a: f"({_holding(e, s, a[0])} {sign} {s.options['than']!r})",
+              reference=lambda d, x: _HOLDS[sign](*_both(x, d.options["than"])))
 
 
 WITH_NUMBER = {name: _with_number(name, sign) for name, sign in SIGNS.items()}
-COMPARE = Op("compare", keywords={"sign": lambda v: v in _HOLDS}, rule=lambda s: Rule(), infer=_as("compare"),
-             constant=True, takes=("number",), dtype=lambda d, o: ["bool"], promotes=True,
-             emit=_between(_sign),
+COMPARE = Op("compare", keywords={"sign": lambda v: v in (*_HOLDS,)}, rule=lambda s: Rule(),
+             infer=_as("compare"), constant=True, takes=("number",), dtype=lambda d, o: ["bool"],
+             promotes=True, emit=_between(_sign),
              reference=lambda d, x, y: _HOLDS[d.options["sign"]](x, y))
 def _logical(step: Step) -> str:
     return "&" if step.op.name == "logical_and" else "|"

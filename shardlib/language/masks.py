@@ -4,6 +4,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from shardlib.language.arithmetic import align, broadcast
 from shardlib.language.comparison import COMPARE, LOGICAL, NOT
 from shardlib.language.local_code import LocalCode
@@ -134,7 +137,7 @@ def _masked_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
 MASKED = Op("masked", rule=lambda s: Rule(linear=((1,),)),
             infer=lambda ins, attrs: (broadcast("masked", ins),), index=(0,), takes=("mask", "float"),
             reference=lambda d, mask, x: x.masked_fill(~mask, 0),
-            emit=lambda e, s, a: f"torch.where({align(a[0], s.ins[0], s.outs[0])}, {a[1]}, 0)",
+            emit=lambda e, s, a: f"torch.where({', '.join(_aligned(s, a))}, 0)",
             vjp=_masked_vjp)
 """An operand where a mask is true, 0 where it is not, whatever is there: 0 times infinity would be NaN."""
 
@@ -183,18 +186,24 @@ def _extreme_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
             for spec, mask in zip(step.ins, lost)]
 
 
-def _extreme(name: str, sign: int) -> Op:
+def _ordered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The smaller and the larger one; NaN both where one is."""
+    low, high = torch.stack(torch.broadcast_tensors(x, y)).sort(0).values
+    return torch.where(high != high, high, low), high
+
+
+def _extreme(name: str, last: int) -> Op:
     return Op(name, rule=lambda s: Rule(), infer=lambda ins, attrs: (broadcast(name, ins),),
               takes=("number",), promotes=True, vjp=_extreme_vjp,
               emit=lambda e, s, a: f"torch.{name}({', '.join(_aligned(s, a))})",
-              reference=lambda d, x, y: (x + y + sign * (x - y).abs()) / 2)
+              reference=lambda d, x, y: _ordered(x, y)[last])
 
 
 def _aligned(step: Step, args: list[str]) -> list[str]:
     return [align(a, s, step.outs[0]) for a, s in zip(args, step.ins)]
 
 
-MAXIMUM, MINIMUM = _extreme("maximum", 1), _extreme("minimum", -1)
+MAXIMUM, MINIMUM = _extreme("maximum", 1), _extreme("minimum", 0)
 
 
 def maximum(x: Operand, y: Operand) -> Value:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardlib.dtypes import Dtypes, fractional
+from shardlib.dtypes import Dtypes, fits, fractional
 from shardlib.errors import SpecError
+from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
@@ -64,7 +65,7 @@ REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "log1p": lambda x: torch.log(1 + x),
     "expm1": lambda x: torch.exp(x) - 1,
     "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
-    "log_sigmoid": lambda x: -torch.log(1 + torch.exp(-x)),
+    "log_sigmoid": lambda x: -torch.logaddexp(torch.zeros_like(x), -x),
     "gelu_tanh": lambda x: x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x)),
 }
 INVERSES: dict[str, Callable[[Tensor], Tensor]] = {         # of those whose derivative is told the result
@@ -104,9 +105,16 @@ def _pow_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [b.scale(b.einsum_to(step.ins[0], [ct[0], slope]), by)]
 
 
+def _power(x: Tensor, by: float) -> Tensor:
+    if by == 0:
+        return torch.ones_like(x)
+    size = torch.exp2(by * torch.log2(x.abs() if by % 1 == 0 else x))
+    return torch.where((x < 0) & (by % 2 == 1), -size, size)
+
+
 POW = Op("pow", keywords={"by": number}, rule=lambda s: Rule(), infer=_infer, takes=("float",), vjp=_pow_vjp,
          emit=lambda e, s, a: f"{a[0]} ** {s.options['by']!r}",
-         reference=lambda d, x: torch.exp2(d.options["by"] * torch.log2(x)))
+         reference=lambda d, x: _power(x, d.options["by"]))
 
 
 def power(by: float) -> tuple[Op, dict[str, Any]]:
@@ -139,10 +147,22 @@ def _inside(step: Step, x: str) -> str:
 
 
 def _clamp(d: Dims, x: Tensor) -> Tensor:
-    """x and what it lacks of one bound, less what it then has above the other."""
     low, high = (d.options.get(name) for name in ("min", "max"))
-    x = x if low is None else x + torch.relu(low - x)
-    return x if high is None else x - torch.relu(x - high)
+    x = x if low is None else torch.where(x < low, low, x)
+    return x if high is None else torch.where(x > high, high, x)
+
+
+def _clamped(e: LocalCode, step: Step, args: list[str]) -> str:
+    """Bounds that x's integers do not reach are none; SpecError where they are on the wrong side."""
+    kind, kept = e.dtypes[step.inputs[0]], {}
+    for name in ("min", "max"):
+        if (bound := step.options.get(name)) is not None and not fits(kind, bound):
+            if (bound > 0) == (name == "min"):
+                raise SpecError(f"clamp: {name} is {bound}, and x is {kind}, which does not hold it")
+        elif bound is not None:
+            kept[name] = bound
+    bounds = ", ".join(f"{name}={bound!r}" for name, bound in kept.items())
+    return f"torch.clamp({args[0]}, {bounds})" if kept else f"{args[0]}.clone()"
 
 
 _BOUNDS = {"min": _bound, "max": _bound}
@@ -150,8 +170,7 @@ CLAMP_VJP = Op("clamp_vjp", keywords=_BOUNDS, rule=lambda s: Rule(linear=((1,),)
                emit=lambda e, s, a: f"torch.where({_inside(s, a[0])}, {a[1]}, 0)", takes=("float",),
                reference=lambda d, x, g: d.vjp(_clamp, (x,), g, d.step.ins[0]))
 CLAMP = Op("clamp", keywords=_BOUNDS, rule=lambda s: Rule(), infer=_clamp_infer, takes=("number",),
-           reads=_clamp_reads, reference=_clamp,
-           emit=lambda e, s, a: f"torch.clamp({a[0]}, {s.options.get('min')!r}, {s.options.get('max')!r})",
+           reads=_clamp_reads, reference=_clamp, emit=_clamped,
            vjp=lambda b, s, ct: [b.call(CLAMP_VJP, [*s.inputs, ct[0]], **s.options)])
 
 TABLE = {**OPS, "pow": POW, "clamp": CLAMP, "clamp_vjp": CLAMP_VJP}

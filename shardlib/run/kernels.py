@@ -18,8 +18,9 @@ from shardlib.compiler.matching import static_of
 from shardlib.distributed.fused_call import FusedCall
 from shardlib.distributed.runtime import Runtime
 from shardlib.language.fused import FUSED
-from shardlib.language.moves import axes_of, placed
+from shardlib.language.moves import axes_of
 from shardlib.program import Program, Step
+from shardlib.spec import Spec
 
 
 class Kernels:
@@ -64,15 +65,19 @@ class Kernels:
             return "its body is not what the fusion means"
         if axes is None:
             return "its collectives are over one rank, or over several groups"
-        if not all(placed(s, self.runtime.mesh, self.sizes, self.runtime.coordinate).even
-                   for s in body.steps if s.op.wire):
+        if not all(self._even(spec, axes) for s in body.steps for spec in (*s.ins, *s.outs)):
             return "its pieces are not even"
         group = self.runtime.group(axes) if axes else None
         sums = [c for c in group.communicators
                 if c.deterministic or not group.router.deterministic] if group else []
-        site = Site(fusion.name, self.runtime.device.type, operands, static, tuple(sums))
+        site = Site(fusion.function, self.runtime.device.type, operands, static, tuple(sums))
         kernel: Any = fusion.kernel(site)
         return FusedCall(group, fusion.name, kernel) if group and not isinstance(kernel, str) else kernel
+
+    def _even(self, spec: Spec, axes: Sequence[str]) -> bool:
+        """Whether all members of a group over `axes` hold as much of a value."""
+        return all(self.sizes[d.factors[0].name] % self.runtime.mesh.size(d.axes) == 0
+                   for d in spec.dims if {*axes}.intersection(d.axes))
 
     def _axes(self, step: Step) -> tuple[str, ...] | None:
         """The axes of the one group over which the step communicates, () where it does not;

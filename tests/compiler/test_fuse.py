@@ -27,12 +27,12 @@ from shardlib.compiler.fusion import Fusion
 from shardlib.compiler.parser import check, parse_program
 from shardlib.compiler.passes import DEFAULT
 from shardlib.compiler.passes.fuse import fuse, fusion_report, require_fusion
-from shardlib.functions import silu, softmax, sum, tanh
+from shardlib.functions import clamp, silu, softmax, sum, tanh
 from shardlib.language.fused import FUSED, fused
 from shardlib.language.scan import SCAN
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import loss, next_logits
-from shardlib.ops import TABLE, rms_norm
+from shardlib.ops import TABLE, embedding, rms_norm
 from shardlib.ops.fusions import FUSIONS
 from shardlib.params import leaf_values
 from shardlib.placement import shard_of
@@ -428,7 +428,7 @@ def made_of_static(a, *, by):
 
 @sharded("F -> F", layout=EXPLICIT)
 def forked(a, *, by):
-    return silu(a) if by < 0.3 else a * by
+    return silu(a) if by < 0.6 else a * by
 
 
 @sharded("F, F -> F", layout=EXPLICIT)
@@ -449,3 +449,64 @@ def test_what_cannot_be_one(f: Any, problem: str) -> None:
     with pytest.raises(SpecError) as error:
         lines(up_to_the_order, Fusion(f))
     assert str(error.value).split("    ")[0] == f"fusion {f.__name__}: {problem}"
+
+
+# -- found by reading adversarially --------------------------------------------------------------------------
+
+@sharded("F, F -> F, F, F", layout=EXPLICIT)
+def both_silu(x, y):
+    g, h = silu(x), silu(y)
+    return g, h, g * h
+
+
+def test_a_step_that_is_fused_already_is_not_fused_again() -> None:
+    """Its value is one of the fused step's results: another search must not begin there."""
+    @sharded("F, F, F -> F, F")
+    def chain(x, y, z):
+        a, b, c = silu(x), silu(y), silu(z)
+        return a * b, b * c
+    program = lower(chain, mesh=MESH, passes=fuse((Fusion(both_silu),)))
+    made = [o for step in program.steps for o in step.outputs]
+    assert len(made) == len({*made}) and parse_program(str(program), TABLE) == program
+
+
+@sharded("T, V D -> T D", layout=EXPLICIT)
+def scaled_embedding(ids, table, *, by):
+    return embedding("T, V D -> T D", ids, table) * by
+
+
+def test_an_axis_rides_along_where_no_step_does_otherwise_for_it() -> None:
+    """Of a split table an embedding gives some rows and owes: a kernel that is given the piece would look up
+    others."""
+    @sharded("T, V/a D -> T D", layout=EXPLICIT)
+    def split(ids, table):
+        return all_reduce("T D +a -> T D", embedding("T, V/a D -> T D +a", ids, table) * 8.0)
+
+    @sharded("T/a, V D/b -> T/a D/b", layout=EXPLICIT)
+    def rides(ids, table):
+        return embedding("T/a, V D/b -> T/a D/b", ids, table) * 8.0
+    assert lines(rides, Fusion(scaled_embedding)) == ["scaled_embedding: fused"]
+    assert lines(split, Fusion(scaled_embedding)) == [
+        "scaled_embedding: embedding does over a what it does not in the function"]
+
+
+@sharded("F, F -> F", layout=EXPLICIT)
+def bounded(x, y, *, lo, hi):
+    return clamp(x, min=lo, max=hi) * y
+
+
+@sharded("F, F -> F", layout=EXPLICIT)
+def powered(x, y, *, by):
+    return tanh(x ** by) * y
+
+
+def test_static_arguments_are_there_and_may_be_exponents() -> None:
+    @sharded("F, F -> F")
+    def f(x, y):
+        return clamp(x, max=3.0) * y
+
+    @sharded("F, F -> F")
+    def g(x, y):
+        return tanh(x ** 3.5) * y
+    assert lines(f, Fusion(bounded)) == ["bounded: clamp has no min"]
+    assert lines(g, Fusion(powered)) == ["powered: fused"]

@@ -399,11 +399,12 @@ def test_a_store_that_does_not_answer_holds_nobody_up() -> None:
         "shardlib [rank 0]   the store does not answer\n"))
 
 
-@pytest.mark.parametrize("asked, ends", [(None, 38), (0.0, 30)])
-def test_a_rank_that_is_cut_off_from_its_store_ends_sooner(asked: float | None, ends: int,
+@pytest.mark.parametrize("asked, leaving, ends", [(None, False, 38), (0.0, False, 30), (None, True, 40)])
+def test_a_rank_that_is_cut_off_from_its_store_ends_sooner(asked: float | None, leaving: bool, ends: int,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 40 s: when the store has not answered since `asked`, as soon as a thread that could ask it would
-    have judged; else after that one."""
+    have judged; else after that one. Where it has reported, and waits for the others to, nothing is said
+    again."""
     clock, said = [0.0], []
     monkeypatch.setattr(watchdog_module, "monotonic", lambda: clock[0])
     monkeypatch.setattr(watchdog_module.os, "_exit", lambda status: clock.append(status))
@@ -415,9 +416,11 @@ def test_a_rank_that_is_cut_off_from_its_store_ends_sooner(asked: float | None, 
         return len(clock) > 1
     dog = SimpleNamespace(_stopped=SimpleNamespace(wait=waits), tick_s=1.0, watch=watch,
                           board=SimpleNamespace(asked=asked),
-                          timeout_s=40.0, limit_s=30.0, _tell_alone=said.append, device=torch.device("cpu"))
+                          timeout_s=40.0, limit_s=30.0, _tell_alone=said.append, device=torch.device("cpu"),
+                          _leaving=leaving)
     Watchdog._guard(dog)
-    assert said == [f"has waited {ends + 1} s in collective 1 of {TP}: barrier"] and clock[1:] == [1]
+    assert said == ([] if leaving else [f"has waited {ends + 1} s in collective 1 of {TP}: barrier"])
+    assert clock == [ends + 2, 1]
 
 
 def test_what_failed_is_said_without_the_store() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlib import Layout, Mesh, compile, lower, sharded, simulate, value_and_grad
+from shardlib import Layout, Mesh, SpecError, compile, lower, sharded, simulate, value_and_grad
 from shardlib.functions import (
     clamp,
     equal,
@@ -105,6 +105,22 @@ def test_what_is_not_chosen_gets_no_gradient_whatever_comes_back() -> None:
                          (maximum, torch.maximum)):
         for got, want in zip(slopes(ours, X, Y, by=by), torch_slopes(theirs, X, Y, by=by), strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype, than", [(torch.int8, 300), (torch.uint8, -1), (torch.int32, 2 ** 40)])
+def test_a_number_that_narrow_integers_do_not_reach(dtype: torch.dtype, than: int) -> None:
+    """torch turns it round: 100 > 300 of int8."""
+    x = torch.tensor([1, 100], dtype=dtype)
+    for ours, theirs in TORCH.items():
+        f = sharded("D -> D")(lambda x: ours(x, than))
+        assert torch.equal(simulate(f, Layout(D="tp"), x, mesh=Mesh(tp=2)), theirs(x.long(), than))
+    kept, wrong = ("max", "min") if than > 0 else ("min", "max")
+    f = compile(sharded("D -> D")(lambda x: clamp(x, **{kept: than})), mesh=Mesh())
+    assert torch.equal(f(x), x) and f(x).dtype == dtype
+    with pytest.raises(SpecError) as error:
+        compile(sharded("D -> D")(lambda x: clamp(x, **{wrong: than})), mesh=Mesh())(x)
+    assert str(error.value).split("   ")[0] == (
+        f"clamp: {wrong} is {than}, and x is {str(dtype)[6:]}, which does not hold it")
 
 
 def test_integers_stay_integers_between_whole_numbers() -> None:

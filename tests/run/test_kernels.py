@@ -30,7 +30,7 @@ from shardlib import (
     sharded,
     stacked,
 )
-from shardlib.compiler.fusion import Fusion
+from shardlib.compiler.fusion import Fusion, Site
 from shardlib.compiler.passes import DEFAULT, Pass
 from shardlib.compiler.passes.fuse import fuse
 from shardlib.distributed.communicators.alone import Alone
@@ -254,6 +254,17 @@ def test_a_body_that_means_something_else_runs() -> None:
                                             fusions=(Fusion(other, kernel=by_communicator),))))
     assert made.calls == [("all_reduce", at) for at in ROUNDS]
     assert [a for a in made.answers if FUSED in a] == [f"{FUSED}: its body is not what the fusion means"] * 2
+
+
+def test_a_communicator_is_asked_for_the_function_of_the_table_alone() -> None:
+    """It knows functions by name, and would compute another one of that name otherwise."""
+    @sharded("T D +x, T D, D -> T D, T D", layout=EXPLICIT)
+    def other(y, residual, w, *, eps):
+        x = residual - all_reduce("T D +x -> T D", y)
+        return x, rms_norm(x, w, eps)
+    other.__name__ = FUSED
+    assert by_communicator(Site(other, "cpu", (), {"eps": 0.5})) == (
+        f"{FUSED} is another function than that of ops.fusions")
 
 
 def asked(f: Any, mesh: Mesh, **sizes: int) -> list[str]:

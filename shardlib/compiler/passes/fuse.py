@@ -126,7 +126,7 @@ def _fused(program: Program, mesh: Mesh, fusions: Sequence[Fusion], claimed: Col
     matching, notes = Matching(program, mesh), []
     for fusion in fusions:
         for mark in matching.candidates(fusion):
-            found = None if mark.outputs[0] not in matching.made else matching.at(fusion, mark)
+            found = matching.at(fusion, mark) if matching.made.get(mark.outputs[0]) is mark else None
             if found is None:
                 continue
             if isinstance(found, str):
