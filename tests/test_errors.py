@@ -752,6 +752,22 @@ if: a traced value has no truth; a branch on data would let ranks part ways; use
 """)
 
 
+@sharded("B F/tp, F/tp D, B D -> B D", layout=EXPLICIT)
+def comparison_of_a_sum(x, w, bar):
+    return where(einsum("B F/tp, F/tp D -> B D +tp", x, w) >= bar, bar, bar)
+
+
+wrong(comparison_of_a_sum, """
+compare: einsum(...) owes a sum over tp, and compare of a sum is not the sum of compare          model.py:3
+
+  einsum(...)   B  D  +tp   owed since einsum at model.py:3, which contracts F/tp
+  bar           B  D
+                      ^^^
+
+  greater_equal(all_reduce("B D +tp -> B D", einsum("B F/tp, F/tp D -> B D +tp", x, w)), bar)     24.6 kB per rank
+""")
+
+
 @sharded("B T -> B T")
 def comparison(x):
     return where(x == 0, x, x)

@@ -47,7 +47,7 @@ def said(name: str, op: str | None, dtype: Any, facts: Sequence[Any]) -> str:
     """A collective in words. facts: what must be equal on all members, beside the op and the dtype."""
     kind = "" if dtype is None else f" of {str(dtype).removeprefix('torch.')}"
     equal = [tuple(f) if isinstance(f, tuple | list) else f for f in facts]
-    return name + (f" {op}" if op else "") + kind + _FACTS.get(name, "").format(*equal)
+    return name + (f" {op}" if op else "") + kind + _FACTS.get(name, " {}" * len(equal)).format(*equal)
 
 
 def same_call(where: str, ranks: Sequence[int], mine: Call, share: Share) -> None:

@@ -9,6 +9,7 @@ import linecache
 from collections.abc import Sequence
 from itertools import islice
 
+from shardlib.language.comparison import SIGNS
 from shardlib.language.moves import RESHARD
 from shardlib.language.scan import SCAN
 from shardlib.program import INFIX, Program, Step
@@ -124,6 +125,8 @@ def written(step: Step, operands: Sequence[str]) -> str:
         return f"{inner[0]} {'*' if name == 'scale' else '+'} {options['by']!r}"
     if name == "reciprocal":
         return f"1 / {inner[0]}"
+    if name == "compare":
+        return f"{next(n for n, sign in SIGNS.items() if sign == options['sign'])}({', '.join(operands)})"
     options = {k: f'"{v}"' if isinstance(v, str) else repr(v) for k, v in step.attrs}
     text = [f'"{step.text}"'] if step.op.takes_text else []
     return f"{name}({', '.join([*text, *operands, *(f'{k}={v}' for k, v in options.items())])})"
