@@ -45,7 +45,7 @@ from shardlib.compiler.refusal import Refused, RuleRefuses
 from shardlib.compiler.refusals.messages import worded
 from shardlib.compiler.sizes import bind_sizes
 from shardlib.distributed.launch import Launch
-from shardlib.functions import argmax, exp, greater, max, mean, silu, softmax, where
+from shardlib.functions import argmax, exp, greater, greater_equal, max, mean, silu, softmax, where
 from shardlib.language.moves import TABLE as MOVES
 from shardlib.language.trace import Function, trace
 from shardlib.lowering.emit import Emitter
@@ -754,7 +754,7 @@ if: a traced value has no truth; a branch on data would let ranks part ways; use
 
 @sharded("B F/tp, F/tp D, B D -> B D", layout=EXPLICIT)
 def comparison_of_a_sum(x, w, bar):
-    return where(einsum("B F/tp, F/tp D -> B D +tp", x, w) >= bar, bar, bar)
+    return where(greater_equal(einsum("B F/tp, F/tp D -> B D +tp", x, w), bar), bar, bar)
 
 
 wrong(comparison_of_a_sum, """
