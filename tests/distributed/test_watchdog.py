@@ -358,16 +358,13 @@ from shardlib.distributed.watchdog import Watchdog
 
 watch = Watch()
 watch.begin(watch.seat("tp", (0, 1)), "barrier")
-dog = Watchdog(watch, dist.FileStore(sys.argv[1]), 0, 2, 2.0, torch.device("cpu"))
-time.sleep(30)
+Watchdog(watch, dist.FileStore(sys.argv[1]), 0, 2, 8.0, torch.device("cpu"))._leave()
 """
 
 
-def test_a_rank_that_has_reported_and_ended_is_not_silent(tmp_path: Path) -> None:
+def test_a_rank_that_has_ended_after_its_report_is_not_silent(tmp_path: Path) -> None:
     """One that reports later still reads in which collective it was."""
-    status, _, said = script(LEAVES, str(tmp_path / "store"))
-    assert status == 1
-    assert said.startswith(f"shardlib [rank 0] has waited 2 s in collective 1 of {TP}: barrier")
+    assert script(LEAVES, str(tmp_path / "store"))[0] == 1
     state = Board(dist.FileStore(str(tmp_path / "store"))).read((0,))[0]
     assert state.left and str(state) == f"is in collective 1 of {TP}: barrier"
 
