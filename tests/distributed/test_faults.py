@@ -15,7 +15,7 @@ import pytest
 from fault_cases import CASES
 from faults import Launcher, Outcome, shared
 
-AT_ONCE = 4
+AT_ONCE = 3
 TP = "group tp (ranks 0 1 2)"
 TURN = "all_to_all of 12 float32, at step 1 of turn, fault_cases.py:N: M N/tp -> M/tp N"
 COLLECT = "all_gather of 36 float32, at step 1 of collect, fault_cases.py:N: M/tp N -> M N"
