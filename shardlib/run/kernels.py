@@ -17,6 +17,8 @@ from shardlib.compiler.fusion import Fusion, Site
 from shardlib.compiler.matching import static_of
 from shardlib.distributed.fused_call import FusedCall
 from shardlib.distributed.runtime import Runtime
+from shardlib.errors import SpecError
+from shardlib.language.calls import what
 from shardlib.language.fused import FUSED
 from shardlib.language.moves import axes_of
 from shardlib.program import Program, Step
@@ -53,7 +55,7 @@ class Kernels:
         found = self._asked(step, operands)
         said = found if isinstance(found, str) else "by a kernel"
         self.answers.append(f"{name}{f' at {step.where}' if step.where else ''}: {said}")
-        return None if isinstance(found, str) else found
+        return None if isinstance(found, str) else _counted(name, found, len(step.outs))
 
     def _asked(self, step: Step, operands: Sequence[Tensor]) -> Callable | str:
         (body,), fusion, axes = step.bodies, self.fusions.get(step.bodies[0].name), self._axes(step)
@@ -87,3 +89,15 @@ class Kernels:
         if not over:
             return ()
         return next(iter(over)) if len(over) == 1 and mesh.size(next(iter(over))) > 1 else None
+
+
+def _counted(name: str, kernel: Callable, count: int) -> Callable:
+    """`kernel`, held to its results: one tensor, or a tuple of several; a tensor of two rows is not two."""
+    def run(*operands: Tensor, **options: Any) -> Any:
+        made = kernel(*operands, **options)
+        several = isinstance(made, tuple | list) and len(made) == count
+        if not (isinstance(made, Tensor) if count == 1 else several):
+            raise SpecError(f"{name}: its kernel gives {what(made)}, not "
+                            f"{'one tensor' if count == 1 else f'a tuple of {count} tensors'}")
+        return made
+    return run

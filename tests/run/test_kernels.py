@@ -21,7 +21,9 @@ from shardlib import (
     Layout,
     Mesh,
     Params,
+    SpecError,
     all_reduce,
+    compile,
     einsum,
     lower,
     param,
@@ -244,12 +246,16 @@ def test_the_environment_may_ask_for_bodies_on_all_ranks(monkeypatch: pytest.Mon
     assert Ran(FUSING).calls == kernels.calls
 
 
+@sharded("T D +x, T D, D -> T D, T D", layout=EXPLICIT)
+def other(y, residual, w, *, eps):
+    x = residual - all_reduce("T D +x -> T D", y)
+    return x, rms_norm(x, w, eps)
+
+
+other.__name__ = FUSED
+
+
 def test_a_body_that_means_something_else_runs() -> None:
-    @sharded("T D +x, T D, D -> T D, T D", layout=EXPLICIT)
-    def other(y, residual, w, *, eps):
-        x = residual - all_reduce("T D +x -> T D", y)
-        return x, rms_norm(x, w, eps)
-    other.__name__ = FUSED
     made = Ran((*PLAIN, *fuse(FUSIONS), Pass("other", lambda program, mesh: program,
                                             fusions=(Fusion(other, kernel=by_communicator),))))
     assert made.calls == [("all_reduce", at) for at in ROUNDS]
@@ -258,13 +264,29 @@ def test_a_body_that_means_something_else_runs() -> None:
 
 def test_a_communicator_is_asked_for_the_function_of_the_table_alone() -> None:
     """It knows functions by name, and would compute another one of that name otherwise."""
-    @sharded("T D +x, T D, D -> T D, T D", layout=EXPLICIT)
-    def other(y, residual, w, *, eps):
-        x = residual - all_reduce("T D +x -> T D", y)
-        return x, rms_norm(x, w, eps)
-    other.__name__ = FUSED
     assert by_communicator(Site(other, "cpu", (), {"eps": 0.5})) == (
         f"{FUSED} is another function than that of ops.fusions")
+
+
+@sharded("F, F -> F", layout=EXPLICIT)
+def gated(gate, up):
+    return silu(gate) * up
+
+
+@pytest.mark.parametrize("kernel, said", [
+    (lambda gate, up: torch.nn.functional.silu(gate) * up, None),
+    (lambda gate, up: (gate * up,), "a tuple"), (lambda gate, up: (gate, up), "a tuple")])
+def test_a_kernel_gives_what_the_step_does(kernel: Any, said: str | None) -> None:
+    @sharded("B F, B F -> B F")
+    def f(gate, up):
+        return silu(gate) * up
+    fast = compile(f, mesh=Mesh(), passes=(*DEFAULT, *fuse((Fusion(gated, kernel=lambda site: kernel),))))
+    gate, up = torch.randn(2, 3), torch.randn(2, 3)
+    if said is None:
+        assert torch.equal(fast(gate, up), torch.nn.functional.silu(gate) * up)
+    else:
+        with pytest.raises(SpecError, match=f"gated: its kernel gives {said}, not one tensor"):
+            fast(gate, up)
 
 
 def asked(f: Any, mesh: Mesh, **sizes: int) -> list[str]:
