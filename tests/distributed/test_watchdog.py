@@ -17,7 +17,7 @@ import torch.distributed as dist
 from shardlib import Layout, Mesh, SpecError, lower, reshard, sharded
 from shardlib.distributed import connect
 from shardlib.distributed import watchdog as watchdog_module
-from shardlib.distributed.agreement import different_plans
+from shardlib.distributed.agreement import different_plans, said
 from shardlib.distributed.board import Board
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.group_coordinator import GroupCoordinator
@@ -214,6 +214,12 @@ def test_signals_are_given_back_as_far_as_nobody_has_taken_them() -> None:
     assert signal.set_wakeup_fd(-1) == written_to
     os.close(written_to)                                        # it was open
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_debug_mode_compares_the_shapes_of_a_fused_call() -> None:
+    """Whatever a collective is called."""
+    one, other = (said("all_reduce_add_rms_norm", "sum", torch.float32, ((rows, 4), (4,))) for rows in (2, 3))
+    assert one == "all_reduce_add_rms_norm sum of float32 (2, 4) (4,)" and one != other
 
 
 def test_what_is_not_utf8_is_said_nevertheless() -> None:
