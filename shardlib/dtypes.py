@@ -65,11 +65,13 @@ def narrow(dtype: str | None) -> bool:
 
 
 def fits(dtype: str | None, value: float) -> bool:
-    """Whether a whole number is one of an integer dtype; others are not asked."""
-    if dtype is None or dtype in (*FLOATS, "bool") or isinstance(value, float):
+    """Whether a number is within what a dtype reaches. A fraction is: integers become float32 for it."""
+    if dtype is None or dtype == "bool":
         return True
+    if dtype in FLOATS:
+        return abs(value) <= torch.finfo(getattr(torch, dtype)).max
     held = torch.iinfo(getattr(torch, dtype))
-    return held.min <= value <= held.max
+    return isinstance(value, float) or held.min <= value <= held.max
 
 
 # -- one op --------------------------------------------------------------------------------------------------

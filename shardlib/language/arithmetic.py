@@ -43,13 +43,23 @@ def align(arg: str, spec: Spec, out: Spec) -> str:
     return f"{arg}[{', '.join(':' if n in spec.labels else 'None' for n in out.labels)}]"
 
 
-def _infer(op: str) -> Callable[..., tuple[Spec, ...]]:
+def aligned(step: Step, args: Sequence[str]) -> list[str]:
+    """A step's operands, indexed so that they broadcast to its result."""
+    return [align(a, s, step.outs[0]) for a, s in zip(args, step.ins)]
+
+
+def broadcasting(op: str) -> Callable[..., tuple[Spec, ...]]:
+    """`Op.infer` of an op whose operands meet by the names of their dims."""
     return lambda ins, attrs: (broadcast(op, ins),)
 
 
+def same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
+    """`Op.infer` of an op whose result has the dims of its first operand."""
+    return (ins[0],)
+
+
 def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
-    a, b = (align(x, s, step.outs[0]) for x, s in zip(args, step.ins))
-    return f"{a} {_SIGN[step.op.name]} {b}"
+    return f" {_SIGN[step.op.name]} ".join(aligned(step, args))
 
 
 def _add_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
@@ -70,18 +80,14 @@ def _div_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
 
 
 _BOTH = Rule(linear=((0, 1),))
-ADD = Op("add", rule=lambda s: _BOTH, emit=_emit, infer=_infer("add"), vjp=_add_vjp, promotes=True,
+ADD = Op("add", rule=lambda s: _BOTH, emit=_emit, infer=broadcasting("add"), vjp=_add_vjp, promotes=True,
          reference=lambda d, x, y: x + y)
-SUB = Op("sub", rule=lambda s: _BOTH, emit=_emit, infer=_infer("sub"), vjp=_add_vjp, takes=("number",),
+SUB = Op("sub", rule=lambda s: _BOTH, emit=_emit, infer=broadcasting("sub"), vjp=_add_vjp, takes=("number",),
          promotes=True, reference=lambda d, x, y: -y + x)
-MUL = Op("mul", rule=lambda s: Rule(linear=((0,), (1,))), emit=_emit, infer=_infer("mul"), vjp=_mul_vjp,
+MUL = Op("mul", rule=lambda s: Rule(linear=((0,), (1,))), emit=_emit, infer=broadcasting("mul"), vjp=_mul_vjp,
          promotes=True, reference=lambda d, x, y: x * y)
-DIV = Op("div", rule=lambda s: Rule(linear=((0,),)), emit=_emit, infer=_infer("div"), vjp=_div_vjp,
+DIV = Op("div", rule=lambda s: Rule(linear=((0,),)), emit=_emit, infer=broadcasting("div"), vjp=_div_vjp,
          reads=reading(fractional), promotes=True, reference=lambda d, x, y: x * y ** -1)
-
-
-def _same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
-    return (ins[0],)
 
 
 def _reads(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | None]:
@@ -89,16 +95,16 @@ def _reads(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | No
             else dtypes[0]]
 
 
-SCALE = Op("scale", keywords={"by": number}, rule=lambda s: Rule(linear=((0,),)), infer=_same,
+SCALE = Op("scale", keywords={"by": number}, rule=lambda s: Rule(linear=((0,),)), infer=same,
            emit=lambda e, s, a: f"{a[0]} * {s.options['by']!r}", reads=_reads,
            vjp=lambda b, s, ct: [b.scale(ct[0], s.options["by"])],
            reference=lambda d, x: d.options["by"] * x)
 SHIFT = Op("shift", keywords={"by": number},
-           rule=lambda s: Rule(linear=((0,),) if s.options["by"] == 0 else ()), infer=_same,
+           rule=lambda s: Rule(linear=((0,),) if s.options["by"] == 0 else ()), infer=same,
            emit=lambda e, s, a: f"{a[0]} + {s.options['by']!r}", reads=_reads,
            vjp=lambda b, s, ct: [ct[0]],
            reference=lambda d, x: d.options["by"] + x)
-RECIPROCAL = Op("reciprocal", rule=lambda s: Rule(), infer=_same,
+RECIPROCAL = Op("reciprocal", rule=lambda s: Rule(), infer=same,
                 emit=lambda e, s, a: f"torch.reciprocal({a[0]})", reads=reading(fractional),
                 vjp=lambda b, s, ct: [
                     b.scale(b.call(MUL, [ct[0], b.call(MUL, [s.outputs[0], s.outputs[0]])]), -1.0)],

@@ -6,20 +6,15 @@ where statistics are taken.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from shardlib.dtypes import FLOATS, as_they_come, widest
 from shardlib.errors import SpecError
+from shardlib.language.arithmetic import same
 from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
-from shardlib.spec import Spec
-
-
-def _same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
-    return (ins[0],)
 
 
 def _cast_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
@@ -33,12 +28,12 @@ def _to(e: LocalCode, step: Step, args: list[str]) -> str:
 
 
 CAST = Op("cast", keywords={"dtype": lambda v: v in FLOATS}, rule=lambda s: Rule(linear=((0,),)),
-          infer=_same, vjp=_cast_vjp, emit=lambda e, s, a: f"{a[0]}.to(torch.{s.options['dtype']})",
+          infer=same, vjp=_cast_vjp, emit=lambda e, s, a: f"{a[0]}.to(torch.{s.options['dtype']})",
           dtype=lambda d, o: [o["dtype"]], reference=lambda d, x: x)
-CAST_LIKE = Op("cast_like", rule=lambda s: Rule(linear=((0,),), uses=((0,),)), infer=_same, vjp=_cast_vjp,
+CAST_LIKE = Op("cast_like", rule=lambda s: Rule(linear=((0,),), uses=((0,),)), infer=same, vjp=_cast_vjp,
                index=(1,), emit=_to, takes=("any",), reads=as_they_come,
                dtype=lambda d, o: [d[1] if d[1] in FLOATS else d[1] and d[0]], reference=lambda d, x, like: x)
-WIDEN = Op("widen", rule=lambda s: Rule(linear=((0,),)), infer=_same, vjp=_cast_vjp, emit=_to,
+WIDEN = Op("widen", rule=lambda s: Rule(linear=((0,),)), infer=same, vjp=_cast_vjp, emit=_to,
            reads=as_they_come, dtype=lambda d, o: [widest(d[0], "float32")], reference=lambda d, x: x)
 
 
@@ -56,7 +51,7 @@ def cast(x: Operand, dtype: str) -> Value:
     return apply(CAST, (x,), dtype=dtype)
 
 
-STOP_GRADIENT = Op("stop_gradient", rule=lambda s: Rule(linear=((0,),)), infer=_same,
+STOP_GRADIENT = Op("stop_gradient", rule=lambda s: Rule(linear=((0,),)), infer=same,
                    emit=lambda e, s, a: f"{a[0]}.detach()", constant=True, reference=lambda d, x: x.detach())
 
 

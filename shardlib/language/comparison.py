@@ -2,18 +2,17 @@
 are still owed."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from shardlib.dtypes import fits
+from shardlib.dtypes import FLOATS, fits
 from shardlib.errors import SpecError
-from shardlib.language.arithmetic import align, broadcast
+from shardlib.language.arithmetic import aligned, broadcasting, same
 from shardlib.language.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
-from shardlib.spec import Spec
 
 SIGNS = {"greater": ">", "less": "<", "greater_equal": ">=", "less_equal": "<=", "equal": "==",
          "not_equal": "!="}
@@ -24,30 +23,17 @@ _HOLDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "==": lambda x, y: x.maximum(y) == x.minimum(y), "!=": lambda x, y: ~(x.maximum(y) == x.minimum(y))}
 
 
-def _same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
-    return (ins[0],)
-
-
-def _as(op: str) -> Callable[..., tuple[Spec, ...]]:
-    return lambda ins, attrs: (broadcast(op, ins),)
-
-
-def _between(sign: Callable[[Step], str]) -> Callable[[LocalCode, Step, list[str]], str]:
+def _between(e: LocalCode, step: Step, args: list[str]) -> str:
     """Code of `x sign y`."""
-    def emit(e: LocalCode, step: Step, args: list[str]) -> str:
-        x, y = (align(a, s, step.outs[0]) for a, s in zip(args, step.ins))
-        return f"({x} {sign(step)} {y})"
-    return emit
-
-
-def _sign(step: Step) -> str:
-    return step.options["sign"]
+    sign = step.options.get("sign") or {"logical_and": "&", "logical_or": "|"}[step.op.name]
+    return f"({f' {sign} '.join(aligned(step, args))})"
 
 
 def _holding(e: LocalCode, step: Step, x: str) -> str:
-    """x, as int64 where its own integers do not reach to the number: there torch would turn that round."""
-    kind, than = e.dtypes[step.inputs[0]], step.options["than"]
-    return x if fits(kind, than) else f"{x}.long()"
+    """x, wider where its own dtype does not reach to the number: torch would turn that round, or take it for
+    infinite."""
+    kind = e.dtypes[step.inputs[0]]
+    return x if fits(kind, step.options["than"]) else f"{x}.double()" if kind in FLOATS else f"{x}.long()"
 
 
 def _both(x: Tensor, than: float) -> tuple[Tensor, Tensor]:
@@ -56,7 +42,7 @@ def _both(x: Tensor, than: float) -> tuple[Tensor, Tensor]:
 
 
 def _with_number(name: str, sign: str) -> Op:
-    return Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=_same, constant=True,
+    return Op(name, keywords={"than": number}, rule=lambda s: Rule(), infer=same, constant=True,
               takes=("number",), dtype=lambda d, o: ["bool"],
               emit=lambda e, s, a: f"({_holding(e, s, a[0])} {sign} {s.options['than']!r})",
               reference=lambda d, x: _HOLDS[sign](*_both(x, d.options["than"])))
@@ -64,24 +50,19 @@ def _with_number(name: str, sign: str) -> Op:
 
 WITH_NUMBER = {name: _with_number(name, sign) for name, sign in SIGNS.items()}
 COMPARE = Op("compare", keywords={"sign": lambda v: v in (*_HOLDS,)}, rule=lambda s: Rule(),
-             infer=_as("compare"), constant=True, takes=("number",), dtype=lambda d, o: ["bool"],
-             promotes=True, emit=_between(_sign),
+             infer=broadcasting("compare"), constant=True, takes=("number",), dtype=lambda d, o: ["bool"],
+             promotes=True, emit=_between,
              reference=lambda d, x, y: _HOLDS[d.options["sign"]](x, y))
-def _logical(step: Step) -> str:
-    return "&" if step.op.name == "logical_and" else "|"
-
-
-LOGICAL = {name: Op(name, rule=lambda s: Rule(), infer=_as(name), constant=True, index=(0, 1),
-                    takes=("mask",), dtype=lambda d, o: ["bool"],
-                    emit=_between(_logical), reference=means)
+LOGICAL = {name: Op(name, rule=lambda s: Rule(), infer=broadcasting(name), constant=True, index=(0, 1),
+                    takes=("mask",), dtype=lambda d, o: ["bool"], emit=_between, reference=means)
            for name, means in (("logical_and", lambda d, x, y: x.minimum(y)),
                                ("logical_or", lambda d, x, y: x.maximum(y)))}
-NOT = Op("logical_not", rule=lambda s: Rule(), infer=_same, constant=True, index=(0,), takes=("mask",),
+NOT = Op("logical_not", rule=lambda s: Rule(), infer=same, constant=True, index=(0,), takes=("mask",),
          dtype=lambda d, o: ["bool"], emit=lambda e, s, a: f"~{a[0]}",
          reference=lambda d, x: x == x.new_zeros(()))
 
 
-def with_number(name: str, than: Any) -> tuple[Op, dict[str, Any]]:
+def against_number(name: str, than: Any) -> tuple[Op, dict[str, Any]]:
     """The step that compares a value with a number of Python."""
     if not number(than):
         raise SpecError(f"{name}: it compares with a value or a finite number, not with {than!r}")

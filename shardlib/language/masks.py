@@ -2,19 +2,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardlib.language.arithmetic import align, broadcast
+from shardlib.language.arithmetic import aligned, broadcasting
 from shardlib.language.comparison import COMPARE, LOGICAL, NOT
-from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply, compare
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
-from shardlib.spec import Spec
 
 
 def greater(x: Operand, than: Operand | float) -> Value:
@@ -135,19 +132,11 @@ def _masked_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
 
 
 MASKED = Op("masked", rule=lambda s: Rule(linear=((1,),)),
-            infer=lambda ins, attrs: (broadcast("masked", ins),), index=(0,), takes=("mask", "float"),
+            infer=broadcasting("masked"), index=(0,), takes=("mask", "float"),
             reference=lambda d, mask, x: x.masked_fill(~mask, 0),
-            emit=lambda e, s, a: f"torch.where({', '.join(_aligned(s, a))}, 0)",
+            emit=lambda e, s, a: f"torch.where({', '.join(aligned(s, a))}, 0)",
             vjp=_masked_vjp)
 """An operand where a mask is true, 0 where it is not, whatever is there: 0 times infinity would be NaN."""
-
-
-def _where_infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
-    return (broadcast("where", ins),)
-
-
-def _where_emit(e: LocalCode, step: Step, args: list[str]) -> str:
-    return f"torch.where({', '.join(_aligned(step, args))})"
 
 
 def _where_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
@@ -156,7 +145,8 @@ def _where_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
             b.einsum_to(step.ins[2], [b.call(MASKED, [b.call(NOT, [mask]), ct[0]])])]
 
 
-WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=_where_infer, emit=_where_emit,
+WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=broadcasting("where"),
+           emit=lambda e, s, a: f"torch.where({', '.join(aligned(s, a))})",
            vjp=_where_vjp, index=(0,), takes=("mask", "any"), promotes=True,
            reference=lambda d, mask, a, b: a.masked_fill(~mask, 0) + b.masked_fill(mask, 0))
 
@@ -193,14 +183,10 @@ def _ordered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _extreme(name: str, last: int) -> Op:
-    return Op(name, rule=lambda s: Rule(), infer=lambda ins, attrs: (broadcast(name, ins),),
+    return Op(name, rule=lambda s: Rule(), infer=broadcasting(name),
               takes=("number",), promotes=True, vjp=_extreme_vjp,
-              emit=lambda e, s, a: f"torch.{name}({', '.join(_aligned(s, a))})",
+              emit=lambda e, s, a: f"torch.{name}({', '.join(aligned(s, a))})",
               reference=lambda d, x, y: _ordered(x, y)[last])
-
-
-def _aligned(step: Step, args: list[str]) -> list[str]:
-    return [align(a, s, step.outs[0]) for a, s in zip(args, step.ins)]
 
 
 MAXIMUM, MINIMUM = _extreme("maximum", 1), _extreme("minimum", 0)

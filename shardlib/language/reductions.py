@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardlib.dtypes import counted, fractional, narrow, reading
 from shardlib.errors import SpecError
+from shardlib.language.arithmetic import same
 from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
@@ -143,10 +144,6 @@ def softmax_vjp(y: Any, g: Any, dim: int) -> Any:
     return (wide * (g - (g * wide).sum(dim, keepdim=True))).to(y.dtype)
 
 
-def _first(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
-    return (ins[0],)
-
-
 def _has_dim(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
     if attrs["along"] not in ins[0].labels:
         raise SpecError(f"softmax: {attrs['along']} is no dim of {ins[0]}")
@@ -206,15 +203,15 @@ def _spread_logsumexp(b: Steps, step: Step, x: str) -> str:
 LOGSUMEXP = Op("logsumexp", rule=lambda s: Rule(whole=_gone(s)), vjp=_logsumexp_vjp,
                emit=_logsumexp, distribute=_spread_logsumexp, takes=("float",),
                reference=lambda d, x: d.fold(torch.logaddexp, float("-inf"), x))
-EXP_MINUS = Op("exp_minus", rule=lambda s: Rule(linear=((2,),)), infer=_first, emit=_exp_minus,
+EXP_MINUS = Op("exp_minus", rule=lambda s: Rule(linear=((2,),)), infer=same, emit=_exp_minus,
                takes=("float",), reference=lambda d, x, m, g: g * math.e ** (x - m))
-FINITE = Op("finite", rule=lambda s: Rule(), infer=_first, takes=("float",),
+FINITE = Op("finite", rule=lambda s: Rule(), infer=same, takes=("float",),
             emit=lambda e, s, a: f"{a[0]}.masked_fill({a[0]}.isinf(), 0)",
             reference=lambda d, x: torch.where(x.abs() == float("inf"), 0, x))
 SUM_EXP = Op("sum_exp", rule=lambda s: Rule(sums=_gone(s)), emit=_sum_exp, takes=("float",),
              vjp=lambda b, s, ct: [b.call(EXP_MINUS, [s.inputs[0], s.inputs[1], ct[0]]), None],
              reference=lambda d, x, m: d.sum(math.e ** (x - m)))
-LOG_PLUS = Op("log_plus", rule=lambda s: Rule(), infer=_first, emit=_log_plus, takes=("float",),
+LOG_PLUS = Op("log_plus", rule=lambda s: Rule(), infer=same, emit=_log_plus, takes=("float",),
               vjp=lambda b, s, ct: [b.quotient(ct[0], s.inputs[0]), None],
               reference=lambda d, x, m: m + torch.log2(x) * math.log(2))
 
@@ -272,7 +269,7 @@ ARGMAX = Op("argmax", rule=lambda s: Rule(whole=_gone(s)), emit=_argmax, distrib
             takes=("number",), dtype=lambda d, o: ["int64"], reference=_argmax_reference)
 RANK_OF = Op("rank_of", rule=lambda s: Rule(maxes=_gone(s)), emit=_rank_of, takes=("number",),
              dtype=lambda d, o: ["int64"], reference=lambda d, x, top: -_first_of(d, x, top))
-FROM_RANK = Op("from_rank", takes=("number",), rule=lambda s: Rule(linear=((0,),)), infer=_first,
+FROM_RANK = Op("from_rank", takes=("number",), rule=lambda s: Rule(linear=((0,),)), infer=same,
                emit=lambda e, s, a: f"-{a[0]}", reference=lambda d, x: x * -1)
 
 

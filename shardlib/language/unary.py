@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardlib.dtypes import Dtypes, fits, fractional
 from shardlib.errors import SpecError
+from shardlib.language.arithmetic import same
 from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
 from shardlib.program import Op, Step, number
@@ -73,21 +74,17 @@ INVERSES: dict[str, Callable[[Tensor], Tensor]] = {         # of those whose der
     "sqrt": lambda y: y * y, "expm1": torch.log1p}
 
 
-def _infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
-    return (ins[0],)
-
-
 def _unary(name: str, value: str, slope: str) -> tuple[Op, Op]:
     from_result, function = "{y}" in slope, REFERENCES[name]
     operand = INVERSES.get(name, lambda x: x)
     linear = ((0,), (1,)) if name in PRODUCTS else ((1,),)
-    backward = Op(f"{name}_vjp", rule=lambda s: Rule(linear=linear), infer=_infer,
+    backward = Op(f"{name}_vjp", rule=lambda s: Rule(linear=linear), infer=same,
                   emit=lambda e, s, a: "(" + slope.format(x=a[0], y=a[0], g=a[1]) + ")", takes=("float",),
                   reference=lambda d, x, g: d.vjp(lambda d, x: function(x), (operand(x),), g, d.step.ins[0]))
 
     def vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
         return [b.call(backward, [step.outputs[0] if from_result else step.inputs[0], ct[0]])]
-    forward = Op(name, rule=lambda s: Rule(), infer=_infer, vjp=vjp,
+    forward = Op(name, rule=lambda s: Rule(), infer=same, vjp=vjp,
                  emit=lambda e, s, a: value.format(x=a[0]),
                  takes=("number" if name in OF_INTEGERS else "float",),
                  reference=lambda d, x: function(x))
@@ -112,7 +109,7 @@ def _power(x: Tensor, by: float) -> Tensor:
     return torch.where((x < 0) & (by % 2 == 1), -size, size)
 
 
-POW = Op("pow", keywords={"by": number}, rule=lambda s: Rule(), infer=_infer, takes=("float",), vjp=_pow_vjp,
+POW = Op("pow", keywords={"by": number}, rule=lambda s: Rule(), infer=same, takes=("float",), vjp=_pow_vjp,
          emit=lambda e, s, a: f"{a[0]} ** {s.options['by']!r}",
          reference=lambda d, x: _power(x, d.options["by"]))
 
@@ -131,7 +128,7 @@ def _bound(value: Any) -> bool:
 def _clamp_infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
     if attrs.get("min") is None and attrs.get("max") is None:
         raise SpecError("clamp: neither min nor max is given")
-    return (ins[0],)
+    return same(ins, attrs)
 
 
 def _clamp_reads(dtypes: Dtypes, attrs: Mapping[str, Any]) -> Dtypes:
@@ -153,8 +150,8 @@ def _clamp(d: Dims, x: Tensor) -> Tensor:
 
 
 def _clamped(e: LocalCode, step: Step, args: list[str]) -> str:
-    """Bounds that x's integers do not reach are none; SpecError where they are on the wrong side."""
-    kind, kept = e.dtypes[step.inputs[0]], {}
+    """Bounds that x's dtype does not reach are none; SpecError where they are on the wrong side."""
+    kind, kept = e.dtypes[step.outputs[0]], {}
     for name in ("min", "max"):
         if (bound := step.options.get(name)) is not None and not fits(kind, bound):
             if (bound > 0) == (name == "min"):

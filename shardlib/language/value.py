@@ -19,8 +19,7 @@ from torch import Tensor
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import BINARY, with_number
 from shardlib.language.calls import what
-from shardlib.language.comparison import COMPARE, LOGICAL, NOT, SIGNS
-from shardlib.language.comparison import with_number as with_a_number
+from shardlib.language.comparison import COMPARE, LOGICAL, NOT, SIGNS, against_number
 from shardlib.language.unary import OPS as UNARY
 from shardlib.language.unary import power
 from shardlib.program import Op, Program
@@ -133,7 +132,7 @@ def compare(name: str, x: Any, other: Any) -> Value:
     """The mask of where x is `name`, as in "greater", than another value, or than a number."""
     if isinstance(other, Value) or not isinstance(x, Value):
         return apply(COMPARE, (x, other), sign=SIGNS[name])
-    op, attrs = with_a_number(name, other)
+    op, attrs = against_number(name, other)
     return apply(op, (x,), **attrs)
 
 

@@ -123,6 +123,17 @@ def test_a_number_that_narrow_integers_do_not_reach(dtype: torch.dtype, than: in
         f"clamp: {wrong} is {than}, and x is {str(dtype)[6:]}, which does not hold it")
 
 
+@pytest.mark.parametrize("dtype, far", [(torch.float16, 7e4), (torch.bfloat16, 1e39), (torch.float32, 1e39)])
+def test_a_number_that_narrow_floats_do_not_reach(dtype: torch.dtype, far: float) -> None:
+    """torch takes it for infinite where it compares, and refuses it as a bound."""
+    x = torch.tensor([1.0, float("inf")], dtype=dtype)
+    for ours, theirs in TORCH.items():
+        f = sharded("D -> D")(lambda x: ours(x, far))
+        assert torch.equal(simulate(f, Layout(D="tp"), x, mesh=Mesh(tp=2)), theirs(x.double(), far))
+    f = compile(sharded("D -> D")(lambda x: clamp(x, min=-far, max=far)), mesh=Mesh())
+    assert torch.equal(f(x), x) and f(x).dtype == dtype
+
+
 def test_integers_stay_integers_between_whole_numbers() -> None:
     ids = torch.tensor([-3, 2, 9])
     for bounds, dtype in ((dict(min=0, max=5), torch.int64), (dict(min=0.5), torch.float32)):
