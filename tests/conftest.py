@@ -3,7 +3,11 @@
 HYPOTHESIS_PROFILE=more draws ten times as many.
 
 Tests may import what is in helpers/ by name. Where there is no GPU, kernels run in Triton's interpreter:
-Triton decides that once, when it is first imported."""
+Triton decides that once, when it is first imported.
+
+The store of torch.distributed looks up the name of each process that connects to it, and answers nobody
+meanwhile. A name server that loses a packet would cost 10 s: more than tests of deadlines wait. With the
+options below it costs 1 s."""
 from __future__ import annotations
 
 import os
@@ -19,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 from fake_cuda import Cuda  # noqa: E402
 

@@ -486,7 +486,7 @@ def groups_again(runtime: Runtime, orders: list[list[list[str]]]) -> list[Any]:
     for again in range(4):
         if again == 2:
             runtime.close()
-        with connect(runtime.mesh, "cpu", 5.0) as other:
+        with connect(runtime.mesh, "cpu", 20.0) as other:
             sums.append(groups_in_turn(other, orders))
     return [*sums, dist.is_initialized(), "TORCH_GLOO_LAZY_INIT" in os.environ]
 
