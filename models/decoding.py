@@ -15,6 +15,8 @@ import torch
 
 from shardlib import Layout, Mesh, SpecError, compile, lower, sharded
 from shardlib.api import Compiled
+from shardlib.compiler.passes import DEFAULT
+from shardlib.compiler.passes.fuse import fuse
 from shardlib.distributed.runtime import Runtime
 from shardlib.language.trace import Function
 from shardlib.models.cache_buffer import CacheBuffer
@@ -34,9 +36,11 @@ from shardlib.models.llama_weights import load
 from shardlib.models.random_weights import random_weights, shape_of
 from shardlib.models.slots import Slots
 from shardlib.ops import sample
+from shardlib.ops.fusions import FUSIONS
 from shardlib.params import fill, leaf_values, struct
 from shardlib.program import Program
 
+PASSES = (*DEFAULT, "rotate_scan", *fuse(FUSIONS))
 WORTH_MOVING, WORTH_CAPTURING = 4, 256
 """Steps that must be to come for rows to be moved into a smaller bucket;
 where that has no graph yet, for one to be captured, too."""
@@ -125,7 +129,8 @@ class Model:
     def lower(self, sampling: Sampling = Sampling()) -> Program:
         """The program of one step."""
         function, static = self._function(sampling)
-        return lower(function, self.layout, None, llama_of(self.config), mesh=self.runtime.mesh, **static)
+        return lower(function, self.layout, None, llama_of(self.config), mesh=self.runtime.mesh,
+                     passes=PASSES, **static)
 
     def _function(self, sampling: Sampling, first: bool = False) -> tuple[Function, dict[str, object]]:
         """The program of a step, or of the beginning of prompts, and what it is made with."""
@@ -137,7 +142,7 @@ class Model:
         if (sampling, first) not in self._steps:
             function, static = self._function(sampling, first)
             made = compile(function, self.layout, runtime=self.runtime, sizes=self.config.sizes,
-                           donate=("cache",), **static)
+                           donate=("cache",), passes=PASSES, **static)
             made.lower(None, llama_of(self.config))
             self._steps[sampling, first] = made
         return self._steps[sampling, first]
