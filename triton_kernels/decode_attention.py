@@ -2,8 +2,8 @@
 softmax(q k / sqrt(H)) v without a mask.
 
 The queries of one kv head, of all T new tokens, are the rows of one product: they share what is read. Query t
-sees the first lengths[b] + t keys of row b; what lies behind them is not read. A query that sees none gives
-zeros.
+sees the first lengths[b] + t keys of row b, or all of them where those are fewer; what lies behind them is
+not read. A query that sees none gives zeros.
 
 A row's keys are cut into `splits`, a block each. What a block leaves is the largest score, the sum of the
 weights and the weighted values; the last one merges all: see `splits`.
@@ -92,8 +92,8 @@ def _store(out_ptr, weights, values, there):
              mask=there)
 
 
-@triton.jit(do_not_specialize=["T", "heads", "splits"])
-def decode_attention_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, parts_ptr, counts_ptr, T, heads,
+@triton.jit(do_not_specialize=["T", "S", "heads", "splits"])
+def decode_attention_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, parts_ptr, counts_ptr, T, S, heads,
                             splits, stride_b, stride_s, stride_k, G: tl.constexpr, H: tl.constexpr,
                             HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
                             STAGES: tl.constexpr, MOST: tl.constexpr):
@@ -106,7 +106,7 @@ def decode_attention_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, parts_ptr
     there = (row < T * G)[:, None] & (h < H)[None, :]
     q = tl.load(q_ptr + at, mask=there, other=0)
     length = tl.load(lengths_ptr + b).to(tl.int32)
-    keys = length + T - 1
+    keys = tl.maximum(tl.minimum(length + T - 1, S), 0)
     each = tl.cdiv(tl.cdiv(keys, splits), BLOCK) * BLOCK
     offset = b.to(tl.int64) * stride_b + kv.to(tl.int64) * stride_k
     first, stop = split * each, tl.minimum((split + 1) * each, keys)
@@ -125,24 +125,25 @@ def decode_attention_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, parts_ptr
         _store(out_ptr + at, weights, values, there)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor, splits: int,
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor | None, splits: int,
                      block: int = 64, warps: int = 4, stages: int = 2) -> Tensor:
     """(B, T, K, G, H): q, alike, contiguous, attends to k and v, (B, S, K, H) with strides alike and of H 1;
-    lengths: (B,), integers.
+    lengths: (B,), integers; they may be below 0 or above S, as long as int32 has them, and T more.
 
-    lengths[b] + T - 1 is at most S: the caller's promise, since lengths are on the device. counts: int32
-    zeros, at least B K, that no kernel on another stream uses meanwhile.
+    counts: where keys are split, int32 zeros, at least B K, that no kernel on another stream uses meanwhile.
     """
     (rows, new, heads, g, h), out = q.shape, torch.empty_like(q)
     assert (q.is_contiguous() and k.stride() == v.stride() and k.stride(-1) == 1 and k.shape == v.shape
             and q.dtype == k.dtype == v.dtype)
     assert (k.shape[0], *k.shape[2:]) == (rows, heads, h) and lengths.shape == (rows,)
-    assert new * g <= MOST_QUERIES and splits <= MOST_SPLITS and counts.numel() >= rows * heads
+    assert new * g <= MOST_QUERIES and splits <= MOST_SPLITS
+    assert splits == 1 or counts is not None and counts.numel() >= rows * heads
     if q.numel() == 0 or k.shape[1] == 0:
         return out.zero_()
     padded, head = max(16, triton.next_power_of_2(new * g)), max(16, triton.next_power_of_2(h))
     parts = torch.empty(rows * heads * splits * padded * (head + 2) if splits > 1 else 4, dtype=torch.float32,
                         device=q.device)
+    counts = parts.view(torch.int32) if counts is None else counts
     strides = k.stride()[:3]
     constants = dict(G=g, H=h, HEAD=head, ROWS=padded, BLOCK=block, SPLIT=splits > 1, STAGES=stages,
                      MOST=MOST_SPLITS)
@@ -150,6 +151,6 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: T
            max(strides) < 2**31, *constants.values(),
            *(x.data_ptr() % 16 for x in (q, k, v, lengths, counts)))
     launch(decode_attention_kernel, key, Grid(rows * heads * splits, warps),
-           (q, k, v, lengths, out, parts, counts, new, heads, splits, *strides),
+           (q, k, v, lengths, out, parts, counts, new, k.shape[1], heads, splits, *strides),
            lambda: constants, q.device.type == "cpu")
     return out
