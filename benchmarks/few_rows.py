@@ -24,7 +24,7 @@ from on_gpu import graph_us, read_bytes_per_us
 from record import row, write
 from torch import Tensor
 
-from shardlib.ops.few_rows import make_counts, rows_matmul
+from shardlib.ops.few_rows import counts_of, rows_matmul
 from shardlib.triton_kernels.matmul_rows import (
     Tile,
     gated_matmul_rows,
@@ -56,8 +56,8 @@ def tiles(rows: int, gated: bool) -> list[Tile]:
     return [t for t in (ONE_ROW if rows == 1 else MANY) if t.columns > gated and (t.splits == 1 or not gated)]
 
 
-def counts() -> Tensor:
-    return make_counts(torch.device("cuda"))
+def counts() -> Tensor | None:
+    return counts_of(torch.device("cuda"))
 
 
 def weights(lines: int, columns: int) -> list[Tensor]:

@@ -1,15 +1,18 @@
 """How kernels of few rows are launched: tiles and splits by shape, as sweeps on one H100 have them
 (benchmarks/few_rows.py and decode_attention.py).
 
-Counts are int32 zeros on the GPU, made once for each stream that calls: kernels share work by them, and leave
-them zero.
+Counts are int32 zeros on the GPU, those of one stream: kernels share work by them, and leave them zero.
 """
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
 
-from shardlib.triton_kernels.decode_attention import MOST_SPLITS, decode_attention
+from shardlib.triton_kernels.decode_attention import MOST_QUERIES, MOST_SPLITS, decode_attention
 from shardlib.triton_kernels.matmul_rows import (
     MOST_ROWS,
     Tile,
@@ -20,12 +23,44 @@ from shardlib.triton_kernels.matmul_rows import (
 
 COUNTS = 4096
 """Counts that the largest shapes need: a row's kv head of attention has one, and a tile of a matmul."""
+STREAMS = 8
+"""Streams of a device that have counts."""
+SHARED = 227 << 10
+"""Bytes of a block, on an H100 or H200."""
 NARROW = 2560
 """Columns up to which a matmul has too few tiles to keep every SM reading; then several blocks share one."""
 
 
-def make_counts(device: torch.device) -> Tensor:
-    return torch.zeros(COUNTS, dtype=torch.int32, device=device)
+@dataclass(frozen=True)
+class Counts:
+    """Of one device. zeros: a row for each of the first streams that ask; rows: which one, by stream."""
+    zeros: Tensor
+    rows: dict[int, int] = field(default_factory=dict)
+
+    def of(self, stream: int) -> Tensor | None:
+        row = self.rows.setdefault(stream, len(self.rows))
+        return self.zeros[row] if row < len(self.zeros) else None
+
+
+_COUNTS: dict[torch.device, Counts] = {}
+_LOCK = Lock()
+
+
+def counts_of(device: torch.device) -> Tensor | None:
+    """The counts of the device's current stream. Those of all streams are made at the first call, so that a
+    capture makes none: they outlive every graph. Graphs that were captured on one stream share its counts,
+    and are replayed one after another.
+
+    None beyond the first STREAMS streams, and in a capture before the first call outside of one.
+    """
+    stream = torch.cuda.current_stream(device)
+    with _LOCK:
+        if device not in _COUNTS:
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            _COUNTS[device] = Counts(torch.zeros((STREAMS, COUNTS), dtype=torch.int32, device=device))
+            stream.synchronize()                        # they are zeros for every other stream, too
+        return _COUNTS[device].of(stream.cuda_stream)
 
 
 def tile_of(rows: int, lines: int, columns: int, gated: bool) -> Tile:
@@ -38,14 +73,16 @@ def tile_of(rows: int, lines: int, columns: int, gated: bool) -> Tile:
     return tile._replace(splits=4 if lines <= 4096 else 2) if columns <= NARROW and lines >= 2048 else tile
 
 
-def rows_matmul(x: Tensor, w: Tensor, counts: Tensor, gated: bool = False) -> Tensor:
+def rows_matmul(x: Tensor, w: Tensor, counts: Tensor | None, gated: bool = False) -> Tensor:
     """x @ w; gated, silu of the first half of its columns times the second. x: (rows, K); w: (K, N). By
-    kernels of its own where the rows are few and w lies by columns; by the library's elsewhere."""
+    kernels of its own where the rows are few and w lies by columns; by the library's elsewhere. Without
+    counts no tile is split."""
     if (0 < len(x) <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16) and w.mT.is_contiguous()
         and x.is_contiguous() and w.numel()):
         lines, columns = w.shape
-        return (gated_matmul_rows if gated else matmul_rows)(x, w, tile_of(len(x), lines, columns, gated),
-                                                             counts)
+        tile = tile_of(len(x), lines, columns, gated)
+        tile = tile if counts is not None else tile._replace(splits=1)
+        return (gated_matmul_rows if gated else matmul_rows)(x, w, tile, counts)
     return gated_matmul_rows_reference(x, w) if gated else x @ w
 
 
@@ -60,7 +97,26 @@ def _power_of_two(count: int) -> int:
     return 1 << max(1, count).bit_length() - 1
 
 
-def attend_lengths(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
-    """`decode_attention`, split as fits."""
-    return decode_attention(q, k, v, lengths, counts, splits_of(k.shape[0] * k.shape[2], k.shape[1]),
-                            block=64, warps=4, stages=3)
+@cache
+def has_room(device: torch.device) -> bool:
+    """Whether a block has the shared memory of an H100's there."""
+    return (device.type == "cuda" and
+            getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= SHARED)
+
+
+def attends_lengths(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend_lengths` takes these: few queries, on a GPU, without a derivative; a row of a head is
+    512 bytes at most, of which the keys and values that are under way fit into shared memory."""
+    return (q.shape[1] * q.shape[3] <= MOST_QUERIES and 0 < q.shape[-1] * q.itemsize <= 512
+            and q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.dtype == k.dtype == v.dtype
+            and k.shape == v.shape and k.stride() == v.stride() and k.stride(-1) == 1
+            and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+            and has_room(q.device))
+
+
+def attend_lengths(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor | None) -> Tensor:
+    """`decode_attention`, split as fits; without counts not at all. float32 is read in smaller blocks: they
+    take as many bytes."""
+    splits = 1 if counts is None else splits_of(k.shape[0] * k.shape[2], k.shape[1])
+    return decode_attention(q.contiguous(), k, v, lengths, counts, splits,
+                            block=32 if q.dtype == torch.float32 else 64, warps=4, stages=3)

@@ -2,6 +2,7 @@
 and the library's where there is no kernel."""
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shardlib.ops import few_rows
-from shardlib.ops.few_rows import COUNTS, attend_lengths, rows_matmul, splits_of, tile_of
-from shardlib.triton_kernels.decode_attention import MOST_SPLITS
+from shardlib.ops.few_rows import (
+    COUNTS,
+    SHARED,
+    STREAMS,
+    attend_lengths,
+    attends_lengths,
+    counts_of,
+    rows_matmul,
+    splits_of,
+    tile_of,
+)
+from shardlib.triton_kernels.decode_attention import MOST_QUERIES, MOST_SPLITS
 from shardlib.triton_kernels.matmul_rows import MOST_ROWS, Tile
-
-SHARED_BYTES = 227 << 10
-"""Of a block of an H100 or H200."""
 
 
 @given(st.integers(1, MOST_ROWS), st.integers(1, 32768), st.integers(1, 65536), st.booleans())
@@ -26,7 +34,7 @@ def test_tiles_fit(rows: int, lines: int, columns: int, gated: bool) -> None:
     tile = tile_of(rows, lines, columns, gated)
     assert tile.columns > gated and all(n & (n - 1) == 0 for n in (tile.columns, tile.lines, tile.warps))
     if rows > 1:
-        assert tile.stages * tile.lines * (tile.columns + max(8, rows)) * 2 <= SHARED_BYTES
+        assert tile.stages * tile.lines * (tile.columns + max(8, rows)) * 2 <= SHARED
         assert tile.splits == 1 or -(-columns // tile.columns) <= COUNTS and lines >= tile.splits * tile.lines
     else:
         assert tile.splits == 1 and tile.columns * tile.lines <= 32 * 32 * tile.warps
@@ -65,12 +73,98 @@ def test_few_rows_of_16_bits_by_columns_have_kernels(rows: int, dtype: torch.dty
     assert seen == ([] if kernel is None else [kernel, f"gated_{kernel}"])
 
 
+def test_without_counts_no_tile_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(few_rows, "matmul_rows", lambda x, w, tile, counts: seen.append(tile.splits))
+    x, w = torch.zeros(8, 2048, dtype=torch.bfloat16), torch.zeros(2048, 16, dtype=torch.bfloat16)
+    for counts in (torch.zeros(1, dtype=torch.int32), None):
+        rows_matmul(x, w.mT.contiguous().mT, counts)
+    assert seen == [4, 1]
+
+
 def test_attention_is_split_by_its_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not without counts."""
     seen: list[int] = []
     monkeypatch.setattr(few_rows, "decode_attention",
                         lambda q, k, v, lengths, counts, splits, **how: seen.append(splits))
-    for rows, keys in ((1, 256), (1, 4096), (8, 4096), (1, 32768), (128, 256)):
-        cache = torch.empty(rows, keys, 2, 128, device="meta")
-        attend_lengths(torch.empty(rows, 1, 2, 4, 128, device="meta"), cache, cache,
-                       torch.empty(rows, device="meta"), torch.empty(0, device="meta"))
-    assert seen == [1, 16, 8, 64, 1]
+    for counts in (torch.empty(0, device="meta"), None):
+        for rows, keys in ((1, 256), (1, 4096), (8, 4096), (1, 32768), (128, 256)):
+            cache = torch.empty(rows, keys, 2, 128, device="meta")
+            attend_lengths(torch.empty(rows, 1, 2, 4, 128, device="meta"), cache, cache,
+                           torch.empty(rows, device="meta"), counts)
+    assert seen == [1, 16, 8, 64, 1] + [1] * 5
+
+
+def attention_of(t: int = 1, g: int = 4, h: int = 128, dtype: torch.dtype = torch.bfloat16,
+                 v: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+    q, k = torch.zeros(2, t, 3, g, h, dtype=dtype), torch.zeros(2, 9, 3, h, dtype=dtype)
+    return q, k, torch.zeros_like(k) if v is None else v(k)
+
+
+@pytest.mark.parametrize("taken, operands", [
+    (True, attention_of()), (True, attention_of(t=MOST_QUERIES, g=1)), (True, attention_of(h=256)),
+    (True, attention_of(dtype=torch.float32)), (True, attention_of(h=5, dtype=torch.float16)),
+    (False, attention_of(t=MOST_QUERIES // 4 + 1)), (False, attention_of(h=257)), (False, attention_of(h=0)),
+    (False, attention_of(h=129, dtype=torch.float32)), (False, attention_of(h=8, dtype=torch.float64)),
+    (False, attention_of(v=lambda k: k[..., :64])), (False, attention_of(v=lambda k: k.float())),
+    (False, attention_of(v=lambda k: k.transpose(1, 2).contiguous().transpose(1, 2))),
+    (False, attention_of(v=lambda k: k.clone().requires_grad_()))])
+def test_what_is_attended_by_lengths(taken: bool, operands: tuple[Tensor, Tensor, Tensor],
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that has room: nothing on the CPU."""
+    assert not attends_lengths(*operands)
+    monkeypatch.setattr(few_rows, "has_room", lambda device: True)
+    assert attends_lengths(*operands) == taken
+    if operands[2].requires_grad:
+        with torch.no_grad():
+            assert attends_lengths(*operands)
+
+
+@pytest.mark.parametrize("bytes_of_a_block, enough", [(SHARED, True), (SHARED - 1, False), (None, False)])
+def test_a_gpu_has_room_that_has_an_h100s(bytes_of_a_block: int | None, enough: bool,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    of = SimpleNamespace(**{} if bytes_of_a_block is None
+                         else {"shared_memory_per_block_optin": bytes_of_a_block})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of)
+    few_rows.has_room.cache_clear()
+    assert few_rows.has_room(torch.device("cuda", 0)) == enough
+    few_rows.has_room.cache_clear()
+
+
+class Streams:
+    """What `counts_of` asks of CUDA: the current stream, by number, and whether it captures."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.capturing, self.log = 0, False, []
+        zeros = torch.zeros
+        monkeypatch.setattr(few_rows, "_COUNTS", {})
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(
+            cuda_stream=self.now, synchronize=lambda: self.log.append(f"wait for {self.now}")))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch, "zeros", lambda shape, dtype, device: (
+            self.log.append(f"zeros {shape} on {device}"), zeros(shape, dtype=dtype))[1])
+
+
+def test_a_stream_has_its_own_counts_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all streams are made at once, and are zeros when another one comes."""
+    cuda, device, made = Streams(monkeypatch), torch.device("cuda", 1), {}
+    for cuda.now in (7, 3, 7, *range(100, 100 + STREAMS), 3):
+        counts = counts_of(device)
+        assert counts is None or counts.dtype == torch.int32 and counts.shape == (COUNTS,)
+        at = None if counts is None else counts.data_ptr()
+        assert made.setdefault(cuda.now, at) == at
+        cuda.capturing = True                           # later ones are rows of what there is
+    assert [*made.values()].count(None) == 2 and len({*made.values()}) == STREAMS + 1
+    assert made[100 + STREAMS - 1] is made[100 + STREAMS - 2] is None
+    assert cuda.log == [f"zeros {(STREAMS, COUNTS)} on cuda:1", "wait for 7"]
+
+
+def test_a_capture_makes_no_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would lie in the graph's memory, and be zeros in its replays alone. Each device has its own."""
+    cuda, one, other = Streams(monkeypatch), torch.device("cuda", 0), torch.device("cuda", 1)
+    cuda.capturing = True
+    assert counts_of(one) is None and cuda.log == []
+    cuda.capturing = False
+    assert counts_of(one) is not None
+    cuda.capturing = True
+    assert counts_of(one) is not None and counts_of(other) is None
