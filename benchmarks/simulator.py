@@ -17,7 +17,8 @@ from shardlib import Layout, Mesh, Params, compile, einsum, init, lower, param, 
 from shardlib.api import arg_types
 from shardlib.distributed.runtime import connect
 from shardlib.functions import silu
-from shardlib.lowering.emit import Emitter, load
+from shardlib.lowering.emit import Emitter
+from shardlib.lowering.load import load
 from shardlib.placement import place
 from shardlib.run.simulate import run_ranks
 

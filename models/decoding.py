@@ -36,11 +36,11 @@ from shardlib.models.llama_weights import load
 from shardlib.models.random_weights import random_weights, shape_of
 from shardlib.models.slots import Slots
 from shardlib.ops import sample
-from shardlib.ops.fusions import FUSIONS
+from shardlib.ops.fusions import FUSIONS, by_few_rows
 from shardlib.params import fill, leaf_values, struct
 from shardlib.program import Program
 
-PASSES = (*DEFAULT, "rotate_scan", *fuse(FUSIONS))
+PASSES = (*DEFAULT, "rotate_scan", *fuse(FUSIONS, by_few_rows))
 WORTH_MOVING, WORTH_CAPTURING = 4, 256
 """Steps that must be to come for rows to be moved into a smaller bucket;
 where that has no graph yet, for one to be captured, too."""

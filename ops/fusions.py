@@ -1,6 +1,6 @@
 """The fusions of the models: what steps mean together, for the pass that looks for them.
 
-    compile(f, layout, passes=(*DEFAULT, "rotate_scan", *fuse(FUSIONS)))
+    compile(f, layout, passes=(*DEFAULT, "rotate_scan", *fuse(FUSIONS, by_few_rows)))
 
 Each is a function; x is any axis, or product of axes, and a name that no op looks at any number of dims.
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from shardlib import EXPLICIT, all_reduce, reduce_scatter, sharded
-from shardlib.compiler.fusion import Fusion, Site
+from shardlib.compiler.fusion import Fusion, Product, Site
 from shardlib.distributed.communicators.protocol import FusingCommunicator
 from shardlib.functions import silu
+from shardlib.ops.few_rows import counts_of, rows_matmul
 from shardlib.ops.rms_norm import rms_norm
+from shardlib.triton_kernels.matmul_rows import MOST_ROWS
 
 
 @sharded("T D +x, T D, D -> T D, T D", layout=EXPLICIT)
@@ -53,6 +57,22 @@ def by_communicator(site: Site) -> Callable | str:
                if isinstance(c, FusingCommunicator)]
     said = [a for a in answers if isinstance(a, str)]
     return next((a for a in answers if not isinstance(a, str)), "; ".join(said) or "no communicator has one")
+
+
+def by_few_rows(product: Product) -> Callable | str:
+    """A kernel of few rows, which takes `gate_up` along."""
+    if product.device != "cuda" or product.dtype not in ("bfloat16", "float16"):
+        return f"no kernel multiplies {product.dtype} on {product.device}"
+    if not 0 < product.rows <= MOST_ROWS:
+        return f"kernels of few rows take 1 to {MOST_ROWS}"
+    if product.then not in (None, gate_up):
+        return f"no matmul takes {product.then.__name__} along"
+    gated = product.then is gate_up
+
+    def multiply(x: Tensor, w: Tensor) -> Tensor:
+        made = rows_matmul(x.reshape(product.rows, product.lines), w, counts_of(x.device), gated)
+        return made.view(*x.shape[:-1], made.shape[-1])
+    return multiply
 
 
 FUSIONS = (Fusion(all_reduce_add_rms_norm, kernel=by_communicator),

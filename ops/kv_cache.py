@@ -36,10 +36,17 @@ def slots_seen(start: Tensor, offset: int, t: int, first: int, s: int) -> Tensor
     return torch.arange(first, first + s, device=start.device) <= positions(start, offset, t)[..., None]
 
 
+def _site(e: LocalCode, step: Step, args: list[str]) -> str:
+    return e.index_site(step, 2, args[2], step.ins[0].dims[1], "start", rows=step.ins[1].dims[1])
+
+
+def _look(e: LocalCode, step: Step, args: list[str]) -> str:
+    return e.hoist(args[2], f"{_site(e, step, args)}.look({{x}})") if e.shape(step.ins[1])[1] else "None"
+
+
 def _write(e: LocalCode, step: Step, args: list[str]) -> str:
     cache = args[0] if step.inputs[0] in e.in_place else f"{args[0]}.clone()"
-    site = e.index_site(step, 2, args[2], step.ins[0].dims[1], "start", rows=step.ins[1].dims[1])
-    where = e.hoist(args[2], f"{e.use(slots)}({{x}}, {e.shape(step.ins[1])}, {site})")
+    where = e.hoist(args[2], f"{e.use(slots)}({{x}}, {e.shape(step.ins[1])}, {_site(e, step, args)})")
     return f"{cache}.scatter_(1, {where}, {args[1]})"
 
 
@@ -62,7 +69,7 @@ def _mask_reference(d: Dims, start: Tensor) -> Tensor:
 
 UPDATE_CACHE = Op("update_cache",
                   rule=lambda s: Rule(linear=((0, 1),), whole=(s.ins[0].names[1], s.ins[1].names[1])),
-                  emit=_write, index=(2,), updates=0, reads=lambda d, o: [d[0], d[0], "int64"],
+                  emit=_write, looks=_look, index=(2,), updates=0, reads=lambda d, o: [d[0], d[0], "int64"],
                   reference=_update_reference)
 CAUSAL_MASK = Op("causal_mask", rule=lambda s: Rule(), emit=_mask, index=(0,), dtype=lambda d, o: ["bool"],
                  reference=_mask_reference)

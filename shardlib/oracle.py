@@ -35,7 +35,8 @@ from shardlib.compiler.sizes import Sizes
 from shardlib.dtypes import step_dtypes
 from shardlib.language.local_code import LocalCode
 from shardlib.language.rearrange import RENAME, by_factor, renamed
-from shardlib.lowering.emit import Emitter, load
+from shardlib.lowering.emit import Emitter
+from shardlib.lowering.load import load
 from shardlib.mesh import Mesh
 from shardlib.placement import NotReplicated, join, place
 from shardlib.program import Op, Program, Result, Step

@@ -26,9 +26,7 @@ from shardlib.wires import Wire
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One operation: its typing rule, what it does on local tensors, and its derivative.
-
-    Compared by identity.
+    """One operation, compared by identity: its typing rule, what it does on local tensors, its derivative.
 
     keywords: its keyword arguments: name -> whether a value may be one; None stands for a missing one.
 
@@ -42,6 +40,7 @@ class Op:
     wire:        how its ranks communicate, if they do.
     index:       operands that hold integers or masks, outside linearity and without cotangent.
     updates:     the operand whose buffer the result may reuse, if any.
+    looks(e, step, args): refuses what an index may not be, where a kernel takes the step's place.
     distribute(b, step, x): the same over pieces, for an operand split along the dim the op runs over.
     constant:    its results have no gradient, and none is missed.
     statistic:   over a split dim, declarative text lets it owe in float32 at least, and rounds once
@@ -65,6 +64,7 @@ class Op:
     wire: Wire | None = None
     index: tuple[int, ...] = ()
     updates: int | None = None
+    looks: Callable[..., str] | None = None
     takes: tuple[str, ...] = ()
     reads: Callable | None = None
     dtype: Callable | None = None

@@ -28,7 +28,8 @@ from shardlib.compiler.parser import parse_program
 from shardlib.compiler.passes import rewrite
 from shardlib.dtypes import value_dtypes
 from shardlib.language.reductions import SUM
-from shardlib.lowering.emit import Emitter, load
+from shardlib.lowering.emit import Emitter
+from shardlib.lowering.load import load
 from shardlib.ops import TABLE
 from shardlib.ops.cases import CASES
 from shardlib.oracle import Case, normal

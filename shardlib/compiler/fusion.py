@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 from torch import Tensor
 
@@ -34,9 +35,33 @@ from shardlib.program import Program, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec
 
-Kernels = Callable[[Step, Sequence[Tensor]], Callable | None]
-"""What takes a fused step of operands like these, on meta; None where nothing does, and its body runs."""
 PLAIN = ("add", "sub", "mul", "div", "scale", "shift")      # ops that stand everywhere
+
+
+class Kernels(Protocol):
+    """What generated code may call in place of what it would write; None where it writes that."""
+
+    def __call__(self, step: Step, operands: Sequence[Tensor]) -> Callable | None:
+        """What takes a fused step of operands like these, on meta."""
+
+    def product(self, rows: int, lines: int, columns: int, dtype: str, then: Step | None) -> Callable | None:
+        """What takes a `Product` of these sizes, with the step that takes its columns."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """x @ w as one rank is to run it on `device`, where a kernel is asked for: x of (rows, lines), and w of
+    (lines, columns), a weight that lies by columns, w.mT contiguous.
+
+    then: the function of the fused step that takes all columns, each operand as many, in its order; None
+    where there is no such step. With it the kernel gives what that function gives.
+    """
+    device: str
+    rows: int
+    lines: int
+    columns: int
+    dtype: str
+    then: Function | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 from shardlib.dtypes import counted, reading
@@ -90,20 +90,24 @@ def _vjp(b: Steps, step: Step, cotangents: Sequence[str]) -> list[str]:
 
 def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     shapes = {label: n for s in step.ins for label, n in zip(s.labels, e.shape(s))}
-    return contraction([list(s.labels) for s in step.ins], list(step.outs[0].labels), args, shapes)
+    return contraction([list(s.labels) for s in step.ins], list(step.outs[0].labels), args, shapes,
+                       lambda *sizes: e.product(*sizes, e.dtypes[step.outputs[0]]))
 
 
 EINSUM = Op("einsum", rule=_rule, emit=_emit, vjp=_vjp, reads=reading(counted),
             reference=lambda d, *xs: d.sum(math.prod(xs)))
 
 
-def contraction(ins: list[list[str]], out: list[str], args: list[str], size: Mapping[str, int]) -> str:
-    """The fastest plain-torch expression of an einsum of local tensors:
-    one matmul where the dims allow it."""
+def contraction(ins: list[list[str]], out: list[str], args: list[str], size: Mapping[str, int],
+                product: Callable[[int, int, int], str | None] = lambda rows, lines, columns: None) -> str:
+    """The fastest expression of an einsum of local tensors: one matmul where the dims allow it.
+
+    product: the name of what takes one of such sizes in place of torch, where the second lies by columns.
+    """
     if len(ins) == 2:
         for (a, b), (x, y) in (((ins[0], ins[1]), (args[0], args[1])),
                                ((ins[1], ins[0]), (args[1], args[0]))):
-            if text := _matmul(a, b, out, x, y, size):
+            if text := _matmul(a, b, out, x, y, size, product):
                 return text
     letter = dict(zip(dict.fromkeys(n for s in ins for n in s), string.ascii_letters))
     equation = ",".join("".join(letter[n] for n in s) for s in ins) + "->" + "".join(letter[n] for n in out)
@@ -112,8 +116,8 @@ def contraction(ins: list[list[str]], out: list[str], args: list[str], size: Map
     return _chain(ins, out, args, size)
 
 
-def _matmul(a: list[str], b: list[str], out: list[str], x: str, y: str,
-            size: Mapping[str, int]) -> str | None:
+def _matmul(a: list[str], b: list[str], out: list[str], x: str, y: str, size: Mapping[str, int],
+            product: Callable[[int, int, int], str | None]) -> str | None:
     """`x @ y` when x is (left.., inner..), y is (inner.., right..) or (right.., inner..),
     and the result (left.., right..)."""
     inner = [n for n in a if n in b]
@@ -128,7 +132,8 @@ def _matmul(a: list[str], b: list[str], out: list[str], x: str, y: str,
         text = f"torch.matmul({x2}, {y2})"
     elif b == right + inner:
         y2 = y if len(b) == 2 else f"{y}.reshape({wide}, {flat})"
-        text = f"F.linear({x2}, {y2})"
+        kernel = product(math.prod(size[n] for n in left), flat, wide)
+        text = f"{kernel}({x2}, {y2}.mT)" if kernel else f"F.linear({x2}, {y2})"
     else:
         return None
     return text if len(right) == 1 else f"{text}.reshape({_args([size[n] for n in out])})"

@@ -73,6 +73,11 @@ class LocalCode(Protocol):
     def collective(self, wire: Wire, axes: Sequence[str], pieces: Sequence[str], more: tuple) -> str:
         """A call of the coordinator of the group over `axes`; over one rank, nothing is left of it."""
 
+    def product(self, rows: int, lines: int, columns: int, dtype: str,
+                then: Step | None = None) -> str | None:
+        """The name of what gives x @ w, x of (rows, lines) and w of (lines, columns), which lies by columns;
+        `then`: what that fused step makes of the columns. None where nothing but the library does."""
+
     def read(self, variable: str, have: str, want: str) -> str:
         """`variable`, of dtype `have`, in the dtype `want`."""
 

@@ -2,19 +2,17 @@
 
 The text holds only identifiers made here, literals, and names of torch; sizes and offsets of the rank are in
 it as numbers. Collectives are calls on the group's coordinator, or, for the simulator, `yield`s of the same
-request. Axes of size 1 are gone. Sources are in `linecache`, so that tracebacks show the generated lines.
+request. Axes of size 1 are gone.
 """
 from __future__ import annotations
 
-import linecache
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from shardlib.compiler.fusion import Kernels
 from shardlib.compiler.passes.pack import Packing, emit_packed, packings
@@ -25,27 +23,14 @@ from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.cond import COND
 from shardlib.language.fused import FUSED
 from shardlib.language.scan import SCAN
-from shardlib.lowering.buffers import updated_arguments, updates_of
+from shardlib.lowering.buffers import updated_arguments, updates_of, updates_of_fused
 from shardlib.lowering.index_check import IndexSite
+from shardlib.lowering.plan_step import PlanStep
 from shardlib.lowering.variables import reuse
 from shardlib.mesh import Mesh
 from shardlib.program import Program, Scan, Step
 from shardlib.spec import Dim, Spec
 from shardlib.wires import Wire
-
-
-@dataclass(frozen=True)
-class PlanStep:
-    """One collective of a program, for reports: its number there, counted from 1, the user's line,
-    the specs before and after."""
-    number: int
-    program: str
-    where: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"step {self.number} of {self.program}, {self.where + ': ' if self.where else ''}{self.text}"
-
 
 _VIEW = re.compile(r"\.view\([0-9, ]+\)$")
 _MARK = re.compile(r"  # step (\d+)$")  # at the end of lines that are being written: which step they are of
@@ -59,7 +44,8 @@ class Emitter:
     float32, int64 or bool.
     prepared: arguments that come as `Compiled.prepare` made them: weights packed, stacked ones as a sequence
     of layers.
-    kernels: asked what takes a fused step; without it, or where it says None, the body is written.
+    kernels: asked what takes a fused step, or a matmul; without it, or where it says None, the body is
+    written, or the library's call.
     """
 
     def __init__(self, mesh: Mesh, rank: int, sizes: Mapping[str, int], yields: bool = False,
@@ -216,6 +202,18 @@ class Emitter:
         packed = {path: group for group in self.packs for path in group.outer_paths}
         return list(dict.fromkeys(packed[p].name if p in packed else p for p, _ in program.arg_leaves()))
 
+    def product(self, rows: int, lines: int, columns: int, dtype: str,
+                then: Step | None = None) -> str | None:
+        """The name of what gives x @ w, x of (rows, lines) and w of (lines, columns), which lies by columns;
+        `then`: what that fused step makes of the columns. None where nothing but the library does."""
+        kernel = self.kernels and self.kernels.product(rows, lines, columns, dtype, then)
+        return self._kernel(kernel) if kernel else None
+
+    def _kernel(self, kernel: Callable) -> str:
+        name = f"k{len(self.helpers)}"
+        self.helpers[name] = kernel
+        return name
+
     def variable(self) -> str:
         """A name that generated code has not used yet."""
         self.variables += 1
@@ -246,7 +244,7 @@ class Emitter:
             elif step.op is COND:
                 made = self._cond(step, names)
             elif step.op is FUSED:
-                made = self._fused(step, names, program.name)
+                made = self._fused(step, names, program.name, owned, uses)
             else:
                 made = self._line(step, names, owned, uses)
             self._where = around
@@ -320,22 +318,33 @@ class Emitter:
         names.update(zip(step.outputs, made))
         return lines
 
-    def _fused(self, step: Step, names: dict[str, str], title: str) -> list[str]:
+    def _fused(self, step: Step, names: dict[str, str], title: str, owned: set[str],
+               uses: Mapping[str, int]) -> list[str]:
         """A kernel's call, at the step that communicates; or the body in its place:
-        its steps are those of the program `title` around it."""
+        its steps are those of the program `title` around it. Buffers that results update are given up."""
         (body,) = step.bodies
+        updates, outer = updates_of_fused(step), dict(step.passed(body))
+        free = {v for path in updates.values() if (v := outer[path]) in owned and uses[v] == 1}
         like = [torch.empty(self.shape(spec), dtype=getattr(torch, self.dtypes[n]), device="meta")
                 for spec, n in zip(step.ins, step.inputs)] if self.kernels else []
-        if self.kernels and (kernel := self.kernels(step, like)) is not None:
-            name, wire = f"k{len(self.helpers)}", next((s for s in body.steps if s.op.wire), None)
-            self.helpers[name], self._where = kernel, wire and (title, wire)
-            text = f"{name}({', '.join(names[i] for i in step.inputs)}{self._here()})"
+        looking = [s for s in body.steps if s.op.looks]
+        known = all(s.inputs[i] in outer for s in looking for i in s.op.index)
+        if self.kernels and known and (kernel := self.kernels(step, like)) is not None:
+            wire = next((s for s in body.steps if s.op.wire), None)
+            self._where = wire and (title, wire)
+            looks = [s.op.looks(self, s, [names.get(outer.get(i, i), i) for i in s.inputs]) for s in looking]
+            kept = {outer[path] for path in updates.values()} - free
+            args = [f"{names[i]}.clone()" if i in kept else names[i] for i in step.inputs]
+            text = f"{self._kernel(kernel)}({', '.join(args)}{self._here()})"
             names.update((out, self.variable()) for out in step.outputs)
-            return [f"{', '.join(names[out] for out in step.outputs)} = {text}"]
-        inner = {path: names[value] for path, value in step.passed(body)}
+            owned |= {*updates}
+            return [*(look for look in looks if not look.isidentifier()),
+                    f"{', '.join(names[out] for out in step.outputs)} = {text}"]
+        inner, own = {p: names[v] for p, v in outer.items()}, {p for p, v in outer.items() if v in free}
         dtypes = inner_dtypes(step, body, self.dtypes)
-        lines = self._block(replace(body, name=title), inner, set(), {}, dtypes)
+        lines = self._block(replace(body, name=title), inner, own, {}, dtypes)
         names.update((out, inner[n]) for out, (n, _) in zip(step.outputs, body.result_leaves()))
+        owned |= {*updates}
         return lines
 
     def _scan(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> list[str]:
@@ -389,12 +398,3 @@ class Emitter:
 
 def _indented(lines: Sequence[str]) -> list[str]:
     return ["    " + line for line in lines]
-
-
-def load(source: str, helpers: Mapping[str, Any], groups: Mapping[str, Any], title: str) -> Callable:
-    """The function `main` of generated source; its lines are known to tracebacks."""
-    file = f"<shardlib {title} {abs(hash(source)):x}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
-    space: dict[str, Any] = {"torch": torch, "F": F, **helpers, **groups}
-    exec(compile(source, file, "exec"), space)
-    return space["main"]

@@ -19,7 +19,8 @@ from shardlib.language.arguments import argument_trees
 from shardlib.language.calls import check_given, check_layout, check_static, check_tensors, refuse_named
 from shardlib.language.trace import Function
 from shardlib.layout import Layout
-from shardlib.lowering.emit import Emitter, load
+from shardlib.lowering.emit import Emitter
+from shardlib.lowering.load import load
 from shardlib.mesh import Mesh, check_sizes
 from shardlib.params import Params, flat, flat_leaves, leaf_dtypes, named_leaves, present, rebuild
 from shardlib.program import Program, Step
@@ -184,7 +185,7 @@ class Compiled:
         mesh, rank = self.runtime.mesh, self.runtime.rank
         sizes = bind_sizes(program, given, self.sizes, mesh, mesh.coordinate(rank))
         value_dtypes(program, dtypes)
-        self.kernels = Kernels(self.runtime, [f for p in self.passes for f in p.fusions], sizes)
+        self.kernels = Kernels(self.runtime, self.passes, sizes)
         self.runtime.compare_plans(
             program.name, _plan_text(program, mesh, sizes, dtypes) + self.kernels.plan)
         self.kernels.meet(program)

@@ -1,4 +1,4 @@
-"""Kernels for fused steps: what the device, or a communicator of the group, has for them.
+"""Kernels for fused steps and for matmuls: what the device, or a communicator of the group, has for them.
 
 A step is one of a fusion where its body is what the fusion's function means, whoever made it. Its kernel is
 asked for when code is written, with the shapes and dtypes of this rank. Where pieces are not even, members
@@ -8,13 +8,14 @@ runs, on all ranks.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from shardlib.compiler.fusion import Fusion, Site
+from shardlib.compiler.fusion import Product, Site
 from shardlib.compiler.matching import static_of
+from shardlib.compiler.passes.rewrite import Pass
 from shardlib.distributed.fused_call import FusedCall
 from shardlib.distributed.runtime import Runtime
 from shardlib.errors import SpecError
@@ -26,14 +27,17 @@ from shardlib.spec import Spec
 
 
 class Kernels:
-    """Those of `fusions`, for a program whose dims have `sizes`, on this rank.
+    """Those that come with `passes`, for a program whose dims have `sizes`, on this rank.
 
-    answers: of each fused step that was asked for, who takes it, or why its body runs.
+    answers: of each fused step, and each matmul, that was asked for, who takes it, or why its body runs, or
+    the library's.
     """
 
-    def __init__(self, runtime: Runtime, fusions: Iterable[Fusion], sizes: Mapping[str, int]) -> None:
+    def __init__(self, runtime: Runtime, passes: Sequence[Pass], sizes: Mapping[str, int]) -> None:
         self.runtime, self.sizes = runtime, sizes
-        self.fusions = {f.name: f for f in fusions if f.kernel is not None}
+        self.meant = {f.name: f for p in passes for f in p.fusions}
+        self.fusions = {name: f for name, f in self.meant.items() if f.kernel is not None}
+        self.products = [p.product for p in passes if p.product is not None]
         self.reference = os.environ.get("SHARDLIB_REFERENCE", "0") not in ("", "0")
         self.answers: list[str] = []
 
@@ -56,6 +60,19 @@ class Kernels:
         said = found if isinstance(found, str) else "by a kernel"
         self.answers.append(f"{name}{f' at {step.where}' if step.where else ''}: {said}")
         return None if isinstance(found, str) else _counted(name, found, len(step.outs))
+
+    def product(self, rows: int, lines: int, columns: int, dtype: str, then: Step | None) -> Callable | None:
+        """What takes x @ w, and with it the step `then`; None where the library does."""
+        fusion = then and self.meant.get(then.bodies[0].name)
+        known = fusion and static_of(fusion, then.bodies[0], self.runtime.mesh) == {}
+        if not self.products or self.reference or then and not known:
+            return None
+        asked = Product(self.runtime.device.type, rows, lines, columns, dtype, fusion and fusion.function)
+        answers = [product(asked) for product in self.products]
+        found = next((a for a in answers if not isinstance(a, str)), answers[0])
+        what = f"matmul of {rows} x {lines} x {columns}{f', {fusion.name}' if fusion else ''}"
+        self.answers.append(f"{what}: {found if isinstance(found, str) else 'by a kernel'}")
+        return None if isinstance(found, str) else found
 
     def _asked(self, step: Step, operands: Sequence[Tensor]) -> Callable | str:
         (body,), fusion, axes = step.bodies, self.fusions.get(step.bodies[0].name), self._axes(step)

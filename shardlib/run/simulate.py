@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from shardlib.errors import SpecError
-from shardlib.lowering.emit import Emitter, load
+from shardlib.lowering.emit import Emitter
+from shardlib.lowering.load import load
 from shardlib.mesh import Mesh
 from shardlib.program import Program
 from shardlib.run.failures import explain_failure

@@ -24,7 +24,8 @@ from shardlib.language.rearrange import RENAME
 from shardlib.language.trace import Executor, Function, raise_at_user_line
 from shardlib.language.value import Value, active, specs_of
 from shardlib.layout import Layout
-from shardlib.lowering.emit import Emitter, load
+from shardlib.lowering.emit import Emitter
+from shardlib.lowering.load import load
 from shardlib.params import Params, fill, leaf_values
 from shardlib.program import Op, Program, Step
 from shardlib.run.failures import Lines, explain_failure

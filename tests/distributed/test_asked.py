@@ -27,7 +27,8 @@ from shardlib.language.moves import (
     check_move,
     placed,
 )
-from shardlib.lowering.emit import Emitter, load
+from shardlib.lowering.emit import Emitter
+from shardlib.lowering.load import load
 from shardlib.mesh import Mesh
 from shardlib.oracle import types
 from shardlib.program import Op, Program, Result, Step

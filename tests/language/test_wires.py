@@ -18,7 +18,8 @@ from shardlib.errors import SpecError
 from shardlib.language import moves
 from shardlib.language.moves import MOVES, Move, Search, check_move, cost, received
 from shardlib.language.trace import RESERVED
-from shardlib.lowering.emit import Emitter, load
+from shardlib.lowering.emit import Emitter
+from shardlib.lowering.load import load
 from shardlib.mesh import Mesh
 from shardlib.oracle import dual
 from shardlib.placement import join

@@ -2,11 +2,29 @@
 is what plain torch makes of copies."""
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from shardlib import Layout, compile, einsum, scan, sharded
+from shardlib import (
+    EXPLICIT,
+    Layout,
+    Mesh,
+    Params,
+    SpecError,
+    compile,
+    einsum,
+    param,
+    scan,
+    sharded,
+    stacked,
+)
+from shardlib.compiler.fusion import Fusion
+from shardlib.compiler.passes import DEFAULT
+from shardlib.compiler.passes.fuse import fuse, require_fusion
+from shardlib.functions import tanh
 from shardlib.ops import update_cache
 
 WRITE = "B S H, B T H, B -> B S H"
@@ -141,3 +159,94 @@ def test_what_differs_by_layer_is_not_worked_out_before_the_loop() -> None:
     _, after = compile(starts_of_layers, Layout())(x, caches, starts)
     for i, (cache, start) in enumerate(zip(caches, starts)):
         assert torch.equal(after[i], written(cache, x * 0.5 ** i, start))
+
+
+@sharded("B T H, B S H, B -> B S H", layout=EXPLICIT)
+def written_turned(x, cache, start):
+    """Writes what is squashed: two steps, so that there is something to fuse."""
+    return update_cache(WRITE, cache, tanh(x), start)
+
+
+@sharded("B T H, B S H, B S H, B -> B S H, B S H")
+def two_caches(x, one, two, start):
+    return update_cache(WRITE, one, tanh(x), start), update_cache(WRITE, two, tanh(x * 2.0), start)
+
+
+@sharded("B T H, B S H, B -> B S H, B T H")
+def keeps_what_was(x, cache, start):
+    after = update_cache(WRITE, cache, tanh(x), start)
+    return after, x + einsum("B S H, B T H -> B T H", cache, x)
+
+
+def writes(x: Tensor, cache: Tensor, start: Tensor) -> Tensor:
+    """A kernel: its cache is given up."""
+    for b, s in enumerate(start.tolist()):
+        cache[b, s:s + x.shape[1]] = x[b].tanh()
+    return cache
+
+
+@pytest.mark.parametrize("kernel", [None, lambda site: writes], ids=["body", "kernel"])
+@pytest.mark.parametrize("donate", [(), ("one", "two", "cache")])
+def test_fused_updates_write_where_they_may(kernel: Any, donate: tuple[str, ...]) -> None:
+    passes = (*DEFAULT, *fuse((Fusion(written_turned, kernel=kernel),)))
+    x, start = torch.randn(2, 1, 3), torch.tensor([0, 3])
+    one, two = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    was = one.clone(), two.clone()
+    step = compile(two_caches, donate=[d for d in donate if d != "cache"], passes=passes)
+    given = step(x, one, two, start)
+    assert require_fusion("written_turned", 2).run(step.program, Mesh()) is step.program
+    for after, before, cache, scale in zip(given, was, (one, two), (1, 2)):
+        assert torch.equal(after, written(before, (x * scale).tanh(), start))
+        assert (after.data_ptr() == cache.data_ptr()) == bool(donate)
+        assert donate or torch.equal(cache, before)
+    cache = was[0].clone()
+    after, read = compile(keeps_what_was, donate=[d for d in donate if d == "cache"],
+                          passes=passes)(x, cache, start)
+    assert torch.equal(after, written(was[0], x.tanh(), start))
+    assert torch.allclose(read, x + was[0].sum(1, keepdim=True) * x)
+
+
+@pytest.mark.parametrize("kernel", [None, lambda site: writes], ids=["body", "kernel"])
+def test_a_slot_that_is_not_there_is_refused_where_a_kernel_writes(kernel: Any) -> None:
+    run = compile(two_caches, passes=(*DEFAULT, *fuse((Fusion(written_turned, kernel=kernel),))))
+    cache = torch.zeros(1, 4, 3)
+    with pytest.raises(SpecError, match=r"^update_cache: start holds 4, outside of 0 to 3 \(S=4, T=1\)"):
+        run(torch.zeros(1, 1, 3), cache, cache.clone(), torch.tensor([4]))
+
+
+class Layer(Params):
+    cache: Tensor = param("B S H")
+
+
+class Net(Params):
+    layers: Layer = stacked("L", Layer)
+
+
+@sharded("B T H, *, B -> B T H, *")
+def one_layer(x, w: Layer, start):
+    after = update_cache(WRITE, w.cache, tanh(x), start)
+    return x + einsum("B S H, B T H -> B T H", after, x), Layer(cache=after)
+
+
+@sharded("B T H, *, B -> B T H, *")
+def layers(x, w: Net, start):
+    x, made = scan(one_layer, x, w.layers, start)
+    return x, Net(layers=made)
+
+
+@pytest.mark.parametrize("start", [3, 4])
+@pytest.mark.parametrize("kernel", [None, lambda site: writes], ids=["body", "kernel"])
+def test_layers_are_updated_in_place_by_fused_steps(kernel: Any, start: int) -> None:
+    """And what is looked at is looked at once, before them."""
+    run = compile(layers, donate=("w",), passes=(*DEFAULT, *fuse((Fusion(written_turned, kernel=kernel),))))
+    x, cache = torch.randn(1, 1, 3), torch.randn(2, 1, 4, 3)
+    w, at = Net(layers=Layer(cache=cache.clone())), torch.tensor([start])
+    if start == 4:
+        with pytest.raises(SpecError, match="^update_cache: start holds 4"):
+            run(x, w, at)
+        return
+    (got, made), (want, plain) = run(x, w, at), compile(layers)(x, Net(layers=Layer(cache=cache)), at)
+    assert torch.equal(got, want) and torch.equal(made.layers.cache, plain.layers.cache)
+    assert made.layers.cache.data_ptr() == w.layers.cache.data_ptr()
+    (code,) = run.sources.values()
+    assert kernel is None or code.count(".look(") == 1 and code.index(".look(") < code.index("for ")

@@ -294,7 +294,7 @@ def asked(f: Any, mesh: Mesh, **sizes: int) -> list[str]:
     runtime = SimpleNamespace(mesh=mesh, rank=0, coordinate=mesh.coordinate(0), device=torch.device("cpu"),
                               group=lambda axes: SimpleNamespace(communicators=(), router=SimpleNamespace(
                                   deterministic=False), name="tp"))
-    program, kernels = lower(f, mesh=mesh, passes=fuse(FUSIONS)), Kernels(runtime, FUSIONS, sizes)
+    program, kernels = lower(f, mesh=mesh, passes=fuse(FUSIONS)), Kernels(runtime, fuse(FUSIONS), sizes)
     for step in program.steps:
         like = [torch.empty(mesh.local_shape(s, sizes, mesh.coordinate(0)), device="meta") for s in step.ins]
         assert step.op.name == "fused" and kernels(step, like) is None

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from shardlib.compiler.fusion import Fusion
+from shardlib.compiler.fusion import Fusion, Product
 from shardlib.compiler.matching import Matching
 from shardlib.compiler.passes.rewrite import Pass
 from shardlib.errors import SpecError
@@ -24,8 +24,12 @@ from shardlib.mesh import Mesh
 from shardlib.program import Program, Step
 
 
-def fuse(fusions: Sequence[Fusion]) -> tuple[Pass, Pass]:
+def fuse(fusions: Sequence[Fusion],
+         product: Callable[[Product], Callable | str] | None = None) -> tuple[Pass, Pass]:
     """The passes that make fused steps of what `fusions` mean.
+
+    product: what multiplies by weights that lie by columns, as `Compiled.prepare` lays those of 16 bits:
+    asked when code is written, it gives what is called with x and w, or says why nothing is.
 
     >>> from shardlib import EXPLICIT, Mesh, lower, sharded
     >>> from shardlib.functions import silu
@@ -54,7 +58,7 @@ def fuse(fusions: Sequence[Fusion]) -> tuple[Pass, Pass]:
     return (Pass("fuse_local", lambda program, mesh: _everywhere(program, mesh, early), after_grad=False,
                  fusions=table),
             Pass("fuse", lambda program, mesh: _everywhere(program, mesh, late), before_grad=False,
-                 fusions=table))
+                 fusions=table, product=product))
 
 
 def fusion_report(program: Program) -> list[str]:

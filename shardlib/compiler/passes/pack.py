@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shardlib.language.einsum import EINSUM
+from shardlib.language.fused import FUSED
 from shardlib.language.local_code import LocalCode
 from shardlib.language.scan import SCAN
 from shardlib.program import Program, Scan, Step
@@ -92,8 +93,8 @@ def emit_packed(e: LocalCode, group: Packing, body: Program, names: dict[str, st
     """The lines of one matmul and of what it computes; `names` gets the variables
     of the steps that are done by them.
 
-    Neighbours that the body puts through the same op along their last dim (q and k through rope) go through
-    it joined.
+    A kernel may take the matmul, and with it the fused step that takes all that it makes. Neighbours that the
+    body puts through the same op along their last dim (q and k through rope) go through it joined.
     """
     first = group.steps[0]
     shape = e.shape(first.ins[0])
@@ -104,7 +105,15 @@ def emit_packed(e: LocalCode, group: Packing, body: Program, names: dict[str, st
     flat = (*shape[:left], prod(shape[left:]))
     operand = (x if inner == 1 else e.view(x, flat) if ".view(" in x and have == kind
                else f"{x}.reshape({flat})")
-    product = f"torch.matmul({operand}, {weight})"
+    sizes = (prod(shape[:left]), prod(shape[left:]),
+             sum(prod(e.shape(s.outs[0])[left:]) for s in group.steps), kind)
+    by_columns = getattr(torch, e.dtypes[first.inputs[1]]).itemsize == 2
+    then = _taker(group, body, uses) if by_columns else None
+    if then and (kernel := e.product(*sizes, then)):
+        made = e.variable()
+        names.update(dict.fromkeys((then.outputs[0], *then.inputs), made))      # no line is written of these
+        return [f"{made} = {_view(e, then, f'{kernel}({operand}, {weight})', left)}"]
+    product = f"{by_columns and e.product(*sizes) or 'torch.matmul'}({operand}, {weight})"
     if len(group.steps) == 1:
         names[first.outputs[0]] = e.variable()
         return [f"{names[first.outputs[0]]} = {_view(e, first, product, left)}"]
@@ -133,6 +142,15 @@ def emit_packed(e: LocalCode, group: Packing, body: Program, names: dict[str, st
             name(step, after.outputs[0],
                  piece if len(step.outs[0].dims) == left + 2 else e.view(piece, e.shape(step.outs[0])))
     return lines
+
+
+def _taker(group: Packing, body: Program, uses: Mapping[str, int]) -> Step | None:
+    """The fused step of one result that takes all that the group makes, each as wide and in its order, and
+    that nothing else uses."""
+    made = tuple(s.outputs[0] for s in group.steps)
+    then = next((s for s in body.steps if s.op is FUSED and s.inputs == made and len(s.outputs) == 1), None)
+    alike = len({s.outs[0] for s in group.steps}) == 1 and all(uses[n] == 1 for n in made)
+    return then if alike else None
 
 
 def _runs(group: Packing, body: Program, made: Collection[str]) -> list[list[tuple[Step, Step | None]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from shardlib.compiler.fusion import Fusion
+from shardlib.compiler.fusion import Fusion, Product
 from shardlib.mesh import Mesh
 from shardlib.program import Program, Step
 
@@ -16,12 +16,14 @@ class Pass:
     before_grad: whether it runs on a program before its gradient is made of it.  after_grad: whether it runs
     on the two together. A program without gradients sees all passes, once.
     fusions: what the fused steps that it makes mean, and which kernels there are for them.
+    product: what is called with x and w in the place of a matmul; or why nothing is.
     """
     name: str
     run: Callable[[Program, Mesh], Program]
     before_grad: bool = True
     after_grad: bool = True
     fusions: tuple[Fusion, ...] = ()
+    product: Callable[[Product], Callable | str] | None = None
 
 
 def use_counts(program: Program) -> dict[str, int]:
