@@ -91,7 +91,8 @@ def _vjp(b: Steps, step: Step, cotangents: Sequence[str]) -> list[str]:
 def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     shapes = {label: n for s in step.ins for label, n in zip(s.labels, e.shape(s))}
     return contraction([list(s.labels) for s in step.ins], list(step.outs[0].labels), args, shapes,
-                       lambda *sizes: e.product(*sizes, e.dtypes[step.outputs[0]]))
+                       lambda rows, lines, columns: e.product(rows, lines, columns,
+                                                              e.dtypes[step.outputs[0]]))
 
 
 EINSUM = Op("einsum", rule=_rule, emit=_emit, vjp=_vjp, reads=reading(counted),

@@ -641,7 +641,7 @@ MUTANTS = (
            "            if True:\n                cotangent", f"{FUSED} -k derivative_is"),
     Mutant("shardlib/lowering/emit.py", "self._block(replace(body, name=title), inner",
            "self._block(body, inner", f"{FUSED} -k reports_name"),
-    Mutant("shardlib/lowering/emit.py", "kernel, wire and (title, wire)", "kernel, None", KERNELS),
+    Mutant("shardlib/lowering/emit.py", "self._where = wire and (title, wire)", "self._where = None", KERNELS),
     Mutant("shardlib/run/kernels.py", "if c.deterministic or not group.router.deterministic]", "]",
            f"{KERNELS} -k rank_order"),
     Mutant("shardlib/run/kernels.py", '"bodies of fused steps\\n" if self.reference else ""', '""',
