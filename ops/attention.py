@@ -1,14 +1,20 @@
-"""Grouped-query attention: `B T K G H, B S K H, B S K H [, B T S] -> B T K G H`, with S,
+"""Grouped-query attention: `B T K G H, B S K H, B S K H [, B | B T S] -> B T K G H`, with S,
 the key time, its own letter.
 
-On one axis: B and K on all operands; T and G on q alone; S and H whole. Only v may owe a sum. Without a mask
-it is causal, query t seeing keys s <= t; with one, it sees where the mask is true. A query that sees nothing
-gives zeros, and no gradient.
+On one axis: B and K on all operands; T and G on q alone; S and H whole. Only v may owe a sum. By itself it is
+causal, query t seeing keys s <= t. With `start`, whose one dim is B, the queries stand further on: query t of
+row b sees keys s <= start[b] + t, as over a cache. With a mask, B T S, it sees where that is true. A query
+that sees nothing gives zeros, and no gradient.
+
+With `start`, the code chooses when it runs: few queries on a GPU go to a kernel that reads the keys they see
+and makes no mask (`few_rows.attend_lengths`); all others have the mask's bias.
 """
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,10 +26,12 @@ from shardlib.errors import SpecError
 from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply
+from shardlib.ops.few_rows import attend_lengths, attends_lengths, counts_of
+from shardlib.ops.kv_cache import slots_seen
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
-from shardlib.spec import parse_signature
+from shardlib.spec import parse_specs
 
 
 def causal(q: Tensor, k: Tensor, offset: int) -> Tensor:
@@ -67,6 +75,39 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
     return out.transpose(1, 2).unflatten(2, (heads, g))
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What t queries from `offset` on see of s keys, by the `start` of each row: in each form that is asked
+    for, made once. g, dtype: of the queries, for `bias`."""
+    start: Tensor
+    offset: int
+    t: int
+    s: int
+    g: int
+    dtype: torch.dtype
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(b, t, s), true where a key is seen."""
+        return slots_seen(self.start, self.offset, self.t, 0, self.s)
+
+    @cached_property
+    def bias(self) -> Tensor:
+        return bias(slots_seen(self.start, self.offset, self.t, 0, self.s), self.g, self.dtype)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(b,): how many keys the first query sees, each later one seeing one more; below 0 or above s no
+        further than it takes to say that none are seen, or all, so that int32 has room for them."""
+        return (self.start + (self.offset + 1)).clamp(-self.t, self.s)
+
+
+def attend_seen(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    if attends_lengths(q, k, v):
+        return attend_lengths(q, k, v, seen.lengths, counts_of(q.device))
+    return attend(q, k, v, seen.bias)
+
+
 def attend_vjp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The cotangents of q, k and v; scores, the softmax and its derivative in at least float32.
 
@@ -98,7 +139,22 @@ def _offset(e: LocalCode, step: Step) -> int:
     return e.rows(step.ins[0].dims[1])[0]
 
 
+def _has_start(step: Step) -> bool:
+    """Whether the operand behind v says where the queries stand: a mask, and a cotangent, has more dims."""
+    return len(step.ins) > 3 and len(step.ins[3].dims) == 1
+
+
+def _seen(e: LocalCode, step: Step, start: str) -> str:
+    """What the code calls the `Seen` of `start`."""
+    q, k = step.ins[:2]
+    (offset, t), kind = e.rows(q.dims[1]), widest(*(e.dtypes[n] for n in step.inputs[:3]))
+    return e.hoist(start, f"{e.use(Seen)}({{x}}.long(), {offset}, {t}, {e.shape(k)[1]}, {e.shape(q)[3]}, "
+                          f"torch.{kind})")
+
+
 def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
+    if _has_start(step):
+        return f"{e.use(attend_seen)}({', '.join(args[:3])}, {_seen(e, step, args[3])})"
     if len(args) == 4:
         b, t, heads, g, h = e.shape(step.ins[0])
         added = e.hoist(args[3],
@@ -114,15 +170,27 @@ def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
 
 
 def _emit_vjp(e: LocalCode, step: Step, args: list[str]) -> str:
+    if _has_start(step):
+        return f"{e.use(attend_vjp)}({', '.join(args[:3])}, {_seen(e, step, args[3])}.mask, {args[4]})"
     if len(args) == 5:
         return f"{e.use(attend_vjp)}({', '.join(args)})"
     return f"{e.use(attend_causal_vjp)}({', '.join(args)}, {_offset(e, step)})"
 
 
+def _takes(step: Step) -> tuple[str, ...]:
+    return ("float", "float", "float", "index" if _has_start(step) else "mask")
+
+
+def _reads(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | None]:
+    """start as it comes: `Seen` widens it."""
+    kind = widest(*dtypes[:3])
+    return [kind, kind, kind, *dtypes[3:]]
+
+
 def _reads_vjp(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | None]:
-    q, k, v, *mask, g = dtypes
+    q, k, v, *seen, g = dtypes
     kind = widest(q, k, v, g)
-    return [kind, kind, kind, *mask, kind]
+    return [kind, kind, kind, *seen, kind]
 
 
 def _rule_vjp(step: Step) -> Rule:
@@ -138,33 +206,35 @@ def _vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [*made, *[None] * (len(step.inputs) - 3)]
 
 
-def _reference(d: Dims, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def _reference(d: Dims, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     """The mean of v over the keys that a query sees, weighted by exp(q k / sqrt(h)); 0 where it sees none."""
     (*_, time, _, _, head), (*_, key, _, _) = (s.names for s in d.step.ins[:2])
-    mask = d.index(key) <= d.index(time) if mask is None else mask
-    weight = torch.where(mask, torch.exp(d.sum(q * k, head) / math.sqrt(max(1, d.count(head)))), 0)
+    if seen is None or _has_start(d.step):
+        seen = d.index(time) + (0 if seen is None else seen) - d.index(key) >= 0
+    weight = torch.where(seen, torch.exp(d.sum(q * k, head) / math.sqrt(max(1, d.count(head)))), 0)
     total = d.sum(weight, key)
     return d.sum(weight * v, key) / torch.where(total == 0, 1, total)
 
 
-def _reference_vjp(d: Dims, q: Tensor, k: Tensor, v: Tensor, *mask_and_g: Tensor) -> tuple[Tensor, ...]:
-    *mask, g = mask_and_g
-    return d.vjp(_reference, (q, k, v, *mask), g, d.step.ins[-1])
+def _reference_vjp(d: Dims, q: Tensor, k: Tensor, v: Tensor, *seen_and_g: Tensor) -> tuple[Tensor, ...]:
+    *seen, g = seen_and_g
+    return d.vjp(_reference, (q, k, v, *seen), g, d.step.ins[-1])
 
 
 ATTENTION = Op("attention", rule=lambda s: Rule(linear=((2,),), whole=_whole(s)), emit=_emit, vjp=_vjp,
-               index=(3,), takes=("float", "float", "float", "mask"), reference=_reference)
+               index=(3,), takes=_takes, reads=_reads, reference=_reference)
 ATTENTION_VJP = Op("attention_vjp", rule=_rule_vjp, emit=_emit_vjp,
                    takes=("float", "float", "float", "any", "float"), reads=_reads_vjp,
                    reference=_reference_vjp)
 
 
-def attention(text: str, q: Operand, k: Operand, v: Operand, mask: Operand | None = None) -> Value:
+def attention(text: str, q: Operand, k: Operand, v: Operand, seen: Operand | None = None) -> Value:
     """The mean of v over the keys that a query sees, weighted by exp(q k / sqrt(H)) (Vaswani et al. 2017).
 
-    Specs are those of "B T K G H, B S K H, B S K H [, B T S] -> B T K G H": G queries share a kv head,
-    and v's last dim may have a letter of its own. S is whole. Without a mask query t sees keys s <= t; a mask
-    is true where a key is seen.
+    Specs are those of "B T K G H, B S K H, B S K H [, B | B T S] -> B T K G H": G queries share a kv head,
+    and v's last dim may have a letter of its own. S is whole. Query t sees keys s <= t; where `seen` is a
+    start, B, integers, keys s <= start[b] + t, which is `causal_mask` without a mask; where it is a mask,
+    B T S, those where it is true.
 
     >>> import torch
     >>> from shardlib import Layout, Mesh, sharded, simulate
@@ -175,14 +245,28 @@ def attention(text: str, q: Operand, k: Operand, v: Operand, mask: Operand | Non
     >>> v = torch.tensor([1.0, 3.0, 8.0]).view(1, 3, 1, 1)
     >>> simulate(f, Layout(T="cp"), q, k, v, mesh=Mesh(cp=2)).flatten()
     tensor([1., 2., 4.])
+
+    The last two of three tokens, over a cache of three; the same where nothing is in it yet:
+
+    >>> @sharded("B T K G H, B S K H, B S K V, B -> B T K G V")
+    ... def later(q, k, v, start):
+    ...     return attention("B T K G H, B S K H, B S K V, B -> B T K G V", q, k, v, start)
+    >>> simulate(later, Layout(T="cp"), q[:, 1:], k, v, torch.tensor([1]), mesh=Mesh(cp=2)).flatten()
+    tensor([2., 4.])
+    >>> simulate(later, Layout(T="cp"), q[:, 1:], k, v, torch.tensor([-1]), mesh=Mesh(cp=2)).flatten()
+    tensor([0., 1.])
     """
-    ins, outs = parse_signature(text)
-    ranks = [len(s.dims) if s else 0 for s in (*ins, *outs)]
-    if ranks not in ([5, 4, 4, 5], [5, 4, 4, 3, 5]) or (len(ins) == 4) != (mask is not None):
-        raise SpecError(
-            f'attention "{text}": the specs are those of "B T K G H, B S K H, B S K H, B T S -> B T K G H", '
-            f'the fourth with a mask only')
-    return apply(ATTENTION, (q, k, v) if mask is None else (q, k, v, mask), text)
+    meant = (f'attention "{text}": the specs are those of "B T K G H, B S K H, B S K H -> B T K G H", with a '
+             f'fourth, "B" of a start or "B T S" of a mask, where one is given')
+    ins, outs = parse_specs(text, meant)
+    ranks = [len(s.dims) for s in (*ins, *outs)]
+    if ranks not in ([5, 4, 4, 5], [5, 4, 4, 1, 5], [5, 4, 4, 3, 5]) or (len(ins) == 4) != (seen is not None):
+        raise SpecError(meant)
+    (row, *_), *_, (of, *others) = (s.labels for s in ins)
+    if not others and of != row:
+        raise SpecError(f'attention "{text}": a start says where the queries of each {row} stand; its dim is '
+                        f'{row}, not {of}')
+    return apply(ATTENTION, (q, k, v) if seen is None else (q, k, v, seen), text)
 
 
 TABLE = {op.name: op for op in (ATTENTION, ATTENTION_VJP)}

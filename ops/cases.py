@@ -77,6 +77,12 @@ def index(below: str, room: str = "") -> Draw:
     return draw
 
 
+def standing(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+             before: list[Tensor]) -> Tensor:
+    """Where queries stand: before all keys, among them, behind them."""
+    return torch.randint(-sizes["T"] - 1, sizes["S"] + 1, shape, generator=g)
+
+
 def labels(ignored: int | None) -> Draw:
     """Integers below the size of V; every other one stands for none, if that is something."""
     def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
@@ -113,7 +119,7 @@ def _unary(name: str) -> list[Case]:
 
 _BOUNDS: tuple[dict[str, Any], ...] = (dict(min=-0.5, max=0.5), dict(min=0.25), dict(max=-0.25))
 _Q, _K, _V, _MASK, _OUT = "B T K G H", "B S K H", "B S K V", "B T S", "B T K G V"
-_MASKED = (normal, normal, normal, mask)
+_MASKED, _PLACED = (normal, normal, normal, mask), (normal, normal, normal, standing)
 
 CASES: tuple[Case, ...] = (
     *(_case("einsum", text) for text in (
@@ -159,9 +165,11 @@ CASES: tuple[Case, ...] = (
     _case("rename", "B T -> B S"), _case("rename", "B (T H) -> B S"), _case("rename", "S B -> (T H) B"),
     _case("rename", "B (T H) -> B (G D)"), _case("attention", f"{_Q}, {_K}, {_V} -> {_OUT}"),
     _case("attention", f"{_Q}, {_K}, {_V}, {_MASK} -> {_OUT}", *_MASKED),
+    _case("attention", f"{_Q}, {_K}, {_V}, B -> {_OUT}", *_PLACED),
     _case("attention", f"{_Q}, {_K}, {_K} -> {_Q}", complete=False),
     _case("attention_vjp", f"{_Q}, {_K}, {_V}, {_OUT} -> {_Q}, {_K}, {_V}"),
     _case("attention_vjp", f"{_Q}, {_K}, {_V}, {_MASK}, {_OUT} -> {_Q}, {_K}, {_V}", *_MASKED, indices=(3,)),
+    _case("attention_vjp", f"{_Q}, {_K}, {_V}, B, {_OUT} -> {_Q}, {_K}, {_V}", *_PLACED, indices=(3,)),
     _case("attention_vjp", f"{_Q}, {_K}, {_K}, {_Q} -> {_Q}, {_K}, {_K}", complete=False),
     _case("update_cache", "B S K H, B T K H, B -> B S K H", normal, normal, index("S", "T")),
     _case("causal_mask", "B -> B T S", index("S")), _case("rms_norm", "B T D, D -> B T D", eps=1e-6),

@@ -30,7 +30,7 @@ from typing import Any, TypeVar, overload
 import torch
 
 from shardlib.errors import SpecError
-from shardlib.program import Op, Program, Scan, Step
+from shardlib.program import Program, Scan, Step
 
 ITEMSIZE = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2,
             "bool": 1, "uint8": 1, "int8": 1}
@@ -86,9 +86,10 @@ def as_they_come(dtypes: Dtypes, attrs: Mapping[str, Any]) -> Dtypes:
     return dtypes
 
 
-def holds(op: Op, i: int) -> str:
-    """What operand `i` may hold, as `Op.takes` has it."""
-    return op.takes[min(i, len(op.takes) - 1)] if op.takes else "index" if i in op.index else "any"
+def holds(step: Step, i: int) -> str:
+    """What operand `i` of a step may hold, as `Op.takes` has it."""
+    takes = step.op.takes(step) if callable(step.op.takes) else step.op.takes
+    return takes[min(i, len(takes) - 1)] if takes else "index" if i in step.op.index else "any"
 
 
 def read_dtypes(step: Step, ins: Dtypes) -> Dtypes:
@@ -99,7 +100,7 @@ def read_dtypes(step: Step, ins: Dtypes) -> Dtypes:
         return step.op.reads(ins, step.options)
     counting = [kind for i, kind in enumerate(ins) if i not in step.op.index]
     common = widest(*counting) if counting else None
-    return [common if i not in step.op.index else kind and "int64" if holds(step.op, i) == "index" else kind
+    return [common if i not in step.op.index else kind and "int64" if holds(step, i) == "index" else kind
             for i, kind in enumerate(ins)]
 
 
@@ -108,7 +109,7 @@ def step_dtypes(step: Step, ins: Dtypes) -> Dtypes:
     if step.bodies:
         return _of_bodies(step, ins)
     for i, (name, kind) in enumerate(zip(step.inputs, ins)):
-        if kind and kind not in _HOLDS[what := holds(step.op, i)]:
+        if kind and kind not in _HOLDS[what := holds(step, i)]:
             raise SpecError(
                 f"{step.op.name}: {step.said[i] if i < len(step.said) and step.said[i] else name} is {kind}; "
                 f"{_SAYS[what]}").at(step.where)
@@ -212,7 +213,7 @@ def _guesses(step: Step, found: Mapping[str, str]) -> Iterator[tuple[str, str]]:
                                 if made in found})
         yield from ((n, inner[path]) for path, n in step.passed(body) if path in inner)
     for i, name in enumerate(step.inputs):
-        if (what := holds(step.op, i)) in ("index", "mask"):
+        if (what := holds(step, i)) in ("index", "mask"):
             yield name, "int64" if what == "index" else "bool"
         elif (not step.bodies and not step.op.dtype and not step.op.asserted and step.outputs[0] in found
               and i not in step.op.index):

@@ -48,6 +48,7 @@ class Op:
     asserted:    its types are those of its text, unchecked (`local`); `function` is what it runs.
     takes:       what each operand may hold, the last for all further ones: "any", "number" (no mask),
                  "float", "index", "mask"; by default the operands in `index` hold indices and the others any.
+                 Or a function of the step, where its specs decide.
     reads(dtypes, attrs): the dtypes in which the operands are read; by default the widest of those that are
                  no index (`shardlib.dtypes`).
     dtype(dtypes, attrs): the results' dtypes; by default that in which the operands are read.
@@ -65,7 +66,7 @@ class Op:
     index: tuple[int, ...] = ()
     updates: int | None = None
     looks: Callable[..., str] | None = None
-    takes: tuple[str, ...] = ()
+    takes: tuple[str, ...] | Callable[[Step], tuple[str, ...]] = ()
     reads: Callable | None = None
     dtype: Callable | None = None
     statistic: bool = False

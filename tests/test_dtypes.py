@@ -91,16 +91,18 @@ TAKES_ANY = {"add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum
              "rename", "take", "take_vjp", "embedding", "embedding_vjp", "update_cache"}
 TAKES_NUMBERS = {"sub", *COMPARISONS, "relu", "square", "abs", "clamp", "maximum", "minimum", "argmax",
                  "rank_of", "from_rank"}
-MASKS = {("where", 0), ("masked", 0), ("attention", 3), *((name, i) for name in LOGICAL for i in (0, 1))}
+MASKS = {("where", 0), ("masked", 0), *((name, i) for name in LOGICAL for i in (0, 1))}
 LIKES, TABLES = {("cast_like", 1), ("ones_like", 0), ("zeros_like", 0)}, {("rope", 1), ("rope_vjp", 1)}
 
 
 def is_index(case: Case, i: int) -> bool:
-    return i in case.op.index and (case.op.name, i) not in MASKS | LIKES | TABLES
+    return (i in (*case.op.index, *case.indices) and (case.op.name, i) not in LIKES | TABLES
+            and not is_mask(case, i))
 
 
 def is_mask(case: Case, i: int) -> bool:
-    return (case.op.name, i) in MASKS or i in case.indices and case.op.name == "attention_vjp"
+    return (case.op.name, i) in MASKS or (case.op.name in ("attention", "attention_vjp") and i == 3
+                                          and len(case.ins[i].dims) == 3)
 
 
 def gives(case: Case, kinds: Dtypes) -> tuple[torch.dtype, ...] | None:

@@ -291,6 +291,23 @@ def test_a_mask_is_no_index(call: Any) -> None:
     assert first_line == "embedding: which is bool; indices are integers"
 
 
+@every_executor
+@pytest.mark.parametrize("spec, kind, says", [
+    ("B", torch.float32, "seen is float32; indices are integers"),
+    ("B", torch.bool, "seen is bool; indices are integers"),
+    ("B T S", torch.int64, "seen is int64; a mask is bool, as greater and less make it")])
+def test_attention_takes_a_start_of_integers_and_a_mask(spec: str, kind: torch.dtype, says: str,
+                                                        call: Any) -> None:
+    @sharded(f"B T K G H, B S K H, {spec} -> B T K G H")
+    def see(q, k, seen):
+        return attention(f"B T K G H, B S K H, B S K H, {spec} -> B T K G H", q, k, k, seen)
+    with pytest.raises(SpecError) as error:
+        call(see, torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1),
+             torch.ones((1,) * len(spec.split()), dtype=kind))
+    first_line, _ = str(error.value).splitlines()[0].split("          ")
+    assert first_line == f"attention: {says}"
+
+
 def test_prepared_weights_of_several_dtypes_are_packed_by_dtype() -> None:
     @sharded("B D, * -> B D")
     def body(x, w: Three):

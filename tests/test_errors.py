@@ -494,6 +494,60 @@ attention: S is split over tp in k; attention needs all of S on each rank       
 """, B=2, T=128, S=128, K=8, G=4, H=64)
 
 
+@sharded("B T K G H, B S/tp K H, B S/tp K H, B -> B T K G H", layout=EXPLICIT)
+def attention_from_a_start_over_split_keys(q, k, v, start):
+    return attention("B T K G H, B S/tp K H, B S/tp K H, B -> B T K G H", q, k, v, start)
+
+
+wrong(attention_from_a_start_over_split_keys, """
+attention: S is split over tp in k; attention needs all of S on each rank          model.py:3
+
+  q       B        T  K  G  H
+  k       B  S/tp     K     H
+  v       B  S/tp     K     H
+  start   B
+             ^^^^
+
+  attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, all_gather("B S/tp K H -> B S K H", k), all_gather("B S/tp K H -> B S K H", v), start)     786.4 kB per rank
+""", B=2, T=128, S=128, K=8, G=4, H=64)
+
+
+@sharded("B/tp T K G H, B/tp S K H, B/tp S K H, B -> B/tp T K G H", layout=EXPLICIT)
+def attention_from_a_whole_start(q, k, v, start):
+    return attention("B/tp T K G H, B/tp S K H, B/tp S K H, B -> B/tp T K G H", q, k, v, start)
+
+
+wrong(attention_from_a_whole_start, """
+attention: B is split over tp in q, whole in start          model.py:3
+
+  q       B/tp     T  K  G  H
+  k       B/tp  S     K     H
+  v       B/tp  S     K     H
+  start   B
+          ^^^^
+
+  attention("B/tp T K G H, B/tp S K H, B/tp S K H, B/tp -> B/tp T K G H", q, k, v, shard("B -> B/tp", start))     free
+""", B=8, T=128, S=128, K=8, G=4, H=64)
+
+
+@sharded("B T K G H, B S K H, B S K H, B +tp -> B T K G H", layout=EXPLICIT)
+def attention_from_a_start_that_owes(q, k, v, start):
+    return attention("B T K G H, B S K H, B S K H, B +tp -> B T K G H", q, k, v, start)
+
+
+wrong(attention_from_a_start_that_owes, """
+attention: start owes a sum over tp, and attention of a sum is not the sum of attention          model.py:3
+
+  q       B     T  K  G  H
+  k       B  S     K     H
+  v       B  S     K     H
+  start   B                 +tp   owed in the signature of attention_from_a_start_that_owes
+                            ^^^
+
+  attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, k, v, all_reduce("B +tp -> B", start))     48 B per rank
+""", B=8, T=128, S=128, K=8, G=4, H=64)
+
+
 @sharded("B K G/tp -> B (K G)", layout=EXPLICIT)
 def merge_that_needs_a_strided_shard(x):
     return rearrange("B K G/tp -> B (K G)", x)
@@ -997,6 +1051,7 @@ def test_offered_code_means_the_same_on_one_rank_and_on_eight(name, code):
         whole = {path: torch.randn(mesh.local_shape(kind.whole(), sizes, {}), generator=draw,
                                    dtype=torch.float64) / 5
                  for path, kind in program.arg_leaves()}
+        whole |= {path: (10 * x).round().long() for path, x in whole.items() if path == "start"}
         shards = {path: place(whole[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
         outs = simulate(program, mesh, [{path: s[rank] for path, s in shards.items()}
                                         for rank in range(mesh.world_size)], sizes)
@@ -1012,6 +1067,38 @@ def said(call, *args, **kwargs):
     with pytest.raises(SpecError) as caught:
         call(*args, **kwargs)
     return re.sub(r"test_errors\.py:(\d+)", lambda m: f"model.py:{int(m[1]) - first + 1}", str(caught.value))
+
+
+@pytest.mark.parametrize("seen", ["", ", ()", ", B T", ", *", ", B, B"])
+def test_attention_of_other_specs(seen):
+    text = f"B T K G H, B S K H, B S K H{seen} -> B T K G H"
+
+    @sharded("B T K G H, B S K H, B S K H, B -> B T K G H")
+    def f(q, k, v, start):
+        return attention(text, q, k, v, start)
+    assert said(lower, f, mesh=MESH) == (
+        f'attention "{text}": the specs are those of "B T K G H, B S K H, B S K H -> B T K G H", with a fourth, '
+        '"B" of a start or "B T S" of a mask, where one is given          model.py:7')
+
+
+def test_attention_of_a_fourth_spec_without_a_fourth_operand():
+    text = "B T K G H, B S K H, B S K H, B -> B T K G H"
+
+    @sharded("B T K G H, B S K H, B S K H -> B T K G H")
+    def f(q, k, v):
+        return attention(text, q, k, v)
+    assert said(lower, f, mesh=MESH) == (
+        f'attention "{text}": the specs are those of "B T K G H, B S K H, B S K H -> B T K G H", with a fourth, '
+        '"B" of a start or "B T S" of a mask, where one is given          model.py:6')
+
+
+def test_attention_from_a_start_of_another_dim():
+    @sharded("B T K G H, B S K H, B S K H, T -> B T K G H")
+    def f(q, k, v, start):
+        return attention("B T K G H, B S K H, B S K H, T -> B T K G H", q, k, v, start)
+    assert said(lower, f, mesh=MESH) == (
+        'attention "B T K G H, B S K H, B S K H, T -> B T K G H": a start says where the queries of each B '
+        'stand; its dim is B, not T          model.py:4')
 
 
 def test_axis_twice_in_a_signature():

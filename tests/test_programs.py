@@ -326,8 +326,10 @@ def rope(w: Writer) -> None:
 
 def attention(w: Writer) -> None:
     q, k, v = (w.with_dims(s, "bounded") for s in ("B T K G H", "B S K H", "B S K V"))
-    mask = [w.add("causal_mask", [w.new("B", "start")], "B T S", "mask")] if w.maybe() else []
-    w.add("attention", [q, k, v, *mask], "B T K G V", "bounded")
+    seen = [w.new("B", "start")] if w.maybe() else []
+    if seen and w.maybe():
+        seen = [w.add("causal_mask", seen, "B T S", "mask")]
+    w.add("attention", [q, k, v, *seen], "B T K G V", "bounded")
 
 
 def update_cache(w: Writer) -> None:

@@ -161,7 +161,7 @@ class _Backward(Builder):
         """SpecError where a gradient is wanted by floats that the op takes as a constant,
         as `rope` does its table."""
         for j in step.op.index:
-            if j < len(step.inputs) and step.inputs[j] in self.active and holds(step.op, j) == "float":
+            if j < len(step.inputs) and step.inputs[j] in self.active and holds(step, j) == "float":
                 who = step.said[j] if step.said and step.said[j] else step.inputs[j]
                 raise SpecError(f"value_and_grad: {step.op.name} has no derivative by {who}; stop_gradient "
                                 "makes it a constant").at(step.where)
