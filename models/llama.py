@@ -17,7 +17,6 @@ from shardlib import Params, einsum, param, rename, scan, sharded, stacked
 from shardlib.functions import argmax, mean, silu
 from shardlib.ops import (
     attention,
-    causal_mask,
     cross_entropy,
     embedding,
     rms_norm,
@@ -109,19 +108,18 @@ def block(x, w: Block, angles, *, config):
     return rest(x, attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v), w, config)
 
 
-@sharded("B T D, *, *, B, B T/1 H, B T/1 S/1 -> B T D, *")
-def cached_block(x, w: Block, cache: KeyValue, start, angles, mask, *, config):
+@sharded("B T D, *, *, B, B T/1 H -> B T D, *")
+def cached_block(x, w: Block, cache: KeyValue, start, angles, *, config):
     q, k, v = heads(x, w, angles, config)
     k = update_cache("B S K H, B T K H, B -> B S K H", cache.k, k, start)
     v = update_cache("B S K H, B T K H, B -> B S K H", cache.v, v, start)
-    a = attention("B T K G H, B S K H, B S K H, B T S -> B T K G H", q, k, v, mask)
+    a = attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, k, v, start)
     return rest(x, a, w, config), KeyValue(k=k, v=v)
 
 
 @sharded("B T D, *, *, B, B T/1 H -> B T D, *")
 def prompt_block(x, w: Block, cache: KeyValue, start, angles, *, config):
-    """The same where nothing is in the cache yet: attention is causal among the new tokens,
-    and no mask is made."""
+    """The same where nothing is in the cache yet: attention is causal among the new tokens."""
     q, k, v = heads(x, w, angles, config)
     kept = KeyValue(k=update_cache("B S K H, B T K H, B -> B S K H", cache.k, k, start),
                     v=update_cache("B S K H, B T K H, B -> B S K H", cache.v, v, start))
@@ -140,8 +138,8 @@ def angles_at(start, config):
 def next_logits(ids, w: Llama, cache: Cache, start, last, *, config):
     """Logits after ids[b, last[b]], where ids[b, t] stands at position start[b] + t."""
     x = embedding("B T, V D -> B T D", ids, w.embed)
-    angles, mask = angles_at(start, config), causal_mask("B -> B T/1 S/1", start)
-    x, layers = scan(cached_block, x, (w.layers, cache.layers), start, angles, mask, config=config)
+    x, layers = scan(cached_block, x, (w.layers, cache.layers), start, angles_at(start, config),
+                     config=config)
     return logits_at(x, w, last, config), Cache(layers=layers)
 
 
