@@ -12,7 +12,9 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from shardlib.triton_kernels.decode_attention import MOST_QUERIES, MOST_SPLITS, decode_attention
+from shardlib.triton_kernels.attending import MOST_QUERIES, MOST_SPLITS
+from shardlib.triton_kernels.cached_attention import cached_attention
+from shardlib.triton_kernels.decode_attention import decode_attention
 from shardlib.triton_kernels.matmul_rows import (
     MOST_ROWS,
     Tile,
@@ -120,3 +122,10 @@ def attend_lengths(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Ten
     splits = 1 if counts is None else splits_of(k.shape[0] * k.shape[2], k.shape[1])
     return decode_attention(q.contiguous(), k, v, lengths, counts, splits,
                             block=32 if q.dtype == torch.float32 else 64, warps=4, stages=3)
+
+
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
+                  start: Tensor, counts: Tensor | None) -> Tensor:
+    """`cached_attention`, split as fits; without counts, not at all."""
+    splits = 1 if counts is None else splits_of(keys.shape[0] * keys.shape[2], keys.shape[1])
+    return cached_attention(q, k, v, angles, keys, values, start, counts, splits, block=64, warps=4, stages=3)

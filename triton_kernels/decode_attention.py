@@ -1,12 +1,9 @@
 """Attention of the newest queries over a cache, of whose keys each row has so many:
 softmax(q k / sqrt(H)) v without a mask.
 
-The queries of one kv head, of all T new tokens, are the rows of one product: they share what is read. Query t
-sees the first lengths[b] + t keys of row b, or all of them where those are fewer; what lies behind them is
-not read. A query that sees none gives zeros.
-
-A row's keys are cut into `splits`, a block each. What a block leaves is the largest score, the sum of the
-weights and the weighted values; the last one merges all: see `splits`.
+Query t sees the first lengths[b] + t keys of row b, or all of them where those are fewer; what lies behind
+them is not read. A query that sees none gives zeros. How keys are taken in, and cut into splits: see
+`attending`.
 """
 from __future__ import annotations
 
@@ -15,13 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shardlib.triton_kernels.attending import MOST_QUERIES, MOST_SPLITS, leave, nothing, take_in_range
 from shardlib.triton_kernels.launching import Grid, launch
-from shardlib.triton_kernels.splits import last_to_leave
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-MOST_QUERIES = 64
-"""Rows of a product: T times the queries of one kv head."""
-MOST_SPLITS = 64
 
 
 def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
@@ -34,71 +26,13 @@ def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor)
     return torch.einsum("bkgts,bskh->btkgh", weight, v)
 
 
-@triton.jit
-def _shift(most):
-    """What scores are taken from: the largest, or 0 where there is none."""
-    return tl.where(most == float("-inf"), 0.0, most)
-
-
-@triton.jit
-def _attend(q, k_ptr, v_ptr, seen, first, stop, stride_s, H: tl.constexpr, HEAD: tl.constexpr,
-            ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """(largest score, sum of weights, weighted values) of keys first ... stop - 1."""
-    most, weights = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
-    values = tl.zeros((ROWS, HEAD), tl.float32)
-    h = tl.arange(0, HEAD)
-    for start in tl.range(first, stop, BLOCK, num_stages=STAGES):
-        s = start + tl.arange(0, BLOCK)
-        there = s < stop
-        k = tl.load(k_ptr + s.to(tl.int64)[None, :] * stride_s + h[:, None],
-                    mask=there[None, :] & (h < H)[:, None], other=0)
-        v = tl.load(v_ptr + s.to(tl.int64)[:, None] * stride_s + h[None, :],
-                    mask=there[:, None] & (h < H)[None, :], other=0)
-        score = tl.where(there[None, :] & (s[None, :] < seen[:, None]),
-                         tl.dot(q, k, input_precision="ieee") * (LOG2_E / H ** 0.5), float("-inf"))
-        larger = tl.maximum(most, tl.max(score, 1))
-        kept, weight = tl.exp2(most - _shift(larger)), tl.exp2(score - _shift(larger)[:, None])
-        weights = weights * kept + tl.sum(weight, 1)
-        # added up by blocks: errors grow with their number, not with that of the keys
-        if v.dtype == tl.float32:
-            values = values * kept[:, None] + tl.dot(weight, v, input_precision="ieee")
-        else:
-            values = tl.dot(weight.to(v.dtype), v, values * kept[:, None])
-        most = larger
-    return most, weights, values
-
-
-@triton.jit
-def _merge(parts_ptr, splits, there, HEAD: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr):
-    """The (sums of weights, weighted values) of all splits, first to last, of the rows that are `there`."""
-    row, h, i = tl.arange(0, ROWS), tl.arange(0, HEAD), tl.arange(0, MOST)
-    part = parts_ptr + i[:, None] * (ROWS * (HEAD + 2)) + row[None, :]
-    used = (i < splits)[:, None]
-    scores = tl.load(part, mask=used, other=float("-inf"))
-    shift = _shift(tl.max(scores, 0))
-    weights = tl.sum(tl.load(part + ROWS, mask=used, other=0) * tl.exp2(scores - shift[None, :]), 0)
-    values = tl.zeros((ROWS, HEAD), tl.float32)
-    for s in tl.range(0, splits, loop_unroll_factor=4):
-        at = parts_ptr + s * (ROWS * (HEAD + 2))
-        kept = tl.exp2(tl.load(at + row) - shift)
-        values += tl.load(at + 2 * ROWS + row[:, None] * HEAD + h[None, :], mask=there[:, None],
-                          other=0) * kept[:, None]
-    return weights, values
-
-
-@triton.jit
-def _store(out_ptr, weights, values, there):
-    tl.store(out_ptr, (values / tl.where(weights == 0, 1.0, weights)[:, None]).to(out_ptr.dtype.element_ty),
-             mask=there)
-
-
 @triton.jit(do_not_specialize=["T", "S", "heads", "splits"])
 def decode_attention_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, parts_ptr, counts_ptr, T, S, heads,
                             splits, stride_b, stride_s, stride_k, G: tl.constexpr, H: tl.constexpr,
                             HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
                             STAGES: tl.constexpr, MOST: tl.constexpr):
     """HEAD and ROWS: powers of two that have room for H, and for T G. SPLIT: whether there are several
-    splits; parts: of each, float32: largest scores, sums of weights, values; MOST: of splits."""
+    splits, MOST at most."""
     split, head = tl.program_id(0) % splits, tl.program_id(0) // splits
     b, kv = head // heads, head % heads
     row, h = tl.arange(0, ROWS), tl.arange(0, HEAD)
@@ -110,19 +44,11 @@ def decode_attention_kernel(q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, parts_ptr
     each = tl.cdiv(tl.cdiv(keys, splits), BLOCK) * BLOCK
     offset = b.to(tl.int64) * stride_b + kv.to(tl.int64) * stride_k
     first, stop = split * each, tl.minimum((split + 1) * each, keys)
-    most, weights, values = _attend(q, k_ptr + offset, v_ptr + offset, length + row // G, first, stop,
-                                    stride_s, H, HEAD, ROWS, BLOCK, STAGES)
-    if SPLIT:
-        part = parts_ptr + tl.program_id(0).to(tl.int64) * (ROWS * (HEAD + 2))
-        tl.store(part + row, most)
-        tl.store(part + ROWS + row, weights)
-        tl.store(part + 2 * ROWS + row[:, None] * HEAD + h[None, :], values, mask=(row < T * G)[:, None])
-        if last_to_leave(counts_ptr + head, splits):
-            weights, values = _merge(parts_ptr + head.to(tl.int64) * splits * (ROWS * (HEAD + 2)), splits,
-                                     row < T * G, HEAD, ROWS, MOST)
-            _store(out_ptr + at, weights, values, there)
-    else:
-        _store(out_ptr + at, weights, values, there)
+    most, weights, values = nothing(HEAD, ROWS)
+    most, weights, values = take_in_range(most, weights, values, q, k_ptr + offset, v_ptr + offset,
+                                          length + row // G, first, stop, stride_s, H, HEAD, BLOCK, STAGES)
+    leave(out_ptr + at, there, most, weights, values, parts_ptr, counts_ptr, T * G, head, split, splits, HEAD,
+          ROWS, SPLIT, MOST)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor | None, splits: int,

@@ -33,6 +33,7 @@ from shardlib.triton_kernels.all_reduce_add_rms_norm import (
     row_spin,
     two_shot_add_rms_norm_kernel,
 )
+from shardlib.triton_kernels.cached_attention import cached_attention_kernel
 from shardlib.triton_kernels.decode_attention import decode_attention_kernel
 from shardlib.triton_kernels.exchange import exchange_kernel, spin_lines
 from shardlib.triton_kernels.lamport import spin
@@ -112,8 +113,10 @@ def assembled(function: Any, types: dict[str, str], values: dict[str, Any], warp
 def of_few_rows() -> Iterator[dict[str, Any]]:
     """The kernels on one GPU, in 16 bits, as `ops/few_rows.py` launches them."""
     bf16 = {name: "*bf16" for name in ("x_ptr", "residual_ptr", "weight_ptr", "total_ptr", "normed_ptr",
-                                       "w_ptr", "q_ptr", "k_ptr", "v_ptr", "out_ptr")}
-    types = bf16 | {"eps": "fp32", "lengths_ptr": "*i64", "parts_ptr": "*fp32", "counts_ptr": "*i32"}
+                                       "w_ptr", "q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr",
+                                       "values_ptr")}
+    types = bf16 | {"eps": "fp32", "lengths_ptr": "*i64", "start_ptr": "*i64", "angles_ptr": "*fp32",
+                    "parts_ptr": "*fp32", "counts_ptr": "*i32"}
     for adds, width in ((False, 4096), (True, 8192)):
         yield dict(kernel="rms_norm", **assembled(rms_norm_kernel, types, dict(ADDS=adds, LANES=width),
                                                   width // 256, None, ("width",)))
@@ -131,6 +134,9 @@ def of_few_rows() -> Iterator[dict[str, Any]]:
         values = dict(G=group, H=128, HEAD=128, ROWS=16, BLOCK=64, SPLIT=splits > 1, STAGES=3, MOST=64)
         yield dict(kernel="attention", split=splits, **assembled(decode_attention_kernel, types, values, 4,
                                                                  None, ("stride_b", "stride_s", "stride_k")))
+        strides = tuple(n for n in cached_attention_kernel.arg_names if "stride" in n)
+        yield dict(kernel="cached_attention", split=splits, **assembled(
+            cached_attention_kernel, types, values | dict(NEW=16), 4, None, strides))
 
 
 def layouts(ttgir: str) -> list[str]:

@@ -23,7 +23,7 @@ from shardlib.ops.few_rows import (
     splits_of,
     tile_of,
 )
-from shardlib.triton_kernels.decode_attention import MOST_QUERIES, MOST_SPLITS
+from shardlib.triton_kernels.attending import MOST_QUERIES, MOST_SPLITS
 from shardlib.triton_kernels.matmul_rows import MOST_ROWS, Tile
 
 

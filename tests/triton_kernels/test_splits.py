@@ -12,7 +12,7 @@ import triton.language as tl
 from accuracy import near
 from torch import Tensor
 
-from shardlib.triton_kernels import decode_attention, matmul_rows
+from shardlib.triton_kernels import attending, decode_attention, matmul_rows
 from shardlib.triton_kernels.simulator import Simulation
 
 SEEDS = range(6)
@@ -41,7 +41,7 @@ def trial(seed: int) -> bool:
 
 
 def patched(patch: pytest.MonkeyPatch, last: Any) -> None:
-    for module in (decode_attention, matmul_rows):
+    for module in (attending, matmul_rows):
         patch.setattr(module, "last_to_leave", last)
 
 
