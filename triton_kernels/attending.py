@@ -35,6 +35,14 @@ def nothing(HEAD: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def one(q, k, v, seen, H: tl.constexpr):
+    """After a key each, k and v of (ROWS, HEAD), or before any where it is not `seen`. No tensor cores."""
+    score = tl.where(seen, tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * (LOG2_E / H ** 0.5), float("-inf"))
+    weight = tl.exp2(score - _shift(score))
+    return score, weight, weight[:, None] * v.to(tl.float32)
+
+
+@triton.jit
 def take_in(most, weights, values, q, k, v, seen, H: tl.constexpr):
     """The same after more keys: k, (HEAD, keys), and v, (keys, HEAD), as far as they are `seen`."""
     score = tl.where(seen, tl.dot(q, k, input_precision="ieee") * (LOG2_E / H ** 0.5), float("-inf"))

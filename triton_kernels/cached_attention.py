@@ -21,6 +21,7 @@ from shardlib.triton_kernels.attending import (
     MOST_SPLITS,
     leave,
     nothing,
+    one,
     take_in,
     take_in_range,
 )
@@ -44,16 +45,26 @@ def cached_attention_reference(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, 
 
 
 @triton.jit
-def _turned(x_ptr, angles_ptr, there, H: tl.constexpr, HEAD: tl.constexpr):
-    """x, (rows, HEAD) where `there`, each pair (i, i + H / 2) turned. x_ptr, angles_ptr: of the rows."""
-    h = tl.arange(0, HEAD)[None, :]
+def _turns(angles_ptr, h, H: tl.constexpr):
+    """(cosines, sines, the first half negative) of rows of angles, where h is an index of theirs."""
     low = h < H // 2
-    paired = tl.where(low, h + H // 2, h - H // 2)
+    cos = tl.load(angles_ptr + tl.where(low, h, h - H // 2), mask=h < H, other=0)
+    sin = tl.load(angles_ptr + tl.where(low, h + H // 2, h), mask=h < H, other=0)
+    return cos, tl.where(low, -sin, sin)
+
+
+@triton.jit
+def _turned(x_ptr, cos, sin, there, h, H: tl.constexpr):
+    """x, (rows, HEAD) where `there`, each pair (i, i + H / 2) turned."""
     x = tl.load(x_ptr + h, mask=there, other=0)
-    other = tl.load(x_ptr + paired, mask=there, other=0).to(tl.float32)
-    cos = tl.load(angles_ptr + tl.where(low, h, h - H // 2), mask=there, other=0)
-    sin = tl.load(angles_ptr + tl.where(low, h + H // 2, h), mask=there, other=0)
-    return tl.fma(other, tl.where(low, -sin, sin), x.to(tl.float32) * cos).to(x.dtype)
+    paired = tl.load(x_ptr + tl.where(h < H // 2, h + H // 2, h - H // 2), mask=there, other=0)
+    return tl.fma(paired.to(tl.float32), sin, x.to(tl.float32) * cos).to(x.dtype)
+
+
+@triton.jit
+def _slot(slot, S):
+    """The nearest one that there is."""
+    return tl.minimum(tl.maximum(slot, 0), S - 1)
 
 
 @triton.jit(do_not_specialize=["T", "S", "heads", "splits"])
@@ -61,42 +72,44 @@ def cached_attention_kernel(q_ptr, k_ptr, v_ptr, angles_ptr, keys_ptr, values_pt
                             parts_ptr, counts_ptr, T, S, heads, splits, q_stride_b, q_stride_t, k_stride_b,
                             k_stride_t, v_stride_b, v_stride_t, stride_b, stride_s, stride_k,
                             G: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
-                            NEW: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+                            NEW: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
                             STAGES: tl.constexpr, MOST: tl.constexpr):
     """HEAD, ROWS and NEW: powers of two that have room for H, T G and T. SPLIT: whether there are several
     splits, MOST at most."""
     split, head = tl.program_id(0) % splits, tl.program_id(0) // splits
     b, kv = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    row, h = tl.arange(0, ROWS), tl.arange(0, HEAD)
-    t, there = row // G, (row < T * G)[:, None] & (h < H)[None, :]
+    row, new, h = tl.arange(0, ROWS), tl.arange(0, NEW), tl.arange(0, HEAD)[None, :]
+    t, there, last = row // G, (row < T * G)[:, None] & (h < H), split == splits - 1
     angles_ptr += b * T * H
+    cos, sin = _turns(angles_ptr + tl.minimum(t, T - 1)[:, None] * H, h, H)
     q = _turned(q_ptr + b * q_stride_b + t.to(tl.int64)[:, None] * q_stride_t
-                + (kv * G + row % G)[:, None] * H, angles_ptr + t[:, None] * H, there, H, HEAD)
+                + (kv * G + row % G)[:, None] * H, cos, sin, there, h, H)
+    at = tl.minimum(new, T - 1).to(tl.int64)[:, None]
+    if not ONE:
+        cos, sin = _turns(angles_ptr + at * H, h, H)
+    k = _turned(k_ptr + b * k_stride_b + at * k_stride_t + kv * H, cos, sin, (h < H) & last, h, H)
+    v = tl.load(v_ptr + b * v_stride_b + at * v_stride_t + kv * H + h, mask=(h < H) & last, other=0)
     start = tl.minimum(tl.maximum(tl.load(start_ptr + b).to(tl.int64), -T), S)
-    old = tl.minimum(tl.maximum(start, 0), S - 1).to(tl.int32)
-    each = tl.cdiv(tl.cdiv(old, splits), BLOCK) * BLOCK
     keys_ptr += b * stride_b + kv * stride_k
     values_ptr += b * stride_b + kv * stride_k
-    most, weights, values = nothing(HEAD, ROWS)
-    if split == splits - 1:
-        new = tl.arange(0, NEW)
-        known = (new < T)[:, None] & (h < H)[None, :]
-        at = new.to(tl.int64)[:, None]
-        k = _turned(k_ptr + b * k_stride_b + at * k_stride_t + kv * H, angles_ptr + new[:, None] * H, known,
-                    H, HEAD)
-        v = tl.load(v_ptr + b * v_stride_b + at * v_stride_t + kv * H + h[None, :], mask=known, other=0)
-        slot = tl.minimum(tl.maximum(start + new, 0), S - 1)
-        # of several for one slot, the last: only where start is wrong
-        kept = (new == T - 1) | (slot < tl.minimum(tl.maximum(start + new + 1, 0), S - 1))
-        written = slot[:, None] * stride_s + h[None, :]
-        tl.store(keys_ptr + written, k, mask=known & kept[:, None])
-        tl.store(values_ptr + written, v, mask=known & kept[:, None])
-        most, weights, values = take_in(most, weights, values, q, tl.trans(k), v,
-                                        (new < T)[None, :] & (new[None, :] <= t[:, None]), H)
+    slot, behind = _slot(start + new, S), _slot(start + new + 1, S)
+    # where start is wrong, several may be for one slot: then the last of them
+    written = (h < H) & last & ((new == T - 1) | (new < T) & (slot < behind))[:, None]
+    tl.store(keys_ptr + slot[:, None] * stride_s + h, k, mask=written)
+    tl.store(values_ptr + slot[:, None] * stride_s + h, v, mask=written)
+    old = _slot(start, S).to(tl.int32)
+    each = tl.cdiv(tl.cdiv(old, splits), BLOCK) * BLOCK
+    if ONE:
+        most, weights, values = one(q, k, v, last, H)
+    else:
+        most, weights, values = nothing(HEAD, ROWS)
     most, weights, values = take_in_range(most, weights, values, q, keys_ptr, values_ptr, row * 0 + old,
                                           split * each, tl.minimum((split + 1) * each, old), stride_s, H,
                                           HEAD, BLOCK, STAGES)
-    result = out_ptr + (((b * T + t) * heads + kv) * G + row % G)[:, None] * H + h[None, :]
+    if not ONE and last:
+        most, weights, values = take_in(most, weights, values, q, tl.trans(k), v,
+                                        (new < T)[None, :] & (new[None, :] <= t[:, None]), H)
+    result = out_ptr + (((b * T + t) * heads + kv) * G + row % G)[:, None] * H + h
     leave(result, there, most, weights, values, parts_ptr, counts_ptr, T * G, head, split, splits, HEAD, ROWS,
           SPLIT, MOST)
 
@@ -128,7 +141,8 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tens
         assert counts is not None and counts.numel() >= rows * heads
         parts, counted = torch.empty(rows * heads * splits * padded * (head + 2), dtype=torch.float32,
                                      device=q.device), counts
-    constants = dict(G=g, H=h, HEAD=head, ROWS=padded, NEW=max(16, triton.next_power_of_2(new)), BLOCK=block,
+    constants = dict(G=g, H=h, HEAD=head, ROWS=padded, ONE=new == 1,
+                     NEW=padded if new == 1 else max(16, triton.next_power_of_2(new)), BLOCK=block,
                      SPLIT=splits > 1, STAGES=stages, MOST=MOST_SPLITS)
     # where there is one row or token, a stride says nothing
     strides = (*(s if n > 1 else 0 for x in (q, k, v) for n, s in zip(x.shape[:2], x.stride())),

@@ -136,7 +136,7 @@ def of_few_rows() -> Iterator[dict[str, Any]]:
                                                                  None, ("stride_b", "stride_s", "stride_k")))
         strides = tuple(n for n in cached_attention_kernel.arg_names if "stride" in n)
         yield dict(kernel="cached_attention", split=splits, **assembled(
-            cached_attention_kernel, types, values | dict(NEW=16), 4, None, strides))
+            cached_attention_kernel, types, values | dict(NEW=16, ONE=True), 4, None, strides))
 
 
 def layouts(ttgir: str) -> list[str]:
