@@ -37,7 +37,8 @@ def nothing(HEAD: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def one(q, k, v, seen, H: tl.constexpr):
     """After a key each, k and v of (ROWS, HEAD), or before any where it is not `seen`. No tensor cores."""
-    score = tl.where(seen, tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * (LOG2_E / H ** 0.5), float("-inf"))
+    score = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * (LOG2_E / H ** 0.5)
+    score = tl.where(seen, score, float("-inf"))
     weight = tl.exp2(score - _shift(score))
     return score, weight, weight[:, None] * v.to(tl.float32)
 

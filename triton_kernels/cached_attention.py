@@ -1,10 +1,10 @@
 """A step of decoding between the projections, in one launch: rope of the newest q and k, k and v into the
 cache, attention over it.
 
-Row t of a row b goes to slot start[b] + t, and its queries see the slots up to this one. The cache is written
-in place. k and v of this call are never read from there: the last split takes them in as they come, beside its
-share of the older keys, and writes them; so no block waits for another. How keys are taken in, and cut into
-splits: see `attending`.
+Token t of row b goes to slot start[b] + t, and its queries see the slots up to this one. The cache is written
+in place. k and v of this call are never read from there: the last split takes them in as they come, beside
+its share of the older keys, and writes them; so no block waits for another. How keys are taken in, and cut
+into splits: see `attending`.
 
 rope has the bits of `ops/rope.py`: x cos rounded to float32, then one fused multiply and add, rounded to the
 dtype of x.
@@ -120,10 +120,10 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tens
     """(B, T, K, G, H): attention of q, alike, over the cache with k and v, (B, T, K, H), in it.
 
     A token's part of q, of k and of v lies together; the strides of B and T are free. angles: (B, T, H),
-    float32, contiguous: cosines, then sines, as of `rope_table`. keys, values: (B, S, K, H) with strides alike
-    and of H 1, written in place. start: (B,), integers, where 0 <= start[b] <= S - T; a slot that is not there
-    is the nearest one, and the result is no attention. counts: int32 zeros, at least B K, that no kernel
-    on another stream uses meanwhile; None where nothing is split.
+    float32, contiguous: cosines, then sines, as of `rope_table`. keys, values: (B, S, K, H) with strides
+    alike and of H 1, written in place. start: (B,), integers from 0 to S - T; elsewhere, a slot that is not
+    there is the nearest one, and the result is some numbers. counts: int32 zeros, at least B K, that no
+    kernel on another stream uses meanwhile; None where nothing is split.
     """
     (rows, new, heads, g, h), slots = q.shape, keys.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardlib.triton_kernels.all_reduce_add_rms_norm import all_reduce_add_rms_norm_reference
+from shardlib.triton_kernels.cached_attention import cached_attention, cached_attention_reference
 from shardlib.triton_kernels.decode_attention import decode_attention, decode_attention_reference
 from shardlib.triton_kernels.matmul_rows import (
     Tile,
@@ -120,10 +121,44 @@ class OneGpu:
         if bool(counts.any()):
             self.failures.append(f"attention: counts are left, {splits} splits")
 
+    def cached(self) -> None:
+        """The cache beyond start is NaN; afterwards it has the bits of rope and of v."""
+        rows, new, heads, group = (self.random.randint(1, 9), self.random.choice((1, 1, 1, 2, 3)),
+                                   self.random.randint(1, 4), self.random.choice((1, 2, 4, 8)))
+        h, slots, splits = (self.random.choice((16, 64, 80, 128)), self.random.randint(new, 700),
+                            self.random.choice((1, 1, 2, 5, 8, 16)))
+        q, k, v = self.normal(rows, new, heads * (group + 2) * h).split(
+            [heads * group * h, heads * h, heads * h], -1)
+        q, k, v = q.unflatten(-1, (heads, group, h)), k.unflatten(-1, (heads, h)), v.unflatten(-1, (heads, h))
+        start = torch.tensor([self.random.choice((0, slots - new, self.random.randint(0, slots - new)))
+                              for _ in range(rows)], device="cuda")
+        radians = (start[:, None] + torch.arange(new, device="cuda"))[..., None] * torch.rand(
+            h // 2, device="cuda")
+        angles = torch.cat((radians.cos(), radians.sin()), -1)
+        keys, values = (self.normal(rows, slots, heads, h) for _ in range(2))
+        for cache in (keys, values):
+            cache[torch.arange(slots, device="cuda") >= start[:, None]] = float("nan")
+        before, counts = (keys.clone(), values.clone()), torch.zeros(64, dtype=torch.int32, device="cuda")
+        block, warps = ((32, 4) if self.dtype == torch.float32
+                        else self.random.choice(((32, 4), (64, 4), (32, 2), (128, 4))))
+        what = (f"cached {rows} {new} {heads} {group} {h} {slots} {splits} {block} {warps} {self.dtype} "
+                f"{start.tolist()}")
+        self.close(what, lambda: cached_attention(q, k, v, angles, keys, values, start, counts, splits, block,
+                                                  warps),
+                   lambda *x: cached_attention_reference(*x)[0], q, k, v, angles, *before, start)
+        for name, got, want in zip(("keys", "values"), (keys, values),
+                                   cached_attention_reference(q, k, v, angles, *before, start)[1:]):
+            if not torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)):
+                off = float((got - want).abs().nan_to_num().max())
+                self.failures.append(f"{what}: other {name}, by {off:.3g}")
+        if bool(counts.any()):
+            self.failures.append(f"{what}: counts are left")
+
     def run(self, cases: int) -> int:
+        kinds = (self.norm, self.matmul, self.attention, self.cached)
         for i in range(cases):
-            self.dtype = DTYPES[i // 3 % 3]
-            (self.norm, self.matmul, self.attention)[i % 3]()
+            self.dtype = DTYPES[i // len(kinds) % 3]
+            kinds[i % len(kinds)]()
         print("\n".join(self.failures[:20]), file=sys.stderr)
         return len(self.failures)
 

@@ -134,9 +134,12 @@ def of_few_rows() -> Iterator[dict[str, Any]]:
         values = dict(G=group, H=128, HEAD=128, ROWS=16, BLOCK=64, SPLIT=splits > 1, STAGES=3, MOST=64)
         yield dict(kernel="attention", split=splits, **assembled(decode_attention_kernel, types, values, 4,
                                                                  None, ("stride_b", "stride_s", "stride_k")))
-        strides = tuple(n for n in cached_attention_kernel.arg_names if "stride" in n)
+    strides = tuple(n for n in cached_attention_kernel.arg_names if "stride" in n)
+    for group, splits, one in ((4, 1, True), (4, 4, True), (8, 1, True), (8, 64, True), (4, 4, False)):
+        values = dict(G=group, H=128, HEAD=128, ROWS=16, NEW=16, ONE=one, BLOCK=64, SPLIT=splits > 1,
+                      STAGES=3, MOST=64)
         yield dict(kernel="cached_attention", split=splits, **assembled(
-            cached_attention_kernel, types, values | dict(NEW=16, ONE=True), 4, None, strides))
+            cached_attention_kernel, types, values, 4, None, strides))
 
 
 def layouts(ttgir: str) -> list[str]:

@@ -16,6 +16,7 @@ from shardlib.ops.few_rows import (
     COUNTS,
     SHARED,
     STREAMS,
+    attend_cached,
     attend_lengths,
     attends_lengths,
     counts_of,
@@ -82,16 +83,22 @@ def test_without_counts_no_tile_is_split(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen == [4, 1]
 
 
-def test_attention_is_split_by_its_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", ("decode_attention", "cached_attention"))
+def test_attention_is_split_by_its_caches(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not without counts."""
     seen: list[int] = []
-    monkeypatch.setattr(few_rows, "decode_attention",
-                        lambda q, k, v, lengths, counts, splits, **how: seen.append(splits))
+    monkeypatch.setattr(few_rows, kernel, lambda *given, **how: seen.append(given[-1]))
+
+    def attend(rows: int, keys: int, counts: Tensor | None) -> None:
+        q, k, angles, cache, lengths = (torch.empty(rows, *shape, device="meta") for shape in (
+            (1, 2, 4, 128), (1, 2, 128), (1, 128), (keys, 2, 128), ()))
+        if kernel == "decode_attention":
+            attend_lengths(q, cache, cache, lengths, counts)
+        else:
+            attend_cached(q, k, k, angles, cache, cache, lengths, counts)
     for counts in (torch.empty(0, device="meta"), None):
         for rows, keys in ((1, 256), (1, 4096), (8, 4096), (1, 32768), (128, 256)):
-            cache = torch.empty(rows, keys, 2, 128, device="meta")
-            attend_lengths(torch.empty(rows, 1, 2, 4, 128, device="meta"), cache, cache,
-                           torch.empty(rows, device="meta"), counts)
+            attend(rows, keys, counts)
     assert seen == [1, 16, 8, 64, 1] + [1] * 5
 
 

@@ -104,8 +104,9 @@ def starts(rows: int, new: int, slots: int) -> st.SearchStrategy[Tensor]:
     return st.lists(each, min_size=rows, max_size=rows).map(torch.tensor)
 
 
-sizes = st.builds(Sizes, st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.sampled_from((1, 2, 4, 8)),
-                  st.sampled_from((8, 16, 24, 64, 80, 128)), st.integers(3, 90))
+sizes = st.builds(Sizes, st.integers(1, 3), st.integers(1, 3), st.integers(1, 2),
+                  st.sampled_from((1, 2, 4, 8)), st.sampled_from((8, 16, 24, 64, 80, 128)),
+                  st.integers(3, 90))
 
 
 @some
@@ -149,8 +150,8 @@ def test_the_reference_is_rope_then_a_cache_then_attention(dtype: torch.dtype) -
             seen = slice(0, first + t + 1)
             score = torch.einsum("kgh,skh->kgs", q[b, t].double(), keys[b, seen].double()) / 4
             want = torch.einsum("kgs,skh->kgh", score.softmax(-1), values[b, seen].double())
-            torch.testing.assert_close(out[b, t].double(), want, atol=0.03 if dtype != torch.float32 else 1e-5,
-                                       rtol=0)
+            torch.testing.assert_close(out[b, t].double(), want, rtol=0,
+                                       atol=0.03 if dtype != torch.float32 else 1e-5)
 
 
 @pytest.mark.parametrize("new", (1, 2))
