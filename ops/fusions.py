@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from shardlib import EXPLICIT, all_reduce, reduce_scatter, sharded
 from shardlib.compiler.fusion import Fusion, Product, Site
 from shardlib.distributed.communicators.protocol import FusingCommunicator
 from shardlib.functions import silu
-from shardlib.ops.few_rows import counts_of, rows_matmul
+from shardlib.ops.attention import attention
+from shardlib.ops.few_rows import attend_cached, counts_of, rows_matmul
+from shardlib.ops.kv_cache import update_cache
 from shardlib.ops.rms_norm import rms_norm
+from shardlib.ops.rope import rope
+from shardlib.triton_kernels.attending import MOST_QUERIES
 from shardlib.triton_kernels.matmul_rows import MOST_ROWS
 
 
@@ -46,6 +51,17 @@ def gate_up(gate, up):
     return silu(gate) * up
 
 
+@sharded("B T K G H, B T K H, B T K H, B T H, B S K H, B S K H, B -> B T K G H, B S K H, B S K H",
+         layout=EXPLICIT)
+def cached_attention(q, k, v, angles, keys, values, start):
+    """A step of decoding between the projections: rope, the cache, and attention over it."""
+    q = rope("B T K G H, B T H -> B T K G H", q, angles)
+    keys = update_cache("B S K H, B T K H, B -> B S K H", keys,
+                        rope("B T K H, B T H -> B T K H", k, angles), start)
+    values = update_cache("B S K H, B T K H, B -> B S K H", values, v, start)
+    return attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, keys, values, start), keys, values
+
+
 def by_communicator(site: Site) -> Callable | str:
     """The kernel of the first communicator that has one; or why none has.
 
@@ -57,6 +73,21 @@ def by_communicator(site: Site) -> Callable | str:
                if isinstance(c, FusingCommunicator)]
     said = [a for a in answers if isinstance(a, str)]
     return next((a for a in answers if not isinstance(a, str)), "; ".join(said) or "no communicator has one")
+
+
+def by_one_kernel(site: Site) -> Callable | str:
+    """`cached_attention` of few queries; the cache is given up."""
+    q, k, v, angles, keys, values, start = site.operands
+    if site.device != "cuda":
+        return f"no kernel attends on {site.device}"
+    if q.shape[1] * q.shape[3] > MOST_QUERIES:
+        return f"more than {MOST_QUERIES} queries of a kv head"
+    if len({x.dtype for x in (q, k, v, keys, values)}) > 1 or angles.dtype != torch.float32:
+        return "q, k, v and the cache have several dtypes, or the angles are not of float32"
+
+    def attend(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return attend_cached(*operands, counts_of(operands[0].device)), operands[4], operands[5]
+    return attend
 
 
 def by_few_rows(product: Product) -> Callable | str:
@@ -76,4 +107,5 @@ def by_few_rows(product: Product) -> Callable | str:
 
 
 FUSIONS = (Fusion(all_reduce_add_rms_norm, kernel=by_communicator),
-           Fusion(reduce_scatter_add_rms_norm, kernel=by_communicator), Fusion(add_rms_norm), Fusion(gate_up))
+           Fusion(reduce_scatter_add_rms_norm, kernel=by_communicator), Fusion(add_rms_norm), Fusion(gate_up),
+           Fusion(cached_attention, kernel=by_one_kernel))
