@@ -62,6 +62,10 @@ def cached_attention(q, k, v, angles, keys, values, start):
     return attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, keys, values, start), keys, values
 
 
+NARROW_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+MOST_HEAD_BYTES = 512
+
+
 def by_communicator(site: Site) -> Callable | str:
     """The kernel of the first communicator that has one; or why none has.
 
@@ -80,10 +84,12 @@ def by_one_kernel(site: Site) -> Callable | str:
     q, k, v, angles, keys, values, start = site.operands
     if site.device != "cuda":
         return f"no kernel attends on {site.device}"
-    if q.shape[1] * q.shape[3] > MOST_QUERIES:
-        return f"more than {MOST_QUERIES} queries of a kv head"
-    if len({x.dtype for x in (q, k, v, keys, values)}) > 1 or angles.dtype != torch.float32:
-        return "q, k, v and the cache have several dtypes, or the angles are not of float32"
+    if q.shape[1] * q.shape[3] > MOST_QUERIES or not 0 < q.shape[-1] * q.itemsize <= MOST_HEAD_BYTES:
+        return f"more than {MOST_QUERIES} queries of a kv head, or {MOST_HEAD_BYTES} bytes of one"
+    if {x.dtype for x in (q, k, v, keys, values)} != {q.dtype} or q.dtype not in NARROW_FLOATS:
+        return "q, k, v and the cache are not of one dtype of 16 or 32 bits"
+    if angles.dtype != torch.float32:
+        return f"the angles are {angles.dtype}"
 
     def attend(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return attend_cached(*operands, counts_of(operands[0].device)), operands[4], operands[5]

@@ -1,0 +1,107 @@
+"""A decoding step by kernels, those of one device run by the interpreter: its logits and cache are those of
+the bodies, and of plain attention over what the tokens were."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from rounded import rounded
+from torch import Tensor
+
+from shardlib import Layout, Mesh, init, lower
+from shardlib.api import compile
+from shardlib.compiler.fusion import Fusion, Product, Site
+from shardlib.compiler.passes import DEFAULT
+from shardlib.compiler.passes.fuse import fuse, fusion_report
+from shardlib.models.decoding import PASSES, llama_of
+from shardlib.models.llama import Cache, KeyValue, LlamaConfig, next_logits, next_token
+from shardlib.ops import fusions
+from shardlib.ops.fusions import by_few_rows, by_one_kernel
+from shardlib.params import leaf_values
+
+CONFIG = LlamaConfig(vocab_size=48, d_model=32, num_layers=2, num_kv_heads=2, queries_per_kv=2, head_dim=16,
+                     d_ff=32, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=False, max_context=16)
+ROWS, SLOTS, STEPS = 3, 8, 4
+
+
+@pytest.fixture
+def on_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, ...]]:
+    """The passes of `generate`, their kernels asked as on a GPU."""
+    def site(asked: Site) -> Any:
+        return by_one_kernel(replace(asked, device="cuda"))
+
+    def product(asked: Product) -> Any:
+        return by_few_rows(replace(asked, device="cuda"))
+    monkeypatch.setattr(fusions, "counts_of", lambda device: None)
+    table = [Fusion(f.function, kernel=site) if f.kernel is by_one_kernel else f for f in fusions.FUSIONS]
+    with rounded():
+        yield (*DEFAULT, "rotate_scan", *fuse(table, product))
+
+
+def decode(passes: Any, dtype: torch.dtype, tokens: Tensor, start: Tensor) -> tuple[list[Tensor], Any, Any]:
+    """Logits of each step, the cache after them, and the compiled step."""
+    torch.manual_seed(0)
+    weights = init(llama_of(CONFIG), CONFIG.sizes, dtype=dtype)
+    step = compile(next_logits, donate=("cache",), passes=passes, sizes=dict(S=SLOTS), config=CONFIG)
+    shape = (CONFIG.num_layers, ROWS, SLOTS, CONFIG.num_kv_heads, CONFIG.head_dim)
+    cache = Cache(layers=KeyValue(k=torch.randn(shape).to(dtype), v=torch.randn(shape).to(dtype)))
+    step.lower(None, llama_of(CONFIG))
+    packed = step.prepare("w", dict(leaf_values(weights, "w")), llama_of(CONFIG))
+    seen, logits = step.prepare("cache", cache), []
+    with torch.inference_mode():
+        for i, ids in enumerate(tokens.unbind(1)):
+            made, seen = step(ids[:, None], packed, seen, start + i, torch.zeros_like(start))
+            logits.append(made.float())
+    return logits, seen, step
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 2e-6), (torch.float16, 2e-3),
+                                          (torch.bfloat16, 1.5e-2)])
+def test_kernels_give_the_logits_of_the_bodies(on_one: Any, dtype: torch.dtype, error: float) -> None:
+    tokens = torch.randint(CONFIG.vocab_size, (ROWS, STEPS))
+    start = torch.tensor([0, 2, SLOTS - STEPS])
+    plain, kept, _ = decode(DEFAULT, dtype, tokens, start)
+    found, cache, step = decode(on_one, dtype, tokens, start)
+    answers = {a.partition(" at ")[0].partition(":")[0]: a.rpartition(": ")[2] for a in step.kernels.answers}
+    assert answers["cached_attention"] == "by a kernel"
+    matmuls = {a for name, a in answers.items() if name.startswith("matmul")}
+    assert matmuls == ({"by a kernel"} if dtype != torch.float32 else
+                       {"no kernel multiplies float32 on cuda"})
+    for a, b in zip(plain, found):
+        assert (a - b).abs().max() <= error * a.abs().max()
+    for a, b in zip(kept.flat, cache.flat):
+        for one, other in zip(a, b):
+            assert (one.float() - other.float()).abs().max() <= error * one.float().abs().max()
+    (code,) = step.sources.values()
+    assert code.count(".look(") == 1 and "scatter_" not in code and ".clone()" not in code
+
+
+def test_the_step_of_a_llama_is_all_fused() -> None:
+    """Between matmuls nothing is left but fused steps, in a layer."""
+    for mesh, layout in ((Mesh(tp=2), Layout(K="tp", F="tp", V="tp")), (Mesh(dp=2), Layout(B="dp")),
+                         (Mesh(tk=2, tg=2), Layout(K="tk", G="tg", F=("tk", "tg")))):
+        program = lower(next_token, layout, None, llama_of(CONFIG), mesh=mesh, passes=PASSES, config=CONFIG)
+        body = next(b for b in program.bodies() if b.name == "cached_block")
+        assert {s.op.name for s in body.steps} <= {"fused", "einsum"}, fusion_report(program)
+        assert sum(s.op.name == "fused" for s in body.steps) == 4
+
+
+@pytest.mark.parametrize("changed, said", [
+    (dict(device="cpu"), "no kernel attends on cpu"),
+    (dict(t=17), "more than 64 queries of a kv head, or 512 bytes of one"),
+    (dict(h=258), "more than 64 queries of a kv head, or 512 bytes of one"),
+    (dict(dtype=torch.float64), "q, k, v and the cache are not of one dtype of 16 or 32 bits"),
+    (dict(cache=torch.float32), "q, k, v and the cache are not of one dtype of 16 or 32 bits"),
+    (dict(angles=torch.bfloat16), "the angles are torch.bfloat16"), ({}, "taken")])
+def test_what_the_kernel_takes(changed: dict[str, Any], said: str) -> None:
+    given = dict(device="cuda", t=1, h=128, dtype=torch.bfloat16, angles=torch.float32) | changed
+    b, t, k, g, h, s = 2, given["t"], 2, 4, given["h"], 8
+    kept = given.get("cache", given["dtype"])
+    shapes = ((b, t, k, g, h), (b, t, k, h), (b, t, k, h), (b, t, h), (b, s, k, h), (b, s, k, h), (b,))
+    dtypes = (*[given["dtype"]] * 3, given["angles"], kept, kept, torch.int64)
+    operands = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(shapes, dtypes)]
+    found = by_one_kernel(Site(fusions.cached_attention, given["device"], operands, {}))
+    assert (found if isinstance(found, str) else "taken") == said
