@@ -128,4 +128,6 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor,
                   start: Tensor, counts: Tensor | None) -> Tensor:
     """`cached_attention`, split as fits; without counts, not at all."""
     splits = 1 if counts is None else splits_of(keys.shape[0] * keys.shape[2], keys.shape[1])
-    return cached_attention(q, k, v, angles, keys, values, start, counts, splits, block=64, warps=4, stages=3)
+    # float32 has no room in the registers of four warps
+    block, warps, stages = (32, 8, 2) if q.dtype == torch.float32 else (64, 4, 3)
+    return cached_attention(q, k, v, angles, keys, values, start, counts, splits, block, warps, stages)

@@ -6,8 +6,9 @@ in place. k and v of this call are never read from there: the last split takes t
 its share of the older keys, and writes them; so no block waits for another. How keys are taken in, and cut
 into splits: see `attending`.
 
-rope has the bits of `ops/rope.py`: x cos rounded to float32, then one fused multiply and add, rounded to the
-dtype of x.
+rope has the bits of `ops/rope.py`: x cos is rounded to float32, then comes one fused multiply and add, which
+is rounded to the dtype of x. (Where torch's addcmul rounds its product, as old ones do on GPUs, the last bit
+may differ.)
 """
 from __future__ import annotations
 

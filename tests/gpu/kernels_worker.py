@@ -122,7 +122,8 @@ class OneGpu:
             self.failures.append(f"attention: counts are left, {splits} splits")
 
     def cached(self) -> None:
-        """The cache beyond start is NaN; afterwards it has the bits of rope and of v."""
+        """The cache beyond start is NaN; afterwards it has rope of k there, whose last bit depends on how
+        torch's addcmul rounds, and v; and all else to the bit."""
         rows, new, heads, group = (self.random.randint(1, 9), self.random.choice((1, 1, 1, 2, 3)),
                                    self.random.randint(1, 4), self.random.choice((1, 2, 4, 8)))
         h, slots, splits = (self.random.choice((16, 64, 80, 128)), self.random.randint(new, 700),
@@ -136,8 +137,9 @@ class OneGpu:
             h // 2, device="cuda")
         angles = torch.cat((radians.cos(), radians.sin()), -1)
         keys, values = (self.normal(rows, slots, heads, h) for _ in range(2))
+        after = torch.arange(slots, device="cuda") - start[:, None]
         for cache in (keys, values):
-            cache[torch.arange(slots, device="cuda") >= start[:, None]] = float("nan")
+            cache[after >= 0] = float("nan")
         before, counts = (keys.clone(), values.clone()), torch.zeros(64, dtype=torch.int32, device="cuda")
         block, warps = ((32, 4) if self.dtype == torch.float32
                         else self.random.choice(((32, 4), (64, 4), (32, 2), (128, 4))))
@@ -146,11 +148,13 @@ class OneGpu:
         self.close(what, lambda: cached_attention(q, k, v, angles, keys, values, start, counts, splits, block,
                                                   warps),
                    lambda *x: cached_attention_reference(*x)[0], q, k, v, angles, *before, start)
+        turned = ((after >= 0) & (after < new))[..., None, None]
         for name, got, want in zip(("keys", "values"), (keys, values),
                                    cached_attention_reference(q, k, v, angles, *before, start)[1:]):
-            if not torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)):
-                off = float((got - want).abs().nan_to_num().max())
-                self.failures.append(f"{what}: other {name}, by {off:.3g}")
+            got, want = got.nan_to_num(7.0), want.nan_to_num(7.0)
+            off, one = (got - want).abs(), torch.finfo(self.dtype).eps * want.abs() + 2.0 ** -22
+            if bool((off > (one * turned if name == "keys" else 0)).any()):
+                self.failures.append(f"{what}: other {name}, by {float(off.max()):.3g}")
         if bool(counts.any()):
             self.failures.append(f"{what}: counts are left")
 
