@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 import triton
+import triton.language as tl
 from accuracy import near
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ from rounded import rounded
 from torch import Tensor
 
 from shardlib.ops.rope import rotate, turns
+from shardlib.triton_kernels import attending
+from shardlib.triton_kernels import cached_attention as module
 from shardlib.triton_kernels.cached_attention import cached_attention, cached_attention_reference
 
 OLD = (tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
@@ -216,6 +219,22 @@ def test_negative_control(changed: dict[str, object]) -> None:
     ours, others = ((cached_attention_reference(*x.inputs)[0], x.exact()[0]) for x in (made, other))
     got = made.run(2)
     assert near(got, *ours) and not near(got, *others)
+
+
+@triton.jit
+def _with_the_next_slot(most, weights, values, q, k_ptr, v_ptr, seen, first, stop, stride_s, H: tl.constexpr,
+                        HEAD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    return attending.take_in_range(most, weights, values, q, k_ptr, v_ptr, seen + 1, first, stop + 1,
+                                   stride_s, H, HEAD, BLOCK, STAGES)
+
+
+@pytest.mark.parametrize("new", (1, 2))
+def test_a_kernel_that_reads_what_it_writes_is_seen(new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case(SIZES._replace(new=new), torch.float32, torch.tensor([0, 21]))
+    ours = cached_attention_reference(*made.inputs)[0], made.exact()[0]
+    assert near(made.run(), *ours)
+    monkeypatch.setattr(module, "take_in_range", _with_the_next_slot)
+    assert not near(made.run(), *ours)
 
 
 @pytest.mark.parametrize("changed", [
