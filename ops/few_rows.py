@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardlib.triton_kernels.attending import MOST_QUERIES, MOST_SPLITS
-from shardlib.triton_kernels.cached_attention import cached_attention
+from shardlib.triton_kernels.cached_attention import cached_attention, dense
 from shardlib.triton_kernels.decode_attention import decode_attention
 from shardlib.triton_kernels.matmul_rows import (
     MOST_ROWS,
@@ -122,6 +122,25 @@ def attend_lengths(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Ten
     splits = 1 if counts is None else splits_of(k.shape[0] * k.shape[2], k.shape[1])
     return decode_attention(q.contiguous(), k, v, lengths, counts, splits,
                             block=32 if q.dtype == torch.float32 else 64, warps=4, stages=3)
+
+
+def attends_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
+                   start: Tensor) -> bool:
+    """Whether `attend_cached` takes these: few queries, on a GPU, without a derivative. What is under
+    way fits into shared memory, as above; with the keys and values of several new tokens, where H is at most
+    128."""
+    (rows, new, heads, g, h), cache = q.shape, keys.shape
+    return (new * g <= MOST_QUERIES and 0 < h * q.itemsize <= 512 and h % 2 == 0 and (new <= 1 or h <= 128)
+            and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+            and q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype
+            and k.shape == v.shape == (rows, new, heads, h) and all(map(dense, (q, k, v)))
+            and angles.shape == (rows, new, h) and angles.dtype == torch.float32 and angles.is_contiguous()
+            and cache == values.shape == (rows, cache[1], heads, h)
+            and keys.stride() == values.stride() and keys.stride(-1) == 1
+            and start.shape == (rows,) and start.is_contiguous()
+            and not (torch.is_grad_enabled()
+                     and any(x.requires_grad for x in (q, k, v, angles, keys, values)))
+            and has_room(q.device))
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,

@@ -128,7 +128,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tens
     """
     (rows, new, heads, g, h), slots = q.shape, keys.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    assert k.shape == v.shape == (rows, new, heads, h) and all(map(_dense, (q, k, v)))
+    assert k.shape == v.shape == (rows, new, heads, h) and all(map(dense, (q, k, v)))
     assert angles.shape == (rows, new, h) and angles.dtype == torch.float32 and angles.is_contiguous()
     assert (keys.shape == values.shape == (rows, slots, heads, h) and keys.stride() == values.stride()
             and keys.stride(-1) == 1 and start.shape == (rows,) and start.is_contiguous())
@@ -157,7 +157,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tens
     return out
 
 
-def _dense(x: Tensor) -> bool:
+def dense(x: Tensor) -> bool:
     """Whether what a token has lies together."""
     each = 1
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride())):

@@ -18,6 +18,7 @@ from shardlib.ops.few_rows import (
     STREAMS,
     attend_cached,
     attend_lengths,
+    attends_cached,
     attends_lengths,
     counts_of,
     rows_matmul,
@@ -126,6 +127,49 @@ def test_what_is_attended_by_lengths(taken: bool, operands: tuple[Tensor, Tensor
     if operands[2].requires_grad:
         with torch.no_grad():
             assert attends_lengths(*operands)
+
+
+def step_of(t: int = 1, g: int = 4, h: int = 128, dtype: torch.dtype = torch.bfloat16,
+            **changed: Any) -> list[Tensor]:
+    """What a step of decoding is of, q, k and v parts of one projection; by name, what is changed of it."""
+    q, k, v = torch.zeros(2, t, 3 * (g + 2) * h, dtype=dtype).split([3 * g * h, 3 * h, 3 * h], -1)
+    of = dict(q=q.unflatten(-1, (3, g, h)), k=k.unflatten(-1, (3, h)), v=v.unflatten(-1, (3, h)),
+              angles=torch.zeros(2, t, h), keys=torch.zeros(2, 9, 3, h, dtype=dtype),
+              values=torch.zeros(2, 9, 3, h, dtype=dtype), start=torch.zeros(2, dtype=torch.int64))
+    return [changed.get(name, lambda x: x)(x) for name, x in of.items()]
+
+
+def turned_over(x: Tensor) -> Tensor:
+    """The same numbers, of other strides."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("taken, operands", [
+    (True, step_of()), (True, step_of(t=MOST_QUERIES, g=1)), (True, step_of(h=256)),
+    (True, step_of(t=3, dtype=torch.float32)), (True, step_of(h=6, dtype=torch.float16)),
+    (True, step_of(start=Tensor.int)),
+    (True, step_of(keys=lambda x: torch.zeros(2, 12, 3, 128, dtype=x.dtype)[:, :9],
+                   values=lambda x: torch.zeros(2, 12, 3, 128, dtype=x.dtype)[:, 3:])),
+    (False, step_of(t=MOST_QUERIES // 4 + 1)), (False, step_of(h=258)), (False, step_of(t=2, h=130)),
+    (False, step_of(h=5)), (False, step_of(h=130, dtype=torch.float32)),
+    (False, step_of(h=8, dtype=torch.float64)), *(
+        (False, step_of(**{name: turned_over})) for name in ("q", "k", "v", "keys", "values")), *(
+        (False, step_of(**{name: Tensor.half})) for name in ("q", "k", "v", "angles", "keys", "values")), *(
+        (False, step_of(**{name: lambda x: x.narrow(0, 0, 1)})) for name in ("k", "v", "angles", "values",
+                                                                             "start")),
+    (False, step_of(keys=lambda x: x[:1], values=lambda x: x[:1])),
+    (False, step_of(values=lambda x: x[:, :8])), (False, step_of(t=2, angles=turned_over)),
+    (False, step_of(start=lambda x: x[:1].expand(2))), *(
+        (False, step_of(**{name: lambda x: x.clone().requires_grad_()})) for name in ("q", "keys"))])
+def test_which_steps_of_decoding_are_taken(taken: bool, operands: list[Tensor],
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that has room: nothing on the CPU."""
+    assert not attends_cached(*operands)
+    monkeypatch.setattr(few_rows, "has_room", lambda device: True)
+    assert attends_cached(*operands) == taken
+    if any(x.requires_grad for x in operands):
+        with torch.no_grad():
+            assert attends_cached(*operands)
 
 
 @pytest.mark.parametrize("bytes_of_a_block, enough", [(SHARED, True), (SHARED - 1, False), (None, False)])
