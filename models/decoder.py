@@ -26,7 +26,7 @@ from shardlib.spec import Spec
 
 PROMPT_TOKENS, LATER_TOKENS = 1 << 15, 1 << 12
 """Tokens of all rows that go through the model at once: at the beginning of prompts;
-after it, where attention takes a mask."""
+after it, where attention makes a bias of what each query sees."""
 CAPTURED_TOKENS = 1 << 13
 """Up to which the beginning of prompts is captured, once its size comes again:
 its launches take longer than its work."""

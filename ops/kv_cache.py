@@ -100,7 +100,8 @@ def update_cache(text: str, cache: Operand, rows: Operand, start: Operand) -> Va
 
 
 def causal_mask(text: str, start: Operand) -> Value:
-    """Which slots of a cache each query sees, for `attention`: true where slot s <= start[b] + t.
+    """Which slots of a cache each query sees: true where slot s <= start[b] + t, as `attention` has it of
+    `start` itself; to join with other masks.
 
     Where no argument has T or S, `sizes` says how long they are.
 
