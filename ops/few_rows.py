@@ -27,6 +27,9 @@ COUNTS = 4096
 """Counts that the largest shapes need: a row's kv head of attention has one, and a tile of a matmul."""
 STREAMS = 8
 """Streams of a device that have counts."""
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+MOST_HEAD = 512
+"""Bytes of a row of a head of attention."""
 SHARED = 227 << 10
 """Bytes of a block, on an H100 or H200."""
 NARROW = 2560
@@ -75,12 +78,17 @@ def tile_of(rows: int, lines: int, columns: int, gated: bool) -> Tile:
     return tile._replace(splits=4 if lines <= 4096 else 2) if columns <= NARROW and lines >= 2048 else tile
 
 
+def differentiated(*operands: Tensor) -> bool:
+    """Whether autograd is to see what is made of these: a kernel's results have no derivative."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+
+
 def rows_matmul(x: Tensor, w: Tensor, counts: Tensor | None, gated: bool = False) -> Tensor:
     """x @ w; gated, silu of the first half of its columns times the second. x: (rows, K); w: (K, N). By
-    kernels of its own where the rows are few and w lies by columns; by the library's elsewhere. Without
-    counts no tile is split."""
+    kernels of its own where the rows are few, w lies by columns and nobody wants a derivative; by the
+    library's elsewhere. Without counts no tile is split."""
     if (0 < len(x) <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16) and w.mT.is_contiguous()
-        and x.is_contiguous() and w.numel()):
+        and x.is_contiguous() and w.numel() and not differentiated(x, w)):
         lines, columns = w.shape
         tile = tile_of(len(x), lines, columns, gated)
         tile = tile if counts is not None else tile._replace(splits=1)
@@ -109,11 +117,10 @@ def has_room(device: torch.device) -> bool:
 def attends_lengths(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attend_lengths` takes these: few queries, on a GPU, without a derivative; a row of a head is
     512 bytes at most, of which the keys and values that are under way fit into shared memory."""
-    return (q.shape[1] * q.shape[3] <= MOST_QUERIES and 0 < q.shape[-1] * q.itemsize <= 512
-            and q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.dtype == k.dtype == v.dtype
+    return (q.shape[1] * q.shape[3] <= MOST_QUERIES and 0 < q.shape[-1] * q.itemsize <= MOST_HEAD
+            and q.dtype in FLOATS and q.dtype == k.dtype == v.dtype
             and k.shape == v.shape and k.stride() == v.stride() and k.stride(-1) == 1
-            and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
-            and has_room(q.device))
+            and not differentiated(q, k, v) and has_room(q.device))
 
 
 def attend_lengths(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor | None) -> Tensor:
@@ -124,23 +131,30 @@ def attend_lengths(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Ten
                             block=32 if q.dtype == torch.float32 else 64, warps=4, stages=3)
 
 
+def refuses_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
+                   start: Tensor) -> str | None:
+    """Why `attend_cached` takes none of these sizes and dtypes; None where it does. What is under way fits
+    into shared memory, as above; with the keys and values of several new tokens, where H is at most 128."""
+    new, g, h = q.shape[1], q.shape[3], q.shape[4]
+    if new * g > MOST_QUERIES:
+        return f"more than {MOST_QUERIES} queries of a kv head"
+    if not 0 < h * q.itemsize <= MOST_HEAD or h % 2 or new > 1 and h > 128:
+        return f"heads of {h} {str(q.dtype)[6:]}"
+    if len({x.dtype for x in (q, k, v, keys, values)}) > 1 or q.dtype not in FLOATS:
+        return "q, k, v and the cache are not of one dtype of 16 or 32 bits"
+    return None if angles.dtype == torch.float32 else f"the angles are {str(angles.dtype)[6:]}"
+
+
 def attends_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
                    start: Tensor) -> bool:
-    """Whether `attend_cached` takes these: few queries, on a GPU, without a derivative. What is under
-    way fits into shared memory, as above; with the keys and values of several new tokens, where H is at most
-    128."""
-    (rows, new, heads, g, h), cache = q.shape, keys.shape
-    return (new * g <= MOST_QUERIES and 0 < h * q.itemsize <= 512 and h % 2 == 0 and (new <= 1 or h <= 128)
-            and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
-            and q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype
-            and k.shape == v.shape == (rows, new, heads, h) and all(map(dense, (q, k, v)))
-            and angles.shape == (rows, new, h) and angles.dtype == torch.float32 and angles.is_contiguous()
-            and cache == values.shape == (rows, cache[1], heads, h)
+    """Whether `attend_cached` takes these as they lie: on a GPU, without a derivative."""
+    (rows, new, heads, _, h), cache = q.shape, keys.shape
+    return (refuses_cached(q, k, v, angles, keys, values, start) is None and all(map(dense, (q, k, v)))
+            and k.shape == v.shape == (rows, new, heads, h) and angles.shape == (rows, new, h)
+            and cache == values.shape == (rows, cache[1], heads, h) and start.shape == (rows,)
+            and angles.is_contiguous() and start.is_contiguous()
             and keys.stride() == values.stride() and keys.stride(-1) == 1
-            and start.shape == (rows,) and start.is_contiguous()
-            and not (torch.is_grad_enabled()
-                     and any(x.requires_grad for x in (q, k, v, angles, keys, values)))
-            and has_room(q.device))
+            and not differentiated(q, k, v, angles, keys, values) and has_room(q.device))
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from shardlib import EXPLICIT, all_reduce, reduce_scatter, sharded
@@ -16,11 +15,11 @@ from shardlib.compiler.fusion import Fusion, Product, Site
 from shardlib.distributed.communicators.protocol import FusingCommunicator
 from shardlib.functions import silu
 from shardlib.ops.attention import attention
-from shardlib.ops.few_rows import attend_cached, counts_of, rows_matmul
+from shardlib.ops.few_rows import attend_cached, attends_cached, counts_of, refuses_cached, rows_matmul
 from shardlib.ops.kv_cache import update_cache
 from shardlib.ops.rms_norm import rms_norm
 from shardlib.ops.rope import rope
-from shardlib.triton_kernels.attending import MOST_QUERIES
+from shardlib.triton_kernels.cached_attention import cached_attention_reference
 from shardlib.triton_kernels.matmul_rows import MOST_ROWS
 
 
@@ -62,10 +61,6 @@ def cached_attention(q, k, v, angles, keys, values, start):
     return attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, keys, values, start), keys, values
 
 
-NARROW_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-MOST_HEAD_BYTES = 512
-
-
 def by_communicator(site: Site) -> Callable | str:
     """The kernel of the first communicator that has one; or why none has.
 
@@ -81,17 +76,14 @@ def by_communicator(site: Site) -> Callable | str:
 
 def by_one_kernel(site: Site) -> Callable | str:
     """`cached_attention` of few queries; the cache is given up."""
-    q, k, v, angles, keys, values, start = site.operands
     if site.device != "cuda":
         return f"no kernel attends on {site.device}"
-    if q.shape[1] * q.shape[3] > MOST_QUERIES or not 0 < q.shape[-1] * q.itemsize <= MOST_HEAD_BYTES:
-        return f"more than {MOST_QUERIES} queries of a kv head, or {MOST_HEAD_BYTES} bytes of one"
-    if {x.dtype for x in (q, k, v, keys, values)} != {q.dtype} or q.dtype not in NARROW_FLOATS:
-        return "q, k, v and the cache are not of one dtype of 16 or 32 bits"
-    if angles.dtype != torch.float32:
-        return f"the angles are {angles.dtype}"
+    if why := refuses_cached(*site.operands):
+        return why
 
     def attend(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not attends_cached(*operands):
+            return cached_attention_reference(*operands)        # it lies otherwise, or has a derivative
         return attend_cached(*operands, counts_of(operands[0].device)), operands[4], operands[5]
     return attend
 
