@@ -124,11 +124,15 @@ def attends_lengths(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attend_lengths(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor | None) -> Tensor:
-    """`decode_attention`, split as fits; without counts not at all. float32 is read in smaller blocks: they
-    take as many bytes."""
+    """`decode_attention`, split as fits; without counts not at all."""
     splits = 1 if counts is None else splits_of(k.shape[0] * k.shape[2], k.shape[1])
-    return decode_attention(q.contiguous(), k, v, lengths, counts, splits,
-                            block=32 if q.dtype == torch.float32 else 64, warps=4, stages=3)
+    return decode_attention(q.contiguous(), k, v, lengths, counts, splits, **_launched(q.dtype))
+
+
+def _launched(dtype: torch.dtype) -> dict[str, int]:
+    """Keys of a block at a time, its warps, the loads under way. float32 takes as many bytes in smaller
+    blocks, and has no room in the registers of four warps."""
+    return dict(block=32, warps=8, stages=2) if dtype == torch.float32 else dict(block=64, warps=4, stages=3)
 
 
 def refuses_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
@@ -161,6 +165,4 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor,
                   start: Tensor, counts: Tensor | None) -> Tensor:
     """`cached_attention`, split as fits; without counts, not at all."""
     splits = 1 if counts is None else splits_of(keys.shape[0] * keys.shape[2], keys.shape[1])
-    # float32 has no room in the registers of four warps
-    block, warps, stages = (32, 8, 2) if q.dtype == torch.float32 else (64, 4, 3)
-    return cached_attention(q, k, v, angles, keys, values, start, counts, splits, block, warps, stages)
+    return cached_attention(q, k, v, angles, keys, values, start, counts, splits, **_launched(q.dtype))

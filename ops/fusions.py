@@ -15,12 +15,22 @@ from shardlib.compiler.fusion import Fusion, Product, Site
 from shardlib.distributed.communicators.protocol import FusingCommunicator
 from shardlib.functions import silu
 from shardlib.ops.attention import attention
-from shardlib.ops.few_rows import attend_cached, attends_cached, counts_of, refuses_cached, rows_matmul
+from shardlib.ops.few_rows import (
+    FLOATS,
+    attend_cached,
+    attends_cached,
+    counts_of,
+    differentiated,
+    refuses_cached,
+    rows_matmul,
+)
 from shardlib.ops.kv_cache import update_cache
 from shardlib.ops.rms_norm import rms_norm
 from shardlib.ops.rope import rope
 from shardlib.triton_kernels.cached_attention import cached_attention_reference
 from shardlib.triton_kernels.matmul_rows import MOST_ROWS
+from shardlib.triton_kernels.rms_norm import MOST_WIDTH, add_rms_norm_reference
+from shardlib.triton_kernels.rms_norm import add_rms_norm as add_rms_norm_rows
 
 
 @sharded("T D +x, T D, D -> T D, T D", layout=EXPLICIT)
@@ -74,6 +84,24 @@ def by_communicator(site: Site) -> Callable | str:
     return next((a for a in answers if not isinstance(a, str)), "; ".join(said) or "no communicator has one")
 
 
+def by_norm(site: Site) -> Callable | str:
+    """`add_rms_norm` in one kernel, of rows as wide as one block takes."""
+    y, residual, w = site.operands
+    if site.device != "cuda":
+        return f"no kernel norms on {site.device}"
+    if {x.dtype for x in (y, residual, w)} != {y.dtype} or y.dtype not in FLOATS:
+        return "y, the residual and w are not of one dtype of 16 or 32 bits"
+    if not 0 < len(w) <= MOST_WIDTH:
+        return f"rows of {len(w)}"
+    eps = site.static["eps"]
+
+    def norm(*operands: Tensor) -> tuple[Tensor, Tensor]:
+        if differentiated(*operands):
+            return add_rms_norm_reference(*operands, eps)
+        return add_rms_norm_rows(*(x.contiguous() for x in operands), eps)
+    return norm
+
+
 def by_one_kernel(site: Site) -> Callable | str:
     """`cached_attention` of few queries; the cache is given up."""
     if site.device != "cuda":
@@ -105,5 +133,6 @@ def by_few_rows(product: Product) -> Callable | str:
 
 
 FUSIONS = (Fusion(all_reduce_add_rms_norm, kernel=by_communicator),
-           Fusion(reduce_scatter_add_rms_norm, kernel=by_communicator), Fusion(add_rms_norm), Fusion(gate_up),
+           Fusion(reduce_scatter_add_rms_norm, kernel=by_communicator),
+           Fusion(add_rms_norm, kernel=by_norm), Fusion(gate_up),
            Fusion(cached_attention, kernel=by_one_kernel))

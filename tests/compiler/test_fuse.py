@@ -71,7 +71,8 @@ def test_all_sums_of_a_llama_fuse_with_their_norms(mesh: str, layout: str) -> No
     here, of, layers = Mesh.parse(mesh), config(2), 2
     plain, made = lowered(mesh, layout, ROTATED), lowered(mesh, layout, FUSING)
     sums = "reduce_scatter_add_rms_norm" if "sp" in layout else "all_reduce_add_rms_norm"
-    assert sites(made, layers) == {sums: 2 * layers + 1, "gate_up": layers}
+    attends = {} if "cp" in layout else {"cached_attention": layers}    # cp gathers k and v in between
+    assert sites(made, layers) == {sums: 2 * layers + 1, "gate_up": layers, **attends}
     assert collectives(made, layers) == collectives(plain, layers)
     assert parse_program(str(made), TABLE) == made == check(made, here)
     sizes = dict(of.sizes, B=4, T=5, S=6)
@@ -356,7 +357,13 @@ def test_gradients_of_a_llama_are_the_same_bits() -> None:
 
 def test_where_nothing_is_owed_the_addition_fuses_with_the_norm() -> None:
     program = lowered("dp=2", "tp", FUSING)
-    assert sites(program, 2) == {"add_rms_norm": 2, "gate_up": 2}
+    assert sites(program, 2) == {"add_rms_norm": 5, "gate_up": 2, "cached_attention": 2}
+    assert unfused(program) == []
+
+
+def test_where_no_scan_is_rotated_half_of_them_lie_across_its_border() -> None:
+    program = lowered("dp=2", "tp", (*DEFAULT, *fuse(FUSIONS)))
+    assert sites(program, 2) == {"add_rms_norm": 2, "gate_up": 2, "cached_attention": 2}
     assert [re.sub(r"llama.py:\d+", "llama.py", line) for line in unfused(program)] == [
         "add_rms_norm at llama.py: x is an argument, not made by add",
         "add_rms_norm at llama.py: x2 is made by scan at llama.py, not by add"]

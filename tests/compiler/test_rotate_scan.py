@@ -38,6 +38,21 @@ def test_the_llama_decodes_the_same_bits_by_as_many_collectives(mesh: str, layou
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("layers", [0, 1, 3])
+@pytest.mark.parametrize("mesh, layout", [("", "tp"), ("dp=2", "dp")])
+def test_where_nothing_is_owed_the_addition_moves(mesh: str, layout: str, layers: int) -> None:
+    here, of = Mesh.parse(mesh), config(layers)
+    layout = Layout(B="dp") if layout == "dp" else Layout()
+    straight, rotated = (lower(next_logits, layout, mesh=here, config=of, passes=passes)
+                         for passes in (DEFAULT, ROTATED))
+    (scanned,) = (step for step in rotated.steps if step.op is SCAN)
+    assert len(Scan.of(scanned).carries) == 2 and scanned.body.steps[0].op.name == "add"
+    assert collectives(rotated, layers) == collectives(straight, layers)
+    assert parse_program(str(rotated), TABLE) == rotated == check(rotated, here)
+    for a, b in zip(decoded(straight, here, of), decoded(rotated, here, of), strict=True):
+        assert torch.equal(a, b)
+
+
 # -- where it is left alone ----------------------------------------------------------------------------------
 
 @sharded("B D, D F, F D -> B D")

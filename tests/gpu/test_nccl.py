@@ -33,4 +33,4 @@ def test_llama_equals_one_process(mesh, layout):
 def test_the_conformance_kit_passes_on_nccl():
     ranks = 4 if torch.cuda.device_count() >= 4 else 2
     mesh = "dp=2,tp=2" if ranks == 4 else "tp=2"
-    torchrun(ranks, str(HERE.parent / "distributed" / "torchrun_conformance.py"), mesh, "cuda")
+    torchrun(ranks, str(HERE.parent / "helpers" / "torchrun_conformance.py"), mesh, "cuda")

@@ -19,7 +19,7 @@ from shardlib.compiler.passes.fuse import fuse, fusion_report
 from shardlib.models.decoding import PASSES, llama_of
 from shardlib.models.llama import Cache, KeyValue, LlamaConfig, next_logits, next_token
 from shardlib.ops import fusions
-from shardlib.ops.fusions import by_few_rows, by_one_kernel
+from shardlib.ops.fusions import by_few_rows, by_norm, by_one_kernel
 from shardlib.params import leaf_values
 
 CONFIG = LlamaConfig(vocab_size=48, d_model=32, num_layers=2, num_kv_heads=2, queries_per_kv=2, head_dim=16,
@@ -33,11 +33,15 @@ def on_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, ...]]:
     def site(asked: Site) -> Any:
         return by_one_kernel(replace(asked, device="cuda"))
 
+    def norm(asked: Site) -> Any:
+        return by_norm(replace(asked, device="cuda"))
+
     def product(asked: Product) -> Any:
         return by_few_rows(replace(asked, device="cuda"))
     monkeypatch.setattr(fusions, "counts_of", lambda device: None)
     monkeypatch.setattr(fusions, "attends_cached", lambda *operands: True)
-    table = [Fusion(f.function, kernel=site) if f.kernel is by_one_kernel else f for f in fusions.FUSIONS]
+    table = [Fusion(f.function, kernel={by_one_kernel: site, by_norm: norm}.get(f.kernel, f.kernel))
+             for f in fusions.FUSIONS]
     with rounded():
         yield (*DEFAULT, "rotate_scan", *fuse(table, product))
 
@@ -67,7 +71,7 @@ def test_kernels_give_the_logits_of_the_bodies(on_one: Any, dtype: torch.dtype, 
     plain, kept, _ = decode(DEFAULT, dtype, tokens, start)
     found, cache, step = decode(on_one, dtype, tokens, start)
     answers = {a.partition(" at ")[0].partition(":")[0]: a.rpartition(": ")[2] for a in step.kernels.answers}
-    assert answers["cached_attention"] == "by a kernel"
+    assert answers["cached_attention"] == answers["add_rms_norm"] == "by a kernel"
     matmuls = {a for name, a in answers.items() if name.startswith("matmul")}
     assert matmuls == ({"by a kernel"} if dtype != torch.float32 else
                        {"no kernel multiplies float32 on cuda"})
@@ -82,7 +86,8 @@ def test_kernels_give_the_logits_of_the_bodies(on_one: Any, dtype: torch.dtype, 
 
 def test_the_step_of_a_llama_is_all_fused() -> None:
     """Between matmuls nothing is left but fused steps, in a layer."""
-    for mesh, layout in ((Mesh(tp=2), Layout(K="tp", F="tp", V="tp")),
+    for mesh, layout in ((Mesh(), Layout()), (Mesh(dp=2), Layout(B="dp")),
+                         (Mesh(tp=2), Layout(K="tp", F="tp", V="tp")),
                          (Mesh(tk=2, tg=2), Layout(K="tk", G="tg", F=("tk", "tg"), V=("tk", "tg")))):
         program = lower(next_token, layout, None, llama_of(CONFIG), mesh=mesh, passes=PASSES, config=CONFIG)
         body = next(b for b in program.bodies() if b.name == "cached_block")
@@ -105,4 +110,17 @@ def test_what_the_kernel_takes(changed: dict[str, Any], said: str) -> None:
     dtypes = (*[given["dtype"]] * 3, given["angles"], kept, kept, torch.int64)
     operands = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(shapes, dtypes)]
     found = by_one_kernel(Site(fusions.cached_attention, given["device"], operands, {}))
+    assert (found if isinstance(found, str) else "taken") == said
+
+
+@pytest.mark.parametrize("changed, said", [
+    (dict(device="cpu"), "no kernel norms on cpu"), (dict(width=0), "rows of 0"),
+    (dict(width=(1 << 16) + 1), "rows of 65537"),
+    (dict(weight=torch.float32), "y, the residual and w are not of one dtype of 16 or 32 bits"),
+    ({}, "taken")])
+def test_what_the_norm_takes(changed: dict[str, Any], said: str) -> None:
+    given = dict(device="cuda", width=64, weight=torch.bfloat16) | changed
+    y = torch.empty((3, given["width"]), dtype=torch.bfloat16, device="meta")
+    w = torch.empty(given["width"], dtype=given["weight"], device="meta")
+    found = by_norm(Site(fusions.add_rms_norm, given["device"], (y, y, w), {"eps": 1e-5}))
     assert (found if isinstance(found, str) else "taken") == said

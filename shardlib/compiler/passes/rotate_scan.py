@@ -12,24 +12,52 @@
 
 So a sum, the addition to the residual and the norm that follows stand beside each other in every round, where
 a kernel can take them together. As many collectives as before, no weight is shifted, and a scan of no layers
-is no case of its own.
+is no case of its own. Where nothing is owed, neither in the round's last product nor in what goes into the
+scan, the addition alone moves.
 
-Side condition: what goes into the scan is just such a sum (an embedding's, say), nothing else uses the values
-that move, and no gradient is wanted: a backward scan would keep other values.
+Side condition: what goes into the scan is just such a sum (an embedding's, say), or such a value, nothing
+else uses the values that move, and no gradient is wanted: a backward scan would keep other values.
 """
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from shardlib.compiler.builder import Builder
 from shardlib.compiler.grad import ZEROS_LIKE
 from shardlib.compiler.passes.rewrite import Pass, use_counts
 from shardlib.dtypes import value_dtypes
 from shardlib.language.arithmetic import ADD
+from shardlib.language.einsum import EINSUM
 from shardlib.language.scan import SCAN
 from shardlib.language.trace import fresh
 from shardlib.mesh import Mesh
 from shardlib.program import Program, Result, Scan, Step
+from shardlib.spec import Spec
+
+
+@dataclass(frozen=True)
+class Tail:
+    """How a round ends: with `add`, of the residual and of what the step `adds` makes. pays: the move that
+    pays the sum in between, if there is one. first: the step that makes what goes into the scan, where it is
+    still owed if that is paid; `feeds` is its value."""
+    add: Step
+    adds: Step
+    pays: Step | None
+    first: Step
+
+    @property
+    def feeds(self) -> str:
+        return self.first.inputs[0] if self.pays else self.first.outputs[0]
+
+    @property
+    def added(self) -> str:
+        """The operand of the addition that is no residual."""
+        return (self.pays or self.adds).outputs[0]
+
+    @property
+    def types(self) -> tuple[Spec, Spec]:
+        """Of the residual, and of what is added to it."""
+        return self.add.outs[0], self.adds.outs[0]
 
 
 def rotate_scan(program: Program, mesh: Mesh) -> Program:
@@ -38,28 +66,27 @@ def rotate_scan(program: Program, mesh: Mesh) -> Program:
                       steps=tuple(s.rewritten(lambda body: rotate_scan(body, mesh)) for s in program.steps))
     for step in program.steps:
         if step.op is SCAN and (tail := _tail(program, step)):
-            program = _rotated(program, step, *tail, mesh)
+            program = _rotated(program, step, tail, mesh)
     return program
 
 
-def _tail(program: Program, scan: Step) -> tuple[Step, Step, Step] | None:
-    """The move that pays at the end of each round, the addition after it, and the move that feeds the scan.
-
-    None where it does not end so.
-    """
+def _tail(program: Program, scan: Step) -> Tail | None:
+    """None where it does not end so."""
     parts, body = Scan.of(scan), scan.body
     made, before = ({o: s for s in steps for o in s.outputs} for steps in (body.steps, program.steps))
-    if len(parts.carries) != 1:
+    add, first = made.get(parts.carried[0][0]), before.get(parts.carries[0][1])
+    if len(parts.carries) != 1 or first is None or add is None or add.op is not ADD:
         return None
-    add = made.get(parts.carried[0][0])
-    pays = (next((made[i] for i in add.inputs if i in made and _pays(made[i])), None) if add and add.op is ADD
-            else None)
-    first = before.get(parts.carries[0][1])
-    if pays is None or first is None or (first.op, first.ins, first.outs) != (pays.op, pays.ins, pays.outs):
+    operands = [made[i] for i in add.inputs if i in made]
+    pays = next((s for s in operands if _pays(s)), None)
+    adds = made.get(pays.inputs[0]) if pays else next((s for s in operands if s.op is EINSUM), None)
+    alike = ((first.op, first.ins, first.outs) == (pays.op, pays.ins, pays.outs) if pays
+             else not _pays(first) and len(first.outputs) == 1)
+    if adds is None or not alike or len(adds.outputs) > 1:
         return None
-    inner, outer = use_counts(body), use_counts(program)
-    alone = inner[add.outputs[0]] == inner[pays.outputs[0]] == outer[first.outputs[0]] == 1
-    return (pays, add, first) if alone and _of_one_dtype(program, scan, first, pays) else None
+    tail, inner, outer = Tail(add, adds, pays, first), use_counts(body), use_counts(program)
+    alone = inner[add.outputs[0]] == inner[tail.added] == outer[first.outputs[0]] == 1
+    return tail if alone and _of_one_dtype(program, scan, tail) else None
 
 
 def _pays(step: Step) -> bool:
@@ -67,49 +94,49 @@ def _pays(step: Step) -> bool:
             and all(o.kind == "+" for o in step.ins[0].owed))
 
 
-def _of_one_dtype(program: Program, scan: Step, first: Step, pays: Step) -> bool:
-    """Whether what is owed may have one dtype in all rounds, as far as it is known."""
+def _of_one_dtype(program: Program, scan: Step, tail: Tail) -> bool:
+    """Whether what is added may have one dtype in all rounds, as far as it is known."""
     outside = value_dtypes(program, {}, None)
     inside = value_dtypes(scan.body, {path: outside[value] for path, value in scan.passed(scan.body)}, None)
-    known = {outside[first.inputs[0]], inside[pays.inputs[0]]} - {None}
-    return len(known) < 2
+    return len({outside[tail.feeds], inside[tail.adds.outputs[0]]} - {None}) < 2
 
 
-def _rotated(program: Program, scan: Step, pays: Step, add: Step, first: Step, mesh: Mesh) -> Program:
+def _rotated(program: Program, scan: Step, tail: Tail, mesh: Mesh) -> Program:
     before, after = program.steps[:program.steps.index(scan)], program.steps[program.steps.index(scan) + 1:]
     b = Builder(mesh, program.names())
     b.types.update(program.types())
     b.where = scan.where
-    zero = b.move(b.call(ZEROS_LIKE, [first.inputs[0]]), pays.outs[0], "nothing is added yet")
-    residual, owed = (fresh(base, b.taken) for base in ("residual", "owed"))
+    zero = b.move(b.call(ZEROS_LIKE, [tail.feeds]), tail.types[0], "nothing is added yet")
+    residual, added = (fresh(base, b.taken) for base in ("residual", "owed" if tail.pays else "added"))
     parts = Scan.of(scan)
     attrs = Scan.attrs(parts.dim, len(parts.stacked), 2, parts.reverse)
-    ins, outs = (pays.outs[0], pays.ins[0], *scan.ins[1:]), (pays.outs[0], pays.ins[0], *scan.outs[1:])
-    turned = replace(scan, ins=ins, outs=outs, inputs=(zero, first.inputs[0], *scan.inputs[1:]),
-                     outputs=(residual, owed, *scan.outputs[1:]), attrs=attrs,
-                     body=_turned_body(scan.body, pays, add), said=())
-    end = _paid(pays, add, residual, owed, fresh("", b.taken), scan.outputs[0])
-    return replace(program, steps=(*(s for s in before if s is not first), *b.steps, turned, *end, *after))
+    turned = replace(scan, ins=(*tail.types, *scan.ins[1:]), outs=(*tail.types, *scan.outs[1:]),
+                     inputs=(zero, tail.feeds, *scan.inputs[1:]),
+                     outputs=(residual, added, *scan.outputs[1:]), attrs=attrs,
+                     body=_turned_body(scan.body, tail), said=())
+    end = _paid(tail, residual, added, b.taken, scan.outputs[0])
+    kept = (s for s in before if s is not tail.first or not tail.pays)
+    return replace(program, steps=(*kept, *b.steps, turned, *end, *after))
 
 
-def _turned_body(body: Program, pays: Step, add: Step) -> Program:
+def _turned_body(body: Program, tail: Tail) -> Program:
     """The body that begins with what it ended with."""
     (carry, _), *args = body.args
-    taken = body.names()
-    residual, owed = (fresh(base, taken) for base in ("residual", "owed"))
-    head = _paid(pays, add, residual, owed, fresh("", taken), carry)
-    (kept,) = (i for i in add.inputs if i != pays.outputs[0])           # the sum is used once
-    results = (Result(pays.outs[0], (kept,)), Result(pays.ins[0], pays.inputs), *body.results[1:])
-    steps = (*head, *(s for s in body.steps if s is not pays and s is not add))
-    return replace(body, args=((residual, pays.outs[0]), (owed, pays.ins[0]), *args), steps=steps,
-                   results=results)
+    taken, types = body.names(), tail.types
+    residual, added = (fresh(base, taken) for base in ("residual", "owed" if tail.pays else "added"))
+    head = _paid(tail, residual, added, taken, carry)
+    (kept,) = (i for i in tail.add.inputs if i != tail.added)           # what is added is used once
+    results = (Result(types[0], (kept,)), Result(types[1], tail.adds.outputs), *body.results[1:])
+    steps = (*head, *(s for s in body.steps if s is not tail.pays and s is not tail.add))
+    return replace(body, args=((residual, types[0]), (added, types[1]), *args), steps=steps, results=results)
 
 
-def _paid(pays: Step, add: Step, residual: str, owed: str, between: str, made: str) -> tuple[Step, Step]:
+def _paid(tail: Tail, residual: str, added: str, taken: set[str], made: str) -> tuple[Step, ...]:
     """What is owed, paid and added to the residual, as the round did: the operands in their order."""
-    operands = tuple(between if i in pays.outputs else residual for i in add.inputs)
-    return (replace(pays, inputs=(owed,), outputs=(between,), said=()),
-            replace(add, inputs=operands, outputs=(made,), said=()))
+    between = fresh("", taken) if tail.pays else added
+    operands = tuple(between if i == tail.added else residual for i in tail.add.inputs)
+    add = replace(tail.add, inputs=operands, outputs=(made,), said=())
+    return (replace(tail.pays, inputs=(added,), outputs=(between,), said=()), add) if tail.pays else (add,)
 
 
 ROTATE_SCAN = Pass("rotate_scan", rotate_scan, before_grad=False, after_grad=False)
