@@ -20,7 +20,6 @@ from shardlib.models.decoding import PASSES, llama_of, weight_types
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import Cache, KeyValue, LlamaConfig, next_logits
 from shardlib.models.random_weights import random_weights
-from shardlib.params import fill
 
 CONFIG = LlamaConfig(vocab_size=1536, d_model=1536, num_layers=4, num_kv_heads=12, queries_per_kv=2,
                      head_dim=64, d_ff=3072, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=False,
