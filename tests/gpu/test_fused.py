@@ -19,7 +19,8 @@ def test_fused_steps_give_the_logits_of_their_bodies(mesh: str, dtype: str) -> N
         pytest.skip(f"needs {count} GPUs, this machine has {torch.cuda.device_count()}")
     said = torchrun(count, WORKER, mesh, dtype)
     for rows in (1, 3, 8, 32, 40):
-        (line,) = (line for line in said.splitlines() if line.startswith(f"logits {mesh} {dtype} {rows} rows"))
+        (line,) = (line for line in said.splitlines()
+                   if line.startswith(f"logits {mesh} {dtype} {rows} rows:"))
         sums = "add_rms_norm" if count == 1 else "all_reduce_add_rms_norm"
         assert f"{sums}; cached_attention" in line
         assert ("gate_up" in line) == (rows <= 32), line
