@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import llama_reference as reference
@@ -21,6 +22,7 @@ from shardlib.models.files.model_files import open_checkpoint
 from shardlib.models.llama import Cache, LlamaConfig, logits_of, loss, next_logits
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
+from shardlib.ops import few_rows
 from shardlib.params import init
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -169,3 +171,32 @@ def test_the_loss_in_bfloat16_is_at_most_as_wrong_as_that_of_torch_from_float32_
         ours.append(simulate(loss, layout, ids, labels, tree(weights, config),
                              torch.zeros(4, dtype=torch.int64), mesh=mesh, config=config) - truth)
     assert torch.stack(ours).square().mean().sqrt() <= torch.stack(theirs).square().mean(0).sqrt().max()
+
+
+@pytest.mark.parametrize("mesh, layout, seen", [
+    (Mesh(), Layout(), [[1, 37]]), (Mesh(tp=2), Layout(K="tp", F="tp", V="tp", T="tp"), [[1, 37], [1, 37]]),
+    (Mesh(cp=2), Layout(T="cp"), [[1, 37], [3, 39]])], ids=str)
+def test_a_step_whose_attention_is_by_lengths_makes_no_mask(mesh: Mesh, layout: Layout, seen: list[list[int]],
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the kernel in the interpreter, once a layer on each rank; the logits are the same, up to
+    rounding. Where T is split, each rank's queries begin where its piece does."""
+    config = replace(CONFIG, vocab_size=37, d_model=16, num_layers=2, num_kv_heads=2, queries_per_kv=2,
+                     head_dim=4, d_ff=7, tied=True)
+    weights = tree(reference.random_weights(config, 0), config)
+    sizes, g = dict(config.sizes, B=2, T=3, S=40), torch.Generator().manual_seed(0)
+    ids, start, last = torch.randint(37, (2, 3), generator=g), torch.tensor([0, 36]), torch.tensor([2, 1])
+    held = init(Cache, sizes, dtype=torch.float32, path="cache")
+    for leaf in (held.layers.k, held.layers.v):
+        leaf.copy_(torch.randn(leaf.shape, generator=g))
+
+    def step() -> torch.Tensor:
+        return simulate(next_logits, layout, ids, weights, held, start, last, mesh=mesh, config=config)[0]
+    plain, module, lengths = step(), import_module("shardlib.ops.attention"), []
+    monkeypatch.setattr(few_rows, "has_room", lambda device: True)
+    monkeypatch.setattr(module, "counts_of", lambda device: None)
+    monkeypatch.setattr(module, "slots_seen", None)
+    monkeypatch.setattr(module, "attend_lengths",
+                        lambda *of: (lengths.append(of[3].tolist()), few_rows.attend_lengths(*of))[1])
+    with torch.no_grad():
+        torch.testing.assert_close(step(), plain, rtol=1e-4, atol=1e-4)
+    assert sorted(lengths) == sorted(seen * config.num_layers)

@@ -36,7 +36,8 @@ REDUCTIONS, ARGUMENTS, SCANS, MASKS = (f"tests/language/test_{name}.py" for name
     "reductions", "calls", "scan", "masks"))
 FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
     "failures", "captured", "surroundings", "wrt"))
-ATTENTION, CACHES, ROPE = (f"tests/ops/test_{name}.py" for name in ("attention", "kv_cache", "rope"))
+ATTENTION, CACHES, ROPE, FEW_ROWS = (f"tests/ops/test_{name}.py" for name in (
+    "attention", "kv_cache", "rope", "few_rows"))
 TOKENIZERS, GGUF = ("tests/models/test_saved_tokenizers.py -k unless_the_folder",
                     "tests/models/test_gguf_defaults.py")
 RESULTS, RANDOM, CONFIGS, LOADING, HEADERS = (f"tests/models/test_{name}.py" for name in (
@@ -422,6 +423,26 @@ MUTANTS = (
            "tests/ops/test_attention.py"),
     Mutant("ops/attention.py", "g.masked_fill(~seen[:, :, None, None, None], 0)", "g",
            "tests/ops/test_attention.py"),
+    Mutant("ops/attention.py", "(self.start + (self.offset + 1))", "(self.start + 1)", ATTENTION),
+    Mutant("ops/attention.py", ".clamp(-self.t, self.s)", "", ATTENTION),
+    Mutant("ops/attention.py", "{{x}}.long(), {offset}, {t}", "{{x}}, {offset}, {t}", ATTENTION),
+    Mutant("ops/attention.py", "{{x}}.long(), {offset}, {t}", "{{x}}.long(), 0, {t}", ATTENTION),
+    Mutant("ops/attention.py", "    return [kind, kind, kind, *dtypes[3:]]",
+           '    return [kind, kind, kind, *["int64" if k == "int32" else k for k in dtypes[3:]]]', ATTENTION),
+    Mutant("ops/attention.py", "@cached_property\n    def bias", "@property\n    def bias", ATTENTION),
+    Mutant("ops/attention.py", "@cached_property\n    def mask", "@property\n    def mask", ATTENTION),
+    Mutant("ops/attention.py", "@cached_property\n    def lengths", "@property\n    def lengths", ATTENTION),
+    Mutant("ops/attention.py", '"index" if _has_start(step) else "mask"', '"any"', BY_HAND),
+    Mutant("ops/attention.py", "if not others and of != row:", "if False:", ERRORS + " -k another_dim"),
+    Mutant("ops/few_rows.py", "and not (torch.is_grad_enabled() and any", "and not (False and any",
+           f"{FEW_ROWS} {ATTENTION}"),
+    Mutant("ops/few_rows.py", "torch.is_grad_enabled() and any", "any", FEW_ROWS),
+    Mutant("ops/few_rows.py", "decode_attention(q.contiguous(), k", "decode_attention(q, k", FEW_ROWS),
+    Mutant("ops/few_rows.py", "if torch.cuda.is_current_stream_capturing():", "if False:", FEW_ROWS),
+    Mutant("ops/few_rows.py", "            stream.synchronize() ", "            pass ", FEW_ROWS),
+    Mutant("ops/few_rows.py", "self.rows.setdefault(stream, len(self.rows))", "len(self.rows)", FEW_ROWS),
+    Mutant("triton_kernels/decode_attention.py", "tl.minimum(length + T - 1, S)", "(length + T - 1)",
+           "tests/triton_kernels/test_few_rows.py -k by_lengths"),
     Mutant("ops/rms_norm.py", "torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)",
            "x.dtype", "tests/ops/test_rms_norm.py"),
     Mutant("shardlib/language/reductions.py", "False if x.dtype == torch.bool\n               "

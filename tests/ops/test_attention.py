@@ -136,6 +136,16 @@ def test_a_start_gives_the_bits_of_its_mask(data: st.DataObject, dtype: torch.dt
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_where_queries_stand_is_reckoned_in_64_bits() -> None:
+    """The last rank's one query stands at 127 + 2."""
+    r = torch.Generator().manual_seed(0)
+    q, k, v, weight = (torch.randn(shape, generator=r) for shape in
+                       ((1, 3, 1, 1, 4), (1, 150, 1, 4), (1, 150, 1, 4), (1, 3, 1, 1, 4)))
+    one, other = (simulate(placed, Layout(T="x"), q, k, v, torch.tensor([127], dtype=kind), weight,
+                           mesh=Mesh(x=2)) for kind in (torch.int8, torch.int64))
+    assert torch.equal(one, other)
+
+
 @sharded("B T K G H, B S K H, B -> B T K G H")
 def layer(x, cache, start):
     return x + attention("B T K G H, B S K H, B S K H, B -> B T K G H", x, cache, cache, start)

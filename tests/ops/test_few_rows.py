@@ -183,6 +183,14 @@ def test_a_gpu_has_room_that_has_an_h100s(bytes_of_a_block: int | None, enough: 
     few_rows.has_room.cache_clear()
 
 
+def test_queries_may_lie_anywhere() -> None:
+    """The kernel wants them one after another."""
+    r = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 3, 2, 1, 8, generator=r), torch.randn(2, 9, 2, 8, generator=r)
+    strided, lengths = q.transpose(1, 2).contiguous().transpose(1, 2), torch.tensor([2, 7])
+    assert torch.equal(attend_lengths(strided, k, k, lengths, None), attend_lengths(q, k, k, lengths, None))
+
+
 class Streams:
     """What `counts_of` asks of CUDA: the current stream, by number, and whether it captures."""
 
