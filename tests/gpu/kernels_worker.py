@@ -107,7 +107,7 @@ class OneGpu:
         q, k, v = (self.normal(rows, new, heads, group, h), self.normal(rows, keys, heads, h),
                    self.normal(rows, keys, heads, h))
         lengths = torch.tensor(
-            [self.random.choice((0, 1, keys - new + 1, self.random.randint(0, keys - new + 1)))
+            [self.random.choice((-3, 0, 1, keys - new + 1, keys + 5, self.random.randint(0, keys - new + 1)))
              for _ in range(rows)], device="cuda")
         behind = torch.arange(keys, device="cuda") >= (lengths + new - 1)[:, None]
         k[behind], v[behind] = float("nan"), float("nan")
