@@ -21,6 +21,7 @@ from shardlib.models.llama import Cache, KeyValue, LlamaConfig, next_logits, nex
 from shardlib.ops import fusions
 from shardlib.ops.fusions import by_few_rows, by_norm, by_one_kernel
 from shardlib.params import leaf_values
+from shardlib.triton_kernels.cached_attention import cached_attention_reference
 
 CONFIG = LlamaConfig(vocab_size=48, d_model=32, num_layers=2, num_kv_heads=2, queries_per_kv=2, head_dim=16,
                      d_ff=32, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=False, max_context=16)
@@ -124,3 +125,17 @@ def test_what_the_norm_takes(changed: dict[str, Any], said: str) -> None:
     w = torch.empty(given["width"], dtype=given["weight"], device="meta")
     found = by_norm(Site(fusions.add_rms_norm, given["device"], (y, y, w), {"eps": 1e-5}))
     assert (found if isinstance(found, str) else "taken") == said
+
+
+def test_what_lies_otherwise_or_has_a_derivative_goes_to_torch() -> None:
+    """A tensor on the CPU is no kernel's; that of norms would take it, and lose its gradient."""
+    shapes = ((1, 1, 2, 2, 4), (1, 1, 2, 4), (1, 1, 2, 4), (1, 1, 4), (1, 3, 2, 4), (1, 3, 2, 4))
+    operands = (*map(torch.randn, shapes), torch.tensor([1]))
+    attend = by_one_kernel(Site(fusions.cached_attention, "cuda", operands, {}))
+    for made, wanted in zip(attend(*operands), cached_attention_reference(*operands), strict=True):
+        assert torch.equal(made, wanted)
+    y, residual, w = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8), torch.ones(8)
+    norm = by_norm(Site(fusions.add_rms_norm, "cuda", (y, residual, w), {"eps": 1e-5}))
+    total, normed = norm(y, residual, w)
+    (total.sum() + normed.square().sum()).backward()
+    assert torch.allclose(total, y + residual) and y.grad is not None

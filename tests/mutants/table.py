@@ -46,6 +46,7 @@ SIMULATED = "tests/run/test_simulate.py"
 DECODER, ROTATED = "tests/models/test_decoder.py", "tests/compiler/test_rotate_scan.py -k leaves_alone"
 FUSE, FUSED, KERNELS = ("tests/compiler/test_fuse.py", "tests/language/test_fused.py",
                         "tests/run/test_kernels.py")
+PRODUCTS, STEP = "tests/run/test_products.py", "tests/models/test_fused_step.py -k lies_otherwise"
 LIKE = FUSE + " -k what_is_like_one"
 EXCHANGES = PLANNER + " -k exchange_says"
 ASKED = GROUP + " -k all_members_ask"
@@ -434,8 +435,7 @@ MUTANTS = (
     Mutant("ops/attention.py", "@cached_property\n    def lengths", "@property\n    def lengths", ATTENTION),
     Mutant("ops/attention.py", '"index" if _has_start(step) else "mask"', '"any"', BY_HAND),
     Mutant("ops/attention.py", "if not others and of != row:", "if False:", ERRORS + " -k another_dim"),
-    Mutant("ops/few_rows.py", "and not (torch.is_grad_enabled() and any", "and not (False and any",
-           f"{FEW_ROWS} {ATTENTION}"),
+    Mutant("ops/few_rows.py", "torch.is_grad_enabled() and any", "False and any", f"{FEW_ROWS} {ATTENTION}"),
     Mutant("ops/few_rows.py", "torch.is_grad_enabled() and any", "any", FEW_ROWS),
     Mutant("ops/few_rows.py", "decode_attention(q.contiguous(), k", "decode_attention(q, k", FEW_ROWS),
     Mutant("ops/few_rows.py", "if torch.cuda.is_current_stream_capturing():", "if False:", FEW_ROWS),
@@ -540,8 +540,8 @@ MUTANTS = (
     Mutant("shardlib/compiler/completer.py", "                if have.dims[0].axes:\n",
            "                if layout == EXPLICIT and have.dims[0].axes:\n", f"{ERRORS} -k split_dim"),
     Mutant("shardlib/compiler/passes/rotate_scan.py",
-           "inner[add.outputs[0]] == inner[pays.outputs[0]] == outer[first.outputs[0]] == 1",
-           "inner[add.outputs[0]] == inner[pays.outputs[0]] == 1", ROTATED),
+           "inner[add.outputs[0]] == inner[tail.added] == outer[first.outputs[0]] == 1",
+           "inner[add.outputs[0]] == inner[tail.added] == 1", ROTATED),
     Mutant("shardlib/dtypes.py", '"index": {*ITEMSIZE} - {*FLOATS} - {"bool"}}',
            '"index": {*ITEMSIZE} - {*FLOATS}}', f"{BY_HAND} -k mask_is_no_index"),
     Mutant("shardlib/language/unary.py", '"torch.ops.aten.gelu_backward({g}, {x})"',
@@ -619,8 +619,8 @@ MUTANTS = (
     Mutant("shardlib/lowering/emit.py",
            "if lists[out] not in names.values():        # a body may return a value twice",
            "if True:", SCANS),
-    Mutant("shardlib/compiler/passes/rotate_scan.py", "return len(known) < 2",
-           "return len(known) < 3", ROTATED),
+    Mutant("shardlib/compiler/passes/rotate_scan.py", "inside[tail.adds.outputs[0]]} - {None}) < 2",
+           "inside[tail.adds.outputs[0]]} - {None}) < 3", ROTATED),
     Mutant("shardlib/distributed/flat.py", "x = x.resolve_conj().resolve_neg()", "x = x.resolve_conj()",
            "tests/distributed/test_flat.py -k plain"),
     # fusions
@@ -758,4 +758,20 @@ MUTANTS = (
            "return name in self.params", f"{API} -k after_a_conversion"),
     Mutant("shardlib/compiler/sizes.py", "if not dim.factors and n != dim.size:",
            "if not dim.factors and n < dim.size:", f"{SIZES} -k a_constant_dim"),
+    # kernels of matmuls, and of fused steps that update
+    Mutant("shardlib/compiler/passes/pack.py", "return then if alike else None", "return then", PRODUCTS),
+    Mutant("shardlib/run/kernels.py", "static_of(fusion, then.bodies[0], self.runtime.mesh) == {}", "True",
+           PRODUCTS),
+    Mutant("shardlib/run/kernels.py", "or self.reference or then and not known", "or then and not known",
+           PRODUCTS),
+    Mutant("shardlib/lowering/emit.py", "kept = {outer[path] for path in updates.values()} - free",
+           "kept: set[str] = set()", f"{IN_PLACE} -k fused"),
+    Mutant("shardlib/lowering/emit.py", "in owned and uses[v] == 1}", "in owned}", f"{IN_PLACE} -k fused"),
+    Mutant("shardlib/lowering/emit.py", "return [*(look for look in looks if not look.isidentifier()),",
+           "return [*(),", f"{IN_PLACE} -k not_there"),
+    Mutant("shardlib/lowering/buffers.py", "return path and dict(step.passed(step.bodies[0]))[path]",
+           "return None", f"{IN_PLACE} -k fused"),
+    Mutant("ops/fusions.py", "if not attends_cached(*operands):", "if False:", STEP),
+    Mutant("ops/fusions.py", "        if differentiated(*operands):\n", "        if False:\n", STEP),
+    Mutant("ops/kv_cache.py", "looks=_look, ", "", KERNELS),
 )
