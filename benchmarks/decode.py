@@ -117,7 +117,7 @@ def merge(path: Path, new: list[dict]) -> None:
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     keys = {(r["case"], r["hardware"]) for r in new}
     rows = [r for r in old if (r["case"], r["hardware"]) not in keys] + new
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     said = {key: of_all(rows, key) for key in ("hardware", "commit", "date")}
     path.write_text(json.dumps({**said, "versions": new[0]["versions"], "rows": rows}, indent=1) + "\n")
 

@@ -72,10 +72,13 @@ def cached_attention(q, k, v, angles, keys, values, start):
 
 
 def by_communicator(site: Site) -> Callable | str:
-    """The kernel of the first communicator that has one; or why none has.
+    """The kernel of the first communicator that has one; or why none has. A sum over one rank is the rank's
+    own: that of a norm.
 
     They know functions by name: it is that of FUSIONS, or none.
     """
+    if site.ranks == 1 and site.function in (all_reduce_add_rms_norm, reduce_scatter_add_rms_norm):
+        return by_norm(site)
     if not any(site.function is fusion.function for fusion in FUSIONS):
         return f"{site.function.__name__} is another function than that of ops.fusions"
     answers = [c.fused(site.function.__name__, site.operands, site.static) for c in site.communicators

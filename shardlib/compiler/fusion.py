@@ -70,13 +70,15 @@ class Site:
 
     function: what it means.  operands: their local shapes and dtypes, on meta.
     static: the function's static arguments.
-    communicators: those of the group over which the step communicates, if it does.
+    communicators: those of the group over which the step communicates, if it does.  ranks: its size; 1 where
+    nothing is sent.
     """
     function: Function
     device: str
     operands: Sequence[Tensor]
     static: Mapping[str, float]
     communicators: Sequence[object] = ()
+    ranks: int = 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,13 +83,14 @@ class Kernels:
         if (static := static_of(fusion, body, self.runtime.mesh)) is None:
             return "its body is not what the fusion means"
         if axes is None:
-            return "its collectives are over one rank, or over several groups"
+            return "its collectives are over several groups"
         if not all(self._even(spec, axes) for s in body.steps for spec in (*s.ins, *s.outs)):
             return "its pieces are not even"
         group = self.runtime.group(axes) if axes else None
         sums = [c for c in group.communicators
                 if c.deterministic or not group.router.deterministic] if group else []
-        site = Site(fusion.function, self.runtime.device.type, operands, static, tuple(sums))
+        site = Site(fusion.function, self.runtime.device.type, operands, static, tuple(sums),
+                    self.runtime.mesh.size(axes))
         kernel: Any = fusion.kernel(site)
         return FusedCall(group, fusion.name, kernel) if group and not isinstance(kernel, str) else kernel
 
@@ -99,19 +100,18 @@ class Kernels:
                    for d in spec.dims if {*axes}.intersection(d.axes))
 
     def _axes(self, step: Step) -> tuple[str, ...] | None:
-        """The axes of the one group over which the step communicates, () where it does not;
-        None where these are several, or hold one rank."""
+        """The axes of the one group over which the step communicates, () where it is of one rank;
+        None where there are several."""
         mesh = self.runtime.mesh
-        over = dict.fromkeys(axes_of(s, mesh) for s in step.bodies[0].steps if s.op.wire)
-        if not over:
-            return ()
-        return next(iter(over)) if len(over) == 1 and mesh.size(next(iter(over))) > 1 else None
+        over = {axes for s in step.bodies[0].steps if s.op.wire and mesh.size(axes := axes_of(s, mesh)) > 1}
+        return None if len(over) > 1 else next(iter(over), ())
 
 
 def _counted(name: str, kernel: Callable, count: int) -> Callable:
-    """`kernel`, held to its results: one tensor, or a tuple of several; a tensor of two rows is not two."""
-    def run(*operands: Tensor, **options: Any) -> Any:
-        made = kernel(*operands, **options)
+    """`kernel`, held to its results: one tensor, or a tuple of several; a tensor of two rows is not two. at:
+    where in the plan it is, for one that communicates."""
+    def run(*operands: Tensor, at: object = None) -> Any:
+        made = kernel(*operands, at=at) if isinstance(kernel, FusedCall) else kernel(*operands)
         several = isinstance(made, tuple | list) and len(made) == count
         if not (isinstance(made, Tensor) if count == 1 else several):
             raise SpecError(f"{name}: its kernel gives {what(made)}, not "

@@ -19,7 +19,7 @@ from shardlib.compiler.passes.fuse import fuse, fusion_report
 from shardlib.models.decoding import PASSES, llama_of
 from shardlib.models.llama import Cache, KeyValue, LlamaConfig, next_logits, next_token
 from shardlib.ops import fusions
-from shardlib.ops.fusions import by_few_rows, by_norm, by_one_kernel
+from shardlib.ops.fusions import by_communicator, by_few_rows, by_norm, by_one_kernel
 from shardlib.params import leaf_values
 from shardlib.triton_kernels.cached_attention import cached_attention_reference
 
@@ -37,21 +37,27 @@ def on_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, ...]]:
     def norm(asked: Site) -> Any:
         return by_norm(replace(asked, device="cuda"))
 
+    def sums(asked: Site) -> Any:
+        return by_communicator(replace(asked, device="cuda"))
+
     def product(asked: Product) -> Any:
         return by_few_rows(replace(asked, device="cuda"))
     monkeypatch.setattr(fusions, "counts_of", lambda device: None)
     monkeypatch.setattr(fusions, "attends_cached", lambda *operands: True)
-    table = [Fusion(f.function, kernel={by_one_kernel: site, by_norm: norm}.get(f.kernel, f.kernel))
-             for f in fusions.FUSIONS]
+    as_on_a_gpu = {by_one_kernel: site, by_norm: norm, by_communicator: sums, None: None}
+    table = [Fusion(f.function, kernel=as_on_a_gpu[f.kernel]) for f in fusions.FUSIONS]
     with rounded():
         yield (*DEFAULT, "rotate_scan", *fuse(table, product))
 
 
-def decode(passes: Any, dtype: torch.dtype, tokens: Tensor, start: Tensor) -> tuple[list[Tensor], Any, Any]:
+def decode(passes: Any, dtype: torch.dtype, tokens: Tensor, start: Tensor,
+           axis: str) -> tuple[list[Tensor], Any, Any]:
     """Logits of each step, the cache after them, and the compiled step."""
     torch.manual_seed(0)
     weights = init(llama_of(CONFIG), CONFIG.sizes, dtype=dtype)
-    step = compile(next_logits, donate=("cache",), passes=passes, sizes=dict(S=SLOTS), config=CONFIG)
+    mesh, layout = (Mesh(tp=1), Layout(K="tp", F="tp", V="tp")) if axis else (Mesh(), Layout())
+    step = compile(next_logits, layout, mesh=mesh, donate=("cache",), passes=passes, sizes=dict(S=SLOTS),
+                   config=CONFIG)
     shape = (CONFIG.num_layers, ROWS, SLOTS, CONFIG.num_kv_heads, CONFIG.head_dim)
     cache = Cache(layers=KeyValue(k=torch.randn(shape).to(dtype), v=torch.randn(shape).to(dtype)))
     step.lower(None, llama_of(CONFIG))
@@ -64,15 +70,19 @@ def decode(passes: Any, dtype: torch.dtype, tokens: Tensor, start: Tensor) -> tu
     return logits, seen, step
 
 
-@pytest.mark.parametrize("dtype, error", [(torch.float32, 2e-6), (torch.float16, 2e-3),
-                                          (torch.bfloat16, 1.5e-2)])
-def test_kernels_give_the_logits_of_the_bodies(on_one: Any, dtype: torch.dtype, error: float) -> None:
+@pytest.mark.parametrize("dtype, error, axis", [
+    (torch.float32, 2e-6, ""), (torch.float16, 2e-3, ""), (torch.bfloat16, 1.5e-2, ""),
+    (torch.float16, 2e-3, "tp")])
+def test_kernels_give_the_logits_of_the_bodies(on_one: Any, dtype: torch.dtype, error: float,
+                                               axis: str) -> None:
+    """Over an axis of one rank, too, whose sums are its own."""
     tokens = torch.randint(CONFIG.vocab_size, (ROWS, STEPS))
     start = torch.tensor([0, 2, SLOTS - STEPS])
-    plain, kept, _ = decode(DEFAULT, dtype, tokens, start)
-    found, cache, step = decode(on_one, dtype, tokens, start)
+    plain, kept, _ = decode(DEFAULT, dtype, tokens, start, axis)
+    found, cache, step = decode(on_one, dtype, tokens, start, axis)
     answers = {a.partition(" at ")[0].partition(":")[0]: a.rpartition(": ")[2] for a in step.kernels.answers}
-    assert answers["cached_attention"] == answers["add_rms_norm"] == "by a kernel"
+    norms = "all_reduce_add_rms_norm" if axis else "add_rms_norm"
+    assert answers["cached_attention"] == answers[norms] == "by a kernel"
     matmuls = {a for name, a in answers.items() if name.startswith("matmul")}
     assert matmuls == ({"by a kernel"} if dtype != torch.float32 else
                        {"no kernel multiplies float32 on cuda"})

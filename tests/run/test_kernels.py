@@ -312,8 +312,7 @@ def test_nobody_is_asked_where_pieces_are_not_even_or_there_is_one() -> None:
     """Members would be asked of other sizes, and might answer otherwise."""
     assert asked(scattered, MESH, B=2, T=4, D=4) == ["no communicator has one"]
     assert asked(scattered, MESH, B=2, T=5, D=4) == ["its pieces are not even"]
-    assert asked(scattered, Mesh(tp=1), B=2, T=5, D=4) == [
-        "its collectives are over one rank, or over several groups"]
+    assert asked(scattered, Mesh(tp=1), B=2, T=5, D=4) == ["no kernel norms on cpu"]
 
 
 def test_what_a_kernel_takes_over_is_looked_at() -> None:
