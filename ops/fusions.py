@@ -98,10 +98,10 @@ def by_norm(site: Site) -> Callable | str:
         return f"rows of {len(w)}"
     eps = site.static["eps"]
 
-    def norm(*operands: Tensor) -> tuple[Tensor, Tensor]:
-        if differentiated(*operands):
-            return add_rms_norm_reference(*operands, eps)
-        return add_rms_norm_rows(*(x.contiguous() for x in operands), eps)
+    def norm(y: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        if differentiated(y, residual, w):
+            return add_rms_norm_reference(y, residual, w, eps)
+        return add_rms_norm_rows(y.contiguous(), residual.contiguous(), w.contiguous(), eps)
     return norm
 
 
@@ -112,10 +112,13 @@ def by_one_kernel(site: Site) -> Callable | str:
     if why := refuses_cached(*site.operands):
         return why
 
-    def attend(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not attends_cached(*operands):
-            return cached_attention_reference(*operands)        # it lies otherwise, or has a derivative
-        return attend_cached(*operands, counts_of(operands[0].device)), operands[4], operands[5]
+    def attend(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
+               start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not attends_cached(q, k, v, angles, keys, values, start):
+            # it lies otherwise, or has a derivative
+            return cached_attention_reference(q, k, v, angles, keys, values, start)
+        out = attend_cached(q, k, v, angles, keys, values, start, counts_of(q.device))
+        return out, keys, values
     return attend
 
 

@@ -501,7 +501,7 @@ def sources(*folders):
 
 
 def test_code_is_executed_in_one_place_only():
-    """`exec` and `compile` of text are called by `load` in emit.py, on what the emitter wrote;
+    """`exec` and `compile` of text are called by `load` in load.py, on what the emitter wrote;
     nothing calls `eval`."""
     found = []
     for file, tree in sources("shardlib", "ops", "models", "triton_kernels"):
@@ -514,7 +514,7 @@ def test_code_is_executed_in_one_place_only():
                     and node.func.attr in ("eval", "exec", "system", "popen")):
                     if getattr(node.func.value, "id", "") in ("builtins", "os"):
                         found.append((file, ast.unparse(node)))
-    assert ({f for f, name in found if name} == {"shardlib/lowering/emit.py"}
+    assert ({f for f, name in found if name} == {"shardlib/lowering/load.py"}
             and {name for _, name in found if name} == {"load"})
 
 

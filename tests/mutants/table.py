@@ -771,7 +771,8 @@ MUTANTS = (
            "return [*(),", f"{IN_PLACE} -k not_there"),
     Mutant("shardlib/lowering/buffers.py", "return path and dict(step.passed(step.bodies[0]))[path]",
            "return None", f"{IN_PLACE} -k fused"),
-    Mutant("ops/fusions.py", "if not attends_cached(*operands):", "if False:", STEP),
-    Mutant("ops/fusions.py", "        if differentiated(*operands):\n", "        if False:\n", STEP),
+    Mutant("ops/fusions.py", "if not attends_cached(q, k, v, angles, keys, values, start):", "if False:",
+           STEP),
+    Mutant("ops/fusions.py", "if differentiated(y, residual, w):", "if False:", STEP),
     Mutant("ops/kv_cache.py", "looks=_look, ", "", KERNELS),
 )
