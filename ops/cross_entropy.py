@@ -30,8 +30,8 @@ from torch import Tensor
 from shardlib.dtypes import Dtypes, widest
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import SUB
+from shardlib.language.extremes import MAX
 from shardlib.language.local_code import LocalCode
-from shardlib.language.reductions import MAX
 from shardlib.language.steps import Steps
 from shardlib.language.unary import OPS as UNARY
 from shardlib.language.value import Operand, Value, apply

@@ -1,5 +1,6 @@
 """The functions of tensors that models are written with: pointwise ones, masks, and reductions along dims."""
 from shardlib.language.casts import cast, stop_gradient
+from shardlib.language.extremes import argmax, max
 from shardlib.language.masks import (
     equal,
     greater,
@@ -36,7 +37,8 @@ from shardlib.language.pointwise import (
     square,
     tanh,
 )
-from shardlib.language.reductions import argmax, logsumexp, max, mean, softmax, sum
+from shardlib.language.reductions import mean, sum
+from shardlib.language.softmax import logsumexp, softmax
 
 __all__ = ["abs", "argmax", "cast", "clamp", "cos", "equal", "erf", "exp", "expm1", "gelu", "greater",
            "greater_equal", "less", "less_equal", "log", "log1p", "log_sigmoid", "logical_and",

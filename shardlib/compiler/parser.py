@@ -25,7 +25,7 @@ from shardlib.compiler.parse_text import (
     stacked_along,
 )
 from shardlib.errors import SpecError
-from shardlib.language import casts, comparison, masks, moves, reductions, unary
+from shardlib.language import casts, comparison, extremes, masks, moves, reductions, softmax, unary
 from shardlib.language.arithmetic import RECIPROCAL
 from shardlib.language.einsum import EINSUM
 from shardlib.language.rearrange import REARRANGE, RENAME
@@ -36,7 +36,8 @@ from shardlib.spec import check_text, nameable, parse
 from shardlib.tree import Struct
 
 CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE, **unary.TABLE,
-                       **casts.TABLE, **comparison.TABLE, **masks.TABLE, **reductions.TABLE, **grad.TABLE,
+                       **casts.TABLE, **comparison.TABLE, **masks.TABLE, **reductions.TABLE,
+                       **extremes.TABLE, **softmax.TABLE, **grad.TABLE,
                        "rearrange": REARRANGE, "rename": RENAME}
 MAX_TEXT = 4_000_000        # characters of a program
 MAX_LEAVES = 100_000        # tensors of one pytree
