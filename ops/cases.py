@@ -68,6 +68,16 @@ def mask(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
     return out
 
 
+def but_one(value: bool) -> Draw:
+    """A mask that is `value` everywhere, but for its last element."""
+    def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+             before: list[Tensor]) -> Tensor:
+        out = torch.full(shape, value)
+        out.view(-1)[-1:] = not value
+        return out
+    return draw
+
+
 def index(below: str, room: str = "") -> Draw:
     """Integers below the size of a dim, or of a group of dims; less that of `room`, plus 1."""
     def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
@@ -98,6 +108,12 @@ def largest(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator
             before: list[Tensor]) -> Tensor:
     """The maximum of the first operand along its last dim."""
     return before[0].amax(-1)
+
+
+def tied(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+         before: list[Tensor]) -> Tensor:
+    """How many of the first operand's last dim are the second."""
+    return (before[0] == before[1][..., None]).sum(-1)
 
 
 def _case(name: str, text: str, *draws: Draw, indices: tuple[int, ...] = (), constants: tuple[int, ...] = (),
@@ -151,7 +167,13 @@ CASES: tuple[Case, ...] = (
     _case("stop_gradient", "B D -> B D"), _case("ones_like", "B D -> B D"), _case("zeros_like", "B D -> B D"),
     _case("sum", "B T D -> B"), _case("sum", "B (K H) -> B"), _case("sum", "B D -> B D"),
     _case("mean", "B T D -> B"), _case("mean", "B (K H) -> B"), _case("mean", "B D -> ()"),
-    _case("max", "B T D -> B"), _case("max", "B D -> ()"),
+    *(_case(name, text, draw) for name in ("max", "min", "max_opposite")
+      for text, draw in (("B T D -> B", normal), ("B D -> ()", digit), ("B (K H) -> B", digit))),
+    *(_case(name, text, but_one(here)) for name, here in (("any", False), ("all", True))
+      for text in ("B T D -> B", "B D -> ()")),
+    _case("opposite", "B D -> B D", complete=False),        # of integers it is not linear
+    _case("opposite", "B D -> B D", index("V"), constants=(0,)), _case("ties", "B V, B -> B", digit, largest),
+    _case("extreme_vjp", "B V, B, B, B -> B V", digit, largest, tied),
     _case("spread", "B -> B T D"), _case("spread", "T -> B T", mean=True), _case("spread", "B -> B (K H)"),
     _case("softmax", "B T D -> B T D", along="T"),
     _case("softmax_vjp", "B T D, B T D -> B T D", shares, along="T"), _case("logsumexp", "B V T -> B T"),

@@ -1,6 +1,6 @@
 """The functions of tensors that models are written with: pointwise ones, masks, and reductions along dims."""
 from shardlib.language.casts import cast, stop_gradient
-from shardlib.language.extremes import argmax, max
+from shardlib.language.extremes import all, any, argmax, max, min
 from shardlib.language.masks import (
     equal,
     greater,
@@ -40,8 +40,8 @@ from shardlib.language.pointwise import (
 from shardlib.language.reductions import mean, sum
 from shardlib.language.softmax import logsumexp, softmax
 
-__all__ = ["abs", "argmax", "cast", "clamp", "cos", "equal", "erf", "exp", "expm1", "gelu", "greater",
-           "greater_equal", "less", "less_equal", "log", "log1p", "log_sigmoid", "logical_and",
-           "logical_not", "logical_or", "logsumexp", "max", "maximum", "mean", "minimum", "not_equal", "pow",
-           "relu", "rsqrt", "sigmoid", "silu", "sin", "softmax", "softplus", "sqrt", "square",
-           "stop_gradient", "sum", "tanh", "where"]
+__all__ = ["abs", "all", "any", "argmax", "cast", "clamp", "cos", "equal", "erf", "exp", "expm1", "gelu",
+           "greater", "greater_equal", "less", "less_equal", "log", "log1p", "log_sigmoid", "logical_and",
+           "logical_not", "logical_or", "logsumexp", "max", "maximum", "mean", "min", "minimum",
+           "not_equal", "pow", "relu", "rsqrt", "sigmoid", "silu", "sin", "softmax", "softplus", "sqrt",
+           "square", "stop_gradient", "sum", "tanh", "where"]

@@ -71,27 +71,29 @@ def first(x: torch.dtype, *others: torch.dtype) -> torch.dtype:
 
 COMPARISONS = ("greater", "less", "greater_equal", "less_equal", "equal", "not_equal", "compare")
 LOGICAL = ("logical_and", "logical_or", "logical_not")
+OF_MASKS, EXTREMES = ("any", "all"), ("max", "min", "max_opposite", "opposite")
 # of the dtypes of all operands; what is missing gives the widest of those that are no index
 GIVES: dict[str, Any] = {
     **dict.fromkeys(("div", "mean", "reciprocal", "scale"), fraction),
     **dict.fromkeys(("sum", "einsum"), total), **dict.fromkeys(
         ("rms_norm", "rope", "rope_vjp", "update_cache", "from_rank", "ones_like", "zeros_like"), first),
-    **dict.fromkeys((*COMPARISONS, *LOGICAL, "causal_mask"), lambda *kinds: torch.bool),
+    **dict.fromkeys((*COMPARISONS, *LOGICAL, *OF_MASKS, "causal_mask"), lambda *kinds: torch.bool),
     "rope_table": lambda start: float32,
-    **dict.fromkeys(("argmax", "rank_of", "sample"), lambda *kinds: int64),
+    **dict.fromkeys(("argmax", "rank_of", "ties", "sample"), lambda *kinds: int64),
     "rms_norm_vjp": lambda x, w, g: (x, w),
     "cast_like": lambda x, like: like if like.is_floating_point else x, "widen": lambda x: widest(x, float32),
     "attention_vjp": lambda q, k, v, *rest: (widest(q, k, v, rest[-1]),) * 3,
     "cross_entropy": lambda x, labels: widest(x, float32),
     "label_sums": lambda x, labels, top: (widest(x, top, float32),) * 2,
-    **dict.fromkeys(("cross_entropy_vjp", "label_sums_vjp"), first),
+    **dict.fromkeys(("cross_entropy_vjp", "label_sums_vjp", "extreme_vjp"), first),
 }
-TAKES_ANY = {"add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "mean", "max", "spread",
-             "cast", "cast_like", "widen", "where", "stop_gradient", "ones_like", "zeros_like", "rearrange",
-             "rename", "take", "take_vjp", "embedding", "embedding_vjp", "update_cache"}
+TAKES_ANY = {"add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "mean", *EXTREMES,
+             "spread", "cast", "cast_like", "widen", "where", "stop_gradient", "ones_like", "zeros_like",
+             "rearrange", "rename", "take", "take_vjp", "embedding", "embedding_vjp", "update_cache"}
 TAKES_NUMBERS = {"sub", *COMPARISONS, "relu", "square", "abs", "clamp", "maximum", "minimum", "argmax",
-                 "rank_of", "from_rank"}
-MASKS = {("where", 0), ("masked", 0), *((name, i) for name in LOGICAL for i in (0, 1))}
+                 "rank_of", "from_rank", "ties"}
+MASKS = {("where", 0), ("masked", 0), *((name, i) for name in LOGICAL for i in (0, 1)),
+         *((name, 0) for name in OF_MASKS)}
 LIKES, TABLES = {("cast_like", 1), ("ones_like", 0), ("zeros_like", 0)}, {("rope", 1), ("rope_vjp", 1)}
 
 
@@ -246,8 +248,9 @@ def in_(kind: torch.dtype, xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 STATISTICS = ("mean", "softmax", "softmax_vjp", "logsumexp", "exp_minus", "sum_exp", "log_plus", "rms_norm",
-              "rms_norm_vjp", "cross_entropy_vjp", "label_sums_vjp")
-EXACT = ("sample", "argmax", "rank_of", "from_rank", *COMPARISONS, *LOGICAL, "causal_mask", "finite")
+              "rms_norm_vjp", "cross_entropy_vjp", "label_sums_vjp", "extreme_vjp")
+EXACT = ("sample", "argmax", "rank_of", "from_rank", "ties", *COMPARISONS, *LOGICAL, *OF_MASKS,
+         "causal_mask", "finite")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.op.name not in EXACT], ids=str)

@@ -239,8 +239,11 @@ def einsum(w: Writer) -> None:
 
 
 def reduction(w: Writer) -> None:
-    name = w.one_of(("sum", "mean", "max", "logsumexp"))
+    """Extremes of what is given alone: what is made may be near-equal, and which one is taken is chance."""
+    name = w.one_of(("sum", "mean", "max", "min", "logsumexp"))
     x = w.float_(dims=1)
+    if name in ("max", "min") and x.name not in w.holds:
+        raise NotHere
     gone = [w.one_of(x.spec.dims)] if name == "logsumexp" else w.some(x.spec.dims) or x.spec.dims[:1]
     if name != "sum" and any(w.sizes[f.name] == 0 for d in gone for f in d.factors):
         raise NotHere                # infinities and NaN: what follows is not linear in them
@@ -249,9 +252,11 @@ def reduction(w: Writer) -> None:
 
 def two_reductions(w: Writer) -> None:
     """What passes look for: two that are the same but for their operand, and added up."""
-    name, x = w.one_of(("sum", "max", "mean")), w.float_(dims=1, order=2)
+    name, x = w.one_of(("sum", "max", "min", "mean")), w.float_(dims=1, order=2)
     y, kept = w.with_dims(x.spec), Spec(tuple(w.some(x.spec.dims[1:])))
     if name != "sum" and any(w.sizes[n] == 0 for n in x.spec.names) or y.order > 2:
+        raise NotHere
+    if name in ("max", "min") and not {x.name, y.name} <= {*w.holds}:
         raise NotHere
     w.add(w.one_of(("add", "sub")), [w.add(name, [v], kept) for v in (x, y)], order=4)
 

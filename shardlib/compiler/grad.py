@@ -87,7 +87,10 @@ class _Backward(Builder):
         self.active = set(active)
         for step in program.steps:
             if step.op.moves:
-                self.root[step.outputs[0]] = self.root.get(step.inputs[0], step.inputs[0])
+                root = self.root[step.outputs[0]] = self.root.get(step.inputs[0], step.inputs[0])
+                if self.types[root].owed:       # what is settled is kept, as `available` has it
+                    self.source[step.outputs[0]] = root
+                    self._converted[root, step.outs[0]] = step.outputs[0]
             self._refuse_tables(step)
             if (not step.op.constant
                 and any(i in self.active for j, i in enumerate(step.inputs) if j not in step.op.index)):
