@@ -25,7 +25,7 @@ be accepted by itself, a dim has the same axes in the same order in all operands
 
 For every op: an operand that owes a maximum is refused; `all_reduce` and `reduce_scatter` take it. An index or a mask owes
 nothing. Operands held at one coordinate (`@x:0`), with others whole or held at the same, give a result that is held there.
-`min`, `all`, `logsumexp`, `argmax` and `cross_entropy` over a split dim are more than one step: the same over the pieces, and what joins them.
+`min`, `all`, `var`, `std`, `logsumexp`, `argmax` and `cross_entropy` over a split dim are more than one step: the same over the pieces, and what joins them.
 """  # noqa: E501
 INNER = """
 ## Steps that only compiled programs have

@@ -1,20 +1,24 @@
 """Operators of models, one file each: typing rule, what it does on local tensors, derivative."""
 from shardlib.ops import attention as _attention
 from shardlib.ops import cross_entropy as _cross_entropy
+from shardlib.ops import group_norm as _group_norm
 from shardlib.ops import kv_cache, sampling
+from shardlib.ops import layer_norm as _layer_norm
 from shardlib.ops import rms_norm as _rms_norm
 from shardlib.ops import rope as _rope
 from shardlib.ops import take as _take
 from shardlib.ops.attention import attention
 from shardlib.ops.cross_entropy import cross_entropy
+from shardlib.ops.group_norm import group_norm
 from shardlib.ops.kv_cache import causal_mask, update_cache
+from shardlib.ops.layer_norm import layer_norm
 from shardlib.ops.rms_norm import rms_norm
 from shardlib.ops.rope import rope, rope_table
 from shardlib.ops.sampling import sample
 from shardlib.ops.take import embedding, take
 
-TABLE = {**_attention.TABLE, **_cross_entropy.TABLE, **kv_cache.TABLE, **_rms_norm.TABLE, **_rope.TABLE,
-         **sampling.TABLE, **_take.TABLE}
+TABLE = {**_attention.TABLE, **_cross_entropy.TABLE, **_group_norm.TABLE, **kv_cache.TABLE,
+         **_layer_norm.TABLE, **_rms_norm.TABLE, **_rope.TABLE, **sampling.TABLE, **_take.TABLE}
 
-__all__ = ["attention", "causal_mask", "cross_entropy", "embedding", "rms_norm", "rope", "rope_table",
-           "sample", "take", "update_cache"]
+__all__ = ["attention", "causal_mask", "cross_entropy", "embedding", "group_norm", "layer_norm", "rms_norm",
+           "rope", "rope_table", "sample", "take", "update_cache"]

@@ -167,6 +167,12 @@ CASES: tuple[Case, ...] = (
     _case("stop_gradient", "B D -> B D"), _case("ones_like", "B D -> B D"), _case("zeros_like", "B D -> B D"),
     _case("sum", "B T D -> B"), _case("sum", "B (K H) -> B"), _case("sum", "B D -> B D"),
     _case("mean", "B T D -> B"), _case("mean", "B (K H) -> B"), _case("mean", "B D -> ()"),
+    *(_case(name, text, correction=correction) for name in ("var", "std")
+      for text, correction in (("B T D -> B", 1), ("B (K H) -> B", 0))),
+    _case("var_about", "B T D, B -> B", constants=(1,), correction=1),
+    _case("var_about", "B (K H), B -> B", constants=(1,), correction=0),
+    _case("var_about_vjp", "B T D, B, B -> B T D", correction=1), _case("root", "B -> B", positive),
+    _case("root_vjp", "B, B -> B", digit),
     *(_case(name, text, draw) for name in ("max", "min", "max_opposite")
       for text, draw in (("B T D -> B", normal), ("B D -> ()", digit), ("B (K H) -> B", digit))),
     *(_case(name, text, but_one(here)) for name, here in (("any", False), ("all", True))
@@ -197,6 +203,14 @@ CASES: tuple[Case, ...] = (
     _case("causal_mask", "B -> B T S", index("S")), _case("rms_norm", "B T D, D -> B T D", eps=1e-6),
     _case("rms_norm", "D, D -> D", eps=1e-6), _case("rms_norm_vjp", "B T D, D, B T D -> B T D, D", eps=1e-6),
     _case("rms_norm_vjp", "D, D, D -> D, D", eps=1e-6),
+    *(_case("layer_norm", text, eps=1e-5)
+      for text in ("B T D, D -> B T D", "B T D, D, D -> B T D", "D, D, D -> D", "B (K H), (K H) -> B (K H)")),
+    *(_case("group_norm", text, eps=1e-5, over=over) for text, over in (
+        ("B G D, G D -> B G D", "D"), ("B G D, G D, G D -> B G D", "D"),
+        ("B G D T, G D, G D -> B G D T", "D T"), ("B T D, T, T -> B T D", "T"))),
+    *(_case("norm_vjp", text, eps=1e-5, over=over) for text, over in (
+        ("B T D, D, B T D -> B T D, D", "D"), ("D, D, D, D -> D, D, D", "D"),
+        ("B G D, G D, G D, B G D -> B G D, G D, G D", "D"), ("B D T, D, B D T -> B D T, D", "D T"))),
     *(_case("rope_table", "B -> B T H", index("S"), theta=10.0, scaling=scaling, tolerance=ROUNDED["float32"])
       for scaling in (None, (4.0, 1.0, 2.0, 9))),
     _case("rope", "B T K H, B T H -> B T K H"),

@@ -39,9 +39,10 @@ from shardlib.language.pointwise import (
 )
 from shardlib.language.reductions import mean, sum
 from shardlib.language.softmax import logsumexp, softmax
+from shardlib.language.variance import std, var
 
 __all__ = ["abs", "all", "any", "argmax", "cast", "clamp", "cos", "equal", "erf", "exp", "expm1", "gelu",
            "greater", "greater_equal", "less", "less_equal", "log", "log1p", "log_sigmoid", "logical_and",
            "logical_not", "logical_or", "logsumexp", "max", "maximum", "mean", "min", "minimum",
            "not_equal", "pow", "relu", "rsqrt", "sigmoid", "silu", "sin", "softmax", "softplus", "sqrt",
-           "square", "stop_gradient", "sum", "tanh", "where"]
+           "square", "std", "stop_gradient", "sum", "tanh", "var", "where"]

@@ -74,22 +74,24 @@ LOGICAL = ("logical_and", "logical_or", "logical_not")
 OF_MASKS, EXTREMES = ("any", "all"), ("max", "min", "max_opposite", "opposite")
 # of the dtypes of all operands; what is missing gives the widest of those that are no index
 GIVES: dict[str, Any] = {
-    **dict.fromkeys(("div", "mean", "reciprocal", "scale"), fraction),
+    **dict.fromkeys(("div", "mean", "var", "std", "reciprocal", "scale"), fraction),
     **dict.fromkeys(("sum", "einsum"), total), **dict.fromkeys(
-        ("rms_norm", "rope", "rope_vjp", "update_cache", "from_rank", "ones_like", "zeros_like"), first),
+        ("rms_norm", "layer_norm", "group_norm", "rope", "rope_vjp", "update_cache", "from_rank", "ones_like",
+         "zeros_like"), first),
     **dict.fromkeys((*COMPARISONS, *LOGICAL, *OF_MASKS, "causal_mask"), lambda *kinds: torch.bool),
     "rope_table": lambda start: float32,
     **dict.fromkeys(("argmax", "rank_of", "ties", "sample"), lambda *kinds: int64),
-    "rms_norm_vjp": lambda x, w, g: (x, w),
+    "rms_norm_vjp": lambda x, w, g: (x, w), "norm_vjp": lambda *kinds: kinds[:-1],
     "cast_like": lambda x, like: like if like.is_floating_point else x, "widen": lambda x: widest(x, float32),
     "attention_vjp": lambda q, k, v, *rest: (widest(q, k, v, rest[-1]),) * 3,
     "cross_entropy": lambda x, labels: widest(x, float32),
     "label_sums": lambda x, labels, top: (widest(x, top, float32),) * 2,
     **dict.fromkeys(("cross_entropy_vjp", "label_sums_vjp", "extreme_vjp"), first),
 }
-TAKES_ANY = {"add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "mean", *EXTREMES,
-             "spread", "cast", "cast_like", "widen", "where", "stop_gradient", "ones_like", "zeros_like",
-             "rearrange", "rename", "take", "take_vjp", "embedding", "embedding_vjp", "update_cache"}
+TAKES_ANY = {"add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "mean", "var",
+             "std", *EXTREMES, "spread", "cast", "cast_like", "widen", "where", "stop_gradient", "ones_like",
+             "zeros_like", "rearrange", "rename", "take", "take_vjp", "embedding", "embedding_vjp",
+             "update_cache"}
 TAKES_NUMBERS = {"sub", *COMPARISONS, "relu", "square", "abs", "clamp", "maximum", "minimum", "argmax",
                  "rank_of", "from_rank", "ties"}
 MASKS = {("where", 0), ("masked", 0), *((name, i) for name in LOGICAL for i in (0, 1)),
@@ -247,8 +249,9 @@ def in_(kind: torch.dtype, xs: Sequence[Tensor]) -> list[Tensor]:
     return [x.to(kind) if x.is_floating_point() else x for x in xs]
 
 
-STATISTICS = ("mean", "softmax", "softmax_vjp", "logsumexp", "exp_minus", "sum_exp", "log_plus", "rms_norm",
-              "rms_norm_vjp", "cross_entropy_vjp", "label_sums_vjp", "extreme_vjp")
+STATISTICS = ("mean", "var", "std", "softmax", "softmax_vjp", "logsumexp", "exp_minus", "sum_exp", "log_plus",
+              "rms_norm", "rms_norm_vjp", "layer_norm", "group_norm", "norm_vjp",
+              "cross_entropy_vjp", "label_sums_vjp", "extreme_vjp")
 EXACT = ("sample", "argmax", "rank_of", "from_rank", "ties", *COMPARISONS, *LOGICAL, *OF_MASKS,
          "causal_mask", "finite")
 

@@ -240,14 +240,15 @@ def einsum(w: Writer) -> None:
 
 def reduction(w: Writer) -> None:
     """Extremes of what is given alone: what is made may be near-equal, and which one is taken is chance."""
-    name = w.one_of(("sum", "mean", "max", "min", "logsumexp"))
-    x = w.float_(dims=1)
+    name = w.one_of(("sum", "mean", "max", "min", "var", "logsumexp"))
+    x = w.float_(dims=1, order=2 if name == "var" else 6)
     if name in ("max", "min") and x.name not in w.holds:
         raise NotHere
     gone = [w.one_of(x.spec.dims)] if name == "logsumexp" else w.some(x.spec.dims) or x.spec.dims[:1]
     if name != "sum" and any(w.sizes[f.name] == 0 for d in gone for f in d.factors):
         raise NotHere                # infinities and NaN: what follows is not linear in them
-    w.add(name, [x], Spec(tuple(d for d in x.spec.dims if d not in gone)), order=x.order + 1)
+    w.add(name, [x], Spec(tuple(d for d in x.spec.dims if d not in gone)), order=2 * x.order + 1,
+          **({"correction": 0} if name == "var" else {}))
 
 
 def two_reductions(w: Writer) -> None:
@@ -303,9 +304,11 @@ def spread(w: Writer) -> None:
           **({"mean": True} if w.maybe() else {}))
 
 
-def rms_norm(w: Writer) -> None:
+def norm(w: Writer) -> None:
     x = w.one_of([v for v in (w.float_(dims=1),) if len(v.spec.dims[-1].factors) == 1])
-    w.add("rms_norm", [x, w.with_dims(Spec(x.spec.dims[-1:]))], order=4, eps=1e-6)
+    name = w.one_of(("rms_norm", "layer_norm"))
+    bias = [w.with_dims(Spec(x.spec.dims[-1:]))] if name == "layer_norm" and w.maybe() else []
+    w.add(name, [x, w.with_dims(Spec(x.spec.dims[-1:])), *bias], order=4, eps=1e-6)
 
 
 def fusible(w: Writer) -> None:
@@ -365,7 +368,7 @@ def scan(w: Writer) -> None:
     body = Writer(w.draw, w.sizes, w.mesh, lambda p: True, prefix="b")
     body.args = {"c": carry.spec, "s": Spec(stack.spec.dims[1:])}
     body.values = [Value("c", carry.spec), Value("s", body.args["s"])]
-    write(body, 2, [pointwise, binary, einsum, reduction, softmax, rms_norm])
+    write(body, 2, [pointwise, binary, einsum, reduction, softmax, norm])
     last = body.values[-1]
     grown = body.add("einsum", [Value("c", carry.spec), body.add("tanh", [last])], carry.spec)
     out = body.add("tanh", [grown])
@@ -397,7 +400,7 @@ def cond(w: Writer) -> None:
 
 
 KINDS = [pointwise, binary, compare, where, einsum, einsum, reduction, two_reductions, argmax, softmax,
-         rearrange, rename, spread, rms_norm, fusible, rope, attention, update_cache, embedding, take,
+         rearrange, rename, spread, norm, fusible, rope, attention, update_cache, embedding, take,
          reshard, scan, cond]
 
 

@@ -6,6 +6,7 @@ owed. Of bfloat16 and float16, what is summed up inside of an op is summed in fl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from shardlib.dtypes import counted, fractional, narrow, reading
 from shardlib.errors import SpecError
@@ -49,9 +50,9 @@ def beside(arg: str, narrow: Spec, wide: Spec) -> str:
 
 
 def _mean(e: LocalCode, step: Step, args: list[str]) -> str:
-    if (end := rounding(e, step)) and dims_gone(step) and _count(e, step):
-        return f"({args[0]}.sum({dims_gone(step)}, dtype=torch.float32) / {_count(e, step)}){end}"
-    return (f"{_sum(e, step, args)} / {_count(e, step)}" if _count(e, step)
+    if (end := rounding(e, step)) and dims_gone(step) and count_gone(e, step):
+        return f"({args[0]}.sum({dims_gone(step)}, dtype=torch.float32) / {count_gone(e, step)}){end}"
+    return (f"{_sum(e, step, args)} / {count_gone(e, step)}" if count_gone(e, step)
             else f"{_sum(e, step, args)} * float('nan')")
 
 
@@ -59,7 +60,8 @@ def _made(step: Step) -> tuple[str, ...]:
     return tuple(n for n in step.outs[0].names if n not in step.ins[0].names)
 
 
-def _count(e: LocalCode, step: Step) -> int:
+def count_gone(e: LocalCode, step: Step) -> int:
+    """How many, over all ranks, come to one of the result."""
     n = 1
     for name in names_gone(step):
         n *= e.sizes[name]
@@ -92,7 +94,7 @@ SPREAD = Op("spread", keywords={"mean": lambda v: v in (None, True)}, rule=lambd
             reference=lambda d, x: x / d.count(*_made(d.step)) if d.options.get("mean") else x)
 
 
-def reduce_call(op: Op, text: str, x: Operand, lost: int | None = None) -> Value:
+def reduce_call(op: Op, text: str, x: Operand, lost: int | None = None, **attrs: Any) -> Value:
     """A call of an op along dims; `lost`: over how many it runs, where that is fixed."""
     meant = f'{op.name} "{text}": one spec on each side, the right one with some of the dims of the left one'
     ins, outs = parse_specs(text, meant)
@@ -103,7 +105,7 @@ def reduce_call(op: Op, text: str, x: Operand, lost: int | None = None) -> Value
                         f'{len(ins[0].labels) - len(outs[0].labels)}')
     if [n for n in ins[0].labels if n in outs[0].labels] != list(outs[0].labels):
         raise SpecError(f'{op.name} "{text}": the dims that remain keep their order')
-    return apply(op, (x,), text)
+    return apply(op, (x,), text, **attrs)
 
 
 def sum(text: str, x: Operand) -> Value:

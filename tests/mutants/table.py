@@ -32,12 +32,12 @@ SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/compiler/test_sizes.py"
 LOCAL, PIECES = "tests/language/test_local.py", "tests/test_errors.py -k piece_that_is"
 DTYPES, BY_HAND, ERRORS, RULES = (f"tests/test_{name}.py" for name in (
     "dtypes", "dtypes_by_hand", "errors", "rules_oracle"))
-REDUCTIONS, ARGUMENTS, SCANS, MASKS = (f"tests/language/test_{name}.py" for name in (
-    "reductions", "calls", "scan", "masks"))
+REDUCTIONS, VARIANCE, ARGUMENTS, SCANS, MASKS = (f"tests/language/test_{name}.py" for name in (
+    "reductions", "variance", "calls", "scan", "masks"))
 FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
     "failures", "captured", "surroundings", "wrt"))
-ATTENTION, CACHES, ROPE, FEW_ROWS = (f"tests/ops/test_{name}.py" for name in (
-    "attention", "kv_cache", "rope", "few_rows"))
+ATTENTION, CACHES, ROPE, FEW_ROWS, LAYER_NORM = (f"tests/ops/test_{name}.py" for name in (
+    "attention", "kv_cache", "rope", "few_rows", "layer_norm"))
 TOKENIZERS, GGUF = ("tests/models/test_saved_tokenizers.py -k unless_the_folder",
                     "tests/models/test_gguf_defaults.py")
 RESULTS, RANDOM, CONFIGS, LOADING, HEADERS = (f"tests/models/test_{name}.py" for name in (
@@ -462,6 +462,17 @@ MUTANTS = (
            "if not self.everywhere:", INDICES),
     Mutant("shardlib/run/index_flags.py", "        self.copy.copy_(self.noted)\n", "", INDICES),
     Mutant("shardlib/language/reductions.py", "* float('nan')", "* 0", REDUCTIONS),
+    Mutant("shardlib/language/variance.py", 'if count > step.options["correction"] else math.nan', "",
+           VARIANCE),
+    Mutant("shardlib/language/variance.py", "b.call(WIDEN, [step.inputs[0]])", "step.inputs[0]", VARIANCE),
+    Mutant("shardlib/language/variance.py", "mean = b.settle(b.call(MEAN, [wide], outs=(small,)))",
+           "mean = b.settle(b.call(MEAN, [x], outs=(small,)))", VARIANCE),
+    Mutant("shardlib/language/variance.py", ".masked_fill({a[0]} == 0, 0)", "", VARIANCE),
+    Mutant("ops/layer_norm.py", "return (tuple(range(1, len(step.ins))),)", "return ((1,),)", LAYER_NORM),
+    Mutant("ops/layer_norm.py", "(y.dtype for y in (x, w, *bias)), torch.float32)", "(x.dtype, w.dtype))",
+           LAYER_NORM),
+    Mutant("ops/group_norm.py", "for y in (x, w, b) if y is not None), torch.float32)",
+           "for y in (x,)))", "tests/ops/test_group_norm.py"),
     Mutant("shardlib/language/extremes.py", "in FLOATS else", 'not in ("bool",) else', REDUCTIONS),
     Mutant("shardlib/language/extremes.py",
            "count = b.settle(b.call(TIES, [x, extreme], outs=(b.types[extreme],)))",
@@ -553,8 +564,8 @@ MUTANTS = (
     Mutant("shardlib/language/unary.py", '"torch.ops.aten.gelu_backward({g}, {x})"',
            '"torch.ops.aten.gelu_backward({g}, {x}, approximate=\'tanh\')"', f"{RULES} -k gelu"),
     Mutant("shardlib/language/reductions.py",
-           'return f"({args[0]}.sum({dims_gone(step)}, dtype=torch.float32) / {_count(e, step)}){end}"',
-           'return f"({args[0]}.sum({dims_gone(step)}) / {_count(e, step)}){end}"',
+           'return f"({args[0]}.sum({dims_gone(step)}, dtype=torch.float32) / {count_gone(e, step)}){end}"',
+           'return f"({args[0]}.sum({dims_gone(step)}) / {count_gone(e, step)}){end}"',
            f"{BY_HAND} -k rounded_once"),
     Mutant("shardlib/language/softmax.py", 'emit=lambda e, s, a: f"{a[0]}.masked_fill({a[0]}.isinf(), 0)"',
            'emit=lambda e, s, a: f"{a[0]}.masked_fill({a[0]} == float(\'-inf\'), 0)"', REDUCTIONS),
