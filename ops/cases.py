@@ -164,6 +164,11 @@ CASES: tuple[Case, ...] = (
     _case("logical_not", "B T -> B T", mask), _case("masked", "T, B T -> B T", mask),
     *(_case(name, text) for name in ("maximum", "minimum")
       for text in ("B T D, D -> B T D", "T, B T -> B T")),
+    *(_case(name, "-> B T", dtype=dtype) for name, dtype in (("zeros", "float64"), ("ones", "int32"))),
+    _case("full", "-> B T", dtype="float64", value=-2.5), _case("full", "-> B", dtype="bool", value=True),
+    _case("arange", "-> T", dtype="int64"), _case("arange", "-> T", dtype="float32"),
+    *(_case("tril", "-> B T", dtype=dtype, diagonal=diagonal)
+      for dtype, diagonal in (("bool", 0), ("int64", -1), ("float64", 2))),
     _case("stop_gradient", "B D -> B D"), _case("ones_like", "B D -> B D"), _case("zeros_like", "B D -> B D"),
     _case("sum", "B T D -> B"), _case("sum", "B (K H) -> B"), _case("sum", "B D -> B D"),
     _case("mean", "B T D -> B"), _case("mean", "B (K H) -> B"), _case("mean", "B D -> ()"),
@@ -217,6 +222,8 @@ CASES: tuple[Case, ...] = (
     _case("rope_vjp", "B T K H, B T H -> B T K H"),
     _case("sample", "B V, B -> B", normal, index("S"), temperature=0.7, top_p=0.9, seed=3),
     _case("sample", "B V, B, B -> B", normal, index("S"), index("S"), temperature=0.7, top_p=0.9, seed=4),
+    _case("one_hot", "B -> B V", index("V"), dtype="float64"),
+    _case("one_hot", "B T -> B (K H) T", index("K H"), dtype="int16"),
     _case("embedding", "B T, V D -> B T D", index("V")),
     _case("embedding_vjp", "B T, B T D -> V D", index("V")),
     _case("take", "B T D, B -> B D", normal, index("T")), _case("take", "B V, B -> B", normal, index("V")),

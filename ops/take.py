@@ -1,4 +1,4 @@
-"""Lookups: `embedding` picks rows of a table, `take` one entry along a dim.
+"""Lookups: `embedding` picks rows of a table, `take` one entry along a dim; `one_hot` says which it would be.
 
 On one axis: both are linear in what they pick from; a split table dim (`V/tp`) is legal, rows outside of the
 own range are zero and the result owes. An index outside of the whole table is an error
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardlib.dtypes import ITEMSIZE
 from shardlib.errors import SpecError
+from shardlib.language.constants import typed
 from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply
@@ -148,6 +150,25 @@ def _take_back(e: LocalCode, step: Step, args: list[str]) -> str:
             f"{size}, {site})")
 
 
+def hot(ids: Tensor, dim: int, start: int, size: int, dtype: torch.dtype, site: IndexSite) -> Tensor:
+    """1 at ids - start along a new dim of the own size, 0 elsewhere."""
+    site.look(ids)
+    own = torch.arange(start, start + size, device=ids.device)
+    return (ids.unsqueeze(dim) == own.view([-1] + [1] * (ids.ndim - dim))).to(dtype)
+
+
+def _one_hot(e: LocalCode, step: Step, args: list[str]) -> str:
+    (dim,) = (d for d in step.outs[0].dims if d.label not in step.ins[0].labels)
+    start, size = e.rows(dim)
+    return (f"{e.use(hot)}({args[0]}, {step.outs[0].dims.index(dim)}, {start}, {size}, "
+            f"torch.{step.options['dtype']}, {e.index_site(step, 0, args[0], dim, 'ids')})")
+
+
+def _hot_reference(d: Dims, ids: Tensor) -> Tensor:
+    made = [n for n in d.step.outs[0].names if n not in d.step.ins[0].names]
+    return typed(d.index(*made) == ids, d)
+
+
 def _reference(d: Dims, x: Tensor, index: Tensor) -> Tensor:
     """The sum of x where the one dim that goes is at `index`."""
     return d.sum(torch.where(d.index(*d.gone) == index, x, 0))
@@ -167,6 +188,10 @@ TAKE = Op("take", rule=lambda s: Rule(linear=((0,),), sums=s.ins[0].dim(_gone(s.
           emit=_take, vjp=_take_vjp, index=(1,), reference=_reference)
 TAKE_VJP = Op("take_vjp", rule=lambda s: Rule(linear=((1,),)), emit=_take_back, index=(0,),
               dtype=lambda d, o: [d[1]], reference=_back)
+
+
+ONE_HOT = Op("one_hot", keywords={"dtype": lambda v: v in ITEMSIZE}, rule=lambda s: Rule(), emit=_one_hot,
+             index=(0,), constant=True, dtype=lambda d, o: [o["dtype"]], reference=_hot_reference)
 
 
 def embedding(text: str, ids: Operand, table: Operand) -> Value:
@@ -213,4 +238,26 @@ def take(text: str, x: Operand, index: Operand) -> Value:
     return apply(TAKE, (x, index), text)
 
 
-TABLE = {op.name: op for op in (EMBEDDING, EMBEDDING_VJP, TAKE, TAKE_VJP)}
+def one_hot(text: str, ids: Operand, *, dtype: str = "float32") -> Value:
+    """1 where the dim that is new in the result is at the id, 0 elsewhere; each rank makes its own piece.
+
+    Refused, where it runs: an id outside of that dim, whose size `sizes=` says where no argument has it.
+
+    >>> import torch
+    >>> from shardlib import compile, sharded
+    >>> f = sharded("B -> B V")(lambda ids: one_hot("B -> B V", ids, dtype="int64"))
+    >>> compile(f, sizes=dict(V=3))(torch.tensor([2, 0]))
+    tensor([[0, 0, 1],
+            [1, 0, 0]])
+    """
+    meant = f'one_hot "{text}": the specs are those of "B -> B V": the result has one dim more, else the same'
+    ins, outs = parse_specs(text, meant)
+    if ((len(ins), len(outs)) != (1, 1) or len(outs[0].dims) != len(ins[0].dims) + 1
+        or [n for n in outs[0].labels if n in ins[0].labels] != [*ins[0].labels]):
+        raise SpecError(meant)
+    if dtype not in ITEMSIZE:
+        raise SpecError(f"one_hot: dtype is {dtype!r}; it is one of {', '.join(ITEMSIZE)}")
+    return apply(ONE_HOT, (ids,), text, dtype=dtype)
+
+
+TABLE = {op.name: op for op in (EMBEDDING, EMBEDDING_VJP, TAKE, TAKE_VJP, ONE_HOT)}

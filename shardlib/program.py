@@ -137,7 +137,8 @@ class Step:
 
     @property
     def text(self) -> str:
-        return f"{', '.join(map(str, self.ins))} -> {', '.join(map(str, self.outs))}"
+        made = ", ".join(map(str, self.outs))
+        return f"{', '.join(map(str, self.ins))} -> {made}" if self.ins else made
 
 
 def number(value: Any) -> bool:
@@ -313,7 +314,7 @@ def _show_class(struct: Struct, classes: dict[str, Struct]) -> str:
 def _show_function(program: Program, classes: dict[str, Struct], functions: list[Program]) -> str:
     def side(trees: list[Tree]) -> str:
         return ", ".join("*" if isinstance(t, Struct) else str(t) for t in trees)
-    signature = f"{side([t for _, t in program.args])} -> {side([r.tree for r in program.results])}"
+    signature = f"{side([t for _, t in program.args])} -> {side([r.tree for r in program.results])}".lstrip()
     args = (
         ", ".join(f"{n}: {_class_name(t, classes)}" if isinstance(t, Struct) else n for n, t in program.args))
     lines = [f'@sharded("{signature}"{", layout=EXPLICIT" if program.explicit else ""})',

@@ -122,7 +122,7 @@ def gives(case: Case, kinds: Dtypes) -> tuple[torch.dtype, ...] | None:
                      and kind != torch.bool)
         if not legal:
             return None
-    if name == "cast":
+    if "dtype" in dict(case.attrs):
         return (getattr(torch, dict(case.attrs)["dtype"]),)
     if name in ("scale", "shift"):
         (x,) = kinds
@@ -253,7 +253,7 @@ STATISTICS = ("mean", "var", "std", "softmax", "softmax_vjp", "logsumexp", "exp_
               "rms_norm", "rms_norm_vjp", "layer_norm", "group_norm", "norm_vjp",
               "cross_entropy_vjp", "label_sums_vjp", "extreme_vjp")
 EXACT = ("sample", "argmax", "rank_of", "from_rank", "ties", *COMPARISONS, *LOGICAL, *OF_MASKS,
-         "causal_mask", "finite")
+         "causal_mask", "zeros", "ones", "full", "arange", "tril", "one_hot", "finite")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.op.name not in EXACT], ids=str)

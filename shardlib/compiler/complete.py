@@ -21,10 +21,13 @@ def complete(program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, i
 
 
 def complete_step(step: Step, types: Mapping[str, Spec], params: set[str], layout: Layout, mesh: Mesh,
-                  sizes: Mapping[str, int] | None = None) -> Program:
-    """The explicit program of `step` alone, its operands being of these `types`; `params` are parameters."""
+                  sizes: Mapping[str, int] | None = None,
+                  constants: Mapping[str, Step] | None = None) -> Program:
+    """The explicit program of `step` alone, its operands being of these `types`; `params` are parameters,
+    `constants` are made by steps that can make them again."""
     completer = Completer(Program("step", (), (step,), ()), layout, mesh, sizes, types)
     completer.params |= params
+    completer.constants.update(constants or {})
     completer.where = step.where
     try:
         completer.do(step)

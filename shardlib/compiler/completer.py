@@ -4,9 +4,10 @@
 
 Four rules. A value that stands alone (argument, result, the result spec of an op) is completed over its own
 dims. The operands of one op are completed together, over the union of their names, and converted to that. A
-conversion is made once in a straight-line body. An op without a spec string follows its first operand;
-parameters are converted to match, activations never. Under `EXPLICIT` nothing is completed or converted. What
-does not match is refused: a fact is raised, and `refusals` words it.
+conversion is made once in a straight-line body. An op without a spec string follows its first operand that is
+no constant; parameters are converted to match, activations never; constants are made as they are wanted.
+Under `EXPLICIT` nothing is completed or converted. What does not match is refused: a fact is raised, and
+`refusals` words it.
 """
 from __future__ import annotations
 
@@ -57,6 +58,7 @@ class Completer(Builder):
         self.now.update({name: self.declare(name, spec) for name, spec in self.given.items()})
         self.notes: dict[tuple[str, str], str] = {}  # (value, owed axis) -> since when
         self.params: set[str] = set()
+        self.constants: dict[str, Step] = {}        # what is made of nothing, by its name here
         self.unmet: dict[tuple[str, str, str], None] = {}
         # a statistic of the program as written -> the value whose dtype it gets
         self.rounded: dict[str, str] = {}
@@ -138,6 +140,8 @@ class Completer(Builder):
             name = self._move_to(want, name, f"the layout keeps {spec.whole()} as {want}", step)
             self.now[written] = (self.call(CAST_LIKE, [name, self.rounded[written]])
                                  if written in self.rounded else name)
+            if not inputs:
+                self.constants[name] = step
 
     def _move_to(self, want: Spec, name: str, why: str, step: Step | None = None,
                  operand: int | None = None) -> str:
@@ -148,14 +152,25 @@ class Completer(Builder):
             raise self._refused(NoWay(str(error), step, operand)) from None
 
     def _may_follow(self, name: str) -> bool:
-        return self.source.get(name, name) in self.params
+        return self.source.get(name, name) in {*self.params, *self.constants}
+
+    def move(self, name: str, want: Spec, why: str = "") -> str:
+        """As the builder has it; a constant is made as it is wanted, and nothing is sent."""
+        root = self.source.get(name, name)
+        if root not in self.constants or want.owed or want in (self.types[name], self.types[root]):
+            return super().move(name, want, why)
+        if (root, want) not in self._converted:
+            step = self.constants[root]
+            (made,) = self.add(step.op, [], [want], attrs=step.attrs, why=why, base=root.rstrip("0123456789"))
+            self.source[made], self._converted[root, want] = root, made
+        return self._converted[root, want]
 
     def _wanted(self, step: Step, inputs: Sequence[str], layout: Layout) -> list[Spec]:
         """The types that the operands are converted to."""
         if not step.op.takes_text:
-            first = self.types[inputs[0]]
-            axes = {n: _axes(first, n) for n in first.names}
-            return [first if i == 0 else _follow(self.types[n], axes) for i, n in enumerate(inputs)]
+            leads = next((n for n in inputs if self.source.get(n, n) not in self.constants), inputs[0])
+            axes = {n: _axes(self.types[leads], n) for n in self.types[leads].names}
+            return [_follow(self.types[n], axes) for n in inputs]
         ins = [self.mesh.resolve(s, True) for s in step.ins]
         if layout == EXPLICIT:
             return [s.resolve(self.mesh) for s in ins]

@@ -85,6 +85,7 @@ class _Backward(Builder):
         self.root: dict[str, str] = {}
         self.given: dict[str, list[str]] = {}
         self.active = set(active)
+        self.anew: dict[str, Step] = {}             # constants of the body of a scan: no layer's is kept
         for step in program.steps:
             if step.op.moves:
                 root = self.root[step.outputs[0]] = self.root.get(step.inputs[0], step.inputs[0])
@@ -171,6 +172,11 @@ class _Backward(Builder):
 
     def available(self, name: str) -> str:
         """`name` as backward has it: kept, or converted again from what it was converted from."""
+        if name in self.anew:
+            step = self.anew[name]
+            if (name, step.outs[0]) not in self._converted:
+                (self._converted[name, step.outs[0]],) = self.add(step.op, [], step.outs, attrs=step.attrs)
+            return self._converted[name, step.outs[0]]
         root = self.root.get(name, name)
         again = self.regather == "all" or self.regather == "weights" and root in self.params
         return (self.move(root, self.types[name], "gathered again for backward")
@@ -259,6 +265,7 @@ class _Backward(Builder):
                   if self.root.get(value, value) in self.params}
         inner = _Backward(step.body, active, self.mesh, self.regather, params,
                           inner_dtypes(step, step.body, self.dtypes))
+        inner.anew = {s.outputs[0]: s for s in step.body.steps if not s.inputs}
         seeds = []
         for (path, _), (result, _) in zip(parts.carries, parts.carried):
             if path in turned:

@@ -147,7 +147,8 @@ class FunctionText:
                   for a in (value.args[1 + (op.function is not None):] if op.takes_text else value.args)]
         if not op.takes_text:
             return self._untitled(op, inputs, attrs, target)
-        ins, outs = parse_signature(literal(value.args[0]))
+        text = literal(value.args[0])
+        ins, outs = parse_signature(text if inputs or not isinstance(text, str) else f"-> {text}")
         if len(ins) != len(inputs) or any(s is None or s.ellipsis for s in (*ins, *outs)):
             raise not_printed(value)
         for have, want in zip(inputs, ins):

@@ -25,7 +25,18 @@ from shardlib.compiler.parse_text import (
     stacked_along,
 )
 from shardlib.errors import SpecError
-from shardlib.language import casts, comparison, extremes, masks, moves, reductions, softmax, unary, variance
+from shardlib.language import (
+    casts,
+    comparison,
+    constants,
+    extremes,
+    masks,
+    moves,
+    reductions,
+    softmax,
+    unary,
+    variance,
+)
 from shardlib.language.arithmetic import RECIPROCAL
 from shardlib.language.einsum import EINSUM
 from shardlib.language.rearrange import REARRANGE, RENAME
@@ -37,7 +48,7 @@ from shardlib.tree import Struct
 
 CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE, **unary.TABLE,
                        **casts.TABLE, **comparison.TABLE, **masks.TABLE, **reductions.TABLE,
-                       **extremes.TABLE, **softmax.TABLE, **variance.TABLE, **grad.TABLE,
+                       **extremes.TABLE, **softmax.TABLE, **variance.TABLE, **constants.TABLE, **grad.TABLE,
                        "rearrange": REARRANGE, "rename": RENAME}
 MAX_TEXT = 4_000_000        # characters of a program
 MAX_LEAVES = 100_000        # tensors of one pytree

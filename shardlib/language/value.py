@@ -186,7 +186,8 @@ def bind(op: str, text: str, operands: Sequence[Value],
          names: Sequence[str]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
     """Operand and result specs of `text`, its dims checked against the operands',
     "..." replaced by the dims it stands for."""
-    ins, outs = parse_specs(text, f'{op} "{text}": "*" belongs in the signature of a @sharded function')
+    whole = text if operands or "->" in text else f"-> {text}"      # constants say their result alone
+    ins, outs = parse_specs(whole, f'{op} "{text}": "*" belongs in the signature of a @sharded function')
     if len(ins) != len(operands):
         raise SpecError(
             f'{op} "{text}": the text has {len(ins)} operand specs, {len(operands)} operands were given')

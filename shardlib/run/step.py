@@ -36,6 +36,7 @@ from shardlib.tree import leaves
 
 KNOWN = frozenset(getattr(torch, name) for name in ITEMSIZE)
 PARAM = -2       # the id of values that are parameters: they follow an activation's split, others do not
+CONSTANT = -3    # that of values made of nothing, which follow it by being made again
 
 
 def _place() -> tuple[Any, int]:
@@ -50,6 +51,7 @@ class Stepper(Executor):
     def __init__(self, runtime: Runtime, layout: Layout, sizes: Sizes, recipes: dict) -> None:
         super().__init__()
         self.runtime, self.base, self.sizes, self.recipes = runtime, layout, sizes, recipes
+        self.constants: dict[str, Step] = {}        # by their keys
 
     def value(self, spec: Spec, local: Tensor, param: bool = False) -> Value:
         """A value with data: `key` is what recipes know it by."""
@@ -78,8 +80,13 @@ class Stepper(Executor):
             spec, name = made[0]
             value = Value(self, -1, spec)
             value.local, value.key = results[0], name
-            return value
+            return value if operands else self._constant(op, value, attrs)
         return tuple(self.value(spec, t) for (spec, _), t in zip(made, results))
+
+    def _constant(self, op: Op, made: Value, attrs: dict[str, Any]) -> Value:
+        made.id, made.key = CONSTANT, f"{made.key} {op.name} {attrs}"
+        self.constants[made.key] = Step(op, (), (made.spec,), (), ("o0",), tuple(sorted(attrs.items())))
+        return made
 
     def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any,
                 attrs: dict[str, Any], layout: Layout) -> tuple[Callable, list[tuple[Spec, str]], Lines]:
@@ -103,7 +110,8 @@ class Stepper(Executor):
             self.sizes.settle()
         types = {name: x.spec for name, x in zip(names, operands)}
         params = {name for name, x in zip(names, operands) if x.id == PARAM}
-        program = complete_step(step, types, params, layout, self.runtime.mesh, self.sizes.of)
+        constants = {name: self.constants[x.key] for name, x in zip(names, operands) if x.id == CONSTANT}
+        program = complete_step(step, types, params, layout, self.runtime.mesh, self.sizes.of, constants)
         e = Emitter(self.runtime.mesh, self.runtime.rank, self.sizes.of, given=given)
         source = e.program(program)
         self.runtime.create_groups(list(e.groups))

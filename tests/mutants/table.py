@@ -32,8 +32,8 @@ SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/compiler/test_sizes.py"
 LOCAL, PIECES = "tests/language/test_local.py", "tests/test_errors.py -k piece_that_is"
 DTYPES, BY_HAND, ERRORS, RULES = (f"tests/test_{name}.py" for name in (
     "dtypes", "dtypes_by_hand", "errors", "rules_oracle"))
-REDUCTIONS, VARIANCE, ARGUMENTS, SCANS, MASKS = (f"tests/language/test_{name}.py" for name in (
-    "reductions", "variance", "calls", "scan", "masks"))
+REDUCTIONS, VARIANCE, CONSTANTS, ARGUMENTS, SCANS, MASKS = (f"tests/language/test_{name}.py" for name in (
+    "reductions", "variance", "constants", "calls", "scan", "masks"))
 FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
     "failures", "captured", "surroundings", "wrt"))
 ATTENTION, CACHES, ROPE, FEW_ROWS, LAYER_NORM = (f"tests/ops/test_{name}.py" for name in (
@@ -462,6 +462,16 @@ MUTANTS = (
            "if not self.everywhere:", INDICES),
     Mutant("shardlib/run/index_flags.py", "        self.copy.copy_(self.noted)\n", "", INDICES),
     Mutant("shardlib/language/reductions.py", "* float('nan')", "* 0", REDUCTIONS),
+    Mutant("shardlib/language/constants.py", "first - left + step", "first + step", CONSTANTS),
+    Mutant("shardlib/language/constants.py", "({start}, {start + size},", "(0, {size},", CONSTANTS),
+    Mutant("shardlib/compiler/completer.py", "{*self.params, *self.constants}", "self.params", CONSTANTS),
+    Mutant("shardlib/compiler/completer.py", "if root not in self.constants or want.owed",
+           "if root in self.constants or want.owed", CONSTANTS),
+    Mutant("shardlib/compiler/grad.py", "for s in step.body.steps if not s.inputs}", "for s in ()}",
+           CONSTANTS),
+    Mutant("shardlib/run/step.py", "made.id, made.key = CONSTANT,", "made.id, made.key = -1,", CONSTANTS),
+    Mutant("ops/take.py", "torch.arange(start, start + size, device=ids.device)",
+           "torch.arange(size, device=ids.device)", CONSTANTS),
     Mutant("shardlib/language/variance.py", 'if count > step.options["correction"] else math.nan', "",
            VARIANCE),
     Mutant("shardlib/language/variance.py", "b.call(WIDEN, [step.inputs[0]])", "step.inputs[0]", VARIANCE),
@@ -772,8 +782,8 @@ MUTANTS = (
            "tests/models/test_saved_tokenizers.py -k said_in_a_line"),
     Mutant("models/files/gguf_header.py", 'GGUFValueType.UINT16: "H"', 'GGUFValueType.UINT16: "h"',
            f"{HEADERS} -k every_type_of_gguf"),
-    Mutant("shardlib/compiler/completer.py", "return self.source.get(name, name) in self.params",
-           "return name in self.params", f"{API} -k after_a_conversion"),
+    Mutant("shardlib/compiler/completer.py", "return self.source.get(name, name) in {*self",
+           "return name in {*self", f"{API} -k after_a_conversion"),
     Mutant("shardlib/compiler/sizes.py", "if not dim.factors and n != dim.size:",
            "if not dim.factors and n < dim.size:", f"{SIZES} -k a_constant_dim"),
     # kernels of matmuls, and of fused steps that update
