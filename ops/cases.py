@@ -93,6 +93,12 @@ def standing(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generato
     return torch.randint(-sizes["T"] - 1, sizes["S"] + 1, shape, generator=g)
 
 
+def permuted(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+             before: list[Tensor]) -> Tensor:
+    """All places along dim 1, in any order."""
+    return torch.rand(shape, generator=g).argsort(1)
+
+
 def labels(ignored: int | None) -> Draw:
     """Integers below the size of V; every other one stands for none, if that is something."""
     def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
@@ -208,6 +214,13 @@ CASES: tuple[Case, ...] = (
     _case("causal_mask", "B -> B T S", index("S")), _case("rms_norm", "B T D, D -> B T D", eps=1e-6),
     _case("rms_norm", "D, D -> D", eps=1e-6), _case("rms_norm_vjp", "B T D, D, B T D -> B T D, D", eps=1e-6),
     _case("rms_norm_vjp", "D, D, D -> D, D", eps=1e-6),
+    _case("prod", "B T D -> B", positive), _case("prod", "B D -> B", digit), _case("prod", "B (K H) -> B"),
+    _case("prod_vjp", "B T D, B -> B T D"), _case("prod_vjp", "B D, B -> B D", digit),
+    _case("cumsum", "B T D -> B T D", along="T"), _case("cumsum", "B T -> B T", along="T", reverse=True),
+    _case("sort", "B T D -> B T D, B T D", along="T"),
+    _case("sort", "B T D -> B T D, B T D", digit, along="T", descending=True),
+    _case("sort_vjp", "B T D, B T D -> B T D", permuted, along="T"),
+    _case("argmin", "B T V -> B T"), _case("argmin", "B (K H) -> B"),
     *(_case("layer_norm", text, eps=1e-5)
       for text in ("B T D, D -> B T D", "B T D, D, D -> B T D", "D, D, D -> D", "B (K H), (K H) -> B (K H)")),
     *(_case("group_norm", text, eps=1e-5, over=over) for text, over in (

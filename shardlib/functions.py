@@ -1,7 +1,8 @@
 """The functions of tensors that models are written with: pointwise ones, masks, and reductions along dims."""
+from shardlib.language.along import cumsum, sort
 from shardlib.language.casts import cast, stop_gradient
 from shardlib.language.constants import arange, full, ones, tril, zeros
-from shardlib.language.extremes import all, any, argmax, max, min
+from shardlib.language.extremes import all, any, argmax, argmin, max, min
 from shardlib.language.masks import (
     equal,
     greater,
@@ -38,13 +39,13 @@ from shardlib.language.pointwise import (
     square,
     tanh,
 )
-from shardlib.language.reductions import mean, sum
+from shardlib.language.reductions import mean, prod, sum
 from shardlib.language.softmax import logsumexp, softmax
 from shardlib.language.variance import std, var
 
-__all__ = ["abs", "all", "any", "arange", "argmax", "cast", "clamp", "cos", "equal", "erf", "exp", "expm1",
-           "full", "gelu", "greater", "greater_equal", "less", "less_equal", "log", "log1p", "log_sigmoid",
-           "logical_and", "logical_not", "logical_or", "logsumexp", "max", "maximum", "mean", "min",
-           "minimum", "not_equal", "ones", "pow", "relu", "rsqrt", "sigmoid", "silu", "sin", "softmax",
-           "softplus", "sqrt", "square", "std", "stop_gradient", "sum", "tanh", "tril", "var", "where",
-           "zeros"]
+__all__ = ["abs", "all", "any", "arange", "argmax", "argmin", "cast", "clamp", "cos", "cumsum", "equal",
+           "erf", "exp", "expm1", "full", "gelu", "greater", "greater_equal", "less", "less_equal", "log",
+           "log1p", "log_sigmoid", "logical_and", "logical_not", "logical_or", "logsumexp", "max",
+           "maximum", "mean", "min", "minimum", "not_equal", "ones", "pow", "prod", "relu", "rsqrt",
+           "sigmoid", "silu", "sin", "softmax", "softplus", "sort", "sqrt", "square", "std",
+           "stop_gradient", "sum", "tanh", "tril", "var", "where", "zeros"]

@@ -26,6 +26,7 @@ from shardlib.compiler.parse_text import (
 )
 from shardlib.errors import SpecError
 from shardlib.language import (
+    along,
     casts,
     comparison,
     constants,
@@ -46,9 +47,10 @@ from shardlib.program import Op, Program
 from shardlib.spec import check_text, nameable, parse
 from shardlib.tree import Struct
 
-CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL, **moves.TABLE, **unary.TABLE,
-                       **casts.TABLE, **comparison.TABLE, **masks.TABLE, **reductions.TABLE,
-                       **extremes.TABLE, **softmax.TABLE, **variance.TABLE, **constants.TABLE, **grad.TABLE,
+_MODULES = (moves, unary, casts, comparison, masks, reductions, extremes, softmax, variance, along, constants,
+            grad)
+CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL,
+                       **{name: op for module in _MODULES for name, op in module.TABLE.items()},
                        "rearrange": REARRANGE, "rename": RENAME}
 MAX_TEXT = 4_000_000        # characters of a program
 MAX_LEAVES = 100_000        # tensors of one pytree

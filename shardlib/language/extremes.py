@@ -1,9 +1,10 @@
-"""What is largest or smallest along dims: max, min, any and all, and argmax, where it is.
+"""What is largest or smallest along dims: max, min, any and all; and where it is: argmax and argmin.
 
 Over a split dim a max is owed, and `any` as the max of masks. A minimum is nothing that can be owed: min and
-all take the distributed form, the max of opposites, which is joined and turned back; so does argmax, with a
-max over the pieces and the least index that has it. Each of these is a step of the program. Equal ones share
-the gradient of max and min: their number over all ranks is a second small sum, in backward alone.
+all take the distributed form, the max of opposites, which is joined and turned back; so do argmax and argmin,
+with an extreme of the pieces, and then the least index that has it. Each of these is a step of the program.
+Equal ones share the gradient of max and min: their number over all ranks is a second small sum, in backward
+alone.
 """
 from __future__ import annotations
 
@@ -151,6 +152,13 @@ def _spread_argmax(b: Steps, step: Step, x: str) -> str:
     return b.call(FROM_RANK, [back])
 
 
+def _spread_argmin(b: Steps, step: Step, x: str) -> str:
+    """argmin over a split dim: the min of all, then the least index that has it."""
+    low = _spread_min(b, step, x)
+    back = b.settle(b.call(RANK_OF, [x, low], outs=(step.outs[0],), least=True))
+    return b.call(FROM_RANK, [back])
+
+
 def _rank_of(e: LocalCode, step: Step, args: list[str]) -> str:
     (i,) = dims_gone(step)
     start, _ = e.rows(step.ins[0].dims[i])
@@ -173,28 +181,32 @@ def _first_of(d: Dims, x: Tensor, top: Tensor) -> Tensor:
     return d.fold(torch.minimum, d.count(*d.gone), torch.where(here, d.index(*d.gone), d.count(*d.gone)))
 
 
-def _argmax_reference(d: Dims, x: Tensor) -> Tensor:
+def _arg_reference(d: Dims, x: Tensor) -> Tensor:
     if not d.count(*d.gone):
         raise IndexError("nothing is the largest of nothing")
-    return _first_of(d, x, d.fold(torch.maximum, bounds(x)[0], x))
+    return _first_of(d, x, (_smallest if d.step.op is ARGMIN else _largest)(d, x))
 
 
 def _not_empty(e: LocalCode, step: Step) -> int:
-    """The size of the dim that argmax runs over. SpecError for 0."""
+    """The size of the dim that argmax or argmin runs over. SpecError for 0."""
     dim = step.ins[0].dims[dims_gone(step)[0]]
     if not e.count(dim):
-        raise SpecError(f"argmax: {dim.label} is 0; nothing is the largest of nothing")
+        name, most = (("argmin", "smallest") if step.op is ARGMIN or step.options.get("least")
+                      else ("argmax", "largest"))
+        raise SpecError(f"{name}: {dim.label} is 0; nothing is the {most} of nothing")
     return e.count(dim)
 
 
 def _argmax(e: LocalCode, step: Step, args: list[str]) -> str:
     _not_empty(e, step)
-    return f"{args[0]}.argmax({dims_gone(step)[0]})"
+    return f"{args[0]}.{step.op.name}({dims_gone(step)[0]})"
 
 
-ARGMAX = Op("argmax", rule=lambda s: Rule(whole=names_gone(s)), emit=_argmax, distribute=_spread_argmax,
-            takes=("number",), dtype=lambda d, o: ["int64"], reference=_argmax_reference)
-RANK_OF = Op("rank_of", rule=lambda s: Rule(maxes=names_gone(s)), emit=_rank_of, takes=("number",),
+ARGMAX, ARGMIN = (Op(name, rule=lambda s: Rule(whole=names_gone(s)), emit=_argmax, distribute=pieces,
+                     takes=("number",), dtype=lambda d, o: ["int64"], reference=_arg_reference)
+                  for name, pieces in (("argmax", _spread_argmax), ("argmin", _spread_argmin)))
+RANK_OF = Op("rank_of", keywords={"least": lambda v: v in (None, True)},
+             rule=lambda s: Rule(maxes=names_gone(s)), emit=_rank_of, takes=("number",),
              dtype=lambda d, o: ["int64"], reference=lambda d, x, top: -_first_of(d, x, top))
 FROM_RANK = Op("from_rank", takes=("number",), rule=lambda s: Rule(linear=((0,),)), infer=same,
                emit=lambda e, s, a: f"-{a[0]}", reference=lambda d, x: x * -1)
@@ -272,5 +284,19 @@ def argmax(text: str, x: Operand) -> Value:
     return reduce_call(ARGMAX, text, x, lost=1)
 
 
+def argmin(text: str, x: Operand) -> Value:
+    """The first index (int64) of the minimum over the one dim that the result lacks; a NaN is the minimum.
+
+    Indices count over the whole dim, wherever it is split. Refused: a dim of size 0.
+
+    >>> import torch
+    >>> from shardlib import Layout, Mesh, sharded, simulate
+    >>> nearest = sharded("B V -> B")(lambda distance: argmin("B V -> B", distance))
+    >>> simulate(nearest, Layout(V="tp"), torch.tensor([[3.0, 2.0, 1.0, 1.0]]), mesh=Mesh(tp=2))
+    tensor([2])
+    """
+    return reduce_call(ARGMIN, text, x, lost=1)
+
+
 TABLE = {op.name: op for op in (MAX, MIN, MAX_OPPOSITE, OPPOSITE, TIES, EXTREME_VJP, ANY, ALL, ARGMAX,
-                                RANK_OF, FROM_RANK)}
+                                ARGMIN, RANK_OF, FROM_RANK)}

@@ -1,4 +1,4 @@
-"""Ops along dims: sum and mean; and what all such ops share.
+"""Ops along dims: sum, mean and prod; and what all such ops share.
 
 Their spec string says the dims that remain: `mean("B T -> ()", x)`. A split dim that is summed leaves a sum
 owed. Of bfloat16 and float16, what is summed up inside of an op is summed in float32, and rounded once.
@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardlib.dtypes import counted, fractional, narrow, reading
+import torch
+from torch import Tensor
+
+from shardlib.dtypes import as_they_come, counted, fractional, narrow, reading
 from shardlib.errors import SpecError
 from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply
 from shardlib.program import Op, Step
+from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_specs
 
@@ -84,6 +88,52 @@ def _spread(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"{text} / {count or 1}"
 
 
+def _others(step: Step) -> tuple[str, ...]:
+    """The names of the first operand that the second one lacks."""
+    return tuple(n for n in step.ins[0].names if n not in step.ins[1].names)
+
+
+def _lacked(step: Step) -> tuple[int, ...]:
+    return tuple(i for i, label in enumerate(step.ins[0].labels) if label not in step.ins[1].labels)
+
+
+def _prod(e: LocalCode, step: Step, args: list[str]) -> str:
+    return f"{e.use(product)}({args[0]}, {dims_gone(step)})"
+
+
+def product(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The product over `dims`, of narrow floats in float32, rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.int64
+    made = x.to(wide)
+    for dim in reversed(dims):
+        made = made.prod(dim)
+    return made.to(x.dtype) if x.is_floating_point() else made
+
+
+def product_vjp(x: Tensor, g: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """g times the product of all others: of those before and those behind, so that none divides by 0."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
+    kept = [i for i in range(x.ndim) if i not in dims]
+    rows = x.to(wide).permute(*kept, *dims)
+    flat = rows.flatten(len(kept)) if dims else rows[..., None]
+    one = torch.ones_like(flat[..., :1])
+    before = torch.cat((one, flat[..., :-1]), -1).cumprod(-1)
+    behind = torch.cat((one, flat.flip(-1)[..., :-1]), -1).cumprod(-1).flip(-1)
+    made = (before * behind * g.to(wide)[..., None]).reshape(rows.shape)
+    return made.permute([(*kept, *dims).index(i) for i in range(x.ndim)]).to(x.dtype)
+
+
+def _times(d: Dims, x: Tensor) -> Tensor:
+    return d.fold(torch.mul, 1, x if x.is_floating_point() else x.long())
+
+
+PROD_VJP = Op("prod_vjp", rule=lambda s: Rule(linear=((1,),), whole=_others(s)), takes=("float",),
+              emit=lambda e, s, a: f"{e.use(product_vjp)}({a[0]}, {a[1]}, {_lacked(s)})",
+              reads=as_they_come, dtype=lambda d, o: d[:1],
+              infer=lambda ins, attrs: ins[:1],
+              reference=lambda d, x, g: d.vjp(_times, (x,), g, d.step.ins[1]))
+PROD = Op("prod", rule=lambda s: Rule(whole=names_gone(s)), emit=_prod, reads=reading(counted),
+          reference=_times, vjp=lambda b, s, ct: [b.call(PROD_VJP, [s.inputs[0], ct[0]])])
 SUM = Op("sum", rule=lambda s: Rule(linear=((0,),), sums=names_gone(s)), emit=_sum,
          vjp=lambda b, s, ct: [b.spread(ct[0], s.ins[0])], reads=reading(counted),
          reference=lambda d, x: d.sum(x))
@@ -140,4 +190,19 @@ def mean(text: str, x: Operand) -> Value:
     return reduce_call(MEAN, text, x)
 
 
-TABLE = {op.name: op for op in (SUM, MEAN, SPREAD)}
+def prod(text: str, x: Operand) -> Value:
+    """The product over the dims that the result lacks, which are whole; int64 of integers and masks.
+
+    The gradient of each is the product of the others, where one of them is 0, too. Refused of a sum that is
+    still owed.
+
+    >>> import torch
+    >>> from shardlib import sharded, value_and_grad
+    >>> f = sharded("D -> ()")(lambda x: prod("D -> ()", x))
+    >>> value_and_grad(f, wrt="x")(torch.tensor([2.0, 0.0, 3.0]))
+    (tensor(0.), tensor([0., 6., 0.]))
+    """
+    return reduce_call(PROD, text, x)
+
+
+TABLE = {op.name: op for op in (SUM, MEAN, SPREAD, PROD, PROD_VJP)}

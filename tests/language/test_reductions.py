@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardlib import EXPLICIT, Layout, Mesh, SpecError, lower, sharded, simulate, value_and_grad
-from shardlib.functions import all, any, argmax, logsumexp, max, mean, min, sum
+from shardlib.functions import all, any, argmax, argmin, logsumexp, max, mean, min, prod, sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOWEST = {torch.float64: -torch.inf, torch.float32: -torch.inf, torch.int64: -2 ** 63, torch.int32: -2 ** 31,
@@ -36,6 +36,11 @@ def least(x):
 @sharded("B V -> B")
 def best(x):
     return argmax("B V -> B", x)
+
+
+@sharded("B V -> B")
+def worst(x):
+    return argmin("B V -> B", x)
 
 
 def above(a: Any, b: Any) -> bool:
@@ -98,6 +103,10 @@ def test_min_of_odd_values(data: st.DataObject, dtype: torch.dtype, layout: Layo
     want = x.amin(1) if size else torch.full((rows,), GREATEST[dtype], dtype=dtype)
     torch.testing.assert_close(simulate(least, layout, x, mesh=Mesh(x=2, y=2)), want, rtol=0, atol=0,
                                equal_nan=True)
+    if size and dtype != torch.bool:
+        first = [next((i for i, a in enumerate(row) if a != a), row.index(builtins.min(row)))
+                 for row in values]
+        assert simulate(worst, layout, x, mesh=Mesh(x=2, y=2)).tolist() == first
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=3), st.booleans(),
@@ -204,3 +213,36 @@ def test_explicit_text_needs_the_dim_whole_that_they_run_over(f: Callable) -> No
     split = sharded("B V/tp -> B", layout=EXPLICIT)(lambda x: f("B V/tp -> B", x))
     assert said(lower, split, mesh=Mesh(tp=2)) == (
         f"{f.__name__}: V is split over tp in x; {f.__name__} needs all of V on each rank")
+
+
+@pytest.mark.parametrize("layout", (Layout(), Layout(V="x")), ids=str)
+@pytest.mark.parametrize("f, word", ((best, "largest"), (worst, "smallest")))
+def test_nothing_has_no_first(f: Callable, word: str, layout: Layout) -> None:
+    name = {"largest": "argmax", "smallest": "argmin"}[word]
+    assert said(simulate, f, layout, torch.ones(2, 0), mesh=Mesh(x=2)) == (
+        f"{name}: V is 0; nothing is the {word} of nothing")
+
+
+# -- products ------------------------------------------------------------------------------------------------
+
+@given(st.lists(st.lists(st.sampled_from((0.0, -1.5, 2.0, 0.5)), min_size=4, max_size=4), max_size=3),
+       st.integers(0, 4), st.sampled_from((*LAYOUTS, Layout(T="x"), Layout(B="x", T="y"))))
+def test_products_and_their_gradients_are_those_of_torch(rows: list, size: int, layout: Layout) -> None:
+    """Where none, one or more are 0, too; over a split dim, which is made whole."""
+    x = torch.tensor(rows, dtype=torch.float64).view(len(rows), 4, 1)[:, :size].repeat(1, 1, 2)
+    x[..., 1] += 0.25
+    f = sharded("B V T -> B")(lambda x: prod("B V T -> B", x))
+    loss = sharded("B V T -> ()")(lambda x: sum("B -> ()", prod("B V T -> B", x)))
+    asked = x.clone().requires_grad_()
+    want = asked.flatten(1).prod(1)
+    torch.testing.assert_close(simulate(f, layout, x, mesh=Mesh(x=2, y=2)), want.detach())
+    torch.testing.assert_close(simulate(value_and_grad(loss, wrt="x"), layout, x, mesh=Mesh(x=2, y=2))[1],
+                               torch.autograd.grad(want.sum(), asked)[0])
+
+
+def test_products_of_integers_are_int64_and_of_bfloat16_rounded_once() -> None:
+    f = sharded("B V -> B")(lambda x: prod("B V -> B", x))
+    ints = torch.tensor([[100, 100, 3]], dtype=torch.int8)
+    assert torch.equal(simulate(f, Layout(B="x"), ints, mesh=Mesh(x=2)), torch.tensor([30000]))
+    x = (1 + torch.rand(3, 64, generator=torch.Generator().manual_seed(0)) / 64).bfloat16()
+    assert torch.equal(simulate(f, None, x, mesh=Mesh()), x.double().prod(1).bfloat16())

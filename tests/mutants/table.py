@@ -32,8 +32,9 @@ SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/compiler/test_sizes.py"
 LOCAL, PIECES = "tests/language/test_local.py", "tests/test_errors.py -k piece_that_is"
 DTYPES, BY_HAND, ERRORS, RULES = (f"tests/test_{name}.py" for name in (
     "dtypes", "dtypes_by_hand", "errors", "rules_oracle"))
-REDUCTIONS, VARIANCE, CONSTANTS, ARGUMENTS, SCANS, MASKS = (f"tests/language/test_{name}.py" for name in (
-    "reductions", "variance", "constants", "calls", "scan", "masks"))
+REDUCTIONS, VARIANCE, ALONG, CONSTANTS, ARGUMENTS = (f"tests/language/test_{name}.py" for name in (
+    "reductions", "variance", "along", "constants", "calls"))
+SCANS, MASKS = (f"tests/language/test_{name}.py" for name in ("scan", "masks"))
 FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
     "failures", "captured", "surroundings", "wrt"))
 ATTENTION, CACHES, ROPE, FEW_ROWS, LAYER_NORM = (f"tests/ops/test_{name}.py" for name in (
@@ -462,6 +463,12 @@ MUTANTS = (
            "if not self.everywhere:", INDICES),
     Mutant("shardlib/run/index_flags.py", "        self.copy.copy_(self.noted)\n", "", INDICES),
     Mutant("shardlib/language/reductions.py", "* float('nan')", "* 0", REDUCTIONS),
+    Mutant("shardlib/language/reductions.py", "(before * behind * g.to(wide)[..., None])",
+           "(rows.prod(-1, keepdim=True) / rows * g.to(wide)[..., None])", REDUCTIONS),
+    Mutant("shardlib/language/extremes.py", "low = _spread_min(b, step, x)",
+           "low = b.settle(b.call(MAX, [x], outs=(step.outs[0],)))", REDUCTIONS),
+    Mutant("shardlib/language/along.py", ' = {} if step.options.get("reverse") else',
+           ' = {"reverse": True} if step.options.get("reverse") else', ALONG),
     Mutant("shardlib/language/constants.py", "first - left + step", "first + step", CONSTANTS),
     Mutant("shardlib/language/constants.py", "({start}, {start + size},", "(0, {size},", CONSTANTS),
     Mutant("shardlib/compiler/completer.py", "{*self.params, *self.constants}", "self.params", CONSTANTS),
