@@ -99,6 +99,12 @@ def permuted(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generato
     return torch.rand(shape, generator=g).argsort(1)
 
 
+def chosen(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+           before: list[Tensor]) -> Tensor:
+    """Some of the places of V, none twice."""
+    return torch.rand((*shape[:-1], sizes["V"]), generator=g).argsort(-1)[..., :shape[-1]]
+
+
 def labels(ignored: int | None) -> Draw:
     """Integers below the size of V; every other one stands for none, if that is something."""
     def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
@@ -220,6 +226,12 @@ CASES: tuple[Case, ...] = (
     _case("sort", "B T D -> B T D, B T D", along="T"),
     _case("sort", "B T D -> B T D, B T D", digit, along="T", descending=True),
     _case("sort_vjp", "B T D, B T D -> B T D", permuted, along="T"),
+    *(_case("concat", text) for text in ("B T D, B S D -> B V D", "B T, B T, B S -> B V")),
+    *(_case("split", text) for text in ("B V D -> B T D, B S D", "V B -> T B, D B, K B")),
+    _case("pad", "B T D -> B S D", before=1, after=2), _case("pad", "T -> S", before=0, after=1),
+    _case("slice", "B T D -> B S D", start=1, stop=3), _case("slice", "T -> S", start=0, stop=4),
+    _case("slice", "B T -> B S", start=1, after=1), _case("topk", "B V D -> B K D, B K D", k=3),
+    _case("topk", "V -> K, K", digit, k=3), _case("topk_vjp", "B K, B K -> B V", chosen),
     _case("argmin", "B T V -> B T"), _case("argmin", "B (K H) -> B"),
     *(_case("layer_norm", text, eps=1e-5)
       for text in ("B T D, D -> B T D", "B T D, D, D -> B T D", "D, D, D -> D", "B (K H), (K H) -> B (K H)")),

@@ -17,6 +17,7 @@ from shardlib.language.masks import (
     not_equal,
     where,
 )
+from shardlib.language.pieces import concat, pad, slice, split, topk
 from shardlib.language.pointwise import (
     abs,
     clamp,
@@ -43,9 +44,9 @@ from shardlib.language.reductions import mean, prod, sum
 from shardlib.language.softmax import logsumexp, softmax
 from shardlib.language.variance import std, var
 
-__all__ = ["abs", "all", "any", "arange", "argmax", "argmin", "cast", "clamp", "cos", "cumsum", "equal",
-           "erf", "exp", "expm1", "full", "gelu", "greater", "greater_equal", "less", "less_equal", "log",
-           "log1p", "log_sigmoid", "logical_and", "logical_not", "logical_or", "logsumexp", "max",
-           "maximum", "mean", "min", "minimum", "not_equal", "ones", "pow", "prod", "relu", "rsqrt",
-           "sigmoid", "silu", "sin", "softmax", "softplus", "sort", "sqrt", "square", "std",
-           "stop_gradient", "sum", "tanh", "tril", "var", "where", "zeros"]
+__all__ = ["abs", "all", "any", "arange", "argmax", "argmin", "cast", "clamp", "concat", "cos", "cumsum",
+           "equal", "erf", "exp", "expm1", "full", "gelu", "greater", "greater_equal", "less", "less_equal",
+           "log", "log1p", "log_sigmoid", "logical_and", "logical_not", "logical_or", "logsumexp", "max",
+           "maximum", "mean", "min", "minimum", "not_equal", "ones", "pad", "pow", "prod", "relu", "rsqrt",
+           "sigmoid", "silu", "sin", "slice", "softmax", "softplus", "sort", "split", "sqrt", "square",
+           "std", "stop_gradient", "sum", "tanh", "topk", "tril", "var", "where", "zeros"]

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from shardlib.compiler.sizes import Sizes
 from shardlib.dtypes import step_dtypes
+from shardlib.errors import SpecError
 from shardlib.language.local_code import LocalCode
 from shardlib.language.rearrange import RENAME, by_factor, renamed
 from shardlib.lowering.emit import Emitter
@@ -105,7 +106,12 @@ class Case:
 
     def fitting(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """`sizes`, with those names fitted to the others that a rename gives to a dim,
-        or whose dim it takes apart."""
+        or whose dim it takes apart; and those whose length others say."""
+        if self.op.lengths and (said := self.op.lengths(self.step(self.ins, self.outs))):
+            known = Sizes("case", {n: size for n, size in sizes.items() if n != said[0].label})
+            known.say(self.step(self.ins, self.outs))
+            known.settle()
+            return known.of
         if self.op is not RENAME:
             return dict(sizes)
         pairs = list(zip(self.ins[0].dims, self.outs[0].dims))
@@ -195,7 +201,11 @@ class Trial:
     the op's reference on whole operands."""
 
     def __init__(self, case: Case, mesh: Mesh, sizes: Mapping[str, int], seed: int = 0) -> None:
-        self.case, self.mesh, self.sizes = case, mesh, case.fitting(sizes)
+        self.case, self.mesh = case, mesh
+        try:
+            self.sizes = case.fitting(sizes)
+        except SpecError as error:
+            raise NoSuchCall(str(error)) from error
         self._codes: dict[str, Callable] = {}
         self.generator = torch.Generator().manual_seed(seed)
         self.whole: list[Tensor] = []

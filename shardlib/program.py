@@ -28,16 +28,15 @@ from shardlib.wires import Wire
 class Op:
     """One operation, compared by identity: its typing rule, what it does on local tensors, its derivative.
 
-    keywords: its keyword arguments: name -> whether a value may be one; None stands for a missing one.
-
+    keywords:    its keyword arguments: name -> whether a value may be one; None stands for a missing one.
     rule(step):  the Rule of this call.
     emit(e, step, args): the Python expression that runs it on one rank's tensors (a tuple's, for several
                  results); `e` is its `LocalCode`.
     infer(ins, attrs): the results' dims, for an op that is called without a spec string.
-    vjp(b, step, cotangents): the cotangents of the operands, built with the grad builder `b`; None where
-                 there is none.
+    vjp(b, step, cotangents): the cotangents of the operands, by the grad builder `b`; None where none is.
     moves:       it changes types and keeps the value: a conversion.
     wire:        how its ranks communicate, if they do.
+    lengths(step): (dim, dims, n) where the dim is as long as the dims together and n; None where nothing is.
     index:       operands that hold integers or masks, outside linearity and without cotangent.
     updates:     the operand whose buffer the result may reuse, if any.
     looks(e, step, args): refuses what an index may not be, where a kernel takes the step's place.
@@ -46,9 +45,8 @@ class Op:
     statistic:   over a split dim, declarative text lets it owe in float32 at least, and rounds once
     joins:       it acts on the last dim of its first operand, alike for all others, which may share a call.
     asserted:    its types are those of its text, unchecked (`local`); `function` is what it runs.
-    takes:       what each operand may hold, the last for all further ones: "any", "number" (no mask),
-                 "float", "index", "mask"; by default the operands in `index` hold indices and the others any.
-                 Or a function of the step, where its specs decide.
+    takes:       what each operand may hold, the last for all further ones, or a function of the step: "any",
+                 "number" (no mask), "float", "index", "mask"; by default an index where `index` has it.
     reads(dtypes, attrs): the dtypes in which the operands are read; by default the widest of those that are
                  no index (`shardlib.dtypes`).
     dtype(dtypes, attrs): the results' dtypes; by default that in which the operands are read.
@@ -66,6 +64,7 @@ class Op:
     index: tuple[int, ...] = ()
     updates: int | None = None
     looks: Callable[..., str] | None = None
+    lengths: Callable | None = None
     takes: tuple[str, ...] | Callable[[Step], tuple[str, ...]] = ()
     reads: Callable | None = None
     dtype: Callable | None = None

@@ -72,6 +72,7 @@ def first(x: torch.dtype, *others: torch.dtype) -> torch.dtype:
 COMPARISONS = ("greater", "less", "greater_equal", "less_equal", "equal", "not_equal", "compare")
 LOGICAL = ("logical_and", "logical_or", "logical_not")
 OF_MASKS, EXTREMES = ("any", "all"), ("max", "min", "max_opposite", "opposite")
+CUTS = ("concat", "split", "pad", "slice")
 # of the dtypes of all operands; what is missing gives the widest of those that are no index
 GIVES: dict[str, Any] = {
     **dict.fromkeys(("div", "mean", "var", "std", "reciprocal", "scale"), fraction),
@@ -81,7 +82,8 @@ GIVES: dict[str, Any] = {
     **dict.fromkeys((*COMPARISONS, *LOGICAL, *OF_MASKS, "causal_mask"), lambda *kinds: torch.bool),
     "rope_table": lambda start: float32,
     **dict.fromkeys(("argmax", "argmin", "rank_of", "ties", "sample"), lambda *kinds: int64),
-    "sort": lambda x: (x, int64), "sort_vjp": lambda places, g: g,
+    **dict.fromkeys(("sort", "topk"), lambda x: (x, int64)),
+    **dict.fromkeys(("sort_vjp", "topk_vjp"), lambda places, g: g),
     "rms_norm_vjp": lambda x, w, g: (x, w), "norm_vjp": lambda *kinds: kinds[:-1],
     "cast_like": lambda x, like: like if like.is_floating_point else x, "widen": lambda x: widest(x, float32),
     "attention_vjp": lambda q, k, v, *rest: (widest(q, k, v, rest[-1]),) * 3,
@@ -89,12 +91,12 @@ GIVES: dict[str, Any] = {
     "label_sums": lambda x, labels, top: (widest(x, top, float32),) * 2,
     **dict.fromkeys(("cross_entropy_vjp", "label_sums_vjp", "extreme_vjp", "prod_vjp"), first),
 }
-TAKES_ANY = {"add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "prod", "cumsum", "mean",
-             "var", "std", *EXTREMES, "spread", "cast", "cast_like", "widen", "where", "stop_gradient",
-             "ones_like", "zeros_like", "rearrange", "rename", "take", "take_vjp", "embedding",
-             "embedding_vjp", "update_cache"}
-TAKES_NUMBERS = {"sub", *COMPARISONS, "relu", "square", "abs", "clamp", "maximum", "minimum", "argmax",
-                 "rank_of", "from_rank", "ties", "sort", "argmin"}
+TAKES_ANY = {*CUTS, "add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "prod", "cumsum",
+             "mean", "var", "std", *EXTREMES, "spread", "cast", "cast_like", "widen", "where",
+             "stop_gradient", "ones_like", "zeros_like", "rearrange", "rename", "take", "take_vjp",
+             "embedding", "embedding_vjp", "update_cache"}
+TAKES_NUMBERS = {"topk", "sub", *COMPARISONS, "relu", "square", "abs", "clamp", "maximum", "minimum",
+                 "argmax", "rank_of", "from_rank", "ties", "sort", "argmin"}
 MASKS = {("where", 0), ("masked", 0), *((name, i) for name in LOGICAL for i in (0, 1)),
          *((name, 0) for name in OF_MASKS)}
 LIKES, TABLES = {("cast_like", 1), ("ones_like", 0), ("zeros_like", 0)}, {("rope", 1), ("rope_vjp", 1)}
@@ -253,8 +255,8 @@ def in_(kind: torch.dtype, xs: Sequence[Tensor]) -> list[Tensor]:
 STATISTICS = ("prod", "prod_vjp", "cumsum", "mean", "var", "std", "softmax", "softmax_vjp", "logsumexp",
               "exp_minus", "sum_exp", "log_plus", "rms_norm", "rms_norm_vjp", "layer_norm", "group_norm",
               "norm_vjp", "cross_entropy_vjp", "label_sums_vjp", "extreme_vjp")
-EXACT = ("sample", "argmax", "argmin", "sort", "rank_of", "from_rank", "ties", *COMPARISONS, *LOGICAL,
-         *OF_MASKS, "causal_mask", "zeros", "ones", "full", "arange", "tril", "one_hot", "finite")
+EXACT = ("topk", "sample", "argmax", "argmin", "sort", "rank_of", "from_rank", "ties", *COMPARISONS,
+         *LOGICAL, *OF_MASKS, "causal_mask", "zeros", "ones", "full", "arange", "tril", "one_hot", "finite")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.op.name not in EXACT], ids=str)
@@ -329,7 +331,7 @@ def test_dtypes_are_those_of_the_policy_on_pieces(drawn: tuple[Call, Layout]) ->
         made = run(program, Mesh(tp=2), call.sizes, xs)
     assert tuple(y.dtype for y in made) == gives(call.case, call.kinds), program
     assert sent == [c.dtype for c in project(program, Mesh(tp=2), 0, call.sizes, names(call.kinds))], program
-    if call.case.op.name not in ("sample", "argmax", "argmin", "rank_of", "sort"):
+    if call.case.op.name not in ("sample", "argmax", "argmin", "rank_of", "sort", "topk"):
         want = run(call.program(), Mesh(), call.sizes, xs)
         exact = run(call.program(), Mesh(), call.sizes, in_(float64, xs))
         for a, b, c in zip(made, want, exact):

@@ -297,6 +297,20 @@ def rename(w: Writer) -> None:
           x.order)
 
 
+def cut(w: Writer) -> None:
+    """More of a dim, or less of it."""
+    x, (before, after) = w.float_(dims=1), [w.one_of((0, 1, 2)) for _ in range(2)]
+    old = w.one_of([d for d in x.spec.dims if len(d.factors) == 1])
+    name, by = w.one_of((("pad", 1), ("slice", -1)))
+    size = w.sizes[old.label] + by * (before + after)
+    new = w.one_of([n for n in ("P", "Q", "R")
+                    if n not in x.spec.names and w.sizes.get(n, size) == size and size >= 0])
+    w.sizes[new] = size
+    w.add(name, [x], Spec(tuple(Dim((Factor(new),)) if d == old else d for d in x.spec.dims)),
+          "bounded" if x.holds == "positive" else x.holds, x.order, after=after,
+          **{"before" if name == "pad" else "start": before})
+
+
 def spread(w: Writer) -> None:
     x = w.float_()
     more = [Dim((Factor(n),)) for n in w.some(BATCH) if n not in x.spec.names][:1]
@@ -400,7 +414,7 @@ def cond(w: Writer) -> None:
 
 
 KINDS = [pointwise, binary, compare, where, einsum, einsum, reduction, two_reductions, argmax, softmax,
-         rearrange, rename, spread, norm, fusible, rope, attention, update_cache, embedding, take,
+         rearrange, rename, cut, spread, norm, fusible, rope, attention, update_cache, embedding, take,
          reshard, scan, cond]
 
 

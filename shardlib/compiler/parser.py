@@ -33,6 +33,7 @@ from shardlib.language import (
     extremes,
     masks,
     moves,
+    pieces,
     reductions,
     softmax,
     unary,
@@ -48,7 +49,7 @@ from shardlib.spec import check_text, nameable, parse
 from shardlib.tree import Struct
 
 _MODULES = (moves, unary, casts, comparison, masks, reductions, extremes, softmax, variance, along, constants,
-            grad)
+            pieces, grad)
 CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL,
                        **{name: op for module in _MODULES for name, op in module.TABLE.items()},
                        "rearrange": REARRANGE, "rename": RENAME}

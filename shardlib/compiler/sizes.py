@@ -1,8 +1,8 @@
 """The size of every dim: a name has one in a whole program, its bodies included.
 
-What binds it: `sizes=`, an argument that holds all of a dim, and `rename`, by which a dim is as large as it
-was under its other name. A group has the product of its factors, so a size may follow from the others. All
-binders are compared.
+What binds it: `sizes=`, an argument that holds all of a dim, `rename`, by which a dim is as large as it was
+under its other name, and ops such as `concat`, by which one is as long as others together. A group has the
+product of its factors, so a size may follow from the others. All binders are compared.
 
 >>> from shardlib.spec import parse
 >>> known = Sizes("f")
@@ -37,6 +37,7 @@ class Sizes:
         check_sizes(known or {})
         self.title, self.of, self.by = title, dict(known or {}), dict.fromkeys(known or {}, "sizes")
         self.equal: list[tuple[Dim, Dim, str]] = []
+        self.sums: list[tuple[Dim, tuple[Dim, ...], int, str]] = []     # as `Op.lengths` has them
 
     def bind(self, name: str, n: int, who: str) -> None:
         """`name` has n rows, as `who` says. SpecError where another says otherwise."""
@@ -47,6 +48,13 @@ class Sizes:
     def equate(self, dim: Dim, other: Dim, who: str) -> None:
         """The two dims are of one size, as `who` says; `settle` looks at it."""
         self.equal.append((dim, other, who))
+
+    def say(self, step: Step) -> None:
+        """What a step binds, for `settle`."""
+        if step.op is RENAME:
+            self.rename(step)
+        elif step.op.lengths and (said := step.op.lengths(step)):
+            self.sums.append((*said, f"{step.op.name}{f' at {step.where}' if step.where else ''}"))
 
     def rename(self, step: Step) -> None:
         """What a rename binds, for `settle`: factor by factor where both sides
@@ -60,8 +68,25 @@ class Sizes:
 
     def settle(self) -> None:
         """Whatever follows from what is equal. SpecError for a contradiction."""
-        while len(waiting := [known for known in self.equal if not self._follow(*known)]) < len(self.equal):
-            self.equal = waiting
+        left = -1
+        while left != (left := len(self.equal) + len(self.sums)):
+            self.equal = [known for known in self.equal if not self._follow(*known)]
+            self.sums = [known for known in self.sums if not self._add_up(*known)]
+
+    def _add_up(self, dim: Dim, dims: tuple[Dim, ...], more: int, who: str) -> bool:
+        """As `_follow`, of a dim that is as long as others together."""
+        unknown = [n for d in (dim, *dims) for n in self._unknown(d)]
+        total = more + sum(self.size(d) for d in dims if not self._unknown(d))
+        if len(unknown) > 1 or any(len(d.factors) != 1 for d in (dim, *dims)):
+            return False
+        if unknown == [*dim.names]:
+            self.bind(dim.label, total, who)
+        elif self.size(dim) < total or not unknown and self.size(dim) != total:
+            raise self.error(f"{dim.label} is {self.size(dim)} by {self.by[dim.label]}, and "
+                             f"{'at least ' if unknown else ''}{total} by {who}")
+        elif unknown:
+            self.bind(unknown[0], self.size(dim) - total, who)
+        return True
 
     def _follow(self, dim: Dim, other: Dim, who: str) -> bool:
         """Whether one equality has said all that it can say; it binds its last unknown.
@@ -112,13 +137,13 @@ class Sizes:
 
 
 def complete_sizes(program: Program, known: Mapping[str, int]) -> dict[str, int]:
-    """`known`, and the sizes that follow from it by the program's renames.
+    """`known`, and the sizes that follow from it by what the program's steps say.
 
     SpecError where they contradict it.
     """
     sizes = Sizes(program.name, known)
-    for step in _renames(program):
-        sizes.rename(step)
+    for step in _saying(program):
+        sizes.say(step)
     sizes.settle()
     return sizes.of
 
@@ -157,8 +182,8 @@ def bound(program: Program, shapes: Mapping[str, Sequence[int]], known: Mapping[
                 sizes.bind(dim.label, n, path)
             elif dim.factors:
                 sizes.equate(dim, Dim((), size=n), path)
-    for step in _renames(program):
-        sizes.rename(step)
+    for step in _saying(program):
+        sizes.say(step)
     sizes.settle()
     for dim, _, path in sizes.equal:
         if path in shapes:
@@ -176,6 +201,7 @@ def bound(program: Program, shapes: Mapping[str, Sequence[int]], known: Mapping[
     return sizes
 
 
-def _renames(program: Program) -> list[Step]:
-    """All renames of a program and its bodies."""
-    return [step for p in (program, *program.bodies()) for step in p.steps if step.op is RENAME]
+def _saying(program: Program) -> list[Step]:
+    """The steps of a program and its bodies that say sizes."""
+    return [step for p in (program, *program.bodies()) for step in p.steps
+            if step.op is RENAME or step.op.lengths]

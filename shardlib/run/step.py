@@ -105,8 +105,8 @@ class Stepper(Executor):
                     said=said)
         given = {n: _name(x.local.dtype) for n, x in zip(names, operands)}
         step_dtypes(step, [*given.values()])
-        if op is RENAME:
-            self.sizes.rename(step)
+        if op is RENAME or op.lengths:
+            self.sizes.say(step)
             self.sizes.settle()
         types = {name: x.spec for name, x in zip(names, operands)}
         params = {name for name, x in zip(names, operands) if x.id == PARAM}

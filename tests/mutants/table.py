@@ -34,7 +34,7 @@ DTYPES, BY_HAND, ERRORS, RULES = (f"tests/test_{name}.py" for name in (
     "dtypes", "dtypes_by_hand", "errors", "rules_oracle"))
 REDUCTIONS, VARIANCE, ALONG, CONSTANTS, ARGUMENTS = (f"tests/language/test_{name}.py" for name in (
     "reductions", "variance", "along", "constants", "calls"))
-SCANS, MASKS = (f"tests/language/test_{name}.py" for name in ("scan", "masks"))
+SCANS, MASKS, CUTS = (f"tests/language/test_{name}.py" for name in ("scan", "masks", "pieces"))
 FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
     "failures", "captured", "surroundings", "wrt"))
 ATTENTION, CACHES, ROPE, FEW_ROWS, LAYER_NORM = (f"tests/ops/test_{name}.py" for name in (
@@ -259,7 +259,7 @@ MUTANTS = (
            "for s in step.ins)]\n    kinds", LOCAL),
     Mutant("shardlib/run/step.py", "repr(attrs) if attrs else \"\", _place()", "None, _place()", API),
     Mutant("shardlib/run/step.py", "outs, self.layout, *[x.key", "outs, *[x.key", API),
-    Mutant("shardlib/run/step.py", "if op is RENAME:", "if False:", API),
+    Mutant("shardlib/run/step.py", "if op is RENAME or op.lengths:", "if op.lengths:", API),
     Mutant("shardlib/run/step.py", "Spec(v.spec.dims[1:], v.spec.owed), v.local[i], v.id == PARAM)",
            "Spec(v.spec.dims[1:], v.spec.owed), v.local[i])", API),
     # shardlib/distributed
@@ -463,6 +463,13 @@ MUTANTS = (
            "if not self.everywhere:", INDICES),
     Mutant("shardlib/run/index_flags.py", "        self.copy.copy_(self.noted)\n", "", INDICES),
     Mutant("shardlib/language/reductions.py", "* float('nan')", "* 0", REDUCTIONS),
+    Mutant("shardlib/compiler/sizes.py", "not unknown and self.size(dim) != total:", "False:", CUTS),
+    Mutant("shardlib/compiler/sizes.py", "if self.size(dim) < total or", "if", CUTS),
+    Mutant("shardlib/run/step.py", "if op is RENAME or op.lengths:", "if op is RENAME:", CUTS),
+    Mutant("shardlib/language/pieces.py", "(*[0] * (2 * behind), before,", "(*[0] * (2 * behind), 0,", CUTS),
+    Mutant("shardlib/language/pieces.py", "    _within(e, step, old, new, start)\n", "", CUTS),
+    Mutant("shardlib/language/pieces.py", "whole=made.names, sums=taken.names)", "whole=_whole(step))",
+           f"{RULES} -k topk_vjp"),
     Mutant("shardlib/language/reductions.py", "(before * behind * g.to(wide)[..., None])",
            "(rows.prod(-1, keepdim=True) / rows * g.to(wide)[..., None])", REDUCTIONS),
     Mutant("shardlib/language/extremes.py", "low = _spread_min(b, step, x)",
