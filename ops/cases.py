@@ -229,7 +229,7 @@ CASES: tuple[Case, ...] = (
     *(_case("concat", text) for text in ("B T D, B S D -> B V D", "B T, B T, B S -> B V")),
     *(_case("split", text) for text in ("B V D -> B T D, B S D", "V B -> T B, D B, K B")),
     _case("pad", "B T D -> B S D", before=1, after=2), _case("pad", "T -> S", before=0, after=1),
-    _case("slice", "B T D -> B S D", start=1, stop=3), _case("slice", "T -> S", start=0, stop=4),
+    _case("slice", "B T D -> B S D", start=1, stop=3), _case("slice", "T -> S", start=0, stop=3),
     _case("slice", "B T -> B S", start=1, after=1), _case("topk", "B V D -> B K D, B K D", k=3),
     _case("topk", "V -> K, K", digit, k=3), _case("topk_vjp", "B K, B K -> B V", chosen),
     _case("argmin", "B T V -> B T"), _case("argmin", "B (K H) -> B"),

@@ -24,7 +24,7 @@ from shardlib.spec import parse
 
 def _like(e: LocalCode) -> str:
     """The name of a tensor on the device on which the code runs."""
-    e.constants["here"] = torch.empty(0)
+    e.constants["here"] = torch.empty(0, device="cpu")      # whatever the default device is now
     return "here"
 
 

@@ -61,9 +61,9 @@ def function(case: Case) -> Any:
     """A sharded function that calls the op."""
     def call(*operands: Any) -> Any:
         return apply(case.op, operands, case.text if case.op.takes_text else None, **dict(case.attrs))
-    of = [lambda a: call(a), lambda a, b: call(a, b), lambda a, b, c: call(a, b, c),
+    of = [lambda: call(), lambda a: call(a), lambda a, b: call(a, b), lambda a, b, c: call(a, b, c),
           lambda a, b, c, d: call(a, b, c, d), lambda a, b, c, d, e: call(a, b, c, d, e)]
-    return sharded(case.text)(of[len(case.ins) - 1])
+    return sharded(case.text)(of[len(case.ins)])
 
 
 def operands(case: Case) -> list[Tensor]:
