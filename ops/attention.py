@@ -222,7 +222,8 @@ def _reference_vjp(d: Dims, q: Tensor, k: Tensor, v: Tensor, *seen_and_g: Tensor
 
 
 ATTENTION = Op("attention", rule=lambda s: Rule(linear=((2,),), whole=_whole(s)), emit=_emit, vjp=_vjp,
-               index=(3,), takes=_takes, reads=_reads, reference=_reference)
+               index=(3,), looks=lambda e, step, args: "None", takes=_takes, reads=_reads,
+               reference=_reference)
 ATTENTION_VJP = Op("attention_vjp", rule=_rule_vjp, emit=_emit_vjp,
                    takes=("float", "float", "float", "any", "float"), reads=_reads_vjp,
                    reference=_reference_vjp)

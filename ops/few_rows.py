@@ -12,20 +12,11 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from shardlib.triton_kernels.attending import MOST_QUERIES, MOST_SPLITS
-from shardlib.triton_kernels.cached_attention import cached_attention, dense
-from shardlib.triton_kernels.decode_attention import decode_attention
-from shardlib.triton_kernels.matmul_rows import (
-    MOST_ROWS,
-    Tile,
-    gated_matmul_rows,
-    gated_matmul_rows_reference,
-    matmul_rows,
-)
+from shardlib.triton_kernels.limits import MOST_QUERIES, MOST_ROWS, MOST_SPLITS, Tile
 
 COUNTS = 4096
 """Counts that the largest shapes need: a row's kv head of attention has one, and a tile of a matmul."""
-STREAMS = 8
+STREAMS = 128
 """Streams of a device that have counts."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MOST_HEAD = 512
@@ -87,19 +78,20 @@ def rows_matmul(x: Tensor, w: Tensor, counts: Tensor | None, gated: bool = False
     """x @ w; gated, silu of the first half of its columns times the second. x: (rows, K); w: (K, N). By
     kernels of its own where the rows are few, w lies by columns and nobody wants a derivative; by the
     library's elsewhere. Without counts no tile is split."""
+    from shardlib.triton_kernels import matmul_rows as kernels
     if (0 < len(x) <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16) and w.mT.is_contiguous()
         and x.is_contiguous() and w.numel() and not differentiated(x, w)):
         lines, columns = w.shape
         tile = tile_of(len(x), lines, columns, gated)
         tile = tile if counts is not None else tile._replace(splits=1)
-        return (gated_matmul_rows if gated else matmul_rows)(x, w, tile, counts)
-    return gated_matmul_rows_reference(x, w) if gated else x @ w
+        return (kernels.gated_matmul_rows if gated else kernels.matmul_rows)(x, w, tile, counts)
+    return kernels.gated_matmul_rows_reference(x, w) if gated else x @ w
 
 
 def splits_of(heads: int, keys: int) -> int:
     """Of the keys of a row, where all rows have so many kv heads:
     a power of two, of 256 keys at least, as long as SMs are idle."""
-    return _power_of_two(min(MOST_SPLITS, 128 // heads, keys // 256))
+    return _power_of_two(min(MOST_SPLITS, 128 // max(1, heads), keys // 256))
 
 
 def _power_of_two(count: int) -> int:
@@ -125,6 +117,7 @@ def attends_lengths(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def attend_lengths(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, counts: Tensor | None) -> Tensor:
     """`decode_attention`, split as fits; without counts not at all."""
+    from shardlib.triton_kernels.decode_attention import decode_attention
     splits = 1 if counts is None else splits_of(k.shape[0] * k.shape[2], k.shape[1])
     return decode_attention(q.contiguous(), k, v, lengths, counts, splits, **_launched(q.dtype))
 
@@ -152,17 +145,21 @@ def refuses_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor
 def attends_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
                    start: Tensor) -> bool:
     """Whether `attend_cached` takes these as they lie: on a GPU, without a derivative."""
+    if not has_room(q.device):
+        return False
+    from shardlib.triton_kernels.cached_attention import dense
     (rows, new, heads, _, h), cache = q.shape, keys.shape
     return (refuses_cached(q, k, v, angles, keys, values, start) is None and all(map(dense, (q, k, v)))
             and k.shape == v.shape == (rows, new, heads, h) and angles.shape == (rows, new, h)
             and cache == values.shape == (rows, cache[1], heads, h) and start.shape == (rows,)
             and angles.is_contiguous() and start.is_contiguous()
             and keys.stride() == values.stride() and keys.stride(-1) == 1
-            and not differentiated(q, k, v, angles, keys, values) and has_room(q.device))
+            and not differentiated(q, k, v, angles, keys, values))
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
                   start: Tensor, counts: Tensor | None) -> Tensor:
     """`cached_attention`, split as fits; without counts, not at all."""
+    from shardlib.triton_kernels.cached_attention import cached_attention
     splits = 1 if counts is None else splits_of(keys.shape[0] * keys.shape[2], keys.shape[1])
     return cached_attention(q, k, v, angles, keys, values, start, counts, splits, **_launched(q.dtype))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from shardlib import EXPLICIT, all_reduce, reduce_scatter, sharded
@@ -21,16 +22,14 @@ from shardlib.ops.few_rows import (
     attends_cached,
     counts_of,
     differentiated,
+    has_room,
     refuses_cached,
     rows_matmul,
 )
 from shardlib.ops.kv_cache import update_cache
 from shardlib.ops.rms_norm import rms_norm
 from shardlib.ops.rope import rope
-from shardlib.triton_kernels.cached_attention import cached_attention_reference
-from shardlib.triton_kernels.matmul_rows import MOST_ROWS
-from shardlib.triton_kernels.rms_norm import MOST_WIDTH, add_rms_norm_reference
-from shardlib.triton_kernels.rms_norm import add_rms_norm as add_rms_norm_rows
+from shardlib.triton_kernels.limits import MOST_ROWS, MOST_WIDTH
 
 
 @sharded("T D +x, T D, D -> T D, T D", layout=EXPLICIT)
@@ -99,9 +98,10 @@ def by_norm(site: Site) -> Callable | str:
     eps = site.static["eps"]
 
     def norm(y: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        from shardlib.triton_kernels import rms_norm as kernels
         if differentiated(y, residual, w):
-            return add_rms_norm_reference(y, residual, w, eps)
-        return add_rms_norm_rows(y.contiguous(), residual.contiguous(), w.contiguous(), eps)
+            return kernels.add_rms_norm_reference(y, residual, w, eps)
+        return kernels.add_rms_norm(y.contiguous(), residual.contiguous(), w.contiguous(), eps)
     return norm
 
 
@@ -111,11 +111,14 @@ def by_one_kernel(site: Site) -> Callable | str:
         return f"no kernel attends on {site.device}"
     if why := refuses_cached(*site.operands):
         return why
+    if not has_room(torch.device(site.device)):
+        return "a block of this GPU has less shared memory than the kernel takes"
 
     def attend(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
                start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not attends_cached(q, k, v, angles, keys, values, start):
             # it lies otherwise, or has a derivative
+            from shardlib.triton_kernels.cached_attention import cached_attention_reference
             return cached_attention_reference(q, k, v, angles, keys, values, start)
         out = attend_cached(q, k, v, angles, keys, values, start, counts_of(q.device))
         return out, keys, values
@@ -128,13 +131,14 @@ def by_few_rows(product: Product) -> Callable | str:
         return f"no kernel multiplies {product.dtype} on {product.device}"
     if not 0 < product.rows <= MOST_ROWS:
         return f"kernels of few rows take 1 to {MOST_ROWS}"
+    if not has_room(torch.device(product.device)):
+        return "a block of this GPU has less shared memory than the kernels take"
     if product.then not in (None, gate_up):
         return f"no matmul takes {product.then.__name__} along"
     gated = product.then is gate_up
 
     def multiply(x: Tensor, w: Tensor) -> Tensor:
-        made = rows_matmul(x.reshape(product.rows, product.lines), w, counts_of(x.device), gated)
-        return made.view(*x.shape[:-1], made.shape[-1])
+        return rows_matmul(x, w, counts_of(x.device), gated)
     return multiply
 
 

@@ -265,3 +265,26 @@ def test_wheel_works_where_no_checkout_is(wheel: Path, tmp_path: Path) -> None:
         run(python, "-m", "shardlib.models.generate", "--model", "smollm2", "--raw", "--prompt",
             "The capital of France is", "--max-new-tokens", "1", "--json", cwd=tmp_path))
     assert (answer["tokens"], answer["text"]) == ([504, 3575, 282, 4649, 314, 7042], " Paris")
+
+
+WITHOUT_TRITON = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ImportError("no triton here")
+sys.meta_path.insert(0, Missing())
+import torch, shardlib.models.decoding
+from shardlib import sharded
+from shardlib.ops import attention
+q, k = torch.zeros(1, 1, 1, 1, 2), torch.zeros(1, 3, 1, 2)
+f = sharded("B T K G H, B S K H, B S K H, B -> B T K G H")(
+    lambda q, k, v, start: attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, k, v, start))
+print(f(q, k, k + 1, torch.tensor([1])).flatten().tolist())
+"""
+
+
+def test_where_triton_is_not_models_run() -> None:
+    """It is installed on Linux alone."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("[1.0, 1.0]\n", "")

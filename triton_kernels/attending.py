@@ -16,9 +16,6 @@ import triton.language as tl
 from shardlib.triton_kernels.splits import last_to_leave
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-MOST_QUERIES = 64
-"""Rows of a product: T times the queries of one kv head."""
-MOST_SPLITS = 64
 
 
 @triton.jit

@@ -18,8 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from shardlib.triton_kernels.attending import (
-    MOST_QUERIES,
-    MOST_SPLITS,
     leave,
     nothing,
     one,
@@ -28,6 +26,7 @@ from shardlib.triton_kernels.attending import (
 )
 from shardlib.triton_kernels.decode_attention import decode_attention_reference
 from shardlib.triton_kernels.launching import Grid, launch
+from shardlib.triton_kernels.limits import MOST_QUERIES, MOST_SPLITS
 
 
 def cached_attention_reference(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,

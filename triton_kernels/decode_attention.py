@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shardlib.triton_kernels.attending import MOST_QUERIES, MOST_SPLITS, leave, nothing, take_in_range
+from shardlib.triton_kernels.attending import leave, nothing, take_in_range
 from shardlib.triton_kernels.launching import Grid, launch
+from shardlib.triton_kernels.limits import MOST_QUERIES, MOST_SPLITS
 
 
 def decode_attention_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ without a rounding between.
 """
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -20,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from shardlib.triton_kernels.launching import Grid, launch
+from shardlib.triton_kernels.limits import MOST_ROWS, Tile
 from shardlib.triton_kernels.splits import last_to_leave
-
-MOST_ROWS = 32
 
 
 def matmul_rows_reference(x: Tensor, w: Tensor) -> Tensor:
@@ -34,17 +31,6 @@ def gated_matmul_rows_reference(x: Tensor, w: Tensor) -> Tensor:
     """(rows, N) of w, (K, 2 N)."""
     gate, value = (x @ w).chunk(2, -1)
     return F.silu(gate) * value
-
-
-class Tile(NamedTuple):
-    """What a block does: columns of w at a time, lines of them at once; warps of it; steps whose loads are
-    under way (unrolled, where the tensor cores have no part). splits: blocks that share those columns, where
-    the tensor cores have one."""
-    columns: int
-    lines: int
-    warps: int
-    stages: int
-    splits: int = 1
 
 
 @triton.jit

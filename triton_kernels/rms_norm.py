@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardlib.triton_kernels.launching import Grid, launch
-
-MOST_WIDTH = 1 << 16
+from shardlib.triton_kernels.limits import MOST_WIDTH
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -51,10 +51,10 @@ class Kernels(Protocol):
 @dataclass(frozen=True)
 class Product:
     """x @ w as one rank is to run it on `device`, where a kernel is asked for: x of (rows, lines), and w of
-    (lines, columns), a weight that lies by columns, w.mT contiguous.
+    (lines, columns), a weight that lies by columns, w.mT contiguous. The kernel gives (rows, columns).
 
     then: the function of the fused step that takes all columns, each operand as many, in its order; None
-    where there is no such step. With it the kernel gives what that function gives.
+    where there is no such step. With it the kernel gives what that function gives, of rows.
     """
     device: str
     rows: int
@@ -86,7 +86,8 @@ class Fusion:
     """What to look for, `function`, and what takes it.
 
     kernel(site): what is called with the local operands, and gives the local results; or why nothing is.
-    Members of a group are asked alike, and answer alike.
+    Members of a group are asked alike, and answer alike. An operand that a result updates, as `update_cache`
+    does, is the kernel's: it writes there, and gives it back; what it gives instead is copied there.
     when(step): why the fused step is not to be made; None where it is. It sees types: a program is one for
     all sizes, and those the kernel sees.
     """

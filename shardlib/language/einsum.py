@@ -91,19 +91,22 @@ def _vjp(b: Steps, step: Step, cotangents: Sequence[str]) -> list[str]:
 def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     shapes = {label: n for s in step.ins for label, n in zip(s.labels, e.shape(s))}
     return contraction([list(s.labels) for s in step.ins], list(step.outs[0].labels), args, shapes,
-                       lambda rows, lines, columns: e.product(rows, lines, columns,
-                                                              e.dtypes[step.outputs[0]]))
+                       lambda x, w, sizes: e.product(x, w, sizes, e.dtypes[step.outputs[0]]))
 
 
 EINSUM = Op("einsum", rule=_rule, emit=_emit, vjp=_vjp, reads=reading(counted),
             reference=lambda d, *xs: d.sum(math.prod(xs)))
 
 
+Product = Callable[[str, str, tuple[int, int, int]], str | None]
+
+
 def contraction(ins: list[list[str]], out: list[str], args: list[str], size: Mapping[str, int],
-                product: Callable[[int, int, int], str | None] = lambda rows, lines, columns: None) -> str:
+                product: Product = lambda x, w, sizes: None) -> str:
     """The fastest expression of an einsum of local tensors: one matmul where the dims allow it.
 
-    product: the name of what takes one of such sizes in place of torch, where the second lies by columns.
+    product: asked for a kernel's matmul by a second operand that lies by columns, of two in all: see
+    `LocalCode.product`.
     """
     if len(ins) == 2:
         for (a, b), (x, y) in (((ins[0], ins[1]), (args[0], args[1])),
@@ -118,7 +121,7 @@ def contraction(ins: list[list[str]], out: list[str], args: list[str], size: Map
 
 
 def _matmul(a: list[str], b: list[str], out: list[str], x: str, y: str, size: Mapping[str, int],
-            product: Callable[[int, int, int], str | None]) -> str | None:
+            product: Product) -> str | None:
     """`x @ y` when x is (left.., inner..), y is (inner.., right..) or (right.., inner..),
     and the result (left.., right..)."""
     inner = [n for n in a if n in b]
@@ -133,8 +136,10 @@ def _matmul(a: list[str], b: list[str], out: list[str], x: str, y: str, size: Ma
         text = f"torch.matmul({x2}, {y2})"
     elif b == right + inner:
         y2 = y if len(b) == 2 else f"{y}.reshape({wide}, {flat})"
-        kernel = product(math.prod(size[n] for n in left), flat, wide)
-        text = f"{kernel}({x2}, {y2}.mT)" if kernel else f"F.linear({x2}, {y2})"
+        sizes = math.prod(size[n] for n in left), flat, wide
+        if kernel := product(x, f"{y2}.contiguous().mT", sizes):
+            return f"{kernel}.view({_args([size[n] for n in out])})"
+        text = f"F.linear({x2}, {y2})"
     else:
         return None
     return text if len(right) == 1 else f"{text}.reshape({_args([size[n] for n in out])})"

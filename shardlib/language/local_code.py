@@ -73,10 +73,13 @@ class LocalCode(Protocol):
     def collective(self, wire: Wire, axes: Sequence[str], pieces: Sequence[str], more: tuple) -> str:
         """A call of the coordinator of the group over `axes`; over one rank, nothing is left of it."""
 
-    def product(self, rows: int, lines: int, columns: int, dtype: str,
+    def product(self, x: str, w: str, sizes: tuple[int, int, int], dtype: str,
                 then: Step | None = None) -> str | None:
-        """The name of what gives x @ w, x of (rows, lines) and w of (lines, columns), which lies by columns;
-        `then`: what that fused step makes of the columns. None where nothing but the library does."""
+        """A kernel's x @ w, of two dims; None where the library multiplies.
+
+        sizes: rows and lines of x, which may have any dims, and columns of w; w.mT is contiguous.  then: the
+        fused step that takes all columns; the kernel gives its result.
+        """
 
     def read(self, variable: str, have: str, want: str) -> str:
         """`variable`, of dtype `have`, in the dtype `want`."""

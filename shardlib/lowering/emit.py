@@ -22,6 +22,7 @@ from shardlib.errors import SpecError
 from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.cond import COND
 from shardlib.language.fused import FUSED
+from shardlib.language.moves import axes_of
 from shardlib.language.scan import SCAN
 from shardlib.lowering.buffers import updated_arguments, updates_of, updates_of_fused
 from shardlib.lowering.index_check import IndexSite
@@ -202,12 +203,10 @@ class Emitter:
         packed = {path: group for group in self.packs for path in group.outer_paths}
         return list(dict.fromkeys(packed[p].name if p in packed else p for p, _ in program.arg_leaves()))
 
-    def product(self, rows: int, lines: int, columns: int, dtype: str,
+    def product(self, x: str, w: str, sizes: tuple[int, int, int], dtype: str,
                 then: Step | None = None) -> str | None:
-        """The name of what gives x @ w, x of (rows, lines) and w of (lines, columns), which lies by columns;
-        `then`: what that fused step makes of the columns. None where nothing but the library does."""
-        kernel = self.kernels and self.kernels.product(rows, lines, columns, dtype, then)
-        return self._kernel(kernel) if kernel else None
+        kernel = self.kernels and self.kernels.product(*sizes, dtype, then)
+        return f"{self._kernel(kernel)}({x}.reshape({sizes[0]}, {sizes[1]}), {w})" if kernel else None
 
     def _kernel(self, kernel: Callable) -> str:
         name = f"k{len(self.helpers)}"
@@ -327,12 +326,12 @@ class Emitter:
         free = {v for path in updates.values() if (v := outer[path]) in owned and uses[v] == 1}
         like = [torch.empty(self.shape(spec), dtype=getattr(torch, self.dtypes[n]), device="meta")
                 for spec, n in zip(step.ins, step.inputs)] if self.kernels else []
-        looking = [s for s in body.steps if s.op.looks]
-        known = all(s.inputs[i] in outer for s in looking for i in s.op.index)
-        if self.kernels and known and (kernel := self.kernels(step, like)) is not None:
-            wire = next((s for s in body.steps if s.op.wire), None)
+        if self.kernels and (kernel := self.kernels(step, like)) is not None:
+            wire = next((s for s in body.steps
+                         if s.op.wire and self.mesh.size(axes_of(s, self.mesh)) > 1), None)
             self._where = wire and (title, wire)
-            looks = [s.op.looks(self, s, [names.get(outer.get(i, i), i) for i in s.inputs]) for s in looking]
+            looks = {s.op.looks(self, s, [names.get(outer.get(i, i), i) for i in s.inputs]): None
+                     for s in body.steps if s.op.looks}
             kept = {outer[path] for path in updates.values()} - free
             args = [f"{names[i]}.clone()" if i in kept else names[i] for i in step.inputs]
             text = f"{self._kernel(kernel)}({', '.join(args)}{self._here()})"

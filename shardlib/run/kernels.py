@@ -18,10 +18,12 @@ from shardlib.compiler.matching import static_of
 from shardlib.compiler.passes.rewrite import Pass
 from shardlib.distributed.fused_call import FusedCall
 from shardlib.distributed.runtime import Runtime
+from shardlib.dtypes import holds
 from shardlib.errors import SpecError
 from shardlib.language.calls import what
 from shardlib.language.fused import FUSED
 from shardlib.language.moves import axes_of
+from shardlib.lowering.buffers import updates_of_fused
 from shardlib.program import Program, Step
 from shardlib.spec import Spec
 
@@ -59,7 +61,7 @@ class Kernels:
         found = self._asked(step, operands)
         said = found if isinstance(found, str) else "by a kernel"
         self.answers.append(f"{name}{f' at {step.where}' if step.where else ''}: {said}")
-        return None if isinstance(found, str) else _counted(name, found, len(step.outs))
+        return None if isinstance(found, str) else _counted(step, found)
 
     def product(self, rows: int, lines: int, columns: int, dtype: str, then: Step | None) -> Callable | None:
         """What takes x @ w, and with it the step `then`; None where the library does."""
@@ -84,6 +86,8 @@ class Kernels:
             return "its body is not what the fusion means"
         if axes is None:
             return "its collectives are over several groups"
+        if blind := _blind(body):
+            return blind
         if not all(self._even(spec, axes) for s in body.steps for spec in (*s.ins, *s.outs)):
             return "its pieces are not even"
         group = self.runtime.group(axes) if axes else None
@@ -107,14 +111,37 @@ class Kernels:
         return None if len(over) > 1 else next(iter(over), ())
 
 
-def _counted(name: str, kernel: Callable, count: int) -> Callable:
-    """`kernel`, held to its results: one tensor, or a tuple of several; a tensor of two rows is not two. at:
-    where in the plan it is, for one that communicates."""
-    def run(*operands: Tensor, at: object = None) -> Any:
-        made = kernel(*operands, at=at) if isinstance(kernel, FusedCall) else kernel(*operands)
+def _blind(body: Program) -> str | None:
+    """Why nobody can look at the indices of a body before a kernel takes them; None where all are seen."""
+    given = {path for path, _ in body.arg_leaves()}
+    for step in body.steps:
+        indices = [i for i, _ in enumerate(step.inputs) if holds(step, i) == "index"]
+        if indices and step.op.looks is None:
+            return f"nothing says what {step.op.name} looks at"
+        if any(step.inputs[i] not in given for i in indices):
+            return f"an index of {step.op.name} is made inside of it"
+    return None
+
+
+def _counted(step: Step, kernel: Callable) -> Callable:
+    """`kernel`, held to the step's results: one tensor, or a tuple of several; a tensor of two rows is not
+    two. What updates a buffer is put there, if it is not there already: others take it from there."""
+    name, count, paths = step.bodies[0].name, len(step.outs), [p for p, _ in step.bodies[0].arg_leaves()]
+    updates = [(step.outputs.index(out), paths.index(path)) for out, path in updates_of_fused(step).items()]
+
+    def run(*operands: Tensor, **options: Any) -> Any:
+        made = kernel(*operands, **options)
         several = isinstance(made, tuple | list) and len(made) == count
         if not (isinstance(made, Tensor) if count == 1 else several):
             raise SpecError(f"{name}: its kernel gives {what(made)}, not "
                             f"{'one tensor' if count == 1 else f'a tuple of {count} tensors'}")
-        return made
+        if not updates:
+            return made
+        given = [made] if count == 1 else list(made)
+        for result, operand in updates:
+            new, old = given[result], operands[operand]
+            if (new.shape, new.dtype) != (old.shape, old.dtype):
+                raise SpecError(f"{name}: its kernel gives {what(new)} for what updates {what(old)}")
+            given[result] = new if new is old else old.copy_(new)
+        return given[0] if count == 1 else tuple(given)
     return run

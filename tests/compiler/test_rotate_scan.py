@@ -98,6 +98,28 @@ def loss(ids, table, up, down):
     return sum("B D -> ()", scan(layer, embedding("B, V D -> B D", ids, table), (up, down)))
 
 
+@sharded("B D, D E, E -> B D")
+def biased(x, up, of):
+    """What is added has fewer dims than the residual."""
+    return tanh(x) + einsum("D E, E -> D", up, of)
+
+
+@sharded("B, V D, L D E, L E -> B D")
+def broadcasts(ids, table, up, of):
+    return scan(biased, embedding("B, V D -> B D", ids, table), (up, of))
+
+
+@sharded("B D, B D E, E -> B D")
+def aside(x, up, of):
+    """What is added does not read the residual: its dtype may be another."""
+    return tanh(x) + einsum("B D E, E -> B D", up, of)
+
+
+@sharded("B, V D, L B D E, L E -> B D")
+def adds_what_is_given(ids, table, up, of):
+    return scan(aside, embedding("B, V D -> B D", ids, table), (up, of))
+
+
 SPLIT = Layout(V="tp", F="tp")
 
 
@@ -106,9 +128,10 @@ def test_it_rotates_what_the_others_are_like() -> None:
 
 
 @pytest.mark.parametrize("f, layout", [(plain, Layout(F="tp")), (plain, Layout(V="tp")), (used_again, SPLIT),
+                                       (broadcasts, Layout()), (adds_what_is_given, Layout()),
                                        (of_another_dtype, SPLIT), (of_two_owed_dtypes, EXPLICIT),
                                        (value_and_grad(loss, wrt="up"), SPLIT)])
 def test_what_it_leaves_alone(f: Any, layout: Layout) -> None:
-    """Nothing is owed before the scan, or in it; what goes in is used again; the owed sums have two dtypes;
-    a gradient is wanted."""
+    """Nothing is owed before the scan, or in it; what goes in is used again; what is added has other dims
+    than the residual, or perhaps another dtype; the owed sums have two dtypes; a gradient is wanted."""
     assert lower(f, layout, mesh=Mesh(tp=2), passes=ROTATED) == lower(f, layout, mesh=Mesh(tp=2))

@@ -24,7 +24,8 @@ from shardlib import (
 )
 from shardlib.compiler.parser import parse_program
 from shardlib.functions import arange, full, greater, ones, sum, tril, where, zeros
-from shardlib.lowering.emit import Emitter, load
+from shardlib.lowering.emit import Emitter
+from shardlib.lowering.load import load
 from shardlib.ops import TABLE, one_hot
 
 pytestmark = pytest.mark.usefixtures("one_thread")

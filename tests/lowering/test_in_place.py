@@ -25,7 +25,7 @@ from shardlib.compiler.fusion import Fusion
 from shardlib.compiler.passes import DEFAULT
 from shardlib.compiler.passes.fuse import fuse, require_fusion
 from shardlib.functions import tanh
-from shardlib.ops import update_cache
+from shardlib.ops import embedding, update_cache
 
 WRITE = "B S H, B T H, B -> B S H"
 
@@ -185,7 +185,16 @@ def writes(x: Tensor, cache: Tensor, start: Tensor) -> Tensor:
     return cache
 
 
-@pytest.mark.parametrize("kernel", [None, lambda site: writes], ids=["body", "kernel"])
+def fresh(x: Tensor, cache: Tensor, start: Tensor) -> Tensor:
+    """A kernel that gives another tensor than the one it was given up."""
+    return writes(x, cache.clone(), start)
+
+
+KERNELS = pytest.mark.parametrize("kernel", [None, lambda site: writes, lambda site: fresh],
+                                  ids=["body", "kernel", "fresh"])
+
+
+@KERNELS
 @pytest.mark.parametrize("donate", [(), ("one", "two", "cache")])
 def test_fused_updates_write_where_they_may(kernel: Any, donate: tuple[str, ...]) -> None:
     passes = (*DEFAULT, *fuse((Fusion(written_turned, kernel=kernel),)))
@@ -206,7 +215,7 @@ def test_fused_updates_write_where_they_may(kernel: Any, donate: tuple[str, ...]
     assert torch.allclose(read, x + was[0].sum(1, keepdim=True) * x)
 
 
-@pytest.mark.parametrize("kernel", [None, lambda site: writes], ids=["body", "kernel"])
+@KERNELS
 def test_a_slot_that_is_not_there_is_refused_where_a_kernel_writes(kernel: Any) -> None:
     run = compile(two_caches, passes=(*DEFAULT, *fuse((Fusion(written_turned, kernel=kernel),))))
     cache = torch.zeros(1, 4, 3)
@@ -235,7 +244,7 @@ def layers(x, w: Net, start):
 
 
 @pytest.mark.parametrize("start", [3, 4])
-@pytest.mark.parametrize("kernel", [None, lambda site: writes], ids=["body", "kernel"])
+@KERNELS
 def test_layers_are_updated_in_place_by_fused_steps(kernel: Any, start: int) -> None:
     """And what is looked at is looked at once, before them."""
     run = compile(layers, donate=("w",), passes=(*DEFAULT, *fuse((Fusion(written_turned, kernel=kernel),))))
@@ -250,3 +259,50 @@ def test_layers_are_updated_in_place_by_fused_steps(kernel: Any, start: int) -> 
     assert made.layers.cache.data_ptr() == w.layers.cache.data_ptr()
     (code,) = run.sources.values()
     assert kernel is None or code.count(".look(") == 1 and code.index(".look(") < code.index("for ")
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:1], Tensor.double])
+def test_what_updates_a_buffer_is_like_it(change: Any) -> None:
+    """Nothing is broadcast into it, or cast."""
+    def kernel(x: Tensor, cache: Tensor, start: Tensor) -> Tensor:
+        return change(writes(x, cache, start))
+    run = compile(two_caches, passes=(*DEFAULT, *fuse((Fusion(written_turned, kernel=lambda site: kernel),))))
+    cache = torch.zeros(2, 4, 3)
+    with pytest.raises(SpecError, match="^written_turned: its kernel gives .* for what updates "):
+        run(torch.zeros(2, 1, 3), cache, cache.clone(), torch.tensor([0, 0]))
+
+
+@sharded("B, V D -> B D", layout=EXPLICIT)
+def looked_up(ids, table):
+    return tanh(embedding("B, V D -> B D", ids, table))
+
+
+@sharded("B T H, B S H, B -> B S H", layout=EXPLICIT)
+def written_later(x, cache, start):
+    """Its index is made inside of it."""
+    return update_cache(WRITE, cache, tanh(x), start + 1)
+
+
+@sharded("B, V D -> B D")
+def looks_up(ids, table):
+    return tanh(embedding("B, V D -> B D", ids, table))
+
+
+@sharded("B T H, B S H, B -> B S H")
+def writes_later(x, cache, start):
+    return update_cache(WRITE, cache, tanh(x), start + 1)
+
+
+@pytest.mark.parametrize("f, meant, operands, said, error", [
+    (looks_up, looked_up, (torch.tensor([7]), torch.zeros(5, 2)), "nothing says what embedding looks at",
+     "embedding: ids holds 7"),
+    (writes_later, written_later, (torch.zeros(1, 1, 3), torch.zeros(1, 4, 3), torch.tensor([3])),
+     "an index of update_cache is made inside of it", "update_cache: start holds 4")])
+def test_no_kernel_takes_indices_that_nobody_looks_at(f: Any, meant: Any, operands: Any, said: str,
+                                                      error: str) -> None:
+    def kernel(site: Any) -> Any:
+        raise AssertionError("asked")
+    run = compile(f, passes=(*DEFAULT, *fuse((Fusion(meant, kernel=kernel),))))
+    with pytest.raises(SpecError, match=f"^{error}"):
+        run(*operands)
+    assert [a.rpartition(": ")[2] for a in run.kernels.answers] == [said]

@@ -44,6 +44,7 @@ def on_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, ...]]:
         return by_few_rows(replace(asked, device="cuda"))
     monkeypatch.setattr(fusions, "counts_of", lambda device: None)
     monkeypatch.setattr(fusions, "attends_cached", lambda *operands: True)
+    monkeypatch.setattr(fusions, "has_room", lambda device: True)
     as_on_a_gpu = {by_one_kernel: site, by_norm: norm, by_communicator: sums, None: None}
     table = [Fusion(f.function, kernel=as_on_a_gpu[f.kernel]) for f in fusions.FUSIONS]
     with rounded():
@@ -113,7 +114,8 @@ def test_the_step_of_a_llama_is_all_fused() -> None:
     (dict(dtype=torch.float64, h=16), "q, k, v and the cache are not of one dtype of 16 or 32 bits"),
     (dict(cache=torch.float32), "q, k, v and the cache are not of one dtype of 16 or 32 bits"),
     (dict(angles=torch.bfloat16), "the angles are bfloat16"), ({}, "taken")])
-def test_what_the_kernel_takes(changed: dict[str, Any], said: str) -> None:
+def test_what_the_kernel_takes(changed: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusions, "has_room", lambda device: True)
     given = dict(device="cuda", t=1, h=128, dtype=torch.bfloat16, angles=torch.float32) | changed
     b, t, k, g, h, s = 2, given["t"], 2, 4, given["h"], 8
     kept = given.get("cache", given["dtype"])
@@ -137,11 +139,28 @@ def test_what_the_norm_takes(changed: dict[str, Any], said: str) -> None:
     assert (found if isinstance(found, str) else "taken") == said
 
 
-def test_what_lies_otherwise_or_has_a_derivative_goes_to_torch() -> None:
+def test_where_there_is_no_room_or_a_tensor_lies_otherwise_the_cache_is_written(
+        on_one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is taken when code is written, and torch runs after all."""
+    tokens, start = torch.randint(CONFIG.vocab_size, (ROWS, STEPS)), torch.tensor([0, 2, SLOTS - STEPS])
+    plain, kept, _ = decode(DEFAULT, torch.float32, tokens, start, "")
+    monkeypatch.setattr(fusions, "attends_cached", lambda *operands: False)
+    found, cache, step = decode(on_one, torch.float32, tokens, start, "")
+    assert any("cached_attention" in a and "by a kernel" in a for a in step.kernels.answers)
+    for a, b in zip((*plain, *(x for leaf in kept.flat for x in leaf)),
+                    (*found, *(x for leaf in cache.flat for x in leaf)), strict=True):
+        assert (a - b).abs().max() <= 2e-6 * a.abs().max()
+
+
+def test_what_lies_otherwise_or_has_a_derivative_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor on the CPU is no kernel's; that of norms would take it, and lose its gradient."""
     shapes = ((1, 1, 2, 2, 4), (1, 1, 2, 4), (1, 1, 2, 4), (1, 1, 4), (1, 3, 2, 4), (1, 3, 2, 4))
     operands = (*map(torch.randn, shapes), torch.tensor([1]))
-    attend = by_one_kernel(Site(fusions.cached_attention, "cuda", operands, {}))
+    site = Site(fusions.cached_attention, "cuda", operands, {})
+    monkeypatch.setattr(fusions, "has_room", lambda device: False)
+    assert by_one_kernel(site) == "a block of this GPU has less shared memory than the kernel takes"
+    monkeypatch.setattr(fusions, "has_room", lambda device: True)
+    attend = by_one_kernel(site)
     for made, wanted in zip(attend(*operands), cached_attention_reference(*operands), strict=True):
         assert torch.equal(made, wanted)
     y, residual, w = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8), torch.ones(8)

@@ -25,8 +25,8 @@ from shardlib.ops.few_rows import (
     splits_of,
     tile_of,
 )
-from shardlib.triton_kernels.attending import MOST_QUERIES, MOST_SPLITS
-from shardlib.triton_kernels.matmul_rows import MOST_ROWS, Tile
+from shardlib.triton_kernels import matmul_rows
+from shardlib.triton_kernels.limits import MOST_QUERIES, MOST_ROWS, MOST_SPLITS, Tile
 
 
 @given(st.integers(1, MOST_ROWS), st.integers(1, 32768), st.integers(1, 65536), st.booleans())
@@ -42,11 +42,19 @@ def test_tiles_fit(rows: int, lines: int, columns: int, gated: bool) -> None:
         assert tile.splits == 1 and tile.columns * tile.lines <= 32 * 32 * tile.warps
 
 
-@given(st.integers(1, 4096), st.integers(1, 1 << 20))
+@given(st.integers(0, 4096), st.integers(0, 1 << 20))
 def test_splits_are_powers_of_two_of_256_keys_at_least(heads: int, keys: int) -> None:
     splits = splits_of(heads, keys)
     assert splits & (splits - 1) == 0 and 1 <= splits <= MOST_SPLITS
     assert splits == 1 or heads * splits <= 128 and keys >= 256 * splits
+
+
+def test_a_rank_without_rows_attends_to_nothing() -> None:
+    """Its calls stay, and its counts are there."""
+    q, k, v, angles, keys, values, start = (x[:0] for x in step_of())
+    counts = torch.zeros(COUNTS, dtype=torch.int32)
+    assert attend_cached(q, k, v, angles, keys, values, start, counts).shape == (0, 1, 3, 4, 128)
+    assert attend_lengths(q, keys, values, start, counts).shape == (0, 1, 3, 4, 128)
 
 
 @pytest.mark.parametrize("rows, dtype, by_columns, kernel", [
@@ -62,10 +70,10 @@ def test_few_rows_of_16_bits_by_columns_have_kernels(rows: int, dtype: torch.dty
     def record(name: str) -> Any:
         def launch(x: Tensor, w: Tensor, tile: Tile, counts: Tensor) -> Tensor:
             seen.append(name)
-            return x @ w if name == "matmul_rows" else few_rows.gated_matmul_rows_reference(x, w)
+            return x @ w if name == "matmul_rows" else matmul_rows.gated_matmul_rows_reference(x, w)
         return launch
     for name in ("matmul_rows", "gated_matmul_rows"):
-        monkeypatch.setattr(few_rows, name, record(name))
+        monkeypatch.setattr(matmul_rows, name, record(name))
     x, w, counts = (torch.randn(rows, 8).to(dtype), torch.randn(6, 8).to(dtype).mT,
                     torch.zeros(1, dtype=torch.int32))
     w = w if by_columns else w.contiguous()
@@ -77,7 +85,7 @@ def test_few_rows_of_16_bits_by_columns_have_kernels(rows: int, dtype: torch.dty
 
 def test_without_counts_no_tile_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(few_rows, "matmul_rows", lambda x, w, tile, counts: seen.append(tile.splits))
+    monkeypatch.setattr(matmul_rows, "matmul_rows", lambda x, w, tile, counts: seen.append(tile.splits))
     x, w = torch.zeros(8, 2048, dtype=torch.bfloat16), torch.zeros(2048, 16, dtype=torch.bfloat16)
     for counts in (torch.zeros(1, dtype=torch.int32), None):
         rows_matmul(x, w.mT.contiguous().mT, counts)
@@ -89,7 +97,8 @@ def test_attention_is_split_by_its_caches(kernel: str, monkeypatch: pytest.Monke
     """And not without counts."""
     seen: list[int] = []
     at = 5 if kernel == "decode_attention" else 8
-    monkeypatch.setattr(few_rows, kernel, lambda *given, **how: seen.append(given[at]))
+    monkeypatch.setattr(f"shardlib.triton_kernels.{kernel}.{kernel}",
+                        lambda *given, **how: seen.append(given[at]))
 
     def attend(rows: int, keys: int, counts: Tensor | None) -> None:
         q, k, angles, cache, lengths = (torch.empty(rows, *shape, device="meta") for shape in (

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from inspect import getmodule, getsource
 from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
@@ -314,11 +313,3 @@ def test_nobody_is_asked_where_pieces_are_not_even_or_there_is_one() -> None:
     assert asked(scattered, MESH, B=2, T=5, D=4) == ["its pieces are not even"]
     assert asked(scattered, Mesh(tp=1), B=2, T=5, D=4) == ["no kernel norms on cpu"]
 
-
-def test_what_a_kernel_takes_over_is_looked_at() -> None:
-    """An op that looks at indices says how, where a kernel may take its place."""
-    steps = [s for f in FUSIONS if f.kernel is not None for s in f.pattern.program.steps]
-    looking = {s.op for s in steps
-               if "index_site" in getsource(getmodule(s.op.emit)) and s.op.updates is not None}
-    assert {op.name for op in looking} == {"update_cache"} and all(op.looks for op in looking)
-    assert not {s.op.name for s in steps} & {"embedding", "take", "cross_entropy"}

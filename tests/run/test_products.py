@@ -186,19 +186,23 @@ def says(**changed: Any) -> str:
     return found if isinstance(found, str) else "taken"
 
 
-def test_what_kernels_of_few_rows_take() -> None:
+def test_what_kernels_of_few_rows_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardlib.ops.fusions.has_room", lambda device: True)
     assert says() == says(dtype="float16", then=gate_up, rows=MOST_ROWS) == "taken"
     assert says(device="cpu") == "no kernel multiplies bfloat16 on cpu"
     assert says(dtype="float32") == "no kernel multiplies float32 on cuda"
     assert says(rows=MOST_ROWS + 1) == says(rows=0) == f"kernels of few rows take 1 to {MOST_ROWS}"
     assert says(then=other) == "no matmul takes gate_up along"
+    monkeypatch.setattr("shardlib.ops.fusions.has_room", lambda device: False)
+    assert says() == "a block of this GPU has less shared memory than the kernels take"
 
 
 @pytest.mark.parametrize("then, columns", [(None, 12), (gate_up, 12)])
-def test_they_multiply_rows_of_any_shape(then: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_multiply_rows(then: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter."""
     monkeypatch.setattr("shardlib.ops.fusions.counts_of", lambda device: None)
-    x, w = torch.randn(2, 1, 64).half(), torch.randn(columns, 64).half().mT
+    monkeypatch.setattr("shardlib.ops.fusions.has_room", lambda device: True)
+    x, w = torch.randn(2, 64).half(), torch.randn(columns, 64).half().mT
     kernel = by_few_rows(Product("cuda", 2, 64, columns, "float16", then))
     made, wide = kernel(x, w), x.double() @ w.double()
     if then is not None:

@@ -82,7 +82,7 @@ def pack(group: Packing, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
         w = leaves.pop(path)
         count = sum(n in step.ins[0].labels for n in step.ins[1].labels)
         flat.append(w.reshape(w.shape[0], prod(w.shape[1:1 + count]), prod(w.shape[1 + count:])))
-    if flat[0].dtype.itemsize == 2:
+    if _by_columns(str(flat[0].dtype)[6:]):
         flat = [torch.cat([w.mT for w in flat], -2).mT]
     whole = torch.cat(flat, -1) if len(flat) > 1 else flat[0]
     return tuple(whole.unbind(0))
@@ -105,15 +105,16 @@ def emit_packed(e: LocalCode, group: Packing, body: Program, names: dict[str, st
     flat = (*shape[:left], prod(shape[left:]))
     operand = (x if inner == 1 else e.view(x, flat) if ".view(" in x and have == kind
                else f"{x}.reshape({flat})")
-    sizes = (prod(shape[:left]), prod(shape[left:]),
-             sum(prod(e.shape(s.outs[0])[left:]) for s in group.steps), kind)
-    by_columns = getattr(torch, e.dtypes[first.inputs[1]]).itemsize == 2
+    columns, by_columns = (sum(prod(e.shape(s.outs[0])[left:]) for s in group.steps),
+                           _by_columns(e.dtypes[first.inputs[1]]))
+    sizes = prod(shape[:left]), prod(shape[left:]), columns
     then = _taker(group, body, uses) if by_columns else None
-    if then and (kernel := e.product(*sizes, then)):
+    if then and (text := e.product(operand, weight, sizes, kind, then)):
         made = e.variable()
         names.update(dict.fromkeys((then.outputs[0], *then.inputs), made))      # no line is written of these
-        return [f"{made} = {_view(e, then, f'{kernel}({operand}, {weight})', left)}"]
-    product = f"{by_columns and e.product(*sizes) or 'torch.matmul'}({operand}, {weight})"
+        return [f"{made} = {e.view(text, e.shape(then.outs[0]))}"]
+    product = by_columns and e.product(operand, weight, sizes, kind)
+    product = e.view(product, (*shape[:left], columns)) if product else f"torch.matmul({operand}, {weight})"
     if len(group.steps) == 1:
         names[first.outputs[0]] = e.variable()
         return [f"{names[first.outputs[0]]} = {_view(e, first, product, left)}"]
@@ -142,6 +143,11 @@ def emit_packed(e: LocalCode, group: Packing, body: Program, names: dict[str, st
             name(step, after.outputs[0],
                  piece if len(step.outs[0].dims) == left + 2 else e.view(piece, e.shape(step.outs[0])))
     return lines
+
+
+def _by_columns(dtype: str) -> bool:
+    """How packed weights of this dtype lie."""
+    return getattr(torch, dtype).itemsize == 2
 
 
 def _taker(group: Packing, body: Program, uses: Mapping[str, int]) -> Step | None:

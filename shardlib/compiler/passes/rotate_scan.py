@@ -80,9 +80,9 @@ def _tail(program: Program, scan: Step) -> Tail | None:
     operands = [made[i] for i in add.inputs if i in made]
     pays = next((s for s in operands if _pays(s)), None)
     adds = made.get(pays.inputs[0]) if pays else next((s for s in operands if s.op is EINSUM), None)
-    alike = ((first.op, first.ins, first.outs) == (pays.op, pays.ins, pays.outs) if pays
-             else not _pays(first) and len(first.outputs) == 1)
-    if adds is None or not alike or len(adds.outputs) > 1:
+    if adds is None or len({*add.ins, *add.outs, *first.outs}) > 1 or len(adds.outputs) > 1:
+        return None
+    if _pays(first) if pays is None else (first.op, first.ins) != (pays.op, pays.ins):
         return None
     tail, inner, outer = Tail(add, adds, pays, first), use_counts(body), use_counts(program)
     alone = inner[add.outputs[0]] == inner[tail.added] == outer[first.outputs[0]] == 1
@@ -95,10 +95,18 @@ def _pays(step: Step) -> bool:
 
 
 def _of_one_dtype(program: Program, scan: Step, tail: Tail) -> bool:
-    """Whether what is added may have one dtype in all rounds, as far as it is known."""
+    """Whether what is added has one dtype in all rounds: as far as it is known, and where it is not, the
+    residual's if that is wider than all else."""
     outside = value_dtypes(program, {}, None)
-    inside = value_dtypes(scan.body, {path: outside[value] for path, value in scan.passed(scan.body)}, None)
-    return len({outside[tail.feeds], inside[tail.adds.outputs[0]]} - {None}) < 2
+    passed = scan.passed(scan.body)
+    inside = value_dtypes(scan.body, {path: outside[value] for path, value in passed}, None)
+    known = {outside[tail.feeds], inside[tail.adds.outputs[0]]}
+    if None not in known:
+        return len(known) == 1
+    carry = passed[0][0]
+    wide = value_dtypes(scan.body, {p: d for p, d in inside.items() if d is not None} | {carry: "float32"},
+                        "bfloat16")
+    return len(known) <= 2 and wide[tail.adds.outputs[0]] == "float32"
 
 
 def _rotated(program: Program, scan: Step, tail: Tail, mesh: Mesh) -> Program:
