@@ -101,7 +101,7 @@ def loss(ids, table, up, down):
 @sharded("B D, D E, E -> B D")
 def biased(x, up, of):
     """What is added has fewer dims than the residual."""
-    return tanh(x) + einsum("D E, E -> D", up, of)
+    return tanh(x) + einsum("B D, D E, E -> D", x, up, of)
 
 
 @sharded("B, V D, L D E, L E -> B D")
