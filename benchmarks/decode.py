@@ -3,6 +3,7 @@ and where its time goes.
 
     torchrun --nproc-per-node 4 benchmarks/decode.py --mesh tp=4 --shapes llama3-8b,llama3-70b
     python benchmarks/decode.py --shapes llama3-8b
+    python benchmarks/decode.py --draw                      results/decode.svg of what is there
 
 128-token prompts, 128 new tokens, bf16. Each row of results/decode.json: `ours` is the device's time of a
 step, one replay after another; `peers` the hand-written program (`plain_decode.py`) with each way of adding
@@ -122,14 +123,44 @@ def merge(path: Path, new: list[dict]) -> None:
     path.write_text(json.dumps({**said, "versions": new[0]["versions"], "rows": rows}, indent=1) + "\n")
 
 
+def draw() -> None:
+    """ms a step over rows: a picture for each shape, mesh and card."""
+    import matplotlib
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"svg.hashsalt": "shardlib", "svg.fonttype": "none"})
+    pictures: dict[str, list[dict]] = defaultdict(list)
+    for r in json.loads((RESULTS / "decode.json").read_text())["rows"]:
+        pictures[f"{r['case'].rpartition(', ')[0]}\n{r['hardware']}, {r['commit']}"].append(r)
+    figure, axes = plt.subplots(1, len(pictures), figsize=(4.4 * len(pictures), 4), squeeze=False)
+    for picture, (title, rows) in zip(axes[0], pictures.items()):
+        names = [r["case"].rpartition(" ")[2] for r in rows]
+        series = {"by hand, the fastest": [min(r["peers"].values()) for r in rows],
+                  "shardlib": [r["ours"] for r in rows], "floor": [r["floor"] for r in rows]}
+        for i, (color, (who, ms)) in enumerate(zip(("C0", "C3", "0.7"), series.items())):
+            picture.bar([x + 0.27 * (i - 1) for x in range(len(rows))], ms, 0.25, color=color, label=who)
+        picture.set_xticks(range(len(rows)), names)
+        picture.set_title(title)
+        picture.set_xlabel("rows")
+    axes[0][0].set_ylabel("ms a step")
+    axes[0][0].margins(y=0.4)
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(RESULTS / "decode.svg", metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--draw", action="store_true", help="draw what is there, and end")
     parser.add_argument("--mesh", default="")
     parser.add_argument("--shapes", default="llama3-8b")
     parser.add_argument("--batch", default="1,8,32,128")
     parser.add_argument("--sums", default=",".join(SUMS))
     parser.add_argument("--out", type=Path, default=RESULTS.parent, help="where results/ and profiles/ are")
     options = parser.parse_args()
+    if options.draw:
+        draw()
+        return
     mesh = Mesh.parse(options.mesh)
     with connect(mesh, "cuda") as runtime:
         rate = read_rate(runtime.device)
