@@ -98,11 +98,11 @@ EINSUM = Op("einsum", rule=_rule, emit=_emit, vjp=_vjp, reads=reading(counted),
             reference=lambda d, *xs: d.sum(math.prod(xs)))
 
 
-Product = Callable[[str, str, tuple[int, int, int]], str | None]
+Asked = Callable[[str, str, tuple[int, int, int]], str | None]
 
 
 def contraction(ins: list[list[str]], out: list[str], args: list[str], size: Mapping[str, int],
-                product: Product = lambda x, w, sizes: None) -> str:
+                product: Asked = lambda x, w, sizes: None) -> str:
     """The fastest expression of an einsum of local tensors: one matmul where the dims allow it.
 
     product: asked for a kernel's matmul by a second operand that lies by columns, of two in all: see
@@ -121,7 +121,7 @@ def contraction(ins: list[list[str]], out: list[str], args: list[str], size: Map
 
 
 def _matmul(a: list[str], b: list[str], out: list[str], x: str, y: str, size: Mapping[str, int],
-            product: Product) -> str | None:
+            product: Asked) -> str | None:
     """`x @ y` when x is (left.., inner..), y is (inner.., right..) or (right.., inner..),
     and the result (left.., right..)."""
     inner = [n for n in a if n in b]

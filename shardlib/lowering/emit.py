@@ -324,6 +324,7 @@ class Emitter:
         (body,) = step.bodies
         updates, outer = updates_of_fused(step), dict(step.passed(body))
         free = {v for path in updates.values() if (v := outer[path]) in owned and uses[v] == 1}
+        owned |= {*updates}
         like = [torch.empty(self.shape(spec), dtype=getattr(torch, self.dtypes[n]), device="meta")
                 for spec, n in zip(step.ins, step.inputs)] if self.kernels else []
         if self.kernels and (kernel := self.kernels(step, like)) is not None:
@@ -336,14 +337,12 @@ class Emitter:
             args = [f"{names[i]}.clone()" if i in kept else names[i] for i in step.inputs]
             text = f"{self._kernel(kernel)}({', '.join(args)}{self._here()})"
             names.update((out, self.variable()) for out in step.outputs)
-            owned |= {*updates}
             return [*(look for look in looks if not look.isidentifier()),
                     f"{', '.join(names[out] for out in step.outputs)} = {text}"]
         inner, own = {p: names[v] for p, v in outer.items()}, {p for p, v in outer.items() if v in free}
         dtypes = inner_dtypes(step, body, self.dtypes)
         lines = self._block(replace(body, name=title), inner, own, {}, dtypes)
         names.update((out, inner[n]) for out, (n, _) in zip(step.outputs, body.result_leaves()))
-        owned |= {*updates}
         return lines
 
     def _scan(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> list[str]:

@@ -65,15 +65,16 @@ class Kernels:
 
     def product(self, rows: int, lines: int, columns: int, dtype: str, then: Step | None) -> Callable | None:
         """What takes x @ w, and with it the step `then`; None where the library does."""
+        if not self.products or self.reference:
+            return None
         fusion = then and self.meant.get(then.bodies[0].name)
-        known = fusion and static_of(fusion, then.bodies[0], self.runtime.mesh) == {}
-        if not self.products or self.reference or then and not known:
+        if then and (fusion is None or static_of(fusion, then.bodies[0], self.runtime.mesh) != {}):
             return None
         asked = Product(self.runtime.device.type, rows, lines, columns, dtype, fusion and fusion.function)
         answers = [product(asked) for product in self.products]
         found = next((a for a in answers if not isinstance(a, str)), answers[0])
-        what = f"matmul of {rows} x {lines} x {columns}{f', {fusion.name}' if fusion else ''}"
-        self.answers.append(f"{what}: {found if isinstance(found, str) else 'by a kernel'}")
+        title = f"matmul of {rows} x {lines} x {columns}{f', {fusion.name}' if fusion else ''}"
+        self.answers.append(f"{title}: {found if isinstance(found, str) else 'by a kernel'}")
         return None if isinstance(found, str) else found
 
     def _asked(self, step: Step, operands: Sequence[Tensor]) -> Callable | str:

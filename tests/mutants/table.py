@@ -805,9 +805,9 @@ MUTANTS = (
            "if not dim.factors and n < dim.size:", f"{SIZES} -k a_constant_dim"),
     # kernels of matmuls, and of fused steps that update
     Mutant("shardlib/compiler/passes/pack.py", "return then if alike else None", "return then", PRODUCTS),
-    Mutant("shardlib/run/kernels.py", "static_of(fusion, then.bodies[0], self.runtime.mesh) == {}", "True",
+    Mutant("shardlib/run/kernels.py", "static_of(fusion, then.bodies[0], self.runtime.mesh) != {}", "False",
            PRODUCTS),
-    Mutant("shardlib/run/kernels.py", "or self.reference or then and not known", "or then and not known",
+    Mutant("shardlib/run/kernels.py", "if not self.products or self.reference:", "if not self.products:",
            PRODUCTS),
     Mutant("shardlib/lowering/emit.py", "kept = {outer[path] for path in updates.values()} - free",
            "kept: set[str] = set()", f"{IN_PLACE} -k fused"),

@@ -82,11 +82,10 @@ def _tail(program: Program, scan: Step) -> Tail | None:
     adds = made.get(pays.inputs[0]) if pays else next((s for s in operands if s.op is EINSUM), None)
     if adds is None or len({*add.ins, *add.outs, *first.outs}) > 1 or len(adds.outputs) > 1:
         return None
-    if _pays(first) if pays is None else (first.op, first.ins) != (pays.op, pays.ins):
-        return None
+    alike = (first.op, first.ins) == (pays.op, pays.ins) if pays else not _pays(first)
     tail, inner, outer = Tail(add, adds, pays, first), use_counts(body), use_counts(program)
     alone = inner[add.outputs[0]] == inner[tail.added] == outer[first.outputs[0]] == 1
-    return tail if alone and _of_one_dtype(program, scan, tail) else None
+    return tail if alike and alone and _of_one_dtype(program, scan, tail) else None
 
 
 def _pays(step: Step) -> bool:
@@ -106,7 +105,7 @@ def _of_one_dtype(program: Program, scan: Step, tail: Tail) -> bool:
     carry = passed[0][0]
     wide = value_dtypes(scan.body, {p: d for p, d in inside.items() if d is not None} | {carry: "float32"},
                         "bfloat16")
-    return len(known) <= 2 and wide[tail.adds.outputs[0]] == "float32"
+    return wide[tail.adds.outputs[0]] == "float32"
 
 
 def _rotated(program: Program, scan: Step, tail: Tail, mesh: Mesh) -> Program:
