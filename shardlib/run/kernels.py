@@ -141,8 +141,14 @@ def _counted(step: Step, kernel: Callable) -> Callable:
         given = [made] if count == 1 else list(made)
         for result, operand in updates:
             new, old = given[result], operands[operand]
-            if (new.shape, new.dtype) != (old.shape, old.dtype):
-                raise SpecError(f"{name}: its kernel gives {what(new)} for what updates {what(old)}")
-            given[result] = new if new is old else old.copy_(new)
+            if new is old:
+                continue
+            if not isinstance(new, Tensor) or (new.shape, new.dtype) != (old.shape, old.dtype):
+                raise SpecError(f"{name}: its kernel gives {_form(new)} for a buffer of {_form(old)}")
+            given[result] = old.copy_(new)
         return given[0] if count == 1 else tuple(given)
     return run
+
+
+def _form(x: Any) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype)[6:]}" if isinstance(x, Tensor) else what(x)

@@ -824,8 +824,8 @@ MUTANTS = (
            f"{IN_PLACE} -k nobody_looks"),
     Mutant("shardlib/run/kernels.py", "if any(step.inputs[i] not in given for i in indices):", "if False:",
            f"{IN_PLACE} -k nobody_looks"),
-    Mutant("shardlib/run/kernels.py", "new if new is old else old.copy_(new)", "new", f"{IN_PLACE} -k fused"),
-    Mutant("shardlib/run/kernels.py", "if (new.shape, new.dtype) != (old.shape, old.dtype):", "if False:",
+    Mutant("shardlib/run/kernels.py", "given[result] = old.copy_(new)", "pass", f"{IN_PLACE} -k fused"),
+    Mutant("shardlib/run/kernels.py", "(new.shape, new.dtype) != (old.shape, old.dtype)", "False",
            f"{IN_PLACE} -k is_like_it"),
     Mutant("ops/few_rows.py", "128 // max(1, heads)", "128 // heads", FEW_ROWS),
 )
