@@ -9,12 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
 
-from shardlib.compiler.fusion import Kernels
 from shardlib.compiler.passes.pack import Packing, emit_packed, packings
 from shardlib.compiler.passes.rewrite import use_counts
 from shardlib.dtypes import inner_dtypes, read_dtypes, value_dtypes, widest
@@ -24,157 +22,17 @@ from shardlib.language.cond import COND
 from shardlib.language.fused import FUSED
 from shardlib.language.moves import axes_of
 from shardlib.language.scan import SCAN
+from shardlib.lowering.answers import Answers
 from shardlib.lowering.buffers import updated_arguments, updates_of, updates_of_fused
-from shardlib.lowering.index_check import IndexSite
-from shardlib.lowering.plan_step import PlanStep
 from shardlib.lowering.variables import reuse
-from shardlib.mesh import Mesh
 from shardlib.program import Program, Scan, Step
-from shardlib.spec import Dim, Spec
-from shardlib.wires import Wire
 
 _VIEW = re.compile(r"\.view\([0-9, ]+\)$")
 _MARK = re.compile(r"  # step (\d+)$")  # at the end of lines that are being written: which step they are of
 
 
-class Emitter:
-    """Writes one rank's code.
-
-    sizes: the global size of every dim.  yields: collectives become requests (the simulator).
-    donate: arguments whose buffers the results may reuse.  given: the dtypes of arguments, where they are not
-    float32, int64 or bool.
-    prepared: arguments that come as `Compiled.prepare` made them: weights packed, stacked ones as a sequence
-    of layers.
-    kernels: asked what takes a fused step, or a matmul; without it, or where it says None, the body is
-    written, or the library's call.
-    """
-
-    def __init__(self, mesh: Mesh, rank: int, sizes: Mapping[str, int], yields: bool = False,
-                 donate: Sequence[str] = (), given: Mapping[str, str] | None = None,
-                 prepared: Sequence[str] = (), kernels: Kernels | None = None) -> None:
-        self.mesh, self.rank, self.sizes, self.yields, self.donate = (mesh, rank, sizes, yields,
-                                                                      frozenset(donate))
-        self.coordinate = mesh.coordinate(rank)
-        self.groups: dict[tuple[str, ...], str] = {}
-        self.wires: dict[str, Wire] = {}                    # by the method that the code calls
-        self.helpers: dict[str, Callable | IndexSite] = {}  # what generated code has by name
-        self.constants: dict[str, torch.Tensor] = {}
-        self.plan: dict[str, PlanStep] = {}  # name in the code -> the collective that is called there
-        self._where: tuple[str, Step] | None = None         # the program and the step that is being written
-        # the names of the branches that are being written, outermost first
-        self._branch: tuple[str, ...] = ()
-        # (op, variable that is an index, dim, ..) -> its site's name in the code
-        self.sites: dict[tuple, str] = {}
-        self.given = dict(given or {})
-        self.dtypes: dict[str, Any] = dict(self.given)  # of the values of the program that is being written
-        self._written: list[Step | None] = []               # the steps that have lines
-        self.lines: tuple[Step | None, ...] = ()  # of each line of the source, the step that it is of
-        self.variables = 0
-        self.in_place: set[str] = set()
-        self.prepared, self.kernels = frozenset(prepared), kernels
-        self.packs: list[Packing] = []
-        self.returned: tuple[str | None, ...] = ()  # the argument that each result leaf is, updated in place
-        # variables that are the same in every round of the current loop
-        self.invariant: frozenset[str] = frozenset()
-        self.hoisted: dict[tuple[str, str], str] = {}  # (variable, template) -> what it is before the loop
-        self._hoisting: dict[str, Step | None] = {}  # by what is hoisted, the step that asked for it
-
-    # -- what ops ask for ------------------------------------------------------------------------------------
-
-    def shape(self, spec: Spec) -> tuple[int, ...]:
-        """The local shape of a value of type `spec`."""
-        return self.mesh.local_shape(spec, self.sizes, self.coordinate)
-
-    def opened_shape(self, spec: Spec) -> tuple[int, ...]:
-        """The local shape with groups taken apart."""
-        return tuple(self.rows(Dim((f,)))[1] for d in spec.dims for f in d.factors)
-
-    def rows(self, dim: Dim) -> tuple[int, int]:
-        """(start, size) of this rank's piece of `dim`, a group's in rows of the group."""
-        return self.mesh.rows(dim, self.sizes, self.coordinate)
-
-    def count(self, *dims: Dim) -> int:
-        """The global size of `dims` together."""
-        return prod(self.sizes[n] for d in dims for n in d.names)
-
-    def use(self, helper: Callable) -> str:
-        """The name under which generated code calls `helper`; a user's function gets one of ours."""
-        known = next((n for n, h in self.helpers.items() if h is helper), None)
-        name = known or (helper.__name__ if helper.__module__.startswith("shardlib.")
-                         else f"u{len(self.helpers)}")
-        self.helpers[name] = helper
-        return name
-
-    def index_site(self, step: Step, operand: int, variable: str, dim: Dim, argument: str, *, op: str = "",
-                   rows: Dim | None = None, ignored: int | None = None, hint: str = "") -> str:
-        """The name in generated code of the place where `variable`, an operand of the step,
-        is an index into `dim`.
-
-        argument: what it is called where the user has no name for it.  op: what the user has called, if not
-        the step's own.
-        rows, ignored, hint: as an `IndexSite` has them.
-        """
-        key = op or step.op.name, variable, dim, rows, ignored, self._branch
-        if key not in self.sites:
-            said, name = step.said[operand] if step.said else "", f"i{len(self.sites)}"
-            site = IndexSite(key[0], said or argument, dim.label, self.count(dim),
-                             (rows.label, self.count(rows)) if rows else ("", 1), ignored,
-                             step.where, hint, self.mesh.size(step.ins[operand].split_axes) == 1)
-            self.sites[key], self.helpers[name] = name, site
-        return self.sites[key]
-
-    def index_sites(self) -> list[IndexSite]:
-        """The places of the program where something is looked up by an index."""
-        return [self.helpers[name] for name in self.sites.values()]
-
-    def hoist(self, variable: str, template: str, parts: int = 1) -> str:
-        """`template` applied to `variable`: once before the loop,
-        where the variable is the same in every layer.
-
-        There, the result is a variable's name; or several, "v1, v2", where the template makes a tuple of
-        `parts`.
-        """
-        if variable not in self.invariant:
-            return template.format(x=variable)
-        if (variable, template) not in self.hoisted:
-            self.hoisted[variable, template] = made = ", ".join(self.variable() for _ in range(parts))
-            self._hoisting[made] = self._where[1] if self._where else None
-        return self.hoisted[variable, template]
-
-    def view(self, text: str, shape: Sequence[int]) -> str:
-        """`text` viewed as `shape`: a view of a view is one view.
-
-        Its sizes are separate arguments: torch reads a tuple slower.
-        """
-        return f"{_VIEW.sub('', text)}.view({', '.join(map(str, shape)) or '()'})"
-
-    def collective(self, wire: Wire, axes: Sequence[str], pieces: Sequence[str], more: tuple) -> str:
-        """A call of the coordinator of the group over `axes`, which says where in the plan it is;
-        over one rank, nothing is left of it."""
-        operand = f"({', '.join(pieces)},)" if wire.many else pieces[0]
-        if self.mesh.size(axes) == 1:
-            return operand
-        group, extra = self.groups.setdefault(tuple(axes), f"g{len(self.groups)}"), ", ".join(map(repr, more))
-        self.wires[wire.name] = wire
-        if self.yields:
-            return f"(yield ({group}, {wire.name!r}, {operand}, {extra}))"
-        return f"{group}.{wire.name}({operand}, {extra}{self._here()})"
-
-    def _here(self) -> str:
-        if self._where is None:
-            return ""
-        title, step = self._where
-        name = f"s{len(self.plan) + 1}"
-        self.plan[name] = PlanStep(len(self.plan) + 1, title, str(step.where or ""), step.text)
-        return f", at={name}"
-
-    def space(self, device: torch.device) -> dict[str, Any]:
-        """What the code names beside its groups, on `device` once and for all:
-        a copy in each step would stop a capture, and wait."""
-        return {**self.helpers, **{name: made.to(device) for name, made in self.constants.items()},
-                **self.plan}
-
-    # -- programs --------------------------------------------------------------------------------------------
+class Emitter(Answers):
+    """Writes one rank's code: see `Answers` for what it is given."""
 
     def program(self, program: Program) -> str:
         """The source of a module whose function `main` takes the program's argument leaves
