@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from test_nccl import torchrun
+from gpus import torchrun
 
 WORKER = str(Path(__file__).parent / "fused_worker.py")
 
@@ -15,11 +14,9 @@ WORKER = str(Path(__file__).parent / "fused_worker.py")
                                          ("tp=3", "bfloat16"), ("tp=4", "bfloat16")])
 def test_fused_steps_give_the_logits_of_their_bodies(mesh: str, dtype: str) -> None:
     count = int(mesh.partition("=")[2])
-    if torch.cuda.device_count() < count:
-        pytest.skip(f"needs {count} GPUs, this machine has {torch.cuda.device_count()}")
     said = torchrun(count, WORKER, mesh, dtype)
     for rows in (1, 3, 8, 32, 40):
         (line,) = (line for line in said.splitlines()
                    if line.startswith(f"logits {mesh} {dtype} {rows} rows:"))
-        assert "by kernels all_reduce_add_rms_norm; cached_attention; matmul" in line
-        assert ("gate_up" in line) == (rows <= 32), line
+        assert "by kernels all_reduce_add_rms_norm; cached_attention" in line
+        assert ("matmul" in line) == ("gate_up" in line) == (rows <= 32), line

@@ -3,9 +3,6 @@ no kernel is asked for what is not there, one rank ends all."""
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpus import finished
 
 from shardlib import Mesh, SpecError, compile, sharded, value_and_grad
 from shardlib.distributed import connect
@@ -110,10 +108,7 @@ def test_a_slot_that_is_not_there_is_no_error_of_the_gpu() -> None:
 
 
 def test_one_rank_ends_the_others_with_its_line() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               str(Path(__file__).with_name("index_worker.py"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "2", "NCCL_NVLS_ENABLE": "0"})
+    done = finished(2, Path(__file__).with_name("index_worker.py"))
     line = "cross_entropy: labels holds 7, outside of 0 to 4 (N=5)          index_worker.py:18"
     said = [text for text in done.stderr.splitlines() if text.startswith("shardlib [")]
     assert done.returncode == 1 and done.stdout == f"rank 1 has raised {line}\n", done.stderr

@@ -1,32 +1,20 @@
 """Llama on NCCL under torchrun: every layout gives the logits, gradients and tokens of one CPU process."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from gpus import torchrun
 
 HERE = Path(__file__).parent
 TWO = [("tp=2", "tp"), ("tp=2", "tp+sp"), ("dp=2", "tp+fsdp"), ("cp=2", "cp")]
 FOUR = [("tp=4", "tp"), ("tk=2,tg=2", "tp+sp"), ("dp=2,tp=2", "tp+sp+fsdp")]
 
 
-def torchrun(count: int, *args: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
-                           *args], capture_output=True, text=True,
-                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "2", "NCCL_NVLS_ENABLE": "0"})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
-
-
 @pytest.mark.parametrize("mesh, layout", TWO + FOUR)
 def test_llama_equals_one_process(mesh, layout):
     ranks = 4 if (mesh, layout) in FOUR else 2
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} GPUs, this machine has {torch.cuda.device_count()}")
     assert f"equal on {mesh} {layout}" in torchrun(ranks, str(HERE / "llama_worker.py"), mesh, layout)
 
 

@@ -2,14 +2,10 @@
 on two channels at once."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from test_nccl import torchrun
+from gpus import finished, torchrun
 
 WORKER = str(Path(__file__).parent / "nvlink_worker.py")
 COUNTS = (2, 3, 4)
@@ -18,8 +14,6 @@ COUNTS = (2, 3, 4)
 @pytest.mark.parametrize("ranks", COUNTS)
 @pytest.mark.parametrize("what", ["conformance", "stress 20000"])
 def test_nothing_is_wrong(ranks: int, what: str) -> None:
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} GPUs, this machine has {torch.cuda.device_count()}")
     assert f"{what} on tp={ranks}: 0 wrong" in torchrun(ranks, WORKER, *what.split())
 
 
@@ -31,9 +25,6 @@ def test_nothing_is_wrong(ranks: int, what: str) -> None:
     ("graph", 4096, ("of rank 1, 64 of 64 words have not come: block 0 waits for quad 0, expects data and "
                      "sees 0x7fff7fff"))])
 def test_a_kernel_that_waits_says_for_what(what: str, count: int, line: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                           str(Path(WORKER).with_name("nvlink_silent.py")), what, str(count)],
-                          capture_output=True, text=True, timeout=90,
-                          env={**os.environ, "OMP_NUM_THREADS": "2"})
-    assert (done.returncode != 0
-            and f"shardlib [rank 0]   NVLink over tp: {line}" in done.stderr), done.stderr[-4000:]
+    done = finished(2, Path(WORKER).with_name("nvlink_silent.py"), what, str(count))
+    assert done.returncode != 0
+    assert f"shardlib [rank 0]   NVLink over tp: {line}" in done.stderr, done.stderr[-4000:]

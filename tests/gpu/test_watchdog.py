@@ -2,14 +2,11 @@
 NVLink says what its kernel waits for."""
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from gpus import finished
 
 from shardlib.ops.nvlink_report import not_come
 
@@ -19,12 +16,7 @@ CALLED = f"collective 2 of {TP}: all_reduce sum of 4 float32, at step 1 of f, mo
 
 @pytest.mark.parametrize("stream", ["default", "side"])
 def test_a_collective_that_a_rank_never_comes_to(stream: str) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip(f"needs 2 GPUs, this machine has {torch.cuda.device_count()}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               str(Path(__file__).with_name("watchdog_worker.py")), stream]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "2", "NCCL_NVLS_ENABLE": "0"})
+    done = finished(2, Path(__file__).with_name("watchdog_worker.py"), stream)
     said = sorted(re.sub(r"has waited \d+ s", "has waited N s", line) for line in done.stderr.splitlines()
                   if line.startswith("shardlib ["))
     assert done.returncode == 1 and done.stdout == "rank 0 has queued it\n", done.stderr
