@@ -18,7 +18,9 @@ def test_llama_equals_one_process(mesh, layout):
     assert f"equal on {mesh} {layout}" in torchrun(ranks, str(HERE / "llama_worker.py"), mesh, layout)
 
 
-def test_the_conformance_kit_passes_on_nccl():
+@pytest.mark.parametrize("how", ([], ["bound"]), ids=("its own", "bound"))
+def test_the_conformance_kit_passes_on_nccl(how: list[str]):
+    """Bound: beside a default group that somebody has bound to a GPU, off which torch splits all others."""
     ranks = 4 if torch.cuda.device_count() >= 4 else 2
     mesh = "dp=2,tp=2" if ranks == 4 else "tp=2"
-    torchrun(ranks, str(HERE.parent / "helpers" / "torchrun_conformance.py"), mesh, "cuda")
+    torchrun(ranks, HERE.parent / "helpers" / "torchrun_conformance.py", mesh, "cuda", *how)

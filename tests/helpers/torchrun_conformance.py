@@ -1,21 +1,30 @@
 """The conformance cases under torchrun, on CPU or GPU: one line at the end,
 and exit status 1 if a case failed.
 
-    torchrun --nproc-per-node 4 tests/distributed/torchrun_conformance.py dp=2,tp=2 cuda
+    torchrun --nproc-per-node 4 tests/helpers/torchrun_conformance.py dp=2,tp=2 cuda
+    torchrun --nproc-per-node 4 tests/helpers/torchrun_conformance.py dp=2,tp=2 cuda bound
+
+bound: the default group is there already, bound to this rank's GPU, so that groups of NCCL are split off it.
 """
 from __future__ import annotations
 
+import os
 import sys
 from itertools import permutations
 
 import torch
+import torch.distributed as dist
 from conformance import check, fixed_cases
 
 from shardlib.distributed import connect
 from shardlib.mesh import Mesh
 
 
-def main(mesh: Mesh, device: str) -> int:
+def main(mesh: Mesh, device: str = "cpu", bound: str = "") -> int:
+    if bound:
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
+        dist.init_process_group("nccl", device_id=own)
     products = [order for k in (1, 2) for order in permutations(mesh.axes, k)]
     with connect(mesh, device) as runtime:
         runtime.create_groups(products)
@@ -27,8 +36,10 @@ def main(mesh: Mesh, device: str) -> int:
         total = world.all_reduce(torch.tensor(len(failures))).item() if world else len(failures)
     if runtime.rank == 0:
         print(f"{len(cases)} cases on {mesh} ({device}): {total} failures")
+    if bound:
+        dist.destroy_process_group()
     return int(total > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Mesh.parse(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "cpu"))
+    sys.exit(main(Mesh.parse(sys.argv[1]), *sys.argv[2:]))
