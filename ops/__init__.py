@@ -15,10 +15,10 @@ from shardlib.ops.layer_norm import layer_norm
 from shardlib.ops.rms_norm import rms_norm
 from shardlib.ops.rope import rope, rope_table
 from shardlib.ops.sampling import sample
-from shardlib.ops.take import embedding, one_hot, take
+from shardlib.ops.take import embedding, one_hot, scatter_add, take
 
 TABLE = {**_attention.TABLE, **_cross_entropy.TABLE, **_group_norm.TABLE, **kv_cache.TABLE,
          **_layer_norm.TABLE, **_rms_norm.TABLE, **_rope.TABLE, **sampling.TABLE, **_take.TABLE}
 
 __all__ = ["attention", "causal_mask", "cross_entropy", "embedding", "group_norm", "layer_norm", "one_hot",
-           "rms_norm", "rope", "rope_table", "sample", "take", "update_cache"]
+           "rms_norm", "rope", "rope_table", "sample", "scatter_add", "take", "update_cache"]

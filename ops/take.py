@@ -1,12 +1,15 @@
-"""Lookups: `embedding` picks rows of a table, `take` one entry along a dim; `one_hot` says which it would be.
+"""Lookups: `embedding` picks rows of a table, `take` entries along a dim; `scatter_add` puts them back, and
+`one_hot` says where.
 
-On one axis: both are linear in what they pick from; a split table dim (`V/tp`) is legal, rows outside of the
-own range are zero and the result owes. An index outside of the whole table is an error
+On one axis: all are linear in what they pick from, or put; a split table dim (`V/tp`) is legal, rows outside
+of the own range are zero and the result owes, as what is put owes the splits of the dims that are gone. An
+index outside of the whole table is an error
 (`shardlib.lowering.index_check`); where that comes later, its row is zero until then.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -77,17 +80,15 @@ def pick(x: Tensor, index: Tensor, dim: int, start: int, site: IndexSite) -> Ten
                        False if x.dtype == torch.bool else 0).squeeze(dim)
 
 
-def pick_vjp(index: Tensor, g: Tensor, dim: int, start: int, size: int, site: IndexSite) -> Tensor:
-    """The cotangent of x: g at `index` along `dim`, zero elsewhere."""
-    g = g.unsqueeze(dim)
-    out = g.new_zeros([size if i == dim else n for i, n in enumerate(g.shape)])
-    if site.torch_looks(index, size):
-        try:
-            return out.scatter_(dim, index.expand(g.shape), g)
-        except (IndexError, RuntimeError) as error:
-            raise site.instead_of(error, index) from None
+def add_rows(x: Tensor, index: Tensor, rows: int, size: int, start: int, site: IndexSite) -> Tensor:
+    """(rows, size, rest): zeros, and x, (rows, times, rest), added at index - start, (rows, times)."""
+    out = x.new_zeros((rows * size, *x.shape[2:]))
     here, inside = local(index, start, size, site)
-    return out.scatter_(dim, here.expand(g.shape), torch.where(inside, g, 0)) if size else out
+    here = here + size * torch.arange(rows, device=index.device)[:, None]
+    x = torch.where(inside.reshape(*inside.shape, *[1] * (x.ndim - 2)), x, 0)
+    if size:
+        out.index_add_(0, here.flatten(), x.flatten(0, 1))
+    return out.unflatten(0, (rows, size))
 
 
 def _embed(e: LocalCode, step: Step, args: list[str]) -> str:
@@ -128,26 +129,60 @@ def lacks_one(ins: Sequence[Spec], outs: Sequence[Spec]) -> bool:
             and set(index.labels) <= set(out.labels))
 
 
+def takes_at(ins: Sequence[Spec], outs: Sequence[Spec]) -> bool:
+    """Whether these are the specs of "B S D, B T -> B T D": one result, which has the dims of both operands,
+    in their order, but for one of the first."""
+    if (len(ins), len(outs)) != (2, 1):
+        return False
+    (x, index), (out,) = ins, outs
+    kept = [n for n in x.labels if n in out.labels]
+    return (len(kept) == len(x.labels) - 1 and {*out.labels} == {*kept, *index.labels}
+            and [n for n in out.labels if n in x.labels] == kept
+            and [n for n in out.labels if n in index.labels] == [*index.labels])
+
+
+def _at(x: Spec, out: Spec) -> Spec:
+    """The dims of the result and the one of x that goes, in its place before those of x that follow it."""
+    place = x.labels.index(gone := _gone(x, out))
+    behind = next((out.labels.index(n) for n in x.labels[place + 1:]), len(out.dims))
+    return Spec((*out.dims[:behind], x.dim(gone), *out.dims[behind:]))
+
+
 def _take(e: LocalCode, step: Step, args: list[str]) -> str:
-    x, index = step.ins
-    name = _gone(x, step.outs[0])
-    dim = x.labels.index(name)
-    site = e.index_site(step, 1, args[1], x.dims[dim], "index")
-    return f"{e.use(pick)}({args[0]}, {along(args[1], index, x)}, {dim}, {e.rows(x.dims[dim])[0]}, {site})"
+    (x, index), (out,) = step.ins, step.outs
+    dim, like = x.dim(_gone(x, out)), _at(x, out)
+    site = e.index_site(step, 1, args[1], dim, "index")
+    wide = f".expand({e.shape(like)})" if len(like.dims) > len(x.dims) else ""
+    return (f"{e.use(pick)}({along(args[0], x, like)}{wide}, {along(args[1], index, like)}, "
+            f"{like.labels.index(dim.label)}, {e.rows(dim)[0]}, {site})")
 
 
 def _take_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
-    return [b.call(TAKE_VJP, [step.inputs[1], ct[0]], outs=(step.ins[0].owing(),)), None]
+    return [b.call(SCATTER_ADD, [ct[0], step.inputs[1]], outs=(step.ins[0].owing(),)), None]
 
 
-def _take_back(e: LocalCode, step: Step, args: list[str]) -> str:
-    (x,), (index, g) = step.outs, step.ins
-    name = _gone(x, g)
-    dim = x.dim(name)
+def _scatter(e: LocalCode, step: Step, args: list[str]) -> str:
+    """By rows, times (what the result lacks), and what is the same at all of them."""
+    (x, index), (out,) = step.ins, step.outs
+    dim = out.dim(_gone(out, x))
+    rows = [n for n in index.labels if n in out.labels]
+    rest = [n for n in x.labels if n not in index.labels]
     start, size = e.rows(dim)
-    site = e.index_site(step, 0, args[0], dim, "index", op="take")
-    return (f"{e.use(pick_vjp)}({along(args[0], index, x)}, {args[1]}, {x.dims.index(dim)}, {start}, "
-            f"{size}, {site})")
+    times = [n for n in index.labels if n not in out.labels]
+    site = e.index_site(step, 1, args[1], dim, "index")
+    sizes = {**dict(zip(x.labels, e.shape(x))), dim.label: size}
+    n, m, wide = prod(sizes[r] for r in rows), prod(sizes[t] for t in times), tuple(sizes[r] for r in rest)
+    what = f"{permuted(args[0], x.labels, (*rows, *times, *rest))}.reshape({(n, m, *wide)})"
+    where = f"{permuted(args[1], index.labels, (*rows, *times))}.reshape({(n, m)})"
+    made = f"{e.use(add_rows)}({what}, {where}, {n}, {size}, {start}, {site})"
+    order = (*rows, dim.label, *rest)
+    return permuted(f"{made}.view({tuple(sizes[name] for name in order)})", order, out.labels)
+
+
+def permuted(text: str, have: Sequence[str], want: Sequence[str]) -> str:
+    """A tensor's dims in another order."""
+    order = tuple(map([*have].index, want))
+    return text if order == tuple(range(len(order))) else f"{text}.permute({order})"
 
 
 def hot(ids: Tensor, dim: int, start: int, size: int, dtype: torch.dtype, site: IndexSite) -> Tensor:
@@ -174,20 +209,23 @@ def _reference(d: Dims, x: Tensor, index: Tensor) -> Tensor:
     return d.sum(torch.where(d.index(*d.gone) == index, x, 0))
 
 
-def _back(d: Dims, index: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    x = d.open(g.new_zeros([d.count(n) for n in d.step.outs[0].names]), d.step.outs[0])
-    return d.vjp(_reference, (x, index), g, d.step.ins[1])
+def _added(d: Dims, x: Tensor, index: Tensor) -> Tensor:
+    """The sum of x over what goes, where the one dim that is made is at `index`."""
+    made = [n for n in d.step.outs[0].names if all(n not in s.names for s in d.step.ins)]
+    return d.sum(torch.where(d.index(*made) == index, x, 0))
 
 
 EMBEDDING = Op("embedding", rule=lambda s: Rule(linear=((1,),), sums=s.ins[1].dims[0].names), emit=_embed,
                vjp=_embed_vjp, index=(0,), dtype=lambda d, o: [d[1]],
                reference=lambda d, ids, table: _reference(d, table, ids))
 EMBEDDING_VJP = Op("embedding_vjp", rule=lambda s: Rule(linear=((1,),), sums=s.ins[0].names),
-                   emit=_embed_back, index=(0,), dtype=lambda d, o: [d[1]], reference=_back)
+                   emit=_embed_back, index=(0,), dtype=lambda d, o: [d[1]],
+                   reference=lambda d, ids, g: _added(d, g, ids))
 TAKE = Op("take", rule=lambda s: Rule(linear=((0,),), sums=s.ins[0].dim(_gone(s.ins[0], s.outs[0])).names),
           emit=_take, vjp=_take_vjp, index=(1,), reference=_reference)
-TAKE_VJP = Op("take_vjp", rule=lambda s: Rule(linear=((1,),)), emit=_take_back, index=(0,),
-              dtype=lambda d, o: [d[1]], reference=_back)
+SCATTER_ADD = Op("scatter_add", rule=lambda s: Rule(linear=((0,),), sums=s.ins[0].names), emit=_scatter,
+                 index=(1,), reference=_added, takes=("number", "index"),
+                 vjp=lambda b, s, ct: [b.call(TAKE, [ct[0], s.inputs[1]], outs=(s.ins[0].owing(),)), None])
 
 
 ONE_HOT = Op("one_hot", keywords={"dtype": lambda v: v in ITEMSIZE}, rule=lambda s: Rule(), emit=_one_hot,
@@ -221,7 +259,8 @@ def embedding(text: str, ids: Operand, table: Operand) -> Value:
 def take(text: str, x: Operand, index: Operand) -> Value:
     """x at `index` along the one dim that the result lacks; over a split one the sum is owed.
 
-    An index is one of the whole dim. The last token of each row, where rows have padding behind it:
+    An index is one of the whole dim; its dims are those of x, or others: "B S D, B T -> B T D" gathers T
+    entries of each row. The last token of each row, where rows have padding behind it:
 
     >>> import torch
     >>> from shardlib import Layout, Mesh, sharded, simulate
@@ -231,11 +270,38 @@ def take(text: str, x: Operand, index: Operand) -> Value:
     tensor([[2.],
             [5.]])
     """
-    meant = (f'take "{text}": the specs are those of "B T D, B -> B D": the result lacks one dim of the '
-             'first operand, and has those of the index')
-    if not lacks_one(*parse_specs(text, meant)):
+    meant = (f'take "{text}": the specs are those of "B T D, B -> B D" or "B S D, B T -> B T D": the result '
+             'lacks one dim of the first operand, and has those of the index; all keep their order')
+    if not takes_at(*parse_specs(text, meant)):
         raise SpecError(meant)
     return apply(TAKE, (x, index), text)
+
+
+def scatter_add(text: str, x: Operand, index: Operand) -> Value:
+    """x put at `index` along the one dim that is new in the result, and 0 elsewhere.
+
+    What comes to one place is added up: it is the transpose of `take`.
+
+    The dims that go are among the index's: over a split one the sum is owed. The new dim may be split: each
+    rank puts what is in its range. Its size is said by `sizes=` where no argument has it. Refused, where it
+    runs: an index outside of it.
+
+    >>> import torch
+    >>> from shardlib import compile, sharded
+    >>> @sharded("T D, T -> E D")
+    ... def by_expert(x, expert):
+    ...     return scatter_add("T D, T -> E D", x, expert)
+    >>> compile(by_expert, sizes=dict(E=3))(torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([2, 0, 2]))
+    tensor([[2.],
+            [0.],
+            [6.]])
+    """
+    meant = (f'scatter_add "{text}": the specs are those of "B T D, B T -> B S D", the other way round than '
+             'those of take "B S D, B T -> B T D"')
+    ins, outs = parse_specs(text, meant)
+    if (len(ins), len(outs)) != (2, 1) or not takes_at((*outs, ins[1]), ins[:1]):
+        raise SpecError(meant)
+    return apply(SCATTER_ADD, (x, index), text)
 
 
 def one_hot(text: str, ids: Operand, *, dtype: str = "float32") -> Value:
@@ -260,4 +326,4 @@ def one_hot(text: str, ids: Operand, *, dtype: str = "float32") -> Value:
     return apply(ONE_HOT, (ids,), text, dtype=dtype)
 
 
-TABLE = {op.name: op for op in (EMBEDDING, EMBEDDING_VJP, TAKE, TAKE_VJP, ONE_HOT)}
+TABLE = {op.name: op for op in (EMBEDDING, EMBEDDING_VJP, TAKE, SCATTER_ADD, ONE_HOT)}

@@ -1,5 +1,5 @@
 """The functions of tensors that models are written with: pointwise ones, masks, and reductions along dims."""
-from shardlib.language.along import cumsum, sort
+from shardlib.language.along import cumsum, flip, roll
 from shardlib.language.casts import cast, stop_gradient
 from shardlib.language.constants import arange, full, ones, tril, zeros
 from shardlib.language.extremes import all, any, argmax, argmin, max, min
@@ -17,7 +17,7 @@ from shardlib.language.masks import (
     not_equal,
     where,
 )
-from shardlib.language.pieces import concat, pad, slice, split, topk
+from shardlib.language.pieces import concat, pad, slice, split, stack, unbind
 from shardlib.language.pointwise import (
     abs,
     clamp,
@@ -42,11 +42,13 @@ from shardlib.language.pointwise import (
 )
 from shardlib.language.reductions import mean, prod, sum
 from shardlib.language.softmax import logsumexp, softmax
+from shardlib.language.sorting import sort, topk
 from shardlib.language.variance import std, var
 
 __all__ = ["abs", "all", "any", "arange", "argmax", "argmin", "cast", "clamp", "concat", "cos", "cumsum",
-           "equal", "erf", "exp", "expm1", "full", "gelu", "greater", "greater_equal", "less", "less_equal",
-           "log", "log1p", "log_sigmoid", "logical_and", "logical_not", "logical_or", "logsumexp", "max",
-           "maximum", "mean", "min", "minimum", "not_equal", "ones", "pad", "pow", "prod", "relu", "rsqrt",
-           "sigmoid", "silu", "sin", "slice", "softmax", "softplus", "sort", "split", "sqrt", "square",
-           "std", "stop_gradient", "sum", "tanh", "topk", "tril", "var", "where", "zeros"]
+           "equal", "erf", "exp", "expm1", "flip", "full", "gelu", "greater", "greater_equal", "less",
+           "less_equal", "log", "log1p", "log_sigmoid", "logical_and", "logical_not", "logical_or",
+           "logsumexp", "max", "maximum", "mean", "min", "minimum", "not_equal", "ones", "pad", "pow", "prod",
+           "relu", "roll", "rsqrt", "sigmoid", "silu", "sin", "slice", "softmax", "softplus", "sort", "split",
+           "sqrt", "square", "stack", "std", "stop_gradient", "sum", "tanh", "topk", "tril", "unbind", "var",
+           "where", "zeros"]

@@ -72,7 +72,7 @@ def first(x: torch.dtype, *others: torch.dtype) -> torch.dtype:
 COMPARISONS = ("greater", "less", "greater_equal", "less_equal", "equal", "not_equal", "compare")
 LOGICAL = ("logical_and", "logical_or", "logical_not")
 OF_MASKS, EXTREMES = ("any", "all"), ("max", "min", "max_opposite", "opposite")
-CUTS = ("concat", "split", "pad", "slice")
+CUTS = ("concat", "split", "stack", "unbind", "pad", "slice")
 # of the dtypes of all operands; what is missing gives the widest of those that are no index
 GIVES: dict[str, Any] = {
     **dict.fromkeys(("div", "mean", "var", "std", "reciprocal", "scale"), fraction),
@@ -93,10 +93,10 @@ GIVES: dict[str, Any] = {
 }
 TAKES_ANY = {*CUTS, "add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "prod", "cumsum",
              "mean", "var", "std", *EXTREMES, "spread", "cast", "cast_like", "widen", "where",
-             "stop_gradient", "ones_like", "zeros_like", "rearrange", "rename", "take", "take_vjp",
-             "embedding", "embedding_vjp", "update_cache"}
+             "stop_gradient", "ones_like", "zeros_like", "rearrange", "rename", "take",
+             "flip", "roll", "embedding", "embedding_vjp", "update_cache"}
 TAKES_NUMBERS = {"topk", "sub", *COMPARISONS, "relu", "square", "abs", "clamp", "maximum", "minimum",
-                 "argmax", "rank_of", "from_rank", "ties", "sort", "argmin"}
+                 "argmax", "rank_of", "from_rank", "ties", "sort", "argmin", "scatter_add"}
 MASKS = {("where", 0), ("masked", 0), *((name, i) for name in LOGICAL for i in (0, 1)),
          *((name, 0) for name in OF_MASKS)}
 LIKES, TABLES = {("cast_like", 1), ("ones_like", 0), ("zeros_like", 0)}, {("rope", 1), ("rope_vjp", 1)}

@@ -99,7 +99,8 @@ def test_the_cases_have_as_many_operands_as_the_reference() -> None:
     assert all(least <= len(case.ins) <= most for case in CASES for least, most in [operands(case.op)])
     assert {op.name: operands(op) for op in OPS.values()
             if op.reference is not None and operands(op)[0] != operands(op)[1]} == {
-        "einsum": (0, math.inf), "concat": (0, math.inf), "attention": (3, 4), "attention_vjp": (3, math.inf),
+        "einsum": (0, math.inf), "concat": (0, math.inf), "stack": (0, math.inf),
+        "attention": (3, 4), "attention_vjp": (3, math.inf),
         "label_sums_vjp": (3, math.inf), "layer_norm": (2, 3), "group_norm": (2, 3),
         "norm_vjp": (2, math.inf), "sample": (0, math.inf)}
 

@@ -36,6 +36,7 @@ from shardlib.language import (
     pieces,
     reductions,
     softmax,
+    sorting,
     unary,
     variance,
 )
@@ -49,7 +50,7 @@ from shardlib.spec import check_text, nameable, parse
 from shardlib.tree import Struct
 
 _MODULES = (moves, unary, casts, comparison, masks, reductions, extremes, softmax, variance, along, constants,
-            pieces, grad)
+            pieces, sorting, grad)
 CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL,
                        **{name: op for module in _MODULES for name, op in module.TABLE.items()},
                        "rearrange": REARRANGE, "rename": RENAME}

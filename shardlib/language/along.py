@@ -1,11 +1,11 @@
-"""What runs along one dim and keeps it: cumsum and sort. The dim is whole.
+"""What runs along one dim and keeps it: cumsum, flip and roll. The dim is whole.
 
-cumsum is linear, so a sum may be owed; its derivative is the same from the other end. sort is stable, and
-gives the places that its values had; what comes back goes there.
+They are linear, so a sum may be owed. The derivative of cumsum is the same from the other end, flip is its
+own, and that of roll goes the other way round.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -17,7 +17,7 @@ from shardlib.errors import SpecError
 from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply
-from shardlib.program import Op, Step
+from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec, nameable
@@ -25,11 +25,11 @@ from shardlib.spec import Spec, nameable
 FLAG = (None, True)
 
 
-def _place(step: Step) -> int:
+def place_of(step: Step) -> int:
     return step.ins[0].labels.index(step.options["along"])
 
 
-def _same_dims(name: str, count: int) -> Any:
+def same_dims(name: str, count: int) -> Any:
     def infer(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
         if attrs["along"] not in ins[0].labels:
             raise SpecError(f"{name}: {attrs['along']} is no dim of {ins[0]}")
@@ -39,7 +39,7 @@ def _same_dims(name: str, count: int) -> Any:
 
 def _cumsum(e: LocalCode, step: Step, args: list[str]) -> str:
     """Of narrow floats in float32, rounded once."""
-    at, kind = _place(step), e.dtypes[step.outputs[0]]
+    at, kind = place_of(step), e.dtypes[step.outputs[0]]
     dtype, end = (", dtype=torch.float32", f".to(torch.{kind})") if narrow(kind) else ("", "")
     turned = f".flip({at})" if step.options.get("reverse") else ""
     return f"{args[0]}{turned}.cumsum({at}{dtype}){turned}{end}"
@@ -59,57 +59,54 @@ def _from_the_other_end(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
 
 
 CUMSUM = Op("cumsum", keywords={"along": nameable, "reverse": lambda v: v in FLAG}, emit=_cumsum,
-            rule=lambda s: Rule(linear=((0,),), whole=(s.options["along"],)), infer=_same_dims("cumsum", 1),
+            rule=lambda s: Rule(linear=((0,),), whole=(s.options["along"],)), infer=same_dims("cumsum", 1),
             reads=reading(counted), reference=_sums,
             vjp=_from_the_other_end)
 
 
-def _sort(e: LocalCode, step: Step, args: list[str]) -> str:
-    descending = bool(step.options.get("descending"))
-    return f"torch.sort({args[0]}, dim={_place(step)}, descending={descending}, stable=True)"
+# -- flip and roll -------------------------------------------------------------------------------------------
+
+def _integer(value: Any) -> bool:
+    return number(value) and isinstance(value, int)
 
 
-def order(x: Tensor, at: int, descending: bool) -> Tensor:
-    """Which element comes first, second ... along dim `at`: the one that so many come before."""
-    row, index = x.movedim(at, -1), torch.arange(x.shape[at])
-    mine, other = row[..., :, None], row[..., None, :]
-    before = (other > mine) if descending else (other < mine)
-    rank = (before | (other == mine) & (index < index[:, None])).sum(-1)
-    return (rank[..., None, :] == index[:, None]).long().argmax(-1).movedim(-1, at) if len(index) else rank
-
-
-def _sorted(d: Dims, x: Tensor) -> tuple[Tensor, Tensor]:
+def _picked(d: Dims, x: Tensor, place: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """x along its dim, at the place that `place` says of each element and their number."""
     at = d.names.index(d.options["along"])
-    places = order(x.detach(), at, bool(d.options.get("descending")))
-    return torch.take_along_dim(x, places, at), places
+    return x.index_select(at, place(torch.arange(x.shape[at]), x.shape[at]))
 
 
-def _sort_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
-    return [b.call(SORT_VJP, [step.outputs[1], ct[0]], along=step.options["along"])]
+def _flip_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
+    return [b.call(FLIP, ct, along=step.options["along"])]
 
 
-SORT = Op("sort", keywords={"along": nameable, "descending": lambda v: v in FLAG},
-          rule=lambda s: Rule(whole=(s.options["along"],)), infer=_same_dims("sort", 2), emit=_sort,
-          vjp=_sort_vjp, takes=("number",), dtype=lambda d, o: [d[0], "int64"], reference=_sorted)
-SORT_VJP = Op("sort_vjp", keywords={"along": nameable}, infer=_same_dims("sort_vjp", 1), index=(0,),
-              rule=lambda s: Rule(linear=((1,),), whole=(s.options["along"],)), takes=("index", "float"),
-              emit=lambda e, s, a: f"torch.empty_like({a[1]}).scatter_({_place(s)}, {a[0]}, {a[1]})",
-              dtype=lambda d, o: [d[1]],
-              reference=lambda d, places, g: _placed(d.names.index(d.options["along"]), places, g))
+def _roll_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
+    return [b.call(ROLL, ct, along=step.options["along"], by=-step.options["by"])]
 
 
-def _placed(at: int, places: Tensor, g: Tensor) -> Tensor:
-    """g at `places` along dim `at`, as a sum over where each comes from."""
-    rows, index = g.movedim(at, -1), torch.arange(g.shape[at])
-    here = places.movedim(at, -1)[..., None, :] == index[:, None]
-    return (here * rows[..., None, :]).sum(-1).movedim(-1, at)
+FLIP = Op("flip", keywords={"along": nameable}, infer=same_dims("flip", 1),
+          rule=lambda s: Rule(linear=((0,),), whole=(s.options["along"],)),
+          emit=lambda e, s, a: f"{a[0]}.flip({place_of(s)})", takes=("any",),
+          vjp=_flip_vjp,
+          reference=lambda d, x: _picked(d, x, lambda i, n: n - 1 - i))
+ROLL = Op("roll", keywords={"along": nameable, "by": _integer}, infer=same_dims("roll", 1),
+          rule=lambda s: Rule(linear=((0,),), whole=(s.options["along"],)),
+          emit=lambda e, s, a: f"{a[0]}.roll({s.options['by']}, {place_of(s)})", takes=("any",),
+          vjp=_roll_vjp,
+          reference=lambda d, x: _picked(d, x, lambda i, n: (i - d.options["by"]) % max(n, 1)))
 
 
-def _along(op: Op, x: Operand, along: str, **flags: Any) -> Any:
+# -- what one calls ------------------------------------------------------------------------------------------
+
+def call_along(op: Op, x: Operand, along: str, **attrs: Any) -> Any:
     if isinstance(x, Value) and along not in x.spec.labels:
         raise SpecError(f"{op.name}: {along} is no dim of {x.spec}")
-    given: dict[str, Any] = {name: True for name, value in flags.items() if value}
-    return apply(op, (x,), along=along, **given)
+    return apply(op, (x,), along=along, **attrs)
+
+
+def flags(**given: bool) -> dict[str, bool]:
+    """Those that are set: a program says no others."""
+    return {name: True for name, value in given.items() if value}
 
 
 def cumsum(x: Operand, along: str, *, reverse: bool = False) -> Value:
@@ -125,21 +122,35 @@ def cumsum(x: Operand, along: str, *, reverse: bool = False) -> Value:
     tensor([[-1,  0,  1],
             [ 0,  0,  1]])
     """
-    return _along(CUMSUM, x, along, reverse=reverse)
+    return call_along(CUMSUM, x, along, **flags(reverse=reverse))
 
 
-def sort(x: Operand, along: str, *, descending: bool = False) -> tuple[Value, Value]:
-    """The elements along one dim in order, and the places (int64) that they had; equal ones keep theirs.
-
-    NaN is the largest. Refused where that dim is split, and of a sum that is still owed.
+def flip(x: Operand, along: str) -> Value:
+    """The elements along one dim, the last one first. The dim is whole; a sum may be owed.
 
     >>> import torch
     >>> from shardlib import sharded
-    >>> f = sharded("V -> V, V")(lambda x: sort(x, along="V", descending=True))
-    >>> f(torch.tensor([1.0, 3.0, 3.0, 2.0]))
-    (tensor([3., 3., 2., 1.]), tensor([1, 2, 3, 0]))
+    >>> f = sharded("B T -> B T")(lambda x: flip(x, along="T"))
+    >>> f(torch.tensor([[1, 2, 3]]))
+    tensor([[3, 2, 1]])
     """
-    return _along(SORT, x, along, descending=descending)
+    return call_along(FLIP, x, along)
 
 
-TABLE = {op.name: op for op in (CUMSUM, SORT, SORT_VJP)}
+def roll(x: Operand, along: str, *, by: int) -> Value:
+    """The elements along one dim, each `by` places further on; those beyond the end come in at the beginning.
+
+    The dim is whole; a sum may be owed.
+
+    >>> import torch
+    >>> from shardlib import sharded
+    >>> f = sharded("B T -> B T, B T")(lambda x: (roll(x, along="T", by=1), roll(x, along="T", by=-1)))
+    >>> f(torch.tensor([[1, 2, 3]]))
+    (tensor([[3, 1, 2]]), tensor([[2, 3, 1]]))
+    """
+    if not _integer(by):
+        raise SpecError(f"roll: by is {by!r}; it is a whole number")
+    return call_along(ROLL, x, along, by=by)
+
+
+TABLE = {op.name: op for op in (CUMSUM, FLIP, ROLL)}

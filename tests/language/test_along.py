@@ -1,4 +1,4 @@
-"""cumsum and sort: those of torch, gradients too, on pieces of the other dims; and what they refuse."""
+"""cumsum, flip, roll and sort: those of torch, gradients too, on pieces of the other dims; refusals."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardlib import EXPLICIT, Layout, Mesh, SpecError, lower, sharded, simulate, value_and_grad
-from shardlib.functions import cumsum, sort, sum
+from shardlib.functions import cumsum, flip, roll, sort, sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYOUTS = (Layout(), Layout(B="x"), Layout(D="x"), Layout(B=("x", "y")), Layout(D="y", B="x"))
@@ -32,6 +32,26 @@ def test_cumsum_is_that_of_torch(layout: Layout, reverse: bool, shape: tuple[int
     torch.testing.assert_close(simulate(f, layout, x, mesh=Mesh(x=2, y=2)), want.detach())
     torch.testing.assert_close(simulate(value_and_grad(loss, wrt="x"), layout, x, by, mesh=Mesh(x=2, y=2))[1],
                                torch.autograd.grad(want, asked, by)[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("by", (0, 2, -7))
+@pytest.mark.parametrize("shape", ((3, 5, 4), (1, 0, 2)))
+def test_flip_and_roll_are_those_of_torch(layout: Layout, by: int, shape: tuple[int, ...]) -> None:
+    x, weight, asked = values(shape), values(shape) + 1, values(shape).requires_grad_()
+    f = sharded("B T D -> B T D")(lambda x: flip(roll(x, along="T", by=by), along="T"))
+    loss = sharded("B T D, B T D -> ()")(lambda x, by: sum("B T D -> ()", by * f(x)))
+    want = asked.roll(by, 1).flip(1)
+    assert torch.equal(simulate(f, layout, x, mesh=Mesh(x=2, y=2)), want.detach())
+    got = simulate(value_and_grad(loss, wrt="x"), layout, x, weight, mesh=Mesh(x=2, y=2))[1]
+    assert torch.equal(got, torch.autograd.grad(want, asked, weight)[0])
+
+
+def test_roll_takes_whole_numbers() -> None:
+    for by in (0.5, True, None):
+        with pytest.raises(SpecError) as error:
+            lower(sharded("T -> T")(lambda x: roll(x, along="T", by=by)), mesh=Mesh())
+        assert str(error.value).split("          ")[0] == f"roll: by is {by!r}; it is a whole number"
 
 
 def test_cumsum_passes_an_owed_sum_on() -> None:

@@ -1,5 +1,5 @@
-"""concat, split, pad, slice and topk: those of torch, gradients too, whatever is split; the sizes that they
-say; what they refuse."""
+"""concat, split, stack, unbind, pad, slice and topk: those of torch, gradients too, whatever is split; the
+sizes that they say; what they refuse."""
 from __future__ import annotations
 
 import operator
@@ -26,7 +26,7 @@ from shardlib import (
     value_and_grad,
 )
 from shardlib.api import Sharded
-from shardlib.functions import concat, pad, slice, split, sum, topk
+from shardlib.functions import concat, pad, slice, split, stack, sum, topk, unbind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYOUTS = (Layout(), Layout(B="x"), Layout(D="x", B="y"), Layout(T="x"), Layout(S="x", N="y"),
@@ -61,6 +61,14 @@ def narrowed(x, y):
             slice("B T D -> B R D", x, 1, -1))
 
 
+@sharded("B T D, B S D -> B P T D, B T D")
+def stacked(x, y):
+    """x beside its opposite, and back; y stands by."""
+    both = stack("B T D, B T D -> B P T D", x, -2.0 * x)
+    one, other = unbind("B P T D -> B T D, B T D", both)
+    return both, one * other
+
+
 def parts(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     both = torch.cat((x, y), 1)
     return both[:, :y.shape[1]], both[:, y.shape[1]:]
@@ -68,6 +76,7 @@ def parts(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 OF_TORCH = ((joined, lambda x, y: (torch.cat((x, y), 1),)), (parted, parts),
             (widened, lambda x, y: (F.pad(x, (0, 0, 1, 2)), y)),
+            (stacked, lambda x, y: (torch.stack((x, -2 * x), 1), -2 * x * x)),
             (narrowed, lambda x, y: (x[:, 1:3], y[:, 1:], x[:, 1:-1])))
 
 
@@ -88,7 +97,8 @@ def test_values_and_gradients_are_those_of_torch(ours: Sharded, theirs: Callable
         every = out if isinstance(out, tuple) else (out,)
         return reduce(operator.add, [sum(f"{v.spec.whole()} -> ()", v * v * 0.5) for v in every])
     grads = value_and_grad(sharded("B T D, B S D -> ()")(loss), wrt=("x", "y"))
-    exact = torch.autograd.grad(torch.stack([(w * w * 0.5).sum() for w in want]).sum(), asked)
+    exact = torch.autograd.grad(torch.stack([(w * w * 0.5).sum() for w in want]).sum(), asked,
+                                materialize_grads=True)
     for got, whole in zip(simulate(grads, layout, x, y, mesh=MESH)[1:], exact, strict=True):
         torch.testing.assert_close(got, whole)
 
@@ -210,6 +220,26 @@ def test_texts_that_are_none(f: Callable, meant: str, texts: tuple[str, ...]) ->
     for text in texts:
         assert refusal(lambda x: f(text, x)) == (
             f'{name} "{text}": the specs are those of "{meant}": one dim is another, in its place')
+
+
+@pytest.mark.parametrize("f, meant, texts", (
+    (lambda text, x: stack(text, x, x), "B D, B D -> B S D",
+     ("B T D, B T D -> B T D", "B T D, B D T -> B S T D", "B T D, B T D -> S B D T",
+      "B T D, B T D -> B S N T D", "B T D, B T D -> B (S N) T D", "B T D, B T D -> B S T D, B S T D")),
+    (unbind, "B S D -> B D, B D", ("B T D -> B D, B T", "B T D -> B T D", "B T D -> B",
+                                    "B T D, B T D -> B D")),
+))
+def test_texts_that_put_nothing_side_by_side(f: Callable, meant: str, texts: tuple[str, ...]) -> None:
+    for text in texts:
+        assert refusal(lambda x: f(text, x)) == (
+            f'{"unbind" if f is unbind else "stack"} "{text}": the specs are those of "{meant}": one value '
+            f'has one dim more, the others are alike')
+
+
+def test_there_are_as_many_values_as_places() -> None:
+    f = sharded("B S -> B, B, B")(lambda x: unbind("B S -> B, B, B", x))
+    assert said(lambda: simulate(f, None, torch.ones(1, 2), mesh=Mesh())).startswith(
+        "f: S is 2 by x, and 3 by unbind at test_pieces.py")
 
 
 def test_what_they_refuse() -> None:

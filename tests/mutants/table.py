@@ -28,7 +28,8 @@ INDICES, LOSSES, ENDS = ("tests/lowering/test_index_check.py", "tests/ops/test_c
                          WATCHDOG + " -k ends_the_others")
 NVLINK, PROTOCOLS = "tests/ops/test_nvlink.py", "tests/triton_kernels/test_protocols.py"
 CALLS, COST, MEETING = (f"tests/distributed/test_{name}.py" for name in ("asked", "cost", "launch"))
-SAMPLING, SIZES = "tests/ops/test_sampling.py", "tests/compiler/test_sizes.py"
+SAMPLING, SIZES, TAKES = ("tests/ops/test_sampling.py", "tests/compiler/test_sizes.py",
+                          "tests/ops/test_take.py")
 LOCAL, PIECES = "tests/language/test_local.py", "tests/test_errors.py -k piece_that_is"
 DTYPES, BY_HAND, ERRORS, RULES = (f"tests/test_{name}.py" for name in (
     "dtypes", "dtypes_by_hand", "errors", "rules_oracle"))
@@ -468,8 +469,12 @@ MUTANTS = (
     Mutant("shardlib/run/step.py", "if op is RENAME or op.lengths:", "if op is RENAME:", CUTS),
     Mutant("shardlib/language/pieces.py", "(*[0] * (2 * behind), before,", "(*[0] * (2 * behind), 0,", CUTS),
     Mutant("shardlib/language/pieces.py", "    _within(e, step, old, new, start)\n", "", CUTS),
-    Mutant("shardlib/language/pieces.py", "whole=made.names, sums=taken.names)", "whole=_whole(step))",
+    Mutant("shardlib/language/sorting.py", "whole=made.names, sums=taken.names)", "whole=all_of_both(step))",
            f"{RULES} -k topk_vjp"),
+    Mutant("ops/take.py", "here + size * torch.arange(rows", "here + 0 * torch.arange(rows", TAKES),
+    Mutant("ops/take.py", "Rule(linear=((0,),), sums=s.ins[0].names), emit=_scatter",
+           "Rule(linear=((0,),)), emit=_scatter", TAKES),
+    Mutant("shardlib/language/along.py", "by=-step.options[", "by=step.options[", ALONG),
     Mutant("shardlib/language/reductions.py", "(before * behind * g.to(wide)[..., None])",
            "(rows.prod(-1, keepdim=True) / rows * g.to(wide)[..., None])", REDUCTIONS),
     Mutant("shardlib/language/extremes.py", "low = _spread_min(b, step, x)",
