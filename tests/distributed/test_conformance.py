@@ -2,11 +2,23 @@
 in both orders of a product."""
 from __future__ import annotations
 
+import functools
+import random
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conformance import COLLECTIVES, DTYPES, LAYOUTS, Case, check, draw, fixed_cases
+from conformance import (
+    COLLECTIVES,
+    DTYPES,
+    FLOATS,
+    LAYOUTS,
+    Case,
+    check,
+    draw,
+    fixed_cases,
+    reduction_failures,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pool import DEADLINE_S, Pool, World
@@ -121,6 +133,22 @@ class Wrong:
 @pytest.mark.parametrize("spoil", ("alias", "value", "dtype", "shape", "stride", "argument"))
 def test_the_kit_sees_what_is_wrong(spoil: str) -> None:
     assert check(Case("all_reduce", ("tp",), "float32", (3, 2)), Wrong(spoil))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_any_order_of_eight_terms_is_right_and_a_lost_or_doubled_term_is_not(dtype: str) -> None:
+    case = Case("all_reduce", ("tp",), dtype, (64,))
+    pieces = [draw(case.shape, case, member) for member in range(8)]
+
+    def wrong(terms: list[torch.Tensor]) -> list[str]:
+        return list(reduction_failures(case, functools.reduce(add, terms), pieces, deterministic=False))
+    assert not any(wrong(random.Random(seed).sample(pieces, 8)) for seed in range(20))
+    if "float8" not in dtype:                           # of which eight terms may lose one to rounding
+        assert wrong(pieces[1:]) and wrong([*pieces, pieces[0]])
+
+
+def add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a.double() + b.double()).to(a.dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
