@@ -10,6 +10,7 @@ results must alias nothing.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -202,7 +203,8 @@ def _error_in_bounds(got: Tensor, reference: Tensor, pieces: Sequence[Tensor]) -
     that of the reference, which is a sum too."""
     if _error(got, reference) == float("inf"):
         return float("inf")
-    worst = sum((1 + torch.finfo(d).eps / 2) ** (len(pieces) - 1) - 1 for d in (got.dtype, reference.dtype))
+    worst = sum(math.expm1((len(pieces) - 1) * math.log1p(torch.finfo(dtype).eps / 2))
+                for dtype in (got.dtype, reference.dtype))
     bound = worst * torch.stack([p.detach().to(reference.dtype).abs() for p in pieces]).sum(0)
     off, finite = (got.detach().to(reference.dtype) - reference).abs(), reference.isfinite()
     return float((off / bound)[finite & (off > 0)].max()) if (finite & (off > 0)).any() else 0.0
