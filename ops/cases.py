@@ -181,6 +181,11 @@ CASES: tuple[Case, ...] = (
     _case("arange", "-> T", dtype="int64"), _case("arange", "-> T", dtype="float32"),
     *(_case("tril", "-> B T", dtype=dtype, diagonal=diagonal)
       for dtype, diagonal in (("bool", 0), ("int64", -1), ("float64", 2))),
+    *(_case("uniform", f"(), () -> {made}", index("S"), index("T"), seed=3, dtype=dtype)
+      for made, dtype in (("B T", "float64"), ("B (K H)", "bfloat16"))),
+    _case("normal", "(), () -> B T", index("S"), index("T"), seed=3, dtype="float64"),
+    _case("dropout", "B T D, (), () -> B T D", normal, index("S"), index("T"), rate=0.4, seed=1),
+    _case("dropout", "B D, (), () -> B D", normal, index("S"), index("T"), rate=1.0, seed=1),
     _case("stop_gradient", "B D -> B D"), _case("ones_like", "B D -> B D"), _case("zeros_like", "B D -> B D"),
     _case("sum", "B T D -> B"), _case("sum", "B (K H) -> B"), _case("sum", "B D -> B D"),
     _case("mean", "B T D -> B"), _case("mean", "B (K H) -> B"), _case("mean", "B D -> ()"),

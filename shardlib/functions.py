@@ -2,6 +2,7 @@
 from shardlib.language.along import cumsum, flip, roll
 from shardlib.language.casts import cast, stop_gradient
 from shardlib.language.constants import arange, full, ones, tril, zeros
+from shardlib.language.draws import dropout, normal, uniform
 from shardlib.language.extremes import all, any, argmax, argmin, max, min
 from shardlib.language.masks import (
     equal,
@@ -46,9 +47,9 @@ from shardlib.language.sorting import sort, topk
 from shardlib.language.variance import std, var
 
 __all__ = ["abs", "all", "any", "arange", "argmax", "argmin", "cast", "clamp", "concat", "cos", "cumsum",
-           "equal", "erf", "exp", "expm1", "flip", "full", "gelu", "greater", "greater_equal", "less",
-           "less_equal", "log", "log1p", "log_sigmoid", "logical_and", "logical_not", "logical_or",
-           "logsumexp", "max", "maximum", "mean", "min", "minimum", "not_equal", "ones", "pad", "pow", "prod",
-           "relu", "roll", "rsqrt", "sigmoid", "silu", "sin", "slice", "softmax", "softplus", "sort", "split",
-           "sqrt", "square", "stack", "std", "stop_gradient", "sum", "tanh", "topk", "tril", "unbind", "var",
-           "where", "zeros"]
+           "dropout", "equal", "erf", "exp", "expm1", "flip", "full", "gelu", "greater", "greater_equal",
+           "less", "less_equal", "log", "log1p", "log_sigmoid", "logical_and", "logical_not", "logical_or",
+           "logsumexp", "max", "maximum", "mean", "min", "minimum", "normal", "not_equal", "ones", "pad",
+           "pow", "prod", "relu", "roll", "rsqrt", "sigmoid", "silu", "sin", "slice", "softmax", "softplus",
+           "sort", "split", "sqrt", "square", "stack", "std", "stop_gradient", "sum", "tanh", "topk", "tril",
+           "unbind", "uniform", "var", "where", "zeros"]

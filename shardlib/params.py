@@ -302,17 +302,24 @@ def global_index(spec: Spec, sizes: Mapping[str, int], mesh: Mesh, coordinate: M
 
 
 def uniform(index: Tensor, seed: int) -> Tensor:
-    """Uniform float64 numbers in (0, 1), by the SplitMix64 finalizer (Steele, Lea,
-    Flood 2014) of (seed, index)."""
-    z = (index + 1) * _wrap(0x9E3779B97F4A7C15) + _wrap(seed * 0xD1B54A32D192ED03)
+    """Uniform float64 numbers in (0, 1), by `mixed` of (seed, index)."""
+    z = mixed((index + 1) * GOLDEN + _wrap(seed * 0xD1B54A32D192ED03))
+    return (_shift(z, 11).double() + 0.5) / (1 << 53)
+
+
+def mixed(z: Tensor) -> Tensor:
+    """64 random bits of 64 bits (int64), by the finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ _shift(z, shift)) * _wrap(factor)
-    return (_shift(z ^ _shift(z, 31), 11).double() + 0.5) / (1 << 53)
+    return z ^ _shift(z, 31)
 
 
 def _wrap(n: int) -> int:
     n &= (1 << 64) - 1
     return n - (1 << 64) if n >> 63 else n
+
+
+GOLDEN = _wrap(0x9E3779B97F4A7C15)      # the step of SplitMix64: 2^64 over the golden ratio
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

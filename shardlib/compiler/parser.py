@@ -30,6 +30,7 @@ from shardlib.language import (
     casts,
     comparison,
     constants,
+    draws,
     extremes,
     masks,
     moves,
@@ -50,7 +51,7 @@ from shardlib.spec import check_text, nameable, parse
 from shardlib.tree import Struct
 
 _MODULES = (moves, unary, casts, comparison, masks, reductions, extremes, softmax, variance, along, constants,
-            pieces, sorting, grad)
+            pieces, sorting, draws, grad)
 CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL,
                        **{name: op for module in _MODULES for name, op in module.TABLE.items()},
                        "rearrange": REARRANGE, "rename": RENAME}

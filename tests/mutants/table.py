@@ -35,7 +35,8 @@ DTYPES, BY_HAND, ERRORS, RULES = (f"tests/test_{name}.py" for name in (
     "dtypes", "dtypes_by_hand", "errors", "rules_oracle"))
 REDUCTIONS, VARIANCE, ALONG, CONSTANTS, ARGUMENTS = (f"tests/language/test_{name}.py" for name in (
     "reductions", "variance", "along", "constants", "calls"))
-SCANS, MASKS, CUTS = (f"tests/language/test_{name}.py" for name in ("scan", "masks", "pieces"))
+SCANS, MASKS, CUTS, DRAWS = (f"tests/language/test_{name}.py" for name in (
+    "scan", "masks", "pieces", "draws"))
 FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
     "failures", "captured", "surroundings", "wrt"))
 ATTENTION, CACHES, ROPE, FEW_ROWS, LAYER_NORM = (f"tests/ops/test_{name}.py" for name in (
@@ -474,6 +475,8 @@ MUTANTS = (
     Mutant("ops/take.py", "here + size * torch.arange(rows", "here + 0 * torch.arange(rows", TAKES),
     Mutant("ops/take.py", "Rule(linear=((0,),), sums=s.ins[0].names), emit=_scatter",
            "Rule(linear=((0,),)), emit=_scatter", TAKES),
+    Mutant("shardlib/language/draws.py", "index[..., None] * whole +", "index[..., None] * size +", DRAWS),
+    Mutant("shardlib/language/draws.py", "for part in (step, layer):", "for part in (step,):", DRAWS),
     Mutant("shardlib/language/along.py", "by=-step.options[", "by=step.options[", ALONG),
     Mutant("shardlib/language/reductions.py", "(before * behind * g.to(wide)[..., None])",
            "(rows.prod(-1, keepdim=True) / rows * g.to(wide)[..., None])", REDUCTIONS),
