@@ -270,6 +270,7 @@ CASES: tuple[Case, ...] = (
     _case("embedding", "B, (K H) D -> B D", index("K H")),
     _case("embedding_vjp", "B, B D -> (K H) D", index("K H")),
     _case("cross_entropy", "B T V, B T -> B T", normal, index("V")),
+    _case("cross_entropy", "B T V, T B -> B T", normal, index("V")),
     _case("cross_entropy", "B V T, B T -> B T", normal, labels(-1), ignore_index=-1),
     _case("cross_entropy_vjp", "B T V, B, B T -> B T V", normal, index("V")),
     _case("cross_entropy_vjp", "B T V, B T, B T -> B T V", normal, labels(1), ignore_index=1),

@@ -113,8 +113,9 @@ def _gone(x: Spec, out: Spec) -> str:
 
 
 def along(arg: str, narrow: Spec, like: Spec) -> str:
-    """A variable with the dims of `like`, 1 where it has none."""
+    """A variable with the dims of `like`, in its order, 1 where it has none."""
     index = [":" if n in narrow.labels else "None" for n in like.labels]
+    arg = permuted(arg, narrow.labels, [n for n in like.labels if n in narrow.labels])
     return f"{arg}[{', '.join(index)}]" if "None" in index else arg
 
 
