@@ -198,6 +198,19 @@ def turned_apart(x, w: Turned, one, other):
     return einsum("B T K H, B T K H, B T D -> B T D", q, k, x)
 
 
+@sharded("B T D, *, B T H -> B T D")
+def turned_alike(x, w: Turned, table):
+    """q and k are all that the packed matmul makes, and one turn takes both."""
+    q, k = einsum("B T D, D K H -> B T K H", x, w.q), einsum("B T D, D K H -> B T K H", x, w.k)
+    q, k = rope("B T K H, B T H -> B T K H", q, table), rope("B T K H, B T H -> B T K H", k, table)
+    return einsum("B T K H, B T K H, B T D -> B T D", q, k, x)
+
+
+@sharded("B T D, *, B T H -> B T D")
+def all_turned_alike(x, w: TurnedStack, table):
+    return scan(turned_alike, x, w.layers, table)
+
+
 @sharded("B T D, *, B T H, B T H -> B T D")
 def all_turned_apart(x, w: TurnedStack, one, other):
     return scan(turned_apart, x, w.layers, one, other)
@@ -239,6 +252,7 @@ TABLE = torch.randn(2, 3, 2, dtype=torch.float64, generator=torch.Generator().ma
 
 
 @pytest.mark.parametrize("f, cls, more", [(all_turned, TurnedStack, ()), (all_kept, TurnedStack, (TABLE,)),
+                                          (all_turned_alike, TurnedStack, (TABLE,)),
                                           (all_turned_apart, TurnedStack, (TABLE, TABLE * 2)),
                                           (across, Stack, ()), (twice, TurnedStack, ())])
 def test_what_packing_must_keep_its_hands_off(f, cls, more):

@@ -130,8 +130,8 @@ def emit_packed(e: LocalCode, group: Packing, body: Program, names: dict[str, st
         else:
             names[out] = e.variable()
             lines.append(f"{names[out]} = {text}")
-    lines.append(f"{', '.join(parts)} = "
-                 f"{product}.split({tuple(sum(width[s.outputs[0]] for s, _ in run) for run in runs)}, -1)")
+    cut = f".split({tuple(sum(width[s.outputs[0]] for s, _ in run) for run in runs)}, -1)" if runs[1:] else ""
+    lines.append(f"{', '.join(parts)} = {product}{cut}")
     for part, run in zip(parts, runs):
         if len(run) == 1:
             name(run[0][0], run[0][0].outputs[0], _view(e, run[0][0], part, left))
