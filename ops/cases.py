@@ -236,6 +236,11 @@ CASES: tuple[Case, ...] = (
     *(_case("unbind", text) for text in ("B S D -> B D, B D", "T S -> T")),
     _case("flip", "B T D -> B T D", along="T"), _case("roll", "B T D -> B T D", along="T", by=2),
     _case("roll", "T -> T", along="T", by=-1),
+    *(_case(name, text, before=before, after=after, stride=stride, dilation=dilation)
+      for name, text, before, after, stride, dilation in (
+          ("windows", "B T D -> B T G D", 1, 0, 1, 1), ("windows", "S -> S G", 1, 1, 1, 2),
+          ("windows", "B D S -> B D H G", 1, 1, 2, 1), ("windows_vjp", "B T G D -> B T D", 1, 0, 1, 1),
+          ("windows_vjp", "B D H G -> B D S", 1, 1, 2, 1))),
     *(_case("split", text) for text in ("B V D -> B T D, B S D", "V B -> T B, D B, K B")),
     _case("pad", "B T D -> B S D", before=1, after=2), _case("pad", "T -> S", before=0, after=1),
     _case("slice", "B T D -> B S D", start=1, stop=3), _case("slice", "T -> S", start=0, stop=3),

@@ -45,6 +45,7 @@ from shardlib.language.reductions import mean, prod, sum
 from shardlib.language.softmax import logsumexp, softmax
 from shardlib.language.sorting import sort, topk
 from shardlib.language.variance import std, var
+from shardlib.language.windows import windows
 
 __all__ = ["abs", "all", "any", "arange", "argmax", "argmin", "cast", "clamp", "concat", "cos", "cumsum",
            "dropout", "equal", "erf", "exp", "expm1", "flip", "full", "gelu", "greater", "greater_equal",
@@ -52,4 +53,4 @@ __all__ = ["abs", "all", "any", "arange", "argmax", "argmin", "cast", "clamp", "
            "logsumexp", "max", "maximum", "mean", "min", "minimum", "normal", "not_equal", "ones", "pad",
            "pow", "prod", "relu", "roll", "rsqrt", "sigmoid", "silu", "sin", "slice", "softmax", "softplus",
            "sort", "split", "sqrt", "square", "stack", "std", "stop_gradient", "sum", "tanh", "topk", "tril",
-           "unbind", "uniform", "var", "where", "zeros"]
+           "unbind", "uniform", "var", "where", "windows", "zeros"]

@@ -94,7 +94,7 @@ GIVES: dict[str, Any] = {
 TAKES_ANY = {*CUTS, "add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "prod", "cumsum",
              "mean", "var", "std", *EXTREMES, "spread", "cast", "cast_like", "widen", "where",
              "stop_gradient", "ones_like", "zeros_like", "rearrange", "rename", "take",
-             "flip", "roll", "embedding", "embedding_vjp", "update_cache"}
+             "flip", "roll", "windows", "windows_vjp", "embedding", "embedding_vjp", "update_cache"}
 TAKES_NUMBERS = {"topk", "sub", *COMPARISONS, "relu", "square", "abs", "clamp", "maximum", "minimum",
                  "argmax", "rank_of", "from_rank", "ties", "sort", "argmin", "scatter_add"}
 MASKS = {("where", 0), ("masked", 0), *((name, i) for name in LOGICAL for i in (0, 1)),

@@ -40,6 +40,7 @@ from shardlib.language import (
     sorting,
     unary,
     variance,
+    windows,
 )
 from shardlib.language.arithmetic import RECIPROCAL
 from shardlib.language.einsum import EINSUM
@@ -51,7 +52,7 @@ from shardlib.spec import check_text, nameable, parse
 from shardlib.tree import Struct
 
 _MODULES = (moves, unary, casts, comparison, masks, reductions, extremes, softmax, variance, along, constants,
-            pieces, sorting, draws, grad)
+            pieces, sorting, draws, windows, grad)
 CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL,
                        **{name: op for module in _MODULES for name, op in module.TABLE.items()},
                        "rearrange": REARRANGE, "rename": RENAME}

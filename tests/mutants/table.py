@@ -477,6 +477,8 @@ MUTANTS = (
            "Rule(linear=((0,),)), emit=_scatter", TAKES),
     Mutant("shardlib/language/draws.py", "index[..., None] * whole +", "index[..., None] * size +", DRAWS),
     Mutant("shardlib/language/draws.py", "for part in (step, layer):", "for part in (step,):", DRAWS),
+    Mutant("shardlib/language/windows.py", "narrow(dim, p * dilation, reach)", "narrow(dim, p, reach)",
+           "tests/language/test_windows.py"),
     Mutant("shardlib/language/along.py", "by=-step.options[", "by=step.options[", ALONG),
     Mutant("shardlib/language/reductions.py", "(before * behind * g.to(wide)[..., None])",
            "(rows.prod(-1, keepdim=True) / rows * g.to(wide)[..., None])", REDUCTIONS),

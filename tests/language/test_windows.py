@@ -1,0 +1,83 @@
+"""windows: what a convolution of torch sees, in several dims, strides and dilations; and its transpose."""
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shardlib import EXPLICIT, Layout, Mesh, SpecError, einsum, lower, sharded, simulate, value_and_grad
+from shardlib.functions import sum, windows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MESH = Mesh(x=2, y=2)
+
+
+@sharded("B Y X C, P Q C D, B Y X D -> ()")
+def same_size(x, kernel, by):
+    seen = windows("B Y X C -> B Y P X C", x, before=1, after=1)
+    seen = windows("B Y P X C -> B Y P X Q C", seen, before=2, after=2, dilation=2)
+    y = einsum("B Y P X Q C, P Q C D -> B Y X D", seen, kernel)
+    return sum("B Y X D -> ()", by * y * y)
+
+
+@sharded("B Y X C, P Q C D, B Z X D -> ()")
+def with_stride(x, kernel, by):
+    seen = windows("B Y X C -> B Z P X C", x, before=1, stride=2)
+    seen = windows("B Z P X C -> B Z P X Q C", seen, before=1, after=1)
+    y = einsum("B Z P X Q C, P Q C D -> B Z X D", seen, kernel)
+    return sum("B Z X D -> ()", by * y * y)
+
+
+def by_torch(x: torch.Tensor, kernel: torch.Tensor, stride: int) -> torch.Tensor:
+    x = x.permute(0, 3, 1, 2)
+    kernel = kernel.permute(3, 2, 0, 1)
+    if stride == 1:
+        return F.conv2d(x, kernel, padding=(1, 2), dilation=(1, 2)).permute(0, 2, 3, 1)
+    return F.conv2d(F.pad(x, (1, 1, 1, 0)), kernel, stride=(2, 1)).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("layout", (Layout(B="x"), Layout(C="x", D="y"), Layout(Y="x", X="y"), Layout(P="x")),
+                         ids=str)
+@pytest.mark.parametrize("f, stride", ((same_size, 1), (with_stride, 2)), ids=("same", "stride"))
+def test_convolutions_are_those_of_torch(f, stride: int, layout: Layout) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, kernel = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((2, 6, 4, 3), (3, 3, 3, 2)))
+    asked = [x.clone().requires_grad_(), kernel.clone().requires_grad_()]
+    y = by_torch(*asked, stride)
+    by = torch.randn(y.shape, generator=g, dtype=torch.float64)
+    want = (by * y * y).sum()
+    got = simulate(value_and_grad(f, wrt=("x", "kernel")), layout, x, kernel, by, mesh=MESH)
+    for made, exact in zip(got, (want.detach(), *torch.autograd.grad(want, asked)), strict=True):
+        torch.testing.assert_close(made, exact)
+
+
+def said(text: str, **more: int) -> str:
+    ins = text.split(" -> ")[0]
+    with pytest.raises(SpecError) as error:
+        lower(sharded(f"{ins} -> {ins}")(lambda x: windows(text, x, **more)), mesh=MESH)
+    return str(error.value)
+
+
+def test_what_it_refuses() -> None:
+    for text in ("B Y D -> B Y D", "B Y D -> B D Y P", "B Y D -> P B Y D", "B Y D -> B Z P",
+                 "B Y D -> Z B P D", "B Y D -> B (Y Z) P D"):
+        assert said(text).split("          ")[0] == (
+            f'windows "{text}": the specs are those of "B Y D -> B Y P D", or of "B Y D -> B Z P D": a new '
+            'dim behind the one that is looked along')
+    text = "B Y -> B Y P"
+    assert said(text, stride=0).startswith("windows: stride is 0; it is a whole number, 1 or more")
+    assert said(text, after=-1).startswith("windows: after is -1; it is a whole number, 0 or more")
+    f = sharded("B Y, P -> B Y")(lambda x, kernel: einsum("B Y P, P -> B Y", windows(text, x), kernel))
+    with pytest.raises(SpecError, match="windows: Y is 3; of Y=3 with after=0, before=0, dilation=1, "
+                                        "stride=1 there are 2 windows of P=2"):
+        simulate(f, None, torch.ones(1, 3), torch.ones(2), mesh=Mesh())
+
+
+def test_over_a_split_dim_the_gather_is_named() -> None:
+    f = sharded("B Y/x D -> B Y P D", layout=EXPLICIT)(
+        lambda x: windows("B Y/x D -> B Y P D", x, before=1))
+    with pytest.raises(SpecError) as error:
+        lower(f, mesh=MESH)
+    first, *_, offer = str(error.value).split("\n")
+    assert first.startswith("windows: Y is split over x in x; windows needs all of Y on each rank")
+    assert 'all_gather("B Y/x D -> B Y D", x)' in offer
