@@ -136,12 +136,12 @@ def _label_sums_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]
             None]
 
 
-def _over_pieces(b: Steps, step: Step, x: str) -> str:
+def _over_pieces(b: Steps, step: Step) -> list[str]:
     """Cross entropy over a split V."""
-    labels, small = step.inputs[1], step.outs[0]
+    (x, labels), (small,) = step.inputs, step.outs
     top = b.settle(b.call(MAX, [x], outs=(small,)))
     total, label = map(b.settle, b.call(LABEL_SUMS, [x, labels, top], outs=(small, small), **step.options))
-    return b.call(SUB, [b.call(UNARY["log"], [total]), label])
+    return [b.call(SUB, [b.call(UNARY["log"], [total]), label])]
 
 
 def _at_label(d: Dims, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 Channels are two dims, groups and what is in one: `B G C Y X` normalised over `C Y X`, its weight `G C`. The
 result has x's dtype: what is computed, in at least float32 and the widest of all, is rounded once.
 
-On one axis: the dims `over` are whole; `x` owes nothing; other dims may be split; `w` and `b`, both owed,
-give an owed result.
+On one axis: the dims `over` are whole, or the op takes its distributed form, as layer_norm does; `x` owes
+nothing; other dims may be split; `w` and `b`, both owed, give an owed result.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shardlib.errors import SpecError
 from shardlib.language.arithmetic import align
 from shardlib.language.local_code import LocalCode
 from shardlib.language.value import Operand, Value, apply
-from shardlib.ops.layer_norm import affine, backward, norm_reference
+from shardlib.ops.layer_norm import affine, backward, norm_reference, over_pieces
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse
@@ -51,8 +51,13 @@ def normalised(over: tuple[int, ...], eps: float, x: Tensor, w: Tensor, b: Tenso
     return (y if b is None else y + b).to(x.dtype)
 
 
+def _over(step: Step) -> Spec:
+    return parse(step.options["over"])
+
+
 GROUP_NORM = Op("group_norm", keywords={"eps": number, "over": lambda v: isinstance(v, str)}, infer=_infer,
-                rule=lambda s: Rule(linear=affine(s), whole=parse(s.options["over"]).names), emit=_emit,
+                rule=lambda s: Rule(linear=affine(s), whole=_over(s).names), emit=_emit,
+                distribute=lambda b, s: over_pieces(_over(s).labels, b, s),
                 vjp=lambda b, s, ct: backward(s.options["over"], s, b, ct), takes=("float",),
                 reads=as_they_come, dtype=lambda d, o: d[:1],
                 reference=lambda d, x, w, b=0: norm_reference(d, parse(d.options["over"]).names, x, w, b))
@@ -62,8 +67,8 @@ def group_norm(x: Operand, w: Operand, b: Operand | None = None, *, over: str, e
     """`x` normalised to mean 0 and variance 1 over the dims `over`, times `w`, plus `b` where there is one.
 
     w and b have some of x's dims, in order. What torch.nn.GroupNorm(G, ...) does to channels, which rearrange
-    takes apart as `B (G C) Y X -> B G C Y X`: groups may be split, over ranks. Refused: an x of which one of
-    `over` is split, or that owes a sum.
+    takes apart as `B (G C) Y X -> B G C Y X`: groups may be split, over ranks. Where
+    one of `over` is, ranks join two sums for each group. Refused: an x that owes a sum.
 
     >>> import torch
     >>> from shardlib import Layout, Mesh, sharded, simulate

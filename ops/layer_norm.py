@@ -2,8 +2,9 @@
 
 The result has x's dtype: what is computed, in at least float32 and the widest of all, is rounded once.
 
-On one axis: the last dim is whole; `x` owes nothing; other dims may be split; `w` and `b`, both owed, give an
-owed result. `norm_vjp` is the derivative of all norms that take the mean away.
+On one axis: the last dim is whole, or the op takes its distributed form, which joins the mean, then the
+variance; `x` owes nothing; other dims may be split; `w` and `b`, both owed, give an owed result.
+`norm_vjp` is the derivative of all norms that take the mean away.
 """
 from __future__ import annotations
 
@@ -16,10 +17,14 @@ from torch import Tensor
 
 from shardlib.dtypes import as_they_come, widest
 from shardlib.errors import SpecError
+from shardlib.language.arithmetic import ADD, MUL, SHIFT, SUB
+from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.local_code import LocalCode
 from shardlib.language.reductions import beside
 from shardlib.language.steps import Steps
+from shardlib.language.unary import OPS as UNARY
 from shardlib.language.value import Operand, Value, apply
+from shardlib.language.variance import mean_and_var
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
@@ -52,6 +57,17 @@ def norm_reference(d: Dims, over: Sequence[str], x: Tensor, w: Tensor, b: Tensor
     """x, normalised to mean 0 and variance 1 over the names `over`, times w, plus b."""
     off = x - d.sum(x, *over) / d.count(*over)
     return off * w * (d.sum(off * off, *over) / d.count(*over) + d.options["eps"]) ** -0.5 + b
+
+
+def over_pieces(over: Sequence[str], b: Steps, step: Step) -> list[str]:
+    """The norm over dims `over` of which some are split: two numbers a row are joined."""
+    (x, w, *bias), (wide, *_) = step.inputs, step.ins
+    rows = Spec(tuple(d for d in wide.dims if d.label not in over))
+    x32 = b.call(WIDEN, [x])
+    mean, var = mean_and_var(b, x32, rows)
+    scale = b.call(UNARY["rsqrt"], [b.call(SHIFT, [var], by=step.options["eps"])])
+    made = b.call(MUL, [b.call(MUL, [b.call(SUB, [x32, mean]), scale]), w])
+    return [b.call(CAST_LIKE, [b.call(ADD, [made, *bias]) if bias else made, x])]
 
 
 def backward(over: str, step: Step, b: Steps, ct: Sequence[str]) -> list[str]:
@@ -100,6 +116,7 @@ def _vjp_reference(d: Dims, x: Tensor, w: Tensor, *rest: Tensor) -> tuple[Tensor
 
 LAYER_NORM = Op("layer_norm", keywords={"eps": number}, infer=_infer, emit=_emit,
                 rule=lambda s: Rule(linear=affine(s), whole=s.ins[1].names),
+                distribute=lambda b, s: over_pieces(s.ins[1].labels, b, s),
                 vjp=lambda b, s, ct: backward(str(s.ins[1].whole().owing()), s, b, ct), takes=("float",),
                 reads=as_they_come, dtype=lambda d, o: d[:1],
                 reference=lambda d, x, w, b=0: norm_reference(d, d.step.ins[1].names, x, w, b))
@@ -111,8 +128,8 @@ NORM_VJP = Op("norm_vjp", keywords={"eps": number, "over": lambda v: isinstance(
 def layer_norm(x: Operand, w: Operand, b: Operand | None = None, eps: float = 1e-5) -> Value:
     """`x` normalised to mean 0 and variance 1 along its last dim, times `w`, plus `b` where there is one.
 
-    (x - mean(x)) / sqrt(var(x) + eps) * w + b (Ba, Kiros and Hinton 2016), in x's dtype. Refused: an x whose
-    last dim is split, or that owes a sum.
+    (x - mean(x)) / sqrt(var(x) + eps) * w + b (Ba, Kiros and Hinton 2016), in x's dtype. Over a split last
+    dim, ranks join two sums for each row. Refused: an x that owes a sum.
 
     >>> import torch
     >>> from shardlib import Layout, Mesh, sharded, simulate

@@ -2,8 +2,8 @@
 
 The result has x's dtype: what is computed, in at least float32 and the widest of both, is rounded once.
 
-On one axis: the last dim is whole; `x` owes nothing; other dims may be split; an owed `w` gives an owed
-result.
+On one axis: the last dim is whole, or the op takes its distributed form, which joins the mean of squares; `x`
+owes nothing; other dims may be split; an owed `w` gives an owed result.
 """
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from torch import Tensor
 
 from shardlib.dtypes import as_they_come, widest
 from shardlib.errors import SpecError
+from shardlib.language.arithmetic import MUL, SHIFT
+from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.local_code import LocalCode
+from shardlib.language.reductions import MEAN
 from shardlib.language.steps import Steps
+from shardlib.language.unary import OPS as UNARY
 from shardlib.language.value import Operand, Value, apply
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
@@ -43,6 +47,15 @@ def _vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
     return list(b.call(RMS_NORM_VJP, [*step.inputs, ct[0]], eps=step.options["eps"]))
 
 
+def _over_pieces(b: Steps, step: Step) -> list[str]:
+    """The same over a split last dim: the mean of squares of all is joined, a number a row."""
+    (x, w), rows = step.inputs, Spec(step.ins[0].dims[:-1])
+    wide = b.call(WIDEN, [x])
+    mean = b.settle(b.call(MEAN, [b.call(UNARY["square"], [wide])], outs=(rows,)))
+    scale = b.call(UNARY["rsqrt"], [b.call(SHIFT, [mean], by=step.options["eps"])])
+    return [b.call(CAST_LIKE, [b.call(MUL, [b.call(MUL, [wide, scale]), w]), x])]
+
+
 def rms_norm_vjp(x: Tensor, w: Tensor, g: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The cotangents of x and w; sums in at least float32."""
     wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
@@ -60,6 +73,7 @@ def _reference(d: Dims, x: Tensor, w: Tensor) -> Tensor:
 
 RMS_NORM = (Op("rms_norm", keywords={"eps": number},
                rule=lambda s: Rule(linear=((1,),), whole=s.ins[1].names), infer=_infer, emit=_emit, vjp=_vjp,
+               distribute=_over_pieces,
                takes=("float",), reads=as_they_come, dtype=lambda d, o: d[:1],
                reference=_reference))
 RMS_NORM_VJP = Op("rms_norm_vjp", keywords={"eps": number}, infer=lambda ins, attrs: (ins[0], ins[1]),
@@ -73,7 +87,8 @@ RMS_NORM_VJP = Op("rms_norm_vjp", keywords={"eps": number}, infer=lambda ins, at
 def rms_norm(x: Operand, w: Operand, eps: float = 1e-6) -> Value:
     """`x` normalised to mean square 1 along its last dim, times `w` (Zhang and Sennrich 2019).
 
-    x / sqrt(mean(x^2) + eps) * w, in x's dtype. Refused: an x whose last dim is split, or that owes a sum.
+    x / sqrt(mean(x^2) + eps) * w, in x's dtype. Over a split last dim, ranks join a sum for each row.
+    Refused: an x that owes a sum.
 
     >>> import torch
     >>> from shardlib import Layout, Mesh, sharded, simulate

@@ -40,7 +40,7 @@ class Op:
     index:       operands that hold integers or masks, outside linearity and without cotangent.
     updates:     the operand whose buffer the result may reuse, if any.
     looks(e, step, args): refuses what an index may not be, where a kernel takes the step's place.
-    distribute(b, step, x): the same over pieces, for an operand split along the dim the op runs over.
+    distribute(b, step): the same over pieces, where a dim that `rule` has whole is split; the results' names.
     constant:    its results have no gradient, and none is missed.
     statistic:   over a split dim, declarative text lets it owe in float32 at least, and rounds once
     joins:       it acts on the last dim of its first operand, alike for all others, which may share a call.

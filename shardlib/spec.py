@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal, Protocol, TypeGuard
@@ -197,11 +197,12 @@ class Spec:
         """The same dims, owing exactly `owed`; a plain axis name stands for a sum."""
         return replace(self, owed=tuple(o if isinstance(o, Owed) else Owed("+", o) for o in owed))
 
-    def pinned(self, labels: Collection[str]) -> Spec:
-        """The same dims, those in `labels` whole on purpose."""
-        return replace(self, dims=tuple(d if d.label not in labels or not d.factors else
-                                        replace(d, factors=(Factor(d.factors[0].name, (), True),
-                                                            *d.factors[1:])) for d in self.dims))
+    def keeping(self, pinned: Mapping[str, tuple[str, ...]]) -> Spec:
+        """The same dims, those whose first name is in `pinned` split so, or whole on purpose."""
+        def kept(f: Factor) -> Factor:
+            return Factor(f.name, pinned[f.name], not pinned[f.name]) if f.name in pinned else f
+        return replace(self, dims=tuple(replace(d, factors=(kept(d.factors[0]), *d.factors[1:])) if d.factors
+                                        else d for d in self.dims))
 
     def whole(self) -> Spec:
         """The same dims with nothing split and nothing owed."""

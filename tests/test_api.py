@@ -329,14 +329,11 @@ def by_two(x, v, w: Weight):
     return rms_norm(rms_norm(x, w.weight), v)
 
 
-def test_step_mode_tells_an_activation_from_a_parameter_of_its_type():
-    x, v, w, said = torch.ones(2, 3), torch.ones(3), Weight(weight=torch.ones(3)), []
-    for run in (lambda: step(by_two, Layout(D="dp"), mesh=Mesh(dp=1))(x, v, w),
-                lambda: lower(by_two, Layout(D="dp"), mesh=Mesh(dp=1))):
-        with pytest.raises(SpecError) as refused:
-            run()
-        said.append(str(refused.value).partition("   ")[0])
-    assert said == ["rms_norm: D is whole in rms_norm(...), split over dp in v"] * 2
+def test_what_is_beside_a_parameter_of_its_type_is_converted_alike():
+    x, v, w = torch.randn(2, 3), torch.randn(3), Weight(weight=torch.randn(3))
+    right = step(by_two, Layout(), mesh=Mesh(dp=1))(x, v, w)
+    for layout in (Layout(D="dp"), Layout(B="dp", D="dp")):
+        assert torch.allclose(simulate(by_two, layout, x, v, w, mesh=Mesh(dp=2)), right)
 
 
 @sharded("B -> B")

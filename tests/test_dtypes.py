@@ -78,7 +78,7 @@ GIVES: dict[str, Any] = {
     **dict.fromkeys(("div", "mean", "var", "std", "reciprocal", "scale"), fraction),
     **dict.fromkeys(("sum", "prod", "cumsum", "einsum"), total), **dict.fromkeys(
         ("rms_norm", "layer_norm", "group_norm", "rope", "rope_vjp", "update_cache", "from_rank", "ones_like",
-         "zeros_like"), first),
+         "zeros_like", "share"), first),
     **dict.fromkeys((*COMPARISONS, *LOGICAL, *OF_MASKS, "causal_mask"), lambda *kinds: torch.bool),
     "rope_table": lambda start: float32,
     **dict.fromkeys(("argmax", "argmin", "rank_of", "ties", "sample"), lambda *kinds: int64),
@@ -253,8 +253,8 @@ def in_(kind: torch.dtype, xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 STATISTICS = ("prod", "prod_vjp", "cumsum", "mean", "var", "std", "softmax", "softmax_vjp", "logsumexp",
-              "exp_minus", "sum_exp", "log_plus", "rms_norm", "rms_norm_vjp", "layer_norm", "group_norm",
-              "norm_vjp", "cross_entropy_vjp", "label_sums_vjp", "extreme_vjp")
+              "exp_minus", "share", "sum_exp", "log_plus", "rms_norm", "rms_norm_vjp", "layer_norm",
+              "group_norm", "norm_vjp", "cross_entropy_vjp", "label_sums_vjp", "extreme_vjp")
 EXACT = ("topk", "sample", "argmax", "argmin", "sort", "rank_of", "from_rank", "ties", *COMPARISONS,
          *LOGICAL, *OF_MASKS, "causal_mask", "zeros", "ones", "full", "arange", "tril", "one_hot", "finite")
 
@@ -301,26 +301,11 @@ def calls(draw: st.DrawFn, differentiable: bool = False) -> tuple[Call, Layout]:
     return Call(case, kinds), Layout(**{draw(st.sampled_from(dims)): "tp"} if dims else {})
 
 
-def in_pieces(call: Call, layout: Layout, reduced: bool = False) -> Program:
-    """The call's program where the layout has it: an op without text or pieces may need
-    a dim whole, and says so."""
-    try:
-        return call.program(layout, Mesh(tp=2), reduced)
-    except SpecError as error:
-        case, said = call.case, str(error).split("\n")[0]
-        whole = case.op.rule(case.step(case.ins, case.outs)).whole
-        assert said in {f"{case.op.name}: {n} is split over tp in x0; {case.op.name} needs all of {n} on "
-                        "each rank" for n in whole}
-        assert not case.op.takes_text and not case.op.distribute  # else it is converted, or has a form for it
-        assume(False)
-        raise
-
-
 @given(calls())
 def test_dtypes_are_those_of_the_policy_on_pieces(drawn: tuple[Call, Layout]) -> None:
     """And what is sent has the dtype that `prove`, `explain` and routing read."""
     call, layout = drawn
-    program, sent = in_pieces(call, layout), []
+    program, sent = call.program(layout, Mesh(tp=2)), []
 
     def watched(requests: Sequence[tuple], *wires: Any) -> list[Any]:
         operand = requests[0][2]
@@ -345,7 +330,7 @@ def test_dtypes_are_those_of_the_policy_on_pieces(drawn: tuple[Call, Layout]) ->
 def test_gradients_have_the_dtypes_of_their_values(drawn: tuple[Call, Layout]) -> None:
     call, layout = drawn
     wrt, xs, made = [f"x{i}" for i in call.case.differentiable], call.operands(), []
-    for mesh, forward in ((Mesh(tp=2), in_pieces(call, layout, reduced=True)),
+    for mesh, forward in ((Mesh(tp=2), call.program(layout, Mesh(tp=2), reduced=True)),
                           (Mesh(), call.program(reduced=True))):
         program = rewrite(value_and_grad_program(forward, wrt, mesh, dtypes=names(call.kinds)), mesh)
         said = value_dtypes(program, names(call.kinds))

@@ -429,7 +429,7 @@ einsum: F is split over tp in x, whole in w          model.py:3
 """)
 
 
-@sharded("B T V -> B T V")
+@sharded("B T V/tp -> B T V", layout=EXPLICIT)
 def softmax_over_a_split_dim(x):
     return softmax(x, "V")
 
@@ -440,9 +440,8 @@ softmax: V is split over tp in x; softmax needs all of V on each rank          m
   x   B  T  V/tp
             ^^^^
 
-  softmax(all_to_all("B T V/tp -> B T/tp V", x), along="V")     768.0 kB per rank, then 768.0 kB later
-  softmax(all_gather("B T V/tp -> B T V/1", x), along="V")      3.1 MB per rank
-""", layout=Layout(V="tp"))
+  softmax(all_gather("B T V/tp -> B T V", x), along="V")     3.1 MB per rank
+""")
 
 
 @sharded("B T D/tp, D/tp -> B T D", layout=EXPLICIT)
@@ -878,7 +877,7 @@ where: operand 1 is a Tensor, no traced value; make it an argument of the @shard
 
 # -- what nobody has written ---------------------------------------------------------------------------------
 
-@sharded("T S, B T S, B T S -> B T S")
+@sharded("T/tp S, B/tp T S, B/tp T S -> B/tp T S", layout=EXPLICIT)
 def a_narrow_operand_first(seen, scores, other):
     return where(greater(seen, 0.0), scores, other)
 
@@ -891,8 +890,8 @@ where: T is split over tp in greater(...), whole in scores          model.py:3
   other          B/tp  T     S
                        ^^^^
 
-  where(all_gather("T/tp S -> T/1 S", greater(seen, 0.0)), scores, other)     0.75 x the size of greater(...) per rank
-""", layout=Layout(B="tp", T="tp"))
+  where(all_gather("T/tp S -> T S", greater(seen, 0.0)), scores, other)     0.75 x the size of greater(...) per rank
+""")
 
 
 @sharded("T D, D -> T D", layout=EXPLICIT)

@@ -4,8 +4,9 @@ their mutants are refused.
 What a program means is said by the references of its ops (`shardlib.reference.meaning`), its gradients by
 autograd of these.
 
-`Writer` draws a declarative program from the ops themselves, a step at a time, and a step that the layout
-makes ill-typed is left out. A failure shrinks to a program that a person can read; the assertion prints it.
+`Writer` draws a declarative program from the ops themselves, a step at a time. Only where text names an axis
+may the layout make a step ill-typed, which is left out: what names none types under every layout. A failure
+shrinks to a program that a person can read; the assertion prints it.
 """
 from __future__ import annotations
 
@@ -176,8 +177,9 @@ class Writer:
         if not self.fits(self.program("f", step.outputs)):
             self.steps.pop()
             event(f"left out: {step.op.name}")
-            assert not step.op.takes_text or step.op in (
-                RESHARD, SCAN, COND), f"{step.op.name} is refused\n{self.program('f', ())}\n{step.text}"
+            said = [s for made in (*self.steps, step) for s in (*made.ins, *made.outs)]
+            assert any(s.split_axes for s in said), (
+                f"{step.op.name} is refused, and no text names an axis\n{self.program('f', ())}\n{step.text}")
             raise NotHere
         self.texts.update(zip(step.outputs, step.outs))
         made = [Value(n, s.whole(), holds, order) for n, s in zip(step.outputs, step.outs)]
@@ -380,7 +382,7 @@ def scan(w: Writer) -> None:
     carry = w.one_of([v for v in (w.float_(dims=1),) if "L" not in v.spec.names])
     stack = w.new(Spec((Dim((Factor("L"),)), *w.some(carry.spec.dims))))
     body = Writer(w.draw, w.sizes, w.mesh, lambda p: True, prefix="b")
-    body.args = {"c": carry.spec, "s": Spec(stack.spec.dims[1:])}
+    body.args = {"c": w.pinned(carry.spec), "s": w.pinned(Spec(stack.spec.dims[1:]))}
     body.values = [Value("c", carry.spec), Value("s", body.args["s"])]
     write(body, 2, [pointwise, binary, einsum, reduction, softmax, norm])
     last = body.values[-1]
@@ -407,8 +409,9 @@ def cond(w: Writer) -> None:
     bodies = []
     for name, op in (("yes", w.one_of(("silu", "relu"))), ("no", w.one_of(("tanh", "sigmoid")))):
         body = Writer(w.draw, w.sizes, w.mesh, lambda p: True, name)
-        body.args = {"c": x.spec}
-        bodies.append(body.program(name, [body.add(op, [Value("c", x.spec)]).name]))
+        body.args = {"c": w.pinned(x.spec)}
+        made = body.program(name, [body.add(op, [Value("c", x.spec)]).name])
+        bodies.append(replace(made, results=(replace(made.results[0], tree=w.pinned(x.spec)),)))
     w.record(Step(COND, (chosen.spec, w.texts.get(x.name, x.spec)), (x.spec,), (chosen.name, x.name),
                   (f"v{next(w.count)}",), body=bodies[0], orelse=bodies[1]), "any", x.order)
 

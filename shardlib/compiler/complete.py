@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from shardlib.compiler.completer import Completer
 from shardlib.compiler.refusal import Refused
@@ -20,19 +21,19 @@ def complete(program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, i
         raise worded(refused) from None
 
 
-def complete_step(step: Step, types: Mapping[str, Spec], params: set[str], layout: Layout, mesh: Mesh,
-                  sizes: Mapping[str, int] | None = None,
-                  constants: Mapping[str, Step] | None = None) -> Program:
-    """The explicit program of `step` alone, its operands being of these `types`; `params` are parameters,
-    `constants` are made by steps that can make them again."""
-    completer = Completer(Program("step", (), (step,), ()), layout, mesh, sizes, types)
-    completer.params |= params
+def complete_step(step: Step, types: Mapping[str, Spec], texts: Mapping[str, Spec], layout: Layout,
+                  mesh: Mesh, sizes: Mapping[str, int] | None = None,
+                  constants: Mapping[str, Step] | None = None) -> tuple[Program, tuple[Spec, ...]]:
+    """The explicit program of `step` alone, and the texts of its results: their dims, with their pins.
+
+    types, texts: of its operands; `constants` are made by steps that can make them again.
+    """
+    completer = Completer(Program("step", tuple(texts.items()), (step,), ()), layout, mesh, sizes, types)
     completer.constants.update(constants or {})
-    completer.where = step.where
     try:
-        completer.do(step)
+        made = completer.run()
     except Refused as refused:
         raise worded(refused) from None
-    made = [completer.now[value] for value in step.outputs]
-    results = tuple(Result(completer.types[name], (name,)) for name in made)
-    return Program("step", tuple(types.items()), tuple(completer.steps), results, explicit=True)
+    names = [completer.now[value] for value in step.outputs]
+    results = tuple(Result(completer.types[name], (name,)) for name in names)
+    return replace(made, results=results), tuple(completer.texts[value] for value in step.outputs)

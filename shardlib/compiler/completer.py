@@ -4,10 +4,11 @@
 
 Four rules. A value that stands alone (argument, result, the result spec of an op) is completed over its own
 dims. The operands of one op are completed together, over the union of their names, and converted to that. A
-conversion is made once in a straight-line body. An op without a spec string follows its first operand that is
-no constant; parameters are converted to match, activations never; constants are made as they are wanted.
-Under `EXPLICIT` nothing is completed or converted. What does not match is refused: a fact is raised, and
-`refusals` words it.
+conversion is made once in a straight-line body. An op without a spec string is one whose spec string is
+written from the dims of its operands; a pin (`T/1`) lives on where all that have the dim have it. So what
+names no axis is never refused for a split: a dim that an op needs whole is whole before the others are
+completed, or the op has a form over pieces. Constants are made as they are wanted. Under `EXPLICIT` nothing
+is completed or converted. What does not match is refused: a fact is raised, and `refusals` words it.
 """
 from __future__ import annotations
 
@@ -48,16 +49,21 @@ from shardlib.tree import Struct, leaves
 
 
 class Completer(Builder):
-    """Completes one body. given: types decided already, of a scan's arguments or a single step's operands."""
+    """Completes one body.
+
+    given, returned: types decided already: of a scan's or a cond's arguments, or a single step's operands;
+    and of results, of which further ones, and None, are completed by themselves.
+    """
 
     def __init__(self, program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, int] | None = None,
-                 given: Mapping[str, Spec] | None = None) -> None:
+                 given: Mapping[str, Spec] | None = None, returned: Sequence[Spec | None] = ()) -> None:
         super().__init__(mesh, program.names())
         self.program, self.layout, self.sizes, self.given = program, layout, sizes or {}, given or {}
-        self.now: dict[str, str] = {}               # a value of the program as written -> the value here
-        self.now.update({name: self.declare(name, spec) for name, spec in self.given.items()})
+        self.returned = iter(returned)
+        # of a value of the program as written: the value here, and its dims with their pins
+        self.now: dict[str, str] = {}
+        self.texts: dict[str, Spec] = {}
         self.notes: dict[tuple[str, str], str] = {}  # (value, owed axis) -> since when
-        self.params: set[str] = set()
         self.constants: dict[str, Step] = {}        # what is made of nothing, by its name here
         self.unmet: dict[tuple[str, str, str], None] = {}
         # a statistic of the program as written -> the value whose dtype it gets
@@ -82,16 +88,15 @@ class Completer(Builder):
         for path, spec in leaves(name, tree):
             types[path] = self.given.get(path) or self.layout.type_of(spec, self.mesh)
             self.now[path] = self.declare(path, types[path])
+            self.texts[path] = self.mesh.resolve(spec, True)
             self.notes.update({(path, owed.axis): note for owed in types[path].owed})
-            if isinstance(tree, Struct):
-                self.params.add(path)
         flat = iter(types.values())
         return tree.map(lambda _: next(flat)) if isinstance(tree, Struct) else types[name]
 
     def _result(self, result: Result) -> Result:
         out, types = [], []
         for name, spec in result.leaves():
-            want = self.layout.type_of(spec, self.mesh)
+            want = next(self.returned, None) or self.layout.type_of(spec, self.mesh)
             if self.layout == EXPLICIT and self.types[self.now[name]] != want:
                 raise self._refused(UnlikeReturn(name, want))
             out.append(self._move_to(want, self.now[name], "the result of " + self.program.name))
@@ -101,7 +106,7 @@ class Completer(Builder):
         return Result(tree, tuple(out))
 
     def _refused(self, fact: Fact) -> Refused:
-        state = State(self.program, self.layout, self.mesh, self.sizes, self.given, self.params,
+        state = State(self.program, self.layout, self.mesh, self.sizes, self.given,
                       self.types, self.now, self.source, self.notes)
         return Refused(fact, state, self.where)
 
@@ -122,22 +127,21 @@ class Completer(Builder):
             return self._move(step, inputs[0], layout)
         if step.op is RENAME:
             return self._rename(step, inputs[0], layout)
-        explicit = layout == EXPLICIT
-        wanted = self._wanted(step, inputs, EXPLICIT if step.op.asserted else layout)
+        ins, outs = self._text(step, layout)
         placed = []
-        for i, (name, want) in enumerate(zip(inputs, wanted)):
-            if (self.types[name] != want
-                and (explicit or not step.op.takes_text and not self._may_follow(name))):
-                if explicit and step.op.takes_text:
-                    raise self._refused(UnlikeOperand(step, i, want, step.op.rule(step)))
-                want = self.types[name]
+        for i, (name, want) in enumerate(zip(inputs, self._operands(step, inputs, ins, outs, layout))):
+            if layout == EXPLICIT and self.types[name] != want:
+                raise self._refused(UnlikeOperand(step, i, want, step.op.rule(step)))
             placed.append(self._move_to(want, name, f"{step.op.name} takes {want}", step, i))
-        made = self._natural(step, placed, layout)
-        for written, name, spec in zip(step.outputs, made, step.outs):
-            want = layout.type_of(spec, self.mesh) if step.op.takes_text else self.types[name]
-            if explicit and self.types[name] != want:
+        made = self._natural(step, placed, outs, layout)
+        for written, name, text in zip(step.outputs, made, outs):
+            if not step.op.takes_text:
+                text = self.types[name] if layout == EXPLICIT else text.owing(*self.types[name].owed)
+            want = layout.type_of(text, self.mesh)
+            if layout == EXPLICIT and self.types[name] != want:
                 raise self._refused(UnlikeResult(step, self.types[name], want, step.op.rule(step)))
-            name = self._move_to(want, name, f"the layout keeps {spec.whole()} as {want}", step)
+            name = self._move_to(want, name, f"the layout keeps {text.whole()} as {want}", step)
+            self.texts[written] = text
             self.now[written] = (self.call(CAST_LIKE, [name, self.rounded[written]])
                                  if written in self.rounded else name)
             if not inputs:
@@ -151,9 +155,6 @@ class Completer(Builder):
         except SpecError as error:
             raise self._refused(NoWay(str(error), step, operand)) from None
 
-    def _may_follow(self, name: str) -> bool:
-        return self.source.get(name, name) in {*self.params, *self.constants}
-
     def move(self, name: str, want: Spec, why: str = "") -> str:
         """As the builder has it; a constant is made as it is wanted, and nothing is sent."""
         root = self.source.get(name, name)
@@ -165,41 +166,55 @@ class Completer(Builder):
             self.source[made], self._converted[root, want] = root, made
         return self._converted[root, want]
 
-    def _wanted(self, step: Step, inputs: Sequence[str], layout: Layout) -> list[Spec]:
-        """The types that the operands are converted to."""
-        if not step.op.takes_text:
-            leads = next((n for n in inputs if self.source.get(n, n) not in self.constants), inputs[0])
-            axes = {n: _axes(self.types[leads], n) for n in self.types[leads].names}
-            return [_follow(self.types[n], axes) for n in inputs]
-        ins = [self.mesh.resolve(s, True) for s in step.ins]
+    def _text(self, step: Step, layout: Layout) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
+        """The specs of operands and results as text has them. Where the call gave none, the dims of its
+        operands make it, with the pins that all with a dim have in common, and what they owe."""
+        if step.op.takes_text:
+            ins, outs = ([self.mesh.resolve(s, True) for s in side] for side in (step.ins, step.outs))
+            return tuple(ins), tuple(outs)
+        types = tuple(self.types[self.now[i]] for i in step.inputs)
+        outs = step.op.inferred(tuple(t.whole() for t in types), step.options)
         if layout == EXPLICIT:
+            return types, outs
+        said = [self.texts[i] for i in step.inputs]
+        common = {n: axes for text in said for n, axes in pins(text).items()
+                  if all(pins(other).get(n) == axes for other in said if n in other.names)}
+        return (tuple(t.whole().keeping(common).owing(*t.owed) for t in types),
+                tuple(s.keeping(common) for s in outs))
+
+    def _operands(self, step: Step, inputs: Sequence[str], ins: Sequence[Spec],
+                  outs: Sequence[Spec], layout: Layout) -> list[Spec]:
+        """The types that the operands are converted to: completed together, over the union of their dims."""
+        if layout == EXPLICIT or step.op.asserted:
             return [s.resolve(self.mesh) for s in ins]
+        # a split that text asks for counts before a dim that is whole on purpose
         pinned: dict[str, tuple[str, ...]] = {}
-        for spec in ins:
-            pinned.update({n: a for n, a in pins(spec).items() if a or n not in pinned})
-        inner = [f.name for s in step.outs for d in s.dims for f in d.factors[1:]]
+        for text in ins:
+            pinned.update({n: a for n, a in pins(text).items() if a or n not in pinned})
         # a result's group is split over its first factor alone
-        pinned.update({n: () for n in inner if n not in pinned})
-        if not step.op.distribute:
-            pinned.update({n: () for n in step.op.rule(step).whole if n not in pinned})
+        whole = [f.name for s in outs for d in s.dims for f in d.factors[1:]]
+        whole += () if step.op.distribute else step.op.rule(step).whole
+        pinned.update({n: () for n in whole if n not in pinned or not step.op.takes_text})
         names = dict.fromkeys(n for s in ins for n in s.names)
         axes = layout.complete(names, pinned, (o.axis for s in ins for o in s.owed))
-        self.unmet.update(
-            {(dim, axis, str(step.where or step.op.name)): None for dim, wanted in layout.entries.items()
-             if dim in names and dim not in pinned for axis in wanted[len(axes[dim]):]})
+        if step.op.takes_text:
+            self.unmet.update(
+                {(dim, axis, str(step.where or step.op.name)): None for dim, wanted in layout.entries.items()
+                 if dim in names and dim not in pinned for axis in wanted[len(axes[dim]):]})
+        held = [[o for o in self.types[n].owed if o.kind == "@"] for n in inputs]
         return [s.split({d.label: axes[d.factors[0].name] for d in s.dims if d.factors}).owing(
-            *s.owed, *(o for o in self.types[n].owed if o.kind == "@")).resolve(self.mesh)
-                for s, n in zip(ins, inputs)]
+            *{str(o): o for o in (*s.owed, *more)}.values()).resolve(self.mesh) for s, more in zip(ins, held)]
 
-    def _natural(self, step: Step, placed: list[str], layout: Layout) -> tuple[str, ...]:
+    def _natural(self, step: Step, placed: list[str], written: Sequence[Spec],
+                 layout: Layout) -> tuple[str, ...]:
+        """The op on operands that are placed, and its results as its rule types them."""
         ins = tuple(self.types[p] for p in placed)
         whole = step.op.rule(replace(step, ins=ins)).whole
-        written = (step.outs if step.op.takes_text
-                   else step.op.infer(tuple(s.whole() for s in ins), step.options))
         outs = tuple(result_dims(s, ins, whole, layout, self.mesh) for s in written)
         typed = replace(step, ins=ins, outs=outs)
         rule = step.op.rule(typed)
-        pieces = step.op.distribute and layout != EXPLICIT and any(_axes(ins[0], n) for n in rule.whole)
+        pieces = step.op.distribute and layout != EXPLICIT and any(
+            _axes(s, n) for s in ins for n in rule.whole if n in s.names)
         rule = replace(rule, whole=(), maxes=rule.whole) if pieces else rule
         try:
             asserted = ([self.mesh.resolve(s, True).resolve(self.mesh) for s in step.outs] if step.op.asserted
@@ -208,7 +223,7 @@ class Completer(Builder):
         except RuleError:
             raise self._refused(RuleRefuses(step, typed, rule)) from None
         if pieces:
-            return (step.op.distribute(self, replace(typed, inputs=tuple(placed)), placed[0]),)
+            return tuple(step.op.distribute(self, replace(typed, inputs=tuple(placed))))
         if step.op.statistic and layout != EXPLICIT and set(types[0].owed) - set(ins[0].owed):
             self.rounded[step.outputs[0]] = placed[0]
             placed = [self.call(WIDEN, placed)]
@@ -232,6 +247,7 @@ class Completer(Builder):
 
     def _move(self, step: Step, name: str, layout: Layout) -> None:
         want = layout.type_of(step.outs[0], self.mesh)
+        self.texts[step.outputs[0]] = self.mesh.resolve(step.outs[0], True)
         if step.op is RESHARD:
             have = layout.type_of(step.ins[0], self.mesh)
             if layout == EXPLICIT and self.types[name] != have:
@@ -254,10 +270,10 @@ class Completer(Builder):
     def _rename(self, step: Step, name: str, layout: Layout) -> None:
         """A dim keeps its axes under its new name; one that is a group on one side alone is whole, and split,
         if at all, after."""
-        named = step.outs[0]
-        products = {d.label for d in whole_in_rename(self.types[name], named)}
+        named = self.texts[step.outputs[0]] = self.mesh.resolve(step.outs[0], True)
+        products = {d.names[0]: () for d in whole_in_rename(self.types[name], named) if d.names}
         want = named.resolve(self.mesh) if layout == EXPLICIT else layout.type_of(named, self.mesh)
-        made = want if layout == EXPLICIT else layout.type_of(named.pinned(products), self.mesh)
+        made = want if layout == EXPLICIT else layout.type_of(named.keeping(products), self.mesh)
         source = Spec(tuple(d.split(m.axes) for d, m in zip(self.types[name].dims, made.dims)), made.owed)
         if layout == EXPLICIT:
             renamed(step.ins[0].resolve(self.mesh), named), renamed(want, step.ins[0])
@@ -272,11 +288,12 @@ class Completer(Builder):
         if layout == EXPLICIT and self.types[inputs[0]] != whole:
             raise self._refused(OwedPredicate(self.types[inputs[0]]))
         inputs[0] = self.move(inputs[0], whole, "the predicate of cond")
-        bodies = []
-        for body in step.bodies:
-            inner = Completer(body, layout, self.mesh, self.sizes)
-            inner.params |= {p for (p, _), n in zip(step.passed(body), inputs[1:]) if n in self.params}
-            bodies.append(inner.run())
+        first = Completer(step.bodies[0], layout, self.mesh, self.sizes).run()
+        given, returned = {}, [kind for _, kind in first.result_leaves()]
+        if layout != EXPLICIT:
+            given = dict(zip(dict(step.bodies[1].arg_leaves()), dict(first.arg_leaves()).values()))
+        bodies = [first, Completer(step.bodies[1], layout, self.mesh, self.sizes, given,
+                                   returned if given else ()).run()]
         for i, (path, kind) in enumerate(bodies[0].arg_leaves(), 1):
             if layout == EXPLICIT and self.types[inputs[i]] != kind:
                 raise self._refused(UnlikeOperand(step, i, kind))
@@ -285,19 +302,18 @@ class Completer(Builder):
                    + [("returns", k) for _, k in b.result_leaves()] for b in bodies)
         if other := next(((does, a, b) for (does, a), (_, b) in zip(yes, no) if a != b), None):
             raise self._refused(UnlikeBranches(step, *other))
-        made = self.add(COND, inputs, [k for _, k in bodies[0].result_leaves()], step.outputs,
-                        attrs=step.attrs, body=bodies[0], orelse=bodies[1])
+        made = self.add(COND, inputs, returned, step.outputs, attrs=step.attrs, body=first, orelse=bodies[1])
+        self.texts.update(zip(step.outputs, (text for _, text in step.bodies[0].result_leaves())))
         self.now.update(zip(step.outputs, made))
 
     def _fused(self, step: Step, inputs: list[str], layout: Layout) -> None:
-        inner = Completer(step.bodies[0], layout, self.mesh, self.sizes)
-        inner.params |= {p for p, n in zip(dict(step.bodies[0].arg_leaves()), inputs) if n in self.params}
-        body = inner.run()
+        body = Completer(step.bodies[0], layout, self.mesh, self.sizes).run()
         for i, (path, kind) in enumerate(body.arg_leaves()):
             if layout == EXPLICIT and self.types[inputs[i]] != kind:
                 raise self._refused(UnlikeOperand(step, i, kind))
             inputs[i] = self.move(inputs[i], kind, f"an argument of {body.name}")
         made = self.add(FUSED, inputs, [kind for _, kind in body.result_leaves()], step.outputs, body=body)
+        self.texts.update(zip(step.outputs, (text for _, text in step.bodies[0].result_leaves())))
         self.now.update(zip(step.outputs, made))
 
     def _scan(self, step: Step, inputs: list[str], layout: Layout) -> None:
@@ -314,15 +330,16 @@ class Completer(Builder):
                 if layout == EXPLICIT and have != types[path]:
                     raise self._refused(UnlikeOperand(step, i, types[path]))
                 inputs[i] = self.move(name, types[path], f"an argument of {step.body.name}")
-        inner = Completer(step.body, layout, self.mesh, self.sizes, types)
-        inner.params |= {p for p, n in zip(declared, inputs) if n in self.params}
-        body = inner.run()
+        carried = [types[path] for path, _ in parts.carries] if layout != EXPLICIT else ()
+        body = Completer(step.body, layout, self.mesh, self.sizes, types, carried).run()
         made, first = [spec for _, spec in body.result_leaves()], len(parts.carries)
         for (path, _), after in zip(parts.carries, made):
             if after != types[path]:
                 raise self._refused(ChangedCarry(step, types[path], after))
         outs = [*made[:first], *(Spec((out.dims[0].split(()), *spec.dims), spec.owed)
                                  for out, spec in zip(step.outs[first:], made[first:]))]
+        carries = (declared[path] for path, _ in parts.carries)
+        self.texts.update(zip(step.outputs, (*carries, *step.outs[first:])))
         self.now.update(
             zip(step.outputs, self.add(SCAN, inputs, outs, step.outputs, attrs=step.attrs, body=body)))
 
@@ -338,11 +355,3 @@ def result_dims(spec: Spec, ins: Sequence[Spec], whole: Sequence[str], layout: L
 
 def _axes(spec: Spec, name: str) -> tuple[str, ...]:
     return next(f.axes for d in spec.dims for f in d.factors if f.name == name)
-
-
-def _follow(have: Spec, axes: Mapping[str, tuple[str, ...]]) -> Spec:
-    """`have` with its dims split as `axes` says; as it is where one would split two: a rule refuses that."""
-    try:
-        return have.split({d.label: axes.get(d.factors[0].name, d.axes) for d in have.dims if d.factors})
-    except SpecError:
-        return have

@@ -232,9 +232,12 @@ class FunctionText:
         self._same(kinds[0], Spec(), value)
         for one in (body, orelse):
             self._matches(operands, kinds[1:], one, value)
-        if [s for _, s in body.result_leaves()] != [s for _, s in orelse.result_leaves()]:
+        outs, others = (tuple(s for _, s in one.result_leaves()) for one in (body, orelse))
+        if len(outs) != len(others):
             raise not_printed(value)
-        self._add(Step(COND, tuple(kinds), tuple(s for _, s in body.result_leaves()), tuple(inputs),
+        for yes, no in zip(outs, others):
+            self._same(yes, no, value)
+        self._add(Step(COND, tuple(kinds), outs, tuple(inputs),
                        self._leaves(target, [r.tree for r in body.results]), (), body, orelse))
 
     def _fused(self, target: ast.expr, value: ast.Call) -> None:

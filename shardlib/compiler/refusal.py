@@ -23,7 +23,6 @@ class State:
 
     program, layout, mesh, sizes: what is completed, and for what.
     given:  the types that were decided outside: of a scan's arguments, of the operands of a single step.
-    params: the values that are parameters.
     types:  of every value so far.
     now:    a value of the program as written -> the value that stands for it.
     source: a converted value -> the value it was converted from, at the root.
@@ -34,7 +33,6 @@ class State:
     mesh: Mesh
     sizes: Mapping[str, int]
     given: Mapping[str, Spec]
-    params: set[str]
     types: Mapping[str, Spec]
     now: Mapping[str, str]
     source: Mapping[str, str]

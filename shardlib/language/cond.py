@@ -9,6 +9,7 @@ in dtype. cond has no derivative yet.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from shardlib.dtypes import fixed_dtypes, unlike
@@ -50,7 +51,7 @@ def cond(predicate: Operand, yes: Function, no: Function, *args: Operand | Param
         check_count(f, args)
     flat = [v for a in args for v in tensors("cond", a)]
     if isinstance(tracer := predicate.tracer, Executor):
-        return (yes if bool(tracer.whole(predicate)) else no)(*args)
+        return _taken(tracer, yes, yes if bool(tracer.whole(predicate)) else no, args)
     (body, results), (orelse, others) = (trace_results(f, list(args)) for f in (yes, no))
     for f, branch in ((yes, body), (no, orelse)):
         for (path, spec), v in zip(branch.arg_leaves(), flat):
@@ -68,6 +69,14 @@ def cond(predicate: Operand, yes: Function, no: Function, *args: Operand | Param
         if isinstance(tree, Params):
             predicate.tracer.group(tree)
     return out if len(out) > 1 else out[0]
+
+
+def _taken(tracer: Executor, yes: Function, f: Function, args: Sequence[Any]) -> Any:
+    """What the branch `f` gives, in the types of the first one, `yes`."""
+    results = f(*args)
+    given = results if isinstance(results, tuple) else (results,)
+    out = tuple(v if said is None else tracer.converted(v, said) for v, said in zip(given, yes.outs))
+    return out if isinstance(results, tuple) else out[0]
 
 
 def _say(program: Any) -> str:

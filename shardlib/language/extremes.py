@@ -95,9 +95,9 @@ def _max_opposite_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
     return _back(b, step.inputs[0], low, b.scale(ct[0], -1.0))
 
 
-def _spread_min(b: Steps, step: Step, x: str) -> str:
+def _spread_min(b: Steps, step: Step) -> list[str]:
     """A minimum over a split dim: the opposite of the max of opposites."""
-    return b.call(OPPOSITE, [b.settle(b.call(MAX_OPPOSITE, [x], outs=(step.outs[0],)))])
+    return [b.call(OPPOSITE, [b.settle(b.call(MAX_OPPOSITE, step.inputs, outs=step.outs))])]
 
 
 def _ties(e: LocalCode, step: Step, args: list[str]) -> str:
@@ -144,19 +144,19 @@ ANY = _of_masks("any", MAX, lambda d, x: d.sum(x.long()) > 0)
 ALL = _of_masks("all", MIN, lambda d, x: d.sum((x == x.new_zeros(())).long()) == 0)
 
 
-def _spread_argmax(b: Steps, step: Step, x: str) -> str:
+def _spread_argmax(b: Steps, step: Step) -> list[str]:
     """argmax over a split dim: the max of all, then the least index that has it."""
-    small = step.outs[0]
-    top = b.settle(b.call(MAX, [x], outs=(small,)))
-    back = b.settle(b.call(RANK_OF, [x, top], outs=(small,)))
-    return b.call(FROM_RANK, [back])
+    (x,) = step.inputs
+    top = b.settle(b.call(MAX, [x], outs=step.outs))
+    back = b.settle(b.call(RANK_OF, [x, top], outs=step.outs))
+    return [b.call(FROM_RANK, [back])]
 
 
-def _spread_argmin(b: Steps, step: Step, x: str) -> str:
+def _spread_argmin(b: Steps, step: Step) -> list[str]:
     """argmin over a split dim: the min of all, then the least index that has it."""
-    low = _spread_min(b, step, x)
-    back = b.settle(b.call(RANK_OF, [x, low], outs=(step.outs[0],), least=True))
-    return b.call(FROM_RANK, [back])
+    (x,), (low,) = step.inputs, _spread_min(b, step)
+    back = b.settle(b.call(RANK_OF, [x, low], outs=step.outs, least=True))
+    return [b.call(FROM_RANK, [back])]
 
 
 def _rank_of(e: LocalCode, step: Step, args: list[str]) -> str:

@@ -106,7 +106,7 @@ def log(x: Operand) -> Value:
 def rsqrt(x: Operand) -> Value:
     """1 / sqrt(x). Refused of a sum that is still owed.
 
-    A norm over a split dim, which `rms_norm` refuses: of each row one number is sent.
+    A norm, as one might write it oneself; where D is split, one number of each row is sent.
 
     >>> import torch
     >>> from shardlib import Layout, Mesh, sharded, simulate

@@ -1,7 +1,7 @@
 """softmax and logsumexp along a dim.
 
-Both need it whole; logsumexp of a split one takes the distributed form: a maximum over the pieces, then a sum
-of what is above it, each a step of the program. Of bfloat16 and float16, what is summed up is summed in
+Both need it whole, or take the distributed form: a maximum over the pieces, then a sum of what is above it,
+each a step of the program. Of bfloat16 and float16, what is summed up is summed in
 float32, and rounded once.
 """
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardlib.dtypes import as_they_come, narrow
 from shardlib.errors import SpecError
-from shardlib.language.arithmetic import same
+from shardlib.language.arithmetic import MUL, same
 from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.extremes import MAX
 from shardlib.language.local_code import LocalCode
@@ -59,8 +60,22 @@ def _has_dim(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:
     return (ins[0],)
 
 
+def _top_and_total(b: Steps, x: str, small: Spec) -> tuple[str, str]:
+    """Over a split dim, not rounded: the max of all, then the sum of the exps of what is above it."""
+    top = b.call(FINITE, [b.settle(b.call(MAX, [x], outs=(small,)))])
+    return top, b.settle(b.call(SUM_EXP, [b.call(WIDEN, [x]), top], outs=(small,)))
+
+
+def _spread_softmax(b: Steps, step: Step) -> list[str]:
+    """softmax over a split dim. (exp of what is above a logsumexp would be off where that is large.)"""
+    (x,), (wide,) = step.inputs, step.ins
+    small = Spec(tuple(d for d in wide.dims if d.label != _along(step)))
+    return [b.call(SHARE, [x, *_top_and_total(b, x, small)])]
+
+
 SOFTMAX = Op("softmax", takes=("float",), keywords={"along": nameable},
              rule=lambda s: Rule(whole=(_along(s),)), infer=_has_dim, vjp=_softmax_vjp,
+             distribute=_spread_softmax,
              emit=lambda e, s, a: f"{a[0]}.softmax({s.ins[0].labels.index(_along(s))})",
              reference=lambda d, x: _softmax(d, x))
 SOFTMAX_VJP = Op("softmax_vjp", keywords={"along": nameable},
@@ -96,13 +111,25 @@ def _log_plus(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"({text}){end}" if (end := rounding(e, step)) else text
 
 
-def _spread_logsumexp(b: Steps, step: Step, x: str) -> str:
-    """logsumexp over a split dim: the max of all, then the sum of what is above it."""
-    small = step.outs[0]
-    top = b.settle(b.call(MAX, [x], outs=(small,)))
-    top = b.call(FINITE, [top])
-    total = b.settle(b.call(SUM_EXP, [b.call(WIDEN, [x]), top], outs=(small,)))
-    return b.call(CAST_LIKE, [b.call(LOG_PLUS, [total, top]), x])
+def _spread_logsumexp(b: Steps, step: Step) -> list[str]:
+    """logsumexp over a split dim."""
+    (x,) = step.inputs
+    top, total = _top_and_total(b, x, step.outs[0])
+    return [b.call(CAST_LIKE, [b.call(LOG_PLUS, [total, top]), x])]
+
+
+def _share(e: LocalCode, step: Step, args: list[str]) -> str:
+    top, total = (beside(arg, spec, step.ins[0]) for arg, spec in zip(args[1:], step.ins[1:]))
+    kinds = [e.dtypes[n] for n in step.inputs]
+    end = f".to(torch.{kinds[0]})" if narrow(kinds[0]) or len({*kinds}) > 1 else ""
+    return f"(({widened(e, step, args[0])} - {top}).exp() / {total}){end}"
+
+
+def _share_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
+    """That of x is g y; the total's is the sum of these, less than 0, over it. The top has no slope."""
+    mine = b.call(MUL, [step.outputs[0], ct[0]])
+    of_all = b.einsum_to(step.ins[2], [b.call(WIDEN, [mine])])
+    return [mine, None, b.scale(b.quotient(of_all, step.inputs[2]), -1.0)]
 
 
 LOGSUMEXP = Op("logsumexp", rule=lambda s: Rule(whole=names_gone(s)), vjp=_logsumexp_vjp,
@@ -110,6 +137,9 @@ LOGSUMEXP = Op("logsumexp", rule=lambda s: Rule(whole=names_gone(s)), vjp=_logsu
                reference=lambda d, x: d.fold(torch.logaddexp, float("-inf"), x))
 EXP_MINUS = Op("exp_minus", rule=lambda s: Rule(linear=((2,),)), infer=same, emit=_exp_minus,
                takes=("float",), reference=lambda d, x, m, g: g * math.e ** (x - m))
+SHARE = Op("share", rule=lambda s: Rule(), infer=same, emit=_share, takes=("float",), vjp=_share_vjp,
+           reads=as_they_come, dtype=lambda d, o: d[:1],
+           reference=lambda d, x, top, total: math.e ** (x - top) / total)
 FINITE = Op("finite", rule=lambda s: Rule(), infer=same, takes=("float",),
             emit=lambda e, s, a: f"{a[0]}.masked_fill({a[0]}.isinf(), 0)",
             reference=lambda d, x: torch.where(x.abs() == float("inf"), 0, x))
@@ -122,11 +152,11 @@ LOG_PLUS = Op("log_plus", rule=lambda s: Rule(), infer=same, emit=_log_plus, tak
 
 
 def softmax(x: Operand, along: str) -> Value:
-    """exp(x) over its sum along one dim. Refused where that dim is split: say that it is whole, as in `E/1`.
+    """exp(x) over its sum along one dim; where that is split, ranks join a maximum and a sum for each row.
 
     >>> import torch
     >>> from shardlib import Layout, Mesh, sharded, simulate
-    >>> route = sharded("T E/1 -> T E/1")(lambda x: softmax(x, along="E"))
+    >>> route = sharded("T E -> T E")(lambda x: softmax(x, along="E"))
     >>> scores = torch.tensor([[0.0, 0.0], [1.0, 1000.0]])
     >>> simulate(route, Layout(E="ep", T="dp"), scores, mesh=Mesh(dp=2, ep=2))
     tensor([[0.5000, 0.5000],
@@ -153,5 +183,5 @@ def logsumexp(text: str, x: Operand) -> Value:
     return reduce_call(LOGSUMEXP, text, x, lost=1)
 
 
-TABLE = {op.name: op for op in (SOFTMAX, SOFTMAX_VJP, LOGSUMEXP, EXP_MINUS, FINITE,
+TABLE = {op.name: op for op in (SOFTMAX, SOFTMAX_VJP, LOGSUMEXP, EXP_MINUS, SHARE, FINITE,
                                 SUM_EXP, LOG_PLUS)}

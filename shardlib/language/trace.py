@@ -157,6 +157,10 @@ class Executor(Tracer, ABC):
         """The scalar `value`, with what it owes paid."""
 
     @abstractmethod
+    def converted(self, value: Value, text: Spec) -> Value:
+        """`value` as one that stands alone, `text` being its spec."""
+
+    @abstractmethod
     def scan(self, f: Function, carries: tuple[Value, ...], stacks: Sequence[Any], constants: Sequence[Any],
              static: dict[str, Any]) -> Any:
         """Run the body of a scan, once for each slice of the stacked."""

@@ -44,7 +44,7 @@ class NoMethod(SpecError, AttributeError):
 
 class Value:
     """A tensor in a traced function: dims by name, no data. Arithmetic on it records steps."""
-    __slots__ = ("tracer", "id", "spec", "local", "key")
+    __slots__ = ("tracer", "id", "spec", "text", "local", "key")
 
     def __init__(self, tracer: Any, ident: int, spec: Spec) -> None:
         self.tracer, self.id, self.spec = tracer, ident, spec

@@ -24,6 +24,7 @@ from shardlib.language.value import Operand, Value
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
+from shardlib.spec import Spec
 
 CORRECTION = {"correction": lambda v: type(v) is int and v in (0, 1)}
 
@@ -71,12 +72,18 @@ def _std_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
     return _var_vjp(b, step, [b.call(ROOT_VJP, [step.outputs[0], ct[0]])])
 
 
-def _about_all(b: Steps, step: Step, x: str) -> str:
-    """Variance over a split dim: about the mean of all."""
-    small, wide = step.outs[0], b.call(WIDEN, [x])
+def mean_and_var(b: Steps, wide: str, small: Spec, correction: int = 0) -> tuple[str, str]:
+    """The mean and the variance of `wide` over a split dim: two sums of the size of the result, the second of
+    what is off the mean of all."""
     mean = b.settle(b.call(MEAN, [wide], outs=(small,)))
-    made = b.settle(b.call(VAR_ABOUT, [wide, mean], outs=(small,), **step.options))
-    return b.call(CAST_LIKE, [b.call(ROOT, [made]) if step.op is STD else made, x])
+    return mean, b.settle(b.call(VAR_ABOUT, [wide, mean], outs=(small,), correction=correction))
+
+
+def _about_all(b: Steps, step: Step) -> list[str]:
+    """Variance over a split dim: about the mean of all."""
+    (x,), (small,) = step.inputs, step.outs
+    _, made = mean_and_var(b, b.call(WIDEN, [x]), small, step.options["correction"])
+    return [b.call(CAST_LIKE, [b.call(ROOT, [made]) if step.op is STD else made, x])]
 
 
 def _squares(d: Dims, x: Tensor, mean: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ conversions, its local code) is worked out once for each set of operand types, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,8 +36,7 @@ from shardlib.spec import Spec
 from shardlib.tree import leaves
 
 KNOWN = frozenset(getattr(torch, name) for name in ITEMSIZE)
-PARAM = -2       # the id of values that are parameters: they follow an activation's split, others do not
-CONSTANT = -3    # that of values made of nothing, which follow it by being made again
+CONSTANT = -2    # the id of values made of nothing, which are made again as they are wanted
 
 
 def _place() -> tuple[Any, int]:
@@ -53,10 +53,10 @@ class Stepper(Executor):
         self.runtime, self.base, self.sizes, self.recipes = runtime, layout, sizes, recipes
         self.constants: dict[str, Step] = {}        # by their keys
 
-    def value(self, spec: Spec, local: Tensor, param: bool = False) -> Value:
-        """A value with data: `key` is what recipes know it by."""
-        made = Value(self, PARAM if param else -1, spec)
-        made.local, made.key = local, f"{spec.text} {_name(local.dtype)}{' param' if param else ''}"
+    def value(self, spec: Spec, text: Spec, local: Tensor, key: str = "") -> Value:
+        """A value with data, of type `spec`; `text` has its pins, and `key` is what recipes know it by."""
+        made = Value(self, -1, spec)
+        made.text, made.local, made.key = text, local, key or _key(spec, text, _name(local.dtype))
         return made
 
     def call(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any,
@@ -76,12 +76,10 @@ class Stepper(Executor):
         except Exception as error:
             explain_failure(error, lines, Where.of(user_frame()))
             raise
-        if len(made) == 1:
-            spec, name = made[0]
-            value = Value(self, -1, spec)
-            value.local, value.key = results[0], name
-            return value if operands else self._constant(op, value, attrs)
-        return tuple(self.value(spec, t) for (spec, _), t in zip(made, results))
+        values = tuple(self.value(*known[:2], local, known[2]) for known, local in zip(made, results))
+        if len(values) > 1:
+            return values
+        return values[0] if operands else self._constant(op, values[0], attrs)
 
     def _constant(self, op: Op, made: Value, attrs: dict[str, Any]) -> Value:
         made.id, made.key = CONSTANT, f"{made.key} {op.name} {attrs}"
@@ -89,9 +87,10 @@ class Stepper(Executor):
         return made
 
     def _recipe(self, op: Op, operands: Sequence[Any], text: str | None, ins: Any, outs: Any,
-                attrs: dict[str, Any], layout: Layout) -> tuple[Callable, list[tuple[Spec, str]], Lines]:
-        """What runs a call like this one, the types of its results and what recipes know them by,
-        and whose lines are whose."""
+                attrs: dict[str, Any],
+                layout: Layout) -> tuple[Callable, list[tuple[Spec, Spec, str]], Lines]:
+        """What runs a call like this one; the types of its results, their texts, and what recipes know them
+        by; and whose lines are whose."""
         for i, x in enumerate(operands):
             if not isinstance(x, Value) or x.tracer is not self:
                 raise SpecError(
@@ -109,9 +108,10 @@ class Stepper(Executor):
             self.sizes.say(step)
             self.sizes.settle()
         types = {name: x.spec for name, x in zip(names, operands)}
-        params = {name for name, x in zip(names, operands) if x.id == PARAM}
+        texts = {name: x.text for name, x in zip(names, operands)}
         constants = {name: self.constants[x.key] for name, x in zip(names, operands) if x.id == CONSTANT}
-        program = complete_step(step, types, params, layout, self.runtime.mesh, self.sizes.of, constants)
+        program, pinned = complete_step(step, types, texts, layout, self.runtime.mesh, self.sizes.of,
+                                        constants)
         e = Emitter(self.runtime.mesh, self.runtime.rank, self.sizes.of, given=given)
         source = e.program(program)
         self.runtime.create_groups(list(e.groups))
@@ -120,12 +120,17 @@ class Stepper(Executor):
         for site in e.index_sites():
             site.tell = self.runtime.end_others
         dtypes = value_dtypes(program, given)
-        known = [(spec, f"{spec.text} {dtypes[name]}") for name, spec in program.result_leaves()]
+        known = [(spec, said, _key(spec, said, dtypes[name]))
+                 for (name, spec), said in zip(program.result_leaves(), pinned)]
         return function, known, {function.__code__.co_filename: e.lines}
 
     def whole(self, value: Value) -> Tensor:
         """The scalar `value`, with what it owes paid."""
-        return self.call(RESHARD, (value,), None, (value.spec,), (value.spec.owing(),), {}).local
+        return self.converted(value, value.spec.owing()).local
+
+    def converted(self, value: Value, text: Spec) -> Value:
+        """`value` as a value that stands alone, `text` being its spec."""
+        return self.call(RESHARD, (value,), None, (value.spec,), (text,), {})
 
     def scan(self, f: Function, carries: tuple[Value, ...], stacks: Sequence[Any], constants: Sequence[Any],
              static: dict[str, Any]) -> Any:
@@ -138,12 +143,12 @@ class Stepper(Executor):
             for before, after in zip(carries, out):
                 if error := changed(f.__name__, _name(before.local.dtype), _name(after.local.dtype)):
                     raise error
-            carries = out[:len(carries)]
+            carries = tuple(self.converted(c, said) for c, said in zip(out, f.ins[:len(carries)]))
             rows.append(out[len(carries):])
 
         def stacked(values: Sequence[Value]) -> Value:
-            spec = values[0].spec
-            return self.value(Spec((dim, *spec.dims), spec.owed), torch.stack([v.local for v in values]))
+            spec, text = (replace(s, dims=(dim, *s.dims)) for s in (values[0].spec, values[0].text))
+            return self.value(spec, text, torch.stack([v.local for v in values]))
         ys = []
         for column in zip(*rows):
             if isinstance(column[0], Params):
@@ -156,11 +161,16 @@ class Stepper(Executor):
 
     def _slice(self, tree: Any, i: int) -> Any:
         def one(v: Value) -> Value:
-            return self.value(Spec(v.spec.dims[1:], v.spec.owed), v.local[i], v.id == PARAM)
+            spec, text = (replace(s, dims=s.dims[1:]) for s in (v.spec, v.text))
+            return self.value(spec, text, v.local[i])
         if isinstance(tree, Params):
             old = dict(leaf_values(tree, ""))
             return fill(tree, "", lambda path: one(old[path]))
         return one(tree)
+
+
+def _key(spec: Spec, text: Spec, dtype: str) -> str:
+    return f"{spec.text} {text.text} {dtype}"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -177,7 +187,9 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
     mesh = runtime.mesh
     check_given(f, args)
     layout = (f.layout if f.layout is not None else layout).on(mesh)
-    trees = [(name, _complete(tree, layout, mesh)) for name, tree in argument_trees(f, args)]
+    said = argument_trees(f, args)
+    texts = {path: mesh.resolve(spec, True) for name, tree in said for path, spec in leaves(name, tree)}
+    trees = [(name, _complete(tree, layout, mesh)) for name, tree in said]
     given = {path: v for (name, tree), arg in zip(trees, args)
              for (path, _), v in zip(leaves(name, tree), _tensors(arg))}
     check_tensors(f, given.items())
@@ -191,9 +203,8 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
     stepper = Stepper(runtime, layout, known, found)
     values = []
     for (name, tree), arg in zip(trees, args):
-        param = isinstance(arg, Params)
-        made = {path: stepper.value(spec, given[path], param) for path, spec in leaves(name, tree)}
-        if param:
+        made = {path: stepper.value(spec, texts[path], given[path]) for path, spec in leaves(name, tree)}
+        if isinstance(arg, Params):
             values.append(fill(arg, name, lambda path, made=made: made[path]))
         else:
             values.append(made[name])
@@ -203,8 +214,7 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
         except (SpecError, TypeError, ValueError) as error:
             raise_at_user_line(error)
         given_back = results if isinstance(results, tuple) else (results,)
-        out = tuple(_locals(v) if spec is None
-                    else stepper.call(RESHARD, (v,), None, (v.spec,), (spec,), {}).local
+        out = tuple(_locals(v) if spec is None else stepper.converted(v, spec).local
                     for spec, v in zip(f.outs, given_back, strict=True))
     return out if len(out) > 1 else out[0]
 

@@ -37,6 +37,7 @@ REDUCTIONS, VARIANCE, ALONG, CONSTANTS, ARGUMENTS = (f"tests/language/test_{name
     "reductions", "variance", "along", "constants", "calls"))
 SCANS, MASKS, CUTS, DRAWS = (f"tests/language/test_{name}.py" for name in (
     "scan", "masks", "pieces", "draws"))
+TOTALITY = "tests/compiler/test_totality.py"
 FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
     "failures", "captured", "surroundings", "wrt"))
 ATTENTION, CACHES, ROPE, FEW_ROWS, LAYER_NORM = (f"tests/ops/test_{name}.py" for name in (
@@ -149,9 +150,20 @@ MUTANTS = (
     Mutant("shardlib/language/changes.py", "self.due = [] if never else", "self.due =",
            PLANNER + " -k every_pair"),
     # shardlib/compiler/completer.py, grad.py, pack.py, params.py
-    Mutant("shardlib/compiler/completer.py",
-           "{p for (p, _), n in zip(step.passed(body), inputs[1:]) if n in self.params}",
-           "{p for (p, _), n in zip(step.passed(body), inputs) if n in self.params}", COND),
+    Mutant("shardlib/compiler/completer.py", "if all(pins(other).get(n) == axes",
+           "if any(pins(other).get(n) == axes", TOTALITY),
+    Mutant("shardlib/compiler/completer.py", "next(self.returned, None) or self", "self", TOTALITY),
+    Mutant("shardlib/compiler/completer.py", "if n not in pinned or not step.op.takes_text})",
+           "if n in pinned and step.op.takes_text})", TOTALITY),
+    Mutant("shardlib/compiler/completer.py", "text = self.types[name] if layout == EXPLICIT else",
+           "text = self.types[name] if True else", TOTALITY),
+    Mutant("shardlib/compiler/completer.py", "_axes(s, n) for s in ins for n in rule",
+           "_axes(s, n) for s in ins[1:] for n in rule", TOTALITY),
+    Mutant("shardlib/language/softmax.py", "b.scale(b.quotient(of_all, step.inputs[2]), -1.0)]",
+           "b.quotient(of_all, step.inputs[2])]", TOTALITY),
+    Mutant("ops/layer_norm.py", "b.call(SUB, [x32, mean])", "x32", TOTALITY),
+    Mutant("shardlib/run/step.py", "texts = {name: x.text for", "texts = {name: x.spec.whole() for",
+           TOTALITY),
     Mutant("shardlib/compiler/completer.py",
            'for path, kind in b.arg_leaves()]\n                   + [("returns"',
            'for path, kind in b.arg_leaves()[:0]] + [("returns"', COND),
@@ -159,8 +171,6 @@ MUTANTS = (
            'for _, k in b.result_leaves()[:0]] for b in bodies)', COND),
     Mutant("shardlib/compiler/completer.py",
            'inputs[0] = self.move(inputs[0], whole, "the predicate of cond")', "pass", COND),
-    Mutant("shardlib/compiler/completer.py",
-           "inner.params |= {p for p, n in zip(declared, inputs) if n in self.params}", "pass", COND),
     Mutant("shardlib/compiler/grad.py", "if self.root.get(value, value) in self.params}",
            "if value in self.params}", GRAD),
     Mutant("shardlib/compiler/grad.py", "if settle or len(by_type) > 1:", "if settle:", GRAD),
@@ -262,8 +272,6 @@ MUTANTS = (
     Mutant("shardlib/run/step.py", "repr(attrs) if attrs else \"\", _place()", "None, _place()", API),
     Mutant("shardlib/run/step.py", "outs, self.layout, *[x.key", "outs, *[x.key", API),
     Mutant("shardlib/run/step.py", "if op is RENAME or op.lengths:", "if op.lengths:", API),
-    Mutant("shardlib/run/step.py", "Spec(v.spec.dims[1:], v.spec.owed), v.local[i], v.id == PARAM)",
-           "Spec(v.spec.dims[1:], v.spec.owed), v.local[i])", API),
     # shardlib/distributed
     Mutant("shardlib/distributed/group_coordinator.py", 'self.route("all_gather", x, None, count, cut.even)',
            'self.route("all_gather", x, None, None, cut.even)', ASKED),
@@ -348,7 +356,6 @@ MUTANTS = (
     Mutant("shardlib/run/index_flags.py", "if site.last >= 0)", ")", INDICES),
     Mutant("shardlib/compiler/builder.py", 'self.called.get(self.source.get(i, i), "")',
            'self.called.get(i, "")', INDICES),
-    Mutant("shardlib/compiler/complete.py", "    completer.where = step.where\n", "", INDICES),
     Mutant("ops/take.py", "here = index - start if start else index", "here = index", LOSSES),
     Mutant("ops/take.py", "return torch.where(inside[..., None], F.embedding(here, table), False if "
            "table.dtype == torch.bool else 0)", "return F.embedding(here, table)", INDICES),
@@ -482,13 +489,12 @@ MUTANTS = (
     Mutant("shardlib/language/along.py", "by=-step.options[", "by=step.options[", ALONG),
     Mutant("shardlib/language/reductions.py", "(before * behind * g.to(wide)[..., None])",
            "(rows.prod(-1, keepdim=True) / rows * g.to(wide)[..., None])", REDUCTIONS),
-    Mutant("shardlib/language/extremes.py", "low = _spread_min(b, step, x)",
-           "low = b.settle(b.call(MAX, [x], outs=(step.outs[0],)))", REDUCTIONS),
+    Mutant("shardlib/language/extremes.py", "(x,), (low,) = step.inputs, _spread_min(b, step)",
+           "(x,), low = step.inputs, b.settle(b.call(MAX, step.inputs, outs=step.outs))", REDUCTIONS),
     Mutant("shardlib/language/along.py", ' = {} if step.options.get("reverse") else',
            ' = {"reverse": True} if step.options.get("reverse") else', ALONG),
     Mutant("shardlib/language/constants.py", "first - left + step", "first + step", CONSTANTS),
     Mutant("shardlib/language/constants.py", "({start}, {start + size},", "(0, {size},", CONSTANTS),
-    Mutant("shardlib/compiler/completer.py", "{*self.params, *self.constants}", "self.params", CONSTANTS),
     Mutant("shardlib/compiler/completer.py", "if root not in self.constants or want.owed",
            "if root in self.constants or want.owed", CONSTANTS),
     Mutant("shardlib/compiler/grad.py", "for s in step.body.steps if not s.inputs}", "for s in ()}",
@@ -740,8 +746,6 @@ MUTANTS = (
            f"{CAPTURED} -k lies_otherwise"),
     Mutant("shardlib/run/captured.py", "any(x is v for v in self.given_back)",
            "any(x is v for v in self.values)", f"{CAPTURED} -k once_for_each"),
-    Mutant("shardlib/run/step.py", "self.value(Spec((dim, *spec.dims), spec.owed)",
-           "self.value(Spec((dim, *spec.dims))", f"{SCANS} -k op_by_op"),
     Mutant("shardlib/run/simulate.py", "all(m in waiting and waiting[m][0] == g for m in g)",
            "all(m in waiting for m in g)", f"{SIMULATED} -k different_groups"),
     Mutant("shardlib/lowering/answers.py", "dim, rows, ignored, self._branch", "dim, rows, self._branch",
@@ -788,7 +792,6 @@ MUTANTS = (
            f"{WRT} -k no_gradient_by_integers"),
     Mutant("shardlib/run/simulate.py", "max(_numel(r[2]) for r in requests)", "_numel(requests[0][2])",
            f"{SIMULATED} -k largest_piece"),
-    Mutant("shardlib/run/step.py", '{\' param\' if param else \'\'}"', '"', f"{API} -k of_its_type"),
     Mutant("shardlib/run/prepared.py", "if set(paths) != set(given):", "if not set(paths) <= set(given):",
            f"{PACK} -k order_of_a_dict"),
     Mutant("shardlib/run/compiled.py",
@@ -809,8 +812,6 @@ MUTANTS = (
            "tests/models/test_saved_tokenizers.py -k said_in_a_line"),
     Mutant("models/files/gguf_header.py", 'GGUFValueType.UINT16: "H"', 'GGUFValueType.UINT16: "h"',
            f"{HEADERS} -k every_type_of_gguf"),
-    Mutant("shardlib/compiler/completer.py", "return self.source.get(name, name) in {*self",
-           "return name in {*self", f"{API} -k after_a_conversion"),
     Mutant("shardlib/compiler/sizes.py", "if not dim.factors and n != dim.size:",
            "if not dim.factors and n < dim.size:", f"{SIZES} -k a_constant_dim"),
     # kernels of matmuls, and of fused steps that update

@@ -302,7 +302,6 @@ def _total(offer: Offer, step: Step, state: State, alone: bool = False) -> float
 def _received(program: Program, state: State) -> float | None:
     """What another program than the one refused, in its place, receives; None where it is refused as well."""
     trial = Completer(program, state.layout, state.mesh, state.sizes, state.given)
-    trial.params |= state.params
     try:
         return _traffic(trial.run(), state)
     except SpecError:
