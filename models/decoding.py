@@ -17,6 +17,7 @@ from shardlib import Layout, Mesh, SpecError, compile, lower, sharded
 from shardlib.api import Compiled
 from shardlib.compiler.passes import DEFAULT
 from shardlib.compiler.passes.fuse import fuse
+from shardlib.compiler.stages import needed
 from shardlib.distributed.runtime import Runtime
 from shardlib.language.trace import Function
 from shardlib.models.cache_buffer import CacheBuffer
@@ -98,10 +99,9 @@ class Model:
              dtype: torch.dtype = torch.float32) -> Model:
         """The shards that this rank's specs need, and no more."""
         config = config_of(checkpoint)
-        types = weight_types(config, layout, runtime.mesh)
+        types = used_weights(config, layout, runtime)
         shards = load(checkpoint, types, runtime.mesh, runtime.coordinate, dtype, runtime.device)
-        return cls(config, fill(llama_of(config), "", lambda path: shards.pop(path[1:])), layout, runtime,
-                   dtype)
+        return cls(config, _filled(config, shards, layout, runtime.mesh, dtype), layout, runtime, dtype)
 
     @classmethod
     def random(cls, name: str, layout: Layout, runtime: Runtime, dtype: torch.dtype = torch.bfloat16,
@@ -109,10 +109,9 @@ class Model:
         """A model of the published shape `name`, its weights drawn on this rank's device:
         to measure without a download."""
         config = shape_of(name)
-        mesh, types = runtime.mesh, weight_types(config, layout, runtime.mesh)
-        drawn = random_weights(config, types, mesh, runtime.coordinate, dtype, runtime.device, seed)
-        return cls(config, fill(llama_of(config), "", lambda path: drawn.pop(path[1:])), layout, runtime,
-                   dtype)
+        types = used_weights(config, layout, runtime)
+        drawn = random_weights(config, types, runtime.mesh, runtime.coordinate, dtype, runtime.device, seed)
+        return cls(config, _filled(config, drawn, layout, runtime.mesh, dtype), layout, runtime, dtype)
 
     def pack(self) -> Model:
         """The same model with its weights in the form that runs fastest.
@@ -235,3 +234,26 @@ def weight_types(config: LlamaConfig, layout: Layout, mesh: Mesh) -> dict[str, o
     """path -> type of every weight at rest."""
     kinds = struct(llama_of(config)).map(lambda spec: layout.on(mesh).complete_alone(spec).resolve(mesh))
     return {path[1:]: kind for path, kind in kinds.leaves("")}
+
+
+def used_weights(config: LlamaConfig, layout: Layout, runtime: Runtime) -> dict[str, object]:
+    """path -> type of the weights that this rank uses: of a pipeline those of its stage."""
+    types = weight_types(config, layout, runtime.mesh)
+    if "L" not in layout.entries:
+        return types
+    step = lower(next_token, layout, None, llama_of(config), mesh=runtime.mesh, config=config)
+    used = needed(step, runtime.coordinate)
+    return {path: kind for path, kind in types.items() if f"w.{path}" in used}
+
+
+def _filled(config: LlamaConfig, shards: dict[str, torch.Tensor], layout: Layout, mesh: Mesh,
+            dtype: torch.dtype) -> Llama:
+    """The weights, of which the rank has `shards`: what another stage has are shapes alone."""
+    types = weight_types(config, layout, mesh)
+
+    def leaf(path: str) -> torch.Tensor:
+        if path[1:] in shards:
+            return shards.pop(path[1:])
+        shape = mesh.local_shape(types[path[1:]], config.sizes, dict.fromkeys(mesh.axes, 0))
+        return torch.empty(shape, dtype=dtype, device="meta")
+    return fill(llama_of(config), "", leaf)

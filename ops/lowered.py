@@ -32,14 +32,16 @@ def _function(op: Op) -> Callable:
     return call
 
 
-def scan(f: Any, carry: Any, stacks: tuple, *constants: Any, reverse: bool = False) -> Any:
-    """`shardlib.scan`; in `reverse`, as backward has it, from the last layer to the first."""
-    if reverse and isinstance(carry.tracer, Executor):
+def scan(f: Any, carry: Any, stacks: tuple, *constants: Any, reverse: bool = False, stages: int = 0) -> Any:
+    """`shardlib.scan`; in `reverse`, as backward has it, from the last layer to the first; over so many
+    `stages`, each of which sends its carries on to the next."""
+    if reverse and isinstance((carry[0] if isinstance(carry, tuple) else carry).tracer, Executor):
         raise SpecError("scan: step runs no scan in reverse; lower, compile and simulate do")
     made = forward_scan(f, carry, stacks, *constants)
-    if reverse:
-        last = carry.tracer.steps[-1]
-        carry.tracer.steps[-1] = replace(last, attrs=tuple(sorted((*last.attrs, ("reverse", True)))))
+    if reverse or stages:
+        steps = (carry[0] if isinstance(carry, tuple) else carry).tracer.steps
+        said = [(name, n) for name, n in (("reverse", reverse), ("stages", stages)) if n]
+        steps[-1] = replace(steps[-1], attrs=tuple(sorted((*steps[-1].attrs, *said))))
     return made
 
 

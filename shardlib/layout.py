@@ -10,7 +10,8 @@ still free. Usually B, E, K, G, F, V, T, S, D. A wrong order is slow, never wron
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import takewhile
 
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
@@ -91,6 +92,11 @@ class Layout:
                 out[dim] = prefix = _free_prefix(axes, used)
                 used.update(prefix)
         return {n: out.get(n, ()) for n in names}
+
+    def without(self, axes: Collection[str]) -> Layout:
+        """The same, giving these axes to no dim: in a stage of a pipeline one rank is along them."""
+        kept = {d: tuple(takewhile(lambda a: a not in axes, of)) for d, of in self.entries.items()}
+        return type(self)({d: of for d, of in kept.items() if of})
 
     def complete_alone(self, spec: Spec) -> Spec:
         """The type of a value that stands alone: its own dims completed, what it owes kept."""

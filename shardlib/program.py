@@ -171,7 +171,6 @@ class Program:
     """Arguments (name, spec or Struct), steps, results.
 
     `explicit`: its specs are types, nothing is left to complete.
-
     unmet: (dim, axis, line) where the layout would have split a dim over an axis that another dim had.
     unfused: what is like a fusion and is none, and why.
     """
@@ -218,12 +217,12 @@ class Program:
 
 @dataclass(frozen=True)
 class Scan:
-    """A scan's operands and results by what they are to its body, in order;
-    pairs of (name in the body, value outside).
+    """A scan's operands and results by what they are to its body: (name in the body, value outside).
 
     carries: what each round takes from the one before.  stacked: what each takes a slice of, along `dim`.
     constants: what all take.
     carried: the carries after the last round.  made: what every round makes, stacked along `dim`.
+    stages: of a pipeline, over how many ranks `dim` is split: each makes its rounds and sends the carries on.
     """
     dim: str
     reverse: bool
@@ -232,6 +231,7 @@ class Scan:
     constants: tuple[tuple[str, str], ...]
     carried: tuple[tuple[str, str], ...]
     made: tuple[tuple[str, str], ...]
+    stages: int = 0
 
     @classmethod
     def of(cls, step: Step) -> Scan:
@@ -241,14 +241,14 @@ class Scan:
         first = options.get("carries", 1)
         last = first + options["stacked"]
         return cls(options["dim"], options.get("reverse", False), taken[:first], taken[first:last],
-                   taken[last:], given[:first], given[first:])
+                   taken[last:], given[:first], given[first:], options.get("stages", 0))
 
     @staticmethod
-    def attrs(dim: str, stacked: int, carries: int = 1, reverse: bool = False) -> tuple[tuple[str, Any], ...]:
+    def attrs(dim: str, stacked: int, carries: int = 1, reverse: bool = False,
+              stages: int = 0) -> tuple[tuple[str, Any], ...]:
         """The attributes of a scan over `dim` with so many carries and stacked tensors."""
-        few = {"carries": carries} if carries > 1 else {}
-        return tuple(
-            sorted({"dim": dim, "stacked": stacked, **few, **({"reverse": True} if reverse else {})}.items()))
+        rare = dict(carries=carries if carries > 1 else 0, reverse=reverse, stages=stages)
+        return tuple(sorted([("dim", dim), ("stacked", stacked), *((k, v) for k, v in rare.items() if v)]))
 
 
 def arg_types(program: Program, name: str) -> dict[str, Spec]:
@@ -298,13 +298,13 @@ def _class_name(struct: Struct, classes: dict[str, Struct]) -> str:
 
 
 def _show_class(struct: Struct, classes: dict[str, Struct]) -> str:
-    name = next(n for n, s in classes.items() if s is struct)
-    lines = [f"class {name}(Params):"]
+    lines = [f"class {next(n for n, s in classes.items() if s is struct)}(Params):"]
     for field_name, sub in struct.fields:
         if isinstance(sub, Struct):
-            kind = _class_name(sub, classes)
+            kind, inner = _class_name(sub, classes), leaves("", sub)
+            stack = inner[0][1].dims[0] if inner else sub.stacked
             lines.append(f'    {field_name}: {kind} = '
-                         + (f'stacked("{sub.stacked}", {kind})' if sub.stacked else f"nested({kind})"))
+                         + (f'stacked("{stack}", {kind})' if sub.stacked else f"nested({kind})"))
         else:
             lines.append(f'    {field_name}: Tensor = param("{sub}")')
     return "\n".join(lines if len(lines) > 1 else [*lines, "    pass"])
@@ -378,7 +378,7 @@ def _show_scan(step: Step, classes: dict[str, Struct], functions: list[Program])
                         for low, high in ((0, first), (first, last)))
     operands = [_function_name(body, functions), carries[0] if first == 1 else f"({', '.join(carries)})",
                 f"({', '.join(stacked)},)", *(text for start, text in shown if start >= last),
-                *(["reverse=True"] if parts.reverse else [])]
+                *(f"{k}={step.options[k]}" for k in ("reverse", "stages") if k in step.options)]
     return f"{_show_targets(step, classes)} = scan({', '.join(operands)})"
 
 

@@ -6,6 +6,8 @@
 | reduce_scatter | a tensor | its own piece of the sum |
 | all_gather | a piece | all pieces |
 | all_to_all | a piece for each member | a piece from each member |
+| broadcast | the root a tensor | the root's |
+| send | of two members the first a tensor | the second gets it |
 
 A wire knows members and elements, and neither specs nor meshes. What goes over it is a request, `(method,
 operand, *more)`: generated code makes it a call of the group's coordinator, the simulator performs it, the
@@ -122,6 +124,21 @@ def _all_to_all(xs: Sequence[Sequence[Tensor]], more: Sequence[tuple]) -> list[t
     return got
 
 
+def _broadcast(xs: Sequence[Tensor], more: Sequence[tuple]) -> list[Tensor]:
+    if len({x.shape for x in xs}) > 1:
+        raise SpecError(f"broadcast: the ranks bring shapes {[tuple(x.shape) for x in xs]}")
+    return [xs[more[0][0]].clone() for _ in xs]
+
+
+def _send(xs: Sequence[Tensor], more: Sequence[tuple]) -> list[Tensor | None]:
+    """Of a pair; the second brings what it has room for."""
+    source, target = xs
+    if source.shape != target.shape:
+        raise SpecError(f"send: a tensor of shape {tuple(source.shape)} comes where {tuple(target.shape)} is "
+                        "expected")
+    return [None, source.clone()]
+
+
 def _both_halves(part: Part) -> int:
     """A reduce_scatter and an all_gather of even pieces; the first n mod k members have one more."""
     n, k = part.brings, part.k
@@ -143,4 +160,9 @@ ALL_GATHER = Wire("all_gather", ("a piece", "all pieces"), _all_gather,
 ALL_TO_ALL = Wire("all_to_all", ("a piece for each member", "a piece from each member"), _all_to_all,
                   share=lambda k: (k - 1) / k, received=lambda part: part.gets - part.kept,
                   pieces=lambda part: part.passes, many=True, own=1)
-WIRES = {wire.name: wire for wire in (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, ALL_TO_ALL)}
+BROADCAST = Wire("broadcast", ("the root a tensor", "the root's"), _broadcast, share=lambda k: 1.0,
+                 received=lambda part: 0 if part.member == part.root else part.gets, rooted=True)
+SEND = Wire("send", ("of two members the first a tensor", "the second gets it"), _send,    # its root gets it
+            share=lambda k: 1.0, received=lambda part: part.gets if part.member == part.root else 0,
+            rooted=True)
+WIRES = {wire.name: wire for wire in (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, ALL_TO_ALL, BROADCAST, SEND)}

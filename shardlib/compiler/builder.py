@@ -15,6 +15,7 @@ from shardlib.dtypes import FLOATS
 from shardlib.language.arithmetic import DIV, SCALE
 from shardlib.language.casts import CAST, CAST_LIKE
 from shardlib.language.einsum import EINSUM
+from shardlib.language.held import held
 from shardlib.language.reductions import SPREAD
 from shardlib.language.trace import RESERVED, fresh
 from shardlib.mesh import Mesh
@@ -91,8 +92,7 @@ class Builder:
     def settle(self, name: str) -> str:
         """`name` with what it owes paid, on every rank."""
         kind = self.types[name]
-        return self.move(name, kind.owing(*(o for o in kind.owed if o.kind == "@")),
-                         "joins the pieces of a split dim")
+        return self.move(name, held(kind), "joins the pieces of a split dim")
 
     # -- what derivatives are written with -------------------------------------------------------------------
 

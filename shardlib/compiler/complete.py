@@ -7,7 +7,8 @@ from dataclasses import replace
 from shardlib.compiler.completer import Completer
 from shardlib.compiler.refusal import Refused
 from shardlib.compiler.refusals.messages import worded
-from shardlib.layout import Layout
+from shardlib.compiler.stages import sunk
+from shardlib.layout import EXPLICIT, Layout
 from shardlib.mesh import Mesh
 from shardlib.program import Program, Result, Step
 from shardlib.spec import Spec
@@ -16,7 +17,8 @@ from shardlib.spec import Spec
 def complete(program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, int] | None = None) -> Program:
     """The explicit program. SpecError, at the user's line, if it does not type; `sizes` let it say bytes."""
     try:
-        return Completer(program, layout.on(mesh), mesh, sizes).run()
+        made = Completer(program, layout.on(mesh), mesh, sizes).run()
+        return made if layout == EXPLICIT else sunk(made)
     except Refused as refused:
         raise worded(refused) from None
 

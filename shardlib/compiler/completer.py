@@ -37,6 +37,7 @@ from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.cond import COND
 from shardlib.language.einsum import EINSUM
 from shardlib.language.fused import FUSED
+from shardlib.language.held import as_held
 from shardlib.language.moves import RESHARD, check_move
 from shardlib.language.rearrange import RENAME, renamed, whole_in_rename
 from shardlib.language.scan import SCAN
@@ -44,7 +45,7 @@ from shardlib.layout import EXPLICIT, Layout, pins
 from shardlib.mesh import Mesh
 from shardlib.program import Program, Result, Scan, Step
 from shardlib.rules import RuleError, natural
-from shardlib.spec import Spec
+from shardlib.spec import Owed, Spec
 from shardlib.tree import Struct, leaves
 
 
@@ -96,7 +97,8 @@ class Completer(Builder):
     def _result(self, result: Result) -> Result:
         out, types = [], []
         for name, spec in result.leaves():
-            want = next(self.returned, None) or self.layout.type_of(spec, self.mesh)
+            want = next(self.returned, None) or self._alone(
+                spec, self.types[self.now[name]] if self.given else spec, self.layout)  # a body's stay held
             if self.layout == EXPLICIT and self.types[self.now[name]] != want:
                 raise self._refused(UnlikeReturn(name, want))
             out.append(self._move_to(want, self.now[name], "the result of " + self.program.name))
@@ -104,6 +106,10 @@ class Completer(Builder):
         flat = iter(types)
         tree = result.tree.map(lambda _: next(flat)) if isinstance(result.tree, Struct) else types[0]
         return Result(tree, tuple(out))
+
+    def _alone(self, spec: Spec, have: Spec, layout: Layout) -> Spec:
+        """The type of a value that stands alone, its text being `spec`; it is held where `have` is."""
+        return layout.type_of(spec if layout == EXPLICIT else as_held(spec, have), self.mesh)
 
     def _refused(self, fact: Fact) -> Refused:
         state = State(self.program, self.layout, self.mesh, self.sizes, self.given,
@@ -137,7 +143,7 @@ class Completer(Builder):
         for written, name, text in zip(step.outputs, made, outs):
             if not step.op.takes_text:
                 text = self.types[name] if layout == EXPLICIT else text.owing(*self.types[name].owed)
-            want = layout.type_of(text, self.mesh)
+            want = self._alone(text, self.types[name], layout)
             if layout == EXPLICIT and self.types[name] != want:
                 raise self._refused(UnlikeResult(step, self.types[name], want, step.op.rule(step)))
             name = self._move_to(want, name, f"the layout keeps {text.whole()} as {want}", step)
@@ -187,6 +193,7 @@ class Completer(Builder):
         """The types that the operands are converted to: completed together, over the union of their dims."""
         if layout == EXPLICIT or step.op.asserted:
             return [s.resolve(self.mesh) for s in ins]
+        ins = [as_held(s, self.types[n]) for s, n in zip(ins, inputs)]
         # a split that text asks for counts before a dim that is whole on purpose
         pinned: dict[str, tuple[str, ...]] = {}
         for text in ins:
@@ -201,9 +208,8 @@ class Completer(Builder):
             self.unmet.update(
                 {(dim, axis, str(step.where or step.op.name)): None for dim, wanted in layout.entries.items()
                  if dim in names and dim not in pinned for axis in wanted[len(axes[dim]):]})
-        held = [[o for o in self.types[n].owed if o.kind == "@"] for n in inputs]
-        return [s.split({d.label: axes[d.factors[0].name] for d in s.dims if d.factors}).owing(
-            *{str(o): o for o in (*s.owed, *more)}.values()).resolve(self.mesh) for s, more in zip(ins, held)]
+        return [s.split({d.label: axes[d.factors[0].name] for d in s.dims if d.factors}).resolve(self.mesh)
+                for s in ins]
 
     def _natural(self, step: Step, placed: list[str], written: Sequence[Spec],
                  layout: Layout) -> tuple[str, ...]:
@@ -246,7 +252,7 @@ class Completer(Builder):
     # -- the steps that are not of the common kind -----------------------------------------------------------
 
     def _move(self, step: Step, name: str, layout: Layout) -> None:
-        want = layout.type_of(step.outs[0], self.mesh)
+        want = self._alone(step.outs[0], self.types[name], layout)
         self.texts[step.outputs[0]] = self.mesh.resolve(step.outs[0], True)
         if step.op is RESHARD:
             have = layout.type_of(step.ins[0], self.mesh)
@@ -272,8 +278,8 @@ class Completer(Builder):
         if at all, after."""
         named = self.texts[step.outputs[0]] = self.mesh.resolve(step.outs[0], True)
         products = {d.names[0]: () for d in whole_in_rename(self.types[name], named) if d.names}
-        want = named.resolve(self.mesh) if layout == EXPLICIT else layout.type_of(named, self.mesh)
-        made = want if layout == EXPLICIT else layout.type_of(named.keeping(products), self.mesh)
+        want = self._alone(named, self.types[name], layout)
+        made = want if layout == EXPLICIT else self._alone(named.keeping(products), self.types[name], layout)
         source = Spec(tuple(d.split(m.axes) for d, m in zip(self.types[name].dims, made.dims)), made.owed)
         if layout == EXPLICIT:
             renamed(step.ins[0].resolve(self.mesh), named), renamed(want, step.ins[0])
@@ -284,6 +290,9 @@ class Completer(Builder):
         self.now[step.outputs[0]] = self.move(there, want, f"the layout keeps {named.whole()} as {want}")
 
     def _cond(self, step: Step, inputs: list[str], layout: Layout) -> None:
+        if at := next((o for n in inputs for o in self.types[n].owed if o.kind == "@"), None):
+            raise SpecError(f"cond: all ranks take one branch, and an operand is held at {at.axis}:{at.at}; "
+                            "a cond after a pipeline is not built yet")
         whole = self.types[inputs[0]].owing()
         if layout == EXPLICIT and self.types[inputs[0]] != whole:
             raise self._refused(OwedPredicate(self.types[inputs[0]]))
@@ -318,36 +327,58 @@ class Completer(Builder):
 
     def _scan(self, step: Step, inputs: list[str], layout: Layout) -> None:
         parts, declared, types = Scan.of(step), dict(step.body.arg_leaves()), {}
-        stacked = {path for path, _ in parts.stacked}
+        stacked, carries = ({path for path, _ in pairs} for pairs in (parts.stacked, parts.carries))
+        axes = self._stages(step, inputs, parts)
+        layout = layout.without(axes)
         for i, (path, name) in enumerate(zip(declared, inputs)):
             have = self.types[name]
             if path in stacked:
-                if have.dims[0].axes:
-                    raise self._refused(SplitStack(step, i, have))
                 types[path] = replace(have, dims=have.dims[1:])
-            else:
-                types[path] = layout.type_of(declared[path], self.mesh)
-                if layout == EXPLICIT and have != types[path]:
-                    raise self._refused(UnlikeOperand(step, i, types[path]))
-                inputs[i] = self.move(name, types[path], f"an argument of {step.body.name}")
+                continue
+            types[path] = layout.type_of(declared[path] if layout == EXPLICIT or axes else
+                                         as_held(declared[path], have), self.mesh)
+            want = self._on_stage(types[path], axes, parts.reverse) if path in carries else types[path]
+            if layout == EXPLICIT and have != want:
+                raise self._refused(UnlikeOperand(step, i, want))
+            inputs[i] = self.move(name, want, f"an argument of {step.body.name}")
         carried = [types[path] for path, _ in parts.carries] if layout != EXPLICIT else ()
         body = Completer(step.body, layout, self.mesh, self.sizes, types, carried).run()
         made, first = [spec for _, spec in body.result_leaves()], len(parts.carries)
         for (path, _), after in zip(parts.carries, made):
             if after != types[path]:
                 raise self._refused(ChangedCarry(step, types[path], after))
-        outs = [*made[:first], *(Spec((out.dims[0].split(()), *spec.dims), spec.owed)
-                                 for out, spec in zip(step.outs[first:], made[first:]))]
-        carries = (declared[path] for path, _ in parts.carries)
-        self.texts.update(zip(step.outputs, (*carries, *step.outs[first:])))
+        outs = [*(self._on_stage(spec, axes, not parts.reverse) for spec in made[:first]),
+                *(Spec((out.dims[0].split(axes), *spec.dims), spec.owed)
+                  for out, spec in zip(step.outs[first:], made[first:]))]
+        attrs = Scan.attrs(parts.dim, len(stacked), first, parts.reverse, self.mesh.size(axes) if axes else 0)
+        declares = (declared[path] for path, _ in parts.carries)
+        self.texts.update(zip(step.outputs, (*declares, *step.outs[first:])))
         self.now.update(
-            zip(step.outputs, self.add(SCAN, inputs, outs, step.outputs, attrs=step.attrs, body=body)))
+            zip(step.outputs, self.add(SCAN, inputs, outs, step.outputs, attrs=attrs, body=body)))
+
+    def _stages(self, step: Step, inputs: Sequence[str], parts: Scan) -> tuple[str, ...]:
+        """The axis over which the stages of a pipeline are: that of the stacked dim; none of another scan."""
+        first = len(parts.carries)
+        kinds = [self.types[n] for n in inputs[first:first + len(parts.stacked)]]
+        axes = kinds[0].dims[0].axes
+        for i, have in enumerate(kinds, first):
+            if len(have.dims[0].axes) > 1 or have.dims[0].axes != axes:
+                raise self._refused(SplitStack(step, i, have, kinds[0]))
+        if parts.stages and parts.stages != self.mesh.size(axes):
+            raise SpecError(f"scan: it has {parts.stages} stages, and {parts.dim} is split over "
+                            f"{self.mesh.size(axes)} ranks")
+        return axes
+
+    def _on_stage(self, kind: Spec, axes: Sequence[str], last: bool) -> Spec:
+        """`kind` as the first stage has it, or the last one."""
+        return kind.owing(*kind.owed, *(Owed("@", a, self.mesh.axes[a] - 1 if last else 0) for a in axes))
 
 
 def result_dims(spec: Spec, ins: Sequence[Spec], whole: Sequence[str], layout: Layout, mesh: Mesh) -> Spec:
     """A result's dims; those that the op makes are split over what its operands leave free, if not whole."""
     spec, known = mesh.resolve(spec, True), {n: _axes(s, n) for s in ins for n in s.names}
-    axes = layout.complete(spec.names, {**dict.fromkeys(whole, ()), **pins(spec), **known})
+    busy = [o.axis for s in ins for o in s.owed if o.kind == "@"]
+    axes = layout.complete(spec.names, {**dict.fromkeys(whole, ()), **pins(spec), **known}, busy)
     first = {d.label: d.factors[0].name for d in spec.dims if d.factors}
     made = {label: axes[name] for label, name in first.items() if name not in known}
     return spec.split(made).owing().resolve(mesh)

@@ -18,6 +18,7 @@ from shardlib.dtypes import FLOATS, holds, inner_dtypes, step_dtypes, value_dtyp
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import ADD
 from shardlib.language.fused import FUSED
+from shardlib.language.held import as_held, held
 from shardlib.language.rearrange import REARRANGE, RENAME
 from shardlib.language.reductions import SUM
 from shardlib.language.scan import SCAN
@@ -111,7 +112,7 @@ class _Backward(Builder):
     def total(self, name: str, settle: bool = True) -> str:
         """The whole cotangent of a root value, split as the value is and owing nothing;
         without `settle` it may owe."""
-        want = _settled(self.types[name])
+        want = held(self.types[name])
         by_type: dict[Spec, list[str]] = {}
         for given in self.given.pop(name, ()):
             by_type.setdefault(self.types[given], []).append(given)
@@ -224,7 +225,7 @@ class _Backward(Builder):
         inner, seeds = self._inside(step, parts)
         inner.run()
         turned = self._turned(parts)
-        carries = [inner.move(inner.total(path), _settled(inner.types[path])) for path in turned]
+        carries = [inner.move(inner.total(path), held(inner.types[path])) for path in turned]
         slices, constants = ([path for path, _ in pairs] for pairs in (parts.stacked, parts.constants))
         grads = {path: inner.total(path) for path in (*slices, *constants) if path in inner.active}
         kept = _kept(inner, seeds, (*slices, *constants))
@@ -238,12 +239,12 @@ class _Backward(Builder):
         dim = self.types[outer[slices[0]]].dims[0]
         inputs = [*(self.total(turned[path]) for path in turned), *(outer[p] for p in slices), *made,
                   *(outer[p] for p in constants)]
-        outs = [*(inner.types[name] for name in carries),
+        before = {path: self.types[value] for path, value in parts.carries}    # of stages: where they come in
+        outs = [*(as_held(inner.types[name], before[path]) for path, name in zip(turned, carries)),
                 *_stacked(dim, [inner.types[name] for name in grads.values()])]
         names = [self._fresh(name) for name in (*["g"] * len(turned), *(f"d_{path}" for path in grads))]
-        given = self.add(SCAN, inputs, outs, names,
-                         attrs=Scan.attrs(dim.label, len(slices) + len(made), len(turned), reverse=True),
-                         body=backward)
+        attrs = Scan.attrs(dim.label, len(slices) + len(made), len(turned), True, parts.stages)
+        given = self.add(SCAN, inputs, outs, names, attrs=attrs, body=backward)
         for path, name in zip((*turned, *grads), given):
             if path in constants:
                 name = self.call(SUM, [name], outs=(Spec(self.types[name].dims[1:]),))
@@ -269,7 +270,7 @@ class _Backward(Builder):
         seeds = []
         for (path, _), (result, _) in zip(parts.carries, parts.carried):
             if path in turned:
-                seeds.append(inner.declare(inner._fresh("g"), _settled(inner.types[result])))
+                seeds.append(inner.declare(inner._fresh("g"), held(inner.types[result])))
                 inner.dtypes[seeds[-1]] = inner.dtypes[result]
                 inner.contribute(result, seeds[-1])
         return inner, seeds
@@ -298,10 +299,6 @@ def _needed(steps: Sequence[Step], results: Iterable[str]) -> tuple[Step, ...]:
             needed.update(step.inputs)
             kept.append(step)
     return tuple(reversed(kept))
-
-
-def _settled(kind: Spec) -> Spec:
-    return kind.owing(*(o for o in kind.owed if o.kind == "@"))
 
 
 def _stacked(dim: Dim, kinds: Sequence[Spec]) -> list[Spec]:

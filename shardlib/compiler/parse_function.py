@@ -27,10 +27,11 @@ from shardlib.language.local import local_op, local_vjp_op
 from shardlib.language.moves import RESHARD, check_move
 from shardlib.language.rearrange import RENAME
 from shardlib.language.scan import SCAN
+from shardlib.mesh import MAX_RANKS
 from shardlib.program import Op, Program, Result, Scan, Step, check_keywords
 from shardlib.reference import check_operands
 from shardlib.rules import natural
-from shardlib.spec import Spec, nameable, parse_signature
+from shardlib.spec import Owed, Spec, nameable, parse_signature
 from shardlib.tree import Struct, leaves
 
 MAX_STEPS = 1_000_000       # steps, those of bodies counted wherever they are used
@@ -192,9 +193,9 @@ class FunctionText:
         self._add(replace(step, outs=tuple(outs), outputs=self._targets(target, len(outs))))
 
     def _scan(self, target: ast.expr, value: ast.Call) -> None:
-        if len(value.args) < 3 or not isinstance(value.args[2], ast.Tuple) or not value.args[2].elts or \
-                [(k.arg, literal(k.value)) for k in value.keywords] not in ([], [("reverse", True)]):
+        if len(value.args) < 3 or not isinstance(value.args[2], ast.Tuple) or not value.args[2].elts:
             raise not_printed(value)
+        stages, reverse = _scan_options(value)
         body = self.known.function(value.args[0])
         nodes = value.args[1].elts if isinstance(value.args[1], ast.Tuple) else [value.args[1]]
         carries = [self._one(n) for n in nodes]
@@ -206,19 +207,23 @@ class FunctionText:
             or len(body.results) < begin):
             raise not_printed(value)
         kinds = [self.types[n] for n in inputs]
-        if any(k.dims[:1] != first[:1] for k in kinds[begin:begin + count]):
+        if (any(k.dims[:1] != first[:1] for k in kinds[begin:begin + count])
+            or (stages > 0) != (self.explicit and len(first[0].axes) == 1)):
             raise not_printed(value)
-        self._matches(operands, [Spec(k.dims[1:], k.owed) if begin <= i < begin + count else k
+        turn = (stages - 1, 0) if reverse else (0, stages - 1)
+        at = [Owed("@", a, n) for a in first[0].axes for n in turn]
+        self._matches(operands, [Spec(k.dims[1:], k.owed) if begin <= i < begin + count else
+                                 k.owing(*(o for o in k.owed if i >= begin or o not in at[:1]))
                                  for i, k in enumerate(kinds)], body, value)
-        outs = [s if i < begin else Spec((first[0], *s.dims), s.owed)
+        outs = [s.owing(*s.owed, *at[1:]) if i < begin else Spec((first[0], *s.dims), s.owed)
                 for i, (_, s) in enumerate(body.result_leaves())]
         trees = [stacked_along(r.tree, first[:1]) if i >= begin and isinstance(r.tree, Struct) else r.tree
                  for i, r in enumerate(body.results)]
         if any(isinstance(tree, Struct) for tree in trees[:begin]):
             raise not_printed(value)
         for out, kind in zip(outs, kinds[:begin]):
-            self._same(out, kind, value)
-        attrs = Scan.attrs(first[0].label, count, begin, reverse=bool(value.keywords))
+            self._same(out.owing(*(o for o in out.owed if o not in at), *at[:1]), kind, value)
+        attrs = Scan.attrs(first[0].label, count, begin, reverse, stages)
         self._add(
             Step(SCAN, tuple(kinds), tuple(outs), tuple(inputs), self._leaves(target, trees), attrs, body))
 
@@ -319,6 +324,17 @@ class FunctionText:
         else:
             for made, want in zip(natural(op.name, rule, step.ins, step.outs, step.inputs), step.outs):
                 self._same(made, want, self.node)
+
+
+def _scan_options(value: ast.Call) -> tuple[int, bool]:
+    """Over how many stages a scan is, 0 where it is no pipeline, and whether it runs in reverse."""
+    given = [(k.arg, literal(k.value)) for k in value.keywords]
+    options = dict(given)
+    stages, reverse = options.pop("stages", 0), options.pop("reverse", False)
+    if (options or len(given) > 2 or type(stages) is not int or type(reverse) is not bool
+        or not 0 <= stages <= MAX_RANKS):
+        raise not_printed(value)
+    return stages, reverse
 
 
 def _guarded(op: Op, f: Callable) -> Any:

@@ -32,6 +32,7 @@ from shardlib.language import (
     constants,
     draws,
     extremes,
+    held,
     masks,
     moves,
     pieces,
@@ -51,8 +52,8 @@ from shardlib.program import Op, Program
 from shardlib.spec import check_text, nameable, parse
 from shardlib.tree import Struct
 
-_MODULES = (moves, unary, casts, comparison, masks, reductions, extremes, softmax, variance, along, constants,
-            pieces, sorting, draws, windows, grad)
+_MODULES = (moves, held, unary, casts, comparison, masks, reductions, extremes, softmax, variance, along,
+            constants, pieces, sorting, draws, windows, grad)
 CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL,
                        **{name: op for module in _MODULES for name, op in module.TABLE.items()},
                        "rearrange": REARRANGE, "rename": RENAME}

@@ -9,7 +9,7 @@ all_to_all("T/x/y D -> T/x D/y")
 
 The search is over moves of one axis at the end of a dim's axes, each towards where the axis is wanted, plus
 the re-ordering of a dim's axes. Neighbouring moves of a kind then merge into one over the product of their
-axes. A type that owes what the value does not denote, or that is held elsewhere, is out of reach: SpecError.
+axes. A type that owes what the value does not denote is out of reach: SpecError.
 """
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from functools import lru_cache
 
 from shardlib.errors import SpecError
 from shardlib.language.changes import Search, change
+from shardlib.language.held import HELD
 from shardlib.language.moves import MOVES, Move, cost
 from shardlib.mesh import Mesh
 from shardlib.spec import Spec
@@ -39,7 +40,7 @@ class Planned:
         return f'{self.op.name}("{self.have} -> {self.want}")'
 
 
-def plan(have: Spec, want: Spec, mesh: Mesh, moves: Sequence[Move] = MOVES) -> tuple[Planned, ...]:
+def plan(have: Spec, want: Spec, mesh: Mesh, moves: Sequence[Move] = (*MOVES, *HELD)) -> tuple[Planned, ...]:
     """The `moves` from `have` to `want`: pure, deterministic, cheapest in bytes received,
     ties broken by their print.
 
@@ -71,9 +72,7 @@ def _search(have: Spec, want: Spec, sizes: tuple[tuple[str, int], ...],
                 step = move.received + LATENCY * (move.op.wire is not None)
                 heapq.heappush(queue,
                                (cost + step, len(path) + 1, f"{text}{move};", move.want, (*path, move)))
-    held = any(o.kind == "@" for o in (*have.owed, *want.owed))
-    why = "what one coordinate holds stays there" if held else "a maximum is owed only by what took it"
-    raise SpecError(f'there is no way from "{have}" to "{want}"; {why}')
+    raise SpecError(f'there is no way from "{have}" to "{want}"; a maximum is owed only by what took it')
 
 
 def _place(spec: Spec, axis: str) -> object:

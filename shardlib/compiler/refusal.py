@@ -97,10 +97,11 @@ class NoWay:
 
 @dataclass(frozen=True)
 class SplitStack:
-    """A scan over a split dim."""
+    """A scan over dims that are split otherwise than that of its first operand, or over several axes."""
     step: Step
     operand: int
     have: Spec
+    first: Spec
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _a(name: str) -> str:
 def check_tensors(f: Signature, leaves: Iterable[tuple[str, Any]]) -> None:
     """SpecError unless all leaves are plain tensors of dtypes that programs have, on one device.
 
-    A prepared leaf is a tuple of layers.
+    A prepared leaf is a tuple of layers. What this rank has no use for may be on the meta device.
     """
     first: tuple[str, Tensor] | None = None
     for path, leaf in leaves:
@@ -105,6 +105,8 @@ def check_tensors(f: Signature, leaves: Iterable[tuple[str, Any]]) -> None:
         if kind not in ITEMSIZE:
             raise SpecError(
                 f"{f.__name__}: {path} is {kind}; a tensor of a program is one of {', '.join(ITEMSIZE)}")
+        if x.is_meta:                       # what another stage has
+            continue
         first = first or (path, x)
         if x.device != first[1].device:
             raise SpecError(f"{f.__name__}: {path} is on {x.device}, {first[0]} on {first[1].device}; all "

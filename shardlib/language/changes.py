@@ -78,8 +78,10 @@ class Search:
         self.here, self.want, self.axes = here, want, axes
         self.owed, self.wanted = {o.axis: o for o in here.owed}, {o.axis: o for o in want.owed}
         never = any(o.kind == "max" for o in here.owed)                                 # a sum beside a max
-        self.due = [] if never else list(want.owed_axes)
+        self.due = [] if never else [o.axis for o in want.owed if o.kind == "+"]
         self.payable = {a for a, o in self.owed.items() if o.kind != "@"}
+        self.held = [a for a in axes if a in self.owed and self.owed[a].kind == "@"]
+        self.holds = [o.axis for o in want.owed if o.kind == "@"]
         self.free = [a for a in axes if a not in self.owed and a not in here.split_axes]
         self._home = {a: i for i, d in enumerate(want.dims) for a in d.axes}
 

@@ -73,6 +73,12 @@ class LocalCode(Protocol):
     def collective(self, wire: Wire, axes: Sequence[str], pieces: Sequence[str], more: tuple) -> str:
         """A call of the coordinator of the group over `axes`; over one rank, nothing is left of it."""
 
+    def send(self, axis: str, source: int, target: int, x: str) -> str:
+        """A call that hands `x` from one coordinate of an axis to another."""
+
+    def recv(self, axis: str, source: int, target: int, shape: Sequence[int], dtype: str) -> str:
+        """What the other coordinate gets."""
+
     def product(self, x: str, w: str, sizes: tuple[int, int, int], dtype: str,
                 then: Step | None = None) -> str | None:
         """A kernel's x @ w, of two dims; None where the library multiplies.

@@ -5,8 +5,9 @@
 
 The body is a `@sharded` function of (carry or carries, slices of the stacked, constants) that returns the new
 carries, then what is to be stacked. The stacked dim is the first of each stacked tensor; in the body it is
-gone, and conversions happen there, never on the stack. Refused: a stacked dim that is split (that is a
-pipeline), two different stacked dims.
+gone, and conversions happen there, never on the stack. Where the layout splits it, the scan is a pipeline:
+each rank makes the rounds of its layers, and sends the carry on to the next. Refused: two different stacked
+dims.
 """
 from __future__ import annotations
 
@@ -88,16 +89,12 @@ def _carries(carry: Any) -> tuple[Value, ...]:
 
 
 def _stacked_dim(values: list[Value]) -> Dim:
-    """The one dim with which all of `values` begin. SpecError where it is none, or split."""
+    """The one dim with which all of `values` begin. SpecError where it is none."""
     dims = dict.fromkeys(v.spec.dims[0].label if v.spec.dims else "()" for v in values)
     if len(dims) != 1 or "()" in dims:
         raise SpecError(
             f"scan: the stacked tensors begin with {', '.join(dims) or 'nothing'}; they share one first dim")
-    first = values[0].spec.dims[0]
-    if first.axes:
-        raise SpecError(f"scan: {first.label} is split over {'/'.join(first.axes)}; a scan over a split dim "
-                        "is a pipeline, which is not built yet")
-    return first
+    return values[0].spec.dims[0]
 
 
 def _slice(tree: Any) -> Any:

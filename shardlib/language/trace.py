@@ -23,6 +23,7 @@ from torch import Tensor
 from shardlib.errors import SpecError
 from shardlib.language.arguments import argument_trees
 from shardlib.language.calls import check_count, check_static, check_tree, misuse, what
+from shardlib.language.held import TABLE as HELD
 from shardlib.language.moves import RESHARD, TABLE
 from shardlib.language.signature import Signature
 from shardlib.language.value import ACTIVE, Value, active, apply, check_dims, specs_of
@@ -33,7 +34,8 @@ from shardlib.source import Where, is_ours, user_frame, user_line
 from shardlib.spec import Spec, heading, nameable
 from shardlib.tree import Struct
 
-RESERVED = (*TABLE, "scan", "fused", "sharded", "EXPLICIT", "Params", "Tensor", "param", "stacked", "nested")
+RESERVED = (*TABLE, *HELD, "scan", "fused", "sharded", "EXPLICIT", "Params", "Tensor", "param", "stacked",
+            "nested")
 """Names that printed programs use."""
 
 

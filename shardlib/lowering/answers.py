@@ -18,7 +18,7 @@ from shardlib.lowering.plan_step import PlanStep
 from shardlib.mesh import Mesh
 from shardlib.program import Step
 from shardlib.spec import Dim, Spec
-from shardlib.wires import Wire
+from shardlib.wires import SEND, Wire
 
 _VIEW = re.compile(r"\.view\([0-9, ]+\)$")
 
@@ -144,6 +144,28 @@ class Answers:
         if self.yields:
             return f"(yield ({group}, {wire.name!r}, {operand}, {extra}))"
         return f"{group}.{wire.name}({operand}, {extra}{self._here()})"
+
+    def send(self, axis: str, source: int, target: int, x: str) -> str:
+        """A call that hands `x`, which this coordinate of the axis has, to `target`."""
+        group = self._pair(axis)
+        return (f"(yield (({group}[{source}], {group}[{target}]), 'send', {x}))" if self.yields
+                else f"{group}.send({x}, {target})")
+
+    def recv(self, axis: str, source: int, target: int, shape: Sequence[int], dtype: str) -> str:
+        """What coordinate `source` of the axis sends here."""
+        group, kind = self._pair(axis), f"torch.{dtype}"
+        room = f"torch.empty({tuple(shape)}, dtype={kind}, device='meta')"
+        return (f"(yield (({group}[{source}], {group}[{target}]), 'send', {room}))" if self.yields
+                else f"{group}.recv({tuple(shape)}, {kind}, {source})")
+
+    def _pair(self, axis: str) -> str:
+        self.wires["send"] = SEND
+        return self.groups.setdefault((axis,), f"g{len(self.groups)}")
+
+    def room(self, spec: Spec, dtype: str) -> str:
+        """A tensor of this type that nobody has filled: what a rank brings that has nothing."""
+        self.constants["here"] = torch.empty(0, device="cpu")
+        return f"torch.empty({self.shape(spec)}, dtype=torch.{dtype}, device=here.device)"
 
     def _here(self) -> str:
         if self._where is None:

@@ -20,6 +20,7 @@ from shardlib.errors import SpecError
 from shardlib.language.casts import CAST_LIKE, WIDEN
 from shardlib.language.cond import COND
 from shardlib.language.fused import FUSED
+from shardlib.language.held import here, runs
 from shardlib.language.moves import axes_of
 from shardlib.language.scan import SCAN
 from shardlib.lowering.answers import Answers
@@ -44,8 +45,9 @@ class Emitter(Answers):
         donated = {path for path, _ in program.arg_leaves() if path.split(".")[0] in self.donate}
         updated -= {path for path in updated - donated if path.split(".")[0] in self.prepared}
         lines = [f"{names[p]} = {names[p]}.clone()" for p in names if p in updated - donated and uses[p] == 1]
-        lines += self._block(program, names, donated | updated, {}, value_dtypes(program, self.given))
-        results = [names[n] for n, _ in program.result_leaves()]
+        self.kinds = value_dtypes(program, self.given)
+        lines += self._block(program, names, donated | updated, {}, self.kinds)
+        results = [names.get(n) or self.room(spec, self.kinds[n]) for n, spec in program.result_leaves()]
         argument = {variable: path for path, variable in names.items() if path in args}
         self.returned = tuple(argument.get(variable) for variable in results)
         lines = reuse([*lines, f"return ({', '.join(results)}{',' if len(results) == 1 else ''})"])
@@ -90,8 +92,8 @@ class Emitter(Answers):
         uses = use_counts(program)
         lines: list[str] = []
         for step in program.steps:
-            if step.outputs[0] in names:
-                continue                    # a packing has made it already
+            if step.outputs[0] in names or not runs(step, self.coordinate):
+                continue                    # a packing has made it already, or it is another stage's
             around, self._where = self._where, (program.name, step)
             if step.outputs[0] in group_of:
                 arg, group = group_of[step.outputs[0]]
@@ -116,8 +118,11 @@ class Emitter(Answers):
 
     def _line(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> list[str]:
         self.in_place = {i for i in step.inputs if i in owned and uses[i] == 1}
-        args = self._operands(step, [names[i] for i in step.inputs])
+        args = self._operands(step, [names.get(i) or self.room(spec, self.dtypes[i])
+                                     for i, spec in zip(step.inputs, step.ins)])
         text = self._text(step, args)
+        if not here(step.outs[0], self.coordinate):     # it is sent away
+            return [text]
         if step.op in (CAST_LIKE, WIDEN) and text == args[0]:
             names[step.outputs[0]] = text           # it has that dtype already
             return []
@@ -227,17 +232,23 @@ class Emitter(Answers):
         hoisted, (self.invariant, self.hoisted) = self.hoisted, around
         lines = [line for (variable, template), made in hoisted.items() for line in self._marked(
             self._hoisting[made], [f"{made} = {self.hoist(variable, template, made.count(',') + 1)}"])]
-        lines = lines if self.sizes[parts.dim] else []  # without layers nothing is looked up, or refused
+        layers = self.rows(step.ins[len(carries)].dims[0])[1]
+        lines = lines if layers else []  # without layers nothing is looked up, or refused
         lists = {made: self.variable() for made, _ in parts.made if made not in kept}
         block += [f"{made}.append({inner[out]})" for out, made in lists.items()]
         block += [f"{', '.join(carries)} = {', '.join(inner[out] for out, _ in parts.carried)}"]
         reverse = "[::-1]" if parts.reverse else ""
         rows = [names[outer[p]] + ("" if outer[p].split(".")[0] in self.prepared else ".unbind(0)") + reverse
                 for p in stacked]
-        lines += [*(f"{carry} = {names[value]}" for carry, (_, value) in zip(carries, parts.carries)),
+        before, after = self._ends(step, parts)
+        lines += [*(f"{carry} = {before and before(i) or names[value]}"
+                    for i, (carry, (_, value)) in enumerate(zip(carries, parts.carries))),
                   *(f"{made} = []" for made in lists.values()),
                   f"for {', '.join(targets)}, in zip({', '.join(rows)}):", *_indented(block)]
-        names.update(zip((value for _, value in parts.carried), carries))
+        if after:
+            lines += [after(carry) for carry in carries]
+        else:
+            names.update(zip((value for _, value in parts.carried), carries))
         types = body.types()
         for out, made in parts.made:
             if out in kept:
@@ -250,6 +261,23 @@ class Emitter(Answers):
                              f"{carries[0]}.new_zeros({(0, *self.shape(types[out]))}{other})")
             names[made] = lists[out]
         return lines
+
+
+    def _ends(self, step: Step, parts: Scan) -> tuple[Callable | None, Callable | None]:
+        """Of a stage of a pipeline: the code of its carries, by number, as the stage before sends them, and
+        what sends one on to the stage after. None at the ends, where the carries are the program's."""
+        if not parts.stages:
+            return None, None
+        (axis,) = step.ins[len(parts.carries)].dims[0].axes
+        turn, here = (-1 if parts.reverse else 1), self.coordinate[axis]
+        back, on = here - turn, here + turn
+
+        def before(i: int) -> str:
+            return self.recv(axis, back, here, self.shape(step.ins[i]), self.dtypes[step.inputs[i]])
+
+        def after(carry: str) -> str:
+            return self.send(axis, here, on, carry)
+        return (before if 0 <= back < parts.stages else None), (after if 0 <= on < parts.stages else None)
 
 
 def _indented(lines: Sequence[str]) -> list[str]:

@@ -23,12 +23,13 @@ from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import bytes_text
 from shardlib.language.cond import COND
+from shardlib.language.held import carries_sent, here, runs
 from shardlib.language.moves import Coordinate, Placed, axes_of, placed
 from shardlib.language.scan import SCAN
 from shardlib.mesh import Mesh
 from shardlib.program import Program, Step
 from shardlib.reports.classes import Classes, PerRank, classes_of
-from shardlib.reports.project import check_given, sent
+from shardlib.reports.project import check_given, rounds, sent, stage_classes
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapp
     kinds = value_dtypes(program, dtypes or {}, default)
     classes = _classes(program, mesh, sizes)
     held = tuple(sum(prod(mesh.local_shape(spec, sizes, c)) * ITEMSIZE[kinds[path]]
-                     for path, spec in program.arg_leaves())
+                     for path, spec in program.arg_leaves() if here(spec, c))
                  for c in classes.firsts)
     traffic, (collectives, *received) = _Counter(classes, sizes, cost).count(program, kinds)
     source = cost.source
@@ -218,7 +219,7 @@ def _classes(program: Program, mesh: Mesh, sizes: Mapping[str, int]) -> Classes:
             for axis in reversed(at.axes):                              # the coordinates of that member
                 turn, digit = divmod(turn, mesh.axes[axis])
                 cuts[axis] |= {digit, digit + 1}
-    return found.cut(cuts)
+    return stage_classes(found.cut(cuts), program)
 
 
 def _routed(traffic: Sequence[tuple[Traffic, Call]], runtime: Runtime,
@@ -259,11 +260,18 @@ class _Counter:
         rows, total, mesh = [], [0] * (1 + len(self.classes)), self.classes.mesh
         for step in program.steps:
             if step.bodies:
-                again = self.sizes[step.options["dim"]] if step.op is SCAN else 1
-                parts = [self.count(body, inner_dtypes(step, body, kinds), times * again, taken)
+                again = [rounds(step, mesh, self.sizes, c) if step.op is SCAN else 1
+                         for c in self.classes.firsts]
+                parts = [self.count(body, inner_dtypes(step, body, kinds), times * max(again), taken)
                          for body, taken in zip(step.bodies, _branches(step, branch))]
                 rows += [row for made, _ in parts for row in made]
-                total = [n + again * max(more) for n, *more in zip(total, *(sums for _, sums in parts))]
+                total = [n + many * max(more) for many, n, *more in
+                         zip((max(again), *again), total, *(sums for _, sums in parts))]
+                for move in carries_sent(step):
+                    dtype = kinds[move.inputs[0]]
+                    row = self._row(move, program, ITEMSIZE[dtype], times, branch)
+                    rows.append((row, _call(self._placed(move, self.classes.firsts[0]), dtype)))
+                    total = [n + more for n, more in zip(total, (1, *row.bytes_of.values))]
             elif step.op.wire and mesh.size(axes_of(step, mesh)) > 1:
                 dtype = kinds[step.inputs[0]]
                 row = self._row(step, program, ITEMSIZE[dtype], times, branch)
@@ -273,7 +281,7 @@ class _Counter:
 
     def _row(self, step: Step, program: Program, itemsize: int, times: int, branch: str) -> Traffic:
         axes = axes_of(step, self.classes.mesh)
-        got = PerRank(self.classes, tuple(self._placed(step, c).received * itemsize
+        got = PerRank(self.classes, tuple(self._placed(step, c).received * itemsize if runs(step, c) else 0
                                           for c in self.classes.firsts))
         us = self.cost.latency_us + got.most / self.cost.bytes_per_us
         return Traffic(step.op.name, str(step.where or ""), program.name, branch, str(step.ins[0]),

@@ -18,10 +18,11 @@ from math import prod
 from shardlib.compiler.sizes import complete_sizes
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import SpecError
+from shardlib.language.held import SEND, carries_sent, ends, runs, stage_axis
 from shardlib.language.moves import Coordinate, Placed, axes_of, placed
 from shardlib.language.scan import SCAN
 from shardlib.mesh import Mesh, check_sizes
-from shardlib.program import Program
+from shardlib.program import Program, Scan, Step
 from shardlib.reports.classes import Classes
 from shardlib.spec import Spec
 
@@ -32,7 +33,8 @@ NAMED = 64          # the most ranks of a group that a message names one by one
 class Call:
     """One collective of one rank. numel: elements that it brings; root: for rooted ones, the in-group rank.
 
-    group: its ranks.  shapes: what each of them brings.  In the calls of a class, `group` is the axes that it
+    group: its ranks.  shapes: what each of them brings.  pair: of a send, from which coordinate to which.
+    In the calls of a class, `group` is the axes that it
     is over, without those of one coordinate, and `shapes` are of the members that stand for all.
     """
     op: str
@@ -42,6 +44,7 @@ class Call:
     shapes: tuple[tuple[int, ...], ...]
     root: int | None = None
     step: str = ""
+    pair: tuple[int, int] | None = None
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -55,8 +58,8 @@ class Call:
 
     def same(self, other: Call) -> bool:
         """Whether two members of a group call the same collective."""
-        return (self.op, self.group, self.dtype, self.shapes,
-                self.root) == (other.op, other.group, other.dtype, other.shapes, other.root)
+        return ((self.op, self.group, self.dtype, self.shapes, self.root, self.pair)
+                == (other.op, other.group, other.dtype, other.shapes, other.root, other.pair))
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,13 @@ def project(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int],
     `dtypes`: of arguments by path, where they are not the default or int64 indices.
     """
     found = _calls(program, mesh, sizes, value_dtypes(program, dtypes or {}, default), mesh.coordinate(rank))
-    return [replace(call, group=mesh.group(call.axes, rank)) for call in unrolled(found)]
+    return [replace(call, group=ranks_of(call, mesh, rank)) for call in unrolled(found)]
+
+
+def ranks_of(call: Call, mesh: Mesh, rank: int) -> tuple[int, ...]:
+    """The ranks that make a call with `rank`."""
+    members = mesh.group(call.axes, rank)
+    return members if call.pair is None else tuple(members[i] for i in call.pair)
 
 
 def project_classes(program: Program, classes: Classes, sizes: Mapping[str, int],
@@ -132,6 +141,13 @@ def sent(program: Program) -> list[Spec]:
     return [spec for s in steps for spec in (*s.ins, *s.outs)]
 
 
+def stage_classes(classes: Classes, program: Program) -> Classes:
+    """The classes in which each stage of a pipeline stands alone."""
+    axes = [a for p in (program, *program.bodies()) for s in p.steps if (a := stage_axis(s))]
+    sends = [ends(s)[0] for p in (program, *program.bodies()) for s in p.steps if s.op is SEND]
+    return classes.cut({axis: range(classes.mesh.axes[axis]) for axis in (*axes, *sends)})
+
+
 def unrolled(calls: Iterable[Call | Repeat]) -> Iterator[Call]:
     """The calls one after another, those of scans as often as they are made."""
     for call in calls:
@@ -145,17 +161,45 @@ def _calls(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mappi
            here: Coordinate, starts: Mapping[str, Sequence[int]] | None = None) -> Calls:
     made: list[Call | Repeat] = []
     for step in program.steps:
+        if not runs(step, here):
+            continue
         # of a cond both: whichever is taken, all take it, since the predicate is whole
         for body in step.bodies:
             inner = _calls(body, mesh, sizes, inner_dtypes(step, body, dtypes), here, starts)
             if step.op is SCAN:
-                made.append(Repeat(body.name, sizes[step.options["dim"]], inner))
+                comes, goes = _ends(step, mesh, sizes, dtypes, here)
+                made += [*comes, Repeat(body.name, rounds(step, mesh, sizes, here), inner), *goes]
             else:
                 made += _within(f"{body.name}.", inner)
         if step.op.wire and mesh.size(axes_of(step, mesh)) > 1:
             label = f"{step.outputs[0]}{f' ({step.where})' if step.where else ''}"
             made.append(_call(placed(step, mesh, sizes, here, starts), dtypes[step.inputs[0]], label))
+            if step.op is SEND:
+                made[-1] = _handed(step, mesh, sizes, dtypes[step.inputs[0]], here, label)
     return tuple(made)
+
+
+def rounds(step: Step, mesh: Mesh, sizes: Mapping[str, int], here: Coordinate) -> int:
+    """How often a rank runs the body of a scan."""
+    return mesh.rows(step.ins[len(Scan.of(step).carries)].dims[0], sizes, here)[1]
+
+
+def _ends(step: Step, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str],
+          here: Coordinate) -> tuple[list[Call], list[Call]]:
+    """What a stage of a pipeline gets from the one before, and sends to the one after."""
+    made: tuple[list[Call], list[Call]] = ([], [])
+    for send in carries_sent(step):
+        axis, source, target = ends(send)
+        if here[axis] in (source, target):
+            made[here[axis] == source].append(_handed(send, mesh, sizes, dtypes[send.inputs[0]], here,
+                                                      f"the carry of {step.bodies[0].name}"))
+    return made
+
+
+def _handed(step: Step, mesh: Mesh, sizes: Mapping[str, int], dtype: str, here: Coordinate,
+            label: str) -> Call:
+    (axis, source, target), shape = ends(step), mesh.local_shape(step.ins[0], sizes, here)
+    return Call("send", (axis,), dtype, prod(shape), (shape, shape), None, label, (source, target))
 
 
 def _call(at: Placed, dtype: str, label: str) -> Call:

@@ -23,7 +23,16 @@ from shardlib.language.cond import COND
 from shardlib.mesh import Mesh
 from shardlib.program import Program
 from shardlib.reports.classes import Classes, classes_of
-from shardlib.reports.project import Call, Calls, Repeat, check_given, project_classes, sent
+from shardlib.reports.project import (
+    Call,
+    Calls,
+    Repeat,
+    check_given,
+    project_classes,
+    ranks_of,
+    sent,
+    stage_classes,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def prove(program: Program, mesh: Mesh, sizes: Mapping[str, int],
     """
     sizes = check_given(program, mesh, sizes, dtypes or {})
     check_branches(program)
-    classes = classes_of(mesh, sent(program), sizes)
+    classes = stage_classes(classes_of(mesh, sent(program), sizes), program)
     return match(classes, project_classes(program, classes, sizes, dtypes))
 
 
@@ -81,7 +90,7 @@ def match(classes: Classes, calls: Sequence[Calls]) -> Proof:
     """Match the classes' calls. SpecError, naming ranks and steps, where their ranks cannot all end."""
     for c, made in enumerate(calls):
         for call in _each(made):
-            mine = dict(zip(classes.peers(c, call.axes), call.shapes)).get(c)
+            mine = dict(zip(_members(classes, c, call), call.shapes)).get(c)
             if mine is not None and call.numel != prod(mine):
                 raise SpecError(f"{_say(classes, c, call)}; its piece has shape {mine}")
     said = "\n".join([f"{classes.mesh} {dict(classes.starts)}", *map(_text, calls)])
@@ -102,8 +111,9 @@ class _Matching:
             call = self._call(c)
             if call is None:
                 continue
-            group = self.classes.peers(c, call.axes)
-            if all((other := self._call(m)) is not None and other.group == call.group for m in group):
+            group = _members(self.classes, c, call)
+            if all((other := self._call(m)) is not None
+                   and (other.group, other.pair) == (call.group, call.pair) for m in group):
                 self._meet(c, call, group)
                 work.extend(group)
         return self.done
@@ -165,7 +175,14 @@ def _each(calls: Iterable[Call | Repeat]) -> Iterable[Call]:
 def _text(calls: Calls) -> str:
     """All that a proof compares."""
     return "; ".join(f"{call.times} x ({_text(call.calls)})" if isinstance(call, Repeat)
-                     else f"{call.op}{call.group}{call.dtype}{call.shapes}{call.root}" for call in calls)
+                     else f"{call.op}{call.group}{call.dtype}{call.shapes}{call.root}{call.pair or ''}"
+                     for call in calls)
+
+
+def _members(classes: Classes, c: int, call: Call) -> list[int]:
+    """The classes of the ranks that make a call with those of class `c`."""
+    peers = classes.peers(c, call.axes)
+    return peers if call.pair is None else [peers[i] for i in call.pair]
 
 
 def _rank(classes: Classes, c: int) -> int:
@@ -175,5 +192,5 @@ def _rank(classes: Classes, c: int) -> int:
 
 def _say(classes: Classes, c: int, call: Call) -> str:
     rank = _rank(classes, c)
-    ranks = replace(call, group=classes.mesh.group(call.axes, rank))
+    ranks = replace(call, group=ranks_of(call, classes.mesh, rank))
     return f"rank {rank} is in {ranks}{f' at {call.step}' if call.step else ''}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from shardlib.compiler.passes import DEFAULT, Pass, chosen
 from shardlib.compiler.pipeline import Gradients, lower_results, traced_function
 from shardlib.compiler.sizes import bind_sizes
+from shardlib.compiler.stages import needed
 from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import value_dtypes
 from shardlib.errors import SpecError
@@ -176,6 +177,9 @@ class Compiled:
             dtypes.update(arg.dtypes if isinstance(arg, Prepared) else {})
         dtypes |= leaf_dtypes(plain)
         given.update((p, tuple(v.shape)) for p, v in plain)
+        used = needed(program, self.runtime.coordinate)
+        if absent := next((p for p, v in plain if v.is_meta and p in used), None):
+            raise SpecError(f"{program.name}: {absent} is on the meta device, and this rank uses it")
         if missing := [p for p, _ in program.arg_leaves() if p not in given]:
             raise SpecError(f"{program.name} is called without "
                             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}")

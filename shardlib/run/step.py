@@ -137,6 +137,9 @@ class Stepper(Executor):
         """Run the body of a scan layer by layer, through the user's own function."""
         first = next(v for s in stacks for v in _values(s))
         dim, rows = first.spec.dims[0], []
+        if dim.axes:
+            raise SpecError(f"scan: {dim} is a pipeline, which step does not run yet; compile and simulate "
+                            "do")
         for i in range(first.local.shape[0]):
             out = f(*carries, *(self._slice(s, i) for s in stacks), *constants, **static)
             out = out if isinstance(out, tuple) else (out,)

@@ -273,7 +273,6 @@ def test_an_axis_of_one_rank_costs_nothing_when_run(case: tuple[Mesh, Spec, Spec
 @pytest.mark.parametrize("have, want, says", (
     ("T D", "D T", '"T D" and "D T" have different dims'),
     ("T D", "T D max:x", 'there is no way from "T D" to "T D max:x"; a maximum is owed only by what took it'),
-    ("T D @x:0", "T D", 'there is no way from "T D @x:0" to "T D"; what one coordinate holds stays there'),
 ))
 def test_refusals(have: str, want: str, says: str) -> None:
     with pytest.raises(SpecError) as caught:

@@ -172,7 +172,7 @@ def named(draw: st.DrawFn) -> tuple[Mesh, Layout]:
 
 @st.composite
 def any_layout(draw: st.DrawFn) -> tuple[Mesh, Layout]:
-    """Any dims on any axes in any order: slow perhaps, but never wrong.
+    """Any dims on any axes in any order: slow perhaps, but never wrong. The layers may be a pipeline.
 
     Only rms_norm refuses activations split on D.
     """
@@ -181,8 +181,10 @@ def any_layout(draw: st.DrawFn) -> tuple[Mesh, Layout]:
     dims = draw(st.permutations("BKGFVTSDH"))[:draw(st.integers(1, 9))]
     layout = Layout(
         {dim: tuple(draw(st.permutations(axes))[:draw(st.integers(1, len(axes)))]) for dim in dims})
-    if layout.complete("BTD", {})["D"]:
+    stages = (draw(st.sampled_from(axes)),) if draw(st.booleans()) else ()
+    if layout.complete("BTD", {})["D"] or layout.without(stages).complete("BTD", {})["D"]:
         layout = Layout({dim: axes for dim, axes in layout.entries.items() if dim != "D"})
+    layout = Layout({**({"L": stages} if stages else {}), **layout.entries})
     return mesh, layout
 
 

@@ -439,7 +439,7 @@ def test_a_folder_on_two_ranks(tiny: Known, tmp_path: Path, capfd: pytest.Captur
     one = ["--model", tiny.name, "--raw", "--max-new-tokens", str(NEW), "--prompt", tiny.texts[0]]
     cases = [[*tiny.command, "--json", "--mesh", mesh, "--layout", layout] for mesh, layout in (
         ("tp=2", "tp+sp"), ("dp=2", "fsdp"), ("cp=2", "cp"), ("x=2", "V=x,B=x,D=x"),
-        ("dp=1,tp=2", "tp+fsdp"))]
+        ("dp=1,tp=2", "tp+fsdp"), ("pp=2", "L=pp"))]
     cases += [[*drawn, "--mesh", mesh] for mesh in ("tp=2", "dp=2")]
     cases += [[*one, "--mesh", "tp=2", "--quiet"], [*one, "--mesh", "tp=2"]]
     cases += [[*one, "--mesh", "tp=2", "--plan", "--quiet", *how]

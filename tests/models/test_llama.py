@@ -123,17 +123,6 @@ def test_prefill_and_decode(trial: Trial, data: st.DataObject) -> None:
 CONFIG = LlamaConfig(8, 8, 1, 1, 1, 2, 3, 1e-5, 1e4, None, False, 64)
 
 
-def test_layers_split_over_ranks_are_refused() -> None:
-    with pytest.raises(SpecError) as caught:
-        lower(logits_of, Layout(L="pp"), mesh=Mesh(pp=2), config=CONFIG)
-    assert str(caught.value) == (
-        "scan: L is split over pp in w.layers.norm1; a scan over a split dim is a pipeline, which is not "
-        f"built yet          {line('scan(block')}\n"
-        "\n"
-        "  w.layers.norm1   L/pp  D\n"
-        "                   ^^^^")
-
-
 def test_activations_split_over_d_model_are_refused() -> None:
     """FSDP splits D over the axis that splits the batch;
     without the batch on it, norms would have parts of rows."""

@@ -116,7 +116,7 @@ def _rotated(program: Program, scan: Step, tail: Tail, mesh: Mesh) -> Program:
     zero = b.move(b.call(ZEROS_LIKE, [tail.feeds]), tail.types[0], "nothing is added yet")
     residual, added = (fresh(base, b.taken) for base in ("residual", "owed" if tail.pays else "added"))
     parts = Scan.of(scan)
-    attrs = Scan.attrs(parts.dim, len(parts.stacked), 2, parts.reverse)
+    attrs = Scan.attrs(parts.dim, len(parts.stacked), 2, parts.reverse, parts.stages)
     turned = replace(scan, ins=(*tail.types, *scan.ins[1:]), outs=(*tail.types, *scan.outs[1:]),
                      inputs=(zero, tail.feeds, *scan.inputs[1:]),
                      outputs=(residual, added, *scan.outputs[1:]), attrs=attrs,

@@ -24,7 +24,7 @@ from shardlib.compiler.refusals import offers
 from shardlib.compiler.refusals.user_source import WORDS, label, labels, made_by, variable
 from shardlib.errors import SpecError, aligned
 from shardlib.language.moves import RESHARD
-from shardlib.program import Program, Step
+from shardlib.program import Program, Scan, Step
 from shardlib.rules import Rule, RuleError, natural
 from shardlib.spec import Owed, Spec
 
@@ -143,8 +143,14 @@ def _no_way(fact: NoWay, state: State) -> str:
 
 def _split_stack(fact: SplitStack, state: State) -> str:
     dim, value = fact.have.dims[0], fact.step.inputs[fact.operand]
-    return _message(f"scan: {dim.label} is {_split(dim.axes)} in {value}; a scan over a split dim is a "
-                    "pipeline, which is not built yet", [(value, fact.have, "")], dim.label, ())
+    first = fact.step.inputs[len(Scan.of(fact.step).carries)]
+    if len(dim.axes) > 1:
+        return _message(f"scan: {dim.label} is {_split(dim.axes)} in {value}; the stages of a pipeline are "
+                        "those of one axis", [(value, fact.have, "")], dim.label, ())
+    return _message(f"scan: {dim.label} is {_split(fact.first.dims[0].axes)} in {first}, "
+                    f"{_split(dim.axes) if dim.axes else 'whole'} in {value}; a layout that begins with "
+                    f"{dim.label} splits it everywhere", [(first, fact.first, ""), (value, fact.have, "")],
+                    dim.label, ())
 
 
 def _changed_carry(fact: ChangedCarry, state: State) -> str:
