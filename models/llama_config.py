@@ -25,13 +25,12 @@ import torch
 
 from shardlib.mesh import Mesh
 from shardlib.models.files.checkpoint import Checkpoint, CheckpointError
+from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight, load_weights
 from shardlib.models.llama import LlamaConfig, RopeScaling
 from shardlib.spec import parse
 
-MAX_SIZE = 1 << 31
 LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)    # of Llama 3.1 to 3.3
-_REQUIRED: Any = object()
 
 
 def config_of(checkpoint: Checkpoint) -> LlamaConfig:
@@ -49,7 +48,7 @@ def config_of(checkpoint: Checkpoint) -> LlamaConfig:
 
 def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     """The model of a config.json."""
-    said = _Said(config, "config.json")
+    said = Said(config, "config.json")
     said.only("model_type", "llama")
     said.only("hidden_act", "silu", default="silu")
     said.only("attention_bias", False, default=False)
@@ -69,7 +68,7 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
         max_context=said.size("max_position_embeddings"))
 
 
-def _hf_rope(said: _Said) -> tuple[float, RopeScaling | None]:
+def _hf_rope(said: Said) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from `rope_scaling` and `rope_theta` (transformers 4)
     or from `rope_parameters` (5)."""
     found = said.fields.get("rope_scaling") or said.fields.get("rope_parameters") or {}
@@ -80,7 +79,7 @@ def _hf_rope(said: _Said) -> tuple[float, RopeScaling | None]:
     before = {"rope_theta": said.fields.get("rope_theta", 10000.0), "rope_type": found.get("type", "default"),
               "original_max_position_embeddings": said.fields.get("max_position_embeddings")}
     after = {} if length is None else {"original_max_position_embeddings": length}
-    rope = _Said({**before, **found, **after}, said.where)
+    rope = Said({**before, **found, **after}, said.where)
     rope.only("rope_type", "default", "llama3")
     rope.only("partial_rotary_factor", 1, default=1)
     theta = rope.number("rope_theta")
@@ -92,7 +91,7 @@ def _hf_rope(said: _Said) -> tuple[float, RopeScaling | None]:
 
 def config_from_gguf(metadata: Mapping[str, Any], tied: bool) -> LlamaConfig:
     """The model of a GGUF file's metadata; `tied` where the file has no output.weight."""
-    said = _Said(metadata, "GGUF metadata")
+    said = Said(metadata, "GGUF metadata")
     said.only("general.architecture", "llama")
     said.only("llama.expert_count", 0, default=0)
     said.only("llama.rope.scaling.type", "none", default="none")
@@ -135,58 +134,3 @@ def _divisor(scaling: RopeScaling, frequency: float) -> float:
     fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     fast = min(1.0, max(0.0, fast))
     return 1 / (fast + (1 - fast) / scaling.factor)
-
-
-class _Said:
-    """Fields of a config, each checked as it is read."""
-
-    def __init__(self, fields: Mapping[str, Any], where: str) -> None:
-        self.fields, self.where = fields, where
-
-    def error(self, text: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {text}")
-
-    def get(self, key: str, default: Any) -> Any:
-        value = self.fields.get(key)
-        value = default if value is None else value
-        if value is _REQUIRED:
-            raise self.error(f"no {key}")
-        return value
-
-    def only(self, key: str, *allowed: Any, default: Any = None) -> None:
-        value = self.get(key, default)
-        if value not in allowed:
-            raise self.error(f"{key} is {_short(value)}, which is not implemented; it may be "
-                             f"{' or '.join(map(repr, allowed))}")
-
-    def size(self, key: str, default: Any = _REQUIRED) -> int:
-        value = self.get(key, default)
-        if value is not default and not (type(value) is int and 1 <= value <= MAX_SIZE):
-            raise self.error(f"{key} is {_short(value)}; it must be an integer from 1 to {MAX_SIZE}")
-        return value
-
-    def number(self, key: str, default: Any = _REQUIRED) -> float:
-        value = self.get(key, default)
-        if type(value) not in (int, float) or not 0 < value < 1e300:
-            raise self.error(f"{key} is {_short(value)}; it must be a positive number")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.get(key, default)
-        if type(value) is not bool:
-            raise self.error(f"{key} is {_short(value)}; it must be true or false")
-        return value
-
-    def whole(self, n: int, parts: int, what: str) -> int:
-        if n % parts:
-            raise self.error(f"{n} over {parts} is no whole number of {what}")
-        return n // parts
-
-    def even(self, head_dim: int) -> int:
-        if head_dim % 2:
-            raise self.error(f"heads of {head_dim} elements; rotary embeddings need an even number")
-        return head_dim
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:80]

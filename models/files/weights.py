@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
@@ -41,16 +41,28 @@ class Weight:
     """A leaf at `path`, of type `spec`; `name` in the checkpoint, with the dims `stored`.
 
     A dim in braces is one of which each position is stored as a tensor of its own.
+    beside: where several leaves lie one behind the other in a tensor's first dim, the groups of all of them,
+    such as "K G H, K H, K H"; `part` says which is this one's.
     """
     path: str
     spec: str
     name: str
     stored: str
+    beside: str = ""
+    part: int = 0
 
     @property
     def stacked(self) -> tuple[str, ...]:
         """The dims in braces, in our order."""
         return tuple(n for n in parse(self.spec).names if f"{{{n}}}" in self.name)
+
+    def rows(self, sizes: Mapping[str, int]) -> tuple[int, int] | None:
+        """How many rows of the first dim lie before this leaf's, and how many the tensor has;
+        None where it has no other."""
+        if not self.beside:
+            return None
+        counts = [prod(sizes[n] for n in group.split()) for group in self.beside.split(",")]
+        return sum(counts[:self.part]), sum(counts)
 
     def tensor_name(self, position: Sequence[int]) -> str:
         """The tensor at `position` of the dims in braces."""
@@ -106,14 +118,17 @@ class _Leaf:
         """CheckpointError unless every tensor is there, in the right shape and a known type."""
         sizes = dict(zip(self.stored.names, stored_sizes(self.stored, self.sizes)))
         shape = tuple(prod(sizes[f.name] for f in dim.factors) for dim in self.stored.dims)
+        if rows := self.weight.rows(self.sizes):
+            shape = (rows[1], *shape[1:])
         for name in map(self.weight.tensor_name, self.positions()):
             entry, where = checkpoint.tensors.get(name), f"weight {self.weight.path}"
             if entry is None:
                 raise CheckpointError(f"{where}: the checkpoint has no tensor {name}")
             if entry.shape != shape:
                 letters = " ".join(f"{n}={size}" for n, size in sizes.items())
-                raise CheckpointError(f'{where}: tensor {name} should be "{self.stored}" with {letters}, so '
-                                      f'{shape}; it is {entry.shape}')
+                among = f" beside {self.weight.beside}" if rows else ""
+                raise CheckpointError(f'{where}: tensor {name} should be "{self.stored}"{among} with '
+                                      f'{letters}, so {shape}; it is {entry.shape}')
             if entry.dtype not in PLAIN and entry.dtype not in QUANTISED:
                 raise CheckpointError(
                     f"{where}: tensor {name} is stored as {entry.dtype}, which is not implemented; "
@@ -130,10 +145,17 @@ class _Leaf:
             index = dict(zip(self.weight.stacked, position))
             target = named[tuple(index[n] - spans[n].start if n in index else slice(None)
                                  for n in self.type.names)]
-            entry = checkpoint.tensors[self.weight.tensor_name(position)]
+            entry = self._own(checkpoint.tensors[self.weight.tensor_name(position)])
             for box in boxes(self.stored, spans, self.sizes):
                 _read(entry, box, len(self.stored.dims[-1].factors), self._target(target, box), files)
         return out
+
+    def _own(self, entry: TensorEntry) -> TensorEntry:
+        """The rows of a stored tensor that are this leaf's."""
+        if (rows := self.weight.rows(self.sizes)) is None:
+            return entry
+        before = rows[0] * (entry.num_bytes // max(rows[1], 1))
+        return replace(entry, offset=entry.offset + before)
 
     def _target(self, out: Tensor, box: Box) -> Tensor:
         """The view of `out`, one tensor's share, that `box` fills; its dims are the names of the box."""

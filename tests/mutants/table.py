@@ -484,6 +484,8 @@ MUTANTS = (
     Mutant("shardlib/language/draws.py", "for part in (step, layer):", "for part in (step,):", DRAWS),
     Mutant("shardlib/language/windows.py", "narrow(dim, p * dilation, reach)", "narrow(dim, p, reach)",
            "tests/language/test_windows.py"),
+    Mutant("models/files/weights.py", "return replace(entry, offset=entry.offset + before)", "return entry",
+           "tests/models/test_gallery.py -k phi3"),
     Mutant("shardlib/language/along.py", "by=-step.options[", "by=step.options[", ALONG),
     Mutant("shardlib/language/reductions.py", "(before * behind * g.to(wide)[..., None])",
            "(rows.prod(-1, keepdim=True) / rows * g.to(wide)[..., None])", REDUCTIONS),

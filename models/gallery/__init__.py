@@ -1,0 +1,14 @@
+"""Models on one page each: no line of them names an axis, and every layout runs them."""
+from shardlib.models.gallery.bert import BERT
+from shardlib.models.gallery.gpt2 import GPT2
+from shardlib.models.gallery.layouts import LAYOUTS
+from shardlib.models.gallery.mamba2 import MAMBA2
+from shardlib.models.gallery.mistral import MISTRAL
+from shardlib.models.gallery.olmo2 import OLMO2
+from shardlib.models.gallery.page import Page, config_of, load
+from shardlib.models.gallery.phi3 import PHI3
+from shardlib.models.gallery.qwen import QWEN2, QWEN3
+
+PAGES = {page.name: page for page in (GPT2, BERT, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, MAMBA2)}
+
+__all__ = ["LAYOUTS", "PAGES", "Page", "config_of", "load"]

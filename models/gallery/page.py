@@ -1,0 +1,120 @@
+"""A page of the gallery: a model, what its config says, and a row for each of its weights.
+
+    checkpoint = open_checkpoint("/models/Qwen3-8B")
+    page = PAGES[checkpoint.metadata["model_type"]]
+    config, layout = config_of(page, checkpoint), Layout(K="tp", F="tp", V="tp")
+    w = load(page, checkpoint, layout, runtime.mesh, runtime.coordinate)
+    logits = compile(page.logits, layout, config=config, sizes=config.sizes)(ids, w)
+
+Each rank reads its own shards from a Hugging Face folder, as `shardlib.models.files` does it for all models.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shardlib.api import Sharded
+from shardlib.layout import Layout
+from shardlib.mesh import Mesh
+from shardlib.models.files.checkpoint import Checkpoint
+from shardlib.models.files.said import Said
+from shardlib.models.files.weights import Weight, load_weights
+from shardlib.params import Params, fill, struct
+
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes of a model's dims, by letter, and the few numbers that its page asks for."""
+    letters: tuple[tuple[str, int], ...]
+    eps: float
+    theta: float = 10_000.0
+    window: int | None = None
+    tied: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.letters)
+
+
+@dataclass(frozen=True)
+class Page:
+    """One model. name: its model_type.  params: the class of its weights; those without a row are absent.
+
+    logits: the function of (ids, weights).  config: what it makes of a config.json.  table: its rows.
+    """
+    name: str
+    params: type[Params]
+    logits: Sharded
+    config: Callable[[Said], Config]
+    table: Callable[[Config], tuple[Weight, ...]]
+
+
+def config_of(page: Page, checkpoint: Checkpoint) -> Config:
+    """What a Hugging Face folder says of its model. CheckpointError for what the page does not have."""
+    said = Said(checkpoint.metadata, "config.json")
+    said.only("model_type", page.name)
+    said.only("quantization_config", None)
+    return page.config(said)
+
+
+def load(page: Page, checkpoint: Checkpoint, layout: Layout, mesh: Mesh, coordinate: Mapping[str, int],
+         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
+    """The weights that `coordinate` holds under a layout: an instance of the page's Params."""
+    config = config_of(page, checkpoint)
+    table = page.table(config)
+    rows = {weight.path: weight for weight in table}
+    tree = _those(fill(page.params, "", lambda path: path[1:]), rows)
+    kinds = struct(tree).map(lambda spec: layout.on(mesh).complete_alone(spec).resolve(mesh))
+    types = {path[1:]: kind for path, kind in kinds.leaves("")}
+    shards = load_weights(checkpoint, table, config.sizes, types, mesh, coordinate, dtype, device)
+    return fill(tree, "", lambda path: shards.pop(path[1:]))
+
+
+def _those(tree: Any, rows: Mapping[str, Weight]) -> Any:
+    """The pytree of paths with None where there is no row."""
+    return type(tree)(**{name: _those(value, rows) if isinstance(value, Params)
+                         else value if value in rows else None for name, value in vars(tree).items()})
+
+
+def decoder_config(said: Said, **more: Any) -> Config:
+    """The config of a decoder with grouped queries, as most have it."""
+    d_model, heads = said.size("hidden_size"), said.size("num_attention_heads")
+    kv_heads = said.size("num_key_value_heads", default=heads)
+    head_dim = said.size("head_dim", default=None) or said.whole(d_model, heads, "elements a head")
+    rope = Said({"rope_theta": 10_000.0, **(said.fields.get("rope_parameters") or {})}, said.where)
+    rope.only("rope_type", "default", default="default")
+    rope.only("partial_rotary_factor", 1, default=1)
+    said.only("hidden_act", "silu", default="silu")
+    return Config(
+        (("V", said.size("vocab_size")), ("D", d_model), ("L", said.size("num_hidden_layers")),
+         ("K", kv_heads), ("G", said.whole(heads, kv_heads, "query heads for each kv head")),
+         ("H", said.even(head_dim)), ("F", said.size("intermediate_size"))),
+        eps=said.number("rms_norm_eps", default=1e-6), theta=rope.number("rope_theta"),
+        tied=said.flag("tie_word_embeddings", default=False), **more)
+
+
+def decoder_rows(config: Config, *more: Weight, without: tuple[str, ...] = ()) -> tuple[Weight, ...]:
+    """The rows of such a decoder; `more` come in place of those of the same path."""
+    rows = {row.path: row for row in (*_DECODER, *more)}
+    return tuple(row for path, row in rows.items()
+                 if path not in without and not (config.tied and path == "head"))
+
+
+LAYER = "model.layers.{L}."
+_DECODER = (
+    Weight("embed",        "V D",       "model.embed_tokens.weight",               "V D"),
+    Weight("layers.norm1", "L D",       LAYER + "input_layernorm.weight",          "D"),
+    Weight("layers.wq",    "L D K G H", LAYER + "self_attn.q_proj.weight",         "(K G H) D"),
+    Weight("layers.wk",    "L D K H",   LAYER + "self_attn.k_proj.weight",         "(K H) D"),
+    Weight("layers.wv",    "L D K H",   LAYER + "self_attn.v_proj.weight",         "(K H) D"),
+    Weight("layers.wo",    "L K G H D", LAYER + "self_attn.o_proj.weight",         "D (K G H)"),
+    Weight("layers.norm2", "L D",       LAYER + "post_attention_layernorm.weight", "D"),
+    Weight("layers.gate",  "L D F",     LAYER + "mlp.gate_proj.weight",            "F D"),
+    Weight("layers.up",    "L D F",     LAYER + "mlp.up_proj.weight",              "F D"),
+    Weight("layers.down",  "L F D",     LAYER + "mlp.down_proj.weight",            "D F"),
+    Weight("norm",         "D",         "model.norm.weight",                       "D"),
+    Weight("head",         "V D",       "lm_head.weight",                          "V D"),
+)
