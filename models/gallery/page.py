@@ -43,13 +43,16 @@ class Config:
 class Page:
     """One model. name: its model_type.  params: the class of its weights; those without a row are absent.
 
-    logits: the function of (ids, weights).  config: what it makes of a config.json.  table: its rows.
+    logits: the function of (ids, weights), whose dims `takes` and `gives` say.  config: what it makes of a
+    config.json.  table: its rows.
     """
     name: str
     params: type[Params]
     logits: Sharded
     config: Callable[[Said], Config]
     table: Callable[[Config], tuple[Weight, ...]]
+    takes: str = "B T/1"
+    gives: str = "B T V"
 
 
 def config_of(page: Page, checkpoint: Checkpoint) -> Config:

@@ -1,7 +1,8 @@
 """The gallery: logits and gradients of small random models are those of transformers, under every layout.
 
-On one rank in float64, but for rotary tables, which are float32 there and here: twice the error that
-transformers makes in float32 is allowed. Under the layouts the numbers are those of one rank, to rounding.
+On one rank in float64. Where transformers has float32 all the same (rotary tables, as we do; a softmax, a
+scan), twice the error that it makes in float32 is allowed. Under the layouts the numbers are those of one rank,
+to rounding.
 """
 from __future__ import annotations
 
@@ -43,6 +44,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "olmo2": lambda: transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**{**SMALL, "hidden_size": 12})),
     "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(
         **{**SMALL, "hidden_size": 12})),
+    "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(
+        hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=10, image_size=6,
+        patch_size=2, num_channels=3, num_labels=5)),
     "mamba2": lambda: transformers.Mamba2ForCausalLM(transformers.Mamba2Config(
         vocab_size=13, hidden_size=6, num_hidden_layers=2, num_heads=6, head_dim=2, n_groups=3, state_size=4,
         conv_kernel=3, chunk_size=8, residual_in_fp32=False, **ALONE)),
@@ -57,7 +61,7 @@ class Trial(NamedTuple):
     page: Page
     config: Any
     w: Any
-    ids: torch.Tensor
+    given: torch.Tensor
     by: torch.Tensor
     truth: list[torch.Tensor]
     rounded: list[torch.Tensor]
@@ -70,29 +74,32 @@ def trial(name: str, folder: Path) -> Trial:
         model.set_attn_implementation("eager")
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
-    ids, by = torch.randint(13, (3, 5)), torch.randn(3, 5, 13, dtype=torch.float64)
+    given = torch.randn(3, 3, 6, 6) if name == "vit" else torch.randint(13, (3, 5))
+    by = torch.randn(model(given).logits.shape, dtype=torch.float64)
 
     def held(model: Any) -> Any:
         model.save_pretrained(folder)
         return load(page, open_checkpoint(folder), Layout(), Mesh(), {}, torch.float64)
 
-    def given(dtype: torch.dtype) -> list[torch.Tensor]:
+    def said(dtype: torch.dtype) -> list[torch.Tensor]:
         """The gradients go the way of the weights into our names and dims."""
         mine = copy.deepcopy(model).to(dtype)
-        logits = mine(ids).logits
+        logits = mine(given.to(dtype) if given.is_floating_point() else given).logits
         (logits * by.to(dtype)).sum().backward()
         for p in mine.parameters():
             p.data = torch.zeros_like(p) if p.grad is None else p.grad
         return [logits.detach().double(), *(x for _, x in leaf_values(held(mine), ""))]
-    truth, rounded = given(torch.float64), given(torch.float32)
-    return Trial(page, config_of(page, open_checkpoint(folder)), held(model), ids, by, truth, rounded)
+    truth, rounded = said(torch.float64), said(torch.float32)
+    config, w = config_of(page, open_checkpoint(folder)), held(model)
+    return Trial(page, config, w, given.double() if name == "vit" else given, by, truth, rounded)
 
 
 def ran(trial: Trial, mesh: Mesh, layout: Layout) -> list[torch.Tensor]:
     """Logits and gradients, by one program."""
-    loss = sharded("B T/1, B T V, * -> ()")(lambda ids, by, w, *, config: sum(
-        "B T V -> ()", by * trial.page.logits(ids, w, config=config)))
-    _, logits, grads = simulate(value_and_grad(loss, wrt=("by", "w")), layout, trial.ids, trial.by, trial.w,
+    page = trial.page
+    loss = sharded(f"{page.takes}, {page.gives}, * -> ()")(lambda given, by, w, *, config: sum(
+        f"{page.gives} -> ()", by * page.logits(given, w, config=config)))
+    _, logits, grads = simulate(value_and_grad(loss, wrt=("by", "w")), layout, trial.given, trial.by, trial.w,
                                 mesh=mesh, config=trial.config)
     return [logits, *(x for _, x in leaf_values(grads, ""))]
 
