@@ -206,3 +206,9 @@ def test_what_one_hot_refuses() -> None:
         "one_hot: ids holds 3, outside of 0 to 2 (V=3)")
     assert said(lambda: compile(ids, mesh=Mesh())(torch.ones(2), torch.ones(3))) == (
         "one_hot: ids is float32; indices are integers")
+
+
+def test_a_constant_that_is_to_owe_is_made_once_and_owed_by_one_coordinate() -> None:
+    f = sharded("D -> D +x")(lambda x: ones("D"))
+    assert "owe(" in str(lower(f, Layout(), mesh=Mesh(x=2)))
+    assert torch.equal(simulate(f, Layout(), torch.zeros(3), mesh=Mesh(x=2)), torch.ones(3))
