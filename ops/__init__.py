@@ -1,8 +1,8 @@
 """Operators of models, one file each: typing rule, what it does on local tensors, derivative."""
 from shardlib.ops import attention as _attention
+from shardlib.ops import attention_vjp, kv_cache, sampling
 from shardlib.ops import cross_entropy as _cross_entropy
 from shardlib.ops import group_norm as _group_norm
-from shardlib.ops import kv_cache, sampling
 from shardlib.ops import layer_norm as _layer_norm
 from shardlib.ops import rms_norm as _rms_norm
 from shardlib.ops import rope as _rope
@@ -17,8 +17,9 @@ from shardlib.ops.rope import rope, rope_table
 from shardlib.ops.sampling import sample
 from shardlib.ops.take import embedding, one_hot, scatter_add, take
 
-TABLE = {**_attention.TABLE, **_cross_entropy.TABLE, **_group_norm.TABLE, **kv_cache.TABLE,
-         **_layer_norm.TABLE, **_rms_norm.TABLE, **_rope.TABLE, **sampling.TABLE, **_take.TABLE}
+TABLE = {**_attention.TABLE, **attention_vjp.TABLE, **_cross_entropy.TABLE, **_group_norm.TABLE,
+         **kv_cache.TABLE, **_layer_norm.TABLE, **_rms_norm.TABLE, **_rope.TABLE, **sampling.TABLE,
+         **_take.TABLE}
 
 __all__ = ["attention", "causal_mask", "cross_entropy", "embedding", "group_norm", "layer_norm", "one_hot",
            "rms_norm", "rope", "rope_table", "sample", "scatter_add", "take", "update_cache"]

@@ -147,6 +147,7 @@ def _unary(name: str) -> list[Case]:
 
 _BOUNDS: tuple[dict[str, Any], ...] = (dict(min=-0.5, max=0.5), dict(min=0.25), dict(max=-0.25))
 _Q, _K, _V, _MASK, _OUT = "B T K G H", "B S K H", "B S K V", "B T S", "B T K G V"
+_LSE = "B T K G"
 _MASKED, _PLACED = (normal, normal, normal, mask), (normal, normal, normal, standing)
 
 CASES: tuple[Case, ...] = (
@@ -216,13 +217,20 @@ CASES: tuple[Case, ...] = (
     _case("rearrange", "T (K H) -> K T H"), _case("rearrange", "B T (K H) -> (B T) K H"),
     _case("rename", "B T -> B S"), _case("rename", "B (T H) -> B S"), _case("rename", "S B -> (T H) B"),
     _case("rename", "B (T H) -> B (G D)"), _case("attention", f"{_Q}, {_K}, {_V} -> {_OUT}"),
-    _case("attention", f"{_Q}, {_K}, {_V}, {_MASK} -> {_OUT}", *_MASKED),
-    _case("attention", f"{_Q}, {_K}, {_V}, B -> {_OUT}", *_PLACED),
+    _case("attention", f"{_Q}, {_K}, {_V}, {_MASK} -> {_OUT}", *_MASKED, indices=(3,)),
+    _case("attention", f"{_Q}, {_K}, {_V}, B -> {_OUT}", *_PLACED, indices=(3,)),
     _case("attention", f"{_Q}, {_K}, {_K} -> {_Q}", complete=False),
-    _case("attention_vjp", f"{_Q}, {_K}, {_V}, {_OUT} -> {_Q}, {_K}, {_V}"),
-    _case("attention_vjp", f"{_Q}, {_K}, {_V}, {_MASK}, {_OUT} -> {_Q}, {_K}, {_V}", *_MASKED, indices=(3,)),
-    _case("attention_vjp", f"{_Q}, {_K}, {_V}, B, {_OUT} -> {_Q}, {_K}, {_V}", *_PLACED, indices=(3,)),
-    _case("attention_vjp", f"{_Q}, {_K}, {_K}, {_Q} -> {_Q}, {_K}, {_K}", complete=False),
+    _case("attention", f"{_Q}, {_K}, {_V}, K G T S -> {_OUT}", *_MASKED[:3], beside="bias", causal=False,
+          softcap=0.7, scale=1.5),
+    _case("attention", f"{_Q}, {_K}, {_V}, B, S T, B, G K -> {_OUT}", *_PLACED, mask, index("S"),
+          indices=(3, 4, 5), complete=False, beside="start mask lengths sinks", window=3, causal=True),
+    _case("attention_lse", f"{_Q}, {_K}, {_V} -> {_OUT}, {_LSE}"),
+    *(_case("attention_vjp", f"{_Q}, {_K}, {_V}, {text}{_OUT}, {_LSE}, {_OUT} -> {_Q}, {_K}, {_V}{more}",
+            *draws, indices=(3,) if text and not more else (), complete=False, **attrs)
+      for text, more, draws, attrs in (
+          ("", "", (), {}), (f"{_MASK}, ", "", _MASKED, {}), ("B, ", "", _PLACED, dict(window=2)),
+          ("K T S, ", ", K T S", (), dict(beside="bias", softcap=0.7, scale=1.5)))),
+    _case("attention_sinks_vjp", f"K, {_OUT}, {_LSE}, {_OUT} -> K"),
     _case("update_cache", "B S K H, B T K H, B -> B S K H", normal, normal, index("S", "T")),
     _case("causal_mask", "B -> B T S", index("S")), _case("rms_norm", "B T D, D -> B T D", eps=1e-6),
     _case("rms_norm", "D, D -> D", eps=1e-6), _case("rms_norm_vjp", "B T D, D, B T D -> B T D, D", eps=1e-6),

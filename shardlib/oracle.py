@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from shardlib.compiler.sizes import Sizes
+from shardlib.compiler.typings import alike, types
 from shardlib.dtypes import step_dtypes
 from shardlib.errors import SpecError
 from shardlib.language.local_code import LocalCode
@@ -146,9 +147,11 @@ class Case:
 
     def combinations(self, axes: Sequence[str], kinds: Sequence[str] = ("+",)) -> Iterator[
             tuple[tuple[Spec, ...], dict[str, tuple[str, ...]]]]:
-        """All types of the operands together, and all splits of the dims that the results make."""
-        splits = types(Spec(self.made), axes, ())
-        for ins in itertools.product(*(self.operand_types(i, axes, kinds) for i in range(len(self.ins)))):
+        """All types of the operands together, and all splits of the dims that the results make; where not all
+        typings are asked for, those alone in which every name has the same axes in all operands."""
+        splits, each = types(Spec(self.made), axes, ()), [self.operand_types(i, axes, kinds)
+                                                          for i in range(len(self.ins))]
+        for ins in itertools.product(*each) if self.complete else alike(each, {}):
             for made in splits:
                 yield ins, {d.label: d.axes for d in made.dims}
 
@@ -159,34 +162,6 @@ def verdicts(case: Case, axes: tuple[str, ...],
     """For all combinations: the types of the operands, how made dims are split,
     and the results as the rule says, or None."""
     return [(ins, made, case.accepts(ins, made)) for ins, made in case.combinations(axes, kinds)]
-
-
-@lru_cache(maxsize=4096)
-def _types(spec: Spec, axes: tuple[str, ...], kinds: tuple[str, ...]) -> tuple[Spec, ...]:
-    places: list[Any] = [None, *(d.label for d in spec.dims if d.factors), *kinds]
-    found: dict[Spec, None] = {}
-    for where in itertools.product(places, repeat=len(axes)):
-        for order in itertools.permutations(zip(axes, where)):
-            split: dict[str, tuple[str, ...]] = {}
-            owed = []
-            for axis, at in order:
-                if at in kinds:
-                    owed.append(_owed(at, axis))
-                elif at is not None:
-                    split[at] = (*split.get(at, ()), axis)
-            if len({o.kind for o in owed} & {"+", "max"}) < 2:
-                found[spec.split(split).owing(*owed)] = None
-    return tuple(found)
-
-
-def types(spec: Spec, axes: Sequence[str], kinds: Sequence[str] = ("+",)) -> list[Spec]:
-    """Every type of a value with the dims of `spec`: each axis splits a dim, in any order, is owed in a way
-    of `kinds` ("+", "max", "@0"), or neither."""
-    return list(_types(spec.whole(), tuple(axes), tuple(kinds)))
-
-
-def _owed(kind: str, axis: str) -> Owed:
-    return Owed("@", axis, int(kind[1:])) if kind[0] == "@" else Owed(kind, axis)
 
 
 def dual(kind: Spec, mesh: Mesh, held: Sequence[Owed] = ()) -> Spec:

@@ -3,8 +3,7 @@
 A `Program` is in single-assignment form: every value has one name, is made by one step (or is an argument),
 and every step knows the specs of what it takes and gives. It sits at the level of einsum, rms_norm,
 all_reduce; never below.
-Printed, it is Python: in the explicit style once it is completed. `shardlib.parser.parse_program` reads that
-back.
+Printed, it is Python, explicit once it is completed; `shardlib.parser.parse_program` reads that back.
 Programs compare by what they mean: source lines and reasons are left out.
 """
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Op:
     vjp(b, step, cotangents): the cotangents of the operands, by the grad builder `b`; None where none is.
     moves:       it changes types and keeps the value: a conversion.
     wire:        how its ranks communicate, if they do.
-    lengths(step): (dim, dims, n) where the dim is as long as the dims together and n; None where nothing is.
+    lengths(step): (dim, dims, n) where the dim is as long as the dims together and n; None where none is.
     index:       operands that hold integers or masks, outside linearity and without cotangent.
     updates:     the operand whose buffer the result may reuse, if any.
     looks(e, step, args): refuses what an index may not be, where a kernel takes the step's place.
@@ -51,14 +50,15 @@ class Op:
                  no index (`shardlib.dtypes`).
     dtype(dtypes, attrs): the results' dtypes; by default that in which the operands are read.
     promotes:    torch itself reads the operands so, those without dims excepted.
-    reference(d, *xs): what it means, in float64 by the names of its dims, another way than `emit` has it: see
-                 `shardlib.reference`.
+    reference(d, *xs): what it means, another way than `emit` has it: see `shardlib.reference`.
+    keeps(step): the op that runs in its place where a gradient is made, and dims of what that gives besides.
     """
     name: str
     rule: Callable[[Step], Rule]
     emit: Callable[..., str] | None = None
     infer: Callable[..., tuple[Spec, ...]] | None = None
     vjp: Callable | None = None
+    keeps: Callable | None = None
     moves: bool = False
     wire: Wire | None = None
     index: tuple[int, ...] = ()

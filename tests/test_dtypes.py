@@ -69,6 +69,12 @@ def first(x: torch.dtype, *others: torch.dtype) -> torch.dtype:
     return x
 
 
+def of_attention(*kinds: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Of q, k, v, a bias, what forward gave, its lse, which does not count, and the cotangent."""
+    *given, lse, g = kinds
+    return (widest(*given, g),) * (4 if len(kinds) > 6 else 3)
+
+
 COMPARISONS = ("greater", "less", "greater_equal", "less_equal", "equal", "not_equal", "compare")
 LOGICAL = ("logical_and", "logical_or", "logical_not")
 OF_MASKS, EXTREMES = ("any", "all"), ("max", "min", "max_opposite", "opposite")
@@ -86,7 +92,8 @@ GIVES: dict[str, Any] = {
     **dict.fromkeys(("sort_vjp", "topk_vjp"), lambda places, g: g),
     "rms_norm_vjp": lambda x, w, g: (x, w), "norm_vjp": lambda *kinds: kinds[:-1],
     "cast_like": lambda x, like: like if like.is_floating_point else x, "widen": lambda x: widest(x, float32),
-    "attention_vjp": lambda q, k, v, *rest: (widest(q, k, v, rest[-1]),) * 3,
+    "attention_lse": lambda q, k, v: (widest(q, k, v), widest(q, k, v, float32)),
+    "attention_vjp": lambda *kinds: of_attention(*(k for k in kinds if k.is_floating_point)),
     "cross_entropy": lambda x, labels: widest(x, float32),
     "label_sums": lambda x, labels, top: (widest(x, top, float32),) * 2,
     **dict.fromkeys(("cross_entropy_vjp", "label_sums_vjp", "extreme_vjp", "prod_vjp"), first),
@@ -108,8 +115,11 @@ def is_index(case: Case, i: int) -> bool:
 
 
 def is_mask(case: Case, i: int) -> bool:
-    return (case.op.name, i) in MASKS or (case.op.name in ("attention", "attention_vjp") and i == 3
-                                          and len(case.ins[i].dims) == 3)
+    kept = 3 if case.op.name == "attention_vjp" else 0
+    if case.op.name in ("attention", "attention_vjp") and 3 <= i < len(case.ins) - kept:
+        beside = dict(case.attrs).get("beside", "mask" if len(case.ins[3].dims) == 3 else "start").split()
+        return beside[i - 3] == "mask"
+    return (case.op.name, i) in MASKS
 
 
 def gives(case: Case, kinds: Dtypes) -> tuple[torch.dtype, ...] | None:

@@ -1088,7 +1088,18 @@ def said(call, *args, **kwargs):
     return re.sub(r"test_errors\.py:(\d+)", lambda m: f"model.py:{int(m[1]) - first + 1}", str(caught.value))
 
 
-@pytest.mark.parametrize("seen", ["", ", ()", ", B T", ", *", ", B, B"])
+@pytest.mark.parametrize("seen, dims", [(", ()", "()"), (", B T", "B T")])
+def test_attention_of_a_mask_without_keys(seen, dims):
+    text = f"B T K G H, B S K H, B S K H{seen} -> B T K G H"
+
+    @sharded("B T K G H, B S K H, B S K H, B -> B T K G H")
+    def f(q, k, v, start):
+        return attention(text, q, k, v, start)
+    assert said(lower, f, mesh=MESH) == (
+        f'attention "{text}": a mask has S, and any of B, K, G, T, not {dims}          model.py:7')
+
+
+@pytest.mark.parametrize("seen", ["", ", *", ", B, B"])
 def test_attention_of_other_specs(seen):
     text = f"B T K G H, B S K H, B S K H{seen} -> B T K G H"
 

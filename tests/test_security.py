@@ -481,7 +481,7 @@ def test_deep_and_huge_text_is_refused_at_once(text):
     ("where(x, x)", "where: it takes 3 operands; 2 were given"),
     ("rms_norm(x, x, x, eps=1e-06)", "rms_norm: it takes 2 operands; 3 were given"),
     ('take("D, D, D -> ()", x, x, x)', "take: it takes 2 operands; 3 were given"),
-    ('attention("D, D -> D", x, x)', "attention: it takes 3 to 4 operands; 2 were given"),
+    ('attention("D, D -> D", x, x)', "attention: it takes 3 or more operands; 2 were given"),
     ('compare(x, x, sign=["a"])', "compare: sign is ['a']"),
 ])
 def test_a_call_has_as_many_operands_as_its_op_takes(call: str, said: str) -> None:

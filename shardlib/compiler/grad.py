@@ -25,7 +25,7 @@ from shardlib.language.scan import SCAN
 from shardlib.language.trace import fresh
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Program, Result, Scan, Step
-from shardlib.rules import Rule
+from shardlib.rules import Rule, natural
 from shardlib.spec import Dim, Spec
 from shardlib.tree import Struct, leaves
 
@@ -151,11 +151,26 @@ class _Backward(Builder):
                 raise SpecError(f"value_and_grad: {step.op.name} has no derivative; stop_gradient makes its "
                                 "operand a constant").at(step.where)
             cotangents = [self.total(o, settle=step.op not in (RENAME, REARRANGE)) for o in step.outputs]
+            vjp, step = step.op.vjp, self._keeping_more(step)
+            self.forward[index] = step
             here = replace(step, inputs=tuple(self.available(i) for i in step.inputs),
                            outputs=tuple(self.available(o) for o in step.outputs))
-            for name, ct in zip(step.inputs, step.op.vjp(self, here, cotangents)):
+            for name, ct in zip(step.inputs, vjp(self, here, cotangents)):
                 if ct is not None and name in self.active:
                     self._contribute_like(name, ct)
+
+    def _keeping_more(self, step: Step) -> Step:
+        """The step as its op `keeps` what its derivative takes."""
+        if step.op.keeps is None:
+            return step
+        op, more = step.op.keeps(step)
+        step = replace(step, op=op, outs=(*step.outs, *more))
+        outs = natural(op.name, op.rule(step), step.ins, step.outs)
+        names = tuple(self._fresh(f"{step.outputs[0]}_kept") for _ in more)
+        step = replace(step, outs=outs, outputs=(*step.outputs, *names))
+        self.types.update(zip(step.outputs, outs))
+        self.dtypes.update(zip(step.outputs, step_dtypes(step, [self.dtypes[i] for i in step.inputs])))
+        return step
 
     def _contribute_like(self, name: str, cotangent: str) -> None:
         """The same, in the dtype of `name`."""

@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 
 from shardlib import Layout, Mesh, compile, lower, scan, sharded, simulate, value_and_grad
 from shardlib.functions import sum
+from shardlib.ops import attend as attending
 from shardlib.ops import attention, causal_mask, few_rows
-from shardlib.ops.attention import Seen, attend, attend_vjp, bias
-from shardlib.ops.kv_cache import slots_seen
+from shardlib.ops.attend import attend
+from shardlib.ops.attend_lse import Scores, attend_lse
+from shardlib.ops.attend_vjp import attend_vjp
+from shardlib.ops.seen import Seen
 from shardlib.oracle import same
 from shardlib.reference import meaning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MODULE = import_module("shardlib.ops.attention")        # below its own name there is the function
+SEEN = import_module("shardlib.ops.seen")
 
 
 @sharded("B T K G H, B S K H, B S K V, B T S, B T K G V -> ()")
@@ -95,7 +98,10 @@ def test_in_every_dtype(dtype: torch.dtype, t: int, s: int, g: int) -> None:
     mask = torch.rand(2, t, s, generator=r) < 0.7
     mask[0, 0], mask[1, :, 0] = False, False
     k[1, 0] = torch.finfo(dtype).max / 64
-    out, grads = attend(q, k, v, bias(mask, g, dtype)), attend_vjp(q, k, v, mask, ct)
+    seen, scores = Seen(0, t, 0, s, causal=False, mask=mask[:, None, None]), Scores(0.25)
+    out, (kept, lse) = attend(q, k, v, seen, scores), attend_lse(q, k, v, seen, scores)
+    grads = attend_vjp(q, k, v, seen, scores, None, kept, lse, ct)
+    assert not kept[0, 0].any() and bool((lse[0, 0] == -torch.inf).all())
     assert (not out[0, 0].any() and not grads[0][0, 0].any() and not grads[1][1, 0].any()
             and not grads[2][1, 0].any())
     assert all(bool(x.isfinite().all()) for x in (out, *grads))
@@ -168,20 +174,22 @@ class Asked:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, kernel: bool) -> None:
         self.masks = self.biases = 0
         self.lengths: list[torch.Tensor] = []
-        for name in ("slots_seen", "bias", "attend_lengths"):
-            monkeypatch.setattr(MODULE, name, getattr(self, name))
+        self._positions, self._bias = SEEN.positions, SEEN.bias
+        monkeypatch.setattr(SEEN, "positions", self.positions)
+        monkeypatch.setattr(SEEN, "bias", self.bias)
+        monkeypatch.setattr(attending, "attend_lengths", self.attend_lengths)
         if kernel:
             monkeypatch.setattr(few_rows, "has_room", lambda device: True)
-            monkeypatch.setattr(MODULE, "counts_of",
+            monkeypatch.setattr(attending, "counts_of",
                                 lambda device: torch.zeros(few_rows.COUNTS, dtype=torch.int32))
 
-    def slots_seen(self, *of: Any) -> torch.Tensor:
+    def positions(self, *of: Any) -> torch.Tensor:
         self.masks += 1
-        return slots_seen(*of)
+        return self._positions(*of)
 
     def bias(self, *of: Any) -> torch.Tensor:
         self.biases += 1
-        return bias(*of)
+        return self._bias(*of)
 
     def attend_lengths(self, q: Any, k: Any, v: Any, lengths: torch.Tensor, counts: Any) -> torch.Tensor:
         self.lengths.append(lengths)
@@ -202,7 +210,7 @@ def test_backward_makes_one_mask_for_all_layers(monkeypatch: pytest.MonkeyPatch)
         return sum("B T K G H -> ()", layers(x, caches, start))
     asked, (x, caches, start) = Asked(monkeypatch, kernel=False), inputs()
     simulate(value_and_grad(total, ("x",)), Layout(), x, caches, start, mesh=Mesh(x=1))
-    assert (asked.masks, asked.biases) == (2, 1)
+    assert (asked.masks, asked.biases) == (2, 0)
 
 
 @pytest.mark.parametrize("t", (1, 2))
@@ -232,4 +240,4 @@ def test_a_derivative_takes_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("start, offset, lengths", ((0, 0, 1), (0, 3, 4), (-1, 0, 0), (-9, 3, -2), (6, 0, 7),
                                                     (7, 0, 7), (1 << 40, 0, 7), (-(1 << 40), 3, -2)))
 def test_lengths_have_room_in_int32(start: int, offset: int, lengths: int) -> None:
-    assert Seen(torch.tensor([start]), offset, 2, 7, 1, torch.float32).lengths.tolist() == [lengths]
+    assert Seen(offset, 2, 0, 7, start=torch.tensor([start])).reach.tolist() == [lengths]

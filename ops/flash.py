@@ -1,0 +1,113 @@
+"""torch's fused attention, with the log-sum-exp that its derivative needs: no scores are held.
+
+`choice` says which of torch's kernels takes a call, as F.scaled_dot_product_attention would choose; they see
+all keys, or, where there are as many keys as queries, each those up to its own. The lse is ours throughout:
+(b, t, k, g), of float32 at least.
+
+>>> q, k = torch.zeros(1, 3, 1, 2, 4), torch.zeros(1, 3, 1, 4)
+>>> out, lse = attend(q, k, k, causal=True, scale=0.5)
+>>> lse[0, :, 0, 0].exp()                                               # as many keys as are seen
+tensor([1., 2., 3.])
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+KERNELS = {1: "flash", 2: "efficient", 3: "cudnn"}
+_CPU = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str | None:
+    """The kernel of torch that takes q (b, t, k, g, h), k and v (b, s, k, h): "cpu", "flash", "efficient" or
+    "cudnn"; None where only its plain form would."""
+    h = q.shape[-1]
+    if 0 in (*q.shape, *k.shape) or v.shape[-1] != h or not q.dtype == k.dtype == v.dtype:
+        return None
+    if q.device.type == "cpu":
+        return "cpu" if q.dtype in _CPU else None
+    if q.device.type != "cuda" or h % 8:
+        return None                                     # torch pads other heads, and cuts the result
+    rows, keys, values = rows_of(q), k.transpose(1, 2), v.transpose(1, 2)
+    name = KERNELS.get(torch._fused_sdp_choice(rows, keys, values, None, 0.0, causal, scale=scale,
+                                               enable_gqa=q.shape[3] > 1))
+    return None if name == "efficient" and q.shape[3] > 1 else name
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(b, t, k, g, h) -> (b, k g, t, h), a view where it can be one."""
+    return x.flatten(2, 3).transpose(1, 2)
+
+
+def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.transpose(1, 2).unflatten(2, like.shape[2:4])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
+    """(b, t, k, g, h) and the lse; None where no kernel takes these."""
+    name = choice(q, k, v, causal, scale)
+    rows, keys, values = rows_of(q), k.transpose(1, 2), v.transpose(1, 2)
+    ops = torch.ops.aten
+    if name == "cpu":
+        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(rows, keys, values, 0.0, causal,
+                                                                   scale=scale)
+    elif name == "flash":
+        out, lse, *_ = ops._scaled_dot_product_flash_attention(rows, keys, values, 0.0, causal, False,
+                                                               scale=scale)
+    elif name == "cudnn":
+        out, lse, *_ = ops._scaled_dot_product_cudnn_attention(rows, keys, values, None, True, 0.0, causal,
+                                                               False, scale=scale)
+        lse = lse.view(lse.shape[:3])
+    elif name == "efficient":
+        out, lse, *_ = ops._scaled_dot_product_efficient_attention(rows, keys, values, None, True, 0.0,
+                                                                   causal, scale=scale)
+        lse = lse[..., :q.shape[1]]                     # it has room for a whole tile
+    else:
+        return None
+    return _from_rows(out, q), _from_rows(lse, q)
+
+
+def attend_vjp(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, g: Tensor, causal: bool,
+               scale: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The cotangents of q, k and v, of what `out` and `lse` are of all the keys that a query sees, these
+    among them; None where no kernel takes these."""
+    name = choice(q, k, v, causal, scale)
+    if name is None:
+        return None
+    rows, keys, values = rows_of(q), k.transpose(1, 2), v.transpose(1, 2)
+    g, out, lse = rows_of(g), rows_of(out), lse.flatten(2, 3).transpose(1, 2)
+    ops, t, s = torch.ops.aten, q.shape[1], k.shape[1]
+    if name == "cpu":
+        made = ops._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, *_repeated(rows, keys, values), out, lse, 0.0, causal, scale=scale)
+        return _summed(q, k, v, *made)
+    seed = torch.zeros((2,), dtype=torch.int64, device=q.device)        # nothing is dropped
+    if name == "flash":
+        dq, dk, dv = ops._scaled_dot_product_flash_attention_backward(
+            g, rows, keys, values, out, lse.contiguous(), None, None, t, s, 0.0, causal, seed, seed,
+            scale=scale)
+    elif name == "cudnn":
+        dq, dk, dv = ops._scaled_dot_product_cudnn_attention_backward(
+            g, rows, keys, values, out, lse.contiguous()[..., None], seed[0], seed[1], None, None, None, t, s,
+            0.0, causal, scale=scale)
+    else:
+        room = torch.nn.functional.pad(lse, (0, -t % 32))
+        dq, dk, dv, _ = ops._scaled_dot_product_efficient_attention_backward(
+            g, rows, keys, values, None, out, room, seed[0], seed[1], 0.0, [True, True, True, False], causal,
+            scale=scale)
+    return _from_rows(dq, q), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _repeated(rows: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The CPU's derivative takes as many heads of keys as of queries."""
+    times = rows.shape[1] // keys.shape[1]
+    if times == 1:
+        return rows, keys, values
+    return rows, keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
+
+
+def _summed(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor,
+            dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of what `_repeated` made, the queries of one kv head together."""
+    return (_from_rows(dq, q), *(x.unflatten(1, (of.shape[2], -1)).sum(2).transpose(1, 2)
+                                 for x, of in ((dk, k), (dv, v))))
