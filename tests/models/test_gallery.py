@@ -1,8 +1,8 @@
 """The gallery: logits and gradients of small random models are those of transformers, under every layout.
 
 On one rank in float64. Where transformers has float32 all the same (rotary tables, as we do; a softmax, a
-scan), twice the error that it makes in float32 is allowed. Under the layouts the numbers are those of one rank,
-to rounding.
+scan), twice the error that it makes in float32 is allowed. Under the layouts the numbers are those of one
+rank, to rounding.
 """
 from __future__ import annotations
 
