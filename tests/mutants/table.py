@@ -600,6 +600,18 @@ MUTANTS = (
     Mutant("models/decoding.py", "seed=sampling.seed)", "seed=0)", "tests/models/test_drawing.py"),
     Mutant("shardlib/language/reductions.py",
            'return f"{arg}.to(torch.float32)" if rounding(e, step) else arg', "return arg", DTYPES),
+    # shardlib/schedules, compiler/stages.py, language/held.py
+    *(Mutant(f"shardlib/schedules/{file}.py", old, new, "tests/schedules") for file, old, new in (
+        ("waits", "-1 if (last := used[i]) is None else turn[last]", "0"),
+        ("waits", "slots[edge] > 1 and not _cycle(", "slots[edge] > 1 and _cycle("),
+        ("waits", "last = (\"send\", action)", "pass"),
+        ("clock", "ends[action] = max(clock[rank], since)", "ends[action] = clock[rank]"),
+        ("generators", "(ranks - 1 - p) * 2 + (chunks", "(ranks - 1 - p) + (chunks"),
+        ("schedule", "if self.loop and m >= self.loop else []", "if False else []"))),
+    Mutant("shardlib/compiler/stages.py", "place and not any(place in types[i].owed for i in step",
+           "False and any(place in types[i].owed for i in step", "tests/compiler/test_stages.py"),
+    Mutant("shardlib/language/held.py", "return any(outs) or step.op.wire is not None and any(ins)",
+           "return any(outs)", "tests/language/test_held.py"),
     # in 35 files, each written down before a test of its file was read
     Mutant("shardlib/compiler/completer.py", "if len(have.dims[0].axes) > 1 or ", "if ",
            f"{ERRORS} -k split_dim"),

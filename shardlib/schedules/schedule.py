@@ -1,0 +1,147 @@
+"""A schedule: for each rank a list of actions, and nothing else. A user's own is a file, a line a rank.
+
+>>> schedule = Schedule.parse('''
+... 0F0 0F1 0B0 0B1        # rank 0: stage 0, microbatches 0 and 1
+... 1F0 1B0 1F1 1B1
+... ''')
+>>> schedule.stages, schedule.microbatches, schedule.rank_of[1]
+(2, 2, 1)
+>>> print(schedule)
+0F0 0F1 0B0 0B1
+1F0 1B0 1F1 1B1
+
+An action is (stage, kind, microbatch), and is written as torch.distributed.pipelining writes it. Kinds: F
+forward; B backward; or, where backward is in two, I what the stage before waits for, the cotangent of the
+carry, and W the rest, the gradients of the weights. A rank may have several stages. Refused with a
+`SpecError`: a list that is not this, an action that is missing or comes twice, a stage on two ranks.
+"""
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from shardlib.errors import SpecError
+
+_ACTION = re.compile(r"([0-9]{1,6})([FBIW])([0-9]{1,6})")
+MAX_ACTIONS = 1 << 20
+
+
+class Action(NamedTuple):
+    """What a rank does at once."""
+    stage: int
+    kind: str
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.microbatch}"
+
+    @property
+    def goes(self) -> int:
+        """In which direction its result is sent: 1 to the next stage, -1 to the one before, 0 nowhere."""
+        return {"F": 1, "W": 0}.get(self.kind, -1)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The actions of each rank, in order.
+
+    loop: of decoding, the number of row groups. Microbatch n is one step of group n mod loop, and begins with
+    the token that the last stage has chosen in the step before, microbatch n - loop.
+    """
+    ranks: tuple[tuple[Action, ...], ...]
+    loop: int = 0
+
+    @classmethod
+    def parse(cls, text: str, loop: int = 0) -> Schedule:
+        """From a line a rank; what follows # is passed over."""
+        lines = [line.partition("#")[0].split() for line in text.strip().splitlines()]
+        ranks = []
+        for line in filter(None, lines):
+            found = [(word, _ACTION.fullmatch(word)) for word in line]
+            if wrong := next((word for word, match in found if match is None), None):
+                raise SpecError(f"schedule: {wrong!r} is no action; one is a stage, F, B, I or W, and a "
+                                "microbatch, as in 2F0")
+            ranks.append(tuple(Action(int(m[1]), m[2], int(m[3])) for _, m in found if m))
+        return cls(tuple(ranks), loop).checked()
+
+    def __str__(self) -> str:
+        return "\n".join(" ".join(map(str, actions)) for actions in self.ranks)
+
+    @property
+    def actions(self) -> list[Action]:
+        return [action for actions in self.ranks for action in actions]
+
+    @cached_property
+    def rank_of(self) -> dict[int, int]:
+        """Where each stage is."""
+        return {action.stage: rank for rank, actions in enumerate(self.ranks) for action in actions}
+
+    @cached_property
+    def stages(self) -> int:
+        return len(self.rank_of)
+
+    @cached_property
+    def microbatches(self) -> int:
+        return len({action.microbatch for action in self.actions})
+
+    @cached_property
+    def split(self) -> bool:
+        """Whether backward is in two."""
+        return any(action.kind in "IW" for action in self.actions)
+
+    def before(self, action: Action) -> list[Action]:
+        """The actions whose results it takes: on its own rank, and the one that another stage sends."""
+        stage, kind, m = action
+        back = "I" if self.split else "B"
+        if kind == "F":
+            if stage:
+                return [Action(stage - 1, "F", m)]
+            return [Action(self.stages - 1, "F", m - self.loop)] if self.loop and m >= self.loop else []
+        if kind == "W":
+            return [Action(stage, "I", m)]
+        return [Action(stage, "F", m), *([Action(stage + 1, back, m)] if stage + 1 < self.stages else [])]
+
+    def sends(self, action: Action) -> int | None:
+        """The stage that its result goes to, where that is another rank's."""
+        to = action.stage + action.goes
+        if self.loop and action.kind == "F" and to == self.stages:
+            to = 0 if action.microbatch + self.loop < self.microbatches else -1
+        if not action.goes or not 0 <= to < self.stages or self.rank_of[to] == self.rank_of[action.stage]:
+            return None
+        return to
+
+    def checked(self) -> Schedule:
+        """SpecError unless every stage does the same for every microbatch, once, on one rank."""
+        actions = self.actions
+        if not actions or len(actions) > MAX_ACTIONS:
+            raise SpecError(f"schedule: it has {len(actions)} actions; from 1 to {MAX_ACTIONS} are allowed")
+        if twice := next((a for a, n in Counter(actions).items() if n > 1), None):
+            raise SpecError(f"schedule: {twice} comes twice")
+        kinds = "".join(kind for kind in "FBIW" if any(a.kind == kind for a in actions))
+        if kinds not in ("F", "FB", "FIW"):
+            raise SpecError(f"schedule: its actions are {', '.join(kinds)}; they are F alone, F and B, or F, "
+                            "I and W")
+        stages, batches = (max(values) + 1 for values in ({a.stage for a in actions},
+                                                          {a.microbatch for a in actions}))
+        if stages * batches * len(kinds) > MAX_ACTIONS:
+            raise SpecError(f"schedule: {stages} stages of {batches} microbatches are too many")
+        there = {*actions}
+        missing = next((a for s in range(stages) for m in range(batches) for kind in kinds
+                        if (a := Action(s, kind, m)) not in there), None)
+        if missing:
+            raise SpecError(f"schedule: {missing} is missing; each stage does {', '.join(kinds)} of every "
+                            "microbatch")
+        for rank, mine in enumerate(self.ranks):
+            if other := next((a for a in mine if self.rank_of[a.stage] != rank), None):
+                raise SpecError(f"schedule: stage {other.stage} is on ranks {rank} and "
+                                f"{self.rank_of[other.stage]}; a stage is one rank's")
+        return self
+
+
+def schedule(ranks: Sequence[Sequence[Action]], loop: int = 0) -> Schedule:
+    """The schedule of these lists, looked over."""
+    return Schedule(tuple(map(tuple, ranks)), loop).checked()
