@@ -46,6 +46,8 @@ class Said:
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         value = self.get(key, default)
+        if value is default is None:
+            return value
         if type(value) not in (int, float) or not 0 < value < 1e300:
             raise self.error(f"{key} is {_short(value)}; it must be a positive number")
         return float(value)

@@ -5,6 +5,8 @@ stored there.
 
 >>> Weight("layers.up", "L D F", "model.layers.{L}.mlp.up_proj.weight", "F D").tensor_name([7])
 'model.layers.7.mlp.up_proj.weight'
+>>> Weight("wide.up", "L D F", "model.layers.{2L+1}.mlp.up_proj.weight", "F D").tensor_name([3])
+'model.layers.7.mlp.up_proj.weight'
 
 `load_weights` holds the whole table against the checkpoint before it reads or allocates anything. Tensors are
 read in parts of 4 MB at most (of fp32), so that the peak of memory is the shards and little else. Refused
@@ -14,6 +16,7 @@ implemented; with a `SpecError`: a type that is not one of that leaf.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -33,6 +36,7 @@ from shardlib.spec import Spec, parse
 
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+EACH = re.compile(r"\{(\d*)([A-Za-z_]\w*)(\+\d+)?\}")
 PART = 1 << 20      # elements read at a time: 4 MB in fp32
 
 
@@ -40,7 +44,8 @@ PART = 1 << 20      # elements read at a time: 4 MB in fp32
 class Weight:
     """A leaf at `path`, of type `spec`; `name` in the checkpoint, with the dims `stored`.
 
-    A dim in braces is one of which each position is stored as a tensor of its own.
+    A dim in braces is one of which each position is stored as a tensor of its own; of "{2L+1}" that is each
+    second one, from 1 on.
     beside: where several leaves lie one behind the other in a tensor's first dim, the groups of all of them,
     such as "K G H, K H, K H"; `part` says which is this one's.
     """
@@ -54,7 +59,8 @@ class Weight:
     @property
     def stacked(self) -> tuple[str, ...]:
         """The dims in braces, in our order."""
-        return tuple(n for n in parse(self.spec).names if f"{{{n}}}" in self.name)
+        told = [n for _, n, _ in EACH.findall(self.name)]
+        return tuple(n for n in parse(self.spec).names if n in told)
 
     def rows(self, sizes: Mapping[str, int]) -> tuple[int, int] | None:
         """How many rows of the first dim lie before this leaf's, and how many the tensor has;
@@ -66,7 +72,8 @@ class Weight:
 
     def tensor_name(self, position: Sequence[int]) -> str:
         """The tensor at `position` of the dims in braces."""
-        return self.name.format(**dict(zip(self.stacked, position)))
+        at = dict(zip(self.stacked, position))
+        return EACH.sub(lambda m: str(int(m[1] or 1) * at[m[2]] + int(m[3] or 0)), self.name)
 
 
 def load_weights(checkpoint: Checkpoint, table: Sequence[Weight], sizes: Mapping[str, int],

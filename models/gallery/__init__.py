@@ -1,5 +1,6 @@
 """Models on one page each: no line of them names an axis, and every layout runs them."""
 from shardlib.models.gallery.bert import BERT
+from shardlib.models.gallery.gemma2 import GEMMA2
 from shardlib.models.gallery.gpt2 import GPT2
 from shardlib.models.gallery.layouts import LAYOUTS
 from shardlib.models.gallery.mamba2 import MAMBA2
@@ -10,6 +11,6 @@ from shardlib.models.gallery.phi3 import PHI3
 from shardlib.models.gallery.qwen import QWEN2, QWEN3
 from shardlib.models.gallery.vit import VIT
 
-PAGES = {page.name: page for page in (GPT2, BERT, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, MAMBA2, VIT)}
+PAGES = {page.name: page for page in (GPT2, BERT, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, MAMBA2, VIT)}
 
 __all__ = ["LAYOUTS", "PAGES", "Page", "config_of", "load"]

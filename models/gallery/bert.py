@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from shardlib import Params, einsum, param, rename, scan, sharded, stacked
-from shardlib.functions import arange, gelu, ones, stack, unbind, zeros
+from shardlib.functions import arange, gelu, stack, unbind, zeros
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight
 from shardlib.models.gallery.page import Config, Page
@@ -53,7 +53,7 @@ def block(x, w: Block, *, config):
     q = stack("B T K H -> B T K G H",  einsum("B T D, D K H -> B T K H", x, w.wq) + w.bq)
     k = rename("B T K H -> B S K H",   einsum("B T D, D K H -> B T K H", x, w.wk) + w.bk)
     v = rename("B T K H -> B S K H",   einsum("B T D, D K H -> B T K H", x, w.wv) + w.bv)
-    a = attention("B T K G H, B S K H, B S K H, B T S -> B T K G H", q, k, v, ones("B T S", dtype="bool"))
+    a = attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v, causal=False)
     a = einsum("B T K H, K H D -> B T D", unbind("B T K G H -> B T K H", a), w.out) + w.out_bias
     x = layer_norm(x + a, w.norm1, w.shift1, config.eps)
     h = gelu(einsum("B T D, D F -> B T F", x, w.up) + w.up_bias)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from shardlib import Params, einsum, param, rename, scan, sharded, stacked
-from shardlib.functions import ones, silu, tril, zeros
+from shardlib.functions import silu, zeros
 from shardlib.models.files.said import Said
 from shardlib.models.gallery.page import Config, Page, decoder_config, decoder_rows
 from shardlib.ops import attention, embedding, rms_norm, rope, rope_table
@@ -39,19 +39,12 @@ def block(x, w: Block, angles, *, config):
     q = rope("B T K G H, B T H -> B T K G H", einsum("B T D, D K G H -> B T K G H", h, w.wq), angles)
     k = rope("B T K H, B T H -> B T K H",     einsum("B T D, D K H   -> B T K H",   h, w.wk), angles)
     v =                                       einsum("B T D, D K H   -> B T K H",   h, w.wv)
-    x = x + einsum("B T K G H, K G H D -> B T D", seen_lately(q, k, v, config.window), w.wo)
+    k, v = rename("B T K H -> B S K H", k), rename("B T K H -> B S K H", v)
+    a = attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v, window=config.window)
+    x = x + einsum("B T K G H, K G H D -> B T D", a, w.wo)
     h = rms_norm(x, w.norm2, config.eps)
     gate, up = einsum("B T D, D F -> B T F", h, w.gate), einsum("B T D, D F -> B T F", h, w.up)
     return x + einsum("B T F, F D -> B T D", silu(gate) * up, w.down)
-
-
-def seen_lately(q, k, v, window):
-    k, v = rename("B T K H -> B S K H", k), rename("B T K H -> B S K H", v)
-    if window is None:
-        return attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v)
-    late = tril("T S", dtype="bool") & ~tril("T S", dtype="bool", diagonal=-window)
-    return attention("B T K G H, B S K H, B S K H, B T S -> B T K G H", q, k, v,
-                     ones("B T S", dtype="bool") & late)
 
 
 @sharded("B T/1, * -> B T V")

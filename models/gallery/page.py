@@ -32,6 +32,10 @@ class Config:
     eps: float
     theta: float = 10_000.0
     window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    final_softcap: float | None = None
+    buckets: tuple[int, int] | None = None
     tied: bool = False
 
     @property

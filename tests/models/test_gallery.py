@@ -44,6 +44,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "olmo2": lambda: transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**{**SMALL, "hidden_size": 12})),
     "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(
         **{**SMALL, "hidden_size": 12})),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
+        **{**SMALL, "num_hidden_layers": 4, "hidden_size": 12}, sliding_window=2, query_pre_attn_scalar=3,
+        attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(
         hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=10, image_size=6,
         patch_size=2, num_channels=3, num_labels=5)),

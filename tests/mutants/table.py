@@ -490,6 +490,8 @@ MUTANTS = (
     Mutant("shardlib/language/draws.py", "for part in (step, layer):", "for part in (step,):", DRAWS),
     Mutant("shardlib/language/windows.py", "narrow(dim, p * dilation, reach)", "narrow(dim, p, reach)",
            "tests/language/test_windows.py"),
+    Mutant("models/files/weights.py", "+ int(m[3] or 0)), self.name)", "), self.name)",
+           "tests/models/test_gallery.py -k gemma"),
     Mutant("models/files/weights.py", "return replace(entry, offset=entry.offset + before)", "return entry",
            "tests/models/test_gallery.py -k phi3"),
     Mutant("shardlib/language/along.py", "by=-step.options[", "by=step.options[", ALONG),
