@@ -156,7 +156,8 @@ CASES: tuple[Case, ...] = (
         "B D, T -> B T", "B D -> D B", "B T -> ()", "B D, B D -> ()", "B T D, T D -> B",
         "B T, T D, D F -> B F", "B (K H), (K H) D -> B D", "B (K H), (K H) -> B (K H)")),
     *(_case(name, text, normal, positive) for name in BINARY
-      for text in ("B T D, D -> B T D", "B T, B T -> B T", "T, B T -> B T", "B T, B -> B T")),
+      for text in ("B T D, D -> B T D", "B T, B T -> B T", "T, B T -> B T", "B T, B -> B T",
+                   "B T, T D -> B T D")),
     _case("scale", "B D -> B D", by=-2.5), _case("shift", "B D -> B D", by=1.5),
     _case("shift", "B D -> B D", by=0), _case("reciprocal", "B D -> B D", positive),
     *(case for name in UNARY for case in _unary(name)),
@@ -203,7 +204,8 @@ CASES: tuple[Case, ...] = (
     _case("opposite", "B D -> B D", complete=False),        # of integers it is not linear
     _case("opposite", "B D -> B D", index("V"), constants=(0,)), _case("ties", "B V, B -> B", digit, largest),
     _case("extreme_vjp", "B V, B, B, B -> B V", digit, largest, tied),
-    _case("spread", "B -> B T D"), _case("spread", "T -> B T", mean=True), _case("spread", "B -> B (K H)"),
+    _case("spread", "B -> B T D"), _case("spread", "T -> B T", constants=(0,), mean=True),
+    _case("spread", "B -> B (K H)"),
     _case("softmax", "B T D -> B T D", along="T"),
     _case("softmax_vjp", "B T D, B T D -> B T D", shares, along="T"), _case("logsumexp", "B V T -> B T"),
     _case("exp_minus", "B V, B, B -> B V"),
@@ -214,6 +216,7 @@ CASES: tuple[Case, ...] = (
     _case("argmax", "B (K H) -> B"), _case("rank_of", "B V, B -> B", normal, largest),
     _case("rank_of", "B (K H), B -> B", normal, largest), _case("from_rank", "B -> B", index("V")),
     _case("rearrange", "B T D -> D B T"), _case("rearrange", "B K H -> B (K H)"),
+    _case("rearrange", "B D -> D 1 B"), _case("rearrange", "B 1 D -> B D"),
     _case("rearrange", "T (K H) -> K T H"), _case("rearrange", "B T (K H) -> (B T) K H"),
     _case("rename", "B T -> B S"), _case("rename", "B (T H) -> B S"), _case("rename", "S B -> (T H) B"),
     _case("rename", "B (T H) -> B (G D)"), _case("attention", f"{_Q}, {_K}, {_V} -> {_OUT}"),

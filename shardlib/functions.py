@@ -18,6 +18,7 @@ from shardlib.language.masks import (
     not_equal,
     where,
 )
+from shardlib.language.meeting import add, div, mul, sub
 from shardlib.language.pieces import concat, pad, slice, split, stack, unbind
 from shardlib.language.pointwise import (
     abs,
@@ -47,10 +48,11 @@ from shardlib.language.sorting import sort, topk
 from shardlib.language.variance import std, var
 from shardlib.language.windows import windows
 
-__all__ = ["abs", "all", "any", "arange", "argmax", "argmin", "cast", "clamp", "concat", "cos", "cumsum",
-           "dropout", "equal", "erf", "exp", "expm1", "flip", "full", "gelu", "greater", "greater_equal",
-           "less", "less_equal", "log", "log1p", "log_sigmoid", "logical_and", "logical_not", "logical_or",
-           "logsumexp", "max", "maximum", "mean", "min", "minimum", "normal", "not_equal", "ones", "pad",
-           "pow", "prod", "relu", "roll", "rsqrt", "sigmoid", "silu", "sin", "slice", "softmax", "softplus",
-           "sort", "split", "sqrt", "square", "stack", "std", "stop_gradient", "sum", "tanh", "topk", "tril",
-           "unbind", "uniform", "var", "where", "windows", "zeros"]
+__all__ = ["abs", "add", "all", "any", "arange", "argmax", "argmin", "cast", "clamp", "concat", "cos",
+           "cumsum", "div", "dropout", "equal", "erf", "exp", "expm1", "flip", "full", "gelu", "greater",
+           "greater_equal", "less", "less_equal", "log", "log1p", "log_sigmoid", "logical_and",
+           "logical_not", "logical_or", "logsumexp", "max", "maximum", "mean", "min", "minimum", "mul",
+           "normal", "not_equal", "ones", "pad", "pow", "prod", "relu", "roll", "rsqrt", "sigmoid", "silu",
+           "sin", "slice", "softmax", "softplus", "sort", "split", "sqrt", "square", "stack", "std",
+           "stop_gradient", "sub", "sum", "tanh", "topk", "tril", "unbind", "uniform", "var", "where",
+           "windows", "zeros"]

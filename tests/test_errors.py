@@ -813,13 +813,13 @@ too_few_results: it returns 1, its signature "B T -> B T, B" names 2 results    
 """)
 
 
-@sharded("B T, T D -> B T")
-def dims_that_do_not_broadcast(x, w):
+@sharded("B D, T D -> B T D")
+def dims_of_which_either_may_come_first(x, w):
     return x + w
 
 
-wrong(dims_that_do_not_broadcast, """
-add: "T D" has dims that "B T" lacks; einsum or rearrange says what is meant          model.py:3
+wrong(dims_of_which_either_may_come_first, """
+add: either of B and T may come first; add("B D, T D -> B T D", x, y) says the order          model.py:3
 """)
 
 

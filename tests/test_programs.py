@@ -767,7 +767,7 @@ def autograd(program: Program, drawn: Drawn, wrt: Sequence[str]) -> list[torch.T
     return [torch.zeros_like(args[n]) if g is None else g for n, g in zip(wrt, found)]
 
 
-@given(programs([k for k in KINDS if k not in (cond, update_cache, spread)]),
+@given(programs([k for k in KINDS if k not in (cond, update_cache)]),
        st.sampled_from(("all", "weights", "nothing")), st.booleans())
 def test_gradients_are_those_of_autograd_each_in_the_type_of_its_argument(drawn: Drawn,
                                                                           regather: str, fused: bool) -> None:

@@ -1,4 +1,5 @@
-"""The ops behind `+ - * /`: dims are matched by name, and a Python number is a literal.
+"""The ops behind `+ - * /`: dims are matched by name, and a Python number is a literal. The
+result has all dims of both, in the one order in which each keeps its own.
 
 On one axis: `+` and `-` take two sums that are both owed, or two values that owe nothing; `*` is multilinear;
 `/` is linear in its numerator. A number added counts as whole, except 0.
@@ -22,18 +23,31 @@ from shardlib.spec import Spec
 _SIGN = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
-def broadcast(op: str, ins: Sequence[Spec]) -> Spec:
-    """The dims of the result: those of the operand that has all the names. SpecError where none has."""
-    widest = max(ins, key=lambda s: len(s.dims))
-    for spec in ins:
-        order = [widest.labels.index(n) for n in spec.labels if n in widest.labels]
-        if len(order) < len(spec.dims):
-            raise SpecError(
-                f'{op}: "{spec}" has dims that "{widest}" lacks; einsum or rearrange says what is meant')
-        if order != sorted(order):
-            raise SpecError(
-                f'{op}: "{spec}" has the dims of "{widest}" in another order; rearrange one of them')
-    return widest
+def broadcast(op: str, ins: Sequence[Spec], names: Sequence[str] = ("x", "y", "z")) -> Spec:
+    """The dims of the result: all there are, in the one order in which every operand keeps its own.
+
+    SpecError where there are two, or none: it names two dims and writes the call with a text.
+    """
+    if all(s.labels == ins[0].labels for s in ins):
+        return ins[0]
+    left, made, unclear = [list(s.whole().dims) for s in ins], [], None
+    while heads := list(dict.fromkeys(dims[0] for dims in left if dims)):
+        free = [d for d in heads if all(d not in dims[1:] for dims in left)]
+        if len(free) != 1:
+            unclear = unclear or ((free or heads)[:2], bool(free))
+        made.append((free or heads)[0])
+        left = [[d for d in dims if d != made[-1]] for dims in left]
+    names_made = [n for d in made for n in d.names]
+    if twice := next((n for n in names_made if names_made.count(n) > 1), None):
+        raise SpecError(f"{op}: {twice} is a dim of one operand and in a group of another; rearrange makes "
+                        "them alike")
+    if unclear:
+        (one, other), either = unclear
+        how = (f"either of {one.label} and {other.label} may come first" if either else
+               f"{one.label} comes before {other.label} in one operand, and behind it in another")
+        text = f"{', '.join(str(s.whole()) for s in ins)} -> {Spec(tuple(made))}"
+        raise SpecError(f'{op}: {how}; {op}("{text}", {", ".join(names[:len(ins)])}) says the order')
+    return Spec(tuple(made))
 
 
 def align(arg: str, spec: Spec, out: Spec) -> str:
@@ -48,9 +62,9 @@ def aligned(step: Step, args: Sequence[str]) -> list[str]:
     return [align(a, s, step.outs[0]) for a, s in zip(args, step.ins)]
 
 
-def broadcasting(op: str) -> Callable[..., tuple[Spec, ...]]:
-    """`Op.infer` of an op whose operands meet by the names of their dims."""
-    return lambda ins, attrs: (broadcast(op, ins),)
+def broadcasting(op: str, *names: str) -> Callable[..., tuple[Spec, ...]]:
+    """`Op.infer` of an op whose operands meet by the names of their dims; messages call them `names`."""
+    return lambda ins, attrs: (broadcast(op, ins, names or ("x", "y")),)
 
 
 def same(ins: Sequence[Spec], attrs: dict[str, Any]) -> tuple[Spec, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shardlib.dtypes import FLOATS, fits
 from shardlib.errors import SpecError
-from shardlib.language.arithmetic import aligned, broadcasting, same
+from shardlib.language.arithmetic import aligned, broadcast, broadcasting, same
 from shardlib.language.local_code import LocalCode
 from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
@@ -21,6 +21,10 @@ _HOLDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "<": lambda x, y: (x.minimum(y) != y) & (x == x) & (y == y),
     ">=": lambda x, y: x.maximum(y) == x, "<=": lambda x, y: x.minimum(y) == x,
     "==": lambda x, y: x.maximum(y) == x.minimum(y), "!=": lambda x, y: ~(x.maximum(y) == x.minimum(y))}
+
+
+def _called(sign: str) -> str:
+    return next((name for name, s in SIGNS.items() if s == sign), "compare")
 
 
 def _between(e: LocalCode, step: Step, args: list[str]) -> str:
@@ -50,7 +54,8 @@ def _with_number(name: str, sign: str) -> Op:
 
 WITH_NUMBER = {name: _with_number(name, sign) for name, sign in SIGNS.items()}
 COMPARE = Op("compare", keywords={"sign": lambda v: v in (*_HOLDS,)}, rule=lambda s: Rule(),
-             infer=broadcasting("compare"), constant=True, takes=("number",), dtype=lambda d, o: ["bool"],
+             infer=lambda ins, attrs: (broadcast(_called(attrs["sign"]), ins),), constant=True,
+             takes=("number",), dtype=lambda d, o: ["bool"],
              promotes=True, emit=_between,
              reference=lambda d, x, y: _HOLDS[d.options["sign"]](x, y))
 LOGICAL = {name: Op(name, rule=lambda s: Rule(), infer=broadcasting(name), constant=True, index=(0, 1),

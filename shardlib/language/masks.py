@@ -1,4 +1,8 @@
-"""Masks: comparisons make them, `where` chooses by one, and so do `maximum` and `minimum`."""
+"""Masks: comparisons make them, `where` chooses by one, and so do `maximum` and `minimum`.
+
+A text in front says the order of the result's dims, where the operands' leave it open:
+`where("T, S, S -> T S", mask, a, b)`.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -7,14 +11,20 @@ import torch
 from torch import Tensor
 
 from shardlib.language.arithmetic import aligned, broadcasting
-from shardlib.language.comparison import COMPARE, LOGICAL, NOT
+from shardlib.language.comparison import COMPARE, LOGICAL, NOT, SIGNS
+from shardlib.language.meeting import meet
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply, compare
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 
 
-def greater(x: Operand, than: Operand | float) -> Value:
+def _compared(name: str, x: Operand | str, other: Operand | float, *more: Operand) -> Value:
+    return (meet(name, COMPARE, x, other, *more, sign=SIGNS[name]) if isinstance(x, str)
+            else compare(name, x, other))
+
+
+def greater(x: Operand | str, than: Operand | float, *more: Operand) -> Value:
     """Whether each element is above a number, or another value's: a mask, or the predicate of a cond.
     `x > than` says the same.
 
@@ -27,10 +37,10 @@ def greater(x: Operand, than: Operand | float) -> Value:
     >>> simulate(count, Layout(T="cp"), torch.tensor([[5, 0, -100], [3, -100, -100]]), mesh=Mesh(cp=2))
     tensor([2, 1])
     """
-    return compare("greater", x, than)
+    return _compared("greater", x, than, *more)
 
 
-def less(x: Operand, than: Operand | float) -> Value:
+def less(x: Operand | str, than: Operand | float, *more: Operand) -> Value:
     """Whether each element is below a number or another value's, which NaN is not. `x < than` says the same.
 
     Refused of a sum that is still owed.
@@ -40,10 +50,10 @@ def less(x: Operand, than: Operand | float) -> Value:
     >>> sharded("D -> D")(lambda x: less(x, 0.5))(torch.tensor([0.0, 0.5, float("nan")]))
     tensor([ True, False, False])
     """
-    return compare("less", x, than)
+    return _compared("less", x, than, *more)
 
 
-def greater_equal(x: Operand, than: Operand | float) -> Value:
+def greater_equal(x: Operand | str, than: Operand | float, *more: Operand) -> Value:
     """Whether each element is at least a number, or another value's. `x >= than` says the same.
 
     >>> import torch
@@ -53,10 +63,10 @@ def greater_equal(x: Operand, than: Operand | float) -> Value:
     tensor([[False,  True],
             [ True, False]])
     """
-    return compare("greater_equal", x, than)
+    return _compared("greater_equal", x, than, *more)
 
 
-def less_equal(x: Operand, than: Operand | float) -> Value:
+def less_equal(x: Operand | str, than: Operand | float, *more: Operand) -> Value:
     """Whether each element is at most a number, or another value's. `x <= than` says the same.
 
     >>> import torch
@@ -64,10 +74,10 @@ def less_equal(x: Operand, than: Operand | float) -> Value:
     >>> sharded("D -> D")(lambda x: less_equal(x, 1))(torch.tensor([0, 1, 2]))
     tensor([ True,  True, False])
     """
-    return compare("less_equal", x, than)
+    return _compared("less_equal", x, than, *more)
 
 
-def equal(x: Operand, to: Operand | float) -> Value:
+def equal(x: Operand | str, to: Operand | float, *more: Operand) -> Value:
     """Whether each element is a number, or another value's. There is no `==`: Python asks that of its own.
 
     Padding, by its id:
@@ -77,10 +87,10 @@ def equal(x: Operand, to: Operand | float) -> Value:
     >>> sharded("B T -> B T")(lambda ids: equal(ids, 0))(torch.tensor([[5, 7, 0, 0]]))
     tensor([[False, False,  True,  True]])
     """
-    return compare("equal", x, to)
+    return _compared("equal", x, to, *more)
 
 
-def not_equal(x: Operand, to: Operand | float) -> Value:
+def not_equal(x: Operand | str, to: Operand | float, *more: Operand) -> Value:
     """Whether each element is another than a number, or than another value's; NaN is, than anything.
 
     >>> import torch
@@ -88,10 +98,10 @@ def not_equal(x: Operand, to: Operand | float) -> Value:
     >>> sharded("D -> D")(lambda x: not_equal(x, x))(torch.tensor([1.0, float("nan")]))
     tensor([False,  True])
     """
-    return compare("not_equal", x, to)
+    return _compared("not_equal", x, to, *more)
 
 
-def logical_and(x: Operand, y: Operand) -> Value:
+def logical_and(x: Operand | str, y: Operand, *more: Operand) -> Value:
     """Where both masks are true. `x & y` says the same. Dims that one lacks are broadcast.
 
     >>> import torch
@@ -101,10 +111,10 @@ def logical_and(x: Operand, y: Operand) -> Value:
     tensor([[ True, False],
             [ True, False]])
     """
-    return apply(LOGICAL["logical_and"], (x, y))
+    return meet("logical_and", LOGICAL["logical_and"], x, y, *more)
 
 
-def logical_or(x: Operand, y: Operand) -> Value:
+def logical_or(x: Operand | str, y: Operand, *more: Operand) -> Value:
     """Where one mask at least is true. `x | y` says the same. Dims that one lacks are broadcast.
 
     >>> import torch
@@ -113,7 +123,7 @@ def logical_or(x: Operand, y: Operand) -> Value:
     >>> outside(torch.tensor([-2.0, 0.0, 2.0]))
     tensor([ True, False,  True])
     """
-    return apply(LOGICAL["logical_or"], (x, y))
+    return meet("logical_or", LOGICAL["logical_or"], x, y, *more)
 
 
 def logical_not(x: Operand) -> Value:
@@ -145,13 +155,13 @@ def _where_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
             b.einsum_to(step.ins[2], [b.call(MASKED, [b.call(NOT, [mask]), ct[0]])])]
 
 
-WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=broadcasting("where"),
+WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=broadcasting("where", "mask", "a", "b"),
            emit=lambda e, s, a: f"torch.where({', '.join(aligned(s, a))})",
            vjp=_where_vjp, index=(0,), takes=("mask", "any"), promotes=True,
            reference=lambda d, mask, a, b: a.masked_fill(~mask, 0) + b.masked_fill(mask, 0))
 
 
-def where(mask: Operand, a: Operand, b: Operand) -> Value:
+def where(mask: Operand | str, a: Operand, b: Operand, *more: Operand) -> Value:
     """`a` where `mask`, else `b`; dims that one of them lacks are broadcast. Both owe a sum, or neither does.
 
     >>> import torch
@@ -164,7 +174,7 @@ def where(mask: Operand, a: Operand, b: Operand) -> Value:
     tensor([[[1., 1., 1.],
              [7., 8., 9.]]])
     """
-    return apply(WHERE, (mask, a, b))
+    return meet("where", WHERE, mask, a, b, *more)
 
 
 def _extreme_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
@@ -192,7 +202,7 @@ def _extreme(name: str, last: int) -> Op:
 MAXIMUM, MINIMUM = _extreme("maximum", 1), _extreme("minimum", 0)
 
 
-def maximum(x: Operand, y: Operand) -> Value:
+def maximum(x: Operand | str, y: Operand, *more: Operand) -> Value:
     """The larger of two values, element by element, NaN where one is; dims that one lacks are broadcast.
 
     Where they are equal, each gets half of the gradient. Refused of a sum that is still owed.
@@ -205,10 +215,10 @@ def maximum(x: Operand, y: Operand) -> Value:
     tensor([[2., 0.],
             [3., 4.]])
     """
-    return apply(MAXIMUM, (x, y))
+    return meet("maximum", MAXIMUM, x, y, *more)
 
 
-def minimum(x: Operand, y: Operand) -> Value:
+def minimum(x: Operand | str, y: Operand, *more: Operand) -> Value:
     """The smaller of two values, element by element, as `maximum` is the larger.
 
     >>> import torch
@@ -217,7 +227,7 @@ def minimum(x: Operand, y: Operand) -> Value:
     >>> value_and_grad(f, wrt=("x", "y"))(torch.tensor(2.0), torch.tensor(2.0))
     (tensor(2.), tensor(0.5000), tensor(0.5000))
     """
-    return apply(MINIMUM, (x, y))
+    return meet("minimum", MINIMUM, x, y, *more)
 
 
 TABLE = {op.name: op for op in (MASKED, WHERE, MAXIMUM, MINIMUM)}

@@ -24,19 +24,19 @@ from shardlib.spec import Dim, Spec, parse_specs
 def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     (have,), (want,) = step.ins, step.outs
     text = args[0]
-    if any(len(d.factors) > 1 for d in have.dims):
-        text = f"{text}.reshape({e.opened_shape(have)})"
+    if any(len(d.factors) != 1 for d in have.dims):
+        text = f"{text}.reshape({e.opened_shape(Spec(tuple(d for d in have.dims if d.factors)))})"
     order = tuple(have.names.index(n) for n in want.names)
     if order != tuple(range(len(order))):
         text = f"{text}.permute({order})"
-    return f"{text}.reshape({e.shape(want)})" if any(len(d.factors) > 1 for d in want.dims) else text
+    return f"{text}.reshape({e.shape(want)})" if any(len(d.factors) != 1 for d in want.dims) else text
 
 
 def _vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
     """Back, with what becomes a later factor of a group whole."""
-    inner = {n for d in step.ins[0].dims for n in d.names[1:]}
+    inner = {(n,) for d in step.ins[0].dims for n in d.names[1:]}
     have = b.types[ct[0]]
-    ready = b.move(ct[0], have.split({d.label: d.axes for d in have.dims if d.names[0] not in inner}))
+    ready = b.move(ct[0], have.split({d.label: d.axes for d in have.dims if d.names[:1] not in inner}))
     return [b.call(REARRANGE, [ready], outs=(step.ins[0].owing(),))]
 
 
@@ -79,7 +79,8 @@ RENAME = Op("rename", rule=lambda s: Rule(linear=((0,),)), emit=lambda e, s, a: 
 def rearrange(text: str, x: Operand) -> Value:
     """The same elements with dims transposed, merged or taken apart, in the notation of einops. Free.
 
-    A sum may be owed. Refused: dims that come or go, a group whose later factor is split. Wherever K is
+    A sum may be owed. Dims of size 1 come and go, as in "B D -> B 1 D".
+    Refused: other dims that do, a group whose later factor is split. Wherever K is
     split, ranks hold whole heads:
 
     >>> from shardlib import Layout, Mesh, lower, sharded
@@ -93,7 +94,7 @@ def rearrange(text: str, x: Operand) -> Value:
     meant = f'rearrange "{text}": one spec on each side, with the same names'
     ins, outs = parse_specs(text, meant)
     if len(ins) != 1 or len(outs) != 1 or sorted(ins[0].names) != sorted(outs[0].names) \
-            or any(not d.factors for s in (ins[0], outs[0]) for d in s.dims):
+            or any(not d.factors and d.size != 1 for s in (ins[0], outs[0]) for d in s.dims):
         raise SpecError(meant)
     return apply(REARRANGE, (x,), text)
 

@@ -88,6 +88,13 @@ def _spread(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"{text} / {count or 1}"
 
 
+def _spread_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str]:
+    """Summed over what was made; it owes there. Shares of a mean are what backward writes."""
+    if step.options.get("mean"):
+        raise SpecError("value_and_grad: spread of a mean has no derivative")
+    return [b.call(SUM, ct, outs=(step.ins[0].owing(),))]
+
+
 def _others(step: Step) -> tuple[str, ...]:
     """The names of the first operand that the second one lacks."""
     return tuple(n for n in step.ins[0].names if n not in step.ins[1].names)
@@ -140,7 +147,7 @@ SUM = Op("sum", rule=lambda s: Rule(linear=((0,),), sums=names_gone(s)), emit=_s
 MEAN = Op("mean", rule=lambda s: Rule(linear=((0,),), sums=names_gone(s)), emit=_mean, vjp=_mean_vjp,
           reads=reading(fractional), statistic=True, reference=lambda d, x: d.sum(x) / d.count(*d.gone))
 SPREAD = Op("spread", keywords={"mean": lambda v: v in (None, True)}, rule=lambda s: Rule(linear=((0,),)),
-            emit=_spread, vjp=None, reads=lambda d, o: [fractional(d[0]) if o.get("mean") else d[0]],
+            emit=_spread, vjp=_spread_vjp, reads=lambda d, o: [fractional(d[0]) if o.get("mean") else d[0]],
             reference=lambda d, x: x / d.count(*_made(d.step)) if d.options.get("mean") else x)
 
 

@@ -38,7 +38,7 @@ class Signature:
         self.__name__, self.__doc__, self.__wrapped__ = fn.__name__, fn.__doc__, fn
         parameters = inspect.signature(fn).parameters.values()
         self.static_names = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
-        self.arg_names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        self.arg_names = [p.name for p in parameters if p.kind not in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)]
         if bad := next((n for n in self.arg_names if not nameable(n)), None):
             raise SpecError(f"{fn.__name__}: {bad!r} is no name for an argument; use letters, digits and "
                             "_").at(self.definition)

@@ -86,6 +86,8 @@ def expression(value: str, program: Program, depth: int = DEPTH) -> str:
         return value if value in dict(program.arg_leaves()) else "..."
     if step.op is SCAN or step.op is RESHARD and step.called:
         return f"{step.called.partition(',')[0] or 'scan'}(...)"
+    if step.op is RESHARD and step.ins == step.outs:        # what a text says of an operand
+        return operand(step, 0, program, depth)
     if not depth:
         return "..."
     return written(step, [operand(step, i, program, depth - 1) for i in range(len(step.inputs))])
