@@ -11,6 +11,7 @@ import torch
 
 from shardlib import Layout, Mesh, compile
 from shardlib.api import shard_of, value_and_grad
+from shardlib.compiler.stages import needed
 from shardlib.distributed.runtime import connect
 from shardlib.models.llama import loss
 from shardlib.params import fill, leaf_values
@@ -23,8 +24,9 @@ if __name__ == "__main__":
         for text in job["layouts"]:
             step = compile(value_and_grad(loss), Layout.parse(text), runtime=runtime, sizes=job["sizes"],
                            config=job["config"])
-            types = dict(step.lower(None, None, job["args"]["w"]).arg_leaves())
-            here = {path: shard_of(t, types[path], mesh, runtime.coordinate)
+            program = step.lower(None, None, job["args"]["w"])
+            types, used = dict(program.arg_leaves()), needed(program, runtime.coordinate)
+            here = {path: shard_of(t if path in used else t.to("meta"), types[path], mesh, runtime.coordinate)
                     for name, arg in job["args"].items()
                     for path, t in (leaf_values(arg, name) if name == "w" else [(name, arg)])}
             value, grads = step(*(fill(arg, name, here.__getitem__) if name == "w" else here[name]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -21,12 +22,15 @@ from safetensors.torch import save_file
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from shardlib.errors import SpecError
+from shardlib.layout import Layout
 from shardlib.mesh import Mesh
+from shardlib.models.decoding import used_weights, weight_types
 from shardlib.models.files.checkpoint import Checkpoint, CheckpointError
 from shardlib.models.files.gguf_header import read_gguf_header
 from shardlib.models.files.model_files import find_model, open_checkpoint
 from shardlib.models.files.ranges import read_ranges, spans_of, stored_sizes
 from shardlib.models.files.weights import QUANTISED, Weight, load_weights
+from shardlib.models.llama import LlamaConfig
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import LLAMA, load
 from shardlib.spec import Spec, parse
@@ -207,6 +211,19 @@ def test_every_rank_of_a_mesh(source, mesh, request):
         for leaf, shard in load(checkpoint, types, mesh, coordinate, torch.bfloat16).items():
             assert torch.equal(shard, cut(everything[leaf], types[leaf], sizes, mesh, coordinate)), (
                 leaf, coordinate)
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_a_stage_reads_its_own(tied):
+    """Embedding and head where they are used, norms with the head, layers by stage."""
+    config = LlamaConfig(8, 8, 5, 1, 1, 2, 3, 1e-5, 1e4, None, tied, 64)
+    mesh, found = Mesh(pp=3), []
+    for coordinate in mesh.coordinates():
+        used = used_weights(config, Layout(L="pp"), SimpleNamespace(mesh=mesh, coordinate=coordinate))
+        assert all(str(kind).startswith("L/pp") for path, kind in used.items() if path.startswith("layers."))
+        found.append({path for path in used if not path.startswith("layers.")})
+    assert found == [{"embed"}, set(), {"norm", "embed" if tied else "head"}]
+    assert used_weights(config, Layout(), SimpleNamespace(mesh=mesh)) == weight_types(config, Layout(), mesh)
 
 
 def test_a_model_in_several_files(tiny_llama, tiny_folder, tmp_path):
