@@ -50,9 +50,8 @@ def _at_once(seen: Seen) -> bool | None:
 
 
 def _attend_all(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    out = F.scaled_dot_product_attention(flash.rows_of(q), k.transpose(1, 2), v.transpose(1, 2),
-                                         is_causal=causal, scale=scale,
-                                         enable_gqa=q.shape[3] > 1)
+    out = F.scaled_dot_product_attention(*flash.heads_of(q, k, v), is_causal=causal, scale=scale,
+                                         enable_gqa=flash.shares(q))
     return out.transpose(1, 2).unflatten(2, q.shape[2:4])
 
 

@@ -28,10 +28,19 @@ def choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str |
         return "cpu" if q.dtype in _CPU else None
     if q.device.type != "cuda" or h % 8:
         return None                                     # torch pads other heads, and cuts the result
-    rows, keys, values = rows_of(q), k.transpose(1, 2), v.transpose(1, 2)
-    name = KERNELS.get(torch._fused_sdp_choice(rows, keys, values, None, 0.0, causal, scale=scale,
-                                               enable_gqa=q.shape[3] > 1))
-    return None if name == "efficient" and q.shape[3] > 1 else name
+    return KERNELS.get(torch._fused_sdp_choice(*heads_of(q, k, v), None, 0.0, causal, scale=scale,
+                                               enable_gqa=shares(q)))
+
+
+def shares(q: Tensor) -> bool:
+    """Whether a kernel lets several heads of queries share one of keys: not that of float32 on GPUs."""
+    return q.shape[3] > 1 and (q.device.type == "cpu" or q.itemsize == 2)
+
+
+def heads_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(b, heads, t or s, h) of each, as many heads of keys as of queries where they may not be shared."""
+    k, v = (x if shares(q) or q.shape[3] == 1 else x.repeat_interleave(q.shape[3], 2) for x in (k, v))
+    return rows_of(q), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -46,8 +55,9 @@ def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
     """(b, t, k, g, h) and the lse; None where no kernel takes these."""
     name = choice(q, k, v, causal, scale)
-    rows, keys, values = rows_of(q), k.transpose(1, 2), v.transpose(1, 2)
-    ops = torch.ops.aten
+    if name is None:
+        return None
+    (rows, keys, values), ops = heads_of(q, k, v), torch.ops.aten
     if name == "cpu":
         out, lse = ops._scaled_dot_product_flash_attention_for_cpu(rows, keys, values, 0.0, causal,
                                                                    scale=scale)
@@ -58,12 +68,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
         out, lse, *_ = ops._scaled_dot_product_cudnn_attention(rows, keys, values, None, True, 0.0, causal,
                                                                False, scale=scale)
         lse = lse.view(lse.shape[:3])
-    elif name == "efficient":
+    else:
         out, lse, *_ = ops._scaled_dot_product_efficient_attention(rows, keys, values, None, True, 0.0,
                                                                    causal, scale=scale)
-        lse = lse[..., :q.shape[1]]                     # it has room for a whole tile
-    else:
-        return None
+        lse = lse.narrow(2, 0, q.shape[1])              # it has room for a whole tile
     return _from_rows(out, q), _from_rows(lse, q)
 
 
@@ -74,28 +82,29 @@ def attend_vjp(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, g: Ten
     name = choice(q, k, v, causal, scale)
     if name is None:
         return None
-    rows, keys, values = rows_of(q), k.transpose(1, 2), v.transpose(1, 2)
+    rows, keys, values = heads_of(q, k, v)
     g, out, lse = rows_of(g), rows_of(out), lse.flatten(2, 3).transpose(1, 2)
     ops, t, s = torch.ops.aten, q.shape[1], k.shape[1]
     if name == "cpu":
         made = ops._scaled_dot_product_flash_attention_for_cpu_backward(
             g, *_repeated(rows, keys, values), out, lse, 0.0, causal, scale=scale)
         return _summed(q, k, v, *made)
-    seed = torch.zeros((2,), dtype=torch.int64, device=q.device)        # nothing is dropped
+    # of no dropout
+    seed = torch.zeros((2,) if name == "flash" else (), dtype=torch.int64, device=q.device)
     if name == "flash":
         dq, dk, dv = ops._scaled_dot_product_flash_attention_backward(
             g, rows, keys, values, out, lse.contiguous(), None, None, t, s, 0.0, causal, seed, seed,
             scale=scale)
     elif name == "cudnn":
         dq, dk, dv = ops._scaled_dot_product_cudnn_attention_backward(
-            g, rows, keys, values, out, lse.contiguous()[..., None], seed[0], seed[1], None, None, None, t, s,
+            g, rows, keys, values, out, lse.contiguous().unsqueeze(3), seed, seed, None, None, None, t, s,
             0.0, causal, scale=scale)
     else:
         room = torch.nn.functional.pad(lse, (0, -t % 32))
         dq, dk, dv, _ = ops._scaled_dot_product_efficient_attention_backward(
-            g, rows, keys, values, None, out, room, seed[0], seed[1], 0.0, [True, True, True, False], causal,
+            g, rows, keys, values, None, out, room, seed, seed, 0.0, [True, True, True, False], causal,
             scale=scale)
-    return _from_rows(dq, q), dk.transpose(1, 2), dv.transpose(1, 2)
+    return _summed(q, k, v, dq, dk, dv)
 
 
 def _repeated(rows: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,6 +117,8 @@ def _repeated(rows: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tenso
 
 def _summed(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor,
             dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of what `_repeated` made, the queries of one kv head together."""
+    """As they come from the kernels; of repeated heads of keys, those of one together."""
+    if dk.shape[1] == k.shape[2]:
+        return _from_rows(dq, q), dk.transpose(1, 2), dv.transpose(1, 2)
     return (_from_rows(dq, q), *(x.unflatten(1, (of.shape[2], -1)).sum(2).transpose(1, 2)
                                  for x, of in ((dk, k), (dv, v))))

@@ -1,0 +1,63 @@
+"""torch's fused attention as it is called: on the CPU its numbers; the kernels of GPUs by torch's own signatures,
+on tensors without numbers."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from shardlib.ops import flash
+from shardlib.oracle import same
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def operands(g: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """q, k, v and a cotangent."""
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=dtype, device=device)
+            for shape in ((2, 5, 3, g, 16), (2, 5, 3, 16), (2, 5, 3, 16), (2, 5, 3, g, 16))]
+
+
+@pytest.mark.parametrize("causal", (True, False))
+def test_the_derivative_is_that_of_what_it_is_told(causal: bool) -> None:
+    """`out` and lse of more keys than these: what a piece gets of the whole."""
+    q, k, v, g = operands(2, torch.float64, "cpu")
+    out, lse = torch.randn_like(g), torch.randn(2, 5, 3, 2, dtype=torch.float64)
+    score = torch.einsum("btkgh,bskh->bkgts", q, k) * 0.3
+    weight = (score - lse.permute(0, 2, 3, 1)[..., None]).exp()
+    weight = weight.tril() if causal else weight
+    given = torch.einsum("btkgh,bskh->bkgts", g, v) - (g * out).sum(-1).permute(0, 2, 3, 1)[..., None]
+    of_score = weight * given * 0.3
+    wanted = (torch.einsum("bkgts,bskh->btkgh", of_score, k), torch.einsum("bkgts,btkgh->bskh", of_score, q),
+              torch.einsum("bkgts,btkgh->bskh", weight, g))
+    made = flash.attend_vjp(q, k, v, out, lse, g, causal, 0.3)
+    assert made is not None and all(same(a, b, 1e-12) for a, b in zip(made, wanted, strict=True))
+
+
+@pytest.mark.parametrize("g", (1, 2))
+@pytest.mark.parametrize("number, name", flash.KERNELS.items())
+def test_the_kernels_of_gpus_are_called_as_torch_says(number: int, name: str, g: int,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *operands, **options: number)
+    dtype = torch.float32 if name == "efficient" else torch.bfloat16
+    with FakeTensorMode():
+        q, k, v, cotangent = operands(g, dtype, "cuda")
+        assert flash.choice(q, k, v, True, 0.3) == name
+        made = flash.attend(q, k, v, True, 0.3)
+        assert made is not None
+        out, lse = made
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, dtype, q.shape[:4], torch.float32)
+        found = flash.attend_vjp(q, k, v, out, lse, cotangent, True, 0.3)
+        assert found is not None
+        assert [(x.shape, x.dtype) for x in found] == [(x.shape, dtype) for x in (q, k, v)]
+
+
+def test_what_no_kernel_takes() -> None:
+    q, k, v, _ = operands(2, torch.float64, "cpu")
+    assert flash.choice(q, k, v, True, 0.3) == "cpu"
+    for other in ((q, k, v[..., :8]), (q, k[:, :0], v[:, :0]), (q.float(), k, v)):
+        assert flash.choice(*other, True, 0.3) is flash.attend(*other, True, 0.3) is None
+    with FakeTensorMode():
+        q, k, v, _ = (x.narrow(-1, 0, 12) for x in operands(2, torch.bfloat16, "cuda"))
+        assert flash.choice(q, k, v, True, 0.3) is None         # heads of 12
