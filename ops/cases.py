@@ -269,9 +269,11 @@ CASES: tuple[Case, ...] = (
         ("B T D, D, B T D -> B T D, D", "D"), ("D, D, D, D -> D, D, D", "D"),
         ("B G D, G D, G D, B G D -> B G D, G D, G D", "D"), ("B D T, D, B D T -> B D T, D", "D T"))),
     *(_case("rope_table", "B -> B T H", index("S"), theta=10.0, scaling=scaling, tolerance=ROUNDED["float32"])
-      for scaling in (None, (4.0, 1.0, 2.0, 9))),
-    _case("rope", "B T K H, B T H -> B T K H"),
-    _case("rope_vjp", "B T K H, B T H -> B T K H"),
+      for scaling in (None, (4.0, 1.0, 2.0, 9), ("linear", 4.0), ("dynamic", 2.0, 4),
+                      ("yarn", 4.0, 9, 2.0, 0.5, 1.2))),
+    *(_case(name, text, **attrs) for name in ("rope", "rope_vjp")
+      for text, attrs in (("B T K H, B T H -> B T K H", {}), ("T H, T H -> T H", dict(interleaved=True)),
+                          ("T H, T G -> T H", dict(part=2)))),
     _case("sample", "B V, B -> B", normal, index("S"), temperature=0.7, top_p=0.9, seed=3),
     _case("sample", "B V, B, B -> B", normal, index("S"), index("S"), temperature=0.7, top_p=0.9, seed=4),
     _case("one_hot", "B -> B V", index("V"), dtype="float64"),

@@ -40,8 +40,8 @@ SCANS, MASKS, CUTS, DRAWS = (f"tests/language/test_{name}.py" for name in (
 TOTALITY = "tests/compiler/test_totality.py"
 FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
     "failures", "captured", "surroundings", "wrt"))
-ATTENTION, OPTIONS, CACHES, ROPE, FEW_ROWS, LAYER_NORM = (f"tests/ops/test_{name}.py" for name in (
-    "attention", "attention_options", "kv_cache", "rope", "few_rows", "layer_norm"))
+ATTENTION, OPTIONS, CACHES, ROPE, FEW_ROWS, LAYER_NORM, FLASH = (f"tests/ops/test_{name}.py" for name in (
+    "attention", "attention_options", "kv_cache", "rope", "few_rows", "layer_norm", "flash"))
 TOKENIZERS, GGUF = ("tests/models/test_saved_tokenizers.py -k unless_the_folder",
                     "tests/models/test_gguf_defaults.py")
 RESULTS, RANDOM, CONFIGS, LOADING, HEADERS = (f"tests/models/test_{name}.py" for name in (
@@ -429,6 +429,11 @@ MUTANTS = (
     Mutant("ops/sampling.py", "before < max(top_p, tiny)", "before < top_p", SAMPLING),
     Mutant("ops/sampling.py", "position * 0x100000 + row, seed)", "position + row, seed)", SAMPLING),
     Mutant("ops/seen.py", "(self.start + (self.ahead + 1))", "(self.start + 1)", ATTENTION),
+    Mutant("ops/rope_scaling.py", "math.floor(pair(fast))", "pair(fast)", ROPE),
+    Mutant("ops/rope_scaling.py", ".clamp(min=int(context))", "", f"{RULES} -k 'rope_table and one_axis'"),
+    Mutant("ops/rope.py", "(-sin, sin), -1).flatten", "(sin, -sin), -1).flatten", ROPE),
+    Mutant("ops/flash.py", "(q.device.type == \"cpu\" or q.itemsize == 2)", "True", FLASH),
+    Mutant("ops/flash.py", ".sum(2).transpose(1, 2)", ".mean(2).transpose(1, 2)", FLASH),
     Mutant("ops/seen.py", ".clamp(-self.t, self.s)", "", ATTENTION),
     Mutant("ops/seen.py", "if (g, dtype) not in self._biases:", "if True:", ATTENTION),
     Mutant("ops/seen.py", "if (low, high) not in self._blocks:", "if True:", ATTENTION),

@@ -1,5 +1,5 @@
-"""torch's fused attention as it is called: on the CPU its numbers; the kernels of GPUs by torch's own signatures,
-on tensors without numbers."""
+"""torch's fused attention as it is called: on the CPU its numbers; the kernels of GPUs by torch's own
+signatures, on tensors without numbers."""
 from __future__ import annotations
 
 import pytest

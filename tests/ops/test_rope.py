@@ -1,12 +1,16 @@
 """The table of positions, wherever a rank's rows begin, and what it turns, against complex numbers."""
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from shardlib import Layout, Mesh, SpecError, compile, lower, sharded, simulate
+from shardlib import Layout, Mesh, SpecError, compile, lower, sharded, simulate, value_and_grad
+from shardlib.functions import sum
 from shardlib.lowering.emit import Emitter
 from shardlib.ops import rope, rope_table
+from shardlib.ops.rope_scaling import amplitude, dynamic_frequencies, frequencies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 THETA = 10.0
@@ -51,3 +55,58 @@ def test_an_odd_dim_has_no_pairs() -> None:
         Emitter(Mesh(x=1), 0, dict(B=2, T=1, K=1, H=5)).program(program)
     assert str(refused.value).split("          ")[0] == (
         "rope_table: H is 5; its halves are turned in pairs, so it is even")
+
+
+# -- other pairs, and slower ones ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize("part", (None, 4))
+def test_other_pairs_are_turned(interleaved: bool, part: int | None) -> None:
+    """Against complex numbers; on pieces, with gradient. What is not turned stays, and gets its cotangent."""
+    r = "R" if part else "H"
+
+    @sharded("B, B T K H, B T K H -> ()")
+    def total(start, x, weight):
+        angles = rope_table(f"B -> B T {r}", start, theta=THETA, dtype="float64")
+        turned = rope(f"B T K H, B T {r} -> B T K H", x, angles, interleaved=interleaved, part=part)
+        return sum("B T K H -> ()", turned * weight)
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(2, 3, 2, 6, dtype=torch.float64, generator=g) for _ in range(2))
+    start, n = torch.tensor([0, 5]), part or 6
+    value, of_x = simulate(value_and_grad(total, ("x",)), Layout(T="x"), start, x, weight, mesh=Mesh(x=2))
+    turn = (start[:, None] + torch.arange(3))[..., None] * THETA ** -(torch.arange(n // 2) / (n // 2))
+    turn = torch.polar(torch.ones_like(turn).double(), turn.double())[:, :, None]
+
+    def pairs(y: torch.Tensor) -> torch.Tensor:
+        y = y[..., :n].unflatten(-1, (-1, 2) if interleaved else (2, -1))
+        return torch.complex(*y.unbind(-1 if interleaved else -2))
+    real = (pairs(x) * turn * pairs(weight).conj()).real.sum() + (x[..., n:] * weight[..., n:]).sum()
+    assert torch.allclose(value, real, rtol=1e-6)
+    assert torch.allclose(pairs(of_x), pairs(weight) * turn.conj(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(of_x[..., n:], weight[..., n:])
+
+
+@pytest.mark.parametrize("name, said, scaling", (
+    ("linear", dict(factor=4.0), ("linear", 4.0)),
+    ("yarn", dict(factor=2.0, original_max_position_embeddings=64),
+     ("yarn", 2.0, 64, 32.0, 1.0, 0.1 * math.log(2) + 1)),
+    ("dynamic", dict(factor=2.0), ("dynamic", 2.0, 128)),
+    ("llama3", dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                    original_max_position_embeddings=64), (8.0, 1.0, 4.0, 64))))
+def test_pairs_are_as_slow_as_those_of_transformers(name: str, said: dict, scaling: tuple) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2, max_position_embeddings=128,
+                         rope_parameters=dict(rope_theta=10000.0, rope_type=name, **said))
+    theirs, attention = ROPE_INIT_FUNCTIONS[name](config, "cpu", seq_len=300)
+    ours = (dynamic_frequencies(torch.tensor([295]), 5, 32, 10000.0, *scaling[1:])[0, 0] if name == "dynamic"
+            else frequencies(32, 10000.0, scaling))
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=0) and abs(amplitude(scaling) - attention) < 1e-12
+
+
+def test_a_part_that_is_no_part() -> None:
+    @sharded("T H, T R -> T H")
+    def some(x, table):
+        return rope("T H, T R -> T H", x, table, part=8)
+    with pytest.raises(SpecError, match="rope: part is 8, and H is 6"):
+        simulate(some, Layout(), torch.zeros(2, 6), torch.zeros(2, 8), mesh=Mesh(x=1))
