@@ -171,7 +171,7 @@ class Program:
     """Arguments (name, spec or Struct), steps, results.
 
     `explicit`: its specs are types, nothing is left to complete.
-    unmet: (dim, axis, line) where the layout would have split a dim over an axis that another dim had.
+    unmet: (dim, axis, line) where another dim had the axis; no line: no value has the dim.
     unfused: what is like a fusion and is none, and why.
     """
     name: str

@@ -18,9 +18,16 @@ def complete(program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, i
     """The explicit program. SpecError, at the user's line, if it does not type; `sizes` let it say bytes."""
     try:
         made = Completer(program, layout.on(mesh), mesh, sizes).run()
+        made = replace(made, unmet=(*made.unmet, *_without_values(made, layout.on(mesh))))
         return made if layout == EXPLICIT else sunk(made)
     except Refused as refused:
         raise worded(refused) from None
+
+
+def _without_values(program: Program, layout: Layout) -> list[tuple[str, str, str]]:
+    """The entries of the layout for a dim that no value has, as `Program.unmet` has them: nowhere."""
+    names = {n for p in (program, *program.bodies()) for spec in p.types().values() for n in spec.names}
+    return [(dim, "/".join(axes), "") for dim, axes in layout.entries.items() if dim not in names]
 
 
 def complete_step(step: Step, types: Mapping[str, Spec], texts: Mapping[str, Spec], layout: Layout,

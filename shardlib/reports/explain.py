@@ -245,7 +245,8 @@ def _unmet(program: Program) -> tuple[str, ...]:
     for dim, axis, where in (u for p in (program, *program.bodies()) for u in p.unmet):
         places.setdefault((dim, axis), []).append(where)
     return tuple(f"{dim} is not split over {axis} at {', '.join(dict.fromkeys(found))}: there another dim "
-                 "has it" for (dim, axis), found in places.items())
+                 "has it" if any(found) else f"{dim} is not split over {axis}: no value has that dim"
+                 for (dim, axis), found in places.items())
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,21 @@ def test_what_a_layout_could_not_give() -> None:
     assert str(found).rstrip().endswith(found.unmet[0])
 
 
+def test_an_entry_for_a_dim_that_no_value_has_is_said_once() -> None:
+    """One that values have in the body of a scan alone is none."""
+    @sharded("B T, L T -> B T")
+    def layers(x, w):
+        return scan(layer, x, w)
+
+    @sharded("B T, T -> B T")
+    def layer(x, w):
+        return x * rename("S -> T", rename("T -> S", w))
+    mesh, layout = Mesh(dp=2, tp=2), Layout(b="dp", S="tp", V=("dp", "tp"))
+    found = explain(lower(layers, layout, mesh=mesh), mesh, dict(B=2, T=2, L=3, S=2))
+    assert found.unmet == ("b is not split over dp: no value has that dim",
+                           "V is not split over dp/tp: no value has that dim")
+
+
 # -- totals --------------------------------------------------------------------------------------------------
 
 def test_the_total_is_that_of_one_rank() -> None:
