@@ -9,8 +9,10 @@ from shardlib.models.gallery.olmo2 import OLMO2
 from shardlib.models.gallery.page import Page, config_of, load
 from shardlib.models.gallery.phi3 import PHI3
 from shardlib.models.gallery.qwen import QWEN2, QWEN3
+from shardlib.models.gallery.t5 import T5_PAGE
 from shardlib.models.gallery.vit import VIT
 
-PAGES = {page.name: page for page in (GPT2, BERT, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, MAMBA2, VIT)}
+PAGES = {page.name: page for page in (
+    GPT2, BERT, MISTRAL, QWEN2, QWEN3, OLMO2, PHI3, GEMMA2, MAMBA2, VIT, T5_PAGE)}
 
 __all__ = ["LAYOUTS", "PAGES", "Page", "config_of", "load"]

@@ -47,6 +47,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
         **{**SMALL, "num_hidden_layers": 4, "hidden_size": 12}, sliding_window=2, query_pre_attn_scalar=3,
         attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
+    "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=13, d_model=12, d_kv=4, d_ff=10, num_layers=2, num_heads=3, decoder_start_token_id=1,
+        relative_attention_num_buckets=8, relative_attention_max_distance=7, dropout_rate=0.0,
+        **{**ALONE, "pad_token_id": 0})),
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(
         hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=10, image_size=6,
         patch_size=2, num_channels=3, num_labels=5)),
@@ -64,7 +68,7 @@ class Trial(NamedTuple):
     page: Page
     config: Any
     w: Any
-    given: torch.Tensor
+    given: list[torch.Tensor]
     by: torch.Tensor
     truth: list[torch.Tensor]
     rounded: list[torch.Tensor]
@@ -77,8 +81,10 @@ def trial(name: str, folder: Path) -> Trial:
         model.set_attn_implementation("eager")
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
-    given = torch.randn(3, 3, 6, 6) if name == "vit" else torch.randint(13, (3, 5))
-    by = torch.randn(model(given).logits.shape, dtype=torch.float64)
+    given = [torch.randn(3, 3, 6, 6) if name == "vit" else torch.randint(13, (3, 5))]
+    given += [torch.randint(13, (3, 7))] * (name == "t5")
+    words = ("input_ids", "decoder_input_ids") if name == "t5" else (model.main_input_name,)
+    by = torch.randn(model(**dict(zip(words, given))).logits.shape, dtype=torch.float64)
 
     def held(model: Any) -> Any:
         model.save_pretrained(folder)
@@ -87,22 +93,28 @@ def trial(name: str, folder: Path) -> Trial:
     def said(dtype: torch.dtype) -> list[torch.Tensor]:
         """The gradients go the way of the weights into our names and dims."""
         mine = copy.deepcopy(model).to(dtype)
-        logits = mine(given.to(dtype) if given.is_floating_point() else given).logits
+        taken = [x.to(dtype) if x.is_floating_point() else x for x in given]
+        logits = mine(**dict(zip(words, taken))).logits
         (logits * by.to(dtype)).sum().backward()
         for p in mine.parameters():
             p.data = torch.zeros_like(p) if p.grad is None else p.grad
         return [logits.detach().double(), *(x for _, x in leaf_values(held(mine), ""))]
     truth, rounded = said(torch.float64), said(torch.float32)
     config, w = config_of(page, open_checkpoint(folder)), held(model)
-    return Trial(page, config, w, given.double() if name == "vit" else given, by, truth, rounded)
+    given = [x.double() if x.is_floating_point() else x for x in given]
+    return Trial(page, config, w, given, by, truth, rounded)
 
 
 def ran(trial: Trial, mesh: Mesh, layout: Layout) -> list[torch.Tensor]:
     """Logits and gradients, by one program."""
-    page = trial.page
-    loss = sharded(f"{page.takes}, {page.gives}, * -> ()")(lambda given, by, w, *, config: sum(
-        f"{page.gives} -> ()", by * page.logits(given, w, config=config)))
-    _, logits, grads = simulate(value_and_grad(loss, wrt=("by", "w")), layout, trial.given, trial.by, trial.w,
+    page, given = trial.page, trial.given
+
+    def weighed(by, logits):
+        return sum(f"{page.gives} -> ()", by * logits)
+    loss = sharded(f"{page.takes}, {page.gives}, * -> ()")(
+        (lambda x, by, w, *, config: weighed(by, page.logits(x, w, config=config))) if len(given) == 1
+        else lambda x, y, by, w, *, config: weighed(by, page.logits(x, y, w, config=config)))
+    _, logits, grads = simulate(value_and_grad(loss, wrt=("by", "w")), layout, *given, trial.by, trial.w,
                                 mesh=mesh, config=trial.config)
     return [logits, *(x for _, x in leaf_values(grads, ""))]
 
