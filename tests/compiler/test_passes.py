@@ -45,6 +45,13 @@ def shared(x, up, a, b):
     return (y + einsum("T F, F D -> T D", silu(h), b)) * silu(y)
 
 
+@sharded("T D, D F, F D, F D -> T D, T D")
+def shared_on_the_right(x, up, a, b):
+    h = einsum("T D, D F -> T F", x, up)
+    y = einsum("T F, F D -> T D", h, a)
+    return einsum("T F, F D -> T D", silu(h), b) + y, y
+
+
 @sharded("T/tp D -> T/tp D", layout=EXPLICIT)
 def round_trip(x):
     whole = all_gather("T/tp D -> T D", x)
@@ -138,6 +145,7 @@ def collectives(program) -> list[str]:
     (parallel, Layout(F="tp", T="tp"), ["all_gather"] + ["reduce_scatter"] * 2,
      ["all_gather", "reduce_scatter"]),
     (shared, Layout(F="tp"), ["all_reduce"] * 2, ["all_reduce"] * 2),
+    (shared_on_the_right, Layout(F="tp"), ["all_reduce"] * 2, ["all_reduce"] * 2),
     (round_trip, None, ["all_gather", "all_reduce"], []),
     (twice, None, ["all_reduce"] * 2, ["all_reduce"]),
     (dead, None, ["all_gather"], []),
