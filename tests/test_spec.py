@@ -161,6 +161,7 @@ BLANKS = "items are separated by blanks, and each parenthesis has its partner"
     ("(K 4)", "spec '(K 4)': (K 4) is no group; a group holds names, as in (K/tp G H)"),
     ("(R~ D)", "spec '(R~ D)': (R~ D) is no group; a group holds names, as in (K/tp G H)"),
     ("(K G/tp)", "spec '(K G/tp)': in the group (K G/tp) only the first factor may be split"),
+    ("B (K G H/tp)", "spec 'B (K G H/tp)': in the group (K G H/tp) only the first factor may be split"),
     ("A" * 2001, "spec of 2001 characters; the longest allowed has 2000"),
     (["B"], "a spec is a string, not list"),
     (None, "a spec is a string, not NoneType"),

@@ -27,7 +27,7 @@ from shardlib.compiler.fusion import Fusion
 from shardlib.compiler.parser import check, parse_program
 from shardlib.compiler.passes import DEFAULT
 from shardlib.compiler.passes.fuse import fuse, fusion_report, require_fusion
-from shardlib.functions import clamp, silu, softmax, sum, tanh
+from shardlib.functions import clamp, cumsum, silu, softmax, sum, tanh
 from shardlib.language.fused import FUSED, fused
 from shardlib.language.scan import SCAN
 from shardlib.models.layouts import named_layout
@@ -314,6 +314,16 @@ def test_attributes_are_the_same_but_for_names_of_dims_and_static_arguments() ->
                       ((0.5, 0.5, 3.0, "D"), "scale has by=3.0, not 2.0"),
                       ((0.5, 0.5, 2.0, "T"), "softmax has along='T', not 'D'")):
         assert lines(normed(*site), table)[0] == f"twice_normed: {why}"
+
+
+def test_an_attribute_that_the_program_alone_has_is_one_more() -> None:
+    def made(**more: bool) -> Any:
+        @sharded("T D -> T D", layout=EXPLICIT)
+        def running(x):
+            return tanh(cumsum(x, along="D", **more))
+        return running
+    assert lines(made(), Fusion(made())) == ["running: fused"]
+    assert lines(made(reverse=True), Fusion(made())) == ["running: cumsum has reverse=True, not None"]
 
 
 def test_an_axis_of_the_function_is_there() -> None:

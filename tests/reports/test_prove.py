@@ -16,7 +16,7 @@ import rank_by_rank
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from shardlib import Mesh, SpecError, lower
+from shardlib import Layout, Mesh, SpecError, all_reduce, lower, sharded
 from shardlib.api import value_and_grad
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, logits_of, loss, next_token
@@ -68,6 +68,14 @@ def test_digests_tell_plans_apart() -> None:
     assert len({prove(program, mesh, sizes,
                       {p: kind for p, _ in program.arg_leaves() if p.startswith(("w.", "cache."))}).digest
                 for sizes in others for kind in ("float32", "bfloat16")}) == 6
+
+
+def test_a_digest_says_the_dtype_of_what_is_sent() -> None:
+    """Where nothing else differs."""
+    mesh = Mesh(tp=2)
+    total = lower(sharded("T D +tp -> T D")(lambda x: all_reduce("T D +tp -> T D", x)), Layout(), mesh=mesh)
+    assert len({prove(total, mesh, dict(T=2, D=3), dict(x=kind)).digest
+                for kind in ("float32", "int32", "bfloat16", "float16")}) == 4
 
 
 # -- mutants -------------------------------------------------------------------------------------------------
