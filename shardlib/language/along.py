@@ -112,11 +112,12 @@ def flags(**given: bool) -> dict[str, bool]:
 def cumsum(x: Operand, along: str, *, reverse: bool = False) -> Value:
     """The sum of each element and those before it along one dim, or behind it; int64 of integers and masks.
 
-    A sum may be owed. Refused where that dim is split: say that it is whole, as in `T/1`.
+    A sum may be owed. The dim is whole: where a layout splits it, another dim is split meanwhile, or it is
+    gathered.
 
     >>> import torch
     >>> from shardlib import Layout, Mesh, sharded, simulate
-    >>> place = sharded("B T/1 -> B T/1")(lambda mask: cumsum(mask, along="T") - 1)
+    >>> place = sharded("B T -> B T")(lambda mask: cumsum(mask, along="T") - 1)
     >>> mask = torch.tensor([[False, True, True], [True, False, True]])
     >>> simulate(place, Layout(B="dp"), mask, mesh=Mesh(dp=2))
     tensor([[-1,  0,  1],

@@ -113,7 +113,7 @@ TOPK = Op("topk", keywords={"k": length}, rule=lambda s: Rule(whole=all_of_both(
 def sort(x: Operand, along: str, *, descending: bool = False) -> tuple[Value, Value]:
     """The elements along one dim in order, and the places (int64) that they had; equal ones keep theirs.
 
-    NaN is the largest. Refused where that dim is split, and of a sum that is still owed.
+    NaN is the largest. The dim is whole. Refused of a sum that is still owed.
 
     >>> import torch
     >>> from shardlib import sharded

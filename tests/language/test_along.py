@@ -54,6 +54,16 @@ def test_roll_takes_whole_numbers() -> None:
         assert str(error.value).split("          ")[0] == f"roll: by is {by!r}; it is a whole number"
 
 
+def test_over_a_split_dim_another_is_split_meanwhile() -> None:
+    """Nothing is gathered where another dim may take the axis."""
+    def moves(f: Callable) -> list[str]:
+        steps = lower(sharded("B T -> B T")(f), Layout(T="x", B="x"), mesh=Mesh(x=2)).steps
+        return [step.op.name for step in steps]
+    for name, f in (("cumsum", lambda x: cumsum(x, along="T")), ("sort", lambda x: sort(x, along="T")[0]),
+                    ("flip", lambda x: flip(x, along="T")), ("roll", lambda x: roll(x, along="T", by=1))):
+        assert moves(f) == ["all_to_all", name, "all_to_all"]
+
+
 def test_cumsum_passes_an_owed_sum_on() -> None:
     f = sharded("B T +tp -> B T +tp", layout=EXPLICIT)(lambda x: cumsum(x, along="T"))
     assert str(lower(f, mesh=Mesh(tp=2))) == '''\
