@@ -12,7 +12,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from shardlib.triton_kernels.limits import MOST_QUERIES, MOST_ROWS, MOST_SPLITS, Tile
+from shardlib.distributed.graph_capture import is_chained
+from shardlib.triton_kernels.limits import MOST_QUERIES, MOST_SPLITS, Tile
 
 COUNTS = 4096
 """Counts that the largest shapes need: a row's kv head of attention has one, and a tile of a matmul."""
@@ -23,6 +24,11 @@ MOST_HEAD = 512
 """Bytes of a row of a head of attention."""
 SHARED = 227 << 10
 """Bytes of a block, on an H100 or H200."""
+FEW = 32
+"""Rows up to which our matmuls are faster than the library's."""
+STREAMED, MOST_LINES = 28 << 20, 16384
+"""For one row: bytes of a matrix from which on a block goes through many columns; lines that it takes at
+once."""
 NARROW = 2560
 """Columns up to which a matmul has too few tiles to keep every SM reading; then several blocks share one."""
 
@@ -62,11 +68,30 @@ def counts_of(device: torch.device) -> Tensor | None:
 def tile_of(rows: int, lines: int, columns: int, gated: bool) -> Tile:
     """For x of so many rows, and w of so many lines and columns."""
     if rows == 1:
+        if STREAMED <= 2 * lines * columns and lines <= MOST_LINES:
+            return _streaming(_power_of_two(2 * lines - 1), gated)
         if lines >= 4096 and lines % 2048 == 0:
             return Tile(2, 2048, 8, 2) if gated else Tile(1, 2048, 8, 4)
         return Tile(2, 512, 2, 1) if lines <= 4096 else Tile(2, 512, 4, 2)
-    tile = Tile(32, 128, 2, 5) if rows <= 16 else Tile(64, 128, 4, 6)
-    return tile._replace(splits=4 if lines <= 4096 else 2) if columns <= NARROW and lines >= 2048 else tile
+    if rows <= 16:
+        tile = Tile(32, 128, 2, 5 if columns < 14000 else 4 if columns < 28000 else 3)
+    else:
+        tile = Tile(64, 128, 4, 6 if columns < 14000 else 4)
+    if columns <= NARROW and lines >= 2048:
+        return tile._replace(splits=4 if lines <= 4096 else 3)
+    return tile._replace(splits=2) if columns <= 4096 and lines >= (4096 if rows <= 16 else 8192) else tile
+
+
+def _streaming(lines: int, gated: bool) -> Tile:
+    """A tile for one row: of one column, or a gate and its value; 96 kB under way on each SM."""
+    warps = max(2, lines * (1 + gated) // 2048)
+    return Tile(1 + gated, lines, warps, 3, blocks=min(8, -(-(96 << 10) // (4 * lines * (1 + gated)))))
+
+
+def starts_early(device: torch.device, rows: int) -> bool:
+    """Whether a kernel of so many rows is launched before the one before it has ended: in a chain of our own.
+    A matmul of the library's lets none start, and what is launched early behind it begins 0.5 µs later."""
+    return rows <= FEW and is_chained(device)
 
 
 def differentiated(*operands: Tensor) -> bool:
@@ -79,12 +104,13 @@ def rows_matmul(x: Tensor, w: Tensor, counts: Tensor | None, gated: bool = False
     kernels of its own where the rows are few, w lies by columns and nobody wants a derivative; by the
     library's elsewhere. Without counts no tile is split."""
     from shardlib.triton_kernels import matmul_rows as kernels
-    if (0 < len(x) <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16) and w.mT.is_contiguous()
+    if (0 < len(x) <= FEW and x.dtype in (torch.bfloat16, torch.float16) and w.mT.is_contiguous()
         and x.is_contiguous() and w.numel() and not differentiated(x, w)):
         lines, columns = w.shape
         tile = tile_of(len(x), lines, columns, gated)
         tile = tile if counts is not None else tile._replace(splits=1)
-        return (kernels.gated_matmul_rows if gated else kernels.matmul_rows)(x, w, tile, counts)
+        multiply = kernels.gated_matmul_rows if gated else kernels.matmul_rows
+        return multiply(x, w, tile, counts, starts_early(x.device, len(x)))
     return kernels.gated_matmul_rows_reference(x, w) if gated else x @ w
 
 
@@ -162,4 +188,5 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor,
     """`cached_attention`, split as fits; without counts, not at all."""
     from shardlib.triton_kernels.cached_attention import cached_attention
     splits = 1 if counts is None else splits_of(keys.shape[0] * keys.shape[2], keys.shape[1])
-    return cached_attention(q, k, v, angles, keys, values, start, counts, splits, **_launched(q.dtype))
+    return cached_attention(q, k, v, angles, keys, values, start, counts, splits, **_launched(q.dtype),
+                            early=starts_early(q.device, len(q)))

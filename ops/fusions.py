@@ -14,9 +14,12 @@ from torch import Tensor
 from shardlib import EXPLICIT, all_reduce, reduce_scatter, sharded
 from shardlib.compiler.fusion import Fusion, Product, Site
 from shardlib.distributed.communicators.protocol import FusingCommunicator
-from shardlib.functions import silu
+from shardlib.functions import max, silu
+from shardlib.language.extremes import FROM_RANK, RANK_OF
+from shardlib.language.value import apply
 from shardlib.ops.attention import attention
 from shardlib.ops.few_rows import (
+    FEW,
     FLOATS,
     attend_cached,
     attends_cached,
@@ -25,11 +28,12 @@ from shardlib.ops.few_rows import (
     has_room,
     refuses_cached,
     rows_matmul,
+    starts_early,
 )
 from shardlib.ops.kv_cache import update_cache
 from shardlib.ops.rms_norm import rms_norm
 from shardlib.ops.rope import rope
-from shardlib.triton_kernels.limits import MOST_ROWS, MOST_WIDTH
+from shardlib.triton_kernels.limits import MOST_WIDTH
 
 
 @sharded("T D +x, T D, D -> T D, T D", layout=EXPLICIT)
@@ -70,6 +74,14 @@ def cached_attention(q, k, v, angles, keys, values, start):
     return attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, keys, values, start), keys, values
 
 
+@sharded("B V/x -> B", layout=EXPLICIT)
+def split_argmax(logits):
+    """The choice of a token, where the vocabulary is split."""
+    top = all_reduce("B max:x -> B", max("B V/x -> B max:x", logits))
+    back = apply(RANK_OF, (logits, top), "B V/x, B -> B max:x")
+    return apply(FROM_RANK, (all_reduce("B max:x -> B", back),), "B -> B")
+
+
 def by_communicator(site: Site) -> Callable | str:
     """The kernel of the first communicator that has one; or why none has. A sum over one rank is the rank's
     own: that of a norm.
@@ -101,8 +113,27 @@ def by_norm(site: Site) -> Callable | str:
         from shardlib.triton_kernels import rms_norm as kernels
         if differentiated(y, residual, w):
             return kernels.add_rms_norm_reference(y, residual, w, eps)
-        return kernels.add_rms_norm(y.contiguous(), residual.contiguous(), w.contiguous(), eps)
+        return kernels.add_rms_norm(y.contiguous(), residual.contiguous(), w.contiguous(), eps,
+                                    starts_early(y.device, y.numel() // len(w)))
     return norm
+
+
+def by_pointwise(site: Site) -> Callable | str:
+    """`gate_up` in one kernel, where no matmul has taken it along."""
+    gate, up = site.operands
+    if site.device != "cuda":
+        return f"no kernel gates on {site.device}"
+    if gate.dtype != up.dtype or gate.dtype not in FLOATS or not gate.dim():
+        return "gate and up are no rows of one dtype of 16 or 32 bits"
+
+    def multiply(gate: Tensor, up: Tensor) -> Tensor:
+        from shardlib.triton_kernels import gate_up as kernels
+        if differentiated(gate, up):
+            return kernels.gate_up_reference(gate, up)
+        rows = [x if x.stride(-1) == 1 else x.contiguous() for x in (gate, up)]
+        rows = [x.reshape(-1, x.shape[-1]) for x in rows]
+        return kernels.gate_up(*rows).view(gate.shape)
+    return multiply
 
 
 def by_one_kernel(site: Site) -> Callable | str:
@@ -129,8 +160,8 @@ def by_few_rows(product: Product) -> Callable | str:
     """A kernel of few rows, which takes `gate_up` along."""
     if product.device != "cuda" or product.dtype not in ("bfloat16", "float16"):
         return f"no kernel multiplies {product.dtype} on {product.device}"
-    if not 0 < product.rows <= MOST_ROWS:
-        return f"kernels of few rows take 1 to {MOST_ROWS}"
+    if not 0 < product.rows <= FEW:
+        return f"kernels of few rows take 1 to {FEW}"
     if not has_room(torch.device(product.device)):
         return "a block of this GPU has less shared memory than the kernels take"
     if product.then not in (None, gate_up):
@@ -144,5 +175,6 @@ def by_few_rows(product: Product) -> Callable | str:
 
 FUSIONS = (Fusion(all_reduce_add_rms_norm, kernel=by_communicator),
            Fusion(reduce_scatter_add_rms_norm, kernel=by_communicator),
-           Fusion(add_rms_norm, kernel=by_norm), Fusion(gate_up),
+           Fusion(split_argmax, kernel=by_communicator),
+           Fusion(add_rms_norm, kernel=by_norm), Fusion(gate_up, kernel=by_pointwise),
            Fusion(cached_attention, kernel=by_one_kernel))

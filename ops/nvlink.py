@@ -28,13 +28,15 @@ from shardlib.distributed.communicators.protocol import Call, Place
 from shardlib.distributed.flat import Cut
 from shardlib.distributed.streams import current_stream
 from shardlib.errors import SpecError, bytes_text
+from shardlib.ops.few_rows import starts_early
 from shardlib.ops.nvlink_report import Reader, missing
 from shardlib.triton_kernels import exchange
 from shardlib.triton_kernels.all_reduce import one_shot, two_shot
 from shardlib.triton_kernels.all_reduce_add_rms_norm import all_reduce_add_rms_norm
-from shardlib.triton_kernels.lamport import SLOTS
+from shardlib.triton_kernels.lamport import EMPTY, SLOTS
 from shardlib.triton_kernels.launching import Grid
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter
+from shardlib.triton_kernels.split_argmax import split_argmax
 from shardlib.triton_kernels.workspace import Workspace, symmetric_workspace
 
 CAPACITY = 64 << 20
@@ -179,12 +181,35 @@ class NVLink:
         if refusal is not None:
             raise SpecError(refusal)
         rows, old = (_aligned(t.contiguous()).view(-1, len(weight)) for t in (x, residual))
-        total, normed = all_reduce_add_rms_norm(rows, old, _aligned(weight), eps, self._workspace(),
-                                                *grid_of_rows(len(rows), weight.nbytes // QUAD, self.size))
+        grid, split, shots = grid_of_rows(len(rows), weight.nbytes // QUAD, self.size)
+        grid = grid._replace(early=starts_early(x.device, len(rows)))
+        total, normed = all_reduce_add_rms_norm(rows, old, _aligned(weight), eps, self._workspace(), grid,
+                                                split, shots)
         return total.view(x.shape), normed.view(x.shape)
 
+    def refuses_argmax(self, x: Tensor) -> str | None:
+        """Why `split_argmax` does not take x; None where it does."""
+        if x.dtype not in REDUCIBLE:
+            return f"NVLink compares float32, bfloat16 and float16, not {str(x.dtype)[6:]}"
+        if (not x.numel() or x.shape[-1] * self.size >= EMPTY.value
+            or x.numel() > MOST_CHOSEN * x.shape[-1]):
+            return f"NVLink chooses among some, of at most {MOST_CHOSEN} rows, not {tuple(x.shape)}"
+        return None
+
+    def split_argmax(self, x: Tensor) -> Tensor:
+        """(...): of (..., columns), the first index of the largest among the columns of all members, one
+        after another; a NaN is the largest. What `refuses_argmax` names is a SpecError."""
+        if refusal := self.refuses_argmax(x):
+            raise SpecError(refusal)
+        rows = x.contiguous().view(-1, x.shape[-1])
+        grid = Grid(MOST_BLOCKS, 8, BLOCK_REGISTERS // 256, starts_early(x.device, len(rows)))
+        return split_argmax(rows, self._workspace(), grid).view(x.shape[:-1])
+
     def fused(self, name: str, operands: Sequence[Tensor], static: Mapping[str, float]) -> Callable | str:
-        """What takes a fused step, as `FusingCommunicator` has it: `all_reduce_add_rms_norm`."""
+        """What takes a fused step, as `FusingCommunicator` has it: `all_reduce_add_rms_norm` and
+        `split_argmax`."""
+        if name == "split_argmax":
+            return self.refuses_argmax(*operands) or self.split_argmax
         if name != "all_reduce_add_rms_norm":
             return f"NVLink has no {name}"
         eps = static["eps"]
@@ -298,6 +323,8 @@ def grid_of(quads: int, registers: int) -> Grid:
     return Grid(blocks, min(warps, BLOCK_REGISTERS // (32 * registers)), registers).over(quads)
 
 
+MOST_CHOSEN = 1 << 16
+"""Rows of an argmax: a quad for each of them, from each other rank, fits a slot."""
 MOST_ROW, MOST_NORMED = 64 << 10, 8 << 20
 """Bytes of a row that is normed, and of all: W - 1 times as many fit a slot, with a word for each block of
 a row."""

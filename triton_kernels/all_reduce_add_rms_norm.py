@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shardlib.triton_kernels.all_reduce import all_reduce_reference
+from shardlib.triton_kernels.early import await_before, let_next_start
 from shardlib.triton_kernels.lamport import add_up, clear, enter, leave, place, receive, spin, without_empty
 from shardlib.triton_kernels.launching import Grid, launch
 from shardlib.triton_kernels.quads import (
@@ -84,9 +85,12 @@ def all_reduce_add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, nor
                                    W: tl.constexpr, KIND: tl.constexpr, SPLIT: tl.constexpr,
                                    SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr,
                                    ROW_SPIN: tl.constexpr, ROW_CONSTRAINTS: tl.constexpr,
-                                   ROW_WORDS: tl.constexpr, LANES: tl.constexpr, INTERPRET: tl.constexpr):
+                                   ROW_WORDS: tl.constexpr, LANES: tl.constexpr, INTERPRET: tl.constexpr,
+                                   EARLY: tl.constexpr):
     """quads: of a row; share: of its parts. While one row is on its way, the one before it is added up. A
     slot holds W - 1 times the whole, then a word for each part of each row."""
+    await_before(EARLY)
+    let_next_start(EARLY)
     call, previous, left = enter(state_ptr)
     here = tl.load(addresses_ptr + RANK)
     slot, at_once = call * slot_bytes, tl.num_programs(0) // SPLIT
@@ -172,10 +176,13 @@ def two_shot_add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, norme
                                  RANK: tl.constexpr, W: tl.constexpr, KIND: tl.constexpr, SPLIT: tl.constexpr,
                                  SPIN: tl.constexpr, CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr,
                                  ROW_SPIN: tl.constexpr, ROW_CONSTRAINTS: tl.constexpr,
-                                 ROW_WORDS: tl.constexpr, LANES: tl.constexpr, INTERPRET: tl.constexpr):
+                                 ROW_WORDS: tl.constexpr, LANES: tl.constexpr, INTERPRET: tl.constexpr,
+                                 EARLY: tl.constexpr):
     """Rank r adds up quads r owned ... (r + 1) owned - 1 of every row; share: of the parts of that. A block
     has the same part of all of them. A slot holds W - 1 times the pieces of a rank's share, then W - 1 times
     its sums, then a word for each part of each row."""
+    await_before(EARLY)
+    let_next_start(EARLY)
     call, previous, left = enter(state_ptr)
     here = tl.load(addresses_ptr + RANK)
     slot, at_once = call * slot_bytes, tl.num_programs(0) // SPLIT

@@ -25,6 +25,7 @@ from shardlib.triton_kernels.attending import (
     take_in_range,
 )
 from shardlib.triton_kernels.decode_attention import decode_attention_reference
+from shardlib.triton_kernels.early import await_before, let_next_start
 from shardlib.triton_kernels.launching import Grid, launch
 from shardlib.triton_kernels.limits import MOST_QUERIES, MOST_SPLITS
 
@@ -73,9 +74,11 @@ def cached_attention_kernel(q_ptr, k_ptr, v_ptr, angles_ptr, keys_ptr, values_pt
                             k_stride_t, v_stride_b, v_stride_t, stride_b, stride_s, stride_k,
                             G: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
                             NEW: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-                            STAGES: tl.constexpr, MOST: tl.constexpr):
+                            STAGES: tl.constexpr, MOST: tl.constexpr, EARLY: tl.constexpr):
     """HEAD, ROWS and NEW: powers of two that have room for H, T G and T. SPLIT: whether there are several
     splits, MOST at most."""
+    await_before(EARLY)
+    let_next_start(EARLY)
     split, head = tl.program_id(0) % splits, tl.program_id(0) // splits
     b, kv = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     row, new, h = tl.arange(0, ROWS), tl.arange(0, NEW), tl.arange(0, HEAD)[None, :]
@@ -116,7 +119,7 @@ def cached_attention_kernel(q_ptr, k_ptr, v_ptr, angles_ptr, keys_ptr, values_pt
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
                      start: Tensor, counts: Tensor | None, splits: int, block: int = 64, warps: int = 4,
-                     stages: int = 2) -> Tensor:
+                     stages: int = 2, early: bool = False) -> Tensor:
     """(B, T, K, G, H): attention of q, alike, over the cache with k and v, (B, T, K, H), in it.
 
     A token's part of q, of k and of v lies together; the strides of B and T are free. angles: (B, T, H),
@@ -150,7 +153,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tens
     key = (q.dtype, start.dtype, q.device, *((s % 16 == 0, s == 1, s < 2**31) for s in strides),
            *constants.values(),
            *(x.data_ptr() % 16 for x in (q, k, v, angles, keys, values, start, counted)))
-    launch(cached_attention_kernel, key, Grid(rows * heads * splits, warps),
+    launch(cached_attention_kernel, key, Grid(rows * heads * splits, warps, early=early),
            (q, k, v, angles, keys, values, start, out, parts, counted, new, slots, heads, splits, *strides),
            lambda: constants, q.device.type == "cpu")
     return out

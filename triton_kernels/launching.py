@@ -19,10 +19,12 @@ class Grid(NamedTuple):
     """How a kernel is launched.
 
     registers: of a thread, at most; what does not fit them spills. None: as many as the compiler likes.
+    early: before the kernel before it has ended; of kernels that have a constant EARLY (see `early`).
     """
     blocks: int
     warps: int = 8
     registers: int | None = None
+    early: bool = False
 
     @property
     def threads(self) -> int:
@@ -39,12 +41,14 @@ def launch(kernel: Any, key: tuple[Hashable, ...], grid: Grid, arguments: tuple[
            constants: Callable[[], dict[str, Any]], interpret: bool) -> None:
     """Runs the kernel. arguments: in order, those that are no constants, the first a tensor; `constants` is
     called only when it has to be."""
-    blocks, warps, registers = grid
-    key = (kernel, warps, registers, *key)
+    blocks, warps, registers, early = grid
+    key = (kernel, warps, registers, early, *key)
     known = None if interpret else _COMPILED.get(key)
     if known is None:
-        named = constants()
-        compiled = kernel[(blocks,)](*arguments, **named, num_warps=warps, maxnreg=registers)
+        named = constants() | ({"EARLY": early} if "EARLY" in kernel.arg_names else {})
+        how = {"launch_pdl": True} if early else {}
+        assert "EARLY" in named or not early, "it would not wait for the kernel before it"
+        compiled = kernel[(blocks,)](*arguments, **named, num_warps=warps, maxnreg=registers, **how)
         if not interpret:
             _COMPILED[key] = compiled, tuple(named[n] for n in kernel.arg_names[len(arguments):])
     else:

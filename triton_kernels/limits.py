@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MOST_ROWS = 32
+MOST_ROWS = 128
 """Of a matmul."""
 MOST_QUERIES = 64
 """Of attention, rows of a product: T times the queries of one kv head."""
@@ -15,9 +15,11 @@ MOST_WIDTH = 1 << 16
 class Tile(NamedTuple):
     """What a block of a matmul does: columns of w at a time, lines of them at once; warps of it; steps whose
     loads are under way (unrolled, where the tensor cores have no part). splits: blocks that share those
-    columns, where the tensor cores have one."""
+    columns, where the tensor cores have one. blocks: of an SM, each of which goes through many such
+    columns, all their lines at once; 0 where a block has one."""
     columns: int
     lines: int
     warps: int
     stages: int
     splits: int = 1
+    blocks: int = 0

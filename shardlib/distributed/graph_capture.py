@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from weakref import WeakSet
 
@@ -34,6 +35,32 @@ def on_capture_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
     with torch.cuda.stream(stream):
         yield stream
     around.wait_stream(stream)
+
+
+_CHAINED = ContextVar("_CHAINED", default=False)
+
+
+@contextmanager
+def chained() -> Iterator[None]:
+    """Within, kernels may be launched before what comes before them on the stream has ended: those that wait
+    for its end themselves, before they read or write anything. While they wait, they hold a place on the GPU;
+    so what is captured here runs beside nothing else that waits for other ranks."""
+    token = _CHAINED.set(True)
+    try:
+        yield
+    finally:
+        _CHAINED.reset(token)
+
+
+def is_chained(device: torch.device) -> bool:
+    """Whether kernels on this device may be launched so."""
+    return _CHAINED.get() and _waits(device)
+
+
+@cache
+def _waits(device: torch.device) -> bool:
+    """Whether its kernels can wait for the end of the one before: Hopper's and later ones."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 _POOLS: dict[torch.device, tuple[tuple[int, int], WeakSet]] = {}

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from shardlib.distributed.graph_capture import new_graph, on_capture_stream
+from shardlib.distributed.graph_capture import chained, new_graph, on_capture_stream
 from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.runtime import Runtime
 from shardlib.distributed.streams import passed
@@ -50,7 +50,7 @@ class Graph:
             call()
             return
         graph, pool = new_graph(runtime.device)
-        with on_capture_stream(runtime.device) as stream:
+        with on_capture_stream(runtime.device) as stream, chained():
             call()
             try:
                 with torch.cuda.graph(graph, pool, stream, "thread_local"):

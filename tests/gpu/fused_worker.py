@@ -1,4 +1,5 @@
-"""One rank of test_fused: logits by kernels beside those of the bodies and of float32, token by token.
+"""One rank of test_fused: logits by kernels beside those of the bodies and of float32, token by token;
+and the bits of the same kernels in a graph, where each starts before the one before it has ended.
 
     torchrun --nproc-per-node 2 tests/gpu/fused_worker.py tp=2 bfloat16
 
@@ -30,11 +31,11 @@ STARTS = [0, 1, 255, 257, SLOTS - STEPS, 100, 31, 64]
 
 
 def logits(runtime: Runtime, drawn: dict[str, Tensor], dtype: torch.dtype, passes: Any,
-           rows: int) -> tuple[Tensor, list[str]]:
-    """(STEPS, rows, V) in float32, and what was said of kernels."""
+           rows: int, graph: bool = False) -> tuple[Tensor, list[str]]:
+    """(STEPS, rows, V) in float32, and what was said of kernels. graph: replayed."""
     mesh, layout = runtime.mesh, named_layout("tp", runtime.mesh)
     step = compile(next_logits, layout, runtime=runtime, donate=("cache",), passes=passes, config=CONFIG,
-                   sizes={**CONFIG.sizes, "S": SLOTS})
+                   sizes={**CONFIG.sizes, "S": SLOTS}, graph=graph)
     step.lower(None, llama_of(CONFIG))
     leaves = {f"w{path}" if path.startswith(".") else f"w.{path}": w.to(dtype) for path, w in drawn.items()}
     weights = step.prepare("w", leaves, llama_of(CONFIG))
@@ -64,6 +65,8 @@ def main(mesh: str, dtype: str) -> None:
             bodies, _ = logits(runtime, drawn, kind, PASSES, rows)
             os.environ["SHARDLIB_REFERENCE"] = "0"
             fused, answers = logits(runtime, drawn, kind, PASSES, rows)
+            replayed, _ = logits(runtime, drawn, kind, PASSES, rows, graph=DEVICE == "cuda")
+            assert torch.equal(replayed, fused), (rows, (replayed - fused).abs().max())
             theirs, ours = ((x - wide).abs().amax((0, 2)) for x in (bodies, fused))
             assert torch.isfinite(fused).all() and (ours <= 2 * theirs.max()).all(), (rows, ours, theirs)
             best = wide.topk(2, -1)

@@ -1,12 +1,12 @@
 """Compiles the kernels for sm_90, as they are launched there, on a machine that needs no GPU;
 writes what came out as JSON.
 
-    python compile_worker.py FILE [rows]        each: kernel, kind, world, line, split, warps,
+    python compile_worker.py FILE [rows|early]  each: kernel, kind, world, line, split, warps,
                                                 most (registers of a thread, as asked for), the PTX,
                                                 layouts of what is pushed, registers and stack bytes
                                                 of a thread, bytes of shared memory of a block. rows:
                                                 the kernels of few rows on one GPU, in place of those
-                                                between GPUs
+                                                between GPUs; early: both, to be launched so
 """
 from __future__ import annotations
 
@@ -36,15 +36,17 @@ from shardlib.triton_kernels.all_reduce_add_rms_norm import (
 from shardlib.triton_kernels.cached_attention import cached_attention_kernel
 from shardlib.triton_kernels.decode_attention import decode_attention_kernel
 from shardlib.triton_kernels.exchange import exchange_kernel, spin_lines
+from shardlib.triton_kernels.gate_up import gate_up_kernel
 from shardlib.triton_kernels.lamport import spin
-from shardlib.triton_kernels.matmul_rows import one_row_kernel, rows_kernel
+from shardlib.triton_kernels.matmul_rows import one_row_kernel, rows_kernel, stream_kernel
 from shardlib.triton_kernels.quads import KINDS
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter_kernel
 from shardlib.triton_kernels.rms_norm import rms_norm_kernel
+from shardlib.triton_kernels.split_argmax import split_argmax_kernel
 
 KERNELS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel, "reduce_scatter": reduce_scatter_kernel,
            "exchange": exchange_kernel, "norm": all_reduce_add_rms_norm_kernel,
-           "two_shot_norm": two_shot_add_rms_norm_kernel}
+           "two_shot_norm": two_shot_add_rms_norm_kernel, "split_argmax": split_argmax_kernel}
 ROW_QUADS, SPLIT = 1024, 4
 """Quads of a row that is normed, which so many blocks share."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -78,28 +80,33 @@ def launches() -> Iterator[dict[str, Any]]:
                            most=grid.registers)
 
 
-def compiled(kernel: str, kind: str, world: int, line: int, warps: int, most: int) -> dict[str, Any]:
+def compiled(kernel: str, kind: str, world: int, line: int, warps: int, most: int,
+             early: bool = False) -> dict[str, Any]:
     function = KERNELS[kernel]
     types = {"x_ptr": "*i32", "out_ptr": "*i32", "residual_ptr": "*i32", "weight_ptr": "*i32",
              "normed_ptr": "*i32", "addresses_ptr": "*i64", "state_ptr": "*i32", "eps": "fp32"}
     values = {"RANK": world // 2, "W": world, "KIND": kind, "FLAT": False, "LINE": line, "BLOCK": 32 * warps,
               "LANES": 32 * warps, "SPLIT": SPLIT, "INTERPRET": False,
               **(spin_lines if kernel == "exchange" else spin)(world - 1), **row_spin(SPLIT)}
+    if kernel == "split_argmax":
+        types |= {"x_ptr": f"*{kind}", "out_ptr": "*i64"}
+        values["LANES"] *= 8
     return dict(kernel=kernel, kind=kind, world=world, line=line, warps=warps, most=most,
-                **assembled(function, types, values, warps, most, ("slot_bytes",)))
+                **assembled(function, types, values, warps, most, ("slot_bytes", "columns"), early))
 
 
 def assembled(function: Any, types: dict[str, str], values: dict[str, Any], warps: int, most: int | None,
-              aligned: tuple[str, ...]) -> dict[str, Any]:
+              aligned: tuple[str, ...], early: bool = False) -> dict[str, Any]:
     """aligned: which sizes are multiples of 16; all addresses are."""
     names = function.arg_names
+    values = {"EARLY": early, **values} if "EARLY" in names else values
     signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in names}
     known = {(i,): ALIGNED for i, name in enumerate(names)
              if name not in values and (name.endswith("_ptr") or name in aligned)}
     source = ASTSource(function, signature,
                        constexprs={name: values[name] for name in names if name in values}, attrs=known)
     result = triton.compile(source, target=GPUTarget("cuda", 90, 32),
-                            options={"num_warps": warps, "maxnreg": most})
+                            options={"num_warps": warps, "maxnreg": most, "launch_pdl": early})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(result.asm["cubin"])
         cubin.flush()
@@ -110,36 +117,52 @@ def assembled(function: Any, types: dict[str, str], values: dict[str, Any], warp
                 shared=result.metadata.shared)
 
 
-def of_few_rows() -> Iterator[dict[str, Any]]:
+def early() -> Iterator[dict[str, Any]]:
+    """All kernels that can start before the one before them has ended, as they are launched so."""
+    for kernel, kind, warps in (("norm", "bf16", 4), ("two_shot_norm", "bf16", 4),
+                                ("split_argmax", "bf16", 8), ("split_argmax", "fp32", 8)):
+        yield compiled(kernel, kind, 4, 0, warps, 64, early=True)
+    seen: set[str] = set()
+    for launch in of_few_rows(early=True):
+        if launch["kernel"] not in seen and "griddepcontrol" in launch["ptx"]:
+            seen.add(launch["kernel"])
+            yield launch
+
+
+def of_few_rows(early: bool = False) -> Iterator[dict[str, Any]]:
     """The kernels on one GPU, in 16 bits, as `ops/few_rows.py` launches them."""
     bf16 = {name: "*bf16" for name in ("x_ptr", "residual_ptr", "weight_ptr", "total_ptr", "normed_ptr",
                                        "w_ptr", "q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr",
-                                       "values_ptr")}
+                                       "values_ptr", "gate_ptr", "up_ptr")}
     types = bf16 | {"eps": "fp32", "lengths_ptr": "*i64", "start_ptr": "*i64", "angles_ptr": "*fp32",
                     "parts_ptr": "*fp32", "counts_ptr": "*i32"}
     for adds, width in ((False, 4096), (True, 8192)):
         yield dict(kernel="rms_norm", **assembled(rms_norm_kernel, types, dict(ADDS=adds, LANES=width),
-                                                  width // 256, None, ("width",)))
+                                                  width // 256, None, ("width",), early))
+    yield dict(kernel="gate_up", **assembled(gate_up_kernel, types, dict(LANES=1024), 4, None,
+                                             ("width", "gate_stride", "up_stride"), early))
     for rows, lines, columns, gated in ((1, 4096, 1536, False), (1, 8192, 14336, True),
                                         (8, 4096, 1536, False), (8, 4096, 7168, True),
                                         (32, 8192, 8192, False)):
         tile = tile_of(rows, lines, columns, gated)
         values = dict(GATED=gated, WHOLE=True, SPLIT=tile.splits > 1, ROWS=max(8, rows), COLUMNS=tile.columns,
                       LINES=tile.lines, STAGES=tile.stages)
-        kernel, function = ("one_row", one_row_kernel) if rows == 1 else ("rows", rows_kernel)
+        kernel, function = (("stream", stream_kernel) if tile.blocks else ("one_row", one_row_kernel)
+                            if rows == 1 else ("rows", rows_kernel))
         yield dict(kernel=kernel, split=tile.splits, **assembled(
             function, types, {k: v for k, v in values.items() if k in function.arg_names}, tile.warps,
-            None, ("K",)))
+            None, ("K",), early))
     for group, splits in ((4, 1), (4, 4), (8, 64)):
         values = dict(G=group, H=128, HEAD=128, ROWS=16, BLOCK=64, SPLIT=splits > 1, STAGES=3, MOST=64)
         yield dict(kernel="attention", split=splits, **assembled(decode_attention_kernel, types, values, 4,
-                                                                 None, ("stride_b", "stride_s", "stride_k")))
+                                                                 None, ("stride_b", "stride_s", "stride_k"),
+                                                                 early))
     strides = tuple(n for n in cached_attention_kernel.arg_names if "stride" in n)
     for group, splits, one in ((4, 1, True), (4, 4, True), (8, 1, True), (8, 64, True), (4, 4, False)):
         values = dict(G=group, H=128, HEAD=128, ROWS=16, NEW=16, ONE=one, BLOCK=64, SPLIT=splits > 1,
                       STAGES=3, MOST=64)
         yield dict(kernel="cached_attention", split=splits, **assembled(
-            cached_attention_kernel, types, values, 4, None, strides))
+            cached_attention_kernel, types, values, 4, None, strides, early))
 
 
 def layouts(ttgir: str) -> list[str]:
@@ -150,5 +173,6 @@ def layouts(ttgir: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    made = list(of_few_rows()) if sys.argv[2:] == ["rows"] else [compiled(**launch) for launch in launches()]
+    made = ([compiled(**launch) for launch in launches()] if sys.argv[2:] == []
+            else list({"rows": of_few_rows, "early": early}[sys.argv[2]]()))
     Path(sys.argv[1]).write_text(json.dumps(made))

@@ -23,12 +23,16 @@ from shardlib.triton_kernels.exchange import slot_bytes as moved_bytes
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS, STATE_WORDS
 from shardlib.triton_kernels.launching import Grid
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter, reduce_scatter_reference
+from shardlib.triton_kernels.split_argmax import filled_bytes as chosen_bytes
+from shardlib.triton_kernels.split_argmax import split_argmax, split_argmax_reference
 from shardlib.triton_kernels.workspace import Workspace
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SUMS, MOVES, NORMS = (("one_shot", "two_shot", "reduce_scatter"), ("all_gather", "all_to_all"),
                       ("norm", "two_shot_norm"))
-FAMILIES = {"sums": SUMS, "moves": MOVES, "norms": NORMS, "all": SUMS + MOVES + NORMS}
+CHOICES = ("split_argmax",)
+FAMILIES = {"sums": SUMS, "moves": MOVES, "norms": NORMS, "choices": CHOICES,
+            "all": SUMS + MOVES + NORMS + CHOICES}
 EPS = 1e-5
 WARPS = (1, 1, 2)
 GUARD = 64
@@ -55,6 +59,8 @@ class Call:
         quads = self.outer * self.inner
         if self.kernel in MOVES:
             return moved_bytes(quads, world, self.line)
+        if self.kernel in CHOICES:
+            return chosen_bytes(self.outer, world)
         if self.kernel in NORMS:
             return filled_bytes(self.outer, 16 * self.inner, world, self.split, self.shots(world))
         return (world - 1) * 16 * (2 * -(-quads // world) if self.kernel == "two_shot" else quads)
@@ -63,7 +69,8 @@ class Call:
         inner = self.inner * 16 // self.dtype.itemsize
         return {"reduce_scatter": (self.outer, world, inner), "all_gather": (self.outer, inner),
                 "all_to_all": (world, self.outer * inner), "norm": (self.outer, inner),
-                "two_shot_norm": (self.outer, inner)}.get(self.kernel, (self.outer * inner,))
+                "two_shot_norm": (self.outer, inner),
+                "split_argmax": (self.outer, inner)}.get(self.kernel, (self.outer * inner,))
 
     def shots(self, world: int) -> int:
         """Of a norm."""
@@ -78,6 +85,8 @@ class Call:
 
     def run(self, x: Tensor, workspace: Workspace) -> Tensor | tuple[Tensor, Tensor]:
         grid = Grid(self.blocks * self.split, self.warps)
+        if self.kernel in CHOICES:
+            return split_argmax(x, workspace, grid._replace(blocks=self.blocks))
         if self.kernel in NORMS:
             return all_reduce_add_rms_norm(x, *self.replicated(), EPS, workspace, grid, self.split,
                                            self.shots(workspace.size))
@@ -92,6 +101,8 @@ class Call:
             return all_reduce_reference(xs)
         if self.kernel == "all_gather":
             return all_gather_reference(xs)
+        if self.kernel in CHOICES:
+            return split_argmax_reference(xs)
         if self.kernel in NORMS:
             residual, weight = self.replicated()
             total = residual + all_reduce_reference(xs)

@@ -19,7 +19,7 @@ from shardlib.compiler.passes.fuse import fuse, fusion_report
 from shardlib.models.decoding import PASSES, llama_of
 from shardlib.models.llama import Cache, KeyValue, LlamaConfig, next_logits, next_token
 from shardlib.ops import fusions
-from shardlib.ops.fusions import by_communicator, by_few_rows, by_norm, by_one_kernel
+from shardlib.ops.fusions import by_communicator, by_few_rows, by_norm, by_one_kernel, by_pointwise
 from shardlib.params import leaf_values
 from shardlib.triton_kernels.cached_attention import cached_attention_reference
 
@@ -37,6 +37,9 @@ def on_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, ...]]:
     def norm(asked: Site) -> Any:
         return by_norm(replace(asked, device="cuda"))
 
+    def pointwise(asked: Site) -> Any:
+        return by_pointwise(replace(asked, device="cuda"))
+
     def sums(asked: Site) -> Any:
         return by_communicator(replace(asked, device="cuda"))
 
@@ -45,7 +48,8 @@ def on_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, ...]]:
     monkeypatch.setattr(fusions, "counts_of", lambda device: None)
     monkeypatch.setattr(fusions, "attends_cached", lambda *operands: True)
     monkeypatch.setattr(fusions, "has_room", lambda device: True)
-    as_on_a_gpu = {by_one_kernel: site, by_norm: norm, by_communicator: sums, None: None}
+    as_on_a_gpu = {by_one_kernel: site, by_norm: norm, by_communicator: sums,
+                   by_pointwise: pointwise}
     table = [Fusion(f.function, kernel=as_on_a_gpu[f.kernel]) for f in fusions.FUSIONS]
     with rounded():
         yield (*DEFAULT, "rotate_scan", *fuse(table, product))
@@ -105,6 +109,8 @@ def test_the_step_of_a_llama_is_all_fused() -> None:
         body = next(b for b in program.bodies() if b.name == "cached_block")
         assert {s.op.name for s in body.steps} <= {"fused", "einsum"}, fusion_report(program)
         assert sum(s.op.name == "fused" for s in body.steps) == 4
+        chosen = [s.bodies[0].name for s in program.steps if s.op.name == "fused"][-1]
+        assert (chosen == "split_argmax") == bool(layout.entries.get("V")), chosen
 
 
 @pytest.mark.parametrize("changed, said", [
@@ -124,6 +130,28 @@ def test_what_the_kernel_takes(changed: dict[str, Any], said: str, monkeypatch: 
     operands = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(shapes, dtypes)]
     found = by_one_kernel(Site(fusions.cached_attention, given["device"], operands, {}))
     assert (found if isinstance(found, str) else "taken") == said
+
+
+@pytest.mark.parametrize("device, shape, dtypes, said", [
+    ("cpu", (3, 8), "bb", "no kernel gates on cpu"),
+    ("cuda", (), "bb", "gate and up are no rows of one dtype of 16 or 32 bits"),
+    ("cuda", (3, 8), "bf", "gate and up are no rows of one dtype of 16 or 32 bits"),
+    ("cuda", (3, 8), "dd", "gate and up are no rows of one dtype of 16 or 32 bits"),
+    ("cuda", (3, 8), "bb", "taken")])
+def test_what_the_gate_takes(device: str, shape: tuple[int, ...], dtypes: str, said: str) -> None:
+    kinds = {"b": torch.bfloat16, "f": torch.float32, "d": torch.float64}
+    gate, up = (torch.empty(shape, dtype=kinds[d], device="meta") for d in dtypes)
+    found = by_pointwise(Site(fusions.gate_up, device, (gate, up), {}))
+    assert (found if isinstance(found, str) else "taken") == said
+
+
+def test_a_gate_that_wants_a_derivative_has_one() -> None:
+    """By torch; and of columns that lie apart, what torch gives."""
+    multiply = by_pointwise(Site(fusions.gate_up, "cuda", torch.empty(2, 3, 4).unbind(), {}))
+    gate, up = torch.randn(2, 3, 4).unbind()
+    want = torch.nn.functional.silu(gate) * up
+    assert multiply(gate.requires_grad_(), up).requires_grad
+    torch.testing.assert_close(multiply(gate.detach().mT.contiguous().mT, up), want)
 
 
 @pytest.mark.parametrize("changed, said", [

@@ -59,6 +59,7 @@ FITS = TENSORS + " -k a_spec_that_fits"
 FORKED = QUEUE + " -k forked_child_that_closes"
 ONCE = PROTOCOLS + " -k pushed_once"
 RIGHT = PROTOCOLS + " -k without_a_change"
+CHOICE = PROTOCOLS + "::test_without_a_change_no_seed_goes_wrong[choices]"
 
 MUTANTS = (
     # shardlib/passes
@@ -865,4 +866,19 @@ MUTANTS = (
     Mutant("shardlib/run/kernels.py", "(new.shape, new.dtype) != (old.shape, old.dtype)", "False",
            f"{IN_PLACE} -k is_like_it"),
     Mutant("ops/few_rows.py", "128 // max(1, heads)", "128 // heads", FEW_ROWS),
+    Mutant("ops/few_rows.py", "return rows <= FEW and is_chained", "return rows < FEW and is_chained",
+           FEW_ROWS),
+    Mutant("shardlib/distributed/graph_capture.py", ">= (9, 0)", ">= (8, 0)", FEW_ROWS),
+    Mutant("shardlib/distributed/graph_capture.py", "_CHAINED.reset(token)", "pass", FEW_ROWS),
+    Mutant("shardlib/run/captured.py", "as stream, chained():", "as stream:", CAPTURED),
+    Mutant("triton_kernels/launching.py", 'assert "EARLY" in named or not early', "assert True",
+           "tests/triton_kernels/test_few_rows.py -k that_waits"),
+    Mutant("ops/fusions.py", "if differentiated(gate, up):", "if False:", STEP),
+    Mutant("triton_kernels/gate_up.py", "row * gate_stride", "row * width",
+           "tests/triton_kernels/test_few_rows.py -k gates"),
+    Mutant("ops/nvlink.py", "or x.numel() > MOST_CHOSEN * x.shape[-1]", "", f"{NVLINK} -k choices"),
+    Mutant("triton_kernels/split_argmax.py", "theirs > best", "theirs >= best", CHOICE),
+    Mutant("triton_kernels/split_argmax.py", "tl.where(x == 0, 0.0, x)", "x", f"{PROTOCOLS} -k keys_grow"),
+    Mutant("triton_kernels/split_argmax.py", "there + r * columns", "there + RANK * columns", CHOICE),
+    Mutant("triton_kernels/split_argmax.py", "(0x7FFFFFFF - found)", "found", CHOICE),
 )

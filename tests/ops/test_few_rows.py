@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shardlib.distributed.graph_capture import chained
 from shardlib.ops import few_rows
 from shardlib.ops.few_rows import (
     COUNTS,
+    FEW,
     SHARED,
     STREAMS,
     attend_cached,
@@ -23,13 +25,14 @@ from shardlib.ops.few_rows import (
     counts_of,
     rows_matmul,
     splits_of,
+    starts_early,
     tile_of,
 )
 from shardlib.triton_kernels import matmul_rows
-from shardlib.triton_kernels.limits import MOST_QUERIES, MOST_ROWS, MOST_SPLITS, Tile
+from shardlib.triton_kernels.limits import MOST_QUERIES, MOST_SPLITS, Tile
 
 
-@given(st.integers(1, MOST_ROWS), st.integers(1, 32768), st.integers(1, 65536), st.booleans())
+@given(st.integers(1, FEW), st.integers(1, 32768), st.integers(1, 65536), st.booleans())
 def test_tiles_fit(rows: int, lines: int, columns: int, gated: bool) -> None:
     """A gate beside its value in one tile; in shared memory what is under way; a count for each tile that is
     split, of lines that all splits have."""
@@ -38,6 +41,10 @@ def test_tiles_fit(rows: int, lines: int, columns: int, gated: bool) -> None:
     if rows > 1:
         assert tile.stages * tile.lines * (tile.columns + max(8, rows)) * 2 <= SHARED
         assert tile.splits == 1 or -(-columns // tile.columns) <= COUNTS and lines >= tile.splits * tile.lines
+    elif tile.blocks:
+        assert lines <= tile.lines < 2 * lines and tile.columns * tile.lines <= 64 * 32 * tile.warps
+        assert tile.blocks * (tile.stages - 1) * tile.columns * tile.lines * 2 <= SHARED
+        assert tile.blocks * tile.warps <= 64
     else:
         assert tile.splits == 1 and tile.columns * tile.lines <= 32 * 32 * tile.warps
 
@@ -68,7 +75,7 @@ def test_few_rows_of_16_bits_by_columns_have_kernels(rows: int, dtype: torch.dty
     seen: list[str] = []
 
     def record(name: str) -> Any:
-        def launch(x: Tensor, w: Tensor, tile: Tile, counts: Tensor) -> Tensor:
+        def launch(x: Tensor, w: Tensor, tile: Tile, counts: Tensor, early: bool) -> Tensor:
             seen.append(name)
             return x @ w if name == "matmul_rows" else matmul_rows.gated_matmul_rows_reference(x, w)
         return launch
@@ -85,11 +92,22 @@ def test_few_rows_of_16_bits_by_columns_have_kernels(rows: int, dtype: torch.dty
 
 def test_without_counts_no_tile_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(matmul_rows, "matmul_rows", lambda x, w, tile, counts: seen.append(tile.splits))
+    monkeypatch.setattr(matmul_rows, "matmul_rows",
+                        lambda x, w, tile, counts, early: seen.append(tile.splits))
     x, w = torch.zeros(8, 2048, dtype=torch.bfloat16), torch.zeros(2048, 16, dtype=torch.bfloat16)
     for counts in (torch.zeros(1, dtype=torch.int32), None):
         rows_matmul(x, w.mT.contiguous().mT, counts)
     assert seen == [4, 1]
+
+
+def test_few_rows_start_early_in_a_chain_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, old = torch.device("cuda", 6), torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9 if device == gpu else 8, 0))
+    assert not starts_early(gpu, 1)
+    with chained():
+        assert [starts_early(gpu, rows) for rows in (1, FEW, FEW + 1)] == [True, True, False]
+        assert not starts_early(old, 1) and not starts_early(torch.device("cpu"), 1)
+    assert not starts_early(gpu, 1)
 
 
 @pytest.mark.parametrize("kernel", ("decode_attention", "cached_attention"))

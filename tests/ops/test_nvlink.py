@@ -361,6 +361,36 @@ def test_what_is_not_normed(shapes: tuple[tuple[int, ...], ...], dtypes: str, re
         assert str(raised.value) == refusal
 
 
+@pytest.mark.parametrize("shape, dtype, refusal", [
+    ((3, 5), torch.bfloat16, None), ((5,), torch.float32, None), ((65536, 1), torch.float16, None),
+    ((3, 5), torch.int64, "NVLink compares float32, bfloat16 and float16, not int64"),
+    ((0, 5), torch.bfloat16, "NVLink chooses among some, of at most 65536 rows, not (0, 5)"),
+    ((3, 0), torch.bfloat16, "NVLink chooses among some, of at most 65536 rows, not (3, 0)"),
+    ((65537, 1), torch.bfloat16, "NVLink chooses among some, of at most 65536 rows, not (65537, 1)"),
+    ((1, 1 << 30), torch.bfloat16, "NVLink chooses among some, of at most 65536 rows, not (1, 1073741824)")])
+def test_choices(shape: tuple[int, ...], dtype: torch.dtype, refusal: str | None,
+                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen from, and by how many blocks."""
+    x, seen = torch.empty(shape, dtype=dtype, device="meta"), []
+
+    def record(rows: Tensor, workspace: Workspace, grid: Grid) -> Tensor:
+        seen.append(grid)
+        assert rows.shape == (x.numel() // shape[-1], shape[-1]) and 16 * len(rows) <= workspace.slot_bytes
+        return torch.empty(len(rows), dtype=torch.int64)
+    monkeypatch.setattr(nvlink, "current_stream", lambda device: 7)
+    monkeypatch.setattr(nvlink, "split_argmax", record)
+    made = Launched(2).made
+    assert made.refuses_argmax(x) == refusal
+    found = made.fused("split_argmax", (x,), {})
+    if refusal is None:
+        assert callable(found) and found(x).shape == shape[:-1] and all(map(fits, seen)) and len(seen) == 1
+        return
+    assert found == refusal
+    with pytest.raises(SpecError) as raised:
+        made.split_argmax(x)
+    assert str(raised.value) == refusal
+
+
 # -- what it says of a kernel that waits ---------------------------------------------------------------------
 
 SLOT = 8192

@@ -11,7 +11,7 @@ from fake_cuda import Cuda
 from torch import Tensor
 
 from shardlib import Layout, Mesh, Params, SpecError, compile, cond, einsum, param, sharded, value_and_grad
-from shardlib.distributed.graph_capture import new_graph
+from shardlib.distributed.graph_capture import _CHAINED, new_graph
 from shardlib.distributed.runtime import connect
 from shardlib.distributed.watch import Moment, Watch
 from shardlib.functions import silu, sum
@@ -183,8 +183,12 @@ class Rank:
 
 def test_a_graph_runs_is_recorded_and_is_watched(cuda: Cuda) -> None:
     rank = Rank()
-    graph = Graph("next_token, 8 rows", lambda: cuda.log.append(f"call on {cuda.now.name}"), rank)
+    def call() -> None:
+        assert _CHAINED.get()                               # its kernels may start early, here alone
+        cuda.log.append(f"call on {cuda.now.name}")
+    graph = Graph("next_token, 8 rows", call, rank)
     assert rank.compared == [("the graph of next_token, 8 rows", "next_token, 8 rows")]
+    assert not _CHAINED.get()
     side = "side 1 of cuda:0"
     assert cuda.log == [f"{side} waits for main", f"call on {side}",
                         f"capture on {side} in pool 1, thread_local", f"call on {side}", "captured",

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from here import HELPERS
 
+import shardlib.triton_kernels
+
 DEADLINE_S = 240.0
 WORLDS = (2, 3, 4, 8)
 KERNELS = ("one_shot", "two_shot", "reduce_scatter", "exchange", "norm", "two_shot_norm")
@@ -38,6 +40,11 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def of_few_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return compile_all(tmp_path_factory.mktemp("rows"), "rows")
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return compile_all(tmp_path_factory.mktemp("early"), "early")
 
 
 def compile_all(folder: Path, *what: str) -> list[dict[str, Any]]:
@@ -293,11 +300,11 @@ def test_kernels_of_few_rows_read_16_bytes_at_once_and_spill_nothing(
         ptx = launch["ptx"]
         assert launch["stack"] <= (8 if launch["kernel"] == "one_row" else 0), launch["kernel"]
         assert not re.search(r"ld\.global\S*\.b(8|16)\b", ptx), launch["kernel"]
-        if launch["kernel"] in ("rms_norm", "one_row"):
+        if launch["kernel"] in ("rms_norm", "one_row", "gate_up"):
             assert re.search(r"ld\.global\S*\.v4\.b32", ptx) and "cp.async" not in ptx
         else:
-            assert ("cp.async.cg.shared.global" in ptx and not re.search(r"cp\.async\.ca", ptx)
-                    and re.search(r"(wg)?mma", ptx)), launch["kernel"]
+            assert "cp.async.cg.shared.global" in ptx and not re.search(r"cp\.async\.ca", ptx)
+            assert bool(re.search(r"(wg)?mma", ptx)) == (launch["kernel"] != "stream"), launch["kernel"]
 
 
 def test_who_shares_work_counts_after_a_barrier(of_few_rows: list[dict[str, Any]]) -> None:
@@ -306,3 +313,50 @@ def test_who_shares_work_counts_after_a_barrier(of_few_rows: list[dict[str, Any]
         lines = instructions(launch["ptx"])
         assert count(lines, "atom") == (launch.get("split", 1) > 1)
         assert releases(lines) == count(lines, "atom")
+
+
+def test_a_choice_is_pushed_by_one_lane_and_polled_in_one_loop(early: list[dict[str, Any]]) -> None:
+    """A quad for each row, to each other rank; all of them are polled at once, without a barrier."""
+    for launch in (launch for launch in early if launch["kernel"] == "split_argmax"):
+        ptx, lines = launch["ptx"], instructions(launch["ptx"])
+        assert count(lines, PUSH) == count(lines, "st.relaxed") == ptx.count("@p st.relaxed.sys") == 3
+        (loop,) = polling_loops(lines)
+        assert count(loop, POLL) == count(lines, "ld.relaxed") == 3
+        assert not count(loop, "bar", ".shared", "st.", "atom", "fence") and releases(lines) == 1
+        assert sum(line.startswith(("atom", "red.")) for line in lines) == 1
+        layout, = launch["layouts"]
+        assert re.findall(r"(\w+) = \[(\d+)\]", layout) == [
+            ("sizePerThread", "1"), ("threadsPerWarp", "32"), ("warpsPerCTA", "8"), ("order", "0")]
+        assert launch["registers"] <= 64 and launch["stack"] <= (16 if launch["kind"] == "fp32" else 0)
+
+
+def before_the_wait(lines: list[str]) -> list[str]:
+    """What a kernel does before it waits for the kernel before it; AssertionError where not every block
+    comes to the one place where it does, and then to the one where the next may start."""
+    waits, lets = ([i for i, line in enumerate(lines) if line.startswith(f"griddepcontrol.{what}")]
+                   for what in ("wait", "launch_dependents"))
+    assert len(waits) == len(lets) == 1 and waits < lets
+    assert not [line for line in lines[:waits[0]] if is_label(line) or line.startswith(("bra", "ret"))]
+    return lines[:waits[0]]
+
+
+def test_a_kernel_that_starts_early_waits_before_it_reads_or_writes(early: list[dict[str, Any]]) -> None:
+    """All kernels that have the constant: an instruction before the wait would see what is not there yet."""
+    touches = re.compile(r"(ld|st)\.(global|relaxed|acquire|release|volatile)|atom|red\.|cp\.async|prefetch")
+    assert {launch["kernel"] for launch in early} == {
+        "norm", "two_shot_norm", "split_argmax", "rms_norm", "stream", "one_row", "rows", "cached_attention"}
+    for launch in early:
+        lines = instructions(launch["ptx"])
+        assert not [line for line in before_the_wait(lines) if touches.search(line)], launch["kernel"]
+        assert [line for line in lines if touches.search(line)]
+        for missing in ("wait", "launch_dependents"):
+            with pytest.raises(AssertionError):                 # the test sees what is left out
+                before_the_wait([line for line in lines if f"griddepcontrol.{missing}" not in line])
+
+
+def test_every_kernel_that_can_start_early_is_looked_at(early: list[dict[str, Any]]) -> None:
+    """None has the constant and is not compiled above."""
+    folder = Path(shardlib.triton_kernels.__path__[0])
+    found = {path.stem for path in folder.glob("*.py") if "EARLY: tl.constexpr):" in path.read_text()}
+    assert found == {"early", "rms_norm", "matmul_rows", "cached_attention", "all_reduce_add_rms_norm",
+                     "split_argmax"}

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shardlib.triton_kernels.decode_attention import decode_attention, decode_attention_reference
+from shardlib.triton_kernels.gate_up import gate_up, gate_up_kernel, gate_up_reference
+from shardlib.triton_kernels.launching import Grid, launch
 from shardlib.triton_kernels.matmul_rows import (
     Tile,
     gated_matmul_rows,
@@ -53,6 +55,22 @@ def test_norms(dtype: torch.dtype, seed: int, rows: int, width: int) -> None:
             and torch.equal(normed, rms_norm(total, w, EPS)))
 
 
+@some
+@given(dtypes, seeds, st.integers(1, 3), st.integers(1, 1100), st.integers(0, 3))
+def test_gates(dtype: torch.dtype, seed: int, rows: int, width: int, apart: int) -> None:
+    """Of halves of one matrix, and of rows that lie further apart."""
+    torch.manual_seed(seed)
+    gate, up = normal(dtype, rows, 2 * width + apart)[:, :2 * width].chunk(2, -1)
+    assert near(gate_up(gate, up), gate_up_reference(gate, up), gate_up_reference(gate.double(), up.double()))
+
+
+def test_only_a_kernel_that_waits_starts_early() -> None:
+    """One that does not would read what is not there yet."""
+    x = torch.ones(4)
+    with pytest.raises(AssertionError, match="it would not wait for the kernel before it"):
+        launch(gate_up_kernel, (), Grid(1, early=True), (x, x, x, 4, 4, 4, 1), lambda: dict(LANES=4), True)
+
+
 def test_a_norm_of_nothing_and_of_nan() -> None:
     w = torch.ones(4)
     assert rms_norm(torch.empty(0, 4), w, EPS).shape == (0, 4)
@@ -71,7 +89,10 @@ def test_matmuls(dtype: torch.dtype, seed: int, gated: bool, rows: int, lines: i
     ours, reference = ((gated_matmul_rows, gated_matmul_rows_reference) if gated
                        else (matmul_rows, matmul_rows_reference))
     counts = torch.zeros(8, dtype=torch.int32)
-    got = ours(x, w, Tile(tile if rows == 1 else 16, at_once, 4, 2, splits), counts)
+    chosen = Tile(tile if rows == 1 else 16, at_once, 4, 2, splits)
+    if rows == 1 and splits > 1:                            # a block goes through many columns
+        chosen = Tile(tile, 1 << (lines - 1).bit_length(), 4, 3, blocks=1)
+    got = ours(x, w, chosen, counts)
     assert got.shape == (rows, columns) and got.dtype == dtype and (counts == 0).all()
     each = x.double().abs() @ w.double().abs()
     terms = each[:, :columns] * each[:, columns:] if gated else each

@@ -41,6 +41,7 @@ from shardlib.triton_kernels import (
     lamport,
     quads,
     reduce_scatter,
+    split_argmax,
 )
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS
 from shardlib.triton_kernels.quads import pack, unpack_high, unpack_low
@@ -82,7 +83,7 @@ def left_over(space: Workspace) -> torch.Tensor:
 def some_calls(family: str) -> st.SearchStrategy[list[Call]]:
     """What `random_calls` draws, by other hands."""
     def call(warps: int) -> st.SearchStrategy[Call]:
-        quads, blocks = {"norms": (12, 1), "all": (20, 1)}.get(family, (40, 3))
+        quads, blocks = {"norms": (12, 1), "all": (20, 1), "choices": (12, 2)}.get(family, (40, 3))
         return st.builds(Call, st.sampled_from(FAMILIES[family]), st.sampled_from(DTYPES), st.integers(1, 3),
                          st.integers(1, quads), st.integers(1, blocks), st.sampled_from((8, 32, 32 * warps)),
                          st.just(warps), st.sampled_from((1, 2, 4)))
@@ -100,7 +101,7 @@ def wants_all_blocks(call: Call) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calls_in_turns(family: str) -> None:
     """Any of the kernels, of any sizes and grids, on one workspace."""
-    @settings(a_few, max_examples=a_few.max_examples // (3 if family in ("norms", "all") else 1))
+    @settings(a_few, max_examples=a_few.max_examples // (3 if family in ("norms", "choices", "all") else 1))
     @given(seeds, worlds, residents, some_calls(family))
     def check(seed: int, world: int, resident: int | None, calls: list[Call]) -> None:
         assert (simulate(calls, world, seed, resident=None if any(map(wants_all_blocks, calls)) else resident)
@@ -112,7 +113,7 @@ def test_calls_in_turns(family: str) -> None:
 
 Rules = dict[str, Any]
 Patch = pytest.MonkeyPatch
-KERNELS = (all_reduce, reduce_scatter, exchange, all_reduce_add_rms_norm)
+KERNELS = (all_reduce, reduce_scatter, exchange, all_reduce_add_rms_norm, split_argmax)
 
 
 def in_kernels(patch: Patch, name: str, value: Any) -> Rules:
@@ -320,13 +321,42 @@ def blocks_of_a_row_run_one_after_another(patch: Patch) -> Rules:
     return {"resident": 1, "split": 4}
 
 
+@triton.jit
+def _bits(x):
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x != x, EMPTY, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+def nan_is_sent_as_empty(patch: Patch) -> Rules:
+    return in_kernels(patch, "_key", _bits)
+
+
+@triton.jit
+def _chooses_the_lane_alone(x_ptr, columns, LANES: tl.constexpr):
+    lane, best, found = tl.arange(0, LANES), tl.full((LANES,), -2**31, tl.int32), tl.zeros((LANES,), tl.int32)
+    for start in tl.range(0, columns, LANES):
+        there = start + lane < columns
+        key = tl.where(there, split_argmax._key(tl.load(x_ptr + start + lane, mask=there,
+                                                        other=0).to(tl.float32)), -2**31)
+        found = tl.where(key > best, start + lane, found)
+        best = tl.maximum(best, key)
+    top = tl.max(best, 0)
+    return top, tl.max(tl.where(best == top, found, -1), 0)
+
+
+def of_equals_the_last_is_chosen(patch: Patch) -> Rules:
+    return in_kernels(patch, "_best", _chooses_the_lane_alone)
+
+
 PROTOCOL = (two_slots, slots_in_one_place, kernels_without_an_end, nothing_is_cleared, half_is_cleared,
             empty_is_sent, calls_are_not_counted, the_first_block_counts_the_call, one_word_of_four_is_polled)
 CONTROLS = {"sums": (*PROTOCOL, own_is_added_first),
             "norms": (*PROTOCOL, own_is_added_first, sums_of_parts_are_not_awaited,
                       blocks_of_a_row_run_one_after_another),
             "moves": (*PROTOCOL, lines_are_not_awaited, what_is_hidden_is_not_awaited,
-                      what_is_hidden_is_not_emptied)}
+                      what_is_hidden_is_not_emptied),
+            "choices": (*(c for c in PROTOCOL if c is not empty_is_sent), nan_is_sent_as_empty,
+                        of_equals_the_last_is_chosen)}
 
 
 def seeds_of(family: str) -> range:
@@ -415,3 +445,20 @@ def test_numbers_are_rounded_to_the_nearest_and_halves_to_even(kind: str, dtype:
               torch.zeros(64, dtype=torch.int32))
     _packs[(1,)](x, out, kind)
     assert torch.equal(out, torch.stack([x, x], 1).to(dtype).flatten().view(torch.int32))
+
+
+@triton.jit
+def _keys(x_ptr, out_ptr):
+    i = tl.arange(0, 16)
+    tl.store(out_ptr + i, split_argmax._key(tl.load(x_ptr + i)))
+
+
+def test_keys_grow_with_the_floats_and_are_never_empty() -> None:
+    """-0.0 is 0.0, and every NaN the largest."""
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([-inf, -3e38, -2.0, -1.0, -1e-40, -0.0, 0.0, 1e-40, 0.5, 1.0, 2.0, 3e38, inf, nan, 0, 0])
+    x[14:] = torch.tensor([EMPTY.value, -1], dtype=torch.int32).view(torch.float32)     # NaNs, too
+    out = torch.zeros(16, dtype=torch.int32)
+    _keys[(1,)](x, out)
+    assert (out.diff()[:13] > 0).tolist() == [i != 5 for i in range(13)] and out[5] == out[6]
+    assert (out[13:] == 2**31 - 1).all()
