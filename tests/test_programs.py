@@ -412,7 +412,8 @@ def cond(w: Writer) -> None:
         body.args = {"c": w.pinned(x.spec)}
         made = body.program(name, [body.add(op, [Value("c", x.spec)]).name])
         bodies.append(replace(made, results=(replace(made.results[0], tree=w.pinned(x.spec)),)))
-    w.record(Step(COND, (chosen.spec, w.texts.get(x.name, x.spec)), (x.spec,), (chosen.name, x.name),
+    (made,) = bodies[0].result_leaves()
+    w.record(Step(COND, (chosen.spec, w.texts.get(x.name, x.spec)), made[1:], (chosen.name, x.name),
                   (f"v{next(w.count)}",), body=bodies[0], orelse=bodies[1]), "any", x.order)
 
 
