@@ -112,13 +112,8 @@ def flags(**given: bool) -> dict[str, bool]:
 def cumsum(x: Operand, along: str, *, reverse: bool = False) -> Value:
     """The sum of each element and those before it along one dim, or behind it; int64 of integers and masks.
 
-<<<<<<< HEAD
     A sum may be owed. The dim is whole: where a layout splits it, another dim is split meanwhile, or it is
     gathered.
-=======
-    A sum may be owed. A split dim is made whole, and another takes its axes if it can; explicit text that
-    splits it is refused.
->>>>>>> 74d4ca1 (Docs of cumsum and sort say what a split dim becomes; drawn conds have the specs that tracing gives them)
 
     >>> import torch
     >>> from shardlib import Layout, Mesh, sharded, simulate

@@ -113,11 +113,7 @@ TOPK = Op("topk", keywords={"k": length}, rule=lambda s: Rule(whole=all_of_both(
 def sort(x: Operand, along: str, *, descending: bool = False) -> tuple[Value, Value]:
     """The elements along one dim in order, and the places (int64) that they had; equal ones keep theirs.
 
-<<<<<<< HEAD
     NaN is the largest. The dim is whole. Refused of a sum that is still owed.
-=======
-    NaN is the largest. A split dim is made whole, in explicit text refused; so is a sum that is still owed.
->>>>>>> 74d4ca1 (Docs of cumsum and sort say what a split dim becomes; drawn conds have the specs that tracing gives them)
 
     >>> import torch
     >>> from shardlib import sharded
