@@ -97,6 +97,19 @@ def test_what_is_idle_and_kept() -> None:
         assert max(idle["zero bubble"].kept) <= p and max(idle["zbv"].kept) <= 2 * p
 
 
+def test_how_much_is_in_flight_interleaved() -> None:
+    """By Megatron's formula: two more a stage that comes after, and a round for each further chunk."""
+    assert run(interleaved(4, 8, 2)).kept == tuple((3 - rank) * 2 + 4 + 1 for rank in range(4))
+
+
+def test_a_send_waits_for_its_slot() -> None:
+    """The second message waits in its rank until the first one's slot is free, and holds up what follows."""
+    found = Schedule.parse("0F0 0F1 0F2\n1F0 1F1 1F2")
+    for n, start in ((1, 11.0), (2, 2.0)):
+        made = run(found, {(0, 1): n}, delay=lambda a: 9.0 * a.stage)
+        assert {s.action: s.start for s in made.spans}[Action(0, "F", 2)] == start and made.length == 31.0
+
+
 def test_decoding_keeps_all_stages_busy() -> None:
     found = decode(4, 4, 16)
     made = run(found)
