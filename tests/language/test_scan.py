@@ -235,3 +235,20 @@ def test_what_stacked_results_owe_is_known_op_by_op() -> None:
     before, rows = torch.zeros(2), torch.arange(12.0).view(3, 2, 2)
     after, sums = step(f, Layout(D="x"), mesh=Mesh(x=1))(before, rows)
     assert seen == ["L B +x"] and torch.equal(after, before) and torch.equal(sums, rows.sum(-1))
+
+
+def test_every_carry_keeps_its_dtype() -> None:
+    @sharded("B, B, L B -> B, B")
+    def f(x, h, ys):
+        return scan(sharded("B, B, B -> B, B")(lambda x, h, y: (x, h + y)), (x, h), ys)
+    wide, narrow = torch.ones(2), torch.ones(2, dtype=torch.bfloat16)
+    for x, h, ys in ((wide, narrow, torch.ones(3, 2)), (narrow, narrow, torch.ones(3, 2))):
+        with pytest.raises(SpecError, match="the carry is bfloat16, .* returns it as float32"):
+            simulate(f, Layout(), x, h, ys, mesh=Mesh())
+
+
+def test_text_that_scans_over_two_dims_is_none() -> None:
+    text = str(lower(two_carries, Layout(), mesh=Mesh()))
+    assert parse_program(text)
+    with pytest.raises(SpecError, match="this is no program"):
+        parse_program(text.replace("L D F, L F D ->", "L D F, M F D ->"))

@@ -110,3 +110,16 @@ def test_a_part_that_is_no_part() -> None:
         return rope("T H, T R -> T H", x, table, part=8)
     with pytest.raises(SpecError, match="rope: part is 8, and H is 6"):
         simulate(some, Layout(), torch.zeros(2, 6), torch.zeros(2, 8), mesh=Mesh(x=1))
+
+
+def test_two_tables_of_one_program_are_two() -> None:
+    @sharded("B -> B T H, B T H, B T U")
+    def tables(start):
+        return (rope_table("B -> B T H", start, theta=1e4), rope_table("B -> B T H", start, theta=1e6),
+                rope_table("B -> B T U", start, theta=1e4))
+    start = torch.tensor([0, 3])
+    together = compile(tables, sizes=dict(T=4, H=6, U=8))(start)
+    for made, dim, size, theta in zip(together, "HHU", (6, 6, 8), (1e4, 1e6, 1e4)):
+        text = f"B -> B T {dim}"
+        alone = sharded(text)(lambda start: rope_table(text, start, theta=theta))
+        assert torch.equal(made, compile(alone, sizes={"T": 4, dim: size})(start))

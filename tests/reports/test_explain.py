@@ -453,3 +453,10 @@ def test_a_scan_needs_the_number_of_its_layers() -> None:
         with pytest.raises(SpecError) as error:
             call(program, TP2, dict(N=3))
         assert str(error.value) == "layers: no size of L; sizes has N: sizes=dict(L=...)"
+
+
+def test_who_receives_less_of_what_two_axes_do_not_divide() -> None:
+    """10 elements over 6 members, the last axis the fastest: the first four members have two of them."""
+    mesh = Mesh(x=2, y=3)
+    total = lower(sharded("N +x +y -> N")(lambda x: all_reduce("N +x +y -> N", x)), Layout(), mesh=mesh)
+    assert explain(total, mesh, dict(N=10)).to_json()["received"] == [72] * 4 + [56] * 2
