@@ -2,24 +2,29 @@
 from shardlib.ops import attention as _attention
 from shardlib.ops import attention_vjp, kv_cache, sampling
 from shardlib.ops import cross_entropy as _cross_entropy
+from shardlib.ops import experts as _experts
 from shardlib.ops import group_norm as _group_norm
 from shardlib.ops import layer_norm as _layer_norm
 from shardlib.ops import rms_norm as _rms_norm
 from shardlib.ops import rope as _rope
+from shardlib.ops import route as _route
 from shardlib.ops import take as _take
 from shardlib.ops.attention import attention
 from shardlib.ops.cross_entropy import cross_entropy
+from shardlib.ops.experts import combine, dispatch, grouped_einsum
 from shardlib.ops.group_norm import group_norm
 from shardlib.ops.kv_cache import causal_mask, update_cache
 from shardlib.ops.layer_norm import layer_norm
 from shardlib.ops.rms_norm import rms_norm
 from shardlib.ops.rope import rope, rope_table
+from shardlib.ops.route import route
 from shardlib.ops.sampling import sample
 from shardlib.ops.take import embedding, one_hot, scatter_add, take
 
-TABLE = {**_attention.TABLE, **attention_vjp.TABLE, **_cross_entropy.TABLE, **_group_norm.TABLE,
-         **kv_cache.TABLE, **_layer_norm.TABLE, **_rms_norm.TABLE, **_rope.TABLE, **sampling.TABLE,
-         **_take.TABLE}
+TABLE = {**_attention.TABLE, **attention_vjp.TABLE, **_cross_entropy.TABLE, **_experts.TABLE,
+         **_group_norm.TABLE, **kv_cache.TABLE, **_layer_norm.TABLE, **_rms_norm.TABLE, **_rope.TABLE,
+         **_route.TABLE, **sampling.TABLE, **_take.TABLE}
 
-__all__ = ["attention", "causal_mask", "cross_entropy", "embedding", "group_norm", "layer_norm", "one_hot",
-           "rms_norm", "rope", "rope_table", "sample", "scatter_add", "take", "update_cache"]
+__all__ = ["attention", "causal_mask", "combine", "cross_entropy", "dispatch", "embedding", "group_norm",
+           "grouped_einsum", "layer_norm", "one_hot", "rms_norm", "rope", "rope_table", "route", "sample",
+           "scatter_add", "take", "update_cache"]

@@ -17,6 +17,8 @@ from shardlib.oracle import Case, Draw, normal
 from shardlib.program import Op
 
 OPS: dict[str, Op] = {**CORE, **BINARY, "scale": SCALE, "shift": SHIFT, **TABLE}
+SOFTMAX: dict[str, Any] = dict(score="softmax", renormalise=True, scale=1.0, groups=1, top_groups=1)
+SIGMOID: dict[str, Any] = dict(score="sigmoid", renormalise=True, scale=2.5, groups=3, top_groups=2)
 # tolerances: some roundings to the dtype, those of owed pieces included
 ROUNDED = {"float32": 1e-6, "bfloat16": 2e-2}
 
@@ -39,6 +41,27 @@ def shares(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
     """Positive numbers that sum to 1 along dim 1, as softmax gives."""
     x = positive(shape, sizes, g, before)
     return x / x.sum(1, keepdim=True)
+
+
+def distinct(experts: str) -> Draw:
+    """Other ones for each row: indices of the dim `experts`."""
+    def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+             before: list[Tensor]) -> Tensor:
+        if sizes[experts] < shape[-1]:
+            raise ValueError("more than there are")
+        return torch.rand((*shape[:-1], sizes[experts]), generator=g).argsort(-1)[..., :shape[-1]]
+    return draw
+
+
+def choices(experts: str, most: str) -> Draw:
+    """For each pair of an expert and a token, by which of the token's choices it is there."""
+    def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+             before: list[Tensor]) -> Tensor:
+        tokens, n = shape[0] // max(sizes[experts], 1), sizes[most]
+        experts_of = distinct(experts)((tokens, n), sizes, g, before)
+        return torch.full((tokens, sizes[experts]), n).scatter(1, experts_of, torch.arange(n).expand(
+            tokens, n)).T.reshape(-1)
+    return draw
 
 
 def infinite(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
@@ -298,4 +321,21 @@ CASES: tuple[Case, ...] = (
     _case("label_sums", "B V T, B T, B T -> B T, B T", normal, labels(1), constants=(2,), ignore_index=1),
     _case("label_sums_vjp", "B V, B, B, B, B -> B V", normal, index("V")),
     _case("label_sums_vjp", "B V, B, B, B, B -> B V", normal, labels(1), ignore_index=1),
+    *(_case("route", text, normal, normal, top_k=2, **more) for text, more in (
+        ("B T V -> B T J, B T J", SOFTMAX), ("B V -> B J, B J", {**SOFTMAX, "renormalise": False}),
+        ("B V, V -> B J, B J", {**SIGMOID, "groups": 1, "top_groups": 1}), ("B S -> B J, B J", SIGMOID))),
+    _case("route_vjp", "B T V, B T J, B T J -> B T V", normal, distinct("V"), score="softmax",
+          renormalise=True, scale=1.0),
+    _case("route_vjp", "B V, B J, B J -> B V", normal, distinct("V"), score="sigmoid", renormalise=False,
+          scale=2.5),
+    _case("dispatch", "B T D, B T J -> (V B T)~J D, (V B T)~J", normal, distinct("V")),
+    _case("dispatch", "T D, T J -> (V T)~J D, (V T)~J", normal, distinct("V")),
+    *(_case(name, f"(V T)~J D, (V T)~J, {more}", normal, choices("V", "J")) for name, more in (
+        ("grouped_einsum", "V D F -> (V T)~J F"), ("grouped_einsum", "D F V -> (V T)~J F"),
+        ("grouped_einsum_vjp", "(V T)~J F -> V D F"), ("grouped_einsum_vjp", "(V T)~J F -> F V D"),
+        ("combine", "T J -> T D"), ("combine_weights_vjp", "T D -> T J"))),
+    _case("combine", "(V B T)~J D, (V B T)~J -> B T D", normal, choices("V", "J")),
+    _case("combine", "(V B T)~J D, (V B T)~J, B T J -> B T D", normal, choices("V", "J")),
+    _case("combine_vjp", "T D, (V T)~J, T J -> (V T)~J D", normal, choices("V", "J")),
+    _case("combine_vjp", "T D, (V T)~J -> (V T)~J D", normal, choices("V", "J")),
 )

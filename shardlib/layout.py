@@ -101,7 +101,7 @@ class Layout:
     def complete_alone(self, spec: Spec) -> Spec:
         """The type of a value that stands alone: its own dims completed, what it owes kept."""
         axes = self.complete(spec.names, pins(spec), (o.axis for o in spec.owed))
-        return spec.split({d.label: axes[d.factors[0].name] for d in spec.dims if d.factors})
+        return spec.split_by(axes)
 
     def type_of(self, spec: Spec, mesh: Mesh) -> Spec:
         """The type on `mesh` of a value that stands alone, `spec` being its text."""
@@ -135,9 +135,8 @@ EXPLICIT = _Explicit()
 def pins(spec: Spec) -> dict[str, tuple[str, ...]]:
     """The dims that say where they live: split ones, and those whole on purpose;
     a group's later factors are whole."""
-    first = {d.factors[0].name: d.factors[0] for d in spec.dims if d.factors}
-    inner = {f.name: () for d in spec.dims for f in d.factors[1:]}
-    return {**{n: f.axes for n, f in first.items() if f.axes or f.whole}, **inner}
+    return {f.name: f.axes for d in spec.dims for i, f in enumerate(d.factors)
+            if f.axes or f.whole or i and not d.ragged}
 
 
 def _free_prefix(axes: tuple[str, ...], used: set[str]) -> tuple[str, ...]:

@@ -182,6 +182,9 @@ class Mesh:
         """(start, size) of what `coordinate` holds along `dim`, in rows of it."""
         if not dim.factors:
             return 0, dim.constant
+        if dim.ragged:      # the rows that there are at most, in no place of the whole
+            first, *others = (self.extent(sizes[f.name], f.axes, coordinate)[1] for f in dim.factors)
+            return 0, min(first, sizes[dim.ragged]) * prod(others)
         inner = prod(sizes[f.name] for f in dim.factors[1:])
         start, size = self.extent(sizes[dim.factors[0].name], dim.axes, coordinate)
         return start * inner, size * inner

@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -40,7 +40,7 @@ from shardlib.language.rearrange import RENAME, by_factor, renamed
 from shardlib.lowering.emit import Emitter
 from shardlib.lowering.load import load
 from shardlib.mesh import Mesh
-from shardlib.placement import NotReplicated, join, place
+from shardlib.placement import NotReplicated, choices_of, join, join_rows, place, place_rows
 from shardlib.program import Op, Program, Result, Step
 from shardlib.reference import refer
 from shardlib.rules import RuleError, natural
@@ -97,7 +97,7 @@ class Case:
         """The dims that only results have: a call says how they are split."""
         known = {n for s in self.ins for n in s.names}
         return () if self.op is RENAME else tuple(dict.fromkeys(
-            d for s in self.outs for d in s.dims if known.isdisjoint(f.name for f in d.factors)))
+            d for s in self.outs for d in s.dense.dims if known.isdisjoint(d.names)))
 
     @cached_property
     def differentiable(self) -> tuple[int, ...]:
@@ -131,7 +131,7 @@ class Case:
         """What the rule says the results are, dims in `made` split so. RuleError where it refuses."""
         if self.op is RENAME:
             return (renamed(*ins, *self.outs),)
-        outs = (tuple(s.split(made or {}) for s in self.outs) if self.op.takes_text
+        outs = (tuple(s.split_by(made or {}) for s in self.outs) if self.op.takes_text
                 else self.op.infer(ins, dict(self.attrs)))
         return natural(self.op.name, self.op.rule(self.step(ins, outs)), ins, outs)
 
@@ -153,7 +153,7 @@ class Case:
                                                           for i in range(len(self.ins))]
         for ins in itertools.product(*each) if self.complete else alike(each, {}):
             for made in splits:
-                yield ins, {d.label: d.axes for d in made.dims}
+                yield ins, {d.names[0]: d.axes for d in made.dims if d.names}
 
 
 @lru_cache(maxsize=64)
@@ -199,7 +199,22 @@ class Trial:
         self._duals: dict[tuple[int, Spec], list[Tensor]] = {}
 
     def shape(self, spec: Spec) -> tuple[int, ...]:
-        return self.mesh.local_shape(spec.whole(), self.sizes, {})
+        """The shape of a whole tensor, all pairs of a ragged dim included."""
+        every = Spec(tuple(replace(d, ragged="") for d in spec.whole().dims))
+        return self.mesh.local_shape(every, self.sizes, {})
+
+    @cached_property
+    def chosen(self) -> Tensor:
+        """Which pairs of a ragged dim there are: the operand that has this dim alone, or the result."""
+        for spec, x in (*zip(self.case.ins, self.whole), *zip(self.case.outs, self.results)):
+            if len(spec.dims) == 1 and spec.dims[0].ragged:
+                return x
+        raise NoSuchCall("nothing says which rows there are")
+
+    def placed(self, x: Tensor, kind: Spec) -> list[Tensor]:
+        if not kind.dims or not kind.dims[0].ragged:
+            return place(x, kind, self.sizes, self.mesh, self.generator)
+        return place_rows(x, self.chosen, kind, self.sizes, self.mesh, self.generator)
 
     def _truth(self) -> None:
         case = self.case
@@ -213,12 +228,12 @@ class Trial:
 
     def operand(self, i: int, kind: Spec) -> list[Tensor]:
         if (i, kind) not in self._placed:
-            self._placed[i, kind] = place(self.whole[i], kind, self.sizes, self.mesh, self.generator)
+            self._placed[i, kind] = self.placed(self.whole[i], kind)
         return self._placed[i, kind]
 
     def cotangent(self, j: int, kind: Spec) -> list[Tensor]:
         if (j, kind) not in self._duals:
-            self._duals[j, kind] = place(self.cotangents[j], kind, self.sizes, self.mesh, self.generator)
+            self._duals[j, kind] = self.placed(self.cotangents[j], kind)
         return self._duals[j, kind]
 
     def code(self, e: LocalCode, ins: Sequence[Spec], outs: Sequence[Spec]) -> Callable:
@@ -257,7 +272,7 @@ class Trial:
             return "the local code fails"
         made = [results[j] for _, results in ran]
         try:
-            got = self._joined([y.detach() for y in made], outs[j])
+            got = self.joined([y.detach() for y in made], outs[j])
         except NotReplicated:
             return f"result {j} is not the same on ranks that should agree"
         if got is None or not same(_wide(got), self.results[j], self.case.tolerance):
@@ -274,29 +289,34 @@ class Trial:
                  for (given, _), y, seed in zip(ran, made, seeds)]
         for at, i in enumerate(self.case.differentiable):
             try:
-                got = self._joined([g[at] for g in found], dual(ins[i], self.mesh, held))
+                got = self.joined([g[at] for g in found], dual(ins[i], self.mesh, held))
             except NotReplicated:
                 return f"the cotangent of operand {i} is not the same on ranks that should agree"
             if got is None or not same(_wide(got), self.gradients[j][at], self.case.tolerance):
                 return f"the cotangent of operand {i} is wrong"
         return None
 
-    def _joined(self, pieces: list[Tensor], kind: Spec) -> Tensor | None:
+    def joined(self, pieces: list[Tensor], kind: Spec) -> Tensor | None:
         for piece, c in zip(pieces, self.mesh.coordinates()):
             if tuple(piece.shape) != self.mesh.local_shape(kind, self.sizes, c):
                 return None
-        return join(pieces, kind, self.sizes, self.mesh, self.case.tolerance)
+        if not kind.dims or not kind.dims[0].ragged:
+            return join(pieces, kind, self.sizes, self.mesh, self.case.tolerance)
+        if len(kind.dims) == 1:
+            choices = choices_of(pieces, kind, self.sizes, self.mesh)
+            return join(choices, kind.dense, self.sizes, self.mesh).reshape(-1)
+        return join_rows(pieces, self.chosen, kind, self.sizes, self.mesh, self.case.tolerance)
 
     def judge(self, ins: Sequence[Spec], made: Splits | None = None) -> list[list[Spec]]:
         """For every result, the types that it may be given; nothing at all where one of them has none."""
         axes, right = tuple(self.mesh.axes), []
         held = tuple({f"@{o.at}": None for s in ins for o in s.owed if o.kind == "@"})
-        whole_outs = [s.split(made) for s in self.case.outs] if made else list(self.case.outs)
+        whole_outs = [s.split_by(made) for s in self.case.outs] if made else list(self.case.outs)
         for j, whole in enumerate(self.case.outs):
             right.append([])
             for out in types(whole, axes, ("+", *held)):
-                if made and any(out.axes(d.label) != made.get(d.label, ()) for d in self.case.made
-                                if d.label in out.labels):
+                axes_of = {f.name: f.axes for d in out.dims for f in d.factors}
+                if made and any(axes_of.get(n, axes) != axes for n, axes in made.items()):
                     continue
                 outs = [*whole_outs[:j], out, *whole_outs[j + 1:]]
                 if self.wrong(self.run(ins, outs), ins, outs, j) is None:

@@ -9,11 +9,26 @@
 
 Pieces of an owed sum are always drawn at random, as large as the value: with (x, 0, 0, ...) many nonlinear
 functions pass for linear ones. What ranks elsewhere hold of a value that is held at one coordinate is NaN.
+
+A tensor of type `(E T)~J D` means one of all pairs, (E T) D, zero where a pair was not chosen. `chosen`, of
+all pairs, has for each by which choice of its token it is there, or J where it is not. A rank holds the rows
+of its own chosen pairs, in order, and behind them what means nothing: NaN here, so that nobody reads it.
+
+>>> mesh, kind, sizes = Mesh(ep=2), parse("(E/ep T)~J D"), dict(E=2, T=3, J=1, D=1)
+>>> x, chosen = torch.arange(6.).view(6, 1), torch.tensor([1, 0, 1, 0, 1, 0])
+>>> pieces = place_rows(x, chosen, kind, sizes, mesh)
+>>> [p.view(-1).tolist() for p in pieces]
+[[1.0, nan, nan], [3.0, 5.0, nan]]
+>>> join_rows(pieces, chosen, kind, sizes, mesh).view(-1).tolist()
+[0.0, 1.0, 0.0, 3.0, 0.0, 5.0]
+>>> [p.tolist() for p in place_rows(chosen, chosen, parse("(E/ep T)~J"), sizes, mesh)]
+[[1, 3, 3], [0, 2, 3]]
 """
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -106,3 +121,65 @@ def join(pieces: Sequence[Tensor], kind: Spec, sizes: Mapping[str, int], mesh: M
             > tolerance * scale):
             raise NotReplicated(f"{kind}: the copies on different ranks differ")
     return copies[0]
+
+
+# -- ragged dims ---------------------------------------------------------------------------------------------
+
+
+def place_rows(x: Tensor, chosen: Tensor, kind: Spec, sizes: Mapping[str, int], mesh: Mesh,
+               generator: torch.Generator | None = None) -> list[Tensor]:
+    """What each rank holds of `x` as type `kind`, whose first dim is ragged; of `chosen`, `at`."""
+    pieces = place(_opened(x, kind, sizes, mesh), kind.dense, sizes, mesh, generator)
+    out = []
+    for piece, c in zip(pieces, mesh.coordinates()):
+        pairs, choices, count = _own(chosen, kind, sizes, mesh, c)
+        rows, more = piece.reshape(count, *piece.shape[len(kind.dims[0].factors):])[pairs], sizes[_most(kind)]
+        rest = mesh.rows(kind.dims[0], sizes, c)[1] - len(pairs)
+        if x is chosen:
+            rows, empty = pairs * more + choices, count * more
+        else:
+            empty = torch.nan if rows.is_floating_point() else 0
+        out.append(torch.cat((rows, rows.new_full((rest, *rows.shape[1:]), empty))))
+    return out
+
+
+def join_rows(pieces: Sequence[Tensor], chosen: Tensor, kind: Spec, sizes: Mapping[str, int], mesh: Mesh,
+              tolerance: float = 1e-9) -> Tensor:
+    """What the pieces denote, of all pairs."""
+    wide = []
+    for piece, c in zip(pieces, mesh.coordinates()):
+        pairs, _, count = _own(chosen, kind, sizes, mesh, c)
+        shape = mesh.local_shape(kind.dense, sizes, c)
+        made = piece.new_zeros(count, *piece.shape[1:])
+        made[pairs] = piece[:len(pairs)]
+        wide.append(made.view(shape))
+    return join(wide, kind.dense, sizes, mesh, tolerance).flatten(0, len(kind.dims[0].factors) - 1)
+
+
+def choices_of(pieces: Sequence[Tensor], kind: Spec, sizes: Mapping[str, int], mesh: Mesh) -> list[Tensor]:
+    """By which choice each own pair is there, of what each rank holds as `at`."""
+    out = []
+    for at, c in zip(pieces, mesh.coordinates()):
+        count, more = prod(mesh.local_shape(kind.dense, sizes, c)), sizes[_most(kind)]
+        made = at.new_full((count,), more)
+        live = at[at < count * more]
+        made[live // max(more, 1)] = live % max(more, 1)
+        out.append(made.view(mesh.local_shape(kind.dense, sizes, c)))
+    return out
+
+
+def _most(kind: Spec) -> str:
+    return kind.dims[0].ragged
+
+
+def _opened(x: Tensor, kind: Spec, sizes: Mapping[str, int], mesh: Mesh) -> Tensor:
+    return x.reshape(mesh.local_shape(kind.dense.whole(), sizes, {}))
+
+
+def _own(chosen: Tensor, kind: Spec, sizes: Mapping[str, int], mesh: Mesh,
+         coordinate: Mapping[str, int]) -> tuple[Tensor, Tensor, int]:
+    """The chosen among a rank's own pairs, by which choice of their tokens, and how many pairs it has."""
+    pairs = Spec(kind.dims[:1])
+    here = _opened(chosen, pairs, sizes, mesh)[region(pairs.dense, sizes, mesh, coordinate)].reshape(-1)
+    found = (here < sizes[_most(kind)]).nonzero()[:, 0]
+    return found, here[found], len(here)

@@ -32,6 +32,7 @@ class Rule:
     maxes:  the same for a maximum.
     uses:   for each result, the operands whose values it depends on; all of them where nothing is said.
     shapes: operands of which only the dims count: what they owe does not matter.
+    ragged: it knows which rows of a ragged dim there are; any other op may but take each row by itself.
     Any other dim that a result lacks must be whole, too. A dim that only results have is made there, as its
     spec says.
     """
@@ -41,6 +42,7 @@ class Rule:
     maxes: tuple[str, ...] = ()
     uses: tuple[tuple[int, ...], ...] = ()
     shapes: tuple[int, ...] = ()
+    ragged: bool = False
 
 
 class RuleError(SpecError):
@@ -63,6 +65,8 @@ def natural(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec],
     """
     names = names or [f"operand {i + 1}" for i in range(len(ins))]
     uses = rule.uses or (tuple(range(len(ins))),) * len(outs)
+    if not rule.ragged:
+        _check_rows(op, rule, ins, outs)
     axes = _label_axes(op, rule, ins, outs, names, sorted({i for used in uses for i in used}))
     types = []
     for out, used in zip(outs, uses):
@@ -77,6 +81,17 @@ def natural(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec],
         owed += [Owed("max", a) for n, split in gone.items() if n in rule.maxes for a in split]
         types.append(_with_axes(op, out, axes).owing(*passed, *owed))
     return tuple(types)
+
+
+def _check_rows(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec]) -> None:
+    """RuleError unless every ragged dim is in all results, and its names nowhere else."""
+    for i, dim in ((i, d) for i, s in enumerate((*ins, *outs)) for d in s.dims if d.ragged):
+        others = (n for s in (*ins, *outs) for d in s.dims if d.label != dim.label for n in d.names)
+        if (any(dim.label not in out.labels for out in outs)
+            or not {*dim.names}.isdisjoint({*others, *rule.whole, *rule.maxes})):
+            raise RuleError(f"{op}: {dim.label} has only rows that data chose, and {op} would have to know "
+                            "which; ops that take each row by itself may have it, grouped_einsum and combine",
+                            i, dim.label)
 
 
 def _label_axes(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], names: Sequence[str],
@@ -170,9 +185,9 @@ def _must_be_whole(op: str, name: str, axes: tuple[str, ...], ins: Sequence[Spec
 
 def _with_axes(op: str, spec: Spec, axes: dict[str, tuple[str, ...]]) -> Spec:
     for dim in spec.dims:
-        for factor in dim.factors[1:]:
+        for factor in () if dim.ragged else dim.factors[1:]:
             if axes.get(factor.name):
                 raise RuleError(f"{op}: {factor.name} is split over {'/'.join(axes[factor.name])} and is not "
                                 f"the first factor of {dim.label}; a rank's rows would be strided",
                                 0, factor.name)
-    return Spec(tuple(d.split(axes.get(d.factors[0].name, ())) if d.factors else d for d in spec.dims))
+    return Spec(tuple(d.split_by(axes) for d in spec.dims))

@@ -10,7 +10,8 @@ A spec names the dims of a tensor, says over which mesh axes each is split, and 
 
     spec  := "()" | item { " " item }              "()" is the scalar
     item  := "..." (first only) | dim | owed       dims before owed
-    dim   := NAME ["~"] [split] | INT | "(" NAME [split] { " " NAME } ")"
+    dim   := NAME [split] | INT | "(" NAME [split] { " " NAME } ")"
+           | "(" NAME [split] { " " NAME [split] } ")~" NAME        ragged: only rows chosen by data
     split := "/" AXIS { "/" AXIS } | "/1"          "/1": whole on purpose
     owed  := "+" AXIS | "max:" AXIS | "@" AXIS ":" (INT | "last")
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal, Protocol, TypeGuard
@@ -30,9 +31,9 @@ from typing import Literal, Protocol, TypeGuard
 from shardlib.errors import SpecError
 
 NAME = r"[A-Za-z_][A-Za-z0-9_]*"
-_DIM = re.compile(rf"({NAME})(~?)((?:/{NAME})+|/1)?")
+_DIM = re.compile(rf"({NAME})((?:/{NAME})+|/1)?")
 _OWED = re.compile(rf"\+({NAME})|max:({NAME})|@({NAME}):([0-9]+|last)")
-_ITEM = re.compile(r"\([^()]*\)|[^\s()]+")
+_ITEM = re.compile(rf"\([^()]*\)(?:~{NAME})?|[^\s()~]+")
 _ITEMS = re.compile(rf" *(?:{_ITEM.pattern})(?: +(?:{_ITEM.pattern}))* *")
 MAX_TEXT = 2000         # characters of a spec
 MAX_NAME = 64           # characters of the name of an axis, and of a dim in a layout
@@ -66,10 +67,14 @@ class Factor:
 
 @dataclass(frozen=True)
 class Dim:
-    """One dim of a tensor: a name, a group of names, or a constant size (no factors)."""
+    """One dim of a tensor: a name, a group of names, or a constant size (no factors).
+
+    ragged: of a group (E B T)~J that has only some of its rows, chosen by data and in an order of their own:
+    J, of which size there are rows at most for each (B T). Each of its factors may be split.
+    """
     factors: tuple[Factor, ...]
     size: int | None = None
-    ragged: bool = False
+    ragged: str = ""
 
     @property
     def label(self) -> str:
@@ -77,7 +82,10 @@ class Dim:
         a constant has its digits."""
         if len(self.factors) == 1:
             return self.factors[0].name
-        return f"({' '.join(f.name for f in self.factors)})" if self.factors else str(self.size)
+        return self._grouped(f.name for f in self.factors) if self.factors else str(self.size)
+
+    def _grouped(self, factors: Iterable[object]) -> str:
+        return f"({' '.join(map(str, factors))}){'~' * bool(self.ragged)}{self.ragged}"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,13 +106,16 @@ class Dim:
             return self
         return replace(self, factors=(Factor(self.factors[0].name, tuple(axes)), *self.factors[1:]))
 
+    def split_by(self, axes: Mapping[str, tuple[str, ...]]) -> Dim:
+        """The same dim, each factor that may be split over `axes[name]` (nothing, where missing)."""
+        free = self.factors if self.ragged else self.factors[:1]
+        return replace(self, factors=(*(Factor(f.name, tuple(axes.get(f.name, ()))) for f in free),
+                                      *self.factors[len(free):]))
+
     def __str__(self) -> str:
         if not self.factors:
             return str(self.size)
-        if len(self.factors) > 1:
-            return f"({' '.join(map(str, self.factors))})"
-        head = str(self.factors[0])
-        return head.replace(self.label, self.label + "~", 1) if self.ragged else head
+        return self._grouped(self.factors) if len(self.factors) > 1 else str(self.factors[0])
 
     __repr__ = __str__
 
@@ -190,8 +201,14 @@ class Spec:
         return self.dim(label).axes
 
     def split(self, axes: Mapping[str, tuple[str, ...]]) -> Spec:
-        """The same dims, each label split over `axes[label]` (nothing, where missing), owing the same."""
-        return replace(self, dims=tuple(d.split(axes.get(d.label, ())) for d in self.dims))
+        """The same dims, each label split over `axes[label]` (nothing, where missing), owing the same;
+        ragged ones stay."""
+        return replace(self, dims=tuple(d if d.ragged else d.split(axes.get(d.label, ())) for d in self.dims))
+
+    def split_by(self, axes: Mapping[str, tuple[str, ...]]) -> Spec:
+        """The same dims, each name that may be split over `axes[name]` (nothing, where missing), owing the
+        same."""
+        return replace(self, dims=tuple(d.split_by(axes) for d in self.dims))
 
     def owing(self, *owed: Owed | str) -> Spec:
         """The same dims, owing exactly `owed`; a plain axis name stands for a sum."""
@@ -206,7 +223,13 @@ class Spec:
 
     def whole(self) -> Spec:
         """The same dims with nothing split and nothing owed."""
-        return Spec(tuple(d.split(()) for d in self.dims))
+        return Spec(tuple(d.split_by({}) for d in self.dims))
+
+    @cached_property
+    def dense(self) -> Spec:
+        """The same with each factor of a ragged dim as a dim: of all pairs, not of those that are there."""
+        return replace(self, dims=tuple(new for d in self.dims for new in (
+            [Dim((f,)) for f in d.factors] if d.ragged else [d])))
 
     def resolve(self, mesh: Resolves) -> Spec:
         """The type on `mesh`: aliases expanded, no `/1`. SpecError for an axis the mesh lacks."""
@@ -273,19 +296,20 @@ def _dim(item: str, text: str) -> Dim:
     if item.isascii() and item.isdigit() and len(item) < 19:
         return Dim((), size=int(item))
     if item.startswith("("):
-        factors = tuple(_dim(name, text) for name in item[1:-1].split(" ") if name)
-        if not factors or any(len(d.factors) != 1 or d.ragged for d in factors):
+        group, _, most = item.partition(")~")
+        factors = tuple(_dim(name, text) for name in group.strip("()").split(" ") if name)
+        if not factors or any(len(d.factors) != 1 for d in factors) or most and len(factors) < 2:
             raise SpecError(f"spec {text!r}: {item} is no group; a group holds names, as in (K/tp G H)")
-        if any(d.factors[0].axes or d.factors[0].whole for d in factors[1:]):
+        if not most and any(d.factors[0].axes or d.factors[0].whole for d in factors[1:]):
             raise SpecError(f"spec {text!r}: in the group {item} only the first factor may be split")
-        return Dim(tuple(d.factors[0] for d in factors)) if len(factors) > 1 else factors[0]
+        return (Dim(tuple(d.factors[0] for d in factors), ragged=most) if len(factors) > 1 else factors[0])
     match = _DIM.fullmatch(item)
     if not match:
-        raise SpecError(f"spec {text!r}: {item!r} is neither a dim (D, D/tp, D/1, R~/ep, 4, (K G H)) "
+        raise SpecError(f"spec {text!r}: {item!r} is neither a dim (D, D/tp, D/1, 4, (K G H), (E B T)~J) "
                         f"nor owed (+tp, max:tp, @pp:0)")
-    name, ragged, split = match.groups()
+    name, split = match.groups()
     axes = () if split in (None, "/1") else tuple(split[1:].split("/"))
-    return Dim((Factor(name, axes, split == "/1"),), ragged=bool(ragged))
+    return Dim((Factor(name, axes, split == "/1"),))
 
 
 def parse_signature(text: str) -> tuple[tuple[Spec | None, ...], tuple[Spec | None, ...]]:

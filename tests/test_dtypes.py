@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -33,7 +33,7 @@ from shardlib.lowering.load import load
 from shardlib.ops import TABLE
 from shardlib.ops.cases import CASES
 from shardlib.oracle import Case, normal
-from shardlib.placement import join, place
+from shardlib.placement import join, place, place_rows
 from shardlib.program import Program, Result, Step
 from shardlib.reference import refer
 from shardlib.reports.project import project
@@ -42,7 +42,7 @@ from shardlib.run.simulate import simulate as run_ranks
 from shardlib.spec import Spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SIZES = dict(B=3, T=4, D=4, F=2, K=2, G=2, H=4, V=5, S=6)
+SIZES = dict(B=3, T=4, D=4, F=2, K=2, G=2, H=4, V=5, S=6, J=2)
 FLOATS = (float32, bfloat16, float16, float64)
 KINDS = (*FLOATS, int64, int32, int8, torch.bool)
 Dtypes = Sequence[torch.dtype]
@@ -96,7 +96,10 @@ GIVES: dict[str, Any] = {
     "attention_vjp": lambda *kinds: of_attention(*(k for k in kinds if k.is_floating_point)),
     "cross_entropy": lambda x, labels: widest(x, float32),
     "label_sums": lambda x, labels, top: (widest(x, top, float32),) * 2,
-    **dict.fromkeys(("cross_entropy_vjp", "label_sums_vjp", "extreme_vjp", "prod_vjp"), first),
+    **dict.fromkeys(("cross_entropy_vjp", "label_sums_vjp", "extreme_vjp", "prod_vjp", "route_vjp", "combine",
+                     "combine_vjp"), first),
+    "route": lambda x, *bias: (widest(x, float32), int64), "dispatch": lambda x, chosen: (x, int64),
+    "combine_weights_vjp": lambda rows, at, g: widest(rows, g, float32),
 }
 TAKES_ANY = {*CUTS, "add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "prod", "cumsum",
              "mean", "var", "std", *EXTREMES, "spread", "cast", "cast_like", "widen", "where",
@@ -106,7 +109,8 @@ TAKES_NUMBERS = {"topk", "sub", *COMPARISONS, "relu", "square", "abs", "clamp", 
                  "argmax", "rank_of", "from_rank", "ties", "sort", "argmin", "scatter_add"}
 MASKS = {("where", 0), ("masked", 0), *((name, i) for name in LOGICAL for i in (0, 1)),
          *((name, 0) for name in OF_MASKS)}
-LIKES, TABLES = {("cast_like", 1), ("ones_like", 0), ("zeros_like", 0)}, {("rope", 1), ("rope_vjp", 1)}
+LIKES = {("cast_like", 1), ("ones_like", 0), ("zeros_like", 0)}
+TABLES = {("rope", 1), ("rope_vjp", 1), ("route", 1)}
 
 
 def is_index(case: Case, i: int) -> bool:
@@ -166,8 +170,13 @@ class Call:
         g, made = torch.Generator().manual_seed(0), []
         for i, (spec, kind) in enumerate(zip(self.case.ins, self.kinds)):
             draw = self.case.draws[i] if i < len(self.case.draws) else normal
-            x = draw(Mesh().local_shape(spec, self.sizes, {}), self.sizes, g, made)
+            every = Spec(tuple(replace(d, ragged="") for d in spec.dims))
+            x = draw(Mesh().local_shape(every, self.sizes, {}), self.sizes, g, made)
             made.append(x.abs() if kind == torch.uint8 else x)
+        if any(d.ragged for s in self.case.ins for d in s.dims):
+            chosen = made[1]
+            made = [place_rows(x, chosen, s, self.sizes, Mesh())[0] if any(d.ragged for d in s.dims) else x
+                    for s, x in zip(self.case.ins, made)]
         return [(x > 0 if kind == torch.bool else x if kind.is_floating_point else x.round()).to(kind)
                 for x, kind in zip(made, self.kinds)]
 
@@ -269,7 +278,12 @@ EXACT = ("topk", "sample", "argmax", "argmin", "sort", "rank_of", "from_rank", "
          *LOGICAL, *OF_MASKS, "causal_mask", "zeros", "ones", "full", "arange", "tril", "one_hot", "finite")
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.op.name not in EXACT], ids=str)
+# with rows that data chose: tests/ops/test_experts.py
+WITH_ROWS = ("dispatch", "grouped_einsum", "grouped_einsum_vjp", "combine", "combine_vjp",
+             "combine_weights_vjp")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.op.name not in (*EXACT, *WITH_ROWS)], ids=str)
 def test_an_op_computes_in_the_dtype_that_it_gives(case: Case) -> None:
     """Of operands of two float dtypes: the narrow ones alone are rounded, before.
 
@@ -301,7 +315,8 @@ def test_an_op_computes_in_the_dtype_that_it_gives(case: Case) -> None:
 @st.composite
 def calls(draw: st.DrawFn, differentiable: bool = False) -> tuple[Call, Layout]:
     case = draw(st.sampled_from(
-        [c for c in CASES if not differentiable or c.differentiable and len(c.outs) == 1]))
+        [c for c in CASES if c.op.name not in WITH_ROWS
+         and (not differentiable or c.differentiable and len(c.outs) == 1)]))
     index, others = (st.sampled_from((int64, int32, int16, uint8)),
                      st.sampled_from(FLOATS if differentiable else KINDS))
     kinds = tuple(torch.bool if is_mask(case, i) else draw(index if is_index(case, i) else others)

@@ -1162,7 +1162,7 @@ def test_signature_of_another_number_of_arguments():
 @pytest.mark.parametrize("text, message", [
     ("", 'an empty string is no spec; the scalar is written "()"'),
     ("B  T/",
-     "spec 'B  T/': 'T/' is neither a dim (D, D/tp, D/1, R~/ep, 4, (K G H)) nor owed (+tp, max:tp, @pp:0)"),
+     "spec 'B  T/': 'T/' is neither a dim (D, D/tp, D/1, 4, (K G H), (E B T)~J) nor owed (+tp, max:tp, @pp:0)"),
     ("B +tp T", "spec 'B +tp T': T stands after +tp; dims come before what is owed"),
     ("B (K G/tp)", "spec 'B (K G/tp)': in the group (K G/tp) only the first factor may be split"),
     ("B (K", "spec 'B (K': items are separated by blanks, and each parenthesis has its partner"),

@@ -46,8 +46,8 @@ from shardlib.run.simulate import simulate
 from shardlib.spec import parse
 
 # no split is degenerate; some are uneven, B is below 3 ranks
-SIZES = dict(B=2, T=5, D=4, F=3, K=3, G=2, H=4, V=5, S=6)
-LARGE = dict(B=5, T=7, D=6, F=5, K=7, G=5, H=4, V=7, S=8)          # the same on two axes
+SIZES = dict(B=2, T=5, D=4, F=3, K=3, G=2, H=4, V=5, S=6, J=2)
+LARGE = dict(B=5, T=7, D=6, F=5, K=7, G=5, H=4, V=7, S=8, J=3)          # the same on two axes
 HELD = ("+", "@0", "@1")
 MOST, MOST_ON_ONE = (None, None) if os.environ.get("ORACLE") == "all" else (20, 300)
 ON_TWO_AXES = ("einsum", "add", "mul", "softmax", "rearrange", "sum", "embedding")
@@ -231,8 +231,8 @@ def vjp_problems(trial: Trial, ins: tuple, outs: tuple, settled: bool) -> list[s
             for rank in range(mesh.world_size)]
     ran, found = simulate(program, mesh, data, trial.sizes), []
     for at, (i, name) in enumerate(zip(case.differentiable, made)):
-        got = join([r[str(at)] for r in ran], b.types[name], trial.sizes, mesh)
-        if (got.dtype != trial.operand(i, ins[i])[0].dtype
+        got = trial.joined([r[str(at)] for r in ran], b.types[name])
+        if got is None or (got.dtype != trial.operand(i, ins[i])[0].dtype
             or not same(got.double(), sum(each[at] for each in trial.gradients), case.tolerance)):
             found.append(f"{case}: the cotangent of operand {i} is wrong, for operands "
                          f"{', '.join(map(str, ins))}\n{program}")
@@ -286,8 +286,8 @@ def test_explicit_text_with_another_result_is_a_spec_error(case: Case) -> None:
     wrong = [(ins, (*outs[:j], other, *outs[j + 1:])) for ins, made, outs in accepted(case)
              for j, out in enumerate(outs)
              for other in types(case.outs[j], ("x",), ("+", "max"))
-             if other != out and all(other.axes(d.label) == made.get(d.label, ()) for d in case.made
-                                     if d.label in other.labels)]
+             if other != out and all(f.axes == made.get(f.name, f.axes) for d in other.dims
+                                     for f in d.factors)]
     for ins, outs in some(wrong, MOST and min(MOST, FEW if len(case.ins) > 5 else MOST), case):
         with pytest.raises(SpecError):
             check(one_step(case, ins, outs), Mesh(x=2))
@@ -299,7 +299,7 @@ def test_explicit_text_that_the_rule_refuses_is_a_spec_error(case: Case) -> None
                if outs is None and not case.op.distribute]
     for ins, made in some(refused, MOST and min(MOST, FEW if len(case.ins) > 5 else MOST), case):
         with pytest.raises(SpecError):
-            check(one_step(case, ins, tuple(s.split(made) for s in case.outs)), Mesh(x=2))
+            check(one_step(case, ins, tuple(s.split_by(made) for s in case.outs)), Mesh(x=2))
 
 
 @pytest.mark.parametrize("name, text", (("logsumexp", "B V T -> B T"), ("logsumexp", "V -> ()"),

@@ -123,7 +123,7 @@ NASTY = [
 NEAR = (st.lists(st.sampled_from(["B", "T", "D", "K", "tp", "dp", *NASTY]), max_size=8).map(" ".join)
         | st.lists(st.sampled_from(NASTY), max_size=4).map("".join))
 ANY = st.text(max_size=30) | NEAR
-SPECS = ["B/dp T D +tp", "M/dp/tp", "B T (K/tp G H)", "R~/tp D", "E/1 4 D", "()", "B max:tp", "X @tp:0",
+SPECS = ["B/dp T D +tp", "M/dp/tp", "B T (K/tp G H)", "(E/tp B)~J D", "E/1 4 D", "()", "B max:tp", "X @tp:0",
          "... D"]
 
 

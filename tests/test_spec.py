@@ -31,7 +31,9 @@ def specs(draw: st.DrawFn) -> Spec:
             return Dim((), size=draw(st.integers(0, 10 ** 18 - 1)))
         if kind == "group":
             return Dim((factor(), *(Factor(names.pop()) for _ in range(draw(st.integers(1, 2))))))
-        return Dim((factor(),), ragged=kind == "ragged")
+        if kind == "ragged":
+            return Dim((factor(), factor()), ragged=draw(st.sampled_from(NAMES)))
+        return Dim((factor(),))
     dims = tuple(dim() for _ in range(draw(st.integers(0, 4))))
     sums = draw(st.sampled_from(("+", "max")))
     owed = [Owed("@", a, draw(st.one_of(st.integers(0, 99), st.just("last")))) if draw(st.booleans())
@@ -83,9 +85,9 @@ def test_a_type_is_its_own_text(spec: Spec) -> None:
 # -- arbitrary text ------------------------------------------------------------------------------------------
 
 ALPHABET = "ABDT abxy/~()+@:.10_,-> \tmaxlst\n"
-pieces = st.sampled_from(("B", "T/tp", "D/1", "R~", "R~/ep", "(", ")", "(K/tp G H)", "(K G/tp)", "...", "+tp",
-                          "+dp", "max:tp", "@pp:0", "@pp:last", "4", "0", "/", "//", "+", "@", "max:", " ",
-                          "  ", "\t", "D", "()", "é", "１", "\u00a0", "B B", "->", ",", "*"))
+pieces = st.sampled_from(("B", "T/tp", "D/1", "~J", "(E/ep B/dp)~J", "(", ")", "(K/tp G H)", "(K G/tp)",
+                          "...", "+tp", "+dp", "max:tp", "@pp:0", "@pp:last", "4", "0", "/", "//", "+", "@",
+                          "max:", " ", "  ", "\t", "D", "()", "é", "１", "\u00a0", "B B", "->", ",", "*"))
 
 
 def ends_well(text: str) -> None:
@@ -127,7 +129,7 @@ def test_many_names_and_axes_end_soon() -> None:
 
 # -- what is refused, in whole -------------------------------------------------------------------------------
 
-NOT_AN_ITEM = "is neither a dim (D, D/tp, D/1, R~/ep, 4, (K G H)) nor owed (+tp, max:tp, @pp:0)"
+NOT_AN_ITEM = "is neither a dim (D, D/tp, D/1, 4, (K G H), (E B T)~J) nor owed (+tp, max:tp, @pp:0)"
 BLANKS = "items are separated by blanks, and each parenthesis has its partner"
 
 
@@ -145,7 +147,11 @@ BLANKS = "items are separated by blanks, and each parenthesis has its partner"
     ("T +x D", "spec 'T +x D': D stands after +x; dims come before what is owed"),
     ("T ...", f"spec 'T ...': '...' {NOT_AN_ITEM}"),
     ("T/2", f"spec 'T/2': 'T/2' {NOT_AN_ITEM}"),
-    ("T/tp~", f"spec 'T/tp~': 'T/tp~' {NOT_AN_ITEM}"),
+    ("T/tp~", f"spec 'T/tp~': {BLANKS}"),
+    ("T~J", f"spec 'T~J': {BLANKS}"),
+    ("(E B)~", f"spec '(E B)~': {BLANKS}"),
+    ("(E B)~J/tp", f"spec '(E B)~J/tp': {BLANKS}"),
+    ("(E)~J", "spec '(E)~J': (E)~J is no group; a group holds names, as in (K/tp G H)"),
     ("T/", f"spec 'T/': 'T/' {NOT_AN_ITEM}"),
     ("4/tp", f"spec '4/tp': '4/tp' {NOT_AN_ITEM}"),
     ("-1", f"spec '-1': '-1' {NOT_AN_ITEM}"),
@@ -159,7 +165,7 @@ BLANKS = "items are separated by blanks, and each parenthesis has its partner"
     ("(K\tG)", f"spec '(K\\tG)': 'K\\tG' {NOT_AN_ITEM}"),
     ("B ()", "spec 'B ()': () is no group; a group holds names, as in (K/tp G H)"),
     ("(K 4)", "spec '(K 4)': (K 4) is no group; a group holds names, as in (K/tp G H)"),
-    ("(R~ D)", "spec '(R~ D)': (R~ D) is no group; a group holds names, as in (K/tp G H)"),
+    ("(4 D)~J", "spec '(4 D)~J': (4 D)~J is no group; a group holds names, as in (K/tp G H)"),
     ("(K G/tp)", "spec '(K G/tp)': in the group (K G/tp) only the first factor may be split"),
     ("B (K G H/tp)", "spec 'B (K G H/tp)': in the group (K G H/tp) only the first factor may be split"),
     ("A" * 2001, "spec of 2001 characters; the longest allowed has 2000"),
@@ -200,13 +206,15 @@ def test_a_type_that_the_mesh_lacks_says(text: str, says: str) -> None:
 # -- what a spec says ----------------------------------------------------------------------------------------
 
 def test_labels_names_and_axes() -> None:
-    spec = parse("B/dp (K/tp G H) 4 R~/ep T/1 +x @pp:last")
-    assert spec.labels == ("B", "(K G H)", "4", "R", "T")
-    assert spec.names == ("B", "K", "G", "H", "R", "T")
+    spec = parse("B/dp (K/tp G H) 4 (E/ep R/cp)~J T/1 +x @pp:last")
+    assert spec.labels == ("B", "(K G H)", "4", "(E R)~J", "T")
+    assert spec.names == ("B", "K", "G", "H", "E", "R", "T")
     assert (spec.axes("(K G H)"), spec.axes("4"), spec.axes("T"), spec.split_axes,
-            spec.owed_axes) == (("tp",), (), (), ("dp", "tp", "ep"), ("x",))
-    assert str(spec.whole()) == "B (K G H) 4 R~ T"
-    assert str(spec.owing("q").split({"B": ("x", "y"), "(K G H)": ("z",)})) == "B/x/y (K/z G H) 4 R~ T +q"
+            spec.owed_axes) == (("tp",), (), (), ("dp", "tp", "ep", "cp"), ("x",))
+    assert str(spec.whole()) == "B (K G H) 4 (E R)~J T"
+    made = spec.owing("q").split({"B": ("x", "y"), "(K G H)": ("z",)})
+    assert str(made) == "B/x/y (K/z G H) 4 (E/ep R/cp)~J T +q"
+    assert str(made.split_by({"B": ("x",), "R": ("y",), "G": ("z",)})) == "B/x (K G H) 4 (E R/y)~J T +q"
 
 
 def test_a_type_has_no_aliases() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from shardlib.compiler.completer import Completer
+from shardlib.compiler.ragged import check_same_rows
 from shardlib.compiler.refusal import Refused
 from shardlib.compiler.refusals.messages import worded
 from shardlib.compiler.stages import sunk
@@ -16,6 +17,7 @@ from shardlib.spec import Spec
 
 def complete(program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, int] | None = None) -> Program:
     """The explicit program. SpecError, at the user's line, if it does not type; `sizes` let it say bytes."""
+    check_same_rows(program)
     try:
         made = Completer(program, layout.on(mesh), mesh, sizes).run()
         made = replace(made, unmet=(*made.unmet, *_without_values(made, layout.on(mesh))))

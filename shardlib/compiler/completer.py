@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from shardlib.compiler.builder import Builder
+from shardlib.compiler.ragged import as_there, first_axes, met_by_rows
 from shardlib.compiler.refusal import (
     ChangedCarry,
     Fact,
@@ -108,8 +109,9 @@ class Completer(Builder):
         return Result(tree, tuple(out))
 
     def _alone(self, spec: Spec, have: Spec, layout: Layout) -> Spec:
-        """The type of a value that stands alone, its text being `spec`; it is held where `have` is."""
-        return layout.type_of(spec if layout == EXPLICIT else as_held(spec, have), self.mesh)
+        """The type of a value that stands alone, its text being `spec`; it is held where `have` is, and
+        ragged rows stay where they are."""
+        return layout.type_of(spec if layout == EXPLICIT else as_there(as_held(spec, have), have), self.mesh)
 
     def _refused(self, fact: Fact) -> Refused:
         state = State(self.program, self.layout, self.mesh, self.sizes, self.given,
@@ -193,23 +195,24 @@ class Completer(Builder):
         """The types that the operands are converted to: completed together, over the union of their dims."""
         if layout == EXPLICIT or step.op.asserted:
             return [s.resolve(self.mesh) for s in ins]
-        ins = [as_held(s, self.types[n]) for s, n in zip(ins, inputs)]
+        ins = [as_there(as_held(s, self.types[n]), self.types[n]) for s, n in zip(ins, inputs)]
         # a split that text asks for counts before a dim that is whole on purpose
         pinned: dict[str, tuple[str, ...]] = {}
         for text in ins:
             pinned.update({n: a for n, a in pins(text).items() if a or n not in pinned})
         # a result's group is split over its first factor alone
-        whole = [f.name for s in outs for d in s.dims for f in d.factors[1:]]
+        whole = [f.name for s in outs for d in s.dims if not d.ragged for f in d.factors[1:]]
         whole += () if step.op.distribute else step.op.rule(step).whole
         pinned.update({n: () for n in whole if n not in pinned or not step.op.takes_text})
         names = dict.fromkeys(n for s in ins for n in s.names)
-        axes = layout.complete(names, pinned, (o.axis for s in ins for o in s.owed))
+        pinned.update(first_axes(step, layout, pinned))
+        met = dict.fromkeys((*names, *met_by_rows(self.program, step)))
+        axes = layout.complete(met, pinned, (o.axis for s in ins for o in s.owed))
         if step.op.takes_text:
             self.unmet.update(
                 {(dim, axis, str(step.where or step.op.name)): None for dim, wanted in layout.entries.items()
                  if dim in names and dim not in pinned for axis in wanted[len(axes[dim]):]})
-        return [s.split({d.label: axes[d.factors[0].name] for d in s.dims if d.factors}).resolve(self.mesh)
-                for s in ins]
+        return [s.split_by(axes).resolve(self.mesh) for s in ins]
 
     def _natural(self, step: Step, placed: list[str], written: Sequence[Spec],
                  layout: Layout) -> tuple[str, ...]:
@@ -379,9 +382,7 @@ def result_dims(spec: Spec, ins: Sequence[Spec], whole: Sequence[str], layout: L
     spec, known = mesh.resolve(spec, True), {n: _axes(s, n) for s in ins for n in s.names}
     busy = [o.axis for s in ins for o in s.owed if o.kind == "@"]
     axes = layout.complete(spec.names, {**dict.fromkeys(whole, ()), **pins(spec), **known}, busy)
-    first = {d.label: d.factors[0].name for d in spec.dims if d.factors}
-    made = {label: axes[name] for label, name in first.items() if name not in known}
-    return spec.split(made).owing().resolve(mesh)
+    return spec.split_by({n: axes[n] for n in spec.names if n not in known}).owing().resolve(mesh)
 
 
 def _axes(spec: Spec, name: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from shardlib.errors import SpecError
-from shardlib.language.changes import Search, change
+from shardlib.language.changes import ROWS_STAY, Search, change, moved_rows
 from shardlib.language.held import HELD
 from shardlib.language.moves import MOVES, Move, cost
 from shardlib.mesh import Mesh
@@ -48,6 +48,8 @@ def plan(have: Spec, want: Spec, mesh: Mesh, moves: Sequence[Move] = (*MOVES, *H
     """
     if have.labels != want.labels:
         raise SpecError(f'"{have}" and "{want}" have different dims')
+    if moved_rows(have, want):
+        raise SpecError(f'there is no way from "{have}" to "{want}"; {ROWS_STAY}')
     return _search(have, want, tuple(sorted((a, max(2, n)) for a, n in mesh.axes.items())), tuple(moves))
 
 

@@ -168,6 +168,9 @@ def bound(program: Program, shapes: Mapping[str, Sequence[int]], known: Mapping[
           coordinate: Mapping[str, int] | None) -> Sizes:
     """`bind_sizes`, and who binds each."""
     sizes = Sizes(program.name, known)
+    if path := next((n for n, s in (*program.arg_leaves(), *program.result_leaves())
+                     if any(d.ragged for d in s.dims)), None):
+        raise sizes.error(f"{path} has rows that data chose; they stay within a program")
     pieces: list[tuple[str, Dim, int]] = []
     for path, spec in program.arg_leaves():
         shape = tuple(shapes[path])

@@ -16,7 +16,7 @@ from shardlib.spec import Owed, Spec
 
 @lru_cache(maxsize=4096)
 def _types(spec: Spec, axes: tuple[str, ...], kinds: tuple[str, ...]) -> tuple[Spec, ...]:
-    places: list[Any] = [None, *(d.label for d in spec.dims if d.factors), *kinds]
+    places: list[Any] = [None, *(d.names[0] for d in spec.dense.dims if d.factors), *kinds]
     found: dict[Spec, None] = {}
     for where in itertools.product(places, repeat=len(axes)):
         for order in itertools.permutations(zip(axes, where)):
@@ -28,7 +28,7 @@ def _types(spec: Spec, axes: tuple[str, ...], kinds: tuple[str, ...]) -> tuple[S
                 elif at is not None:
                     split[at] = (*split.get(at, ()), axis)
             if len({o.kind for o in owed} & {"+", "max"}) < 2:
-                found[spec.split(split).owing(*owed)] = None
+                found[spec.split_by(split).owing(*owed)] = None
     return tuple(found)
 
 

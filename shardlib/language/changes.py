@@ -14,6 +14,7 @@ from functools import lru_cache
 from shardlib.spec import Owed, Spec
 
 Axes = tuple[str, ...]
+ROWS_STAY = "rows that data chose lie where dispatch put them"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ def change(have: Spec, want: Spec) -> Change:
 def changed_dims(have: Spec, want: Spec) -> list[int]:
     """The dims whose axes differ."""
     return [i for i, (a, b) in enumerate(zip(have.dims, want.dims)) if a.axes != b.axes]
+
+
+def moved_rows(have: Spec, want: Spec) -> bool:
+    """Whether a ragged dim is split otherwise: no move does that."""
+    return any(a.ragged and a != b for a, b in zip(have.dims, want.dims))
 
 
 class Search:

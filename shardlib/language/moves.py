@@ -30,7 +30,7 @@ from itertools import combinations, product
 from math import prod
 
 from shardlib import wires
-from shardlib.language.changes import Axes, Change, Search, change, changed_dims
+from shardlib.language.changes import ROWS_STAY, Axes, Change, Search, change, changed_dims, moved_rows
 from shardlib.language.local_code import LocalCode
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
@@ -188,8 +188,8 @@ class Placed:
 
 def check_move(op: Move, have: Spec, want: Spec) -> str | None:
     """Why `op` does not lead from `have` to `want`; None where it does."""
-    if have.labels != want.labels:
-        return "the two sides have different dims"
+    if have.labels != want.labels or moved_rows(have, want):
+        return "the two sides have different dims" if have.labels != want.labels else ROWS_STAY
     made, reduces = change(have, want), op.wire and op.wire.reduces
     for i in made.crossed:
         if not op.reorders or sorted(have.dims[i].axes) != sorted(want.dims[i].axes):

@@ -147,10 +147,10 @@ CONFIG = LlamaConfig(vocab_size=37, d_model=16, num_layers=2, num_kv_heads=2, qu
 @pytest.mark.parametrize("place", PLACES[:2], ids=str)
 def test_the_loss_of_a_llama_in_bfloat16_is_the_mean_of_float32_losses(place: tuple[Mesh, Layout]) -> None:
     """As torch has it from `logits.float()`: nothing is rounded to 16 bits behind the logits."""
-    from shardlib.models.decoding import llama_of
+    from shardlib.models.decoding import weights_of
     from shardlib.models.llama import logits_of
     g = torch.Generator().manual_seed(0)
-    weights = init(llama_of(CONFIG), CONFIG.sizes, dtype=torch.bfloat16)
+    weights = init(weights_of(CONFIG), CONFIG.sizes, dtype=torch.bfloat16)
     ids, labels, start = (torch.randint(37, (3, 8), generator=g), torch.randint(37, (3, 8), generator=g),
                           torch.zeros(3, dtype=torch.int64))
     got = simulate(llama_loss, place[1], ids, labels, weights, start, mesh=place[0], config=CONFIG)
