@@ -6,7 +6,7 @@ from plain_llama import PlainLlama
 from record import medians, paired, ratio, row, write
 
 from shardlib import Layout, Mesh, compile, init
-from shardlib.models.decoding import llama_of
+from shardlib.models.decoding import weights_of
 from shardlib.models.files.model_files import open_checkpoint
 from shardlib.models.llama import Cache, Llama, LlamaConfig, next_logits
 from shardlib.models.llama_config import config_of
@@ -39,7 +39,7 @@ def main() -> None:
     with torch.inference_mode():
         checkpoint = open_checkpoint("smollm2")
         real = config_of(checkpoint)
-        shapes = struct(llama_of(real))
+        shapes = struct(weights_of(real))
         for name, config, t, dtype, builds, rounds, calls in (
                 ("overhead-bound: D=64, 32 layers, T=1, fp32", SMALL, 1, torch.float32, 9, 20, 10),
                 ("SmolLM2-135M decode, T=1, fp32", real, 1, torch.float32, 2, 20, 1),
@@ -47,9 +47,9 @@ def main() -> None:
                 ("SmolLM2-135M prefill, T=128, fp32", real, 128, torch.float32, 2, 8, 1)):
             if config is real:
                 shards = load(checkpoint, dict((p[1:], s) for p, s in shapes.leaves("")), Mesh(), {}, dtype)
-                w = fill(llama_of(real), "", lambda path: shards[path[1:]])
+                w = fill(weights_of(real), "", lambda path: shards[path[1:]])
             else:
-                w = init(llama_of(config), config.sizes, dtype=dtype)
+                w = init(weights_of(config), config.sizes, dtype=dtype)
             times: dict[str, list[float]] = {}
             for _ in range(builds):         # where the memory of a build lies moves its ratio by 2 %
                 for contestant, found in paired(contestants(config, w, 1, t, 160), rounds, calls).items():

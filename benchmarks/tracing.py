@@ -7,7 +7,7 @@ from record import medians, paired, row, write
 
 from shardlib import Layout, Mesh, lower
 from shardlib.lowering.emit import Emitter
-from shardlib.models.decoding import llama_of
+from shardlib.models.decoding import weights_of
 from shardlib.models.llama import LlamaConfig, next_token
 
 CONFIG = LlamaConfig(vocab_size=128256, d_model=4096, num_layers=2, num_kv_heads=8, queries_per_kv=4,
@@ -19,7 +19,7 @@ MESH, LAYOUT = Mesh(dp=2, tp=4), Layout(B="dp", K="tp", F="tp", V="tp", T="tp", 
 def trace_and_lower(layers: int) -> str:
     """From the Python function to the source that rank 0 runs."""
     config = replace(CONFIG, num_layers=layers)
-    program = lower(next_token, LAYOUT, None, llama_of(config), mesh=MESH, config=config)
+    program = lower(next_token, LAYOUT, None, weights_of(config), mesh=MESH, config=config)
     return Emitter(MESH, 0, dict(config.sizes, B=8, T=1, S=1024)).program(program)
 
 

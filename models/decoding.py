@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shardlib import Layout, Mesh, SpecError, compile, lower, sharded
+from shardlib import Layout, Mesh, Params, SpecError, compile, lower, sharded
 from shardlib.api import Compiled
 from shardlib.compiler.passes import DEFAULT
 from shardlib.compiler.passes.fuse import fuse
@@ -22,18 +22,9 @@ from shardlib.distributed.runtime import Runtime
 from shardlib.language.trace import Function
 from shardlib.models.cache_buffer import CacheBuffer
 from shardlib.models.decoder import Decoder
+from shardlib.models.families import config_of, family_of, load, weights_of
 from shardlib.models.files.checkpoint import Checkpoint
-from shardlib.models.llama import (
-    Cache,
-    Llama,
-    LlamaConfig,
-    next_logits,
-    next_token,
-    prompt_logits,
-    prompt_token,
-)
-from shardlib.models.llama_config import config_of
-from shardlib.models.llama_weights import load
+from shardlib.models.llama import Cache, LlamaConfig
 from shardlib.models.random_weights import random_weights, shape_of
 from shardlib.models.slots import Slots
 from shardlib.ops import sample
@@ -56,16 +47,16 @@ class Sampling:
 
 
 @sharded("B T/1, *, *, B, B, B -> B/1, *")
-def next_sample(ids, w: Llama, cache: Cache, start, last, row, *, config, sampling):
+def next_sample(ids, w, cache: Cache, start, last, row, *, config, sampling):
     """One drawn token a row, by (seed, position, number of the row)."""
-    logits, cache = next_logits(ids, w, cache, start, last, config=config)
+    logits, cache = family_of(config).next_logits(ids, w, cache, start, last, config=config)
     return drawn(logits, start + last, row, sampling), cache
 
 
 @sharded("B T/1, *, *, B, B, B -> B/1, *")
-def prompt_sample(ids, w: Llama, cache: Cache, start, last, row, *, config, sampling):
+def prompt_sample(ids, w, cache: Cache, start, last, row, *, config, sampling):
     """The same after a prompt's beginning."""
-    logits, cache = prompt_logits(ids, w, cache, start, last, config=config)
+    logits, cache = family_of(config).prompt_logits(ids, w, cache, start, last, config=config)
     return drawn(logits, start + last, row, sampling), cache
 
 
@@ -84,9 +75,9 @@ class Generated:
 
 
 class Model:
-    """A Llama on this rank: its shards, and the programs that run it."""
+    """A model on this rank: its shards, and the programs that run it."""
 
-    def __init__(self, config: LlamaConfig, weights: Llama, layout: Layout, runtime: Runtime,
+    def __init__(self, config: LlamaConfig, weights: Params, layout: Layout, runtime: Runtime,
                  dtype: torch.dtype) -> None:
         self.config, self.weights, self.layout, self.runtime, self.dtype = (
             config, weights, layout, runtime, dtype)
@@ -121,20 +112,21 @@ class Model:
         step, weights = self._step(Sampling()), self.weights
         leaves = dict(leaf_values(weights, "w"))
         self.weights = weights = None
-        self.weights = step.prepare("w", leaves, llama_of(self.config))
+        self.weights = step.prepare("w", leaves, weights_of(self.config))
         self._decoders.clear()
         return self
 
     def lower(self, sampling: Sampling = Sampling()) -> Program:
         """The program of one step."""
         function, static = self._function(sampling)
-        return lower(function, self.layout, None, llama_of(self.config), mesh=self.runtime.mesh,
+        return lower(function, self.layout, None, weights_of(self.config), mesh=self.runtime.mesh,
                      passes=PASSES, **static)
 
     def _function(self, sampling: Sampling, first: bool = False) -> tuple[Function, dict[str, object]]:
         """The program of a step, or of the beginning of prompts, and what it is made with."""
         if sampling.temperature == 0:
-            return prompt_token if first else next_token, {"config": self.config}
+            family = family_of(self.config)
+            return family.prompt_token if first else family.next_token, {"config": self.config}
         return prompt_sample if first else next_sample, {"config": self.config, "sampling": sampling}
 
     def _step(self, sampling: Sampling, first: bool = False) -> Compiled:
@@ -142,7 +134,7 @@ class Model:
             function, static = self._function(sampling, first)
             made = compile(function, self.layout, runtime=self.runtime, sizes=self.config.sizes,
                            donate=("cache",), passes=PASSES, **static)
-            made.lower(None, llama_of(self.config))
+            made.lower(None, weights_of(self.config))
             self._steps[sampling, first] = made
         return self._steps[sampling, first]
 
@@ -223,16 +215,9 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config:
                         f"context is {config.max_context}")
 
 
-def llama_of(config: LlamaConfig) -> Llama:
-    """The Llama pytree of `config`: without a head where it is tied."""
-    full = fill(Llama, "", lambda path: path)
-    return Llama(embed=full.embed, layers=full.layers, norm=full.norm,
-                 head=None if config.tied else full.head)
-
-
 def weight_types(config: LlamaConfig, layout: Layout, mesh: Mesh) -> dict[str, object]:
     """path -> type of every weight at rest."""
-    kinds = struct(llama_of(config)).map(lambda spec: layout.on(mesh).complete_alone(spec).resolve(mesh))
+    kinds = struct(weights_of(config)).map(lambda spec: layout.on(mesh).complete_alone(spec).resolve(mesh))
     return {path[1:]: kind for path, kind in kinds.leaves("")}
 
 
@@ -241,13 +226,14 @@ def used_weights(config: LlamaConfig, layout: Layout, runtime: Runtime) -> dict[
     types = weight_types(config, layout, runtime.mesh)
     if "L" not in layout.entries:
         return types
-    step = lower(next_token, layout, None, llama_of(config), mesh=runtime.mesh, config=config)
+    step = lower(family_of(config).next_token, layout, None, weights_of(config), mesh=runtime.mesh,
+                 config=config)
     used = needed(step, runtime.coordinate)
     return {path: kind for path, kind in types.items() if f"w.{path}" in used}
 
 
 def _filled(config: LlamaConfig, shards: dict[str, torch.Tensor], layout: Layout, mesh: Mesh,
-            dtype: torch.dtype) -> Llama:
+            dtype: torch.dtype) -> Params:
     """The weights, of which the rank has `shards`: what another stage has are shapes alone."""
     types = weight_types(config, layout, mesh)
 
@@ -256,4 +242,4 @@ def _filled(config: LlamaConfig, shards: dict[str, torch.Tensor], layout: Layout
             return shards.pop(path[1:])
         shape = mesh.local_shape(types[path[1:]], config.sizes, dict.fromkeys(mesh.axes, 0))
         return torch.empty(shape, dtype=dtype, device="meta")
-    return fill(llama_of(config), "", leaf)
+    return fill(weights_of(config), "", leaf)

@@ -36,12 +36,12 @@ from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.runtime import connect
 from shardlib.errors import bytes_text
 from shardlib.models.decoding import Generated, Model, Sampling, check_prompts
+from shardlib.models.families import config_of
 from shardlib.models.files.byte_tokenizer import ByteTokenizer
 from shardlib.models.files.checkpoint import Checkpoint, CheckpointError, CheckpointWarning
 from shardlib.models.files.model_files import open_checkpoint
 from shardlib.models.files.tokenizer import Tokenizer
 from shardlib.models.layouts import named_layout
-from shardlib.models.llama_config import config_of
 from shardlib.models.random_weights import shape_of
 from shardlib.models.results import Result, Results, digest
 from shardlib.params import leaf_values
@@ -58,9 +58,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = _Parser(prog="shardlib.models.generate", description="Generate text with a Llama.")
+    parser = _Parser(prog="shardlib.models.generate", description="Generate text with a Llama or a Mixtral.")
     parser.add_argument("--model", default="smollm2",
-                        help="smollm2, a Hugging Face Llama folder, or a .gguf file")
+                        help="smollm2, a Hugging Face folder of a Llama or Mixtral, or a .gguf file")
     parser.add_argument("--weights", help="in place of --model, random ones of a published shape, to "
                         "measure: random:llama3-8b")
     parser.add_argument("--mesh", default="", help='axes and sizes, as in "dp=2,tp=2"; by default one rank')

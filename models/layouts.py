@@ -2,12 +2,15 @@
 
 >>> str(named_layout("tp", Mesh(dp=2, tp=2))), str(named_layout("sp", Mesh(tp=2)))
 ('B=dp,K=tp,F=tp,V=tp', 'K=tp,F=tp,V=tp,T=tp')
+>>> str(named_layout("tp+ep", Mesh(dp=2, tp=2))), str(named_layout("tp", Mesh(ep=4, tp=2)))
+('B=dp,E=dp/tp,K=tp,F=tp,V=tp', 'E=ep,K=tp,F=tp,V=tp')
 >>> str(named_layout("tp+sp+fsdp", Mesh(dp=2, tk=2, tg=2)))
 'B=dp,K=tk,G=tg,F=tk/tg,V=tk/tg,T=tk/tg,D=dp'
 
 Names join with "+": tp (tensor parallel), sp (sequence parallel, on top of it), fsdp (weights split over dp),
-cp (context parallel). An axis that the mesh lacks is left out. More tensor-parallel ranks than kv heads: a
-mesh with axes tk and tg. A text with "=" is a layout of its own: "B=dp,K=tp,F=tp".
+cp (context parallel), ep (experts over an axis ep or, where there is none, over all ranks). An axis that the
+mesh lacks is left out. More tensor-parallel ranks than kv heads: a mesh with axes tk and tg. A text with "="
+is a layout of its own: "B=dp,K=tp,F=tp".
 """
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from shardlib.errors import SpecError
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh
 
-NAMES = ("tp", "sp", "fsdp", "cp")
-DIMS = ("B", "T", "S", "D", "L", "K", "G", "H", "F", "V")
+NAMES = ("tp", "sp", "fsdp", "cp", "ep")
+DIMS = ("B", "T", "S", "D", "L", "K", "G", "H", "E", "F", "V")
 
 
 def named_layout(text: str, mesh: Mesh) -> Layout:
@@ -33,7 +36,8 @@ def named_layout(text: str, mesh: Mesh) -> Layout:
             raise SpecError(f"layout {text!r}: {part!r} is not one of {', '.join(NAMES)}, and no DIM=AXIS")
     wide = ("tk", "tg") if "tk" in mesh.axes else ("tp",)
     time = (("cp",) if "cp" in parts or "cp" in mesh.axes else ()) + (wide if "sp" in parts else ())
-    wanted = {"B": ("dp",), "K": wide[:1], "G": wide[1:], "F": wide, "V": wide, "T": time,
+    experts = ("ep",) if "ep" in mesh.axes else ("dp", *wide) if "ep" in parts else ()
+    wanted = {"B": ("dp",), "E": experts, "K": wide[:1], "G": wide[1:], "F": wide, "V": wide, "T": time,
               "D": ("dp",) if "fsdp" in parts else ()}
     entries = {dim: tuple(a for a in axes if a in mesh.axes) for dim, axes in wanted.items()}
     return Layout({dim: axes for dim, axes in entries.items() if axes})

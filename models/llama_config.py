@@ -33,11 +33,15 @@ from shardlib.spec import parse
 LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)    # of Llama 3.1 to 3.3
 
 
-def config_of(checkpoint: Checkpoint) -> LlamaConfig:
-    """What the headers of a checkpoint say of its model."""
+def refuse_biases(checkpoint: Checkpoint) -> None:
     for name in checkpoint.tensors:
         if name.endswith(".bias"):
             raise CheckpointError(f"tensor {name}: biases are not implemented")
+
+
+def config_of(checkpoint: Checkpoint) -> LlamaConfig:
+    """What the headers of a checkpoint say of its model."""
+    refuse_biases(checkpoint)
     if checkpoint.format == "huggingface":
         return config_from_hf(checkpoint.metadata)
     embed = checkpoint.tensors.get("token_embd.weight")
@@ -57,7 +61,7 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     said.only("partial_rotary_factor", 1, default=1)
     d_model, heads = said.size("hidden_size"), said.size("num_attention_heads")
     kv_heads = said.size("num_key_value_heads", default=heads)
-    theta, scaling = _hf_rope(said)
+    theta, scaling = hf_rope(said)
     return LlamaConfig(
         vocab_size=said.size("vocab_size"), d_model=d_model, num_layers=said.size("num_hidden_layers"),
         num_kv_heads=kv_heads, queries_per_kv=said.whole(heads, kv_heads, "query heads for each kv head"),
@@ -68,7 +72,7 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
         max_context=said.size("max_position_embeddings"))
 
 
-def _hf_rope(said: Said) -> tuple[float, RopeScaling | None]:
+def hf_rope(said: Said) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from `rope_scaling` and `rope_theta` (transformers 4)
     or from `rope_parameters` (5)."""
     found = said.fields.get("rope_scaling") or said.fields.get("rope_parameters") or {}

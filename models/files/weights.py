@@ -48,6 +48,8 @@ class Weight:
     second one, from 1 on.
     beside: where several leaves lie one behind the other in a tensor's first dim, the groups of all of them,
     such as "K G H, K H, K H"; `part` says which is this one's.
+    at: a name of `stored` that is no dim of the leaf, which has one position of it:
+    (name, position, how many there are).
     """
     path: str
     spec: str
@@ -55,6 +57,7 @@ class Weight:
     stored: str
     beside: str = ""
     part: int = 0
+    at: tuple[str, int, int] | None = None
 
     @property
     def stacked(self) -> tuple[str, ...]:
@@ -82,8 +85,11 @@ def load_weights(checkpoint: Checkpoint, table: Sequence[Weight], sizes: Mapping
     """What `coordinate` holds of each leaf of `types`: contiguous tensors of `dtype`,
     dims in the order of the type."""
     weights = {weight.path: weight for weight in table}
-    wanted = [_Leaf(*_checked(weights, path, mesh.resolve(type)), sizes, mesh, coordinate)
-              for path, type in types.items()]
+    wanted = []
+    for path, type in types.items():
+        weight, type = _checked(weights, path, mesh.resolve(type))
+        known = {**sizes, weight.at[0]: weight.at[2]} if weight.at else sizes
+        wanted.append(_Leaf(weight, type, known, mesh, coordinate))
     for leaf in wanted:
         leaf.check(checkpoint)
     with _Files(checkpoint.files) as files:
@@ -114,7 +120,8 @@ class _Leaf:
 
     @property
     def spans(self) -> dict[str, Span]:
-        return spans_of(self.type, self.sizes, self.mesh, self.coordinate)
+        held = spans_of(self.type, self.sizes, self.mesh, self.coordinate)
+        return {**held, self.weight.at[0]: Span(self.weight.at[1], 1)} if self.weight.at else held
 
     def positions(self) -> Iterable[tuple[int, ...]]:
         """Each position of the dims in braces that this coordinate holds."""
@@ -168,6 +175,8 @@ class _Leaf:
         """The view of `out`, one tensor's share, that `box` fills; its dims are the names of the box."""
         spans, names = self.spans, [n for n in self.type.names if n not in self.weight.stacked]
         at = dict(zip(box.names, box.spans))
+        if self.weight.at:
+            out, names = out.unsqueeze(0), [self.weight.at[0], *names]
         for i, name in reversed(list(enumerate(names))):
             if name + HALF in at:
                 half, pair = at[name + HALF], at[name + PAIR]

@@ -8,7 +8,7 @@ from torch import Tensor
 from shardlib import Layout, Params, SpecError, compile, einsum, init, param, scan, sharded, stacked
 from shardlib.compiler.passes.pack import Packing, pack
 from shardlib.language.einsum import EINSUM
-from shardlib.models.decoding import llama_of
+from shardlib.models.decoding import weights_of
 from shardlib.models.llama import Cache, LlamaConfig, next_logits
 from shardlib.ops import rope
 from shardlib.program import Step
@@ -24,7 +24,7 @@ def config_of(kv: int, g: int, h: int, f: int, tied: bool) -> LlamaConfig:
 @pytest.mark.parametrize(
     "config", [config_of(3, 2, 4, 11, True), config_of(1, 1, 2, 1, False), config_of(2, 3, 6, 8, True)])
 def test_packed_weights_give_the_same_logits_and_cache(config, t):
-    w = init(llama_of(config), config.sizes, dtype=torch.float64)
+    w = init(weights_of(config), config.sizes, dtype=torch.float64)
     cache = init(Cache, dict(config.sizes, B=2, S=9), dtype=torch.float64, path="cache")
     step = compile(next_logits, Layout(), sizes=config.sizes, config=config)
     ids, start, last = torch.randint(0, 37, (2, t)), torch.tensor([0, 2]), torch.tensor([t - 1, 0])
@@ -53,7 +53,7 @@ def test_packed_weights_lie_as_their_dtype_is_read_fastest(dtype, strides):
 
 def test_one_matmul_each_for_qkv_and_for_gate_and_up_and_one_rope():
     config = config_of(3, 2, 4, 11, True)
-    w = init(llama_of(config), config.sizes)
+    w = init(weights_of(config), config.sizes)
     cache = init(Cache, dict(config.sizes, B=1, S=9), path="cache")
     step = compile(next_logits, Layout(), sizes=config.sizes, config=config)
     zero = torch.zeros(1, dtype=torch.int64)
@@ -64,7 +64,7 @@ def test_one_matmul_each_for_qkv_and_for_gate_and_up_and_one_rope():
 
 def test_a_donated_cache_is_updated_in_place_and_another_is_left_alone():
     config = config_of(3, 2, 4, 11, True)
-    w = init(llama_of(config), config.sizes)
+    w = init(weights_of(config), config.sizes)
     zero = torch.zeros(1, dtype=torch.int64)
     for donate in ((), ("cache",)):
         cache = init(Cache, dict(config.sizes, B=1, S=9), path="cache")
@@ -76,7 +76,7 @@ def test_a_donated_cache_is_updated_in_place_and_another_is_left_alone():
 
 def test_a_donated_cache_that_is_prepared_is_returned_as_it_came():
     config = config_of(3, 2, 4, 11, True)
-    w = init(llama_of(config), config.sizes)
+    w = init(weights_of(config), config.sizes)
     zero = torch.zeros(1, dtype=torch.int64)
     cache = init(Cache, dict(config.sizes, B=1, S=9), path="cache")
     donating = compile(next_logits, Layout(), sizes=config.sizes, donate=("cache",), config=config)
@@ -96,7 +96,7 @@ def test_prepared_arguments_of_equal_shapes_share_a_program():
     step = compile(next_logits, Layout(), sizes=config.sizes, donate=("cache",), config=config)
     for slots, dtype in ((9, torch.float32), (9, torch.float32), (11, torch.float32), (9, torch.float64)):
         cache = init(Cache, dict(config.sizes, B=1, S=slots), path="cache", dtype=dtype)
-        step(zero[None], step.prepare("w", init(llama_of(config), config.sizes, dtype=dtype)),
+        step(zero[None], step.prepare("w", init(weights_of(config), config.sizes, dtype=dtype)),
              step.prepare("cache", cache), zero, zero)
     assert len(step.sources) == 3
 

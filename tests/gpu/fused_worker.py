@@ -17,7 +17,7 @@ from torch import Tensor
 from shardlib import Mesh, compile
 from shardlib.compiler.passes import DEFAULT
 from shardlib.distributed.runtime import Runtime, connect
-from shardlib.models.decoding import PASSES, llama_of, weight_types
+from shardlib.models.decoding import PASSES, weight_types, weights_of
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import Cache, KeyValue, LlamaConfig, next_logits
 from shardlib.models.random_weights import random_weights
@@ -36,9 +36,9 @@ def logits(runtime: Runtime, drawn: dict[str, Tensor], dtype: torch.dtype, passe
     mesh, layout = runtime.mesh, named_layout("tp", runtime.mesh)
     step = compile(next_logits, layout, runtime=runtime, donate=("cache",), passes=passes, config=CONFIG,
                    sizes={**CONFIG.sizes, "S": SLOTS}, graph=graph)
-    step.lower(None, llama_of(CONFIG))
+    step.lower(None, weights_of(CONFIG))
     leaves = {f"w{path}" if path.startswith(".") else f"w.{path}": w.to(dtype) for path, w in drawn.items()}
-    weights = step.prepare("w", leaves, llama_of(CONFIG))
+    weights = step.prepare("w", leaves, weights_of(CONFIG))
     shape = (CONFIG.num_layers, rows, SLOTS, CONFIG.num_kv_heads // mesh.size(("tp",)), CONFIG.head_dim)
     g = torch.Generator(runtime.device).manual_seed(runtime.rank)
     k, v = (torch.randn(shape, generator=g, device=runtime.device).bfloat16().to(dtype) for _ in range(2))

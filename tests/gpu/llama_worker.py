@@ -9,7 +9,7 @@ import torch
 from shardlib import Layout, Mesh, compile, init, value_and_grad
 from shardlib.api import arg_types, shard_of
 from shardlib.distributed.runtime import connect
-from shardlib.models.decoding import Model, llama_of
+from shardlib.models.decoding import Model, weights_of
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, logits_of, loss
 from shardlib.ops.nvlink import nvlink
@@ -30,7 +30,7 @@ def main(mesh_text: str, layout_text: str) -> None:
     ids, labels, start = (torch.randint(131, (4, 9), generator=torch.Generator().manual_seed(0)),
                           torch.randint(131, (4, 9)), torch.zeros(4, dtype=torch.int64))
     labels = (ids * 7 + 3) % 131
-    whole = init(llama_of(CONFIG), CONFIG.sizes)
+    whole = init(weights_of(CONFIG), CONFIG.sizes)
     wide = fill(whole, "w", lambda p, v=dict(leaf_values(whole, "w")): v[p].double())
     with torch.device("cpu"):
         exact = compile(logits_of, mesh=Mesh(), runtime=Alone, config=CONFIG)(ids, wide, start)

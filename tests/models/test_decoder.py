@@ -16,7 +16,7 @@ from launching import torchrun
 from shardlib import Layout, Mesh, SpecError, init
 from shardlib.distributed.runtime import connect
 from shardlib.models import decoder, decoding
-from shardlib.models.decoding import Model, Sampling, llama_of
+from shardlib.models.decoding import Model, Sampling, weights_of
 from shardlib.models.llama import LlamaConfig
 from shardlib.models.slots import Slots, round_up
 
@@ -28,7 +28,7 @@ DRAWN = Sampling(1.5, 0.95, 7)
 
 
 def model(runtime: object) -> Model:
-    return Model(CONFIG, init(llama_of(CONFIG), CONFIG.sizes, dtype=torch.float64), Layout(), runtime,
+    return Model(CONFIG, init(weights_of(CONFIG), CONFIG.sizes, dtype=torch.float64), Layout(), runtime,
                  torch.float64)
 
 
@@ -201,7 +201,7 @@ from shardlib import Mesh, init
 from shardlib.api import shard_of
 from shardlib.distributed.runtime import connect
 from shardlib.models import decoding
-from shardlib.models.decoding import Model, Sampling, llama_of, weight_types
+from shardlib.models.decoding import Model, Sampling, weights_of, weight_types
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig
 from shardlib.params import fill, leaf_values
@@ -214,8 +214,8 @@ for text, layout in (("dp=2", "tp"), ("tp=2", "tp"), ("tp=2", "B=tp,K=tp,V=tp"))
     with connect(mesh, "cpu") as runtime:
         layout = named_layout(layout, mesh)
         kinds = weight_types(config, layout, mesh)
-        whole = dict(leaf_values(init(llama_of(config), config.sizes, dtype=torch.float64), ""))
-        weights = fill(llama_of(config), "",
+        whole = dict(leaf_values(init(weights_of(config), config.sizes, dtype=torch.float64), ""))
+        weights = fill(weights_of(config), "",
                        lambda p: shard_of(whole[p], kinds[p[1:]], mesh, runtime.coordinate).contiguous())
         model = Model(config, weights, layout, runtime, torch.float64).pack()
         for prompts, new, ends, sampling in cases:

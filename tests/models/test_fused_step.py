@@ -16,7 +16,7 @@ from shardlib.api import compile
 from shardlib.compiler.fusion import Fusion, Product, Site
 from shardlib.compiler.passes import DEFAULT
 from shardlib.compiler.passes.fuse import fuse, fusion_report
-from shardlib.models.decoding import PASSES, llama_of
+from shardlib.models.decoding import PASSES, weights_of
 from shardlib.models.llama import Cache, KeyValue, LlamaConfig, next_logits, next_token
 from shardlib.ops import fusions
 from shardlib.ops.fusions import by_communicator, by_few_rows, by_norm, by_one_kernel, by_pointwise
@@ -59,14 +59,14 @@ def decode(passes: Any, dtype: torch.dtype, tokens: Tensor, start: Tensor,
            axis: str) -> tuple[list[Tensor], Any, Any]:
     """Logits of each step, the cache after them, and the compiled step."""
     torch.manual_seed(0)
-    weights = init(llama_of(CONFIG), CONFIG.sizes, dtype=dtype)
+    weights = init(weights_of(CONFIG), CONFIG.sizes, dtype=dtype)
     mesh, layout = (Mesh(tp=1), Layout(K="tp", F="tp", V="tp")) if axis else (Mesh(), Layout())
     step = compile(next_logits, layout, mesh=mesh, donate=("cache",), passes=passes, sizes=dict(S=SLOTS),
                    config=CONFIG)
     shape = (CONFIG.num_layers, ROWS, SLOTS, CONFIG.num_kv_heads, CONFIG.head_dim)
     cache = Cache(layers=KeyValue(k=torch.randn(shape).to(dtype), v=torch.randn(shape).to(dtype)))
-    step.lower(None, llama_of(CONFIG))
-    packed = step.prepare("w", dict(leaf_values(weights, "w")), llama_of(CONFIG))
+    step.lower(None, weights_of(CONFIG))
+    packed = step.prepare("w", dict(leaf_values(weights, "w")), weights_of(CONFIG))
     seen, logits = step.prepare("cache", cache), []
     with torch.inference_mode():
         for i, ids in enumerate(tokens.unbind(1)):
@@ -105,7 +105,7 @@ def test_the_step_of_a_llama_is_all_fused() -> None:
     for mesh, layout in ((Mesh(), Layout()), (Mesh(dp=2), Layout(B="dp")),
                          (Mesh(tp=2), Layout(K="tp", F="tp", V="tp")),
                          (Mesh(tk=2, tg=2), Layout(K="tk", G="tg", F=("tk", "tg"), V=("tk", "tg")))):
-        program = lower(next_token, layout, None, llama_of(CONFIG), mesh=mesh, passes=PASSES, config=CONFIG)
+        program = lower(next_token, layout, None, weights_of(CONFIG), mesh=mesh, passes=PASSES, config=CONFIG)
         body = next(b for b in program.bodies() if b.name == "cached_block")
         assert {s.op.name for s in body.steps} <= {"fused", "einsum"}, fusion_report(program)
         assert sum(s.op.name == "fused" for s in body.steps) == 4

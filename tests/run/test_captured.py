@@ -15,7 +15,7 @@ from shardlib.distributed.graph_capture import _CHAINED, new_graph
 from shardlib.distributed.runtime import connect
 from shardlib.distributed.watch import Moment, Watch
 from shardlib.functions import silu, sum
-from shardlib.models.decoding import llama_of
+from shardlib.models.decoding import weights_of
 from shardlib.models.llama import Cache, LlamaConfig, next_token
 from shardlib.ops import update_cache
 from shardlib.params import init
@@ -155,7 +155,7 @@ def test_a_step_makes_nothing_on_the_host() -> None:
                          max_context=16)
     sizes = dict(config.sizes, B=2, S=8)
     with torch.device("meta"):
-        weights, cache = (init(llama_of(config), sizes, device="meta"),
+        weights, cache = (init(weights_of(config), sizes, device="meta"),
                           init(Cache, sizes, path="cache", device="meta"))
         for t in (1, 3):
             args = (torch.zeros(2, t, dtype=torch.int64), weights, cache, torch.zeros(2, dtype=torch.int64),

@@ -1,0 +1,150 @@
+"""Mixtral, one page: Llama's attention, and in place of its feed-forward layer experts, of which each token
+goes through a few.
+
+B batch  T query time  S key time (cache slots)  P key time in a prompt  D d_model  L layers
+K kv heads  G queries per kv head  H head_dim  E experts  J experts a token  F d_ff  V vocab
+
+No line here knows of ranks or meshes. `Layout(E="ep")` makes it expert parallel, `F="tp"` tensor parallel
+within each expert, both lines both; `Layout(B="dp", E=("dp", "tp"))` has attention data parallel and experts
+over all ranks: tokens go to their experts and come home.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shardlib import Params, einsum, param, rename, scan, sharded, stacked
+from shardlib.functions import argmax, mean, silu
+from shardlib.models.llama import Cache, KeyValue, LlamaConfig, angles_at, heads, logits_at
+from shardlib.ops import (
+    attention,
+    combine,
+    cross_entropy,
+    dispatch,
+    embedding,
+    grouped_einsum,
+    rms_norm,
+    route,
+    update_cache,
+)
+
+
+@dataclass(frozen=True)
+class MixtralConfig(LlamaConfig):
+    """What a checkpoint says of its model. d_ff: of each expert.  top_k: experts a token."""
+    num_experts: int
+    top_k: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {**super().sizes, "E": self.num_experts, "J": self.top_k}
+
+
+class Block(Params):
+    norm1: Tensor = param("D", initial="ones")
+    wq: Tensor = param("D K G H")
+    wk: Tensor = param("D K H")
+    wv: Tensor = param("D K H")
+    wo: Tensor = param("K G H D")
+    norm2: Tensor = param("D", initial="ones")
+    router: Tensor = param("D E/1")
+    gate: Tensor = param("E D F")
+    up: Tensor = param("E D F")
+    down: Tensor = param("E F D")
+
+
+class Mixtral(Params):
+    embed: Tensor = param("V D")
+    layers: Block = stacked("L", Block)
+    norm: Tensor = param("D", initial="ones")
+    head: Tensor = param("V D")                     # absent where the embedding is tied
+
+
+def moe(x, w, config):
+    weights, experts = route("B T E -> B T J, B T J", einsum("B T D, D E/1 -> B T E/1", x, w.router),
+                             top_k=config.top_k)
+    rows, at = dispatch("B T D, B T J -> (E B T)~J D, (E B T)~J", x, experts)
+    gate = grouped_einsum("(E B T)~J D, (E B T)~J, E D F -> (E B T)~J F", rows, at, w.gate)
+    up   = grouped_einsum("(E B T)~J D, (E B T)~J, E D F -> (E B T)~J F", rows, at, w.up)
+    down = grouped_einsum("(E B T)~J F, (E B T)~J, E F D -> (E B T)~J D", silu(gate) * up, at, w.down)
+    return combine("(E B T)~J D, (E B T)~J, B T J -> B T D", down, at, weights)
+
+
+def rest(x, a, w, config):
+    x = x + einsum("B T K G H, K G H D -> B T D", a, w.wo)
+    return x + moe(rms_norm(x, w.norm2, config.norm_eps), w, config)
+
+
+@sharded("B T D, *, B T/1 H -> B T D")
+def block(x, w: Block, angles, *, config):
+    q, k, v = heads(x, w, angles, config)
+    k, v = rename("B T K H -> B S K H", k), rename("B T K H -> B S K H", v)
+    return rest(x, attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v), w, config)
+
+
+@sharded("B T D, *, *, B, B T/1 H -> B T D, *")
+def cached_block(x, w: Block, cache: KeyValue, start, angles, *, config):
+    q, k, v = heads(x, w, angles, config)
+    k = update_cache("B S K H, B T K H, B -> B S K H", cache.k, k, start)
+    v = update_cache("B S K H, B T K H, B -> B S K H", cache.v, v, start)
+    a = attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, k, v, start)
+    return rest(x, a, w, config), KeyValue(k=k, v=v)
+
+
+@sharded("B T D, *, *, B, B T/1 H -> B T D, *")
+def prompt_block(x, w: Block, cache: KeyValue, start, angles, *, config):
+    """The same where nothing is in the cache yet: attention is causal among the new tokens."""
+    q, k, v = heads(x, w, angles, config)
+    kept = KeyValue(k=update_cache("B S K H, B T K H, B -> B S K H", cache.k, k, start),
+                    v=update_cache("B S K H, B T K H, B -> B S K H", cache.v, v, start))
+    k, v = rename("B T K H -> B P K H", k), rename("B T K H -> B P K H", v)
+    return rest(x, attention("B T K G H, B P K H, B P K H -> B T K G H", q, k, v), w, config), kept
+
+
+@sharded("B T/1, *, *, B, B -> B V/1, *")
+def next_logits(ids, w: Mixtral, cache: Cache, start, last, *, config):
+    """Logits after ids[b, last[b]], where ids[b, t] stands at position start[b] + t."""
+    x = embedding("B T, V D -> B T D", ids, w.embed)
+    x, layers = scan(cached_block, x, (w.layers, cache.layers), start, angles_at(start, config),
+                     config=config)
+    return logits_at(x, w, last, config), Cache(layers=layers)
+
+
+@sharded("B T/1, *, *, B, B -> B V/1, *")
+def prompt_logits(ids, w: Mixtral, cache: Cache, start, last, *, config):
+    """The same at the beginning of prompts: `start` is 0 everywhere."""
+    x = embedding("B T, V D -> B T D", ids, w.embed)
+    x, layers = scan(prompt_block, x, (w.layers, cache.layers), start, angles_at(start, config),
+                     config=config)
+    return logits_at(x, w, last, config), Cache(layers=layers)
+
+
+@sharded("B T/1, *, *, B, B -> B/1, *")
+def next_token(ids, w: Mixtral, cache: Cache, start, last, *, config):
+    """The greedy choice among the same logits, made without gathering them."""
+    logits, cache = next_logits(ids, w, cache, start, last, config=config)
+    return argmax("B V -> B", logits), cache
+
+
+@sharded("B T/1, *, *, B, B -> B/1, *")
+def prompt_token(ids, w: Mixtral, cache: Cache, start, last, *, config):
+    """The greedy choice after a prompt's beginning."""
+    logits, cache = prompt_logits(ids, w, cache, start, last, config=config)
+    return argmax("B V -> B", logits), cache
+
+
+@sharded("B T/1, *, B -> B T V")
+def logits_of(ids, w: Mixtral, start, *, config):
+    """Logits after every token, without a cache: training, scoring."""
+    x = embedding("B T, V D -> B T D", ids, w.embed)
+    x = scan(block, x, w.layers, angles_at(start, config), config=config)
+    return einsum("B T D, V D -> B T V", rms_norm(x, w.norm, config.norm_eps),
+                  w.embed if w.head is None else w.head)
+
+
+@sharded("B T/1, B T/1, *, B -> ()")
+def loss(ids, labels, w: Mixtral, start, *, config):
+    """Mean cross entropy, in nats per token."""
+    return mean("B T -> ()",
+                cross_entropy("B T V, B T -> B T", logits_of(ids, w, start, config=config), labels))

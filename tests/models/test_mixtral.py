@@ -1,0 +1,201 @@
+"""Mixtral on any mesh against transformers and plain torch: logits, loss, gradients, tokens, and weights read
+from folders, each rank its own experts' bytes."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mixtral_reference as reference
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from launching import torchrun
+from safetensors.torch import save_file
+from simulated import run
+from torch import Tensor
+
+from shardlib import Layout, Mesh, lower, value_and_grad
+from shardlib.api import shard_of
+from shardlib.distributed.runtime import connect
+from shardlib.models.decoding import Model, weight_types
+from shardlib.models.families import config_of, load
+from shardlib.models.files import weights as files
+from shardlib.models.files.checkpoint import CheckpointError
+from shardlib.models.files.model_files import open_checkpoint
+from shardlib.models.mixtral import MixtralConfig, logits_of, loss
+from shardlib.models.mixtral_config import config_from_hf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PLACEMENTS = (
+    ("", ""), ("ep=2", "E=ep"), ("ep=3", "E=ep"), ("ep=4", "E=ep,B=ep"), ("tp=2", "K=tp,F=tp,V=tp"),
+    ("tp=2", "E=tp,K=tp,V=tp"), ("tp=3", "E=tp,K=tp,V=tp,T=tp"), ("dp=2", "B=dp,E=dp"),
+    ("dp=2,tp=2", "B=dp,E=dp/tp,K=tp,V=tp"), ("dp=2,tp=2", "B=dp,E=dp,K=tp,F=tp,V=tp,T=tp"),
+    ("ep=2,tp=2", "E=ep,K=tp,F=tp,V=tp"), ("dp=2", "B=dp,E=dp,D=dp"), ("cp=2,ep=2", "T=cp,E=ep/cp"))
+placements = st.sampled_from(PLACEMENTS)
+
+
+class Trial:
+    """A drawn model and batch."""
+
+    def __init__(self, config: MixtralConfig, rows: int, time: int, seed: int) -> None:
+        self.config, g = config, torch.Generator().manual_seed(seed)
+        self.weights = reference.random_weights(config, seed)
+        self.ids, self.labels = torch.randint(0, config.vocab_size, (2, rows, time), generator=g)
+        self.start = torch.zeros(rows, dtype=torch.int64)
+        self.sizes = dict(config.sizes, B=rows, T=time, S=time)
+
+    def run(self, f: Any, placement: tuple[str, str], dtype: torch.dtype, **args: Tensor) -> list[Tensor]:
+        mesh, layout = Mesh.parse(placement[0]), Layout.parse(placement[1])
+        w = reference.tree({path: t.to(dtype) for path, t in self.weights.items()}, self.config)
+        return run(f, layout, mesh, {"ids": self.ids, **args, "w": w, "start": self.start}, self.sizes,
+                   config=self.config).results
+
+
+trials = st.builds(Trial, reference.configs(), st.integers(1, 4), st.integers(1, 5), st.integers(0, 1 << 20))
+
+
+@settings(max_examples=settings.default.max_examples // 5)
+@given(trials, placements)
+def test_logits(trial: Trial, placement: tuple[str, str]) -> None:
+    """In fp64 those of plain torch; in fp32 as near to these as those of transformers."""
+    truth = reference.logits(trial.weights, trial.ids, trial.config)
+    exact = trial.run(logits_of, placement, torch.float64)[0]
+    torch.testing.assert_close(exact, truth, rtol=1e-9, atol=1e-9)
+    single = {path: t.float() for path, t in trial.weights.items()}
+    truth = reference.logits({path: t.double() for path, t in single.items()}, trial.ids, trial.config)
+    with torch.no_grad():
+        theirs = reference.to_transformers(single, trial.config)(trial.ids).logits
+    mine = trial.run(logits_of, placement, torch.float32)[0]
+    errors = [max((x.double() - truth).abs().max().item(), 1e-6 * truth.abs().max().item())
+              for x in (mine, theirs, reference.logits(single, trial.ids, trial.config))]
+    assert errors[0] <= 2 * max(errors[1:])
+
+
+@settings(max_examples=settings.default.max_examples // 8)
+@given(trials, placements)
+def test_loss_and_gradients(trial: Trial, placement: tuple[str, str]) -> None:
+    given = {path: t.clone().requires_grad_() for path, t in trial.weights.items()}
+    truth = reference.loss(given, trial.ids, trial.labels, trial.config)
+    wanted = torch.autograd.grad(truth, list(given.values()))
+    found = trial.run(value_and_grad(loss), placement, torch.float64, labels=trial.labels)
+    for a, b in zip(found, [truth.detach(), *wanted], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+CONFIG = MixtralConfig(vocab_size=19, d_model=12, num_layers=2, num_kv_heads=2, queries_per_kv=2, head_dim=4,
+                       d_ff=10, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=False, max_context=64,
+                       num_experts=5, top_k=2)
+
+
+def test_a_line_of_layout_is_all_there_is() -> None:
+    """How often tokens and weights are sent: by TP, by EP, by both, and by EP over data parallel ranks."""
+    def sent(layout: Layout, mesh: Mesh) -> list[str]:
+        program = str(lower(logits_of, layout, mesh=mesh, config=CONFIG))
+        text = program.split("def block")[1].split("@sharded")[0]
+        return [line.split("= ")[1].split("(")[0] for line in text.splitlines() if any(
+            f"= {name}(" in line for name in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all"))]
+    assert sent(Layout(F="tp"), Mesh(tp=2)) == ["all_reduce"]
+    assert sent(Layout(E="ep"), Mesh(ep=2)) == ["all_reduce"]
+    assert sent(Layout(E="ep", F="tp"), Mesh(ep=2, tp=2)) == ["all_reduce"]
+    assert sent(Layout(B="dp", E=("dp", "tp")), Mesh(dp=2, tp=2)) == [
+        "all_gather", "all_gather", "all_gather", "reduce_scatter", "all_reduce"]
+
+
+# -- from folders --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What transformers saves: each matrix of each expert a tensor."""
+    path = tmp_path_factory.mktemp("mixtral")
+    model = reference.to_transformers(reference.random_weights(CONFIG, 3, torch.float32), CONFIG)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fused(apart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All experts of a layer in one tensor, gate and up side by side."""
+    path = tmp_path_factory.mktemp("fused")
+    model = reference.to_transformers(reference.random_weights(CONFIG, 3, torch.float32), CONFIG)
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path / "model.safetensors")
+    (path / "config.json").write_text((apart / "config.json").read_text())
+    return path
+
+
+@pytest.mark.parametrize("folder", ("apart", "fused"))
+@pytest.mark.parametrize("mesh, layout", (("", ""), ("ep=3", "E=ep"), ("dp=2,tp=2", "B=dp,E=dp/tp,K=tp"),
+                                          ("ep=2,tp=3", "E=ep,K=tp,F=tp,V=tp")))
+def test_each_rank_reads_its_own_experts(folder: str, mesh: str, layout: str, request: pytest.FixtureRequest,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, read = open_checkpoint(request.getfixturevalue(folder)), []
+    assert config_of(checkpoint) == CONFIG
+    before = files._Files.read
+    monkeypatch.setattr(files._Files, "read", lambda self, file, offsets, out: (
+        read.append(out.size), before(self, file, offsets, out))[1])
+    weights, at = reference.random_weights(CONFIG, 3, torch.float32), Mesh.parse(mesh)
+    types = weight_types(CONFIG, Layout.parse(layout), at)
+    for c in at.coordinates():
+        read.clear()
+        loaded = load(checkpoint, types, at, c, torch.float32)
+        for path, found in loaded.items():
+            assert torch.equal(found, shard_of(weights[path], types[path], at, c)), path
+        assert sum(read) == 4 * sum(t.numel() for t in loaded.values())
+
+
+PROMPTS, NEW = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], 8
+RANKS = """
+import json, sys
+from shardlib import Layout, Mesh
+from shardlib.distributed.runtime import connect
+from shardlib.models.decoding import Model
+from shardlib.models.files.model_files import open_checkpoint
+
+made = []
+with connect(Mesh(dp=2), "cpu") as runtime:
+    for layout in ("B=dp,E=dp", "E=dp,K=dp,V=dp", "F=dp,K=dp,V=dp"):
+        model = Model.load(open_checkpoint(sys.argv[1]), Layout.parse(layout), runtime)
+        made.append(model.generate(json.loads(sys.argv[2]), int(sys.argv[3])).tokens)
+    if runtime.rank == 0:
+        print(json.dumps(made))
+"""
+
+
+def test_greedy_tokens_on_one_rank_and_on_two(apart: Path, tmp_path: Path) -> None:
+    """Those of transformers; plain and packed weights, experts over dp, over tp, and by tp."""
+    theirs, wanted = reference.to_transformers(reference.random_weights(CONFIG, 3, torch.float32), CONFIG), []
+    for prompt in PROMPTS:
+        wanted.append(theirs.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False,
+                                      pad_token_id=0)[0].tolist())
+    with connect(Mesh(), "cpu") as runtime:
+        model = Model.load(open_checkpoint(apart), Layout(), runtime)
+        assert model.generate(PROMPTS, NEW).tokens == wanted
+        assert model.pack().generate(PROMPTS, NEW).tokens == wanted
+    (tmp_path / "ranks.py").write_text(RANKS)
+    finished = torchrun(2, [tmp_path / "ranks.py", apart, json.dumps(PROMPTS), str(NEW)])
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert json.loads(finished.stdout) == [wanted] * 3
+
+
+# -- what is refused, in whole -------------------------------------------------------------------------------
+
+HF = {"model_type": "mixtral", "vocab_size": 19, "hidden_size": 12, "intermediate_size": 10,
+      "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 5,
+      "num_experts_per_tok": 2, "max_position_embeddings": 64, "head_dim": 4}
+
+
+@pytest.mark.parametrize("more, says", (
+    ({"sliding_window": 32}, "sliding_window is 32, the context 64; windows are not implemented"),
+    ({"num_experts_per_tok": 6}, "num_experts_per_tok is 6, of 5 experts"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu', which is not implemented; it may be 'silu'"),
+))
+def test_a_config_that_is_not_implemented_says(more: dict[str, Any], says: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        config_from_hf({**HF, **more})
+    assert str(caught.value) == f"config.json: {says}"
+
+
+def test_a_window_as_long_as_the_context_is_none() -> None:
+    assert config_from_hf({**HF, "sliding_window": 64}) == config_from_hf(HF)
