@@ -249,7 +249,7 @@ MUTANTS = (
     # shardlib/layout.py, mesh.py, spec.py, variables.py, local.py, step.py
     Mutant("shardlib/layout.py", "                used.update(prefix)\n", "", LAYOUT),
     Mutant("shardlib/layout.py", "            return axes[:i]\n", "            return ()\n", LAYOUT),
-    Mutant("shardlib/layout.py", "if f.axes or f.whole}, **inner}", "if f.axes or f.whole}}", LAYOUT),
+    Mutant("shardlib/layout.py", "f.whole or i and not d.ragged}", "f.whole}", LAYOUT),
     Mutant("shardlib/mesh.py", "min(i, more), each + (i < more)", "min(i, more), each + (i <= more)", MESH),
     Mutant("shardlib/mesh.py", "each * i + min(i, more)", "each * i + i * bool(more)", MESH),
     Mutant("shardlib/mesh.py", "return start * inner, size * inner", "return start, size * inner", MESH),
