@@ -22,7 +22,7 @@ from shardlib.distributed.runtime import Runtime
 from shardlib.language.trace import Function
 from shardlib.models.cache_buffer import CacheBuffer
 from shardlib.models.decoder import Decoder
-from shardlib.models.families import config_of, family_of, load, weights_of
+from shardlib.models.families import FAMILIES, LLAMA, Family, config_of, family_of, load, weights_of
 from shardlib.models.files.checkpoint import Checkpoint
 from shardlib.models.llama import Cache, LlamaConfig
 from shardlib.models.random_weights import random_weights, shape_of
@@ -46,23 +46,29 @@ class Sampling:
     seed: int = 0
 
 
-@sharded("B T/1, *, *, B, B, B -> B/1, *")
-def next_sample(ids, w, cache: Cache, start, last, row, *, config, sampling):
-    """One drawn token a row, by (seed, position, number of the row)."""
-    logits, cache = family_of(config).next_logits(ids, w, cache, start, last, config=config)
-    return drawn(logits, start + last, row, sampling), cache
+def _sampling(family: Family) -> tuple[Function, Function]:
+    """The programs that draw one token a row, by (seed, position, number of the row): of a step, and after a
+    prompt's beginning."""
+    def next_sample(ids, w, cache: Cache, start, last, row, *, config, sampling):
+        logits, cache = family.next_logits(ids, w, cache, start, last, config=config)
+        return drawn(logits, start + last, row, sampling), cache
 
-
-@sharded("B T/1, *, *, B, B, B -> B/1, *")
-def prompt_sample(ids, w, cache: Cache, start, last, row, *, config, sampling):
-    """The same after a prompt's beginning."""
-    logits, cache = family_of(config).prompt_logits(ids, w, cache, start, last, config=config)
-    return drawn(logits, start + last, row, sampling), cache
+    def prompt_sample(ids, w, cache: Cache, start, last, row, *, config, sampling):
+        logits, cache = family.prompt_logits(ids, w, cache, start, last, config=config)
+        return drawn(logits, start + last, row, sampling), cache
+    for f in (next_sample, prompt_sample):
+        f.__annotations__["w"] = family.weights
+    signature = "B T/1, *, *, B, B, B -> B/1, *"
+    return sharded(signature)(next_sample), sharded(signature)(prompt_sample)
 
 
 def drawn(logits, position, row, sampling):
     return sample("B V, B, B -> B", logits, position, row,
                   temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed)
+
+
+SAMPLING = {family.name: _sampling(family) for family in FAMILIES}
+next_sample, prompt_sample = SAMPLING[LLAMA.name]
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,8 @@ class Model:
         if sampling.temperature == 0:
             family = family_of(self.config)
             return family.prompt_token if first else family.next_token, {"config": self.config}
-        return prompt_sample if first else next_sample, {"config": self.config, "sampling": sampling}
+        later, beginning = SAMPLING[family_of(self.config).name]
+        return beginning if first else later, {"config": self.config, "sampling": sampling}
 
     def _step(self, sampling: Sampling, first: bool = False) -> Compiled:
         if (sampling, first) not in self._steps:

@@ -19,7 +19,7 @@ from torch import Tensor
 from shardlib import Layout, Mesh, lower, value_and_grad
 from shardlib.api import shard_of
 from shardlib.distributed.runtime import connect
-from shardlib.models.decoding import Model, weight_types
+from shardlib.models.decoding import Model, Sampling, weight_types
 from shardlib.models.families import config_of, load
 from shardlib.models.files import weights as files
 from shardlib.models.files.checkpoint import CheckpointError
@@ -172,7 +172,10 @@ def test_greedy_tokens_on_one_rank_and_on_two(apart: Path, tmp_path: Path) -> No
     with connect(Mesh(), "cpu") as runtime:
         model = Model.load(open_checkpoint(apart), Layout(), runtime)
         assert model.generate(PROMPTS, NEW).tokens == wanted
-        assert model.pack().generate(PROMPTS, NEW).tokens == wanted
+        drawn = model.generate(PROMPTS, NEW, sampling=Sampling(1.5, 0.9, 3)).tokens
+        packed = model.pack()
+        assert packed.generate(PROMPTS, NEW).tokens == wanted
+        assert packed.generate(PROMPTS, NEW, sampling=Sampling(1.5, 0.9, 3)).tokens == drawn != wanted
     (tmp_path / "ranks.py").write_text(RANKS)
     finished = torchrun(2, [tmp_path / "ranks.py", apart, json.dumps(PROMPTS), str(NEW)])
     assert (finished.returncode, finished.stderr) == (0, "")
