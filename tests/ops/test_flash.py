@@ -44,6 +44,8 @@ def test_the_kernels_of_gpus_are_called_as_torch_says(number: int, name: str, g:
     with FakeTensorMode():
         q, k, v, cotangent = operands(g, dtype, "cuda")
         assert flash.choice(q, k, v, True, 0.3) == name
+        # the efficient one takes as many heads of keys as of queries
+        assert flash.heads_of(q, k, v)[1].shape[1] == 3 * (g if name == "efficient" else 1)
         made = flash.attend(q, k, v, True, 0.3)
         assert made is not None
         out, lse = made

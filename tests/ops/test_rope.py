@@ -88,8 +88,8 @@ def test_other_pairs_are_turned(interleaved: bool, part: int | None) -> None:
 
 @pytest.mark.parametrize("name, said, scaling", (
     ("linear", dict(factor=4.0), ("linear", 4.0)),
-    ("yarn", dict(factor=2.0, original_max_position_embeddings=64),
-     ("yarn", 2.0, 64, 32.0, 1.0, 0.1 * math.log(2) + 1)),
+    ("yarn", dict(factor=2.0, original_max_position_embeddings=4096),
+     ("yarn", 2.0, 4096, 32.0, 1.0, 0.1 * math.log(2) + 1)),
     ("dynamic", dict(factor=2.0), ("dynamic", 2.0, 128)),
     ("llama3", dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                     original_max_position_embeddings=64), (8.0, 1.0, 4.0, 64))))
