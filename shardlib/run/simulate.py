@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardlib.compiler.sizes import complete_sizes
 from shardlib.errors import SpecError
 from shardlib.lowering.emit import Emitter
 from shardlib.lowering.load import load
@@ -24,13 +25,14 @@ from shardlib.wires import WIRES, Wire
 
 def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]], sizes: Mapping[str, int],
              log: list | None = None) -> list[dict[str, Tensor]]:
-    """Run an explicit program on every rank. `args`: each rank's shards by path.
+    """Run an explicit program on every rank. `args`: each rank's shards by path. `sizes`: those that no other
+    follows from.
 
     Each rank's result leaves, by position name.
 
     `log` receives (rank, group ranks, method, numel) of every collective.
     """
-    ranks, lines, wires = [], {}, {}
+    ranks, lines, wires, sizes = [], {}, {}, complete_sizes(program, sizes)
     given = {path: str(t.dtype).removeprefix("torch.") for path, t in args[0].items()}
     device = next((t.device for t in args[0].values()), torch.device("cpu"))
     for rank in range(mesh.world_size):
