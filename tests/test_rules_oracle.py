@@ -28,6 +28,7 @@ from shardlib.compiler.parser import check, parse_program
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import MUL
 from shardlib.language.cond import COND
+from shardlib.language.held import TABLE as BETWEEN_STAGES
 from shardlib.language.local import local_op, local_vjp_op
 from shardlib.language.moves import TABLE as MOVES
 from shardlib.language.rearrange import RENAME
@@ -86,13 +87,13 @@ def test_every_op_of_models_is_in_the_table() -> None:
 
 
 def test_every_op_has_a_case() -> None:
-    assert set(OPS) - {case.op.name for case in CASES} == set(MOVES)
+    assert set(OPS) - {case.op.name for case in CASES} == {*MOVES, *BETWEEN_STAGES}
 
 
 def test_every_op_has_a_reference() -> None:
     """But for moves, which keep what their operand denotes; scan and cond, which mean what their bodies do;
     and local, whose text asserts what it is: `check_local` holds it against the function of whole tensors."""
-    without = (*MOVES.values(), SCAN, COND, local_op(abs), local_vjp_op(abs))
+    without = (*MOVES.values(), *BETWEEN_STAGES.values(), SCAN, COND, local_op(abs), local_vjp_op(abs))
     assert [op.name for op in {*OPS.values(), *without} if (op.reference is None) != (op in without)] == []
 
 
@@ -103,7 +104,8 @@ def test_the_cases_have_as_many_operands_as_the_reference() -> None:
         "einsum": (0, math.inf), "concat": (0, math.inf), "stack": (0, math.inf),
         "attention": (3, math.inf), "attention_lse": (3, math.inf), "attention_vjp": (3, math.inf),
         "label_sums_vjp": (3, math.inf), "layer_norm": (2, 3), "group_norm": (2, 3),
-        "norm_vjp": (2, math.inf), "sample": (0, math.inf)}
+        "norm_vjp": (2, math.inf), "sample": (0, math.inf), "combine": (0, math.inf),
+        "combine_vjp": (2, math.inf), "route": (1, 2)}
 
 
 def test_every_op_has_a_derivative_or_is_one_of_those_without() -> None:
@@ -253,7 +255,7 @@ def test_a_derivative_is_typed_by_the_rules_and_is_that_of_autograd(case: Case, 
 
 def test_every_vjp_op_is_in_a_derivative() -> None:
     used = set()
-    for case in (c for c in CASES if c.op.vjp):
+    for case in (c for c in CASES if c.differentiable):
         b, step = Builder(Mesh()), case.step(case.ins, case.rule(case.ins))
         names = [*zip(step.inputs, step.ins), *zip(step.outputs, step.outs),
                  *((f"g{j}", out) for j, out in enumerate(step.outs))]

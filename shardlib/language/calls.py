@@ -86,10 +86,10 @@ def _a(name: str) -> str:
     return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
 
 
-def check_tensors(f: Signature, leaves: Iterable[tuple[str, Any]]) -> None:
+def check_tensors(f: Signature, leaves: Iterable[tuple[str, Any]], stages: bool = False) -> None:
     """SpecError unless all leaves are plain tensors of dtypes that programs have, on one device.
 
-    A prepared leaf is a tuple of layers. What this rank has no use for may be on the meta device.
+    A prepared leaf is a tuple of layers. stages: some may be on the meta device, being those of other stages.
     """
     first: tuple[str, Tensor] | None = None
     for path, leaf in leaves:
@@ -105,7 +105,7 @@ def check_tensors(f: Signature, leaves: Iterable[tuple[str, Any]]) -> None:
         if kind not in ITEMSIZE:
             raise SpecError(
                 f"{f.__name__}: {path} is {kind}; a tensor of a program is one of {', '.join(ITEMSIZE)}")
-        if x.is_meta:                       # what another stage has
+        if x.is_meta and stages:
             continue
         first = first or (path, x)
         if x.device != first[1].device:

@@ -156,7 +156,7 @@ class Compiled:
         f = traced_function("compile", self.f)
         check_given(f, args)
         argument_trees(f, [None if isinstance(arg, Prepared) else arg for arg in args])
-        check_tensors(f, self._leaves(args))
+        check_tensors(f, self._leaves(args), stages=True)
 
     def _leaves(self, args: Sequence[Any]) -> Iterator[tuple[str, Any]]:
         """The tensors of the arguments, and what each is called."""
@@ -178,9 +178,7 @@ class Compiled:
         dtypes |= leaf_dtypes(plain)
         given.update((p, tuple(v.shape)) for p, v in plain)
         used = needed(program, self.runtime.coordinate)
-        absent = next((p for p, v in plain if v.is_meta and p in used), None)
-        if absent and self.runtime.device.type != "meta":
-            raise SpecError(f"{program.name}: {absent} is on the meta device, and this rank uses it")
+        check_tensors(traced_function("compile", self.f), ((p, v) for p, v in plain if p in used))
         if missing := [p for p, _ in program.arg_leaves() if p not in given]:
             raise SpecError(f"{program.name} is called without "
                             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}")

@@ -208,8 +208,9 @@ OPERATORS = ("a traced value has + - * / < <= > >= with values and numbers, ** w
     (lambda x, s: rope_table("B -> B T/1 H", s),
      ("rope_table: it is called rope_table(text, start, *, theta, scaling, dtype), and missing 1 required "
       "keyword-only argument: 'theta'")),
-    (lambda x, s: attention("B D -> B D", x), ("attention: it is called attention(text, q, k, v, seen), and "
-                                               "missing 2 required positional arguments: 'k' and 'v'")),
+    (lambda x, s: attention("B D -> B D", x),
+     ("attention: it is called attention(text, q, k, v, seen, *, mask, lengths, bias, sinks, causal, window, "
+      "softcap, scale), and missing 2 required positional arguments: 'k' and 'v'")),
     (lambda x, s: silu(3.0), f"silu: operand 1 is a float, {TRACED}"),
     (lambda x, s: silu(None), f"silu: operand 1 is None, {TRACED}"),
     (lambda x, s: softmax(None, "D"), f"softmax: operand 1 is None, {TRACED}"),

@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import configs, line, placements, run, tree
+from simulated import configs, placements, run, tree
 
-from shardlib import Layout, Mesh, SpecError, lower, simulate
+from shardlib import Layout, Mesh, simulate
 from shardlib.api import shard_of
-from shardlib.models.decoding import weight_types
+from shardlib.models.decoding import weight_types, weights_of
 from shardlib.models.files.model_files import open_checkpoint
 from shardlib.models.llama import Cache, LlamaConfig, logits_of, loss, next_logits
 from shardlib.models.llama_config import config_of
@@ -123,22 +123,12 @@ def test_prefill_and_decode(trial: Trial, data: st.DataObject) -> None:
 CONFIG = LlamaConfig(8, 8, 1, 1, 1, 2, 3, 1e-5, 1e4, None, False, 64)
 
 
-def test_activations_split_over_d_model_are_refused() -> None:
-    """FSDP splits D over the axis that splits the batch;
-    without the batch on it, norms would have parts of rows."""
-    with pytest.raises(SpecError) as caught:
-        lower(logits_of, Layout(D="dp"), mesh=Mesh(dp=2), config=CONFIG)
-    assert str(caught.value) == (
-        "rms_norm: D is split over dp in x; rms_norm needs all of D on each rank          "
-        f"{line('h = rms_norm(x, w.norm1')}\n"
-        "\n"
-        "  x         B  T  D/dp\n"
-        "  w.norm1         D/dp\n"
-        "                  ^^^^\n"
-        "\n"
-        '  rms_norm(all_to_all("B T D/dp -> B T/dp D", x), all_gather("D/dp -> D/1", w.norm1), '
-        'eps=1e-05)     '
-        "0.25 x the size of x and 0.5 x the size of w.norm1 per rank")
+def test_activations_may_be_split_over_d_model() -> None:
+    """Which is slow: FSDP splits D over the axis that splits the batch. Norms join a number a row."""
+    w, ids = init(weights_of(CONFIG), CONFIG.sizes), torch.arange(6).view(2, 3)
+    split, whole = (simulate(logits_of, layout, ids, w, torch.zeros(2, dtype=torch.int64), mesh=Mesh(dp=2),
+                             config=CONFIG) for layout in (Layout(D="dp"), Layout()))
+    torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mesh, layout", [(Mesh(), Layout()), (Mesh(tp=2), Layout(K="tp", F="tp", V="tp"))],
@@ -180,10 +170,10 @@ def test_a_step_whose_attention_is_by_lengths_makes_no_mask(mesh: Mesh, layout: 
 
     def step() -> torch.Tensor:
         return simulate(next_logits, layout, ids, weights, held, start, last, mesh=mesh, config=config)[0]
-    plain, module, lengths = step(), import_module("shardlib.ops.attention"), []
+    plain, module, lengths = step(), import_module("shardlib.ops.attend"), []
     monkeypatch.setattr(few_rows, "has_room", lambda device: True)
     monkeypatch.setattr(module, "counts_of", lambda device: None)
-    monkeypatch.setattr(module, "slots_seen", None)
+    monkeypatch.setattr("shardlib.ops.seen.Seen.bias", None)
     monkeypatch.setattr(module, "attend_lengths",
                         lambda *of: (lengths.append(of[3].tolist()), few_rows.attend_lengths(*of))[1])
     with torch.no_grad():

@@ -66,5 +66,3 @@ def test_what_it_refuses() -> None:
         "order")
     assert said("B G C, G C, G -> B G C", lambda x, w, b: group_norm(x, w, b, over="C")) == (
         "group_norm: the bias has dims G, x has B G C; weight and bias have the same ones of them, in order")
-    assert said("B G C, G C -> B G C", lambda x, w: group_norm(x, w, over="C"), Layout(C="tp")) == (
-        "group_norm: C is split over tp in x; group_norm needs all of C on each rank")

@@ -204,7 +204,7 @@ def test_a_communicator_that_has_the_kernel_runs_it_in_every_round() -> None:
     assert plain.calls == [("all_reduce", at) for at in ROUNDS]
     assert made.calls == [(FUSED, at) for at in ROUNDS]
     assert torch.equal(plain.given, made.given)
-    assert made.answers == [f"{FUSED}: by a kernel", "gate_up: there is no kernel of that name",
+    assert made.answers == [f"{FUSED}: by a kernel", "gate_up: no kernel gates on cpu",
                             f"{FUSED}: by a kernel"]
     assert [line.strip() for line in made.code.splitlines() if " k" in line] == [
         "v9, v10 = k0(v4, v3, v5, at=s1)", "v1, v2 = k1(v4, v3, a6, at=s2)"]

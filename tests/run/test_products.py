@@ -16,9 +16,9 @@ from shardlib.compiler.fusion import Fusion, Product
 from shardlib.compiler.passes import DEFAULT
 from shardlib.compiler.passes.fuse import fuse
 from shardlib.functions import silu, tanh
+from shardlib.ops.few_rows import FEW
 from shardlib.ops.fusions import FUSIONS, by_few_rows, gate_up
 from shardlib.run.compiled import Compiled
-from shardlib.triton_kernels.matmul_rows import MOST_ROWS
 
 B, D, F, V, L = 3, 4, 6, 5, 2
 
@@ -188,10 +188,10 @@ def says(**changed: Any) -> str:
 
 def test_what_kernels_of_few_rows_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shardlib.ops.fusions.has_room", lambda device: True)
-    assert says() == says(dtype="float16", then=gate_up, rows=MOST_ROWS) == "taken"
+    assert says() == says(dtype="float16", then=gate_up, rows=FEW) == "taken"
     assert says(device="cpu") == "no kernel multiplies bfloat16 on cpu"
     assert says(dtype="float32") == "no kernel multiplies float32 on cuda"
-    assert says(rows=MOST_ROWS + 1) == says(rows=0) == f"kernels of few rows take 1 to {MOST_ROWS}"
+    assert says(rows=FEW + 1) == says(rows=0) == f"kernels of few rows take 1 to {FEW}"
     assert says(then=other) == "no matmul takes gate_up along"
     monkeypatch.setattr("shardlib.ops.fusions.has_room", lambda device: False)
     assert says() == "a block of this GPU has less shared memory than the kernels take"
