@@ -64,6 +64,7 @@ class Answers:
         self.invariant: frozenset[str] = frozenset()
         self.hoisted: dict[tuple[str, str], str] = {}  # (variable, template) -> what it is before the loop
         self._hoisting: dict[str, Step | None] = {}  # by what is hoisted, the step that asked for it
+
     # -- what ops ask for ------------------------------------------------------------------------------------
 
     def shape(self, spec: Spec) -> tuple[int, ...]:
