@@ -12,6 +12,8 @@ group have no part in it, nor wait for those that are.
 
 One case remains a call of all. Where somebody has bound the default group to a GPU (`init_process_group` with
 `device_id`), torch makes NCCL's groups by ncclCommSplit, in which every rank of the default group takes part.
+Groups for control stay their members' own there: for a group of gloo, `new_group` takes part in a split
+where a rank is no member, and in none where it is one, and they would wait for each other forever.
 """
 from __future__ import annotations
 
@@ -38,34 +40,37 @@ class ProcessGroups:
 
     def __init__(self, device: torch.device, timeout: timedelta, number: int) -> None:
         self.device, self.timeout, self.number = device, timeout, number
-        self._pairs: dict[tuple[int, ...], Pair] = {}
+        self._pairs: dict[tuple[int, ...], Pair | None] = {}
 
     @property
     def split(self) -> bool:
-        """Whether all ranks make all groups, in one order: see above."""
-        return dist.is_initialized() and distributed_c10d._get_default_group().bound_device_id is not None
+        """Whether all ranks make all groups of NCCL, in one order: see above."""
+        return (self.device.type == "cuda" and dist.is_initialized()
+                and distributed_c10d._get_default_group().bound_device_id is not None)
 
     def create(self, rank_sets: Iterable[Iterable[int]]) -> None:
         """Pairs for `rank_sets`; sets of one rank, and those that exist, cost nothing."""
         wanted = {tuple(sorted(ranks)) for ranks in rank_sets}
         for ranks in sorted(r for r in wanted if len(r) > 1 and r not in self._pairs):
-            self._pairs[ranks] = Pair(self._new("device", ranks, self.device),
-                                      self._new("cpu", ranks, torch.device("cpu")))
+            device = self._split_off(ranks) if self.split else self._new("device", ranks, self.device)
+            self._pairs[ranks] = Pair(device, self._new("cpu", ranks, torch.device("cpu"))
+                                      ) if dist.get_rank() in ranks else None
 
     def _new(self, half: str, ranks: tuple[int, ...], device: torch.device) -> dist.ProcessGroup:
         how = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        if self.split:
-            return dist.new_group(list(ranks), self.timeout, how[0], device_id=how[1])
         return _among(ranks, f"shardlib/{self.number}/{half} {_digest(ranks)}", self.timeout, *how)
 
+    def _split_off(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        return dist.new_group(list(ranks), self.timeout, "nccl", device_id=self.device)
+
     def pair(self, ranks: Iterable[int]) -> Pair | None:
-        """The pair over `ranks`, in whatever order; None where it was not created."""
+        """The pair over `ranks`, in whatever order; None where this rank made none, or is none of them."""
         return self._pairs.get(tuple(sorted(ranks)))
 
     def close(self) -> None:
         """Destroys every group this rank is in, in an order that all ranks have in common."""
         for ranks, pair in sorted(self._pairs.items(), key=itemgetter(0)):
-            if dist.get_rank() in ranks:
+            if pair is not None:
                 dist.destroy_process_group(pair.device)
                 dist.destroy_process_group(pair.cpu)
         self._pairs.clear()

@@ -40,16 +40,20 @@ def test_groups_are_made_again_where_runtimes_come_and_go(pool: Pool) -> None:
     assert found == [[mine] * 5 + [False, False] for mine in sums]
 
 
-def made(monkeypatch: pytest.MonkeyPatch, mesh: Mesh, rank: int, bound: Any = None) -> list[tuple[int, ...]]:
-    """The members of each process group that `rank` makes where its runtime makes groups over tp and dp."""
-    calls: list[tuple[int, ...]] = []
+Group = tuple[str, tuple[int, ...]]
+
+
+def made(monkeypatch: pytest.MonkeyPatch, mesh: Mesh, rank: int, bound: Any = None) -> list[Group]:
+    """Each process group that `rank` makes, and its members, where its runtime makes those over tp and dp."""
+    calls: list[Group] = []
     monkeypatch.setattr(process_groups.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(process_groups.dist, "get_rank", lambda: rank)
     monkeypatch.setattr(process_groups.distributed_c10d, "_get_default_group",
                         lambda: SimpleNamespace(bound_device_id=bound))
-    monkeypatch.setattr(process_groups, "_among", lambda ranks, *how: calls.append(ranks))
+    monkeypatch.setattr(process_groups, "_among", lambda ranks, *how: calls.append((how[2], ranks)))
     monkeypatch.setattr(process_groups.dist, "new_group",
-                        lambda ranks, *how, **more: calls.append(tuple(ranks)))
-    groups = ProcessGroups(torch.device("cpu"), timedelta(seconds=1), 1)
+                        lambda ranks, *how, **more: calls.append((f"split {how[1]}", tuple(ranks))))
+    groups = ProcessGroups(torch.device("cuda", 0), timedelta(seconds=1), 1)
     runtime = SimpleNamespace(mesh=mesh, rank=rank, _process_groups=groups, group=lambda axes: None)
     Runtime._create_groups(runtime, [("tp",), ("dp",)])
     return calls
@@ -58,13 +62,15 @@ def made(monkeypatch: pytest.MonkeyPatch, mesh: Mesh, rank: int, bound: Any = No
 @pytest.mark.parametrize("dp", [2, 16, 256, 1024])
 def test_a_rank_makes_its_own_groups_however_many_there_are(dp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     across, tp = tuple(range(11, 64 * dp, 64)), tuple(range(8, 16))
-    assert made(monkeypatch, Mesh(dp=dp, cp=8, tp=8), 11) == [tp, tp, across, across]
+    assert made(monkeypatch, Mesh(dp=dp, cp=8, tp=8), 11) == [
+        (backend, ranks) for ranks in (tp, across) for backend in ("nccl", "gloo")]
 
 
 def test_where_groups_are_split_off_a_bound_one_every_rank_makes_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ncclCommSplit is a call of all ranks of the group that is split."""
+    """ncclCommSplit is a call of all ranks of what is split; groups of gloo are their members' own."""
     found = made(monkeypatch, Mesh(dp=2, tp=2), 0, bound=torch.device("cuda", 0))
-    assert found == [ranks for ranks in ((0, 1), (0, 2), (1, 3), (2, 3)) for _ in range(2)]
+    assert found == [("split nccl", (0, 1)), ("gloo", (0, 1)), ("split nccl", (0, 2)), ("gloo", (0, 2)),
+                     ("split nccl", (1, 3)), ("split nccl", (2, 3))]
 
 
 def test_torch_still_makes_a_group_under_a_name_that_it_is_given() -> None:
