@@ -19,4 +19,4 @@ def test_fused_steps_give_the_logits_of_their_bodies(mesh: str, dtype: str) -> N
         (line,) = (line for line in said.splitlines()
                    if line.startswith(f"logits {mesh} {dtype} {rows} rows:"))
         assert "by kernels all_reduce_add_rms_norm; cached_attention" in line
-        assert ("matmul" in line) == ("gate_up" in line) == (rows <= 32), line
+        assert "gate_up" in line and ("matmul" in line) == (rows <= 32), line
