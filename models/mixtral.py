@@ -32,9 +32,13 @@ from shardlib.ops import (
 
 @dataclass(frozen=True)
 class MixtralConfig(LlamaConfig):
-    """What a checkpoint says of its model. d_ff: of each expert.  top_k: experts a token."""
+    """What a checkpoint says of its model. d_ff: of each expert.  top_k: experts a token.
+
+    window: how many keys a query sees at most, its own among them; None: all before it.
+    """
     num_experts: int
     top_k: int
+    window: int | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -80,7 +84,8 @@ def rest(x, a, w, config):
 def block(x, w: Block, angles, *, config):
     q, k, v = heads(x, w, angles, config)
     k, v = rename("B T K H -> B S K H", k), rename("B T K H -> B S K H", v)
-    return rest(x, attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v), w, config)
+    a = attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v, window=config.window)
+    return rest(x, a, w, config)
 
 
 @sharded("B T D, *, *, B, B T/1 H -> B T D, *")
@@ -88,7 +93,7 @@ def cached_block(x, w: Block, cache: KeyValue, start, angles, *, config):
     q, k, v = heads(x, w, angles, config)
     k = update_cache("B S K H, B T K H, B -> B S K H", cache.k, k, start)
     v = update_cache("B S K H, B T K H, B -> B S K H", cache.v, v, start)
-    a = attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, k, v, start)
+    a = attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, k, v, start, window=config.window)
     return rest(x, a, w, config), KeyValue(k=k, v=v)
 
 
@@ -99,7 +104,8 @@ def prompt_block(x, w: Block, cache: KeyValue, start, angles, *, config):
     kept = KeyValue(k=update_cache("B S K H, B T K H, B -> B S K H", cache.k, k, start),
                     v=update_cache("B S K H, B T K H, B -> B S K H", cache.v, v, start))
     k, v = rename("B T K H -> B P K H", k), rename("B T K H -> B P K H", v)
-    return rest(x, attention("B T K G H, B P K H, B P K H -> B T K G H", q, k, v), w, config), kept
+    a = attention("B T K G H, B P K H, B P K H -> B T K G H", q, k, v, window=config.window)
+    return rest(x, a, w, config), kept
 
 
 @sharded("B T/1, *, *, B, B -> B V/1, *")

@@ -6,8 +6,7 @@
 >>> config.num_experts, config.top_k, config.rope_theta, config.norm_eps
 (8, 2, 1000000.0, 1e-05)
 
-Refused with a `CheckpointError`: a sliding window shorter than the context, other activations, biases, and
-quantised folders.
+Refused with a `CheckpointError`: other activations, biases, and quantised folders.
 """
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ def config_from_hf(config: Mapping[str, Any]) -> MixtralConfig:
     said.only("quantization_config", None)
     d_model, heads = said.size("hidden_size"), said.size("num_attention_heads")
     kv_heads, context = said.size("num_key_value_heads"), said.size("max_position_embeddings")
-    if (window := said.size("sliding_window", default=None)) is not None and window < context:
-        raise said.error(f"sliding_window is {window}, the context {context}; windows are not implemented")
+    window = said.size("sliding_window", default=None)
     experts, top_k = said.size("num_local_experts", default=8), said.size("num_experts_per_tok", default=2)
     if top_k > experts:
         raise said.error(f"num_experts_per_tok is {top_k}, of {experts} experts")
@@ -41,4 +39,5 @@ def config_from_hf(config: Mapping[str, Any]) -> MixtralConfig:
                            or said.whole(d_model, heads, "elements a head")),
         d_ff=said.size("intermediate_size"), norm_eps=said.number("rms_norm_eps", default=1e-5),
         rope_theta=theta, rope_scaling=scaling, tied=said.flag("tie_word_embeddings", default=False),
-        max_context=context, num_experts=experts, top_k=top_k)
+        max_context=context, num_experts=experts, top_k=top_k,
+        window=window if window and window < context else None)

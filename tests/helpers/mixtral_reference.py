@@ -26,7 +26,7 @@ def configs(draw: st.DrawFn) -> MixtralConfig:
         queries_per_kv=draw(st.integers(1, 2)), head_dim=2 * draw(st.integers(1, 3)),
         d_ff=draw(st.integers(1, 7)), norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
         tied=draw(st.booleans()), max_context=64, num_experts=experts,
-        top_k=draw(st.integers(1, min(4, experts))))
+        top_k=draw(st.integers(1, min(4, experts))), window=draw(st.sampled_from((None, None, 1, 2, 3))))
 
 
 def random_weights(config: MixtralConfig, seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -51,6 +51,7 @@ def logits(w: Mapping[str, Tensor], ids: Tensor, config: MixtralConfig) -> Tenso
     turn = torch.arange(ids.shape[1], dtype=torch.float32)[:, None] * slow
     cos, sin = (torch.cat((f(turn),) * 2, -1).to(x.dtype)[None, :, None] for f in (torch.cos, torch.sin))
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    seen_by = causal if config.window is None else causal.triu(1 - config.window)
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight
@@ -64,7 +65,7 @@ def logits(w: Mapping[str, Tensor], ids: Tensor, config: MixtralConfig) -> Tenso
         for g in range(config.queries_per_kv):
             q = rope(torch.einsum("btd,dkh->btkh", h, l["wq"][:, :, g]))
             score = torch.einsum("btkh,bskh->bkts", q, k) / math.sqrt(config.head_dim)
-            seen = score.masked_fill(~causal, -torch.inf).softmax(-1)
+            seen = score.masked_fill(~seen_by, -torch.inf).softmax(-1)
             x = x + torch.einsum("bkts,bskh,khd->btd", seen, v, l["wo"][:, g])
         h = norm(x, l["norm2"])
         best, chosen = (h @ l["router"]).softmax(-1).topk(config.top_k, -1)
@@ -86,7 +87,7 @@ def to_transformers(weights: Mapping[str, Tensor], config: MixtralConfig) -> Mix
         vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
         num_hidden_layers=config.num_layers, num_attention_heads=config.num_kv_heads * config.queries_per_kv,
         num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
-        num_local_experts=config.num_experts, num_experts_per_tok=config.top_k, sliding_window=None,
+        num_local_experts=config.num_experts, num_experts_per_tok=config.top_k, sliding_window=config.window,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         tie_word_embeddings=config.tied, max_position_embeddings=config.max_context, bos_token_id=None,
         eos_token_id=None, attn_implementation="eager", experts_implementation="eager"))

@@ -3,6 +3,7 @@ from folders, each rank its own experts' bytes."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from torch import Tensor
 from shardlib import Layout, Mesh, lower, value_and_grad
 from shardlib.api import shard_of
 from shardlib.distributed.runtime import connect
-from shardlib.models.decoding import Model, Sampling, weight_types
+from shardlib.models.decoding import PASSES, Model, Sampling, weight_types
 from shardlib.models.families import config_of, load
 from shardlib.models.files import weights as files
 from shardlib.models.files.checkpoint import CheckpointError
 from shardlib.models.files.model_files import open_checkpoint
-from shardlib.models.mixtral import MixtralConfig, logits_of, loss
+from shardlib.models.mixtral import MixtralConfig, logits_of, loss, next_token
 from shardlib.models.mixtral_config import config_from_hf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,7 +88,7 @@ def test_loss_and_gradients(trial: Trial, placement: tuple[str, str]) -> None:
 
 CONFIG = MixtralConfig(vocab_size=19, d_model=12, num_layers=2, num_kv_heads=2, queries_per_kv=2, head_dim=4,
                        d_ff=10, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=False, max_context=64,
-                       num_experts=5, top_k=2)
+                       num_experts=5, top_k=2, window=2)
 
 
 def test_a_line_of_layout_is_all_there_is() -> None:
@@ -145,7 +146,7 @@ def test_each_rank_reads_its_own_experts(folder: str, mesh: str, layout: str, re
         assert sum(read) == 4 * sum(t.numel() for t in loaded.values())
 
 
-PROMPTS, NEW = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]], 8
+PROMPTS, NEW = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10, 3, 1]], 8
 RANKS = """
 import json, sys
 from shardlib import Layout, Mesh
@@ -164,7 +165,8 @@ with connect(Mesh(dp=2), "cpu") as runtime:
 
 
 def test_greedy_tokens_on_one_rank_and_on_two(apart: Path, tmp_path: Path) -> None:
-    """Those of transformers; plain and packed weights, experts over dp, over tp, and by tp."""
+    """Those of transformers, far beyond the window; plain and packed weights, experts over dp, over tp, and
+    by tp."""
     theirs, wanted = reference.to_transformers(reference.random_weights(CONFIG, 3, torch.float32), CONFIG), []
     for prompt in PROMPTS:
         wanted.append(theirs.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False,
@@ -190,7 +192,6 @@ HF = {"model_type": "mixtral", "vocab_size": 19, "hidden_size": 12, "intermediat
 
 
 @pytest.mark.parametrize("more, says", (
-    ({"sliding_window": 32}, "sliding_window is 32, the context 64; windows are not implemented"),
     ({"num_experts_per_tok": 6}, "num_experts_per_tok is 6, of 5 experts"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', which is not implemented; it may be 'silu'"),
 ))
@@ -202,3 +203,11 @@ def test_a_config_that_is_not_implemented_says(more: dict[str, Any], says: str) 
 
 def test_a_window_as_long_as_the_context_is_none() -> None:
     assert config_from_hf({**HF, "sliding_window": 64}) == config_from_hf(HF)
+    assert config_from_hf({**HF, "sliding_window": 63}) == replace(config_from_hf(HF), window=63)
+
+
+def test_no_kernel_takes_a_step_whose_window_it_would_not_see() -> None:
+    def taken(config: MixtralConfig) -> bool:
+        step = lower(next_token, Layout(), mesh=Mesh(), passes=PASSES, config=config)
+        return "fused(cached_attention" in str(step)
+    assert taken(replace(CONFIG, window=None)) and not taken(CONFIG)

@@ -46,6 +46,7 @@ TOKENIZERS, GGUF = ("tests/models/test_saved_tokenizers.py -k unless_the_folder"
                     "tests/models/test_gguf_defaults.py")
 RESULTS, RANDOM, CONFIGS, LOADING, HEADERS = (f"tests/models/test_{name}.py" for name in (
     "results", "random_weights", "weights_config", "weights_load", "weights_checkpoint"))
+MIXTRAL = "tests/models/test_mixtral.py"
 SIMULATED = "tests/run/test_simulate.py"
 DECODER, ROTATED = "tests/models/test_decoder.py", "tests/compiler/test_rotate_scan.py -k leaves_alone"
 FUSE, FUSED, KERNELS = ("tests/compiler/test_fuse.py", "tests/language/test_fused.py",
@@ -881,4 +882,10 @@ MUTANTS = (
     Mutant("triton_kernels/split_argmax.py", "tl.where(x == 0, 0.0, x)", "x", f"{PROTOCOLS} -k keys_grow"),
     Mutant("triton_kernels/split_argmax.py", "there + r * columns", "there + RANK * columns", CHOICE),
     Mutant("triton_kernels/split_argmax.py", "(0x7FFFFFFF - found)", "found", CHOICE),
+    Mutant("models/mixtral.py", "q, k, v, start, window=config.window)", "q, k, v, start)",
+           MIXTRAL + " -k greedy_tokens"),
+    Mutant("models/mixtral.py", 'B P K H, B P K H -> B T K G H", q, k, v, window=config.window)',
+           'B P K H, B P K H -> B T K G H", q, k, v)', MIXTRAL + " -k greedy_tokens"),
+    Mutant("models/mixtral_config.py", "if window and window < context", "if window and window < context - 1",
+           MIXTRAL + " -k window_as_long"),
 )
