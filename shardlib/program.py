@@ -247,8 +247,9 @@ class Scan:
     def attrs(dim: str, stacked: int, carries: int = 1, reverse: bool = False,
               stages: int = 0) -> tuple[tuple[str, Any], ...]:
         """The attributes of a scan over `dim` with so many carries and stacked tensors."""
-        rare = dict(carries=carries if carries > 1 else 0, reverse=reverse, stages=stages)
-        return tuple(sorted([("dim", dim), ("stacked", stacked), *((k, v) for k, v in rare.items() if v)]))
+        rare = (("carries", carries, 1), ("reverse", reverse, False), ("stages", stages, 0))
+        said = ((name, value) for name, value, common in rare if value != common)
+        return tuple(sorted([("dim", dim), ("stacked", stacked), *said]))
 
 
 def arg_types(program: Program, name: str) -> dict[str, Spec]:
@@ -318,15 +319,14 @@ def _show_function(program: Program, classes: dict[str, Struct], functions: list
         ", ".join(f"{n}: {_class_name(t, classes)}" if isinstance(t, Struct) else n for n, t in program.args))
     lines = [f'@sharded("{signature}"{", layout=EXPLICIT" if program.explicit else ""})',
              f"def {_function_name(program, functions)}({args}):"]
-    for step in program.steps:
-        lines.append("    " + _show_step(step, classes, functions))
-    lines.append("    return " + ", ".join(_show_tree(r.tree, r.values, classes) for r in program.results))
-    return "\n".join(lines)
+    lines += ["    " + _show_step(step, classes, functions) for step in program.steps]
+    results = ", ".join(_show_tree(r.tree, r.values, classes) for r in program.results)
+    return "\n".join([*lines, f"    return {results}"])
 
 
 def _function_name(program: Program, functions: list[Program]) -> str:
-    same = [f for f in functions if f.name == program.name]
-    at = same.index(program) + (program.name in _called(functions))
+    at = ([f for f in functions if f.name == program.name].index(program)
+          + (program.name in _called(functions)))
     return program.name + (f"__{at + 1}" if at else "")
 
 
@@ -334,7 +334,7 @@ def _show_tree(tree: Tree, values: tuple[str, ...], classes: dict[str, Struct]) 
     """The value, or the pytree: by its own name where the values are all its leaves, else put together."""
     if isinstance(tree, Spec):
         return values[0]
-    paths = [path for path, _ in tree.leaves("")]
+    paths = [path for path, _ in leaves("", tree)]
     root = values[0][:len(values[0]) - len(paths[0])] if values else ""
     if root and all(v == root + p for v, p in zip(values, paths)):
         return root

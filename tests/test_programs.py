@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import linecache
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -768,7 +767,7 @@ def autograd(program: Program, drawn: Drawn, wrt: Sequence[str]) -> list[torch.T
     return [torch.zeros_like(args[n]) if g is None else g for n, g in zip(wrt, found)]
 
 
-@given(programs([k for k in KINDS if k not in (cond, update_cache)]),
+@given(programs([k for k in KINDS if k is not update_cache]),
        st.sampled_from(("all", "weights", "nothing")), st.booleans())
 def test_gradients_are_those_of_autograd_each_in_the_type_of_its_argument(drawn: Drawn,
                                                                           regather: str, fused: bool) -> None:
@@ -780,8 +779,7 @@ def test_gradients_are_those_of_autograd_each_in_the_type_of_its_argument(drawn:
     try:
         made = value_and_grad_program(explicit, wrt, drawn.mesh, regather)
     except SpecError as error:
-        assert re.search("has no derivative|the loss depends on what scan stacks",
-                         str(error)), f"{error}\n{drawn}"
+        assert "has no derivative" in str(error), f"{error}\n{drawn}"
         event("no derivative")
         reject()
     paths = [p for n in wrt for p in leaves_of[n]]

@@ -17,7 +17,6 @@ from shardlib.compiler.builder import Builder
 from shardlib.dtypes import FLOATS, holds, inner_dtypes, step_dtypes, value_dtypes
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import ADD
-from shardlib.language.fused import FUSED
 from shardlib.language.held import as_held, held
 from shardlib.language.rearrange import REARRANGE, RENAME
 from shardlib.language.reductions import SUM
@@ -142,8 +141,8 @@ class _Backward(Builder):
                 continue
             if not any(i in self.active for j, i in enumerate(step.inputs) if j not in step.op.index):
                 continue
-            if step.op is FUSED:
-                self._fused(step)
+            if step.bodies:
+                self._again(step)
                 continue
             if step.op.vjp is None:
                 if step.op.constant:
@@ -198,33 +197,58 @@ class _Backward(Builder):
         return (self.move(root, self.types[name], "gathered again for backward")
                 if root != name and again and not self.types[root].owed else name)
 
-    # -- fused steps -----------------------------------------------------------------------------------------
+    # -- fused steps and conds ------------------------------------------------------------------------------
 
-    def _fused(self, step: Step) -> None:
-        """Backward through a fused step: a fused step that runs the body again, then backward through it.
-        What its results owe is settled outside, as after any step."""
-        (body,), outer = step.bodies, dict(step.passed(step.bodies[0]))
-        wanted = {path for path, value in outer.items() if value in self.active}
-        inner = _Backward(body, wanted, self.mesh, "nothing", set(), inner_dtypes(step, body, self.dtypes))
-        seeds = {}
-        for (result, _), out in zip(body.result_leaves(), step.outputs):
-            if out in self.given:
-                cotangent = self.total(out)
-                seed = inner.declare(inner._fresh("g"), self.types[cotangent])
-                seeds[seed], inner.dtypes[seed] = cotangent, self.dtypes[cotangent]
-                inner.contribute(result, seed)
+    def _again(self, step: Step) -> None:
+        """Backward through a fused step or a cond: a step of its kind, each of whose bodies runs the forward
+        one again and then backward through it, so that nothing but operands is kept. What its results owe is
+        settled outside, as after any step, unless one branch of a cond owes what the other does not."""
+        cotangents = {i: self.total(out) for i, out in enumerate(step.outputs) if out in self.given}
+        paths = [[path for path, _ in step.passed(body)] for body in step.bodies]
+        inners, seeds = zip(*(self._seeded(step, body, cotangents) for body in step.bodies))
+        places = [i for i, (_, value) in enumerate(step.passed(step.body)) if self._turns(value)
+                  and any(inner.given.get(of[i]) for inner, of in zip(inners, paths))]
+        made = [[inner.total(of[i], settle=False) for i in places] for inner, of in zip(inners, paths)]
+        if not places:
+            return
+        for k in range(len(places)):
+            if len({inner.types[names[k]] for inner, names in zip(inners, made)}) > 1:
+                for inner, of, names in zip(inners, paths, made):
+                    names[k] = inner.move(names[k], held(inner.types[of[places[k]]]), "as the other branch")
+        steps = [_needed((*inner.forward, *inner.steps), names) for inner, names in zip(inners, made)]
+        used = [{*names, *(i for s in those for i in s.inputs)} for names, those in zip(made, steps)]
+        taken = [j for j in range(len(step.body.args)) if any(
+            path in names for body, names in zip(step.bodies, used) for path, _ in leaves(*body.args[j]))]
+        sown = [k for k in range(len(cotangents)) if any(s[k] in names for s, names in zip(seeds, used))]
+        backward = [Program(f"{body.name}_vjp", (*(body.args[j] for j in taken),
+                                                 *((own[k], inner.types[own[k]]) for k in sown)), those,
+                            tuple(Result(inner.types[name], (name,)) for name in names), True)
+                    for body, inner, own, those, names in zip(step.bodies, inners, seeds, steps, made)]
+        outer, values = dict(step.passed(step.body)), list(cotangents.values())
+        inputs = [*step.inputs[:len(step.inputs) - len(outer)],
+                  *(outer[path] for j in taken for path, _ in leaves(*step.body.args[j]))]
+        grads = self.add(step.op, [*map(self.available, inputs), *(values[k] for k in sown)],
+                         [inners[0].types[name] for name in made[0]], body=backward[0],
+                         orelse=backward[1] if len(backward) > 1 else None)
+        for i, grad in zip(places, grads):
+            self._contribute_like(outer[paths[0][i]], grad)
+
+    def _seeded(self, step: Step, body: Program,
+                cotangents: Mapping[int, str]) -> tuple[_Backward, list[str]]:
+        """The backward of a body, run, and the arguments by which the cotangents of its results come in."""
+        active = {path for path, value in step.passed(body) if value in self.active}
+        inner = _Backward(body, active, self.mesh, "nothing", set(), inner_dtypes(step, body, self.dtypes))
+        seeds = []
+        for i, cotangent in cotangents.items():
+            seeds.append(inner.declare(inner._fresh("g"), self.types[cotangent]))
+            inner.dtypes[seeds[-1]] = self.dtypes[cotangent]
+            inner.contribute(body.result_leaves()[i][0], seeds[-1])
         inner.run()
-        grads = {path: inner.total(path, settle=False) for path in outer if path in wanted & {*inner.given}}
-        steps = _needed((*inner.forward, *inner.steps), grads.values())
-        used = {*grads.values(), *(i for s in steps for i in s.inputs)}
-        taken = [*((path, self.available(value)) for path, value in outer.items() if path in used),
-                 *((seed, cotangent) for seed, cotangent in seeds.items() if seed in used)]
-        backward = Program(f"{body.name}_vjp", tuple((name, inner.types[name]) for name, _ in taken), steps,
-                           tuple(Result(inner.types[name], (name,)) for name in grads.values()), True)
-        kinds = [inner.types[name] for name in grads.values()]
-        for path, made in zip(grads, self.add(FUSED, [value for _, value in taken], kinds, body=backward)
-                              if grads else ()):
-            self._contribute_like(outer[path], made)
+        return inner, seeds
+
+    def _turns(self, value: str) -> bool:
+        """Whether a value is to have a gradient, and may: integers and masks have none."""
+        return value in self.active and self.dtypes[value] in (None, *FLOATS)
 
     # -- scan ------------------------------------------------------------------------------------------------
 
@@ -234,15 +258,12 @@ class _Backward(Builder):
         Returns the latter.
         """
         body, parts, outer = step.body, Scan.of(step), dict(step.passed(step.body))
-        if any(value in self.given for _, value in parts.made):
-            raise SpecError("value_and_grad: the loss depends on what scan stacks; only its carry has a "
-                            "gradient yet").at(step.where)
-        inner, seeds = self._inside(step, parts)
+        inner, turned, sown = self._inside(step, parts)
         inner.run()
-        turned = self._turned(parts)
         carries = [inner.move(inner.total(path), held(inner.types[path])) for path in turned]
         slices, constants = ([path for path, _ in pairs] for pairs in (parts.stacked, parts.constants))
         grads = {path: inner.total(path) for path in (*slices, *constants) if path in inner.active}
+        seeds = [seed for seed, _ in sown]
         kept = _kept(inner, seeds, (*slices, *constants))
         forward, made = self._keeping(step, inner, kept)
         backward = Program(
@@ -252,13 +273,14 @@ class _Backward(Builder):
             tuple(inner.steps),
             tuple(Result(inner.types[name], (name,)) for name in (*carries, *grads.values())), True)
         dim = self.types[outer[slices[0]]].dims[0]
-        inputs = [*(self.total(turned[path]) for path in turned), *(outer[p] for p in slices), *made,
+        inputs = [*(self.total(value) for _, value in sown), *(outer[p] for p in slices), *made,
                   *(outer[p] for p in constants)]
         before = {path: self.types[value] for path, value in parts.carries}    # of stages: where they come in
         outs = [*(as_held(inner.types[name], before[path]) for path, name in zip(turned, carries)),
                 *_stacked(dim, [inner.types[name] for name in grads.values()])]
         names = [self._fresh(name) for name in (*["g"] * len(turned), *(f"d_{path}" for path in grads))]
-        attrs = Scan.attrs(dim.label, len(slices) + len(made), len(turned), True, parts.stages)
+        stacked = len(sown) - len(turned) + len(slices) + len(made)
+        attrs = Scan.attrs(dim.label, stacked, len(turned), True, parts.stages)
         given = self.add(SCAN, inputs, outs, names, attrs=attrs, body=backward)
         for path, name in zip((*turned, *grads), given):
             if path in constants:
@@ -267,28 +289,24 @@ class _Backward(Builder):
                 self.contribute(outer[path], name)
         return forward
 
-    def _turned(self, parts: Scan) -> dict[str, str]:
-        """The carries that have a cotangent, those of floats:
-        argument of the body -> value after the last round."""
-        return {path: after for (path, before), (_, after) in zip(parts.carries, parts.carried)
-                if self.dtypes[before] in (None, *FLOATS)}
-
-    def _inside(self, step: Step, parts: Scan) -> tuple[_Backward, list[str]]:
-        """The backward of the body, and the arguments by which the cotangents of its carries come in."""
-        turned = self._turned(parts)
+    def _inside(self, step: Step, parts: Scan) -> tuple[_Backward, list[str], list[tuple[str, str]]]:
+        """The backward of the body; the carries that have a cotangent, those of floats; and where cotangents
+        come in, those of the carries after the last round and then of what is stacked: (argument, value)."""
+        turned = {path: pair for (path, before), pair in zip(parts.carries, parts.carried)
+                  if self.dtypes[before] in (None, *FLOATS)}
         active = {path for path, value in step.passed(step.body) if value in self.active} | {*turned}
         params = {path for path, value in step.passed(step.body)
                   if self.root.get(value, value) in self.params}
         inner = _Backward(step.body, active, self.mesh, self.regather, params,
                           inner_dtypes(step, step.body, self.dtypes))
         inner.anew = {s.outputs[0]: s for s in step.body.steps if not s.inputs}
-        seeds = []
-        for (path, _), (result, _) in zip(parts.carries, parts.carried):
-            if path in turned:
-                seeds.append(inner.declare(inner._fresh("g"), held(inner.types[result])))
-                inner.dtypes[seeds[-1]] = inner.dtypes[result]
-                inner.contribute(result, seeds[-1])
-        return inner, seeds
+        sown = []
+        for result, value in (*turned.values(), *(p for p in parts.made if p[1] in self.given)):
+            seed = inner.declare(inner._fresh("g"), held(inner.types[result]))
+            inner.dtypes[seed] = inner.dtypes[result]
+            inner.contribute(result, seed)
+            sown.append((seed, value))
+        return inner, [*turned], sown
 
     def _keeping(self, step: Step, inner: _Backward, kept: Sequence[str]) -> tuple[Step, tuple[str, ...]]:
         """The forward scan that also stacks the values `kept` of its body,

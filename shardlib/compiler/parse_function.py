@@ -203,7 +203,7 @@ class FunctionText:
         operands = [*map(self._value, nodes), *stacked, *map(self._value, value.args[3:])]
         inputs, count, begin = ([n for o in operands for n in o.names], sum(len(s.names) for s in stacked),
                                 len(carries))
-        if (not count or not begin or not (first := self.types[inputs[begin]].dims)
+        if (not count or not (first := self.types[inputs[begin]].dims)
             or len(body.results) < begin):
             raise not_printed(value)
         kinds = [self.types[n] for n in inputs]

@@ -5,7 +5,8 @@
 All ranks must choose alike, since the bodies may communicate: the predicate is a scalar that owes nothing,
 equal on every rank. Both bodies are `@sharded` functions with the same arguments and results. Refused: a
 predicate with dims, or one that still owes; bodies whose results differ in type, or, as far as that is known,
-in dtype. cond has no derivative yet.
+in dtype. Its derivative is a cond of the same predicate, whose branches run the forward ones again: nothing
+but the operands is kept.
 """
 from __future__ import annotations
 

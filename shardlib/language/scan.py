@@ -2,6 +2,7 @@
 
     x, cache = scan(block, x, (w.layers, cache), angles, mask)
     x, owed, cache = scan(block, (x, owed), (w.layers, cache), angles, mask)
+    norms = scan(norm_of, (), w.layers)
 
 The body is a `@sharded` function of (carry or carries, slices of the stacked, constants) that returns the new
 carries, then what is to be stacked. The stacked dim is the first of each stacked tensor; in the body it is
@@ -27,7 +28,7 @@ from shardlib.spec import Dim, Spec
 def scan(f: Function, carry: Operand | tuple[Operand, ...], stacked: Any, *constants: Operand | Params,
          **static: Any) -> Any:
     """Apply `f` over the slices of `stacked` (a tensor, a Params, or a tuple of them),
-    passing `carry` on (a tensor, or a tuple of them).
+    passing `carry` on (a tensor, or a tuple of them; `()` where nothing is).
 
     Returns the last carry, or carries; and where `f` returns more, those results, stacked.
 
@@ -50,7 +51,7 @@ def scan(f: Function, carry: Operand | tuple[Operand, ...], stacked: Any, *const
     carries, stacks = _carries(carry), stacked if isinstance(stacked, tuple) else (stacked,)
     values = [v for s in stacks for v in tensors("scan", s)]
     first = _stacked_dim(values)
-    if isinstance(tracer := carries[0].tracer, Executor):
+    if isinstance(tracer := values[0].tracer, Executor):
         return tracer.scan(f, carries, stacks, constants, static)
     if len(f.ins) != len(carries) + len(stacks) + len(constants):
         raise SpecError(
@@ -81,8 +82,8 @@ def scan(f: Function, carry: Operand | tuple[Operand, ...], stacked: Any, *const
 def _carries(carry: Any) -> tuple[Value, ...]:
     given = carry if isinstance(carry, tuple) else (carry,)
     carries = tuple(c for c in given if isinstance(c, Value))
-    if len(carries) < len(given) or not given:
-        wrong = next((c for c in given if not isinstance(c, Value)), carry)
+    if len(carries) < len(given):
+        wrong = next(c for c in given if not isinstance(c, Value))
         raise SpecError(
             f"scan: the carry is {what(wrong)}; it is a tensor of the traced function, or a tuple of them")
     return carries

@@ -27,6 +27,7 @@ from shardlib.lowering.answers import Answers
 from shardlib.lowering.buffers import updated_arguments, updates_of, updates_of_fused
 from shardlib.lowering.variables import reuse
 from shardlib.program import Program, Scan, Step
+from shardlib.spec import Spec
 
 _VIEW = re.compile(r"\.view\([0-9, ]+\)$")
 _MARK = re.compile(r"  # step (\d+)$")  # at the end of lines that are being written: which step they are of
@@ -236,7 +237,8 @@ class Emitter(Answers):
         lines = lines if layers else []  # without layers nothing is looked up, or refused
         lists = {made: self.variable() for made, _ in parts.made if made not in kept}
         block += [f"{made}.append({inner[out]})" for out, made in lists.items()]
-        block += [f"{', '.join(carries)} = {', '.join(inner[out] for out, _ in parts.carried)}"]
+        if carries:
+            block += [f"{', '.join(carries)} = {', '.join(inner[out] for out, _ in parts.carried)}"]
         reverse = "[::-1]" if parts.reverse else ""
         rows = [names[outer[p]] + ("" if outer[p].split(".")[0] in self.prepared else ".unbind(0)") + reverse
                 for p in stacked]
@@ -256,12 +258,11 @@ class Emitter(Answers):
                 owned.add(made)
                 continue
             if lists[out] not in names.values():        # a body may return a value twice
-                other = f", dtype=torch.{dtypes[out]}" if dtypes[out] != dtypes[parts.carried[0][0]] else ""
-                lines.append(f"{lists[out]} = torch.stack({lists[out]}{reverse}) if {lists[out]} else "
-                             f"{carries[0]}.new_zeros({(0, *self.shape(types[out]))}{other})")
+                rows_of = Spec((step.ins[len(carries)].dims[0], *types[out].dims))
+                lines.append(f"{lists[out]} = " + (f"torch.stack({lists[out]}{reverse})" if layers else
+                                                   self.room(rows_of, dtypes[out])))
             names[made] = lists[out]
         return lines
-
 
     def _ends(self, step: Step, parts: Scan) -> tuple[Callable | None, Callable | None]:
         """Of a stage of a pipeline: the code of its carries, by number, as the stage before sends them, and

@@ -160,7 +160,8 @@ class Stepper(Executor):
                 ys.append(fill(column[0], "", lambda _: next(made)))
             else:
                 ys.append(stacked(column))
-        return (*carries, *ys) if ys or len(carries) > 1 else carries[0]
+        out = (*carries, *ys)
+        return out if len(out) > 1 else out[0]
 
     def _slice(self, tree: Any, i: int) -> Any:
         def one(v: Value) -> Value:

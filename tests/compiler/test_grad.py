@@ -124,23 +124,3 @@ def test_each_side_of_where_gets_its_own_rows(layout):
     value, of_a, of_b = simulate(value_and_grad(chosen, ["a", "b"]), layout, a > 0, a, b, c, mesh=MESH)
     assert torch.allclose(value, (torch.where(a > 0, a, b) * c).sum())
     assert torch.equal(of_a, torch.where(a > 0, c, 0)) and torch.equal(of_b, torch.where(a > 0, 0, c))
-
-
-@sharded("T D, * -> T D, T")
-def layer_and_sums(x, w: Layer):
-    y = einsum("T D, D F -> T F", x, w.up)
-    return x, sum("T F -> T", y)
-
-
-@sharded("T D, * -> ()")
-def loss_of_what_is_stacked(x, w: Net):
-    _, sums = scan(layer_and_sums, x, w.layers)
-    return sum("L T -> ()", sums)
-
-
-def test_what_a_scan_stacks_has_no_gradient_yet():
-    """A loss that depends on it is refused, be it the first that is stacked."""
-    with pytest.raises(SpecError) as error:
-        lower(value_and_grad(loss_of_what_is_stacked, "w"), mesh=MESH)
-    assert str(error.value).split("          ")[0] == (
-        "value_and_grad: the loss depends on what scan stacks; only its carry has a gradient yet")

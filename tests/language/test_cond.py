@@ -25,7 +25,6 @@ from shardlib import (
     sharded,
     simulate,
     step,
-    value_and_grad,
 )
 from shardlib.compiler.parser import check, parse_program
 from shardlib.dtypes import fixed_dtypes
@@ -258,15 +257,6 @@ def test_a_predicate_that_owes_is_paid_where_conversions_are_made(p):
     got = simulate(owed_predicate, LAYOUT, torch.tensor(p, dtype=torch.float64).long(), x, up, down,
                    mesh=MESH)
     assert torch.allclose(got, torch.nn.functional.silu(x @ up) @ down if p else x * 2)
-
-
-def test_it_has_no_derivative():
-    @sharded("T D, D F, F D -> ()")
-    def loss(x, up, down):
-        return sum("T D -> ()", chosen(x, up, down))
-    with pytest.raises(SpecError) as error:
-        lower(value_and_grad(loss, "up"), LAYOUT, mesh=MESH)
-    assert "value_and_grad: cond has no derivative" in str(error.value)
 
 
 @sharded("T D -> T")

@@ -37,7 +37,7 @@ REDUCTIONS, VARIANCE, ALONG, CONSTANTS, ARGUMENTS = (f"tests/language/test_{name
     "reductions", "variance", "along", "constants", "calls"))
 SCANS, MASKS, CUTS, DRAWS = (f"tests/language/test_{name}.py" for name in (
     "scan", "masks", "pieces", "draws"))
-TOTALITY = "tests/compiler/test_totality.py"
+TOTALITY, BODIES = "tests/compiler/test_totality.py", "tests/compiler/test_grad_of_bodies.py"
 FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
     "failures", "captured", "surroundings", "wrt"))
 ATTENTION, OPTIONS, CACHES, ROPE, FEW_ROWS, LAYER_NORM, FLASH = (f"tests/ops/test_{name}.py" for name in (
@@ -173,6 +173,16 @@ MUTANTS = (
            'for _, k in b.result_leaves()[:0]] for b in bodies)', COND),
     Mutant("shardlib/compiler/completer.py",
            'inputs[0] = self.move(inputs[0], whole, "the predicate of cond")', "pass", COND),
+    Mutant("shardlib/compiler/grad.py", "for inner, names in zip(inners, made)}) > 1:",
+           "for inner, names in zip(inners, made)}) > 2:", BODIES),
+    Mutant("shardlib/compiler/grad.py", "value in self.active and self.dtypes[value] in (None, *FLOATS)",
+           "value in self.active", f"{BODIES} -k integers"),
+    Mutant("shardlib/compiler/grad.py", "settle=False) for i in places]", "settle=True) for i in places]",
+           BODIES),
+    Mutant("shardlib/compiler/grad.py", "for s, names in zip(seeds, used))]",
+           "for s, names in zip(seeds[:1], used))]", BODIES),
+    Mutant("shardlib/compiler/grad.py", "len(sown) - len(turned) + len(slices)", "len(slices)", BODIES),
+    Mutant("shardlib/program.py", '("carries", carries, 1)', '("carries", carries, 0)', BODIES),
     Mutant("shardlib/compiler/grad.py", "if self.root.get(value, value) in self.params}",
            "if value in self.params}", GRAD),
     Mutant("shardlib/compiler/grad.py", "if settle or len(by_type) > 1:", "if settle:", GRAD),
@@ -568,13 +578,13 @@ MUTANTS = (
     Mutant("shardlib/language/comparison.py", '{"greater": ">"', '{"greater": ">="', COND),
     Mutant("shardlib/language/unary.py", "by=by - 1) if by != 2", "by=by) if by != 2", f"{RULES} -k pow"),
     Mutant("shardlib/language/unary.py", '("max", "<=")', '("max", "<")', MASKS),
-    Mutant("shardlib/compiler/grad.py", "for _, value in parts.made):", "for _, value in parts.made[1:]):",
-           GRAD),
+    Mutant("shardlib/compiler/grad.py", "in parts.made if p[1] in self.given)",
+           "in parts.made[1:] if p[1] in self.given)", BODIES),
     Mutant("shardlib/lowering/emit.py", '\n        lines = lines if layers else []  # without '
            'layers nothing is looked up, or refused',
            "", INDICES),
-    Mutant("shardlib/lowering/emit.py", 'if dtypes[out] != dtypes[parts.carried[0][0]] else ""',
-           'if False else ""', BY_HAND),
+    Mutant("shardlib/lowering/emit.py", "self.room(rows_of, dtypes[out])", 'self.room(rows_of, "float32")',
+           f"{BODIES} -k no_layers"),
     Mutant("shardlib/lowering/emit.py",
            "(step.op.promotes and all(step.ins[i].dims for i in counting)",
            "(step.op.promotes", f"{BY_HAND} {DTYPES}"),
@@ -745,10 +755,10 @@ MUTANTS = (
            f"{FUSE} -k what_is_one"),
     Mutant("shardlib/compiler/passes/fuse.py", "            if known.issuperset(step.inputs):\n",
            "            if True:\n", LIKE),
-    Mutant("shardlib/compiler/grad.py", "_needed((*inner.forward, *inner.steps), grads.values())",
+    Mutant("shardlib/compiler/grad.py", "_needed((*inner.forward, *inner.steps), names)",
            "(*inner.forward, *inner.steps)", f"{FUSED} -k runs_the_body_again"),
-    Mutant("shardlib/compiler/grad.py", "            if out in self.given:\n                cotangent",
-           "            if True:\n                cotangent", f"{FUSED} -k derivative_is"),
+    Mutant("shardlib/compiler/grad.py", "in enumerate(step.outputs) if out in self.given}",
+           "in enumerate(step.outputs)}", f"{FUSED} -k derivative_is"),
     Mutant("shardlib/lowering/emit.py", "self._block(replace(body, name=title), inner",
            "self._block(body, inner", f"{FUSED} -k reports_name"),
     Mutant("shardlib/lowering/emit.py", "self._where = wire and (title, wire)", "self._where = None",
