@@ -45,7 +45,8 @@ class Seen:
     @property
     def known(self) -> bool:
         """Whether what is seen follows from the sizes alone."""
-        return self.start is None and self.lengths is None and self.mask is None
+        placed = self.start is not None and (self.causal or self.window is not None)
+        return not placed and self.lengths is None and self.mask is None
 
     def keys(self, at: int, n: int) -> tuple[int, int]:
         """(from, to): the keys that some of the n queries from `at` on may see, as far as sizes say."""

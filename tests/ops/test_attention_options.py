@@ -78,6 +78,13 @@ def test_it_is_what_it_means(data: st.DataObject) -> None:
         assert same(got, right, 1e-12), (name, beside, options)
 
 
+def test_a_start_that_hides_nothing() -> None:
+    args = inputs(2, 3, 1, 2, 4, 0)
+    placed, free = (simulate(program(beside, causal=False), Layout(), *args.values(), mesh=Mesh(x=1))
+                    for beside in (("start",), ()))
+    assert torch.equal(placed, free)
+
+
 @pytest.mark.parametrize("beside, options", (((), dict(window=3)), (("start", "bias"), dict(softcap=0.7))))
 def test_autograd_on_one_rank(beside: tuple[str, ...], options: dict[str, Any]) -> None:
     args = {n: x.requires_grad_(x.is_floating_point()) for n, x in inputs(2, 4, 2, 2, 6, 0).items()}
