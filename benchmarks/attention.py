@@ -89,7 +89,7 @@ def main() -> None:
             if not options:
                 peers["torch"], peak = measured(torchs, args)
                 notes |= {"torch_peak_MiB": round(peak, 1), "off_torch": off(f(*args), torchs(*args))}
-            rows.append(row(f"{name}, T={t}", "ms", ms, peers) | notes | {"readme": False})
+            rows.append(row(f"{name}, T={t}", "ms", ms, peers) | notes)
             print(rows[-1], flush=True)
     if device == "cuda" and not chosen:
         write("attention", rows)

@@ -1,5 +1,5 @@
-"""Attention on one GPU, forward and gradient: `CASES [SEED]` of random sizes, kernels, dtypes and things seen.
-Exit status 1 where anything is wrong.
+"""Attention on one GPU, forward and gradient: `CASES [SEED]` of random sizes, kernels, dtypes and what is
+seen. Exit status 1 where anything is wrong.
 
     python tests/gpu/attention_worker.py 300
 
@@ -76,8 +76,8 @@ class Cases:
         ahead, behind = some(0, 0, 0, 1, 70), some(0, 0, 0, 3, 64)
         s = ahead + t + behind
         q, k, v = self.normal(b, t, heads, g, h), self.normal(b, s, heads, h), self.normal(b, s, heads, h)
-        extra = some("", "", "", "start", "lengths", "mask", "window", "softcap", "bias", "sinks", "start sinks",
-                     "window bias")
+        extra = some("", "", "", "start", "lengths", "mask", "window", "softcap", "bias", "sinks",
+                     "start sinks", "window bias")
         device = dict(device="cuda")
         seen = Seen(0 if "start" in extra else ahead, t, 0, s, causal=some(True, True, False),
                     window=some(1, 16, 100) if "window" in extra else None,
@@ -88,8 +88,8 @@ class Cases:
         sinks = self.normal(heads, g) if "sinks" in extra else None
         scores = Scores(some(h ** -0.5, 0.3 / h ** 0.5), 5.0 if "softcap" in extra else None)
         kernel = some("any", *KERNELS)
-        self.what = (f"{extra or 'places'} causal={seen.causal} b={b} t={t} s={s} ahead={ahead} k={heads} g={g} "
-                     f"h={h} {self.dtype} {kernel}")
+        self.what = (f"{extra or 'places'} causal={seen.causal} b={b} t={t} s={s} ahead={ahead} k={heads} "
+                     f"g={g} h={h} {self.dtype} {kernel}")
         if kernel == "any":
             self.check(q, k, v, seen, scores, bias, sinks)
         else:
@@ -133,8 +133,8 @@ class Cases:
             self.failures.append(f"{self.what}: what sees nothing is not zero")
 
     def noise(self, exact: list[Tensor], graded_names: list[str], **of: Any) -> list[float]:
-        """Of each gradient, what comes of roundings of g v, g out and of weights in this dtype, and of scores in
-        float32, signs at random."""
+        """Of each gradient, what comes of roundings of g v, g out and of weights in this dtype, and of scores
+        in float32, signs at random."""
         q, k, v, ct = (of[n].double() for n in ("q", "k", "v", "ct"))
         scores, eps = of["scores"], torch.finfo(self.dtype).eps
         score = torch.einsum("btkgh,bskh->bkgts", q, k) * scores.scale
@@ -147,7 +147,8 @@ class Cases:
         weight = (score - lse).exp().nan_to_num(0)
         size = torch.einsum("btkgh,bskh->bkgts", ct.square(), v.square())
         mean = (ct * exact[0]).square().sum(-1).permute(0, 2, 3, 1)[..., None]
-        of_score = torch.finfo(torch.float32).eps * score.masked_fill(weight == 0, 0).abs().amax(-1, keepdim=True)
+        largest = score.masked_fill(weight == 0, 0).abs().amax(-1, keepdim=True)
+        of_score = torch.finfo(torch.float32).eps * largest
         weight = weight * (eps + 2 * of_score)
         noise = weight.square() * (size + mean)
         each = dict(q=torch.einsum("bkgts,bskh->", noise, k.square()) * scores.scale ** 2,
@@ -162,7 +163,8 @@ class Cases:
             error = float((a.double() - c).norm())
             if not bool(a.isfinite().all()) or error > more and not near(a, b, c, n=128):
                 errors = [float((x.double() - c).norm() / c.norm().clamp(min=1e-30)) for x in (a, b)]
-                self.failures.append(f"{self.what}: {how} {name}: error {errors[0]:.3g}, torch's {errors[1]:.3g}")
+                self.failures.append(f"{self.what}: {how} {name}: error {errors[0]:.3g}, "
+                                     f"torch's {errors[1]:.3g}")
 
 
 def main() -> int:
