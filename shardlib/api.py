@@ -199,11 +199,11 @@ def step(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh
 
 def _lines(f: Function, layout: Layout, runtime: Runtime, sizes: Mapping[str, int],
            static: dict[str, Any]) -> Callable:
-    recipes: dict[Any, Any] = {}
+    likes: dict[Any, Any] = {}
 
     def run(*args: Any, **named: Any) -> Any:
         refuse_named(f, named)
-        return run_steps(f, layout, runtime, args, sizes, static, recipes)
+        return run_steps(f, layout, runtime, args, sizes, static, likes)
     return run
 
 

@@ -7,7 +7,7 @@ conversions, its local code) is worked out once for each set of operand types, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -185,33 +185,51 @@ def _values(tree: Any) -> list[Value]:
     return [v for _, v in leaf_values(tree, "")] if isinstance(tree, Params) else [tree]
 
 
+@dataclass(frozen=True)
+class Likeness:
+    """What is known of all calls whose arguments have these trees and shapes.
+
+    types, texts: by path, of every tensor, what it is on the mesh and what the signature says of it;
+    recipes: see `Stepper`."""
+    trees: tuple[tuple[str, Any], ...]
+    types: dict[str, Spec]
+    texts: dict[str, Spec]
+    sizes: Sizes
+    recipes: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, f: Function, layout: Layout, runtime: Runtime, said: Sequence[tuple[str, Any]],
+           shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> Likeness:
+        mesh = runtime.mesh
+        texts = {path: mesh.resolve(spec, True) for name, tree in said for path, spec in leaves(name, tree)}
+        trees = tuple((name, _complete(tree, layout, mesh)) for name, tree in said)
+        program = Program(f.__name__, trees, (), (), True)
+        return cls(trees, dict(program.arg_leaves()), texts,
+                   bound(program, shapes, sizes, mesh, runtime.coordinate))
+
+
 def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any], sizes: Mapping[str, int],
-              static: dict[str, Any], recipes: dict) -> Any:
-    """Run `f` op by op on this rank's shards; shards come back."""
-    mesh = runtime.mesh
+              static: dict[str, Any], likes: dict[Any, Likeness]) -> Any:
+    """Run `f` op by op on this rank's shards; shards come back. `likes`: what earlier calls have found."""
     check_given(f, args)
-    layout = (f.layout if f.layout is not None else layout).on(mesh)
+    layout = (f.layout if f.layout is not None else layout).on(runtime.mesh)
     said = argument_trees(f, args)
-    texts = {path: mesh.resolve(spec, True) for name, tree in said for path, spec in leaves(name, tree)}
-    trees = [(name, _complete(tree, layout, mesh)) for name, tree in said]
-    given = {path: v for (name, tree), arg in zip(trees, args)
+    given = {path: v for (name, tree), arg in zip(said, args)
              for (path, _), v in zip(leaves(name, tree), _tensors(arg))}
     check_tensors(f, given.items())
-    if mesh.world_size > 1:
+    if runtime.mesh.world_size > 1:
         refuse_gradients(f.__name__, given.items())
-    program = Program(f.__name__, tuple(trees), (), (), True)
+    shapes = {path: v.shape for path, v in given.items()}
+    key = *said, *shapes.values()
+    like = likes.get(key)
+    if like is None:
+        like = likes[key] = Likeness.of(f, layout, runtime, said, shapes, sizes)
     if any(v.dtype not in KNOWN for v in given.values()):
-        value_dtypes(program, {path: _name(v.dtype) for path, v in given.items()})
-    known = bound(program, {p: tuple(v.shape) for p, v in given.items()}, sizes, mesh, runtime.coordinate)
-    known, found = recipes.setdefault(tuple(known.of.items()), (known, {}))
-    stepper = Stepper(runtime, layout, known, found)
-    values = []
-    for (name, tree), arg in zip(trees, args):
-        made = {path: stepper.value(spec, texts[path], given[path]) for path, spec in leaves(name, tree)}
-        if isinstance(arg, Params):
-            values.append(fill(arg, name, lambda path, made=made: made[path]))
-        else:
-            values.append(made[name])
+        value_dtypes(Program(f.__name__, like.trees, (), ()), {p: _name(v.dtype) for p, v in given.items()})
+    stepper = Stepper(runtime, layout, like.sizes, like.recipes)
+    made = {path: stepper.value(like.types[path], like.texts[path], v) for path, v in given.items()}
+    values = [fill(arg, name, made.__getitem__) if isinstance(arg, Params) else made[name]
+              for (name, _), arg in zip(said, args)]
     with active(stepper), without_autocast():
         try:
             results = f.fn(*values, **static)
