@@ -4,7 +4,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -26,8 +26,12 @@ from shardlib.placement import join, place, shard_of
 from shardlib.program import Program, arg_types
 from shardlib.run.compiled import Compiled
 from shardlib.run.prepared import Prepared
+from shardlib.run.scheduled import Scheduled
 from shardlib.run.simulate import simulate as simulate_ranks
+from shardlib.run.simulate import simulate_schedule
 from shardlib.run.step import run_steps
+from shardlib.schedules.folding import TIME, Fold
+from shardlib.schedules.schedule import Schedule
 from shardlib.tree import leaves
 
 __all__ = ["Compiled", "Prepared", "Sharded", "ValueAndGrad", "arg_types", "compile", "lower", "shard_of",
@@ -90,7 +94,8 @@ def sharded(signature: str, *, layout: Layout | None = None) -> Callable[[Callab
 
 def lower(f: Function | ValueAndGrad, layout: Layout | None = None, *args: Any, mesh: Mesh | None = None,
           sizes: Mapping[str, int] | None = None, passes: Sequence[Pass | str] = DEFAULT,
-          dtypes: Mapping[str, str] | None = None, **static: Any) -> Program:
+          dtypes: Mapping[str, str] | None = None, schedule: Schedule | None = None,
+          **static: Any) -> Program:
     """The explicit program of `f` under `layout`: what every rank will do. `print` it to read it.
 
     >>> from shardlib import einsum
@@ -106,8 +111,12 @@ def lower(f: Function | ValueAndGrad, layout: Layout | None = None, *args: Any, 
     field that is absent).
     dtypes: of arguments by path; gradients of arguments of several dtypes need casts, which are written where
     these are known.
+    schedule: the one that it is to run under: it is then typed as if stages and microbatches were ranks,
+    along the axes `pp` and `mb`, and sums over microbatches come last.
     """
-    return lower_results(f, layout, current_mesh(mesh), sizes, args, static, passes, dtypes)[0]
+    whole, late = (current_mesh(mesh), ()) if schedule is None else (
+        Fold(schedule, current_mesh(mesh)).whole, (TIME,))
+    return lower_results(f, layout, whole, sizes, args, static, passes, dtypes, late)[0]
 
 
 class ValueAndGrad(Gradients):
@@ -208,7 +217,7 @@ def _lines(f: Function, layout: Layout, runtime: Runtime, sizes: Mapping[str, in
 
 
 def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh: Mesh | None = None,
-             log: list | None = None, **static: Any) -> Any:
+             log: list | None = None, schedule: Schedule | None = None, **static: Any) -> Any:
     """`f` on all ranks of a mesh in this process: takes whole tensors, gives whole tensors,
     and checks that replicas agree.
 
@@ -230,13 +239,17 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
     dtypes = leaf_dtypes(named.items())
     if isinstance(f, Gradients):
         f.check_dtypes(dtypes)
-    program, results = lower_results(f, layout, mesh, None, args, static, DEFAULT, dtypes)
+    fold = None if schedule is None else Fold(schedule, mesh)
+    program, results = lower_results(f, layout, fold.whole if fold else mesh, None, args, static, DEFAULT,
+                                     dtypes, (TIME,) if fold else ())
     whole = {path: v for (name, tree), arg in zip(program.args, args, strict=True)
              for (path, _), v in zip(leaves(name, tree), flat_leaves(arg))}
     sizes = bind_sizes(program, {p: tuple(v.shape) for p, v in whole.items()}, {}, mesh, None)
     value_dtypes(program, leaf_dtypes(whole.items()))
-    placed = {path: place(whole[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
     with torch.no_grad() if isinstance(f, ValueAndGrad) else nullcontext():
+        if fold is not None:
+            return rebuild(_under_schedule(program, fold, whole, sizes, log), results)
+        placed = {path: place(whole[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
         outs = simulate_ranks(program, mesh, [{p: shards[r] for p, shards in placed.items()}
                                               for r in range(mesh.world_size)], sizes, log)
     joined = [join([out[str(i)] for out in outs], kind, sizes, mesh, tolerance=1e-4)
@@ -244,10 +257,30 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
     return rebuild(joined, results)
 
 
+def _under_schedule(program: Program, fold: Fold, whole: Mapping[str, torch.Tensor], sizes: Mapping[str, int],
+                    log: list | None) -> list[torch.Tensor]:
+    """The result leaves, whole, of whole argument leaves."""
+    placed = {path: fold.place_all(whole[path], kind, sizes) for path, kind in program.arg_leaves()}
+    outs = simulate_schedule(program, fold, [{path: shards[r] for path, shards in placed.items()}
+                                             for r in range(fold.mesh.world_size)], sizes, log)
+    return [fold.join_all([out[str(i)] for out in outs], kind, sizes)
+            for i, (_, kind) in enumerate(program.result_leaves())]
+
+
+@overload
+def compile(f: Function | ValueAndGrad, layout: Layout | None = ..., *, mesh: Mesh | None = ...,
+            runtime: Runtime | None = ..., sizes: Mapping[str, int] | None = ..., donate: Sequence[str] = ...,
+            graph: bool | str = ..., passes: Sequence[Pass | str] = ..., schedule: None = ...,
+            **static: Any) -> Compiled: ...
+@overload
+def compile(f: Function | ValueAndGrad, layout: Layout | None = ..., *, mesh: Mesh | None = ...,
+            runtime: Runtime | None = ..., sizes: Mapping[str, int] | None = ...,
+            passes: Sequence[Pass | str] = ..., schedule: Schedule, **static: Any) -> Scheduled: ...
 def compile(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None,
             runtime: Runtime | None = None,
             sizes: Mapping[str, int] | None = None, donate: Sequence[str] = (), graph: bool | str = False,
-            passes: Sequence[Pass | str] = DEFAULT, **static: Any) -> Compiled:
+            passes: Sequence[Pass | str] = DEFAULT, schedule: Schedule | None = None,
+            **static: Any) -> Compiled | Scheduled:
     """`f` for the ranks of a mesh: all of them call it, each with its shards, and get their shards.
 
     sizes:  global sizes of dims that no argument holds whole.
@@ -255,6 +288,8 @@ def compile(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: M
     graph:  on GPUs each call is the replay of a CUDA graph, recorded on first use for its shapes (see
             `captured`); "auto" leaves out functions that cannot be recorded.
     passes: the rewrites of the compiled program, in order, by name or as functions.
+    schedule: the order in which each rank goes through stages and microbatches; the layout says what these
+            are pieces of, as in `B=("dp", "mb")`.
 
     On a mesh of one rank shards are whole tensors; elsewhere `shard_of` cuts them.
 
@@ -267,4 +302,8 @@ def compile(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: M
     if graph not in (True, False, "auto"):
         raise SpecError(f'compile: graph is {graph!r}; it is True, False or "auto"')
     runtime = runtime or shared_runtime(current_mesh(mesh))
+    if schedule is not None:
+        if graph or donate:
+            raise SpecError(f"compile: under a schedule there is no {'graph' if graph else 'donate'} yet")
+        return Scheduled(f, layout, runtime, Fold(schedule, runtime.mesh), sizes or {}, static, passes)
     return Compiled(f, layout, runtime, sizes or {}, donate, static, graph, passes)

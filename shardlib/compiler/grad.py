@@ -25,7 +25,7 @@ from shardlib.language.trace import fresh
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Program, Result, Scan, Step
 from shardlib.rules import Rule, natural
-from shardlib.spec import Dim, Spec
+from shardlib.spec import Dim, Owed, Spec
 from shardlib.tree import Struct, leaves
 
 ONES_LIKE = Op("ones_like", rule=lambda s: Rule(shapes=(0,)), infer=lambda ins, attrs: (ins[0].owing(),),
@@ -39,13 +39,14 @@ REGATHER = ("all", "weights", "nothing")
 
 
 def value_and_grad_program(program: Program, wrt: Sequence[str], mesh: Mesh, regather: str = "all",
-                           dtypes: Mapping[str, str] | None = None) -> Program:
+                           dtypes: Mapping[str, str] | None = None, late: Sequence[str] = ()) -> Program:
     """The explicit program that returns the scalar of `program`, then its gradients by the arguments `wrt`,
     in that order, each in its spec.
 
     regather: what backward gathers again rather than keep: "all", "weights" (activations are kept gathered),
     "nothing".
     dtypes: of the arguments; where they differ, cotangents are cast to their values'.
+    late: axes over which no layer's gradient is summed by itself, but all at once, at the end.
     """
     if regather not in REGATHER:
         raise SpecError(f"value_and_grad: regather is {regather!r}; it is one of {', '.join(REGATHER)}")
@@ -60,7 +61,7 @@ def value_and_grad_program(program: Program, wrt: Sequence[str], mesh: Mesh, reg
                         "them").at(program.where)
     (loss,) = program.results[0].values
     params = {path for n, tree in program.args if isinstance(tree, Struct) for path, _ in leaves(n, tree)}
-    back = _Backward(program, active, mesh, regather, params, value_dtypes(program, dtypes or {}, None))
+    back = _Backward(program, active, mesh, regather, params, value_dtypes(program, dtypes or {}, None), late)
     back.contribute(loss, back.call(ONES_LIKE, [loss]))
     back.run()
     results = [Result(trees[name], tuple(back.total(path) for path, _ in leaves(name, trees[name])))
@@ -76,9 +77,9 @@ class _Backward(Builder):
     """
 
     def __init__(self, program: Program, active: set[str], mesh: Mesh, regather: str, params: set[str],
-                 dtypes: dict[str, str | None]) -> None:
+                 dtypes: dict[str, str | None], late: Sequence[str] = ()) -> None:
         super().__init__(mesh, program.names())
-        self.dtypes = dtypes
+        self.dtypes, self.late = dtypes, late
         self.program, self.regather, self.params = program, regather, params
         self.types.update(program.types())
         self.forward = list(program.steps)
@@ -108,13 +109,15 @@ class _Backward(Builder):
         it denotes the same for all that `name` was converted from."""
         self.given.setdefault(self.root.get(name, name), []).append(cotangent)
 
-    def total(self, name: str, settle: bool = True) -> str:
+    def total(self, name: str, settle: bool = True, late: bool = False) -> str:
         """The whole cotangent of a root value, split as the value is and owing nothing;
-        without `settle` it may owe."""
+        without `settle` it may owe, and with `late` what is summed at the end."""
         want = held(self.types[name])
         by_type: dict[Spec, list[str]] = {}
         for given in self.given.pop(name, ()):
             by_type.setdefault(self.types[given], []).append(given)
+        if late:
+            want = want.owing(*want.owed, *self._at_the_end(want, [*by_type]))
         sums = []
         for group in by_type.values():
             total = group[0]
@@ -129,6 +132,12 @@ class _Backward(Builder):
         for other in sums[1:]:
             total = self.call(ADD, [total, other])
         return total
+
+    def _at_the_end(self, want: Spec, kinds: Sequence[Spec]) -> list[Owed]:
+        """What all of `kinds` owe that no dim of `want` takes up; nothing, unless some of it is late."""
+        owed = [o for o in kinds[0].owed if o.kind == "+" and o.axis not in want.split_axes
+                and all(o in kind.owed for kind in kinds)] if kinds else []
+        return owed if any(o.axis in self.late for o in owed) else []
 
     def run(self) -> None:
         for index, step in reversed(list(enumerate(self.program.steps))):
@@ -262,7 +271,7 @@ class _Backward(Builder):
         inner.run()
         carries = [inner.move(inner.total(path), held(inner.types[path])) for path in turned]
         slices, constants = ([path for path, _ in pairs] for pairs in (parts.stacked, parts.constants))
-        grads = {path: inner.total(path) for path in (*slices, *constants) if path in inner.active}
+        grads = {path: inner.total(path, late=True) for path in (*slices, *constants) if path in inner.active}
         seeds = [seed for seed, _ in sown]
         kept = _kept(inner, seeds, (*slices, *constants))
         forward, made = self._keeping(step, inner, kept)
@@ -298,7 +307,7 @@ class _Backward(Builder):
         params = {path for path, value in step.passed(step.body)
                   if self.root.get(value, value) in self.params}
         inner = _Backward(step.body, active, self.mesh, self.regather, params,
-                          inner_dtypes(step, step.body, self.dtypes))
+                          inner_dtypes(step, step.body, self.dtypes), self.late)
         inner.anew = {s.outputs[0]: s for s in step.body.steps if not s.inputs}
         sown = []
         for result, value in (*turned.values(), *(p for p in parts.made if p[1] in self.given)):

@@ -51,9 +51,10 @@ class Gradients:
 
 def lower_results(f: Function | Gradients, layout: Layout | None, mesh: Mesh, sizes: Mapping[str, int] | None,
                   args: Sequence[Any], static: Mapping[str, Any], passes: Sequence[Pass | str],
-                  dtypes: Mapping[str, str] | None = None) -> tuple[Program, tuple[Any, ...]]:
+                  dtypes: Mapping[str, str] | None = None,
+                  late: Sequence[str] = ()) -> tuple[Program, tuple[Any, ...]]:
     """The explicit program of `f`, and for each of its results what it is like:
-    what the function returned, or a pytree's class."""
+    what the function returned, or a pytree's class. `late`: as `value_and_grad_program` has it."""
     traced_function("lower", f)
     check_layout("lower", layout)
     check_sizes(sizes or {})
@@ -61,7 +62,7 @@ def lower_results(f: Function | Gradients, layout: Layout | None, mesh: Mesh, si
     if isinstance(f, Gradients):
         program, results = lower_results(f.f, layout, mesh, sizes, args, static,
                                          [p for p in run if p.before_grad])
-        program = value_and_grad_program(program, f.wrt, mesh, f.regather, dtypes)
+        program = value_and_grad_program(program, f.wrt, mesh, f.regather, dtypes, late)
         return rewrite(program, mesh, [p for p in run if p.after_grad]), (*results, *f.likes(args))
     traced, results = trace_results(f, args, dict(static))
     program = complete(traced, f.layout if f.layout is not None else layout or Layout(), mesh, sizes)

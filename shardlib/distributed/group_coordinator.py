@@ -173,7 +173,7 @@ class GroupCoordinator(Group):
         """Hands x to member `to`, which calls `recv`."""
         self._check_peer("send", to)
         x = plain(self._dense("send", x))
-        self._pass("send", to, x.dtype, x.numel(), self.route("send", x).send, x, to)
+        self.passed("send", to, x.dtype, x.numel(), self.route("send", x).send, x, to)
 
     @eager
     def recv(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> Tensor:
@@ -184,7 +184,8 @@ class GroupCoordinator(Group):
         self._check_peer("recv", source)
         count = self._count("recv", shape)
         call = self.router.route(Call("send", None, dtype, device.type, count * dtype.itemsize)).recv
-        return self._pass("recv", source, dtype, count, call, count, dtype, device, source).view(tuple(shape))
+        got = self.passed("recv", source, dtype, count, call, count, dtype, device, source)
+        return got.view(tuple(shape))
 
     # -- tensors by name: see `tensor_dicts` -----------------------------------------------------------------
 
@@ -199,7 +200,7 @@ class GroupCoordinator(Group):
         """
         self._check_peer("send_tensors", to)
         frame, given = labelled(f"send_tensors over {self.name}", tensors, self.device)
-        self._pass("send_tensors", to, None, -1, frames.send, self._live_control(), frame, to)
+        self.passed("send_tensors", to, None, -1, frames.send, self._live_control(), frame, to)
         messages.read(frame)  # what the receiver refuses, this member does, too
         for x in given:
             if x.numel():
@@ -210,8 +211,8 @@ class GroupCoordinator(Group):
         """What member `source` sends here with `send_tensors`, in its order;
         tensors that it has on its device are on this rank's."""
         self._check_peer("recv_tensors", source)
-        frame, got = (self._pass("recv_tensors", source, None, -1, frames.recv, self._live_control(), source),
-                      {})
+        frame = self.passed("recv_tensors", source, None, -1, frames.recv, self._live_control(), source)
+        got = {}
         for each in messages.read(frame, list[Label]):
             x = each.room(self.device)
             got[each.name] = each.value(self._recv(x.shape, x.dtype, x.device, source) if x.numel() else x)
@@ -285,15 +286,15 @@ class GroupCoordinator(Group):
         finally:
             watch.last = watch.calls.pop(thread)
 
-    def _pass(self, name: str, member: int, dtype: torch.dtype | None, count: int, call: Callable,
-              *args: Any) -> Any:
+    def passed(self, name: str, member: int, dtype: torch.dtype | None, count: int, call: Callable,
+               *args: Any, at: object = None) -> Any:
         """The same for a send or a recv, of which only two members know."""
         if self._on_gpu and torch._C._cuda_getDevice() != self.device.index:
             with torch.cuda.device(self.device):
-                return self._pass(name, member, dtype, count, call, *args)
+                return self.passed(name, member, dtype, count, call, *args, at=at)
         if self._watchdog is None:
             return call(*args)
-        self._watchdog.watch.begin(self._seat, name, None, dtype, count, None, self.ranks[member])
+        self._watchdog.watch.begin(self._seat, name, None, dtype, count, at, self.ranks[member])
         if self._on_gpu:
             self._seat.streams.add(current_stream(self.device))
         try:
@@ -338,7 +339,7 @@ class GroupCoordinator(Group):
         """Hands a message to `to`, which calls `recv_message`; what cannot be written is an error on both."""
         self._check_peer("send_message", to)
         frame = messages.frame(message)
-        self._pass("send_message", to, None, -1, frames.send, self._live_control(), frame, to)
+        self.passed("send_message", to, None, -1, frames.send, self._live_control(), frame, to)
         messages.read(frame)
 
     @eager
@@ -346,7 +347,7 @@ class GroupCoordinator(Group):
         """What member `source` sends here with `send_message`, decoded as `as_type`."""
         self._check_peer("recv_message", source)
         return messages.read(
-            self._pass("recv_message", source, None, -1, frames.recv, self._live_control(), source), as_type)
+            self.passed("recv_message", source, None, -1, frames.recv, self._live_control(), source), as_type)
 
     @eager
     def barrier(self) -> None:

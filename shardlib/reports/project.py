@@ -122,6 +122,12 @@ def project(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int],
     return [replace(call, group=ranks_of(call, mesh, rank)) for call in unrolled(found)]
 
 
+def calls_at(program: Program, mesh: Mesh, here: Coordinate, sizes: Mapping[str, int],
+             dtypes: Mapping[str, str]) -> Calls:
+    """The collectives of the rank at a coordinate, `group` being their axes."""
+    return _calls(program, mesh, sizes, value_dtypes(program, dtypes), here)
+
+
 def ranks_of(call: Call, mesh: Mesh, rank: int) -> tuple[int, ...]:
     """The ranks that make a call with `rank`."""
     members = mesh.group(call.axes, rank)

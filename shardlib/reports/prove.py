@@ -33,6 +33,8 @@ from shardlib.reports.project import (
     sent,
     stage_classes,
 )
+from shardlib.reports.scheduled import ScheduledProof, prove_scheduled
+from shardlib.schedules.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class Proof:
     __repr__ = __str__
 
 
-def prove(program: Program, mesh: Mesh, sizes: Mapping[str, int],
-          dtypes: Mapping[str, str] | None = None) -> Proof:
+def prove(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None,
+          schedule: Schedule | None = None) -> Proof | ScheduledProof:
     """Prove that all ranks issue the same collectives in the same order. SpecError where they do not.
 
     sizes: of every dim of the program; dtypes: of arguments by path, float32 where nothing is said.
+    schedule: the one that the program was lowered for; then also that no rank waits for a message that never
+    comes.
 
     >>> from shardlib import Layout, einsum, lower, sharded
     >>> mesh = Mesh(dp=2, tp=4)
@@ -65,6 +69,9 @@ def prove(program: Program, mesh: Mesh, sizes: Mapping[str, int],
     >>> proof                                                           # doctest: +ELLIPSIS
     on mesh dp=2,tp=4: 8 ranks, 6 collectives, all matched; plan ...
     """
+    if schedule is not None:
+        check_branches(program)
+        return prove_scheduled(program, mesh, sizes, dtypes, schedule)
     sizes = check_given(program, mesh, sizes, dtypes or {})
     check_branches(program)
     classes = stage_classes(classes_of(mesh, sent(program), sizes), program)

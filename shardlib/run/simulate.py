@@ -19,7 +19,9 @@ from shardlib.lowering.load import load
 from shardlib.mesh import Mesh
 from shardlib.program import Program
 from shardlib.run.failures import explain_failure
+from shardlib.run.schedule import RankProgram, parts_of
 from shardlib.run.surroundings import without_autocast
+from shardlib.schedules.folding import Fold
 from shardlib.wires import WIRES, Wire
 
 
@@ -52,26 +54,68 @@ def simulate(program: Program, mesh: Mesh, args: Sequence[Mapping[str, Tensor]],
     return [{f"{i}": v for i, v in enumerate(out)} for out in outs]
 
 
-def run_ranks(ranks: Sequence[Any], log: list | None = None,
-              wires: Mapping[str, Wire] = WIRES) -> list[tuple]:
-    """Drive the ranks' generators to their ends, performing the collectives they ask for over `wires`."""
+def simulate_schedule(program: Program, fold: Fold, args: Sequence[Mapping[str, Tensor]],
+                      sizes: Mapping[str, int], log: list | None = None,
+                      most: list | None = None) -> list[dict[str, Tensor]]:
+    """The same of a program under a schedule, on every rank of its mesh.
+
+    `most` receives of each rank the bytes that it kept for backward at once.
+    """
+    given = {path: str(t.dtype).removeprefix("torch.") for path, t in args[0].items()}
+    device = next((t.device for t in args[0].values()), torch.device("cpu"))
+    (parts, kinds), sizes = parts_of(program, fold, given), complete_sizes(program, sizes)
+    ranks = [RankProgram(fold, parts, sizes, kinds, fold.mesh.coordinate(r),
+                         lambda axes, r=r: fold.mesh.group(axes, r), device)
+             for r in range(fold.mesh.world_size)]
+    mail: dict = {}
+    try:
+        with without_autocast():
+            outs = run_ranks([rank.run(args[r]) for r, rank in enumerate(ranks)], log,
+                             WIRES | {k: w for rank in ranks for k, w in rank.wires.items()}, mail)
+    except Exception as error:
+        explain_failure(error, {name: lines for rank in ranks for name, lines in rank.lines.items()})
+        raise
+    if mail:
+        raise SpecError(f"schedule: nobody takes {next(iter(mail))}")
+    if most is not None:
+        most += [rank.most for rank in ranks]
+    return [{f"{i}": v for i, v in enumerate(out)} for out in outs]
+
+
+def run_ranks(ranks: Sequence[Any], log: list | None = None, wires: Mapping[str, Wire] = WIRES,
+              mail: dict | None = None) -> list[tuple]:
+    """Drive the ranks' generators to their ends, performing the collectives they ask for over `wires`.
+
+    mail: messages that were posted and not taken yet.
+    """
     waiting: dict[int, tuple] = {}
     done: dict[int, tuple] = {}
+    mail = mail if mail is not None else {}
 
     def advance(rank: int, value: Any) -> None:
         try:
-            waiting[rank] = ranks[rank].send(value)
+            while (asked := ranks[rank].send(value))[0] == "post":
+                mail[asked[1]], value = asked[2].clone(), None
+            waiting[rank] = asked
         except StopIteration as stop:
             done[rank] = stop.value
     for rank in range(len(ranks)):
         advance(rank, None)
     while waiting:
-        ready = next((g for g in dict.fromkeys(r[0] for r in waiting.values())
+        taker = next((r for r, asked in waiting.items() if asked[0] == "take" and asked[1] in mail), None)
+        if taker is not None:
+            _, message, room = waiting.pop(taker)
+            if log is not None:
+                log.append((message, "send", room.numel()))
+            advance(taker, wires["send"].perform([mail.pop(message), room], [(), ()])[1])
+            continue
+        ready = next((g for g in dict.fromkeys(r[0] for r in waiting.values() if r[0] != "take")
                       if all(m in waiting and waiting[m][0] == g for m in g)), None)
         if ready is None:
             raise SpecError("the ranks part ways: " + "; ".join(
-                f"rank {r} waits in {waiting[r][1]} of ranks {list(waiting[r][0])}" if r in waiting
-                else f"rank {r} has ended"
+                f"rank {r} has ended" if r not in waiting else f"rank {r} waits for {waiting[r][1]}"
+                if waiting[r][0] == "take" else
+                f"rank {r} waits in {waiting[r][1]} of ranks {list(waiting[r][0])}"
                 for r in range(len(ranks))))
         requests = [waiting.pop(m) for m in ready]
         if log is not None:

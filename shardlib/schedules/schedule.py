@@ -89,9 +89,14 @@ class Schedule:
         return len({action.microbatch for action in self.actions})
 
     @cached_property
+    def kinds(self) -> str:
+        """Those of its actions, as a microbatch has them: F, FB or FIW."""
+        return "".join(kind for kind in "FBIW" if any(a.kind == kind for a in self.actions))
+
+    @cached_property
     def split(self) -> bool:
         """Whether backward is in two."""
-        return any(action.kind in "IW" for action in self.actions)
+        return "I" in self.kinds
 
     def before(self, action: Action) -> list[Action]:
         """The actions whose results it takes: on its own rank, and the one that another stage sends."""
@@ -121,8 +126,7 @@ class Schedule:
             raise SpecError(f"schedule: it has {len(actions)} actions; from 1 to {MAX_ACTIONS} are allowed")
         if twice := next((a for a, n in Counter(actions).items() if n > 1), None):
             raise SpecError(f"schedule: {twice} comes twice")
-        kinds = "".join(kind for kind in "FBIW" if any(a.kind == kind for a in actions))
-        if kinds not in ("F", "FB", "FIW"):
+        if (kinds := self.kinds) not in ("F", "FB", "FIW"):
             raise SpecError(f"schedule: its actions are {', '.join(kinds)}; they are F alone, F and B, or F, "
                             "I and W")
         stages, batches = (max(values) + 1 for values in ({a.stage for a in actions},

@@ -1,4 +1,5 @@
-"""One rank of test_gradients: the loss and its gradients under several layouts, written to a file per rank.
+"""One rank of test_gradients: the loss and its gradients under several layouts and schedules, written to a
+file per rank.
 
     torchrun --nproc-per-node 2 gradients_worker.py FOLDER
 """
@@ -15,6 +16,7 @@ from shardlib.compiler.stages import needed
 from shardlib.distributed.runtime import connect
 from shardlib.models.llama import loss
 from shardlib.params import fill, leaf_values
+from shardlib.schedules.schedule import Schedule
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
@@ -31,5 +33,15 @@ if __name__ == "__main__":
                     for path, t in (leaf_values(arg, name) if name == "w" else [(name, arg)])}
             value, grads = step(*(fill(arg, name, here.__getitem__) if name == "w" else here[name]
                                   for name, arg in job["args"].items()))
+            made[text] = [value, *(g for _, g in leaf_values(grads, ""))]
+    stages = Mesh(pp=mesh.world_size)
+    with connect(stages, "cpu") as runtime:
+        for text in job["schedules"]:
+            schedule = Schedule.parse(text)
+            step = compile(value_and_grad(loss), Layout(L="pp", B="mb"), runtime=runtime, schedule=schedule,
+                           sizes=job["sizes"], config=job["config"])
+            shards = step.shards(*job["args"].values())
+            for _ in range(2):                          # a number is a message's again in the next call
+                value, grads = step(*shards)
             made[text] = [value, *(g for _, g in leaf_values(grads, ""))]
     torch.save(made, folder / f"rank{runtime.rank}.pt")

@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 from launching import torchrun
 from simulated import Ran, configs, placements, run, tree
 
-from shardlib import Layout, Mesh, lower
+from shardlib import Layout, Mesh, lower, simulate
 from shardlib.api import value_and_grad
 from shardlib.language.held import here
 from shardlib.language.moves import COLLECTIVES
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, loss
+from shardlib.params import leaf_values
 from shardlib.program import leaves
+from shardlib.schedules.folding import Fold
+from shardlib.schedules.generators import one_f_one_b, zbv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,8 +171,9 @@ def test_real_ranks_compute_what_the_simulator_does(tmp_path: Path) -> None:
     """Over gloo, bit for bit: two pieces have one sum, in whatever order. Stages have their own."""
     batch, mesh = Batch(CONFIG, 3, 5, 0, torch.float32), Mesh(x=2)
     layouts = ("K=x,F=x,V=x", "K=x,F=x,V=x,T=x", "B=x,D=x", "T=x", "B=x,K=x,F=x", "L=x")
-    torch.save({"mesh": str(mesh), "layouts": layouts, "config": CONFIG, "sizes": batch.sizes,
-                "args": batch.args}, tmp_path / "job.pt")
+    schedules = (one_f_one_b(2, 4), zbv(2, 3))
+    torch.save({"mesh": str(mesh), "layouts": layouts, "schedules": list(map(str, schedules)),
+                "config": CONFIG, "sizes": batch.sizes, "args": batch.args}, tmp_path / "job.pt")
     finished = torchrun(2, [HELPERS / "gradients_worker.py", tmp_path])
     assert finished.returncode == 0, finished.stderr
     for rank in range(2):
@@ -179,3 +183,13 @@ def test_real_ranks_compute_what_the_simulator_does(tmp_path: Path) -> None:
             kinds = [kind for _, kind in simulated.program.result_leaves()]
             for found, held, kind in zip(made[text], simulated.held, kinds, strict=True):
                 assert torch.equal(found, held[rank]) or not here(kind, mesh.coordinate(rank))
+        value, grads = simulate(value_and_grad(loss), Layout(), *batch.args.values(), mesh=Mesh(),
+                                config=CONFIG)
+        for schedule in schedules:
+            fold = Fold(schedule, Mesh(pp=2))
+            program = lower(value_and_grad(loss), Layout(L="pp", B="mb"), *batch.args.values(),
+                            mesh=fold.mesh, schedule=schedule, config=CONFIG)
+            for found, whole, (_, kind) in zip(made[str(schedule)], [value, *(g for _, g in leaf_values(
+                    grads, ""))], program.result_leaves(), strict=True):
+                if not (mine := fold.shard(whole, kind, fold.mesh.coordinate(rank))).is_meta:
+                    torch.testing.assert_close(found, mine)

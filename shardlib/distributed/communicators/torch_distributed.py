@@ -55,7 +55,7 @@ class TorchDistributed:
         self.in_order = self.places == tuple(range(self.size))
         self.backend = dist.get_backend(group)
         self.device = "cuda" if self.backend == "nccl" else "cpu"
-        self.deterministic = self.backend == "gloo"
+        self.deterministic = self.posts = self.backend == "gloo"
         self.name = f"torch.distributed ({self.backend})"
         self._reduced = _REDUCED[self.backend]
 
@@ -148,6 +148,15 @@ class TorchDistributed:
 
     def recv(self, count: int, dtype: torch.dtype, device: torch.device, source: int) -> Tensor:
         self._pass(dist.irecv, out := torch.empty(count, dtype=dtype, device=device), source)
+        return out
+
+    def post(self, x: Tensor, to: int, number: int) -> dist.Work | None:
+        """Hands x to member `to`, which calls `take` with the same number; waits for nobody. gloo alone."""
+        return dist.isend(_movable(x), group=self.group, group_dst=self.places[to], tag=number)
+
+    def take(self, count: int, dtype: torch.dtype, device: torch.device, source: int, number: int) -> Tensor:
+        out = torch.empty(count, dtype=dtype, device=device)
+        dist.recv(_movable(out), group=self.group, group_src=self.places[source], tag=number)
         return out
 
     def _pass(self, way: Callable[..., object], x: Tensor, member: int) -> None:
