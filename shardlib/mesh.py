@@ -165,6 +165,8 @@ class Mesh:
     def resolve(self, spec: Spec, keep_whole: bool = False) -> Spec:
         """The type of `spec` on this mesh; with `keep_whole` it still says which
         dims are whole on purpose."""
+        if self._is_type(spec, keep_whole):
+            return spec
         where = f'spec "{spec}"'
         dims = tuple(Dim(tuple(Factor(f.name, self.expand(f.axes, where), keep_whole and f.whole)
                                for f in d.factors), d.size, d.ragged)
@@ -177,6 +179,12 @@ class Mesh:
                 raise SpecError(
                     f"{where}: axis {o.axis} has coordinates 0 to {self.axes[o.axis] - 1}, not {o.at}")
         return Spec(dims, owed, spec.ellipsis)
+
+    def _is_type(self, spec: Spec, keep_whole: bool) -> bool:
+        """Whether `spec` says axes of this mesh alone, nothing held, and `/1` only where it is kept."""
+        return (all(a in self.axes for a in spec.split_axes)
+                and (keep_whole or not any(f.whole for d in spec.dims for f in d.factors))
+                and all(o.axis in self.axes and o.at is None for o in spec.owed))
 
     def rows(self, dim: Dim, sizes: Mapping[str, int], coordinate: Mapping[str, int]) -> tuple[int, int]:
         """(start, size) of what `coordinate` holds along `dim`, in rows of it."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal, Protocol, TypeGuard
@@ -104,13 +104,13 @@ class Dim:
         """The same dim split over `axes` and nothing else."""
         if not self.factors:
             return self
-        return replace(self, factors=(Factor(self.factors[0].name, tuple(axes)), *self.factors[1:]))
+        return Dim((Factor(self.factors[0].name, tuple(axes)), *self.factors[1:]), self.size, self.ragged)
 
     def split_by(self, axes: Mapping[str, tuple[str, ...]]) -> Dim:
         """The same dim, each factor that may be split over `axes[name]` (nothing, where missing)."""
         free = self.factors if self.ragged else self.factors[:1]
-        return replace(self, factors=(*(Factor(f.name, tuple(axes.get(f.name, ()))) for f in free),
-                                      *self.factors[len(free):]))
+        return Dim((*[Factor(f.name, tuple(axes.get(f.name, ()))) for f in free], *self.factors[len(free):]),
+                   self.size, self.ragged)
 
     def __str__(self) -> str:
         if not self.factors:
@@ -203,16 +203,18 @@ class Spec:
     def split(self, axes: Mapping[str, tuple[str, ...]]) -> Spec:
         """The same dims, each label split over `axes[label]` (nothing, where missing), owing the same;
         ragged ones stay."""
-        return replace(self, dims=tuple(d if d.ragged else d.split(axes.get(d.label, ())) for d in self.dims))
+        return Spec(tuple([d if d.ragged else d.split(axes.get(d.label, ())) for d in self.dims]), self.owed,
+                    self.ellipsis)
 
     def split_by(self, axes: Mapping[str, tuple[str, ...]]) -> Spec:
         """The same dims, each name that may be split over `axes[name]` (nothing, where missing), owing the
         same."""
-        return replace(self, dims=tuple(d.split_by(axes) for d in self.dims))
+        return Spec(tuple([d.split_by(axes) for d in self.dims]), self.owed, self.ellipsis)
 
     def owing(self, *owed: Owed | str) -> Spec:
         """The same dims, owing exactly `owed`; a plain axis name stands for a sum."""
-        return replace(self, owed=tuple(o if isinstance(o, Owed) else Owed("+", o) for o in owed))
+        said = tuple([o if isinstance(o, Owed) else Owed("+", o) for o in owed])
+        return Spec(self.dims, said, self.ellipsis)
 
     def keeping(self, pinned: Mapping[str, tuple[str, ...]]) -> Spec:
         """The same dims, those whose first name is in `pinned` split so, or whole on purpose."""
@@ -238,17 +240,19 @@ class Spec:
 
 def _check(spec: Spec) -> None:
     names, axes = spec.names, [*spec.split_axes, *(o.axis for o in spec.owed)]
-    for name in names:
-        if names.count(name) > 1:
-            raise SpecError(
-                f'spec "{spec.text}": dim {name} appears twice; give the second one its own letter')
-    for axis in axes:
-        if axes.count(axis) > 1:
-            raise SpecError(
-                f'spec "{spec.text}": axis {axis} is used twice; an axis splits one dim, or is owed, once')
-    if any(o.kind == "max" for o in spec.owed) and any(o.kind == "+" for o in spec.owed):
+    if len(set(names)) < len(names):
+        raise SpecError(f'spec "{spec.text}": dim {_twice(names)} appears twice; give the second one its own '
+                        "letter")
+    if len(set(axes)) < len(axes):
+        raise SpecError(f'spec "{spec.text}": axis {_twice(axes)} is used twice; an axis splits one dim, or '
+                        "is owed, once")
+    if {"max", "+"} <= {o.kind for o in spec.owed}:
         raise SpecError(
             f'spec "{spec.text}": an owed max beside an owed sum has no meaning; reduce one of them first')
+
+
+def _twice(names: Sequence[str]) -> str:
+    return next(name for name in names if names.count(name) > 1)
 
 
 def check_text(what: str, text: object, longest: int = MAX_TEXT) -> None:
