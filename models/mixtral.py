@@ -24,8 +24,10 @@ from shardlib.ops import (
     dispatch,
     embedding,
     grouped_einsum,
+    load_balancing_loss,
     rms_norm,
     route,
+    router_z_loss,
     update_cache,
 )
 
@@ -35,10 +37,13 @@ class MixtralConfig(LlamaConfig):
     """What a checkpoint says of its model. d_ff: of each expert.  top_k: experts a token.
 
     window: how many keys a query sees at most, its own among them; None: all before it.
+    balance, z_loss: how much the load balancing loss counts in training, and the router's z-loss.
     """
     num_experts: int
     top_k: int
     window: int | None = None
+    balance: float = 0.0
+    z_loss: float = 0.0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -66,26 +71,33 @@ class Mixtral(Params):
 
 
 def moe(x, w, config):
-    weights, experts = route("B T E -> B T J, B T J", einsum("B T D, D E/1 -> B T E/1", x, w.router),
-                             top_k=config.top_k)
+    """What the experts make of x; what the router says, and whom it chose."""
+    logits = einsum("B T D, D E/1 -> B T E/1", x, w.router)
+    weights, experts = route("B T E -> B T J, B T J", logits, top_k=config.top_k)
     rows, at = dispatch("B T D, B T J -> (E B T)~J D, (E B T)~J", x, experts)
     gate = grouped_einsum("(E B T)~J D, (E B T)~J, E D F -> (E B T)~J F", rows, at, w.gate)
     up   = grouped_einsum("(E B T)~J D, (E B T)~J, E D F -> (E B T)~J F", rows, at, w.up)
     down = grouped_einsum("(E B T)~J F, (E B T)~J, E F D -> (E B T)~J D", silu(gate) * up, at, w.down)
-    return combine("(E B T)~J D, (E B T)~J, B T J -> B T D", down, at, weights)
+    return combine("(E B T)~J D, (E B T)~J, B T J -> B T D", down, at, weights), logits, experts
 
 
 def rest(x, a, w, config):
     x = x + einsum("B T K G H, K G H D -> B T D", a, w.wo)
-    return x + moe(rms_norm(x, w.norm2, config.norm_eps), w, config)
+    y, *router = moe(rms_norm(x, w.norm2, config.norm_eps), w, config)
+    return x + y, *router
 
 
-@sharded("B T D, *, B T/1 H -> B T D")
-def block(x, w: Block, angles, *, config):
+@sharded("B T D, *, B T/1 H -> B T D, B T E/1, B T J")
+def routed_block(x, w: Block, angles, *, config):
     q, k, v = heads(x, w, angles, config)
     k, v = rename("B T K H -> B S K H", k), rename("B T K H -> B S K H", v)
     a = attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v, window=config.window)
     return rest(x, a, w, config)
+
+
+@sharded("B T D, *, B T/1 H -> B T D")
+def block(x, w: Block, angles, *, config):
+    return routed_block(x, w, angles, config=config)[0]
 
 
 @sharded("B T D, *, *, B, B T/1 H -> B T D, *")
@@ -94,7 +106,7 @@ def cached_block(x, w: Block, cache: KeyValue, start, angles, *, config):
     k = update_cache("B S K H, B T K H, B -> B S K H", cache.k, k, start)
     v = update_cache("B S K H, B T K H, B -> B S K H", cache.v, v, start)
     a = attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, k, v, start, window=config.window)
-    return rest(x, a, w, config), KeyValue(k=k, v=v)
+    return rest(x, a, w, config)[0], KeyValue(k=k, v=v)
 
 
 @sharded("B T D, *, *, B, B T/1 H -> B T D, *")
@@ -105,7 +117,7 @@ def prompt_block(x, w: Block, cache: KeyValue, start, angles, *, config):
                     v=update_cache("B S K H, B T K H, B -> B S K H", cache.v, v, start))
     k, v = rename("B T K H -> B P K H", k), rename("B T K H -> B P K H", v)
     a = attention("B T K G H, B P K H, B P K H -> B T K G H", q, k, v, window=config.window)
-    return rest(x, a, w, config), kept
+    return rest(x, a, w, config)[0], kept
 
 
 @sharded("B T/1, *, *, B, B -> B V/1, *")
@@ -144,13 +156,25 @@ def prompt_token(ids, w: Mixtral, cache: Cache, start, last, *, config):
 def logits_of(ids, w: Mixtral, start, *, config):
     """Logits after every token, without a cache: training, scoring."""
     x = embedding("B T, V D -> B T D", ids, w.embed)
-    x = scan(block, x, w.layers, angles_at(start, config), config=config)
+    return head(scan(block, x, w.layers, angles_at(start, config), config=config), w, config)
+
+
+def head(x, w, config):
     return einsum("B T D, V D -> B T V", rms_norm(x, w.norm, config.norm_eps),
                   w.embed if w.head is None else w.head)
 
 
 @sharded("B T/1, B T/1, *, B -> ()")
 def loss(ids, labels, w: Mixtral, start, *, config):
-    """Mean cross entropy, in nats per token."""
-    return mean("B T -> ()",
-                cross_entropy("B T V, B T -> B T", logits_of(ids, w, start, config=config), labels))
+    """Mean cross entropy, in nats per token, and what `config` adds for its routers."""
+    if not config.balance and not config.z_loss:
+        return mean_loss(logits_of(ids, w, start, config=config), labels)
+    x = embedding("B T, V D -> B T D", ids, w.embed)
+    x, router, experts = scan(routed_block, x, w.layers, angles_at(start, config), config=config)
+    return (mean_loss(head(x, w, config), labels)
+            + config.balance * load_balancing_loss("L B T E/1, L B T J -> ()", router, experts)
+            + config.z_loss * router_z_loss("L B T E/1 -> ()", router))
+
+
+def mean_loss(logits, labels):
+    return mean("B T -> ()", cross_entropy("B T V, B T -> B T", logits, labels))

@@ -32,6 +32,8 @@ def config_from_hf(config: Mapping[str, Any]) -> MixtralConfig:
     if top_k > experts:
         raise said.error(f"num_experts_per_tok is {top_k}, of {experts} experts")
     theta, scaling = hf_rope(said)
+    balanced = (said.flag("output_router_logits", default=False)
+                and said.fields.get("router_aux_loss_coef", 1e-3) != 0)
     return MixtralConfig(
         vocab_size=said.size("vocab_size"), d_model=d_model, num_layers=said.size("num_hidden_layers"),
         num_kv_heads=kv_heads, queries_per_kv=said.whole(heads, kv_heads, "query heads for each kv head"),
@@ -40,4 +42,5 @@ def config_from_hf(config: Mapping[str, Any]) -> MixtralConfig:
         d_ff=said.size("intermediate_size"), norm_eps=said.number("rms_norm_eps", default=1e-5),
         rope_theta=theta, rope_scaling=scaling, tied=said.flag("tie_word_embeddings", default=False),
         max_context=context, num_experts=experts, top_k=top_k,
-        window=window if window and window < context else None)
+        window=window if window and window < context else None,
+        balance=said.number("router_aux_loss_coef", default=1e-3) if balanced else 0.0)

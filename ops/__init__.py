@@ -18,6 +18,7 @@ from shardlib.ops.layer_norm import layer_norm
 from shardlib.ops.rms_norm import rms_norm
 from shardlib.ops.rope import rope, rope_table
 from shardlib.ops.route import route
+from shardlib.ops.router_losses import load_balancing_loss, router_z_loss
 from shardlib.ops.sampling import sample
 from shardlib.ops.take import embedding, one_hot, scatter_add, take
 
@@ -26,5 +27,5 @@ TABLE = {**_attention.TABLE, **attention_vjp.TABLE, **_cross_entropy.TABLE, **_e
          **_route.TABLE, **sampling.TABLE, **_take.TABLE}
 
 __all__ = ["attention", "causal_mask", "combine", "cross_entropy", "dispatch", "embedding", "group_norm",
-           "grouped_einsum", "layer_norm", "one_hot", "rms_norm", "rope", "rope_table", "route", "sample",
-           "scatter_add", "take", "update_cache"]
+           "grouped_einsum", "layer_norm", "load_balancing_loss", "one_hot", "rms_norm", "rope", "rope_table",
+           "route", "router_z_loss", "sample", "scatter_add", "take", "update_cache"]

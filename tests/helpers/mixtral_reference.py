@@ -26,7 +26,8 @@ def configs(draw: st.DrawFn) -> MixtralConfig:
         queries_per_kv=draw(st.integers(1, 2)), head_dim=2 * draw(st.integers(1, 3)),
         d_ff=draw(st.integers(1, 7)), norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
         tied=draw(st.booleans()), max_context=64, num_experts=experts,
-        top_k=draw(st.integers(1, min(4, experts))), window=draw(st.sampled_from((None, None, 1, 2, 3))))
+        top_k=draw(st.integers(1, min(4, experts))), window=draw(st.sampled_from((None, None, 1, 2, 3))),
+        balance=draw(st.sampled_from((0.0, 0.5))), z_loss=draw(st.sampled_from((0.0, 0.25))))
 
 
 def random_weights(config: MixtralConfig, seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -46,6 +47,12 @@ def tree(weights: Mapping[str, Tensor], config: MixtralConfig) -> object:
 
 def logits(w: Mapping[str, Tensor], ids: Tensor, config: MixtralConfig) -> Tensor:
     """Logits after every token, in the dtype of `w`; rotary tables in fp32, as everywhere."""
+    return logits_and_routers(w, ids, config)[0]
+
+
+def logits_and_routers(w: Mapping[str, Tensor], ids: Tensor, config: MixtralConfig) -> tuple[Tensor, Tensor]:
+    """And what the routers say, layer by layer."""
+    routers: list[Tensor] = []
     x, half = w["embed"][ids], config.head_dim // 2
     slow = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
     turn = torch.arange(ids.shape[1], dtype=torch.float32)[:, None] * slow
@@ -68,17 +75,25 @@ def logits(w: Mapping[str, Tensor], ids: Tensor, config: MixtralConfig) -> Tenso
             seen = score.masked_fill(~seen_by, -torch.inf).softmax(-1)
             x = x + torch.einsum("bkts,bskh,khd->btd", seen, v, l["wo"][:, g])
         h = norm(x, l["norm2"])
-        best, chosen = (h @ l["router"]).softmax(-1).topk(config.top_k, -1)
+        routers.append(h @ l["router"])
+        best, chosen = routers[-1].softmax(-1).topk(config.top_k, -1)
         inner = torch.nn.functional.silu(torch.einsum("btd,edf->btef", h, l["gate"]))
         every = torch.einsum("btef,efd->bted", inner * torch.einsum("btd,edf->btef", h, l["up"]), l["down"])
         share = torch.zeros(*h.shape[:2], config.num_experts, dtype=x.dtype).scatter(
             2, chosen, best / best.sum(-1, keepdim=True))
         x = x + torch.einsum("bte,bted->btd", share, every)
-    return norm(x, w["norm"]) @ w.get("head", w["embed"]).T
+    return norm(x, w["norm"]) @ w.get("head", w["embed"]).T, torch.stack(routers)
 
 
 def loss(w: Mapping[str, Tensor], ids: Tensor, labels: Tensor, config: MixtralConfig) -> Tensor:
-    return -logits(w, ids, config).log_softmax(-1).gather(-1, labels[..., None]).mean()
+    """Cross entropy; the load balancing loss as transformers has it; the z-loss by its formula."""
+    found, routers = logits_and_routers(w, ids, config)
+    ce = -found.log_softmax(-1).gather(-1, labels[..., None]).mean()
+    rows = routers.flatten(0, 2)
+    odds, n = rows.softmax(-1), config.num_experts
+    load = torch.nn.functional.one_hot(odds.topk(config.top_k, -1).indices, n).sum(1).to(odds.dtype).mean(0)
+    balance = n * (load * odds.mean(0)).sum()
+    return ce + config.balance * balance + config.z_loss * rows.exp().sum(-1).log().square().mean()
 
 
 def to_transformers(weights: Mapping[str, Tensor], config: MixtralConfig) -> MixtralForCausalLM:
@@ -89,8 +104,10 @@ def to_transformers(weights: Mapping[str, Tensor], config: MixtralConfig) -> Mix
         num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
         num_local_experts=config.num_experts, num_experts_per_tok=config.top_k, sliding_window=config.window,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tied, max_position_embeddings=config.max_context, bos_token_id=None,
-        eos_token_id=None, attn_implementation="eager", experts_implementation="eager"))
+        output_router_logits=config.balance > 0,
+        router_aux_loss_coef=config.balance, tie_word_embeddings=config.tied,
+        max_position_embeddings=config.max_context, bos_token_id=None, eos_token_id=None,
+        attn_implementation="eager", experts_implementation="eager"))
     found = {"model.embed_tokens.weight": weights["embed"], "model.norm.weight": weights["norm"],
              "lm_head.weight": weights.get("head", weights["embed"])}
     for i in range(config.num_layers):

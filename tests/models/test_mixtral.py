@@ -86,6 +86,20 @@ def test_loss_and_gradients(trial: Trial, placement: tuple[str, str]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("placement", (("", ""), ("dp=2,tp=2", "B=dp,E=dp/tp,K=tp,F=tp,V=tp,T=tp")))
+def test_what_the_loss_adds_for_balance_is_what_transformers_adds(placement: tuple[str, str]) -> None:
+    """Over all tokens of all layers, with its gradient; theirs is in float32."""
+    plain, balanced = Trial(CONFIG, 3, 5, 1), Trial(replace(CONFIG, balance=1.0), 3, 5, 1)
+    theirs = reference.to_transformers(balanced.weights, balanced.config)
+    aux = theirs(plain.ids).aux_loss
+    wanted = torch.autograd.grad(aux, theirs.model.layers[0].mlp.gate.weight)[0].T
+    more, less = (trial.run(value_and_grad(loss), placement, torch.float64, labels=plain.labels)
+                  for trial in (balanced, plain))
+    at = 1 + list(plain.weights).index("layers.router")
+    found = [more[0] - less[0], more[at][0] - less[at][0]]
+    torch.testing.assert_close(found, [aux.detach().double(), wanted], rtol=1e-5, atol=1e-6)
+
+
 CONFIG = MixtralConfig(vocab_size=19, d_model=12, num_layers=2, num_kv_heads=2, queries_per_kv=2, head_dim=4,
                        d_ff=10, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=False, max_context=64,
                        num_experts=5, top_k=2, window=2)
@@ -204,6 +218,14 @@ def test_a_config_that_is_not_implemented_says(more: dict[str, Any], says: str) 
 def test_a_window_as_long_as_the_context_is_none() -> None:
     assert config_from_hf({**HF, "sliding_window": 64}) == config_from_hf(HF)
     assert config_from_hf({**HF, "sliding_window": 63}) == replace(config_from_hf(HF), window=63)
+
+
+def test_the_loss_is_balanced_where_transformers_would() -> None:
+    for said, balance in (({}, 0.0), ({"output_router_logits": True}, 1e-3),
+                          ({"router_aux_loss_coef": 0.5}, 0.0),
+                          ({"router_aux_loss_coef": 0.5, "output_router_logits": True}, 0.5),
+                          ({"router_aux_loss_coef": 0.0, "output_router_logits": True}, 0.0)):
+        assert config_from_hf({**HF, **said}).balance == balance
 
 
 def test_no_kernel_takes_a_step_whose_window_it_would_not_see() -> None:

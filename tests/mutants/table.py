@@ -46,7 +46,7 @@ TOKENIZERS, GGUF = ("tests/models/test_saved_tokenizers.py -k unless_the_folder"
                     "tests/models/test_gguf_defaults.py")
 RESULTS, RANDOM, CONFIGS, LOADING, HEADERS = (f"tests/models/test_{name}.py" for name in (
     "results", "random_weights", "weights_config", "weights_load", "weights_checkpoint"))
-MIXTRAL = "tests/models/test_mixtral.py"
+MIXTRAL, BALANCE = "tests/models/test_mixtral.py", "tests/ops/test_router_losses.py"
 SIMULATED = "tests/run/test_simulate.py"
 DECODER, ROTATED = "tests/models/test_decoder.py", "tests/compiler/test_rotate_scan.py -k leaves_alone"
 FUSE, FUSED, KERNELS = ("tests/compiler/test_fuse.py", "tests/language/test_fused.py",
@@ -898,4 +898,12 @@ MUTANTS = (
            'B P K H, B P K H -> B T K G H", q, k, v)', MIXTRAL + " -k greedy_tokens"),
     Mutant("models/mixtral_config.py", "if window and window < context", "if window and window < context - 1",
            MIXTRAL + " -k window_as_long"),
+    Mutant("ops/router_losses.py", "softmax(apply(WIDEN, (logits,)), ", "softmax(logits, ",
+           BALANCE + " -k narrow"),
+    Mutant("ops/router_losses.py", 'sum(f"{j} -> ()", mean(', 'mean(f"{j} -> ()", mean(',
+           BALANCE + " -k gradient"),
+    Mutant("ops/router_losses.py", ' * sum(f"{e} -> ()", ones(e))', "", BALANCE + " -k gradient"),
+    Mutant("ops/router_losses.py", "or ins[1].labels[-1] in ins[0].labels", "", BALANCE + " -k no_balance"),
+    Mutant("models/mixtral_config.py", 'said.flag("output_router_logits", default=False)\n', "True\n",
+           MIXTRAL + " -k transformers_would"),
 )
