@@ -9,7 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardlib import EXPLICIT, Layout, Mesh, SpecError, lower, prove, sharded, simulate, value_and_grad
+from shardlib import (
+    EXPLICIT,
+    Layout,
+    Mesh,
+    SpecError,
+    all_reduce,
+    einsum,
+    lower,
+    prove,
+    shard,
+    sharded,
+    simulate,
+    value_and_grad,
+)
 from shardlib.functions import exp, mean, silu, sum
 from shardlib.ops import combine, dispatch, grouped_einsum
 
@@ -192,6 +205,31 @@ def test_a_whole_shared_expert_is_not_added_to_an_owed_sum() -> None:
     x, chosen = drawn(3, 4, 2, 3, 2)[:2]
     assert refusal(shared, x, chosen, x, LOAD) == (
         "add: y is whole, combine(...) owes a sum over ep; the sum would count y once for every rank of ep")
+
+
+def test_a_whole_shared_expert_is_not_reduced() -> None:
+    @sharded("N D, N J, N D, E -> N D", layout=EXPLICIT)
+    def shared(x, chosen, y, load):
+        rows, at = dispatch("N D, N J -> (E/ep N)~J D, (E/ep N)~J", x, chosen)
+        routed = combine("(E/ep N)~J D, (E/ep N)~J -> N D +ep", rows, at)
+        return all_reduce("N D +ep -> N D", routed) + all_reduce("N D +ep -> N D", y)
+    x, chosen = drawn(3, 4, 2, 3, 2)[:2]
+    assert refusal(shared, x, chosen, x, LOAD) == (
+        "all_reduce: y owes no sum over ep; reducing it would count it once for every rank of ep")
+
+
+def test_a_shared_expert_that_owes_is_paid_with_the_others() -> None:
+    """Where its width is split over the axis of the experts, one sum of both is reduced."""
+    @sharded("N D, N J, F D, N F, E -> N D", layout=EXPLICIT)
+    def shared(x, chosen, w, h, load):
+        rows, at = dispatch("N D, N J -> (E/ep N)~J D, (E/ep N)~J", x, chosen)
+        routed = combine("(E/ep N)~J D, (E/ep N)~J -> N D +ep", rows, at)
+        h, w = shard("N F -> N F/ep", h), shard("F D -> F/ep D", w)
+        return all_reduce("N D +ep -> N D", routed + einsum("N F/ep, F/ep D -> N D +ep", h, w))
+    x, chosen, _, up, _ = drawn(3, 4, 2, 3, 2)
+    h, w = torch.randn(3, 5, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(simulate(shared, Layout(), x, chosen, w, h, LOAD, mesh=Mesh(ep=2)),
+                               2 * x + h @ w)
 
 
 @pytest.mark.parametrize("call, text", (
