@@ -15,9 +15,10 @@ from torch import Tensor
 from shardlib import Layout, Mesh, Params, lower, prove
 from shardlib.api import shard_of
 from shardlib.models import llama
-from shardlib.models.decoding import Sampling, next_sample, prompt_sample
+from shardlib.models.decoding import SAMPLING, Sampling
+from shardlib.models.families import family_of
 from shardlib.models.layouts import named_layout
-from shardlib.models.llama import Cache, Llama, LlamaConfig, RopeScaling, next_token, prompt_token
+from shardlib.models.llama import Cache, Llama, LlamaConfig, RopeScaling
 from shardlib.params import fill, init, leaf_values
 from shardlib.placement import join
 from shardlib.program import Program
@@ -97,14 +98,16 @@ def line(text: str) -> str:
 
 # -- generation ----------------------------------------------------------------------------------------------
 
-def generate(weights: Llama, config: LlamaConfig, layout: Layout, mesh: Mesh,
+def generate(weights: Any, config: LlamaConfig, layout: Layout, mesh: Mesh,
              prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int] = (),
              sampling: Sampling = Sampling()) -> list[list[int]]:
     """What `decoding.Model.generate` says under the same names, by the same programs,
     with all ranks in this process."""
-    static = {"config": config, **({"sampling": sampling} if sampling.temperature else {})}
-    functions = (prompt_sample, next_sample) if sampling.temperature else (prompt_token, next_token)
-    programs = [lower(f, layout, None, weights, mesh=mesh, **static) for f in functions]
+    static, family = {"config": config}, family_of(config)
+    if sampling.temperature:
+        static["sampling"] = sampling
+    later, first = SAMPLING[family.name] if sampling.temperature else (family.next_token, family.prompt_token)
+    programs = [lower(f, layout, None, weights, mesh=mesh, **static) for f in (first, later)]
     longest, rows = max(map(len, prompts)), len(prompts)
     sizes = dict(config.sizes, B=rows, S=longest + max_new_tokens)
     leaves = dict(programs[0].arg_leaves())

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import torchrun
 from safetensors.torch import save_file
-from simulated import run
+from simulated import generate, run
 from torch import Tensor
 
 from shardlib import Layout, Mesh, lower, value_and_grad
@@ -117,6 +117,20 @@ def test_a_line_of_layout_is_all_there_is() -> None:
     assert sent(Layout(E="ep", F="tp"), Mesh(ep=2, tp=2)) == ["all_reduce"]
     assert sent(Layout(B="dp", E=("dp", "tp")), Mesh(dp=2, tp=2)) == [
         "all_gather", "all_gather", "all_gather", "reduce_scatter", "all_reduce"]
+
+
+@pytest.mark.parametrize("placement", (("pp=2", "L=pp"), ("pp=2,ep=2", "L=pp,B=ep,E=ep")))
+def test_stages_give_what_one_rank_gives(placement: tuple[str, str]) -> None:
+    """Three layers on two stages: the loss, with what its routers add, all gradients, logits, and tokens."""
+    config = replace(CONFIG, num_layers=3, balance=0.5, z_loss=0.25)
+    trial = Trial(config, 3, 5, 2)
+    for f, args in ((value_and_grad(loss), dict(labels=trial.labels)), (logits_of, {})):
+        found, wanted = (trial.run(f, at, torch.float64, **args) for at in (placement, ("", "")))
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    w = reference.tree(trial.weights, config)
+    mesh, layout = Mesh.parse(placement[0]), Layout.parse(placement[1])
+    assert generate(w, config, layout, mesh, PROMPTS, 4) == generate(w, config, Layout(), Mesh(), PROMPTS, 4)
 
 
 # -- from folders --------------------------------------------------------------------------------------------
