@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from shardlib.models.gallery import LAYOUTS, PAGES
+from shardlib.models.gallery import EXPERTS, LAYOUTS, PAGES
 from shardlib.models.gallery.page import Page
 
 PAGE = Path(__file__).with_name("gallery.md")
@@ -18,7 +18,7 @@ a Hugging Face folder's weights are read by a table of its tensors' names and di
 (`config_of` and `load` of [models/gallery/page.py](../models/gallery/page.py)).
 
 `tests/models/test_gallery.py` holds logits and gradients of small random models against transformers, and those under every
-layout below against one rank.
+layout below against one rank; those of models with experts under the last two, and three of the others.
 
 | model | page | lines | of these code | what it is |
 |---|---|---|---|---|
@@ -43,7 +43,8 @@ def row(page: Page) -> str:
 
 def page() -> str:
     """The text of docs/gallery.md."""
-    layouts = (f"| {name} | `{layout}` | {mesh.world_size} |\n" for name, (mesh, layout) in LAYOUTS.items())
+    layouts = (f"| {name} | `{layout}` | {mesh.world_size} |\n"
+               for name, (mesh, layout) in {**LAYOUTS, **EXPERTS}.items())
     return HEAD + "".join(map(row, PAGES.values())) + LAYOUT_HEAD + "".join(layouts)
 
 

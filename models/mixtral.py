@@ -70,15 +70,19 @@ class Mixtral(Params):
     head: Tensor = param("V D")                     # absent where the embedding is tied
 
 
-def moe(x, w, config):
-    """What the experts make of x; what the router says, and whom it chose."""
-    logits = einsum("B T D, D E/1 -> B T E/1", x, w.router)
-    weights, experts = route("B T E -> B T J, B T J", logits, top_k=config.top_k)
-    rows, at = dispatch("B T D, B T J -> (E B T)~J D, (E B T)~J", x, experts)
+def through_experts(x, weights, chosen, w):
+    rows, at = dispatch("B T D, B T J -> (E B T)~J D, (E B T)~J", x, chosen)
     gate = grouped_einsum("(E B T)~J D, (E B T)~J, E D F -> (E B T)~J F", rows, at, w.gate)
     up   = grouped_einsum("(E B T)~J D, (E B T)~J, E D F -> (E B T)~J F", rows, at, w.up)
     down = grouped_einsum("(E B T)~J F, (E B T)~J, E F D -> (E B T)~J D", silu(gate) * up, at, w.down)
-    return combine("(E B T)~J D, (E B T)~J, B T J -> B T D", down, at, weights), logits, experts
+    return combine("(E B T)~J D, (E B T)~J, B T J -> B T D", down, at, weights)
+
+
+def moe(x, w, config):
+    """What the experts make of x; what the router says, and whom it chose."""
+    logits = einsum("B T D, D E/1 -> B T E/1", x, w.router)
+    weights, chosen = route("B T E -> B T J, B T J", logits, top_k=config.top_k)
+    return through_experts(x, weights, chosen, w), logits, chosen
 
 
 def rest(x, a, w, config):

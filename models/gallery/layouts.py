@@ -1,4 +1,4 @@
-"""The layouts under which every page is tested, each on a mesh of its own."""
+"""The layouts under which pages are tested, each on a mesh of its own; EXPERTS: those that have some."""
 from __future__ import annotations
 
 from shardlib.layout import Layout
@@ -14,4 +14,9 @@ LAYOUTS = {
     "d_model": (TWO, Layout(D="x")),
     "all of them": (FOUR, Layout(B="y", K="x", F="x", V="x", T="x", D="y")),
     "more ranks than kv heads": (FOUR, Layout(K="x", G="y", F=("x", "y"), V=("y", "x"))),
+}
+EXPERTS = {
+    **{name: LAYOUTS[name] for name in ("sequence parallel", "all of them", "more ranks than kv heads")},
+    "experts over tensor parallel ranks": (TWO, Layout(K="x", E="x", V="x")),
+    "experts over all ranks": (FOUR, Layout(B="x", E=("x", "y"), K="y", V="y")),
 }

@@ -11,8 +11,8 @@ Each rank reads its own shards from a Hugging Face folder, as `shardlib.models.f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -41,6 +41,13 @@ class Config:
     @property
     def sizes(self) -> dict[str, int]:
         return dict(self.letters)
+
+    def with_sizes(self, **sizes: int) -> Self:
+        """The same with other sizes, or more."""
+        return replace(self, letters=tuple({**self.sizes, **sizes}.items()))
+
+
+C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -86,21 +93,26 @@ def _those(tree: Any, rows: Mapping[str, Weight]) -> Any:
                          else value if value in rows else None for name, value in vars(tree).items()})
 
 
-def decoder_config(said: Said, **more: Any) -> Config:
-    """The config of a decoder with grouped queries, as most have it."""
+def decoder_config(said: Said, kind: type[C] = Config, eps: float = 1e-6, **more: Any) -> C:
+    """The config of a decoder with grouped queries, as most have it. eps: where it says none."""
     d_model, heads = said.size("hidden_size"), said.size("num_attention_heads")
     kv_heads = said.size("num_key_value_heads", default=heads)
     head_dim = said.size("head_dim", default=None) or said.whole(d_model, heads, "elements a head")
-    rope = Said({"rope_theta": 10_000.0, **(said.fields.get("rope_parameters") or {})}, said.where)
-    rope.only("rope_type", "default", default="default")
-    rope.only("partial_rotary_factor", 1, default=1)
     said.only("hidden_act", "silu", default="silu")
-    return Config(
+    return kind(
         (("V", said.size("vocab_size")), ("D", d_model), ("L", said.size("num_hidden_layers")),
          ("K", kv_heads), ("G", said.whole(heads, kv_heads, "query heads for each kv head")),
          ("H", said.even(head_dim)), ("F", said.size("intermediate_size"))),
-        eps=said.number("rms_norm_eps", default=1e-6), theta=rope.number("rope_theta"),
+        eps=said.number("rms_norm_eps", default=eps), theta=rope_theta(said),
         tied=said.flag("tie_word_embeddings", default=False), **more)
+
+
+def rope_theta(said: Said) -> float:
+    """The base of a rotary embedding that is the plain one."""
+    rope = Said({"rope_theta": 10_000.0, **(said.fields.get("rope_parameters") or {})}, said.where)
+    rope.only("rope_type", "default", default="default")
+    rope.only("partial_rotary_factor", 1, default=1)
+    return rope.number("rope_theta")
 
 
 def decoder_rows(config: Config, *more: Weight, without: tuple[str, ...] = ()) -> tuple[Weight, ...]:
@@ -108,6 +120,11 @@ def decoder_rows(config: Config, *more: Weight, without: tuple[str, ...] = ()) -
     rows = {row.path: row for row in (*_DECODER, *more)}
     return tuple(row for path, row in rows.items()
                  if path not in without and not (config.tied and path == "head"))
+
+
+def ends(config: Config) -> tuple[Weight, ...]:
+    """The rows of what is no layer."""
+    return tuple(row for row in decoder_rows(config) if not row.path.startswith("layers."))
 
 
 LAYER = "model.layers.{L}."

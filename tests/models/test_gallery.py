@@ -22,7 +22,7 @@ from shardlib.functions import sum
 from shardlib.models.files.checkpoint import Checkpoint, CheckpointError, TensorEntry
 from shardlib.models.files.model_files import open_checkpoint
 from shardlib.models.files.weights import Weight, load_weights
-from shardlib.models.gallery import LAYOUTS, PAGES, Page, config_of, load
+from shardlib.models.gallery import EXPERTS, LAYOUTS, PAGES, Page, config_of, load
 from shardlib.params import leaf_values
 from shardlib.spec import parse
 
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ALONE = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None)
 SMALL = dict(vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
              head_dim=4, intermediate_size=10, max_position_embeddings=16, **ALONE)
+SPARSE = dict(num_experts=5, num_experts_per_tok=2, experts_implementation="eager")
 MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=13, n_embd=12, n_layer=2, n_head=3, n_positions=16, **ALONE)),
@@ -57,6 +58,15 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mamba2": lambda: transformers.Mamba2ForCausalLM(transformers.Mamba2Config(
         vocab_size=13, hidden_size=6, num_hidden_layers=2, num_heads=6, head_dim=2, n_groups=3, state_size=4,
         conv_kernel=3, chunk_size=8, residual_in_fp32=False, **ALONE)),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+        **SMALL, **SPARSE, moe_intermediate_size=6, norm_topk_prob=True)),
+    "olmoe": lambda: transformers.OlmoeForCausalLM(transformers.OlmoeConfig(
+        **{**SMALL, "hidden_size": 24}, **SPARSE)),
+    "deepseek_v3": lambda: transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(
+        **{**SMALL, "num_attention_heads": 3}, n_routed_experts=6, num_experts_per_tok=3, n_group=3,
+        topk_group=2, n_shared_experts=2, moe_intermediate_size=6, first_k_dense_replace=1,
+        q_lora_rank=6, kv_lora_rank=5, qk_nope_head_dim=3, qk_rope_head_dim=4, v_head_dim=5,
+        experts_implementation="eager")),
 }
 
 
@@ -79,7 +89,7 @@ def trial(name: str, folder: Path) -> Trial:
     model, page = MODELS[name]().eval(), PAGES[name]
     if name != "mamba2":
         model.set_attn_implementation("eager")
-    for p in model.parameters():
+    for p in (*model.parameters(), *constants(model)):
         torch.nn.init.normal_(p, std=0.4)
     given = [torch.randn(3, 3, 6, 6) if name == "vit" else torch.randint(13, (3, 5))]
     given += [torch.randint(13, (3, 7))] * (name == "t5")
@@ -98,11 +108,18 @@ def trial(name: str, folder: Path) -> Trial:
         (logits * by.to(dtype)).sum().backward()
         for p in mine.parameters():
             p.data = torch.zeros_like(p) if p.grad is None else p.grad
+        for p in constants(mine):
+            p.zero_()
         return [logits.detach().double(), *(x for _, x in leaf_values(held(mine), ""))]
     truth, rounded = said(torch.float64), said(torch.float32)
     config, w = config_of(page, open_checkpoint(folder)), held(model)
     given = [x.double() if x.is_floating_point() else x for x in given]
     return Trial(page, config, w, given, by, truth, rounded)
+
+
+def constants(model: Any) -> list[torch.Tensor]:
+    """What a checkpoint holds that no gradient reaches: biases of DeepSeek's routers."""
+    return [x for name, x in model.named_buffers() if name.endswith("e_score_correction_bias")]
 
 
 def ran(trial: Trial, mesh: Mesh, layout: Layout) -> list[torch.Tensor]:
@@ -159,5 +176,5 @@ def test_logits_and_gradients_are_those_of_transformers(name: str, tmp_path: Pat
     one = ran(it, Mesh(), Layout())
     allowed = 1e-12 if name in ("gpt2", "bert") else 2 * error(it.rounded, it.truth)
     assert error(one, it.truth) <= allowed < 1e-4
-    for what, (mesh, layout) in LAYOUTS.items():
+    for what, (mesh, layout) in (EXPERTS if "E" in it.config.sizes else LAYOUTS).items():
         assert error(ran(it, mesh, layout), one) < 1e-12, what
