@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from shardlib import EXPLICIT, Params, SpecError, cond, local, param, sharded, stacked
+from shardlib import EXPLICIT, Params, SpecError, cond, local, nested, param, sharded, stacked
 from shardlib import scan as forward_scan
 from shardlib.compiler.parser import CORE
 from shardlib.language.fused import fused
-from shardlib.language.trace import Executor
-from shardlib.language.value import apply
+from shardlib.language.trace import Executor, Tracer
+from shardlib.language.value import ACTIVE, apply
 from shardlib.ops import TABLE
 from shardlib.program import Op
 
@@ -35,11 +35,12 @@ def _function(op: Op) -> Callable:
 def scan(f: Any, carry: Any, stacks: tuple, *constants: Any, reverse: bool = False, stages: int = 0) -> Any:
     """`shardlib.scan`; in `reverse`, as backward has it, from the last layer to the first; over so many
     `stages`, each of which sends its carries on to the next."""
-    if reverse and isinstance((carry[0] if isinstance(carry, tuple) else carry).tracer, Executor):
+    tracer = ACTIVE.get()
+    if reverse and isinstance(tracer, Executor):
         raise SpecError("scan: step runs no scan in reverse; lower, compile and simulate do")
     made = forward_scan(f, carry, stacks, *constants)
     if reverse or stages:
-        steps = (carry[0] if isinstance(carry, tuple) else carry).tracer.steps
+        steps = tracer.steps if isinstance(tracer, Tracer) else []
         said = [(name, n) for name, n in (("reverse", reverse), ("stages", stages)) if n]
         steps[-1] = replace(steps[-1], attrs=tuple(sorted((*steps[-1].attrs, *said))))
     return made
@@ -47,5 +48,5 @@ def scan(f: Any, carry: Any, stacks: tuple, *constants: Any, reverse: bool = Fal
 
 _CALLS = {op.name: _function(op) for op in (*CORE.values(), *TABLE.values())}
 globals().update(_CALLS)
-__all__ = ["EXPLICIT", "Params", "Tensor", "cond", "fused", "local", "param", "scan", "sharded", "stacked",
-           *_CALLS]
+__all__ = ["EXPLICIT", "Params", "Tensor", "cond", "fused", "local", "nested", "param", "scan", "sharded",
+           "stacked", *_CALLS]

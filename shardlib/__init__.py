@@ -23,12 +23,12 @@ from shardlib.language.verbs import (
 )
 from shardlib.layout import EXPLICIT, Layout
 from shardlib.mesh import Mesh
-from shardlib.params import Params, init, param, stacked
+from shardlib.params import Params, init, nested, param, stacked, tree_map
 from shardlib.reports.explain import explain
 from shardlib.reports.prove import prove
 
 __version__ = "0.1.0"
-__all__ = ["sharded", "einsum", "Mesh", "Layout", "lower", "SpecError", "Params", "param", "stacked", "init",
-           "scan", "compile", "value_and_grad", "explain", "prove", "simulate", "step", "rearrange", "rename",
-           "cond", "local", "EXPLICIT", "all_gather", "all_reduce", "reduce_scatter", "all_to_all", "permute",
-           "shard", "owe", "reshard"]
+__all__ = ["sharded", "einsum", "Mesh", "Layout", "lower", "SpecError", "Params", "param", "stacked",
+           "nested", "init", "scan", "compile", "value_and_grad", "tree_map", "explain", "prove", "simulate",
+           "step", "rearrange", "rename", "cond", "local", "EXPLICIT", "all_gather", "all_reduce",
+           "reduce_scatter", "all_to_all", "permute", "shard", "owe", "reshard"]

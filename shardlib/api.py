@@ -132,8 +132,8 @@ class ValueAndGrad(Gradients):
         return _compiled_here(self, static)(*args)
 
 
-def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *,
-                   regather: str = "all") -> ValueAndGrad:
+def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *, regather: str = "all",
+                   has_aux: bool = False, remat: str | Sequence[str] = ()) -> ValueAndGrad:
     """What computes the scalar `f` and its gradients: it takes what `f` takes, and returns the value, then a
     gradient for each argument that `wrt` names, in the order of `wrt`. A gradient has the spec and the dtype
     of its argument, the one by a pytree is a pytree of its class. By default `wrt` is all pytrees of `f`, in
@@ -154,13 +154,20 @@ def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *,
 
     regather: what backward gathers again instead of keeping it: "all", "weights" or "nothing". More memory,
     fewer all_gathers.
+    has_aux: `f` returns more behind its scalar: constants to the gradients, returned between value and
+    gradients.
+    remat: names of functions that a `scan` runs over layers: backward runs their layers again and keeps the
+    carry of each alone, in place of what is made within.
     Refused: a name that is no argument, or comes twice; no name; a tensor of integers; an `f` that returns
-    more than one scalar.
+    more than one scalar; a name in `remat` that is no body of a scan.
     """
     if not isinstance(f, Function):
         raise SpecError(f"value_and_grad: it takes a @sharded function, not {what(f)}")
     if regather not in REGATHER:
         raise SpecError(f"value_and_grad: regather is {regather!r}; it is one of {', '.join(REGATHER)}")
+    if not isinstance(remat, str | Iterable) or not isinstance(has_aux, bool):
+        raise SpecError(f"value_and_grad: has_aux is True or False, and remat names functions; they are "
+                        f"{has_aux!r} and {remat!r}")
     if not isinstance(wrt, str | Iterable | None):
         raise SpecError(f"value_and_grad: wrt is {wrt!r}; it names arguments: {', '.join(f.arg_names)}")
     pytrees = [n for n, spec in zip(f.arg_names, f.ins) if spec is None]
@@ -174,7 +181,7 @@ def value_and_grad(f: Function, wrt: str | Sequence[str] | None = None, *,
     if unknown is not None or twice or not names:
         raise SpecError(f"value_and_grad: {wrong}; the arguments are {', '.join(f.arg_names)}").at(
             f.definition)
-    return ValueAndGrad(f, names, regather)
+    return ValueAndGrad(f, names, regather, has_aux, (remat,) if isinstance(remat, str) else tuple(remat))
 
 
 def step(f: Function | ValueAndGrad, layout: Layout | None = None, *, mesh: Mesh | None = None,

@@ -85,9 +85,30 @@ def stacked(dim: str, of: type[Params]) -> Any:
     return field(default=None, metadata={"stack": kind.dims[0], "of": of})
 
 
-@dataclass_transform(field_specifiers=(param, stacked), frozen_default=True, eq_default=False)
+def nested(of: type[Params]) -> Any:
+    """A field holding one `of`: a pytree in a pytree.
+
+    >>> from shardlib import sharded
+    >>> class Affine(Params):
+    ...     gain: Tensor = param("D")
+    ...     bias: Tensor = param("D")
+    >>> class Two(Params):
+    ...     first: Affine = nested(Affine)
+    ...     second: Affine = nested(Affine)
+    >>> both = sharded("D, * -> D")(lambda x, w: x * w.first.gain + w.second.bias)
+    >>> one = Affine(gain=torch.tensor([2.0]), bias=torch.tensor([3.0]))
+    >>> both(torch.ones(1), Two(first=one, second=one))
+    tensor([5.])
+    """
+    if not (isinstance(of, type) and issubclass(of, Params)):
+        raise SpecError(f"nested: what is nested is a class of Params, not {of!r}")
+    return field(default=None, metadata={"of": of})
+
+
+@dataclass_transform(field_specifiers=(param, stacked, nested), frozen_default=True, eq_default=False)
 class Params:
-    """Base of parameter pytrees: a subclass becomes a frozen dataclass of `param` and `stacked` fields.
+    """Base of parameter pytrees: a subclass becomes a frozen dataclass of fields that are a `param`, many
+    pytrees `stacked`, or one `nested`.
 
     In a signature it is `*`. A field that is not set is None, and no argument of the program.
 
@@ -118,7 +139,8 @@ class Params:
         dataclass(frozen=True, eq=False)(cls)
         for f in dataclasses.fields(cls):
             if "spec" not in f.metadata and "of" not in f.metadata:
-                raise SpecError(f"{cls.__name__}.{f.name}: a field of Params is a param(...) or stacked(...)")
+                raise SpecError(f"{cls.__name__}.{f.name}: a field of Params is a param(...), a stacked(...) "
+                                "or a nested(...)")
 
 
 def struct(cls: type[Params] | Params, prefix: tuple[Dim, ...] = (), stacked: str = "") -> Struct:
@@ -132,8 +154,9 @@ def struct(cls: type[Params] | Params, prefix: tuple[Dim, ...] = (), stacked: st
             continue
         if "of" in f.metadata:
             inner = f.metadata["of"] if value is None else value
-            stack = f.metadata["stack"]
-            out.append((f.name, struct(inner, (*prefix, stack), stack.label)))
+            stack = f.metadata.get("stack")
+            out.append((f.name, struct(inner, (*prefix, *([stack] if stack else ())),
+                                       stack.label if stack else "")))
         elif isinstance(value, Spec):
             out.append((f.name, value))
         else:
@@ -154,6 +177,33 @@ def fill(like: type[Params] | Params, path: str, leaf: Callable[[str], Any]) -> 
         values[f.name] = (fill(f.metadata["of"] if value is None else value, here, leaf) if "of" in f.metadata
                           else leaf(here))
     return kind(**values)
+
+
+def tree_map(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """`f` of each leaf of a pytree, and of the leaf that each of `others` has in its place: a pytree of the
+    same class. What is no pytree is one leaf. On tensors, and in `@sharded` functions.
+
+    >>> class Weights(Params):
+    ...     up: Tensor = param("D F")
+    ...     down: Tensor = param("F D")
+    >>> from shardlib import sharded
+    >>> @sharded("*, *, () -> *")
+    ... def sgd(w: Weights, g: Weights, rate):
+    ...     return tree_map(lambda w, g: w - g * rate, w, g)
+    >>> ones = Weights(up=torch.ones(1, 2), down=torch.ones(2, 1))
+    >>> sgd(ones, tree_map(torch.neg, ones), torch.tensor(0.5)).up
+    tensor([[1.5000, 1.5000]])
+    """
+    if wrong := next((o for o in others if _shape(o) != _shape(tree)), None):
+        raise SpecError(f"tree_map: a {type(tree).__name__} beside a {type(wrong).__name__}; they have the "
+                        "same fields, and the same ones set")
+    if not isinstance(tree, Params):
+        return f(tree, *others)
+    return unflat(tree, (f(*leaves) for leaves in zip(*map(flat, (tree, *others)))))
+
+
+def _shape(tree: Any) -> Any:
+    return present(tree) if isinstance(tree, Params) else None
 
 
 def leaf_values(tree: Params, path: str) -> Iterator[tuple[str, Any]]:

@@ -339,7 +339,7 @@ def _show_tree(tree: Tree, values: tuple[str, ...], classes: dict[str, Struct]) 
     if root and all(v == root + p for v, p in zip(values, paths)):
         return root
     parts, at = [], 0
-    for name, sub in tree.fields:
+    for name, sub in (tree.slice() if tree.stacked else tree).fields:
         n = len(leaves("", sub))
         parts.append(f"{name}={_show_tree(sub, values[at:at + n], classes)}")
         at += n

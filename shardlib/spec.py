@@ -227,6 +227,11 @@ class Spec:
         """The same dims with nothing split and nothing owed."""
         return Spec(tuple(d.split_by({}) for d in self.dims))
 
+    @property
+    def plain(self) -> bool:
+        """Whether it says dims alone: none that is split, or whole on purpose, and nothing owed."""
+        return not self.owed and not any(f.axes or f.whole for d in self.dims for f in d.factors)
+
     @cached_property
     def dense(self) -> Spec:
         """The same with each factor of a ragged dim as a dim: of all pairs, not of those that are there."""

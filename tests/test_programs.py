@@ -11,7 +11,6 @@ shrinks to a program that a person can read; the assertion prints it.
 from __future__ import annotations
 
 import itertools
-import linecache
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,12 +21,12 @@ import rank_by_rank
 import torch
 from hypothesis import assume, event, given, reject, settings
 from hypothesis import strategies as st
+from pasting import numbered, pasted
 
 from shardlib import EXPLICIT, all_gather, all_reduce, lower, reduce_scatter, sharded, value_and_grad
 from shardlib import cond as choose
 from shardlib import rename as relabel
 from shardlib import scan as scan_over
-from shardlib.api import Sharded
 from shardlib.compiler.complete import complete
 from shardlib.compiler.grad import value_and_grad_program
 from shardlib.compiler.parser import CORE, check, parse_program
@@ -668,26 +667,6 @@ def test_of_conds_in_a_scan_explain_says_at_most_what_moves(rows: list[list[int]
 
 
 # -- a printed program is Python -----------------------------------------------------------------------------
-
-def pasted(program: Program, mesh: Mesh) -> Program:
-    """What Python makes of the program's text."""
-    text = f"from shardlib.ops.lowered import *\n{program}"
-    linecache.cache["pasted"] = (len(text), None, text.splitlines(True), "pasted")
-    made: dict[str, Any] = {"__name__": "pasted"}
-    exec(compile(text, "pasted", "exec", dont_inherit=True), made)
-    return lower([f for f in made.values() if isinstance(f, Sharded)][-1], mesh=mesh, passes=())
-
-
-def numbered(program: Program) -> Program:
-    """The program with the values that it makes numbered:
-    Python does not know what it returns by the name in the return."""
-    names = {name: f"n{i}" for i, name in enumerate(n for s in program.steps for n in s.outputs)}
-    steps = tuple(replace(s, inputs=tuple(names.get(i, i) for i in s.inputs),
-                          outputs=tuple(names[o] for o in s.outputs)).rewritten(numbered)
-                  for s in program.steps)
-    return replace(program, steps=steps, results=tuple(
-        replace(r, values=tuple(names.get(v, v) for v in r.values)) for r in program.results))
-
 
 @sharded("B V, V D -> B, B, B D")
 def choices(x, table):

@@ -39,6 +39,7 @@ from shardlib.language.cond import COND
 from shardlib.language.einsum import EINSUM
 from shardlib.language.fused import FUSED
 from shardlib.language.held import as_held
+from shardlib.language.local import row_axes
 from shardlib.language.moves import RESHARD, check_move
 from shardlib.language.rearrange import RENAME, renamed, whole_in_rename
 from shardlib.language.scan import SCAN
@@ -179,7 +180,9 @@ class Completer(Builder):
         operands make it, with the pins that all with a dim have in common, and what they owe."""
         if step.op.takes_text:
             ins, outs = ([self.mesh.resolve(s, True) for s in side] for side in (step.ins, step.outs))
-            return tuple(ins), tuple(outs)
+            rows = row_axes(step, [self.types[self.now[i]] for i in step.inputs], layout, self.mesh)
+            return (tuple(s.keeping(rows) for s in ins),
+                    tuple(s.keeping(rows) if layout == EXPLICIT else s for s in outs))
         types = tuple(self.types[self.now[i]] for i in step.inputs)
         outs = step.op.inferred(tuple(t.whole() for t in types), step.options)
         if layout == EXPLICIT:
@@ -226,9 +229,9 @@ class Completer(Builder):
             _axes(s, n) for s in ins for n in rule.whole if n in s.names)
         rule = replace(rule, whole=(), maxes=rule.whole) if pieces else rule
         try:
-            asserted = ([self.mesh.resolve(s, True).resolve(self.mesh) for s in step.outs] if step.op.asserted
-                        else None)
-            types = asserted or natural(step.op.name, rule, ins, outs)
+            types = (tuple(self.mesh.resolve(s, True).keeping(row_axes(step, ins, EXPLICIT, self.mesh))
+                           .resolve(self.mesh) for s in step.outs)
+                     if step.op.asserted else natural(step.op.name, rule, ins, outs))
         except RuleError:
             raise self._refused(RuleRefuses(step, typed, rule)) from None
         if pieces:
@@ -237,7 +240,7 @@ class Completer(Builder):
             self.rounded[step.outputs[0]] = placed[0]
             placed = [self.call(WIDEN, placed)]
         names = step.outputs if not set(step.outputs) & set(self.types) else None
-        made = self.add(step.op, placed, types, names, attrs=step.attrs)
+        made = self.add(step.op, placed, types, names, attrs=tuple(a for a in step.attrs if a[0] != "rows"))
         self._note(step, placed, made)
         return made
 

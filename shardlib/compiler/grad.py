@@ -39,35 +39,43 @@ REGATHER = ("all", "weights", "nothing")
 
 
 def value_and_grad_program(program: Program, wrt: Sequence[str], mesh: Mesh, regather: str = "all",
-                           dtypes: Mapping[str, str] | None = None, late: Sequence[str] = ()) -> Program:
-    """The explicit program that returns the scalar of `program`, then its gradients by the arguments `wrt`,
-    in that order, each in its spec.
+                           dtypes: Mapping[str, str] | None = None, late: Sequence[str] = (),
+                           has_aux: bool = False, remat: Sequence[str] = ()) -> Program:
+    """The explicit program that returns the scalar of `program`, what else it returns where it `has_aux`,
+    then its gradients by the arguments `wrt`, in that order, each in its spec.
 
     regather: what backward gathers again rather than keep: "all", "weights" (activations are kept gathered),
     "nothing".
     dtypes: of the arguments; where they differ, cotangents are cast to their values'.
     late: axes over which no layer's gradient is summed by itself, but all at once, at the end.
+    remat: scans whose bodies, by name, run again in backward, which keeps their carries alone.
     """
     if regather not in REGATHER:
         raise SpecError(f"value_and_grad: regather is {regather!r}; it is one of {', '.join(REGATHER)}")
-    if [spec.text for _, spec in program.result_leaves()] != ["()"]:
+    if program.results[0].tree != Spec() or len(program.results) > 1 and not has_aux:
         raise SpecError(f"value_and_grad: {program.name} returns "
-                        f"{', '.join(str(s) for _, s in program.result_leaves())}; it must return one "
-                        f"scalar, ()").at(program.where)
+                        f"{', '.join(str(s) for _, s in program.result_leaves())}; it must return "
+                        f"{'a scalar, (), first' if has_aux else 'one scalar, ()'}").at(program.where)
+    steps = (s for p in (program, *program.bodies()) for s in p.steps)
+    scanned = dict.fromkeys(s.body.name for s in steps if s.op is SCAN)
+    if strange := next((name for name in remat if name not in scanned), None):
+        raise SpecError(f"value_and_grad: remat names {strange}, which is no body of a scan of "
+                        f"{program.name}; these are {', '.join(scanned) or 'none'}").at(program.where)
     trees, indices = dict(program.args), value_dtypes(program, {}, None)
     active = {path for n in wrt for path, _ in leaves(n, trees[n])}
     if path := next((path for n in wrt for path, _ in leaves(n, trees[n]) if indices[path]), None):
         raise SpecError(f"value_and_grad: {program.name} takes indices in {path}; there is no gradient by "
                         "them").at(program.where)
-    (loss,) = program.results[0].values
+    (loss,), aux = program.results[0].values, program.results[1:]
     params = {path for n, tree in program.args if isinstance(tree, Struct) for path, _ in leaves(n, tree)}
-    back = _Backward(program, active, mesh, regather, params, value_dtypes(program, dtypes or {}, None), late)
+    back = _Backward(program, active, mesh, regather, params, value_dtypes(program, dtypes or {}, None),
+                     late, remat)
     back.contribute(loss, back.call(ONES_LIKE, [loss]))
     back.run()
     results = [Result(trees[name], tuple(back.total(path) for path, _ in leaves(name, trees[name])))
                for name in wrt]
     return Program(f"{program.name}_and_grad", program.args, (*back.forward, *back.steps),
-                   (Result(Spec(), (loss,)), *results), True, program.where)
+                   (Result(Spec(), (loss,)), *aux, *results), True, program.where)
 
 
 class _Backward(Builder):
@@ -77,9 +85,9 @@ class _Backward(Builder):
     """
 
     def __init__(self, program: Program, active: set[str], mesh: Mesh, regather: str, params: set[str],
-                 dtypes: dict[str, str | None], late: Sequence[str] = ()) -> None:
+                 dtypes: dict[str, str | None], late: Sequence[str] = (), remat: Sequence[str] = ()) -> None:
         super().__init__(mesh, program.names())
-        self.dtypes, self.late = dtypes, late
+        self.dtypes, self.late, self.remat = dtypes, late, remat
         self.program, self.regather, self.params = program, regather, params
         self.types.update(program.types())
         self.forward = list(program.steps)
@@ -246,7 +254,8 @@ class _Backward(Builder):
                 cotangents: Mapping[int, str]) -> tuple[_Backward, list[str]]:
         """The backward of a body, run, and the arguments by which the cotangents of its results come in."""
         active = {path for path, value in step.passed(body) if value in self.active}
-        inner = _Backward(body, active, self.mesh, "nothing", set(), inner_dtypes(step, body, self.dtypes))
+        inner = _Backward(body, active, self.mesh, "nothing", set(), inner_dtypes(step, body, self.dtypes),
+                          self.remat)
         seeds = []
         for i, cotangent in cotangents.items():
             seeds.append(inner.declare(inner._fresh("g"), self.types[cotangent]))
@@ -272,15 +281,17 @@ class _Backward(Builder):
         carries = [inner.move(inner.total(path), held(inner.types[path])) for path in turned]
         slices, constants = ([path for path, _ in pairs] for pairs in (parts.stacked, parts.constants))
         grads = {path: inner.total(path, late=True) for path in (*slices, *constants) if path in inner.active}
-        seeds = [seed for seed, _ in sown]
-        kept = _kept(inner, seeds, (*slices, *constants))
+        seeds, steps = [seed for seed, _ in sown], tuple(inner.steps)
+        if body.name in self.remat:
+            steps = _needed((*inner.forward, *steps), (*carries, *grads.values()))
+            inner.forward = [*body.steps]
+        kept = _kept(steps, (*seeds, *slices, *constants))
         forward, made = self._keeping(step, inner, kept)
         backward = Program(
             f"{body.name}_vjp",
             (*((seed, inner.types[seed]) for seed in seeds), *(a for a in body.args if _is_among(a, slices)),
              *((k, inner.types[k]) for k in kept), *(a for a in body.args if _is_among(a, constants))),
-            tuple(inner.steps),
-            tuple(Result(inner.types[name], (name,)) for name in (*carries, *grads.values())), True)
+            steps, tuple(Result(inner.types[name], (name,)) for name in (*carries, *grads.values())), True)
         dim = self.types[outer[slices[0]]].dims[0]
         inputs = [*(self.total(value) for _, value in sown), *(outer[p] for p in slices), *made,
                   *(outer[p] for p in constants)]
@@ -306,9 +317,10 @@ class _Backward(Builder):
         active = {path for path, value in step.passed(step.body) if value in self.active} | {*turned}
         params = {path for path, value in step.passed(step.body)
                   if self.root.get(value, value) in self.params}
-        inner = _Backward(step.body, active, self.mesh, self.regather, params,
-                          inner_dtypes(step, step.body, self.dtypes), self.late)
-        inner.anew = {s.outputs[0]: s for s in step.body.steps if not s.inputs}
+        again = step.body.name in self.remat
+        inner = _Backward(step.body, active, self.mesh, "nothing" if again else self.regather, params,
+                          inner_dtypes(step, step.body, self.dtypes), self.late, self.remat)
+        inner.anew = {} if again else {s.outputs[0]: s for s in step.body.steps if not s.inputs}
         sown = []
         for result, value in (*turned.values(), *(p for p in parts.made if p[1] in self.given)):
             seed = inner.declare(inner._fresh("g"), held(inner.types[result]))
@@ -352,9 +364,8 @@ def _is_among(arg: tuple, paths: Sequence[str]) -> bool:
     return leaves(*arg)[0][0] in paths
 
 
-def _kept(inner: _Backward, seeds: Sequence[str], slices: Sequence[str]) -> list[str]:
-    """The values of the forward body that its backward uses and would not have:
-    all but the stacked and the constants, `slices`."""
-    made = {o for s in inner.steps for o in s.outputs}.union(seeds)
-    used = dict.fromkeys(i for s in inner.steps for i in s.inputs if i not in made)
-    return [u for u in used if u not in slices]
+def _kept(steps: Sequence[Step], given: Sequence[str]) -> list[str]:
+    """The values of the forward body that `steps`, its backward, use and do not have: neither made nor
+    `given`."""
+    made = {o for s in steps for o in s.outputs}
+    return list(dict.fromkeys(i for s in steps for i in s.inputs if i not in made and i not in given))

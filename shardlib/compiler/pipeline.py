@@ -23,8 +23,9 @@ class Gradients:
     """The value of `f`, a scalar, and its gradients by the arguments `wrt`,
     as a function of the same arguments."""
 
-    def __init__(self, f: Function, wrt: tuple[str, ...], regather: str) -> None:
-        self.f, self.wrt, self.regather = f, wrt, regather
+    def __init__(self, f: Function, wrt: tuple[str, ...], regather: str, has_aux: bool = False,
+                 remat: tuple[str, ...] = ()) -> None:
+        self.f, self.wrt, self.regather, self.has_aux, self.remat = f, wrt, regather, has_aux, remat
         self.__name__, self.layout, self.arg_names = f"{f.__name__}_and_grad", f.layout, f.arg_names
 
     def check_dtypes(self, dtypes: Mapping[str, str]) -> None:
@@ -62,7 +63,7 @@ def lower_results(f: Function | Gradients, layout: Layout | None, mesh: Mesh, si
     if isinstance(f, Gradients):
         program, results = lower_results(f.f, layout, mesh, sizes, args, static,
                                          [p for p in run if p.before_grad])
-        program = value_and_grad_program(program, f.wrt, mesh, f.regather, dtypes, late)
+        program = value_and_grad_program(program, f.wrt, mesh, f.regather, dtypes, late, f.has_aux, f.remat)
         return rewrite(program, mesh, [p for p in run if p.after_grad]), (*results, *f.likes(args))
     traced, results = trace_results(f, args, dict(static))
     program = complete(traced, f.layout if f.layout is not None else layout or Layout(), mesh, sizes)

@@ -2,13 +2,14 @@
 
     y = local("B/dp T D, D -> B/dp T D", my_kernel, x, w)
 
-The specs are exact: a dim without axes is whole, and operands are converted to just that. What the function
-does is not looked into; what it returns is: as many tensors as the text names, of this rank's shapes, on the
-operands' device, each of the first operand's dtype (or as `dtype` says). It may return what it is given, or
-views of that, and changes none of it: it works in place on copies only. Its derivative is its own
-(torch.autograd on each rank); the cotangent of an operand that is whole on an axis which something in the
-call uses is owed there. `check_local` compares it with the function on whole tensors, with random owed
-pieces. `f` is a function that can be imported, so that a printed program can name it.
+The specs are exact: a dim without axes is whole, and operands are converted to just that; but dims that "..."
+stands for, or that are `rows`, stay split as they are. What the function does is not looked into; what it
+returns is: as many tensors as the text names, of this rank's shapes, on the operands' device, each of the
+first operand's dtype (or as `dtype` says). It may return what it is given, or views of that, and changes none
+of it: it works in place on copies only. Its derivative is its own (torch.autograd on each rank); the
+cotangent of an operand that is whole on an axis which something in the call uses is owed there. `check_local`
+compares it with the function on whole tensors, with random owed pieces. `f` is a function that can be
+imported, so that a printed program can name it.
 
 Refused where it runs, in one line: a result that is something else, and an operand that torch has seen
 change. Writes that torch does not see (through `x.data`, `x.numpy()`, or the pointer in a kernel of your own)
@@ -33,15 +34,19 @@ from shardlib.language.calls import what
 from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, apply
+from shardlib.layout import EXPLICIT, Layout
 from shardlib.mesh import Mesh
 from shardlib.program import Op, Step
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_signature, parse_specs
 
 
-def local(text: str, f: Callable, *operands: Operand, dtype: str | Sequence[str] | None = None) -> Any:
+def local(text: str, f: Callable, *operands: Operand, dtype: str | Sequence[str] | None = None,
+          rows: Sequence[str] = ()) -> Any:
     """`f` on each rank's tensors, typed as `text` says. `f` takes and returns tensors, and closes over none.
 
+    rows: dims that `f` takes row by row, however many there are, so that they stay split as the layout has
+    them; those that "..." stands for always do.
     dtype: of the results, of each by its own name if there are several; by default the first operand's.
 
     >>> from shardlib import Layout, lower, sharded, simulate
@@ -59,12 +64,15 @@ def local(text: str, f: Callable, *operands: Operand, dtype: str | Sequence[str]
     if getattr(f, "__closure__", None):
         raise SpecError(f"local: {_name(f)} closes over {', '.join(f.__code__.co_freevars)}; pass what it "
                         "needs as operands")
+    dots = [n for spec, x in zip(parse_signature(text)[0], operands) if spec and spec.ellipsis
+            for d in getattr(x, "spec", Spec()).dims[:-len(spec.dims) or None] for n in d.names[:1]]
+    more: dict[str, Any] = {"rows": kept} if (kept := tuple(dict.fromkeys((*rows, *dots)))) else {}
     if dtype is None:
-        return apply(local_op(f), operands, text)
+        return apply(local_op(f), operands, text, **more)
     kinds = (dtype,) * len(parse_signature(text)[1]) if isinstance(dtype, str) else tuple(dtype)
     if wrong := next((kind for kind in kinds if kind not in ITEMSIZE), None):
         raise SpecError(f"local: dtype is {wrong!r}; it is one of {', '.join(ITEMSIZE)}")
-    return apply(local_op(f), operands, text, dtype=kinds)
+    return apply(local_op(f), operands, text, dtype=kinds, **more)
 
 
 @cache
@@ -72,7 +80,7 @@ def local_op(f: Callable) -> Op:
     """The op that runs `f`. Its types are those of its text: nothing is completed, nothing follows."""
     return Op("local", rule=lambda s: Rule(), asserted=True, function=f,
               vjp=lambda b, s, ct: _vjp(f, b, s, ct), emit=lambda e, s, a: _emit(f, e, s, a),
-              keywords={"dtype": _names}, reads=as_they_come,
+              keywords={"dtype": _names, "rows": _rows}, reads=as_they_come,
               dtype=lambda d, options: options.get("dtype") or repeat(d[0]))
 
 
@@ -86,6 +94,22 @@ def local_vjp_op(f: Callable) -> Op:
 def _names(dtype: Any) -> bool:
     return (dtype is None or isinstance(dtype, tuple)
             and all(isinstance(kind, str) and kind in ITEMSIZE for kind in dtype))
+
+
+def _rows(rows: Any) -> bool:
+    return rows is None or isinstance(rows, tuple) and all(isinstance(n, str) for n in rows)
+
+
+def row_axes(step: Step, types: Sequence[Spec], layout: Layout,
+             mesh: Mesh) -> dict[str, tuple[str, ...]]:
+    """How the dims are split that `f` takes row by row: as the layout has them, by axes that the text gives
+    no other dim; in explicit text as the operands, of these types, are."""
+    rows = step.op.asserted and step.options.get("rows") or ()
+    if layout == EXPLICIT:
+        return {f.name: f.axes for t in types for d in t.dims for f in d.factors[:1] if f.name in rows}
+    said = [s.resolve(mesh) for s in (*step.ins, *step.outs)]
+    pinned = {f.name: f.axes for s in said for d in s.dims for f in d.factors if f.name not in rows}
+    return layout.complete(rows, pinned, (o.axis for s in said for o in s.owed))
 
 
 def _emit(f: Callable, e: LocalCode, step: Step, args: Sequence[str]) -> str:

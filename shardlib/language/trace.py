@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any, NoReturn
@@ -276,8 +276,15 @@ def _checked_results(f: Function, results: Any) -> list[tuple[Any, Any]]:
 
 def _types(tree: Params) -> Struct:
     """The specs of a pytree of traced values."""
-    values = dict(leaf_values(tree, ""))
-    return struct(fill(tree, "", lambda path: values[path].spec))
+    texts = result_texts(tree, {path: v.spec for path, v in leaf_values(tree, "")})
+    return struct(fill(tree, "", lambda path: texts[path]))
+
+
+def result_texts(tree: Params, texts: Mapping[str, Spec]) -> dict[str, Spec]:
+    """The spec of each leaf of a pytree that is returned: its class's, where the value says dims alone."""
+    said = dict(struct(tree).leaves(""))
+    return {path: said[path] if said[path].labels == text.labels and text.plain else text
+            for path, text in texts.items()}
 
 
 def _inline(tracer: Tracer, f: Function, args: Sequence[Any], static: dict[str, Any]) -> Any:

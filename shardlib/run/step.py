@@ -22,7 +22,7 @@ from shardlib.language.arguments import argument_trees
 from shardlib.language.calls import check_given, check_tensors
 from shardlib.language.moves import RESHARD
 from shardlib.language.rearrange import RENAME
-from shardlib.language.trace import Executor, Function, raise_at_user_line
+from shardlib.language.trace import Executor, Function, raise_at_user_line, result_texts
 from shardlib.language.value import Value, active, specs_of
 from shardlib.layout import Layout
 from shardlib.lowering.emit import Emitter
@@ -236,7 +236,7 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
         except (SpecError, TypeError, ValueError) as error:
             raise_at_user_line(error)
         given_back = results if isinstance(results, tuple) else (results,)
-        out = tuple(_locals(v) if spec is None else stepper.converted(v, spec).local
+        out = tuple(_locals(v, stepper) if spec is None else stepper.converted(v, spec).local
                     for spec, v in zip(f.outs, given_back, strict=True))
     return out if len(out) > 1 else out[0]
 
@@ -251,6 +251,7 @@ def _tensors(arg: Any) -> list[Tensor]:
     return [v for _, v in leaf_values(arg, "")] if isinstance(arg, Params) else [arg]
 
 
-def _locals(tree: Any) -> Any:
+def _locals(tree: Any, stepper: Stepper) -> Any:
     old = dict(leaf_values(tree, ""))
-    return fill(tree, "", lambda path: old[path].local)
+    texts = result_texts(tree, {path: v.text for path, v in old.items()})
+    return fill(tree, "", lambda path: stepper.converted(old[path], texts[path]).local)

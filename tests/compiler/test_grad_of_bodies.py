@@ -10,6 +10,7 @@ from shardlib import (
     Layout,
     Mesh,
     Params,
+    SpecError,
     cond,
     einsum,
     lower,
@@ -20,11 +21,26 @@ from shardlib import (
     simulate,
     stacked,
     step,
+    tree_map,
     value_and_grad,
 )
 from shardlib.compiler.parser import check, parse_program
-from shardlib.functions import cast, greater, max, silu, sort, square, sum
+from shardlib.functions import (
+    arange,
+    cast,
+    dropout,
+    full,
+    greater,
+    max,
+    silu,
+    sort,
+    square,
+    stop_gradient,
+    sum,
+    zeros,
+)
 from shardlib.language.cond import COND
+from shardlib.language.scan import SCAN
 from shardlib.ops import TABLE
 from shardlib.program import Program
 
@@ -257,3 +273,112 @@ def test_a_scan_without_a_carry_op_by_op_and_over_no_layers() -> None:
     assert torch.equal(largest, (up * up).max(1).values) and torch.allclose(sums, up.sum((1, 2)))
     none = each(Net(layers=Layer(up=up[:0], down=down[:0])))
     assert [(tuple(t.shape), t.dtype) for t in none] == [((0, 3), torch.float64), ((0,), torch.float64)]
+
+
+@sharded("B F -> B F, B F")
+def both_itself(x):
+    return x, stop_gradient(x)
+
+
+@sharded("B F -> B F, B F")
+def and_its_square(x):
+    return x, x * x
+
+
+@sharded("B F -> ()")
+def of_two_results(x):
+    first, second = cond(greater(sum("B F -> ()", x), than=0.0), both_itself, and_its_square, x)
+    return sum("B F -> ()", first + second * second)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_cotangent_that_one_branch_alone_takes(sign: int) -> None:
+    x = tensors()[1].abs() * sign
+    dx = simulate(value_and_grad(of_two_results, "x"), LAYOUTS[0], x, mesh=MESH)[1]
+    torch.testing.assert_close(dx, torch.ones_like(x) if sign > 0 else 1 + 4 * x ** 3)
+
+
+# -- what backward runs again --------------------------------------------------------------------------------
+
+@sharded("B D, *, (), () -> B D")
+def dropped(x, w: Layer, depth, step):
+    h = dropout(silu(einsum("B D, D F -> B F", x, w.up)), step, depth, rate=0.5, seed=1)
+    return x + einsum("B F, F D -> B D", h, w.down)
+
+
+@sharded("B D, *, () -> (), B D")
+def of_dropped(x, w: Net, step):
+    y = scan(dropped, x, (w.layers, arange("L", dtype="int64")), step)
+    return sum("B D -> ()", square(y)), y
+
+
+def kept(program: Program) -> list[str]:
+    """What the forward scan stacks for backward, by type."""
+    forward = next(s for s in program.steps if s.op is SCAN)
+    return [str(s) for s in forward.outs[1:]]
+
+
+def test_a_layer_that_runs_again_keeps_its_carry_alone_and_draws_the_same_mask() -> None:
+    x, _, up, down = tensors()
+    args = x, Net(layers=Layer(up=up, down=down)), torch.tensor(7)
+    once, again = (value_and_grad(of_dropped, ["x", "w"], has_aux=True, remat=names)
+                   for names in ((), "dropped"))
+    for layout in LAYOUTS:
+        want, got = (simulate(f, layout, *args, mesh=MESH) for f in (once, again))
+        assert len(want) == 4
+        for a, b in zip(want, got):
+            tree_map(torch.testing.assert_close, b, a)
+    programs = [lower(f, LAYOUTS[0], mesh=MESH) for f in (once, again)]
+    assert [kept(p) for p in programs] == [["L B/dp F/tp", "L B/dp F/tp", "L B/dp D"], ["L B/dp D"]]
+    assert parse_program(str(programs[1]), TABLE) == programs[1] == check(programs[1], MESH)
+    assert prove(programs[1], MESH, SIZES)
+
+
+def test_only_bodies_of_scans_run_again() -> None:
+    with pytest.raises(SpecError) as error:
+        lower(value_and_grad(of_all, "w", remat=["block", "blocks"]), mesh=MESH)
+    assert str(error.value).split("          ")[0] == (
+        "value_and_grad: remat names blocks, which is no body of a scan of of_all; these are block")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_gradients_of_layers_that_run_again(layout: Layout) -> None:
+    """Several carries, of which one is pinned, what is stacked, and a cond within."""
+    x, h, up, down = tensors()
+    for f, name in ((of_all, "block"), (deep, "chosen"), (of_a_map, "width")):
+        args = x, h, Net(layers=Layer(up=up, down=down))
+        want, got = (simulate(value_and_grad(f, ["x", "h", "w"], remat=names), layout, *args, mesh=MESH)
+                     for names in ((), name))
+        for a, b in zip((want[1], want[2], want[3].layers.up), (got[1], got[2], got[3].layers.up)):
+            torch.testing.assert_close(b, a)
+
+
+@sharded("F, F -> F, F")
+def summed(total, h):
+    return total + silu(h), total
+
+
+@sharded("B D, * -> B D")
+def of_all_kinds(x, w: Layer):
+    h = einsum("B D, D F -> B F", x, w.up) * full("F", 0.5)
+    total, _ = scan(summed, zeros("F", dtype="float64"), h)
+    return x + einsum("B F, F D -> B D", h * total, w.down)
+
+
+@sharded("B D, * -> ()")
+def of_layers(x, w: Net):
+    return sum("B D -> ()", square(scan(of_all_kinds, x, w.layers)))
+
+
+def test_what_runs_again_is_gathered_and_made_once_and_forward_keeps_nothing_of_it() -> None:
+    (x, _, up, down), fsdp = tensors(), Layout(B="dp", D="dp")
+    program = lower(value_and_grad(of_layers, remat="of_all_kinds"), fsdp, mesh=MESH)
+    forward, backward = (s for s in program.steps if s.op is SCAN)
+    (inner,) = [s for s in forward.body.steps if s.op is SCAN]
+    assert [len(inner.outs), kept(program)] == [2, ["L B/dp D"]]
+    names = [s.op.name for s in backward.body.steps]
+    assert [names.count(n) for n in ("full", "all_gather", "scan")] == [1, 2, 2]
+    args = x, Net(layers=Layer(up=up, down=down))
+    want, got = (simulate(value_and_grad(of_layers, remat=names), fsdp, *args, mesh=MESH)[1]
+                 for names in ((), "of_all_kinds"))
+    tree_map(torch.testing.assert_close, got, want)

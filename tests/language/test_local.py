@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shardlib import (
+    EXPLICIT,
     Layout,
     Mesh,
     Params,
@@ -333,3 +334,49 @@ def test_the_check_sees_what_torch_does_not(f, says):
     with pytest.raises(SpecError) as error:
         check_local("B/dp D, D -> B/dp D", f, dict(B=4, D=3), MESH)
     assert str(error.value) == f"{f.__module__}:{says}"
+
+
+@sharded("B T D, D -> B T D")
+def by_rows(x, w):
+    return local("... D, D -> ... D", scaled, x, w)
+
+
+@sharded("B T F, F D -> B T D")
+def contracted(x, w):
+    return local("... F/tp, F/tp D -> ... D +tp", projected, x, w)
+
+
+@pytest.mark.parametrize("layout, text", [
+    (Layout(B="dp", D="tp"), 'local("B/dp T D, D -> B/dp T D"'),
+    (Layout(T=("tp", "dp")), 'local("B T/tp/dp D, D -> B T/tp/dp D"'),
+    (Layout(), 'local("B T D, D -> B T D"')], ids=str)
+def test_what_dots_stand_for_stays_split(layout, text):
+    """In text that is explicit, too, which says it no more."""
+    x, w = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    program = lower(by_rows, layout, mesh=MESH)
+    assert text in str(program) and "rows=" not in str(program)
+    assert program == check(program, MESH)
+    assert torch.equal(simulate(by_rows, layout, x, w, mesh=MESH), scaled(x, w))
+    free = x.clone().requires_grad_()
+    scaled(free, w).square().sum().backward()
+    squares = sharded("B T D, D -> ()")(lambda x, w: einsum("B T D, B T D -> ()", *2 * (by_rows(x, w),)))
+    torch.testing.assert_close(simulate(value_and_grad(squares, "x"), layout, x, w, mesh=MESH)[1], free.grad)
+
+
+def test_rows_get_no_axis_that_the_text_gives_away():
+    x, w = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    layout = Layout(B=("dp", "tp"), T="tp", F="tp")
+    program = lower(contracted, layout, mesh=MESH)
+    assert 'local("B/dp T F/tp, F/tp D -> B/dp T D +tp"' in str(program)
+    assert torch.allclose(simulate(contracted, layout, x, w, mesh=MESH), x @ w)
+    check_local("B/dp T F/tp, F/tp D -> B/dp T D +tp", projected, dict(B=3, T=5, F=4, D=6), MESH)
+
+
+def test_rows_by_name_and_in_explicit_style():
+    named = sharded("B D, D -> B D")(lambda x, w: local("B D, D -> B D", scaled, x, w, rows=("B",)))
+    assert 'local("B/dp D, D -> B/dp D"' in str(lower(named, Layout(B="dp", D="tp"), mesh=MESH))
+    explicit = sharded("B/dp D, D -> B/dp D", layout=EXPLICIT)(
+        lambda x, w: local("... D, D -> ... D", scaled, x, w))
+    assert 'local("B/dp D, D -> B/dp D"' in str(lower(explicit, mesh=MESH))
+    x, w = torch.ones(2, 3), torch.ones(3)
+    assert torch.equal(step(by_rows, Layout(B="dp"), mesh=Mesh(dp=1, tp=1))(x[None], w), scaled(x[None], w))

@@ -47,6 +47,8 @@ TOKENIZERS, GGUF = ("tests/models/test_saved_tokenizers.py -k unless_the_folder"
 RESULTS, RANDOM, CONFIGS, LOADING, HEADERS = (f"tests/models/test_{name}.py" for name in (
     "results", "random_weights", "weights_config", "weights_load", "weights_checkpoint"))
 MIXTRAL, BALANCE = "tests/models/test_mixtral.py", "tests/ops/test_router_losses.py"
+MIXTRAL = "tests/models/test_mixtral.py"
+PYTREES = "tests/test_pytrees.py"
 SIMULATED = "tests/run/test_simulate.py"
 DECODER, ROTATED = "tests/models/test_decoder.py", "tests/compiler/test_rotate_scan.py -k leaves_alone"
 FUSE, FUSED, KERNELS = ("tests/compiler/test_fuse.py", "tests/language/test_fused.py",
@@ -183,6 +185,17 @@ MUTANTS = (
            "for s, names in zip(seeds[:1], used))]", BODIES),
     Mutant("shardlib/compiler/grad.py", "len(sown) - len(turned) + len(slices)", "len(slices)", BODIES),
     Mutant("shardlib/program.py", '("carries", carries, 1)', '("carries", carries, 0)', BODIES),
+    Mutant("shardlib/compiler/grad.py", "inner.forward = [*body.steps]", "pass", BODIES),
+    Mutant("shardlib/compiler/grad.py", '"nothing" if again else self.regather', "self.regather", BODIES),
+    Mutant("shardlib/compiler/grad.py", "{} if again else {s.outputs[0]", "{s.outputs[0]", BODIES),
+    Mutant("shardlib/language/trace.py", "and text.plain else text", "else text", PYTREES),
+    Mutant("shardlib/language/trace.py", "said[path].labels == text.labels and text.plain", "False", PYTREES),
+    Mutant("shardlib/program.py", "(tree.slice() if tree.stacked else tree).fields", "tree.fields",
+           PYTREES),
+    Mutant("shardlib/language/local.py", "for f in d.factors if f.name not in rows}", "for f in ()}", LOCAL),
+    Mutant("shardlib/compiler/completer.py", "s.keeping(rows) if layout == EXPLICIT else s",
+           "s.keeping(rows)", LOCAL),
+    Mutant("shardlib/compiler/completer.py", 'if a[0] != "rows")', ")", LOCAL),
     Mutant("shardlib/compiler/grad.py", "if self.root.get(value, value) in self.params}",
            "if value in self.params}", GRAD),
     Mutant("shardlib/compiler/grad.py", "if settle or len(by_type) > 1:", "if settle:", GRAD),
