@@ -16,6 +16,7 @@ from shardlib import (
     lower,
     param,
     prove,
+    rearrange,
     scan,
     sharded,
     simulate,
@@ -353,7 +354,7 @@ def test_gradients_of_layers_that_run_again(layout: Layout) -> None:
             torch.testing.assert_close(b, a)
 
 
-@sharded("F, F -> F, F")
+@sharded("B, B -> B, B")
 def summed(total, h):
     return total + silu(h), total
 
@@ -361,7 +362,7 @@ def summed(total, h):
 @sharded("B D, * -> B D")
 def of_all_kinds(x, w: Layer):
     h = einsum("B D, D F -> B F", x, w.up) * full("F", 0.5)
-    total, _ = scan(summed, zeros("F", dtype="float64"), h)
+    total, _ = scan(summed, zeros("B", dtype="float64"), rearrange("B F -> F B", h))
     return x + einsum("B F, F D -> B D", h * total, w.down)
 
 
