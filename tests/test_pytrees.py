@@ -16,6 +16,7 @@ from shardlib import (
     lower,
     nested,
     param,
+    reshard,
     scan,
     sharded,
     simulate,
@@ -133,6 +134,20 @@ def test_a_field_that_is_whole_on_purpose_is_returned_so() -> None:
     types = [str(s) for _, s in (*program.arg_leaves(), *program.result_leaves())]
     assert types == ["V D/dp", "(K/tp G) D/dp"] * 2
     assert numbered(pasted(program, MESH)) == numbered(program)
+
+
+class Plain(Params):
+    table: Tensor = param("V D")
+
+
+@sharded("* -> *")
+def gathered(p: Plain):
+    return Plain(table=reshard("V D -> V/1 D", p.table))
+
+
+def test_a_value_that_says_where_it_lives_is_returned_there() -> None:
+    program = lower(gathered, Layout(V="tp", D="dp"), mesh=MESH)
+    assert [str(s) for _, s in program.result_leaves()] == ["V D/dp"]
 
 
 @sharded("V D, * -> *")

@@ -372,6 +372,19 @@ def test_rows_get_no_axis_that_the_text_gives_away():
     check_local("B/dp T F/tp, F/tp D -> B/dp T D +tp", projected, dict(B=3, T=5, F=4, D=6), MESH)
 
 
+@sharded("B F -> B F")
+def doubled_pieces(x):
+    return local("... F/tp -> ... F/tp", doubled_rows, x)
+
+
+def doubled_rows(x):
+    return x * 2
+
+
+def test_an_axis_of_another_dim_is_no_row_s():
+    assert 'local("B F/tp -> B F/tp"' in str(lower(doubled_pieces, Layout(B="tp"), mesh=MESH))
+
+
 def test_rows_by_name_and_in_explicit_style():
     named = sharded("B D, D -> B D")(lambda x, w: local("B D, D -> B D", scaled, x, w, rows=("B",)))
     assert 'local("B/dp D, D -> B/dp D"' in str(lower(named, Layout(B="dp", D="tp"), mesh=MESH))

@@ -193,8 +193,6 @@ MUTANTS = (
     Mutant("shardlib/program.py", "(tree.slice() if tree.stacked else tree).fields", "tree.fields",
            PYTREES),
     Mutant("shardlib/language/local.py", "for f in d.factors if f.name not in rows}", "for f in ()}", LOCAL),
-    Mutant("shardlib/compiler/completer.py", "s.keeping(rows) if layout == EXPLICIT else s",
-           "s.keeping(rows)", LOCAL),
     Mutant("shardlib/compiler/completer.py", 'if a[0] != "rows")', ")", LOCAL),
     Mutant("shardlib/compiler/grad.py", "if self.root.get(value, value) in self.params}",
            "if value in self.params}", GRAD),
