@@ -255,7 +255,7 @@ class _Backward(Builder):
         """The backward of a body, run, and the arguments by which the cotangents of its results come in."""
         active = {path for path, value in step.passed(body) if value in self.active}
         inner = _Backward(body, active, self.mesh, "nothing", set(), inner_dtypes(step, body, self.dtypes),
-                          self.remat)
+                          remat=self.remat)
         seeds = []
         for i, cotangent in cotangents.items():
             seeds.append(inner.declare(inner._fresh("g"), self.types[cotangent]))
