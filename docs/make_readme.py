@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", *(f"docs/{name}.md" for name in (
-    "language", "bugs", "distributed", "architecture", "benchmarks")))
+    "language", "your_model", "bugs", "distributed", "architecture", "benchmarks")))
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n(?:It prints:\n\n)?```text\n.*?```)?", re.S)
 FIGURES = (
     ("collectives", "all_reduce, 4 GPUs, 65536 B"),

@@ -22,8 +22,8 @@ from shardlib.language.value import tracing
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh, check_sizes, current_mesh
 from shardlib.params import flat_leaves, leaf_dtypes, named_leaves, rebuild
-from shardlib.placement import join, place, shard_of
-from shardlib.program import Program, arg_types
+from shardlib.placement import arg_types, join, place, shard_of
+from shardlib.program import Program
 from shardlib.run.compiled import Compiled
 from shardlib.run.prepared import Prepared
 from shardlib.run.scheduled import Scheduled

@@ -35,7 +35,9 @@ from torch import Tensor
 
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
+from shardlib.program import Program
 from shardlib.spec import Owed, Spec
+from shardlib.tree import leaves
 
 
 def region(kind: Spec, sizes: Mapping[str, int], mesh: Mesh,
@@ -74,7 +76,12 @@ def _here(coordinate: Mapping[str, int], held: Sequence[Owed]) -> bool:
 
 
 def shard_of(x: Tensor, kind: Spec, mesh: Mesh, coordinate: Mapping[str, int]) -> Tensor:
-    """The piece of the global tensor `x` that `coordinate` holds as type `kind` (nothing owed)."""
+    """The piece of the global tensor `x` that `coordinate` holds as type `kind` (nothing owed): a view.
+
+    >>> from shardlib.spec import parse
+    >>> shard_of(torch.arange(3), parse("T/tp"), Mesh(tp=2), dict(tp=1))
+    tensor([2])
+    """
     for i, dim in enumerate(kind.dims):
         if dim.axes:
             if len(dim.factors) > 1:
@@ -82,6 +89,16 @@ def shard_of(x: Tensor, kind: Spec, mesh: Mesh, coordinate: Mapping[str, int]) -
             start, size = mesh.extent(x.shape[i], dim.axes, coordinate)
             x = x.narrow(i, start, size)
     return x
+
+
+def arg_types(program: Program, name: str) -> dict[str, Spec]:
+    """path -> type of the leaves of the argument `name`.
+
+    >>> from shardlib import Layout, lower, sharded
+    >>> arg_types(lower(sharded("T D -> T D")(lambda x: x), Layout(T="tp"), mesh=Mesh(tp=2)), "x")
+    {'x': T/tp D}
+    """
+    return dict(leaves(name, dict(program.args)[name]))
 
 
 class NotReplicated(AssertionError):

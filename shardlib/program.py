@@ -252,11 +252,6 @@ class Scan:
         return tuple(sorted([("dim", dim), ("stacked", stacked), *said]))
 
 
-def arg_types(program: Program, name: str) -> dict[str, Spec]:
-    """path -> type of the leaves of the argument `name`."""
-    return dict(leaves(name, dict(program.args)[name]))
-
-
 # -- printing ------------------------------------------------------------------------------------------------
 
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}

@@ -61,6 +61,10 @@ def connect(mesh: Mesh, device: str | torch.device | None = None, timeout_s: flo
     """This process's place on `mesh`, on "cpu" or "cuda" (GPU number LOCAL_RANK);
     by default on cuda where it can be.
 
+    >>> with connect(Mesh(tp=1), "cpu") as here:
+    ...     here.rank, here.coordinate
+    (0, {'tp': 0})
+
     communicators: makers of further communicators beside shared memory, on the CPU, and torch.distributed,
     which takes every call that no other takes.
     deterministic: reduce only with communicators that add up in rank order, rounding once.

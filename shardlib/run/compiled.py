@@ -24,6 +24,7 @@ from shardlib.lowering.emit import Emitter
 from shardlib.lowering.load import load
 from shardlib.mesh import Mesh, check_sizes
 from shardlib.params import Params, flat, flat_leaves, leaf_dtypes, named_leaves, present, rebuild
+from shardlib.placement import arg_types
 from shardlib.program import Program, Step
 from shardlib.run.captured import Captures, conditional
 from shardlib.run.failures import Lines, explain_failure
@@ -31,6 +32,7 @@ from shardlib.run.index_flags import IndexFlags
 from shardlib.run.kernels import Kernels
 from shardlib.run.prepared import Prepared, prepare, whole
 from shardlib.run.surroundings import any_autocast, refuse_gradients, without_autocast
+from shardlib.spec import Spec
 from shardlib.tree import leaves
 
 
@@ -82,6 +84,13 @@ class Compiled:
             self._captures = (Captures(self.runtime)
                               if self.graph and not self._refuses(conditional(self.program)) else None)
         return self.program
+
+    def types(self, name: str, like: Any = None) -> dict[str, Spec]:
+        """path -> type of the leaves of the argument `name`; `like` says which pytree it is."""
+        if name not in self.f.arg_names:
+            raise SpecError(f"{self.f.__name__}: it has no argument {name}; it has "
+                            f"{', '.join(self.f.arg_names)}")
+        return arg_types(self.lower(*(like if n == name else None for n in self.f.arg_names)), name)
 
     def _lower(self, dtypes: Mapping[str, str] | None = None) -> Program:
         likes = [self._likes.get(i) for i in range(len(self.f.arg_names))]

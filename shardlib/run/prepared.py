@@ -13,7 +13,8 @@ from shardlib.compiler.passes.pack import pack, packings
 from shardlib.errors import SpecError
 from shardlib.language.scan import SCAN
 from shardlib.params import Params, leaf_dtypes, leaf_values
-from shardlib.program import Program, Scan, arg_types
+from shardlib.placement import arg_types
+from shardlib.program import Program, Scan
 
 
 @dataclass(frozen=True)
