@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import torchrun
+from launching import ranks
 
 from shardlib import Layout, Mesh, SpecError, init
 from shardlib.distributed.runtime import connect
@@ -235,6 +235,6 @@ def test_rows_on_two_ranks(one: Model, tmp_path: Path) -> None:
     lengths: Sequence[int] = [len(t) - len(p) for t, p in zip(wanted[1], prompts)]
     assert len(set(lengths)) > 3                                    # rows do end one after another
     config = {name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__}
-    finished = torchrun(2, [tmp_path / "ranks.py", json.dumps(config), json.dumps(cases)])
+    finished = ranks(2, [tmp_path / "ranks.py", json.dumps(config), json.dumps(cases)])
     assert (finished.returncode, finished.stderr) == (0, "")
     assert json.loads(finished.stdout) == wanted * 3

@@ -11,7 +11,7 @@ import torch
 from here import HELPERS
 from hypothesis import given
 from hypothesis import strategies as st
-from launching import torchrun
+from launching import ranks
 from simulated import Ran, configs, placements, run, tree
 
 from shardlib import Layout, Mesh, lower, simulate
@@ -174,7 +174,7 @@ def test_real_ranks_compute_what_the_simulator_does(tmp_path: Path) -> None:
     schedules = (one_f_one_b(2, 4), zbv(2, 3))
     torch.save({"mesh": str(mesh), "layouts": layouts, "schedules": list(map(str, schedules)),
                 "config": CONFIG, "sizes": batch.sizes, "args": batch.args}, tmp_path / "job.pt")
-    finished = torchrun(2, [HELPERS / "gradients_worker.py", tmp_path])
+    finished = ranks(2, [HELPERS / "gradients_worker.py", tmp_path])
     assert finished.returncode == 0, finished.stderr
     for rank in range(2):
         made = torch.load(tmp_path / f"rank{rank}.pt")

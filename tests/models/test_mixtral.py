@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import torchrun
+from launching import ranks
 from safetensors.torch import save_file
 from simulated import generate, run
 from torch import Tensor
@@ -207,7 +207,7 @@ def test_greedy_tokens_on_one_rank_and_on_two(apart: Path, tmp_path: Path) -> No
         assert packed.generate(PROMPTS, NEW).tokens == wanted
         assert packed.generate(PROMPTS, NEW, sampling=Sampling(1.5, 0.9, 3)).tokens == drawn != wanted
     (tmp_path / "ranks.py").write_text(RANKS)
-    finished = torchrun(2, [tmp_path / "ranks.py", apart, json.dumps(PROMPTS), str(NEW)])
+    finished = ranks(2, [tmp_path / "ranks.py", apart, json.dumps(PROMPTS), str(NEW)])
     assert (finished.returncode, finished.stderr) == (0, "")
     assert json.loads(finished.stdout) == [wanted] * 3
 
