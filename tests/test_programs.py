@@ -23,7 +23,17 @@ from hypothesis import assume, event, given, reject, settings
 from hypothesis import strategies as st
 from pasting import numbered, pasted
 
-from shardlib import EXPLICIT, all_gather, all_reduce, lower, reduce_scatter, sharded, value_and_grad
+from shardlib import (
+    EXPLICIT,
+    Params,
+    all_gather,
+    all_reduce,
+    lower,
+    param,
+    reduce_scatter,
+    sharded,
+    value_and_grad,
+)
 from shardlib import cond as choose
 from shardlib import rename as relabel
 from shardlib import scan as scan_over
@@ -586,7 +596,7 @@ def moved(program: Program, mesh: Mesh, sizes: Mapping[str, int],
     return got, count
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(programs())
 def test_a_proof_by_classes_is_one_rank_by_rank(drawn: Drawn) -> None:
     """The ranks of a class make the same calls, each with its own group:
@@ -699,6 +709,22 @@ def test_what_is_printed_of_argmax_logsumexp_and_cond_is_python(layout: Layout) 
     mesh = Mesh(x=2, y=2)
     program = lower(choices, layout, mesh=mesh)
     assert numbered(pasted(program, mesh)) == numbered(program)
+
+
+class Both(Params):
+    up: torch.Tensor = param("D F")
+    down: torch.Tensor = param("D F")
+
+
+@sharded("*, D F -> *")
+def with_another(w: Both, y):
+    return Both(up=w.up, down=y)
+
+
+def test_what_is_returned_is_an_argument_only_where_all_its_leaves_are() -> None:
+    program = lower(with_another, mesh=Mesh())
+    assert "    return Both(up=w.up, down=y)" in str(program), str(program)
+    assert parse_program(str(program), TABLE) == program
 
 
 def test_every_verb_of_the_language_is_in_shardlib() -> None:

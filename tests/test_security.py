@@ -43,7 +43,8 @@ from shardlib.spec import parse, parse_signature
 
 ROOT = Path(__file__).resolve().parents[1]
 MESH = Mesh(dp=2, tp=2)
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=2 * settings.default.max_examples, deadline=None,
+                 suppress_health_check=list(HealthCheck))
 
 
 # -- what generated code may hold ----------------------------------------------------------------------------
@@ -344,7 +345,7 @@ def test_any_text_as_a_program(text):
     read(text)
 
 
-@settings(QUICK, max_examples=400)
+@settings(QUICK, max_examples=4 * settings.default.max_examples)
 @given(changed(TEXTS))
 def test_programs_with_a_few_edits(text):
     read(text)
@@ -376,7 +377,7 @@ def calls(draw):
             + "\n    return v0")
 
 
-@settings(QUICK, max_examples=600)
+@settings(QUICK, max_examples=5 * settings.default.max_examples)
 @given(calls())
 def test_programs_that_call_any_op_with_anything(text):
     read(text)

@@ -87,9 +87,9 @@ def test_every_pair_has_a_plan_of_typed_moves_that_costs_at_most_gathering_every
     assert planned == 475
 
 
-@pytest.mark.parametrize("rows, columns", SIZES)
-@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+@pytest.mark.parametrize("mesh, rows, columns", zip(MESHES[1:] * 2, *zip(*SIZES)), ids=str)
 def test_every_plan_relabels_its_value(mesh: Mesh, rows: int, columns: int) -> None:
+    """Uneven and below the ranks: one mesh has one of each, the other the other's axes."""
     sizes = dict(T=rows, D=columns)
     x = numbers(sizes)
     for have, want in PAIRS:
@@ -246,7 +246,7 @@ def conversions(draw: st.DrawFn) -> tuple[Mesh, Spec, Spec, dict[str, int]]:
 
 
 @given(conversions())
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 def test_plans_on_three_axes(case: tuple[Mesh, Spec, Spec, dict[str, int]]) -> None:
     mesh, have, want, sizes = case
     moves = plan(have, want, mesh)

@@ -103,7 +103,7 @@ def cases(draw: st.DrawFn, setting: Setting) -> Case:
                 seed=draw(st.integers(0, 1000)))
 
 
-@settings(max_examples=300, deadline=None,
+@settings(max_examples=3 * settings.default.max_examples, deadline=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_drawn_cases(world: World, setting: Setting, data: st.DataObject) -> None:

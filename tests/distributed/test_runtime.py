@@ -124,6 +124,15 @@ def test_how_a_rank_has_left(error: BaseException, said: str) -> None:
     assert _parting(error) == said
 
 
+def test_debug_mode_is_what_the_caller_says_and_else_what_the_environment_does(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, wanted in (("", (False, False, True)), ("0", (False, False, True)), ("1", (True, False, True))):
+        monkeypatch.setenv("SHARDLIB_CHECK", said)
+        for check, on in zip((None, False, True), wanted):
+            with connect(Mesh(), device="cpu", check=check) as runtime:
+                assert runtime._check is on
+
+
 def test_a_closed_runtime_makes_no_groups() -> None:
     runtime = connect(Mesh(), device="cpu")
     runtime.close()

@@ -270,13 +270,16 @@ def test_each_thread_is_in_a_collective_of_its_own(capfd: pytest.CaptureFixture[
     mine, other = dog.watch.seat("tp", (0, 1)), dog.watch.seat("dp", (0, 1))
     dog.watch.begin(mine, "barrier")
     errors: list[str] = []
+    waited_for: list[object] = []
 
     def fail() -> None:
         dog.watch.begin(other, "all_reduce")
+        waited_for.append(dog.watch.now[0])
         errors.append(str(dog.failed(RuntimeError("peer is gone"))))
         dog.watch.end()
     (thread := Thread(target=fail)).start()
     thread.join()
+    assert waited_for == [mine]
     assert errors[0].startswith("failed in collective 1 of group dp (ranks 0 1): all_reduce: peer is gone\n")
     assert (Moment.of(dog.watch.now) == Moment.of(dog.watch.mine) and dog.watch.now[0] is mine
             and dog.watch.last[0] is other)

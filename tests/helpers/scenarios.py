@@ -80,8 +80,9 @@ def messages(runtime: Runtime, axes: list[str]) -> list[Any]:
 def queued_messages(runtime: Runtime, axes: list[str]) -> list[Any]:
     """Messages from the first member, which has a queue, and from the second, which has none."""
     group, queue = runtime.group(axes), runtime.open_queue(axes)
+    of_second = "y" if group.rank_in_group == 1 else "none of the others' messages"
     return [queue is group.queue is runtime.open_queue(axes), group.broadcast_message(("a", 1), 0),
-            group.broadcast_message("y", 1), group.broadcast_message("x" * 3_000_000, 0),
+            group.broadcast_message(of_second, 1), group.broadcast_message("x" * 3_000_000, 0),
             refusal(lambda: group.broadcast_message({"f": int}, 0)), queue.declined is None]
 
 

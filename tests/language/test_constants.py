@@ -212,3 +212,15 @@ def test_a_constant_that_is_to_owe_is_made_once_and_owed_by_one_coordinate() -> 
     f = sharded("D -> D +x")(lambda x: ones("D"))
     assert "owe(" in str(lower(f, Layout(), mesh=Mesh(x=2)))
     assert torch.equal(simulate(f, Layout(), torch.zeros(3), mesh=Mesh(x=2)), torch.ones(3))
+
+
+@sharded("B T -> B T, B T")
+def one_more_and_two(x):
+    return x + full("T", 1.0), x + full("T", 2.0)
+
+
+def test_a_step_tells_constants_that_are_made_anew_apart() -> None:
+    """By itself T is split, beside x it is not: what the first sum makes is not what the second does."""
+    x = torch.zeros(2, 3)
+    one, two = step(one_more_and_two, Layout(B="x", T="x"), mesh=Mesh(x=1))(x)
+    assert torch.equal(one, x + 1) and torch.equal(two, x + 2)

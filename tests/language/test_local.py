@@ -75,6 +75,17 @@ def test_a_printed_program_names_the_function_and_runs_only_what_is_given():
         f"this program runs {name}, which was not given; pass functions={{{name!r}: ...}}")
 
 
+@sharded("D -> D")
+def two_functions(x):
+    return local("D -> D", torch.sin, x) + local("D -> D", torch.exp, x) * local("D -> D", torch.sin, x)
+
+
+def test_each_call_runs_its_own_function():
+    x = torch.randn(4, dtype=torch.float64)
+    for made in (two_functions(x), simulate(two_functions, Layout(D="tp"), x, mesh=MESH)):
+        assert torch.equal(made, x.sin() + x.exp() * x.sin())
+
+
 def test_the_check_accepts_what_is_true():
     check_local("B/dp D, D -> B/dp D", scaled, dict(B=5, D=4), MESH)
     check_local("B F/tp, F/tp D -> B D +tp", projected, dict(B=2, D=3, F=5), MESH)

@@ -237,6 +237,13 @@ def test_a_gguf_header(tmp_path):
     assert refusal(read_gguf_header, tmp_path / "text.gguf") == f"{tmp_path / 'text.gguf'}: not a GGUF file"
 
 
+def test_tensors_of_gguf_begin_at_the_next_multiple_of_the_alignment_or_there(tmp_path):
+    for more in range(32):
+        key = text("k" * (1 + more)) + struct.pack("<I?", 7, True)
+        path = gguf_file(tmp_path / "m.gguf", [key], [info("w", (8,))], data=64)
+        assert read_gguf_header(path).tensors["w"].offset == path.stat().st_size - 64
+
+
 @pytest.mark.parametrize("kind, format, values", [
     (0, "B", (0, 255)), (1, "b", (-128, 127)), (2, "H", (0, 65535)), (3, "h", (-32768, 32767)),
     (4, "I", (0, 2**32 - 1)), (5, "i", (-2**31, 2**31 - 1)), (6, "f", (-0.5, 2.0**100)),
