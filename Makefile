@@ -51,7 +51,8 @@ test-fast: $(VENV)/.test ## what proves most in two minutes: types, rules on two
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --import-mode=importlib -q $(FAST) $(ARGS)
 
 test: $(VENV)/.test ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --import-mode=importlib -q tests --ignore=tests/gpu -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --import-mode=importlib -q tests --ignore=tests/gpu -n $(JOBS) --dist loadfile \
+	  --no-loadscope-reorder $(ARGS)
 
 test-gpu: $(VENV)/.test ## the tests that need GPUs, against an installed wheel
 	rm -rf build && mkdir -p build/wheel

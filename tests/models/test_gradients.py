@@ -9,7 +9,7 @@ import llama_reference as reference
 import pytest
 import torch
 from here import HELPERS
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import ranks
 from simulated import Ran, configs, placements, run, tree
@@ -54,6 +54,7 @@ class Batch:
 
 # a dozen tokens or more: the gradient of a single token that the model is sure of is a difference of near
 # equals, all rounding
+@settings(max_examples=settings.default.max_examples // 2)
 @given(st.builds(Batch, configs(), st.integers(3, 5), st.integers(4, 7), st.integers(0, 1 << 20),
                  st.sampled_from((torch.float64, torch.float32))),
        placements(), st.sampled_from(REGATHER))
@@ -69,6 +70,7 @@ def test_gradients(batch: Batch, placement: tuple[Mesh, Layout], regather: str) 
     assert leaves("w", ran.program.results[1].tree) == leaves("w", dict(ran.program.args)["w"])
 
 
+@settings(max_examples=settings.default.max_examples // 4)
 @given(st.builds(Batch, configs(), st.just(4), st.just(6), st.integers(0, 1 << 20)))
 def test_the_reference_is_transformers(batch: Batch) -> None:
     """In fp32, transformers is as near to the reference in fp64 as that is in fp32."""

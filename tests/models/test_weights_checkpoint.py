@@ -138,7 +138,7 @@ def test_damage_anywhere_in_a_header(kind, request, tmp_path):
     data, seen, copies = data[:header] + bytes(100), 0, 0
     small = tmp_path / path.name
     tracemalloc.start()
-    for copy in damaged_copies(data, min(header, 1200)):
+    for copy in damaged_copies(data, min(header, 800)):
         small.write_bytes(copy)
         copies += 1
         with open(small, "r+b") as file:
@@ -150,7 +150,7 @@ def test_damage_anywhere_in_a_header(kind, request, tmp_path):
             assert str(error).startswith(f"{small}: ") and len(str(error)) < 1000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert copies > 3000 and seen > copies / 3 and peak < 5e6
+    assert copies > 2000 and seen > copies / 3 and peak < 5e6
 
 
 # -- GGUF ----------------------------------------------------------------------------------------------------
