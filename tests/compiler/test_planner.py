@@ -87,7 +87,7 @@ def test_every_pair_has_a_plan_of_typed_moves_that_costs_at_most_gathering_every
     assert planned == 475
 
 
-@pytest.mark.parametrize("mesh, rows, columns", zip(MESHES[1:] * 2, *zip(*SIZES)), ids=str)
+@pytest.mark.parametrize("mesh, rows, columns", list(zip(MESHES[1:] * 2, *zip(*SIZES))), ids=str)
 def test_every_plan_relabels_its_value(mesh: Mesh, rows: int, columns: int) -> None:
     """Uneven and below the ranks: one mesh has one of each, the other the other's axes."""
     sizes = dict(T=rows, D=columns)
