@@ -6,8 +6,8 @@ be done when it is there:
 
     before    what needs neither weights and rows together, nor stages: the count of a mask, weights gathered
     forward   what leads to the pipeline, and the pipeline
-    backward  the rest of what one microbatch does; in two where the schedule has it so: what leads to the
-              cotangent of the carry, and the rest
+    backward  the rest of what one microbatch does; in two where the schedule has it so (`halves`): what
+              leads to the cotangent of the carry, and the rest
     after     what depends on sums over all microbatches, and what all stages do together
 
 The first and the last are without time: they are typed, and run, for all rows of a rank at once; moves over
@@ -20,7 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shardlib.compiler.grad import ONES_LIKE, ZEROS_LIKE
-from shardlib.dtypes import FLOATS
+from shardlib.compiler.halves import halved
+from shardlib.dtypes import FLOATS, value_dtypes
 from shardlib.errors import SpecError
 from shardlib.language.casts import CAST, CAST_LIKE
 from shardlib.language.constants import FULL
@@ -37,9 +38,10 @@ from shardlib.tree import Struct, Tree, leaves
 class Cut:
     """The parts of a program, each a program. `units`: those of one microbatch, in order.
 
-    first: what the results of `before` are called by the others.
+    first: what the results of `before` are called by the others.  kinds: the dtype of every value.
     """
     program: Program
+    kinds: Mapping[str, str]
     first: tuple[str, ...]
     before: Program
     units: tuple[Program, ...]
@@ -67,9 +69,12 @@ def _steps(unit: Program, steps: Sequence[Step], at: Coordinate) -> Program:
                    results=tuple(r for r in unit.results if r.values[0] in made and here(r.tree, at)))
 
 
-def cut(program: Program, mesh: Mesh, kinds: Mapping[str, str], actions: str) -> Cut:
+def cut(program: Program, mesh: Mesh, dtypes: Mapping[str, str], actions: str,
+        default: str = "float32") -> Cut:
     """The parts of an explicit program on `mesh`, which has the axis of time, for a schedule with these kinds
-    of actions: "F", "FB" or "FIW". kinds: the dtype of every value."""
+    of actions: "F", "FB" or "FIW". dtypes: of arguments by path, `default` of the others."""
+    program = halved(program) if actions == "FIW" else program
+    kinds = value_dtypes(program, dtypes, default)
     program = _alike(program, kinds)
     _check(program, mesh)
     pipelines = [s for s in program.steps if stage_axis(s)]
@@ -89,7 +94,7 @@ def cut(program: Program, mesh: Mesh, kinds: Mapping[str, str], actions: str) ->
                               FIW=("forward", "backward", "weights"))[actions], "after")
     parts = [_part(program, f"{program.name}_{title}", groups, i) for i, title in enumerate(titles)]
     first = tuple(name for name, _ in parts[0].result_leaves())
-    return Cut(program, first, _still(parts[0]), tuple(parts[1:-1]), _still(parts[-1]))
+    return Cut(program, kinds, first, _still(parts[0]), tuple(parts[1:-1]), _still(parts[-1]))
 
 
 def _alike(program: Program, kinds: Mapping[str, str]) -> Program:

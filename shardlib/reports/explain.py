@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import Any
+from typing import Any, overload
 
 import torch
 from rich.console import Console
@@ -30,6 +30,8 @@ from shardlib.mesh import Mesh
 from shardlib.program import Program, Step
 from shardlib.reports.classes import Classes, PerRank, classes_of
 from shardlib.reports.project import check_given, rounds, sent, stage_classes
+from shardlib.reports.timetable import Timetable, timetable
+from shardlib.schedules.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,16 @@ def _plain(found: Traffic | Explanation, **names: str) -> dict[str, Any]:
     return {name: value.plain() if isinstance(value, PerRank) else value for name, value in values.items()}
 
 
+@overload
+def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = ...,
+            default: str = ..., cost: CostModel = ..., runtime: Runtime | None = ...,
+            schedule: None = ...) -> Explanation: ...
+@overload
+def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = ...,
+            default: str = ..., *, schedule: Schedule) -> Timetable: ...
 def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None,
-            default: str = "float32", cost: CostModel = CostModel(),
-            runtime: Runtime | None = None) -> Explanation:
+            default: str = "float32", cost: CostModel = CostModel(), runtime: Runtime | None = None,
+            schedule: Schedule | None = None) -> Explanation | Timetable:
     """Every collective of an explicit program, with its cost at these sizes, and what each rank holds.
 
     sizes: of every dim; dtypes: of arguments by path, `default` of the others. Bytes are what the busiest
@@ -175,6 +184,7 @@ def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapp
 
     runtime: says who takes each collective and how long that took when it was measured; all ranks then call
     this.
+    schedule: the one that the program was lowered for; what is told is then what ranks keep, and when.
 
     >>> from shardlib import Layout, einsum, lower, sharded
     >>> mesh = Mesh(dp=2, tp=4)
@@ -187,6 +197,8 @@ def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapp
     1 collectives, 384 B received per rank and run; times assumed, not measured: 20 µs a collective, 100 GB/s
     arguments: 640 B on the fullest rank, 1.00 x the mean
     """
+    if schedule is not None:
+        return timetable(program, mesh, sizes, schedule, dtypes, default)
     sizes = check_given(program, mesh, sizes, dtypes or {}, default)
     kinds = value_dtypes(program, dtypes or {}, default)
     classes = _classes(program, mesh, sizes)

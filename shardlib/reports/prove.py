@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import overload
 
 from shardlib.errors import SpecError
 from shardlib.language.cond import COND
@@ -54,6 +55,12 @@ class Proof:
     __repr__ = __str__
 
 
+@overload
+def prove(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = ...,
+          schedule: None = ...) -> Proof: ...
+@overload
+def prove(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = ..., *,
+          schedule: Schedule) -> ScheduledProof: ...
 def prove(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str] | None = None,
           schedule: Schedule | None = None) -> Proof | ScheduledProof:
     """Prove that all ranks issue the same collectives in the same order. SpecError where they do not.

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shardlib.compiler.microbatches import Cut, cut
-from shardlib.dtypes import value_dtypes
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.program import Program
@@ -72,16 +71,15 @@ def prove_scheduled(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtyp
     fold = Fold(schedule, mesh)
     ends = prove_schedule(schedule)
     sizes = check_given(program, fold.whole, sizes, dtypes or {})
-    kinds = value_dtypes(program, dtypes or {})
-    parts = cut(program, fold.whole, kinds, schedule.kinds)
-    asked = [list(asked_by(fold, parts, sizes, kinds, c)) for c in mesh.coordinates()]
+    parts = cut(program, fold.whole, dtypes or {}, schedule.kinds)
+    asked = [list(asked_by(fold, parts, sizes, c)) for c in mesh.coordinates()]
     said = "\n".join("; ".join(map(str, mine)) for mine in asked)
     collectives, messages = match_ranks(asked)
     return ScheduledProof(mesh, collectives, messages, ends, hashlib.sha256(
         f"{fold}\n{program}\n{said}".encode()).hexdigest())
 
 
-def asked_by(fold: Fold, parts: Cut, sizes: Mapping[str, int], kinds: Mapping[str, str],
+def asked_by(fold: Fold, parts: Cut, sizes: Mapping[str, int],
              coordinate: Mapping[str, int]) -> Iterator[Asked]:
     """What a rank asks for, in order."""
     mine, rank = fold.stages(coordinate.get(STAGES, 0)), fold.mesh.rank(coordinate)
@@ -89,7 +87,7 @@ def asked_by(fold: Fold, parts: Cut, sizes: Mapping[str, int], kinds: Mapping[st
 
     def of(program: Program, whole: Mesh, s: int, m: int, part: str) -> Iterator[Asked]:
         numbers: Counter[tuple[int, int]] = Counter()
-        given = {path: kinds[path] for path, _ in program.arg_leaves()}
+        given = {path: parts.kinds[path] for path, _ in program.arg_leaves()}
         at = fold.place(coordinate, s, m)
         for call in unrolled(calls_at(program, whole, {a: at[a] for a in whole.axes}, sizes, given)):
             if call.pair is None:

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shardlib.compiler.microbatches import Cut, cut
-from shardlib.dtypes import value_dtypes
+from shardlib.compiler.microbatches import Cut
 from shardlib.errors import SpecError
 from shardlib.language.held import here, runs
 from shardlib.lowering.emit import Emitter
@@ -81,7 +80,6 @@ class RankProgram:
     fold: Fold
     cut: Cut
     sizes: Mapping[str, int]
-    kinds: Mapping[str, str]
     coordinate: Mapping[str, int]
     group_of: Callable[[tuple[str, ...]], Any]
     device: torch.device
@@ -93,7 +91,7 @@ class RankProgram:
 
     def __post_init__(self) -> None:
         still, self.stages = self.fold.still, self.fold.stages(self.coordinate.get(STAGES, 0))
-        self.types = self.cut.program.types()
+        self.types, self.kinds = self.cut.program.types(), self.cut.kinds
         self._line = self.fold.line(self.coordinate)
         self._made: dict[str, Callable[..., Asking]] = {}
         self.around = {(s, name): self._part(part, still, self.fold.place(self.coordinate, s, 0))
@@ -303,9 +301,3 @@ def _bytes(kept: Mapping[Any, Mapping[str, Tensor]]) -> int:
     found = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
              for values in kept.values() for x in values.values()}
     return sum(found.values())
-
-
-def parts_of(program: Program, fold: Fold, given: Mapping[str, str]) -> tuple[Cut, dict[str, str]]:
-    """The program cut for a schedule, and the dtype of each of its values."""
-    kinds = value_dtypes(program, given)
-    return cut(program, fold.whole, kinds, fold.schedule.kinds), kinds

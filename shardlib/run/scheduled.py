@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardlib.compiler.microbatches import Cut
+from shardlib.compiler.microbatches import Cut, cut
 from shardlib.compiler.passes import DEFAULT, Pass, chosen
 from shardlib.compiler.pipeline import Gradients, lower_results, traced_function
 from shardlib.compiler.sizes import bind_sizes
@@ -29,7 +29,7 @@ from shardlib.params import Params, fill, flat_leaves, leaf_dtypes, named_leaves
 from shardlib.program import Program
 from shardlib.run.failures import explain_failure
 from shardlib.run.index_flags import IndexFlags
-from shardlib.run.schedule import POST, TAKE, Message, RankProgram, parts_of
+from shardlib.run.schedule import POST, TAKE, Message, RankProgram
 from shardlib.run.surroundings import without_autocast
 from shardlib.schedules.folding import STAGES, TIME, Fold, timeless
 from shardlib.schedules.waits import prove_schedule
@@ -109,10 +109,10 @@ class Scheduled:
         coordinate, fold = self.runtime.coordinate, self.fold
         sizes = self._sizes(program, {path: tuple(x.shape) for path, x in given.items()}, coordinate)
         self.runtime.compare_plans(program.name, f"{fold}\n{sorted(sizes.items())}\n{dtypes}\n{program}")
-        parts, kinds = parts_of(program, fold, dtypes)
+        parts = cut(program, fold.whole, dtypes, fold.schedule.kinds)
         lines = (STAGES,) if fold.mesh.axes.get(STAGES, 1) > 1 else ()
         self.runtime.create_groups(list(dict.fromkeys((*_groups(parts, fold), *([lines] if lines else [])))))
-        rank = RankProgram(fold, parts, sizes, kinds, coordinate, self.runtime.group, self.runtime.device)
+        rank = RankProgram(fold, parts, sizes, coordinate, self.runtime.group, self.runtime.device)
         post = _Post(self, program.name, rank, Mail(self.runtime.group(lines)) if lines else None)
         return program, rank, self._flags.around(post, rank.sites), results
 

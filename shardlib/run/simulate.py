@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardlib.compiler.microbatches import cut
 from shardlib.compiler.sizes import complete_sizes
 from shardlib.errors import SpecError
 from shardlib.lowering.emit import Emitter
@@ -19,7 +20,7 @@ from shardlib.lowering.load import load
 from shardlib.mesh import Mesh
 from shardlib.program import Program
 from shardlib.run.failures import explain_failure
-from shardlib.run.schedule import RankProgram, parts_of
+from shardlib.run.schedule import RankProgram
 from shardlib.run.surroundings import without_autocast
 from shardlib.schedules.folding import Fold
 from shardlib.wires import WIRES, Wire
@@ -63,8 +64,8 @@ def simulate_schedule(program: Program, fold: Fold, args: Sequence[Mapping[str, 
     """
     given = {path: str(t.dtype).removeprefix("torch.") for path, t in args[0].items()}
     device = next((t.device for t in args[0].values()), torch.device("cpu"))
-    (parts, kinds), sizes = parts_of(program, fold, given), complete_sizes(program, sizes)
-    ranks = [RankProgram(fold, parts, sizes, kinds, fold.mesh.coordinate(r),
+    parts, sizes = cut(program, fold.whole, given, fold.schedule.kinds), complete_sizes(program, sizes)
+    ranks = [RankProgram(fold, parts, sizes, fold.mesh.coordinate(r),
                          lambda axes, r=r: fold.mesh.group(axes, r), device)
              for r in range(fold.mesh.world_size)]
     mail: dict = {}

@@ -91,6 +91,10 @@ class Fold:
         at = {**coordinate, TIME: microbatch}
         return at | {STAGES: stage} if STAGES in coordinate else at
 
+    def at(self, index: int) -> dict[str, int]:
+        """The first rank of a coordinate of the stages' axis; none beside it holds more."""
+        return {axis: index if axis == STAGES else 0 for axis in self.mesh.axes}
+
     def line(self, coordinate: Mapping[str, int]) -> int:
         """Of the ranks that are stages of one pipeline, the first: it tells pipelines side by side apart."""
         return self.mesh.rank({**coordinate, STAGES: 0} if STAGES in coordinate else coordinate)

@@ -28,7 +28,6 @@ from shardlib import (
     value_and_grad,
 )
 from shardlib.compiler.microbatches import cut
-from shardlib.dtypes import value_dtypes
 from shardlib.functions import cast, exp, greater, mean, silu, sum
 from shardlib.ops import cross_entropy, embedding
 from shardlib.params import leaf_values
@@ -137,7 +136,7 @@ def test_where_a_program_is_cut() -> None:
     """The count of the mask comes first, once; at the end, once, what follows from sums over microbatches."""
     mesh = Fold(one_f_one_b(2, 2), Mesh(pp=2)).whole
     program = lower(value_and_grad(loss), Layout(L="pp", B="mb"), mesh=Mesh(pp=2), schedule=one_f_one_b(2, 2))
-    parts = cut(program, mesh, value_dtypes(program, {}), "FB")
+    parts = cut(program, mesh, {}, "FB")
     told = {part.name.removeprefix("loss_and_grad_"): [s.op.name for s in part.steps]
             for part in (parts.before, *parts.units, parts.after)}
     assert told == {
@@ -225,9 +224,9 @@ def test_lists_that_do_not_fit_are_refused_by_the_proof() -> None:
     swapped = Schedule.parse("0F0 0B0 0F1 0F2 0B1 0B2\n1F1 1F0 1B0 1B1 1F2 1B2")
     with pytest.raises(SpecError, match="^schedule: its ranks wait for each other: "):
         prove(program, mesh, sizes, schedule=swapped)
-    fold, kinds = Fold(schedule, mesh), value_dtypes(program, {})
-    parts = cut(program, fold.whole, kinds, "FB")
-    asked = [list(asked_by(fold, parts, sizes, kinds, c)) for c in mesh.coordinates()]
+    fold = Fold(schedule, mesh)
+    parts = cut(program, fold.whole, {}, "FB")
+    asked = [list(asked_by(fold, parts, sizes, c)) for c in mesh.coordinates()]
     assert match_ranks(asked) == (2, 6)
 
     def without(rank: int, posts: bool) -> list[list]:
