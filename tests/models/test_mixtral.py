@@ -186,7 +186,9 @@ made = []
 with connect(Mesh(dp=2), "cpu") as runtime:
     for layout in ("B=dp,E=dp", "E=dp,K=dp,V=dp", "F=dp,K=dp,V=dp"):
         model = Model.load(open_checkpoint(sys.argv[1]), Layout.parse(layout), runtime)
-        made.append(model.generate(json.loads(sys.argv[2]), int(sys.argv[3])).tokens)
+        prompts, new, eos = json.loads(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+        made.append([model.generate(prompts, new).tokens, model.generate(prompts, new, eos).tokens,
+                     model.generate(prompts[:1], new).tokens])
     if runtime.rank == 0:
         print(json.dumps(made))
 """
@@ -194,7 +196,7 @@ with connect(Mesh(dp=2), "cpu") as runtime:
 
 def test_greedy_tokens_on_one_rank_and_on_two(apart: Path, tmp_path: Path) -> None:
     """Those of transformers, far beyond the window; plain and packed weights, experts over dp, over tp, and
-    by tp."""
+    by tp; where rows end at different times, and where the second of two dp ranks has none."""
     theirs, wanted = reference.to_transformers(reference.random_weights(CONFIG, 3, torch.float32), CONFIG), []
     for prompt in PROMPTS:
         wanted.append(theirs.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False,
@@ -206,10 +208,14 @@ def test_greedy_tokens_on_one_rank_and_on_two(apart: Path, tmp_path: Path) -> No
         packed = model.pack()
         assert packed.generate(PROMPTS, NEW).tokens == wanted
         assert packed.generate(PROMPTS, NEW, sampling=Sampling(1.5, 0.9, 3)).tokens == drawn != wanted
+    eos = [wanted[0][len(PROMPTS[0]) + 1]]
+    ended = [made[:next((i + 1 for i in range(len(p), len(made)) if made[i] in eos), None)]
+             for p, made in zip(PROMPTS, wanted)]
+    assert len({len(made) - len(p) for p, made in zip(PROMPTS, ended)}) > 1
     (tmp_path / "ranks.py").write_text(RANKS)
-    finished = ranks(2, [tmp_path / "ranks.py", apart, json.dumps(PROMPTS), str(NEW)])
+    finished = ranks(2, [tmp_path / "ranks.py", apart, json.dumps(PROMPTS), str(NEW), json.dumps(eos)])
     assert (finished.returncode, finished.stderr) == (0, "")
-    assert json.loads(finished.stdout) == [wanted] * 3
+    assert json.loads(finished.stdout) == [[wanted, ended, wanted[:1]]] * 3
 
 
 # -- what is refused, in whole -------------------------------------------------------------------------------

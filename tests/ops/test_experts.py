@@ -105,6 +105,20 @@ def test_skewed_routing(chosen: list[list[int]]) -> None:
         check(layout, Mesh(ep=3), [x, torch.tensor(chosen), *rest])
 
 
+@pytest.mark.parametrize("mesh, layout", (("ep=2", "E=ep"), ("ep=4", "E=ep,N=ep"), ("ep=3", "N=ep,E=ep"),
+                                          ("dp=2,ep=2", "E=dp/ep,N=dp")))
+def test_where_experts_lie_changes_no_bit(mesh: str, layout: str) -> None:
+    """Each expert multiplies the same rows, wherever it is, and the sum of two has no order."""
+    x, chosen, *weights = (t.float() if t.is_floating_point() else t for t in drawn(9, 8, 6, 7, 2))
+    one = simulate(experts, Layout(), x, chosen, *weights, mesh=Mesh())
+    for seed in range(3):
+        order = torch.randperm(7, generator=torch.Generator().manual_seed(seed))
+        moved = [weights[0], *(w[order] for w in weights[1:])]
+        found = simulate(experts, Layout.parse(layout), x, order.argsort()[chosen], *moved,
+                         mesh=Mesh.parse(mesh))
+        assert torch.equal(found, one)
+
+
 @sharded("B T D, B T J, B T J, E -> B T D")
 def there_and_back(x, chosen, weights, load):
     rows, at = dispatch("B T D, B T J -> (E B T)~J D, (E B T)~J", x, chosen)
