@@ -23,17 +23,22 @@ from torch import Tensor
 
 
 def chosen_rows(x: Tensor, chosen: Tensor, experts: int, tokens: int, choices: int, first: int, most: int,
-                look: Callable[[Tensor], None] = lambda chosen: None) -> tuple[Tensor, Tensor]:
+                look: Callable[[Tensor], None] = lambda chosen: None,
+                room: Callable[[Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
     """The rows of tokens that chose one of the own experts, which begin with `first`; and which they are.
 
-    An expert that a token has twice is looked at as -1, which is none.
+    An expert that a token has twice is looked at as -1, which is none.  room: looks at how many rows there
+    are, where there may be more than `most`.
     """
     twice = (chosen.unsqueeze(-1) == chosen.unsqueeze(-2)).tril(-1).any(-1)
     chosen = chosen.masked_fill(twice, -1)
     look(chosen)
     here, n = chosen.reshape(-1) - first, tokens * choices
     numbers = here * n + torch.arange(n, device=x.device)
-    at = torch.where((here >= 0) & (here < experts), numbers, experts * n).sort().values[:most]
+    own = (here >= 0) & (here < experts)
+    if room is not None:
+        room(own.sum())
+    at = torch.where(own, numbers, experts * n).sort().values[:most]
     return token_rows(x, at, experts, tokens, choices), at
 
 

@@ -79,7 +79,9 @@ def _dispatch(e: LocalCode, step: Step, args: list[str]) -> str:
     expert = Dim(dim.factors[:1])
     site = e.index_site(step, 1, args[1], expert, "experts",
                         hint="; an expert that a token has twice counts as -1")
-    return _code(e, step, chosen_rows, args, e.rows(expert)[0], e.rows(dim)[1], f"{site}.look")
+    room = e.room_site(step, dim)
+    return _code(e, step, chosen_rows, args, e.rows(expert)[0], e.rows(dim)[1], f"{site}.look",
+                 *([f"{room}.look"] if room else []))
 
 
 def _dispatch_reference(d: Dims, x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:

@@ -190,12 +190,17 @@ class Mesh:
         """(start, size) of what `coordinate` holds along `dim`, in rows of it."""
         if not dim.factors:
             return 0, dim.constant
-        if dim.ragged:      # the rows that there are at most, in no place of the whole
-            first, *others = (self.extent(sizes[f.name], f.axes, coordinate)[1] for f in dim.factors)
-            return 0, min(first, sizes[dim.ragged]) * prod(others)
+        if dim.ragged:      # the rows that there is room for, in no place of the whole
+            most = self.most_rows(dim, sizes, coordinate)
+            return 0, min(most, sizes.get(dim.label, most))
         inner = prod(sizes[f.name] for f in dim.factors[1:])
         start, size = self.extent(sizes[dim.factors[0].name], dim.axes, coordinate)
         return start * inner, size * inner
+
+    def most_rows(self, dim: Dim, sizes: Mapping[str, int], coordinate: Mapping[str, int]) -> int:
+        """Of a ragged dim: how many rows `coordinate` may get, whatever is chosen."""
+        first, *others = (self.extent(sizes[f.name], f.axes, coordinate)[1] for f in dim.factors)
+        return min(first, sizes[dim.ragged]) * prod(others)
 
     def local_shape(self, spec: Spec, sizes: Mapping[str, int],
                     coordinate: Mapping[str, int]) -> tuple[int, ...]:

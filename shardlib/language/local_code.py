@@ -59,6 +59,12 @@ class LocalCode(Protocol):
         rows, ignored, hint: as an `IndexSite` has them.
         """
 
+    def room_site(self, step: Step, dim: Dim) -> str | None:
+        """The name of the place where rows of a ragged dim come to this rank: a `RoomSite`.
+
+        None where there is room for all that may.
+        """
+
     def hoist(self, variable: str, template: str, parts: int = 1) -> str:
         """`template` applied to `variable`: once before the loop,
         where the variable is the same in every round.

@@ -13,7 +13,7 @@ import torch
 
 from shardlib.compiler.fusion import Kernels
 from shardlib.compiler.passes.pack import Packing
-from shardlib.lowering.index_check import IndexSite
+from shardlib.lowering.index_check import IndexSite, RoomSite
 from shardlib.lowering.plan_step import PlanStep
 from shardlib.mesh import Mesh
 from shardlib.program import Step
@@ -108,6 +108,16 @@ class Answers:
                              step.where, hint, self.mesh.size(step.ins[operand].split_axes) == 1)
             self.sites[key], self.helpers[name] = name, site
         return self.sites[key]
+
+    def room_site(self, step: Step, dim: Dim) -> str | None:
+        """The name in generated code of the place where rows of the ragged `dim` come to this rank; None
+        where there is room for all that may."""
+        room, name = self.rows(dim)[1], f"i{len(self.sites)}"
+        if room == self.mesh.most_rows(dim, self.sizes, self.coordinate):
+            return None
+        self.helpers[name] = RoomSite(step.op.name, "", dim.label, room + 1, where=step.where)
+        self.sites[step.op.name, step.outputs, dim, self._branch] = name
+        return name
 
     def index_sites(self) -> list[IndexSite]:
         """The places of the program where something is looked up by an index."""

@@ -104,3 +104,22 @@ class IndexSite:
         if not self.everywhere or self.seen is not None:
             self.tell(error)
         return error
+
+
+@dataclass(eq=False)
+class RoomSite(IndexSite):
+    """A place where rows of the ragged dim `dim` come to a rank, which has room for less than `size`.
+
+    >>> site = RoomSite("dispatch", "", "(E T)~J", 11, where="model.py:12")
+    >>> site.look(torch.tensor(13))
+    Traceback (most recent call last):
+    shardlib.errors.SpecError: dispatch: 13 rows of (E T)~J come to a rank that has room for 10, as sizes say          model.py:12
+    """  # noqa: E501
+
+    def refusal(self, least: int, greatest: int) -> SpecError | None:
+        if greatest <= self.last:
+            return None
+        error = SpecError(f"{self.op}: {greatest} rows of {self.dim} come to a rank that has room for "
+                          f"{self.last}, as sizes say").at(self.where)
+        self.tell(error)
+        return error

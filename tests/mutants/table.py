@@ -46,6 +46,8 @@ TOKENIZERS, GGUF = ("tests/models/test_saved_tokenizers.py -k unless_the_folder"
                     "tests/models/test_gguf_defaults.py")
 RESULTS, RANDOM, CONFIGS, LOADING, HEADERS = (f"tests/models/test_{name}.py" for name in (
     "results", "random_weights", "weights_config", "weights_load", "weights_checkpoint"))
+EXPERTS, GALLERY, PLACES = ("tests/ops/test_experts.py", "tests/models/test_gallery.py",
+                            "tests/models/test_expert_placement.py")
 MIXTRAL, BALANCE = "tests/models/test_mixtral.py", "tests/ops/test_router_losses.py"
 MIXTRAL = "tests/models/test_mixtral.py"
 PYTREES = "tests/test_pytrees.py"
@@ -933,4 +935,21 @@ MUTANTS = (
            "tests/distributed/test_runtime.py -k debug_mode"),
     Mutant("models/files/gguf_header.py", "start = -(-cursor.at // alignment) * alignment",
            "start = (cursor.at // alignment + 1) * alignment", HEADERS + " -k next_multiple"),
+    Mutant("shardlib/mesh.py", "min(most, sizes.get(dim.label, most))", "most",
+           EXPERTS + " -k room_for_what_comes"),
+    Mutant("shardlib/lowering/index_check.py", 'as sizes say").at(self.where)\n        self.tell(error)',
+           'as sizes say").at(self.where)', EXPERTS + " -k ends_with_the_rank"),
+    Mutant("shardlib/lowering/index_check.py", "if greatest <= self.last:\n",
+           "if greatest <= self.last + 1:\n", EXPERTS + " -k no_room"),
+    Mutant("ops/expert_rows.py", "room(own.sum())", "room(own.sum() - 1)", EXPERTS + " -k no_room"),
+    Mutant("models/gallery/experts.py", 'said.flag("norm_topk_prob", default=False)', "False",
+           GALLERY + " -k qwen3_moe"),
+    Mutant("models/gallery/deepseek_v3.py", "through_experts(h, weights, chosen, w) + shared",
+           "through_experts(h, weights, chosen, w)", GALLERY + " -k deepseek"),
+    Mutant("models/gallery/deepseek_v3.py", "interleaved=config.interleaved)\n    q = concat",
+           "interleaved=False)\n    q = concat",
+           GALLERY + " -k deepseek"),
+    Mutant("models/expert_placement.py", "for held in (start, *tried)", "for held in tried", PLACES),
+    Mutant("models/expert_placement.py", "return _near(best, before)", "return best", PLACES),
+    Mutant("models/expert_placement.py", ">= (1 - worth) *", ">", PLACES),
 )

@@ -1,12 +1,15 @@
 """Experts over a mesh: the dense sum over experts, in every placement, whatever was chosen."""
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import torchrun
+from simulated import run
 from torch import Tensor
 
 from shardlib import (
@@ -25,6 +28,7 @@ from shardlib import (
 )
 from shardlib.functions import exp, mean, silu, sum
 from shardlib.ops import combine, dispatch, grouped_einsum
+from shardlib.spec import parse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOAD = torch.zeros(3)       # an argument that says how many experts there are
@@ -149,6 +153,68 @@ def test_all_ranks_agree() -> None:
     program = lower(value_and_grad(loss, wrt=WRT), Layout(N="dp", E=("dp", "tp")), mesh=Mesh(dp=2, tp=2))
     assert str(prove(program, Mesh(dp=2, tp=2), sizes)).startswith(
         "on mesh dp=2,tp=2: 4 ranks, 24 collectives, all matched")
+
+
+# -- room for fewer rows than may come -----------------------------------------------------------------------
+
+ROOM, SIZES = "(E N)~J", dict(N=7, D=4, F=6, E=5, J=2)
+
+
+def with_room(f: Any, rows: int) -> list[Tensor]:
+    """On two ranks, to the first of which ten of the 14 rows come."""
+    args = dict(zip(("x", "chosen", "weights", "up", "down"), drawn(7, 4, 6, 5, 2)))
+    if f is not experts:
+        args["g"] = torch.ones(7, 4, dtype=torch.float64)
+    return run(f, Layout(N="ep", E="ep"), Mesh(ep=2), args, {**SIZES, ROOM: rows}).results
+
+
+def test_room_for_what_comes_is_enough() -> None:
+    """Sizes may say how many rows a rank has room for: the same, gradients too, in smaller buffers."""
+    both = value_and_grad(loss, wrt=WRT)
+    for f in (experts, both):
+        for a, b in zip(with_room(f, 10), with_room(f, 14), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    kind, mesh = parse("(E/ep N)~J D"), Mesh(ep=2)
+    assert [mesh.local_shape(kind, {**SIZES, ROOM: 10}, c) for c in mesh.coordinates()] == [(10, 4)] * 2
+    assert [mesh.local_shape(kind, {**SIZES, ROOM: 99}, c) for c in mesh.coordinates()] == [(14, 4)] * 2
+
+
+@pytest.mark.parametrize("rows", (9, 1, 0))
+def test_rows_for_which_there_is_no_room_are_refused(rows: int) -> None:
+    with pytest.raises(SpecError) as caught:
+        with_room(experts, rows)
+    assert str(caught.value).split("          ")[0] == (
+        f"dispatch: 10 rows of (E N)~J come to a rank that has room for {rows}, as sizes say")
+
+
+RANKS = """
+import torch
+from shardlib import Layout, Mesh, compile, sharded
+from shardlib.distributed.runtime import connect
+from shardlib.ops import combine, dispatch
+
+@sharded("N D, N J, E -> N D")
+def there_and_back(x, chosen, load):
+    rows, at = dispatch("N D, N J -> (E N)~J D, (E N)~J", x, chosen)
+    return combine("(E N)~J D, (E N)~J -> N D", rows, at)
+
+with connect(Mesh(ep=2), "cpu") as runtime:
+    f = compile(there_and_back, Layout(E="ep"), runtime=runtime, sizes={"E": 4, "(E N)~J": 3})
+    x, even, skewed = torch.ones(5, 2), torch.tensor([[0], [1], [2], [3], [3]]), torch.tensor([[3]] * 5)
+    assert torch.equal(f(x, even, torch.zeros(2)), x)
+    f(x, skewed, torch.zeros(2))
+    print("it went on")
+"""
+
+
+def test_every_rank_ends_with_the_rank_that_has_no_room(tmp_path: Path) -> None:
+    """All rows come to the second rank; the first one, which could go on, says the same line."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    done = torchrun(2, [tmp_path / "ranks.py"])
+    says = "SpecError: dispatch: 5 rows of (E N)~J come to a rank that has room for 3, as sizes say"
+    assert done.returncode != 0 and done.stdout == ""
+    assert f"shardlib [rank 0] ends: rank 1 has raised {says}" in done.stderr
+    assert f"shardlib.errors.{says}" in done.stderr
 
 
 # -- what is refused, in whole -------------------------------------------------------------------------------
