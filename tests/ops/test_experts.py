@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import torchrun
+from launching import ranks
 from simulated import run
 from torch import Tensor
 
@@ -210,7 +210,7 @@ with connect(Mesh(ep=2), "cpu") as runtime:
 def test_every_rank_ends_with_the_rank_that_has_no_room(tmp_path: Path) -> None:
     """All rows come to the second rank; the first one, which could go on, says the same line."""
     (tmp_path / "ranks.py").write_text(RANKS)
-    done = torchrun(2, [tmp_path / "ranks.py"])
+    done = ranks(2, [tmp_path / "ranks.py"])
     says = "SpecError: dispatch: 5 rows of (E N)~J come to a rank that has room for 3, as sizes say"
     assert done.returncode != 0 and done.stdout == ""
     assert f"shardlib [rank 0] ends: rank 1 has raised {says}" in done.stderr
