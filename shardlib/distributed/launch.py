@@ -1,4 +1,5 @@
-"""What the launcher says of this process: torchrun's environment variables, or their absence.
+"""What the launcher says of this process: torchrun's environment variables, those of srun or mpirun in its
+words (`launchers`), or their absence.
 
 >>> Launch.from_environment({})
 Launch(rank=0, world_size=1, local_rank=0, local_world_size=1, launched=False)
@@ -15,6 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from shardlib.distributed.launchers import in_torchruns_words
 from shardlib.distributed.meeting import meet
 from shardlib.distributed.rank_error import RankError
 from shardlib.errors import SpecError
@@ -35,7 +37,8 @@ class Launch:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
-        """The Launch that torchrun's variables write; one process alone where RANK is missing."""
+        """The Launch that the launcher's variables write; one process alone where none says a rank."""
+        environment = {**environment, **in_torchruns_words(environment)}
         if "RANK" not in environment:
             return cls()
         world_size = _number(environment, "WORLD_SIZE", 1)
@@ -74,6 +77,7 @@ def join_job(timeout: timedelta) -> None:
     The group of all ranks is connected on demand: nothing here uses it, and else each rank would read every
     other one's address and hold a socket to it.
     """
+    os.environ.update(in_torchruns_words(os.environ))       # torch reads its own words there
     store, rank, world_size = _store(os.environ, timeout)
     name = meet(store, rank, world_size, timeout.total_seconds())
     undecided = ON_DEMAND not in os.environ

@@ -49,8 +49,7 @@ RESULTS, RANDOM, CONFIGS, LOADING, HEADERS = (f"tests/models/test_{name}.py" for
 EXPERTS, GALLERY, PLACES = ("tests/ops/test_experts.py", "tests/models/test_gallery.py",
                             "tests/models/test_expert_placement.py")
 MIXTRAL, BALANCE = "tests/models/test_mixtral.py", "tests/ops/test_router_losses.py"
-MIXTRAL = "tests/models/test_mixtral.py"
-PYTREES = "tests/test_pytrees.py"
+PYTREES, LAUNCHERS = "tests/test_pytrees.py", "tests/distributed/test_launchers.py -k place"
 SIMULATED = "tests/run/test_simulate.py"
 DECODER, ROTATED = "tests/models/test_decoder.py", "tests/compiler/test_rotate_scan.py -k leaves_alone"
 FUSE, FUSED, KERNELS = ("tests/compiler/test_fuse.py", "tests/language/test_fused.py",
@@ -187,6 +186,10 @@ MUTANTS = (
            "for s, names in zip(seeds[:1], used))]", BODIES),
     Mutant("shardlib/compiler/grad.py", "len(sown) - len(turned) + len(slices)", "len(slices)", BODIES),
     Mutant("shardlib/program.py", '("carries", carries, 1)', '("carries", carries, 0)', BODIES),
+    Mutant("shardlib/distributed/launchers.py", 'size in (None, "1")', "size is None", LAUNCHERS),
+    Mutant("shardlib/distributed/launchers.py", 'if "RANK" in environment:', "if False:", LAUNCHERS),
+    Mutant("shardlib/distributed/launchers.py", "for _ in range(int(times or 1))]", "for _ in range(1)]",
+           LAUNCHERS),
     Mutant("shardlib/compiler/grad.py", "inner.forward = [*body.steps]", "pass", BODIES),
     Mutant("shardlib/compiler/grad.py", '"nothing" if again else self.regather', "self.regather", BODIES),
     Mutant("shardlib/compiler/grad.py", "{} if again else {s.outputs[0]", "{s.outputs[0]", BODIES),
