@@ -44,7 +44,8 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
                          for name in ("NODEID", "JOB_ID", "STEP_ID"))
     return {"RANK": rank, "WORLD_SIZE": str(size), "LOCAL_RANK": environment.get("SLURM_LOCALID", rank),
             "LOCAL_WORLD_SIZE": tasks[node] if node < len(tasks) else str(size),
-            "MASTER_ADDR": first_host(environment.get("SLURM_STEP_NODELIST", "")), "MASTER_PORT": _port(31 * job + number)}
+            "MASTER_ADDR": first_host(environment.get("SLURM_STEP_NODELIST", "")),
+            "MASTER_PORT": _port(31 * job + number)}
 
 
 def _of_mpi(environment: Mapping[str, str]) -> dict[str, str]:

@@ -12,7 +12,8 @@ from shardlib.distributed.launchers import first_host, in_torchruns_words
 from shardlib.errors import SpecError
 
 SRUN = dict(SLURM_PROCID="9", SLURM_STEP_NUM_TASKS="11", SLURM_LOCALID="1", SLURM_NODEID="2",
-            SLURM_JOB_ID="123456", SLURM_STEP_ID="3", SLURM_STEP_TASKS_PER_NODE="4(x2),3", SLURM_STEP_NODELIST="n[7-9],m")
+            SLURM_JOB_ID="123456", SLURM_STEP_ID="3", SLURM_STEP_TASKS_PER_NODE="4(x2),3",
+            SLURM_STEP_NODELIST="n[7-9],m")
 OPEN_MPI = dict(OMPI_COMM_WORLD_RANK="2", OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_LOCAL_RANK="0",
                 OMPI_COMM_WORLD_LOCAL_SIZE="2")
 HYDRA = dict(PMI_RANK="3", PMI_SIZE="4", MPI_LOCALRANKID="3", MPI_LOCALNRANKS="4")
@@ -44,8 +45,8 @@ def test_all_tasks_of_a_step_meet_at_its_first_host() -> None:
 def test_mpirun_on_several_hosts_is_told_where_rank_0_is() -> None:
     with pytest.raises(SpecError) as error:
         Launch.from_environment({**OPEN_MPI, "MASTER_ADDR": "host0"})
-    assert str(error.value) == ("mpirun started 4 processes on several hosts, and MASTER_PORT is not set: say "
-                                "where rank 0 is, as in mpirun -x MASTER_ADDR=host0 -x MASTER_PORT=29500")
+    assert str(error.value) == ("mpirun started 4 processes on several hosts, and MASTER_PORT is not set: "
+                                "say where rank 0 is, as in mpirun -x MASTER_ADDR=host0 -x MASTER_PORT=29500")
 
 
 PROGRAM = """
