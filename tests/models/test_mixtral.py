@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from simulated import generate, run
 from torch import Tensor
 
-from shardlib import Layout, Mesh, lower, value_and_grad
+from shardlib import Layout, Mesh, SpecError, lower, simulate, value_and_grad
 from shardlib.api import shard_of
 from shardlib.distributed.runtime import connect
 from shardlib.models.decoding import PASSES, Model, Sampling, weight_types
@@ -27,6 +27,8 @@ from shardlib.models.files.checkpoint import CheckpointError
 from shardlib.models.files.model_files import open_checkpoint
 from shardlib.models.mixtral import MixtralConfig, logits_of, loss, next_token
 from shardlib.models.mixtral_config import config_from_hf
+from shardlib.params import leaf_values
+from shardlib.schedules.generators import one_f_one_b
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,6 +133,23 @@ def test_stages_give_what_one_rank_gives(placement: tuple[str, str]) -> None:
     w = reference.tree(trial.weights, config)
     mesh, layout = Mesh.parse(placement[0]), Layout.parse(placement[1])
     assert generate(w, config, layout, mesh, PROMPTS, 4) == generate(w, config, Layout(), Mesh(), PROMPTS, 4)
+
+
+def test_microbatches_of_stages_with_experts_over_ranks() -> None:
+    """1F1B: the loss and all gradients are one rank's. A loss that needs the mean of all microbatches inside
+    of the layers' gradients is refused."""
+    config, schedule = replace(CONFIG, num_layers=3), one_f_one_b(2, 2)
+    trial = Trial(config, 4, 5, 2)
+    args = trial.ids, trial.labels, reference.tree(trial.weights, config), trial.start
+    mesh, layout = Mesh(pp=2, ep=2), Layout.parse("L=pp,B=mb,E=ep")
+    value, grads = simulate(value_and_grad(loss), layout, *args, mesh=mesh, schedule=schedule, config=config)
+    wanted, truth = simulate(value_and_grad(loss), Layout(), *args, mesh=Mesh(), config=config)
+    torch.testing.assert_close(value, wanted, rtol=1e-12, atol=0)
+    for (path, a), (_, b) in zip(leaf_values(grads, ""), leaf_values(truth, ""), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=path)
+    with pytest.raises(SpecError, match="which all microbatches have to come to first"):
+        simulate(value_and_grad(loss), layout, *args, mesh=mesh, schedule=schedule,
+                 config=replace(config, balance=0.5))
 
 
 # -- from folders --------------------------------------------------------------------------------------------
