@@ -67,7 +67,7 @@ def of_two_axes() -> list[Case]:
 
 def ill_typed(case: Case) -> int | None:
     """How many ill-typed texts of it are tried: the offers of one with many operands take a second."""
-    return None if ALL else 2 if len(case.ins) > 5 else 6
+    return None if ALL else 2 if len(case.ins) > 5 else 4
 
 
 @cache

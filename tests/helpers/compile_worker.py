@@ -64,7 +64,7 @@ def registers(world: int) -> tuple[int, int]:
 def launches() -> Iterator[dict[str, Any]]:
     """The launches with the most threads, which `ops/nvlink.py` makes for the largest tensors, and those with
     a line a warp. On a rank in the middle, where two shots between four spill most."""
-    for world in (2, 3, 4, 8):
+    for world in (2, 4, 8):
         sums, moves = registers(world)
         for kernel in ("one_shot", "two_shot", "reduce_scatter"):
             for kind in KINDS.values():
