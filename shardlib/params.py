@@ -35,11 +35,13 @@ from shardlib.tree import Struct
 INITIAL = ("normal", "ones", "zeros")
 
 
-def param(spec: str, *, initial: str = "normal", scale: float | None = None, init: str | None = None) -> Any:
+def param(spec: str, *, initial: str = "normal", scale: float | None = None, init: str | None = None,
+          default: None = None) -> Any:
     """A field holding a tensor with dims `spec`; `init` fills it with `initial`: "normal", "ones" or "zeros".
 
     `scale`: standard deviation of "normal"; by default 1/sqrt(first dim's size), of a group all of it, 1 for
     a scalar.
+    `default=None` changes nothing here: by it a checker of types knows that the field may be left out.
 
     >>> from shardlib import init
     >>> class Weights(Params):

@@ -6,9 +6,9 @@
 
 The body is a `@sharded` function of (carry or carries, slices of the stacked, constants) that returns the new
 carries, then what is to be stacked. The stacked dim is the first of each stacked tensor; in the body it is
-gone, and conversions happen there, never on the stack. Where the layout splits it, the scan is a pipeline:
-each rank makes the rounds of its layers, and sends the carry on to the next. Refused: two different stacked
-dims.
+gone, and conversions happen there, never on the stack; a layout of the body's own is in force there. Where
+the layout splits that dim, the scan is a pipeline: each rank makes the rounds of its layers, and sends the
+carry on to the next. Refused: two different stacked dims.
 """
 from __future__ import annotations
 
@@ -69,8 +69,11 @@ def scan(f: Function, carry: Operand | tuple[Operand, ...], stacked: Any, *const
         check_dims(f"scan: {path} of {f.__name__}", Spec((*v.spec.dims[:stack], *spec.dims), spec.owed), v)
     outs = [spec if i < len(carries) else Spec((first, *spec.dims), spec.owed)
             for i, (_, spec) in enumerate(body.result_leaves())]
+    around = tracer.layout
+    tracer.layout = around if f.layout is None else f.layout
     made = apply(SCAN, operands, ins=[v.spec for v in operands], outs=outs, body=body,
                  **dict(Scan.attrs(first.label, len(values), len(carries))))
+    tracer.layout = around
     flat = iter(made if isinstance(made, tuple) else (made,))
     out = tuple(fill(r, "", lambda _: next(flat)) if isinstance(r, Params) else next(flat) for r in results)
     for tree in out:

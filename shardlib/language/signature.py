@@ -39,6 +39,9 @@ class Signature:
         parameters = inspect.signature(fn).parameters.values()
         self.static_names = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
         self.arg_names = [p.name for p in parameters if p.kind not in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)]
+        rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+        more = range(1, len(self.ins) - len(self.arg_names) + 1) if rest else ()
+        self.arg_names += [f"{rest}{i}" for i in more]          # of *xs: xs1, xs2
         if bad := next((n for n in self.arg_names if not nameable(n)), None):
             raise SpecError(f"{fn.__name__}: {bad!r} is no name for an argument; use letters, digits and "
                             "_").at(self.definition)

@@ -251,3 +251,33 @@ def test_text_that_scans_over_two_dims_is_none() -> None:
     assert parse_program(text)
     with pytest.raises(SpecError, match="this is no program"):
         parse_program(text.replace("L D F, L F D ->", "L D F, M F D ->"))
+
+
+@sharded("B D, D F -> B D", layout=Layout(F="y"))
+def of_its_own(x, w):
+    return x + einsum("B F, D F -> B D", einsum("B D, D F -> B F", x, w), w)
+
+
+@sharded("B D, L D F -> B D")
+def through(x, w):
+    return scan(of_its_own, x, w)
+
+
+def test_a_body_has_a_layout_of_its_own() -> None:
+    """On every executor: compile ignored it, and step did not. After it the caller's is in force again."""
+    mesh = Mesh(x=2, y=2)
+    program = lower(through, Layout(B="x", F="x"), mesh=mesh)
+    assert '@sharded("B D, D F/x -> B D", layout=EXPLICIT)' in str(program)     # what is stacked comes as it is
+    assert 'einsum("B F/y, D F/y -> B D +y"' in str(program)
+    assert [str(s) for _, s in program.result_leaves()] == ["B/x D"]
+    x, w = torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64) / 4
+    want = x + x @ w[0] @ w[0].T
+    want = want + want @ w[1] @ w[1].T
+    torch.testing.assert_close(simulate(through, Layout(B="x", F="x"), x, w, mesh=mesh), want)
+    torch.testing.assert_close(step(through, Layout(B="x"), mesh=Mesh(x=1, y=1))(x, w), want)
+
+
+def test_a_function_of_any_number_of_tensors() -> None:
+    largest = sharded("B, B, B -> B")(lambda x, *others: x + others[0] * others[1])
+    assert [name for name, _ in lower(largest, Layout(), mesh=Mesh()).args] == ["x", "others1", "others2"]
+    assert largest(torch.ones(2), torch.ones(2), torch.ones(2)).tolist() == [2.0, 2.0]
