@@ -267,7 +267,7 @@ def test_a_body_has_a_layout_of_its_own() -> None:
     """On every executor: compile ignored it, and step did not. After it the caller's is in force again."""
     mesh = Mesh(x=2, y=2)
     program = lower(through, Layout(B="x", F="x"), mesh=mesh)
-    assert '@sharded("B D, D F/x -> B D", layout=EXPLICIT)' in str(program)     # what is stacked comes as it is
+    assert '@sharded("B D, D F/x -> B D", layout=EXPLICIT)' in str(program)  # the stack as it is
     assert 'einsum("B F/y, D F/y -> B D +y"' in str(program)
     assert [str(s) for _, s in program.result_leaves()] == ["B/x D"]
     x, w = torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64) / 4
