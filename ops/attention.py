@@ -1,11 +1,12 @@
 """Grouped-query attention: `B T K G H, B S K H, B S K H [, B | B T S] -> B T K G H`, with S,
 the key time, its own letter.
 
-On one axis: B and K on all operands; T and G on q alone; S and H whole. Only v may owe a sum. By itself it
-is causal, query t seeing keys s <= t. With `start`, whose one dim is B, the queries stand further on: query
-t of row b sees keys s <= start[b] + t, as over a cache. With a mask, it sees where that is true. What else
-there is, a window, lengths, a bias, sinks, `attention_form` says; who runs it, `attend`. A query that sees
-nothing gives zeros, and no gradient.
+On one axis: B and K on all operands; T and G on q alone; H whole. Only v may owe a sum. Where S is split,
+results over each rank's keys are merged; where T is split alike, keys and values go round (`attend_over`).
+By itself it is causal, query t seeing keys s <= t. With `start`, whose one dim is B, the queries stand
+further on: query t of row b sees keys s <= start[b] + t, as over a cache. With a mask, it sees where that is
+true. What else there is, a window, lengths, a bias, sinks, `attention_form` says; who runs it, `attend`. A
+query that sees nothing gives zeros, and no gradient.
 
 Where a gradient is made, forward is `attention_lse`, which keeps the log of the sum of exp of the scores, and
 no scores.
@@ -20,32 +21,45 @@ from torch import Tensor
 
 from shardlib.dtypes import widest
 from shardlib.errors import SpecError
+from shardlib.language.exchanges import Exchange, Exchanges, Site
 from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply
 from shardlib.ops.attend import attend
 from shardlib.ops.attend_lse import attend_lse
-from shardlib.ops.attention_form import BESIDE, Form, floats, scores_code, seen_code, told
+from shardlib.ops.attend_over import attend_pieces, attend_ring, of_pieces, of_ring
+from shardlib.ops.attention_form import BESIDE, Form, floats, members_code, scores_code, seen_code, told
 from shardlib.ops.attention_vjp import ATTENTION_VJP, SINKS_VJP
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_specs
+from shardlib.wires import ALL_GATHER, ALL_TO_ALL
 
 
 def _emit(helper: Any) -> Any:
     def emit(e: LocalCode, step: Step, args: list[str]) -> str:
         form = Form.of(step)
         more = [f", {n}={text}" for n in ("bias", "sinks") if (text := form.ordered(n, args))]
-        return (f"{e.use(helper)}({', '.join(args[:3])}, {seen_code(e, form, args)}, {scores_code(e, form)}"
-                f"{''.join(more)})")
+        text = f"{', '.join(args[:3])}, {seen_code(e, form, args)}, {scores_code(e, form)}{''.join(more)}"
+        if e.mesh.size(form.axes) == 1:
+            return f"{e.use(helper)}({text})"
+        over = (e.exchanging(attend_ring, form.axes, [ALL_TO_ALL], f"{members_code(e, form)}, {text}")
+                if form.ring else
+                e.exchanging(attend_pieces, form.axes, [ALL_GATHER], f"{members_code(e, form)}, {text}"))
+        return over if len(step.outs) == 2 else f"{over}[0]"
     return emit
 
 
 def _rule(step: Step) -> Rule:
     form, every = Form.of(step), tuple(range(len(step.ins)))
-    return Rule(linear=((2,),), whole=(*form.q.dims[4].names, *form.k.dims[1].names),
+    return Rule(linear=((2,),), whole=form.q.dims[4].names, met=form.k.dims[1].names, alike=form.alike,
                 uses=(every, (0, 1, *every[3:]))[:len(step.outs)])
+
+
+def _exchanges(at: Site) -> list[Exchange]:
+    form, kind = Form.of(at.step), widest(*(at.dtypes[i] for i in floats(at.step.options)))
+    return of_ring(at, str(kind), form.balanced(at.sizes)) if form.ring else of_pieces(at, str(kind))
 
 
 def _reads(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | None]:
@@ -60,6 +74,8 @@ def _keeps(step: Step) -> tuple[Op, tuple[Spec, ...]]:
 
 def _vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
     form, inputs, options = Form.of(step), list(step.inputs), dict(step.options)
+    kind, over = b.types[ct[0]], () if form.ring else form.axes
+    g = b.move(ct[0], kind.owing(*(o for o in kind.owed if o.axis not in over)), "each piece of S gets it")
     if len(step.outputs) == 1:
         op, more = _keeps(step)
         out, lse = b.call(op, inputs, outs=(step.outs[0].owing(), *more), **options)
@@ -73,7 +89,7 @@ def _vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
         options = {k: v for k, v in options.items() if k != "beside"} | ({"beside": others} if others else {})
     differentiated = [0, 1, 2, *(3 + i for i, n in enumerate(form.beside) if n == "bias")]
     kinds = tuple(step.ins[i].owing() for i in differentiated)
-    made.update(zip(differentiated, b.call(ATTENTION_VJP, [*inputs, out, lse, ct[0]], outs=kinds, **options)))
+    made.update(zip(differentiated, b.call(ATTENTION_VJP, [*inputs, out, lse, g], outs=kinds, **options)))
     return [made.get(i) for i in range(len(step.inputs))]
 
 
@@ -98,12 +114,14 @@ def _lse_reference(d: Dims, q: Tensor, k: Tensor, v: Tensor, *beside: Tensor) ->
     return out, total.log()
 
 
-ATTENTION = Op("attention", rule=_rule, emit=_emit(attend), vjp=_vjp, keeps=_keeps, reads=_reads,
-               looks=lambda e, step, args: "None", takes=lambda s: Form.of(s).takes, keywords=Form.KEYWORDS,
-               reference=_reference)
-ATTENTION_LSE = Op("attention_lse", rule=_rule, emit=_emit(attend_lse), takes=lambda s: Form.of(s).takes,
-                   reads=_reads, dtype=lambda d, o: [_reads(d, o)[0], widest(_reads(d, o)[0], "float32")],
-                   keywords=Form.KEYWORDS, reference=_lse_reference)
+EXCHANGES = Exchanges(lambda step: Form.of(step).axes, _exchanges)
+ATTENTION = Op("attention", exchanges=EXCHANGES, rule=_rule, emit=_emit(attend), vjp=_vjp, keeps=_keeps,
+               reads=_reads, looks=lambda e, step, args: "None", takes=lambda s: Form.of(s).takes,
+               keywords=Form.KEYWORDS, reference=_reference)
+ATTENTION_LSE = Op("attention_lse", exchanges=EXCHANGES, rule=_rule, emit=_emit(attend_lse),
+                   takes=lambda s: Form.of(s).takes, reads=_reads, keywords=Form.KEYWORDS,
+                   dtype=lambda d, o: [_reads(d, o)[0], widest(_reads(d, o)[0], "float32")],
+                   reference=_lse_reference)
 
 
 def attention(text: str, q: Operand, k: Operand, v: Operand, seen: Operand | None = None, *,

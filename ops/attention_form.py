@@ -18,6 +18,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -124,6 +126,28 @@ class Form:
     def takes(self) -> tuple[str, ...]:
         return ("float", "float", "float", *(_TAKES[n] for n in self.beside))
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes over which the keys are split."""
+        return self.k.dims[1].axes
+
+    @property
+    def alike(self) -> tuple[tuple[str, str], ...]:
+        """The dims of queries and keys that one axis may split: not where an operand may have both."""
+        times = self.q.dims[1].names[0], self.k.dims[1].names[0]
+        return () if {"mask", "bias"} & {*self.beside} else (times,)
+
+    @property
+    def ring(self) -> bool:
+        """Whether queries and keys are split alike."""
+        return bool(self.alike) and self.axes == self.q.dims[1].axes != ()
+
+    def balanced(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the rows of a ring are dealt anew: what is causal alone, with as many keys as queries."""
+        queries, keys = (prod(sizes[n] for n in dim.names) for dim in (self.q.dims[1], self.k.dims[1]))
+        return (self.causal and self.options.get("window") is None and not {*self.beside} - {"sinks"}
+                and queries == keys)
+
     # -- code ------------------------------------------------------------------------------------------------
 
     def order(self, name: str) -> tuple[int, ...]:
@@ -174,6 +198,15 @@ def seen_code(e: LocalCode, form: Form, args: Sequence[str]) -> str:
         ((name, end),) = tensors.items()
         return e.hoist(at[name], f"{e.use(Seen)}({static}, {name}={{x}}{end})")
     return f"{e.use(Seen)}({', '.join([static, *(f'{n}={at[n]}{end}' for n, end in tensors.items())])})"
+
+
+def members_code(e: LocalCode, form: Form) -> str:
+    """(start, size) of what each member has of the keys; of a ring, which of them this rank is, and whether
+    it is balanced."""
+    dim, here = form.k.dims[1], e.coordinate
+    at = [{**here, **dict(zip(dim.axes, c))} for c in product(*(range(e.mesh.axes[a]) for a in dim.axes))]
+    text = f"{tuple(e.mesh.rows(dim, e.sizes, c) for c in at)}"
+    return f"{text}, {e.mesh.number(dim.axes, here)}, {form.balanced(e.sizes)}" if form.ring else text
 
 
 def scores_code(e: LocalCode, form: Form) -> str:

@@ -1,7 +1,8 @@
 """The derivative of attention, from what forward kept: its result, and the log of the sum of exp of scores.
 
 On one axis: B and K on all operands, T and G on those that have them; where S is split, what comes back to q
-is owed. It is linear in v and the result together, and in the cotangent.
+is owed, unless T is split alike: then keys and values go round (`attend_over`). It is linear in v and the
+result together, and in the cotangent.
 """
 from __future__ import annotations
 
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor
 
 from shardlib.dtypes import widest
+from shardlib.language.exchanges import Exchange, Exchanges, Site
 from shardlib.language.local_code import LocalCode
+from shardlib.ops.attend_over import attend_ring_vjp, of_ring
 from shardlib.ops.attend_vjp import attend_vjp, sinks_vjp
-from shardlib.ops.attention_form import Form, floats, scores_code, seen_code
+from shardlib.ops.attention_form import Form, floats, members_code, scores_code, seen_code
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
+from shardlib.wires import ALL_TO_ALL
 
 KEPT = 3
 """Operands behind those of forward: its result, its lse, the cotangent."""
@@ -33,6 +37,10 @@ def own_dims(made: tuple[Tensor, ...], order: tuple[int, ...]) -> tuple[Tensor, 
 def _emit(e: LocalCode, step: Step, args: list[str]) -> str:
     form = Form.of(step, KEPT)
     bias = form.ordered("bias", args)
+    if form.ring and e.mesh.size(form.axes) > 1:
+        told = f"{', '.join(args[:3])}, {seen_code(e, form, args)}, {scores_code(e, form)}"
+        return e.exchanging(attend_ring_vjp, form.axes, [ALL_TO_ALL],
+                            f"{members_code(e, form)}, {told}, {', '.join(args[-KEPT:])}")
     text = (f"{e.use(attend_vjp)}({', '.join(args[:3])}, {seen_code(e, form, args)}, {scores_code(e, form)}, "
             f"{bias or None}, {', '.join(args[-KEPT:])})")
     return f"{e.use(own_dims)}({text}, {form.order('bias')})" if bias else text
@@ -44,9 +52,15 @@ def _rule(step: Step) -> Rule:
     every, out = tuple(range(len(step.ins))), last - 2
     of_v = tuple(i for i in every if i not in (2, out))
     q, k, v = step.ins[:3]
-    return Rule(linear=((2, out), (last,)), whole=q.dims[4].names,
+    met = (*q.dims[1].names, *k.dims[1].names) if form.ring else ()
+    return Rule(linear=((2, out), (last,)), whole=q.dims[4].names, met=met, alike=form.alike,
                 sums=tuple(dict.fromkeys(n for d in (*q.dims[:4], k.dims[1], v.dims[3]) for n in d.names)),
                 uses=(every, every, of_v, *([every] if "bias" in form.beside else [])))
+
+
+def _exchanges(at: Site) -> list[Exchange]:
+    kind = _reads(at.dtypes, at.step.options)[0]
+    return of_ring(at, str(kind), Form.of(at.step, KEPT).balanced(at.sizes), back=True)
 
 
 def _takes(step: Step) -> tuple[str, ...]:
@@ -87,7 +101,8 @@ def _sinks_emit(e: LocalCode, step: Step, args: list[str]) -> str:
     return f"{e.use(sinks_vjp)}({args[0]}{turn}[{index}], {', '.join(args[1:])})[{back}]{turn}"
 
 
-ATTENTION_VJP = Op("attention_vjp", rule=_rule, emit=_emit, takes=_takes, reads=_reads,
+EXCHANGES = Exchanges(lambda s: Form.of(s, KEPT).axes if Form.of(s, KEPT).ring else (), _exchanges)
+ATTENTION_VJP = Op("attention_vjp", exchanges=EXCHANGES, rule=_rule, emit=_emit, takes=_takes, reads=_reads,
                    keywords=Form.KEYWORDS, reference=_reference)
 SINKS_VJP = Op("attention_sinks_vjp", takes=("float",), emit=_sinks_emit, reference=_sinks_reference,
                rule=lambda s: Rule(linear=((1,), (3,)), sums=s.ins[1].names))

@@ -31,6 +31,25 @@ def slots(start: Tensor, shape: tuple[int, ...], site: IndexSite) -> Tensor:
     return now.view(now.shape + (1,) * (len(shape) - 2)).expand(shape)
 
 
+def write_piece(cache: Tensor, where: Tensor, rows: Tensor, first: int) -> Tensor:
+    """`cache`, the slots from `first` on of a longer one, with those rows that fall to it.
+
+    The slots `where` follow each other. Any other row writes what is there already, to a slot to which no
+    row falls; of more rows than slots, each slot takes its own.
+    """
+    n, t = cache.shape[1], rows.shape[1]
+    if not n or not t:
+        return cache
+    if t <= n:
+        here = where - first
+        at = here % n
+        return cache.scatter_(1, at, torch.where(here == at, rows, cache.gather(1, at)))
+    slot = torch.arange(first, first + n, device=where.device).view(n, *[1] * (where.ndim - 2))
+    row = slot - where[:, :1]
+    at = row.clamp(0, t - 1)
+    return cache.copy_(torch.where(row == at, rows.gather(1, at), cache))
+
+
 def slots_seen(start: Tensor, offset: int, t: int, first: int, s: int) -> Tensor:
     """(b, t, s): whether slot first + s is at most start[b] + offset + t."""
     return torch.arange(first, first + s, device=start.device) <= positions(start, offset, t)[..., None]
@@ -47,6 +66,8 @@ def _look(e: LocalCode, step: Step, args: list[str]) -> str:
 def _write(e: LocalCode, step: Step, args: list[str]) -> str:
     cache = args[0] if step.inputs[0] in e.in_place else f"{args[0]}.clone()"
     where = e.hoist(args[2], f"{e.use(slots)}({{x}}, {e.shape(step.ins[1])}, {_site(e, step, args)})")
+    if e.mesh.size(step.ins[0].dims[1].axes) > 1:
+        return f"{e.use(write_piece)}({cache}, {where}, {args[1]}, {e.rows(step.ins[0].dims[1])[0]})"
     return f"{cache}.scatter_(1, {where}, {args[1]})"
 
 
@@ -68,7 +89,7 @@ def _mask_reference(d: Dims, start: Tensor) -> Tensor:
 
 
 UPDATE_CACHE = Op("update_cache",
-                  rule=lambda s: Rule(linear=((0, 1),), whole=(s.ins[0].names[1], s.ins[1].names[1])),
+                  rule=lambda s: Rule(linear=((0, 1),), whole=(s.ins[1].names[1],), met=(s.ins[0].names[1],)),
                   emit=_write, looks=_look, index=(2,), updates=0, reads=lambda d, o: [d[0], d[0], "int64"],
                   reference=_update_reference)
 CAUSAL_MASK = Op("causal_mask", rule=lambda s: Rule(), emit=_mask, index=(0,), dtype=lambda d, o: ["bool"],
@@ -76,7 +97,8 @@ CAUSAL_MASK = Op("causal_mask", rule=lambda s: Rule(), emit=_mask, index=(0,), d
 
 
 def update_cache(text: str, cache: Operand, rows: Operand, start: Operand) -> Value:
-    """`cache` with new rows written from slot start[b] on: row t to slot start[b] + t. S and T are whole.
+    """`cache` with new rows written from slot start[b] on: row t to slot start[b] + t. T is whole; of a
+    cache whose S is split, each rank writes what falls to it.
 
     It keeps the dtype of the cache. Refused: a slot that is not there. The buffer is reused where `compile`
     is told `donate=("cache",)`.

@@ -139,6 +139,13 @@ class Mesh:
         return tuple(self.rank({**here, **dict(zip(axes, c))})
                      for c in itertools.product(*(range(self.axes[a]) for a in axes)))
 
+    def number(self, axes: Sequence[str], coordinate: Mapping[str, int]) -> int:
+        """Which member of its group over `axes` a coordinate is."""
+        n = 0
+        for axis in axes:
+            n = n * self.axes[axis] + coordinate[axis]
+        return n
+
     def extent(self, n: int, axes: Sequence[str], coordinate: Mapping[str, int]) -> tuple[int, int]:
         """(start, size) of the piece of n rows that `coordinate` holds when they are split over `axes`."""
         start = 0

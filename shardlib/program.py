@@ -34,7 +34,7 @@ class Op:
     infer(ins, attrs): the results' dims, for an op that is called without a spec string.
     vjp(b, step, cotangents): the cotangents of the operands, by the grad builder `b`; None where none is.
     moves:       it changes types and keeps the value: a conversion.
-    wire:        how its ranks communicate, if they do.
+    wire:        how its ranks communicate, if they do; `exchanges`: of an op that is no move.
     lengths(step): (dim, dims, n) where the dim is as long as the dims together and n; None where none is.
     index:       operands that hold integers or masks, outside linearity and without cotangent.
     updates:     the operand whose buffer the result may reuse, if any.
@@ -46,8 +46,7 @@ class Op:
     asserted:    its types are those of its text, unchecked (`local`); `function` is what it runs.
     takes:       what each operand may hold, the last for all further ones, or a function of the step: "any",
                  "number" (no mask), "float", "index", "mask"; by default an index where `index` has it.
-    reads(dtypes, attrs): the dtypes in which the operands are read; by default the widest of those that are
-                 no index (`shardlib.dtypes`).
+    reads(dtypes, attrs): in which dtypes the operands are read; by default the widest of all but indices.
     dtype(dtypes, attrs): the results' dtypes; by default that in which the operands are read.
     promotes:    torch itself reads the operands so, those without dims excepted.
     reference(d, *xs): what it means, another way than `emit` has it: see `shardlib.reference`.
@@ -61,6 +60,7 @@ class Op:
     keeps: Callable | None = None
     moves: bool = False
     wire: Wire | None = None
+    exchanges: Any = None
     index: tuple[int, ...] = ()
     updates: int | None = None
     looks: Callable[..., str] | None = None
@@ -108,8 +108,7 @@ class Step:
     where: Where | None = field(default=None, compare=False)
     why: str = field(default="", compare=False)
     layout: Layout | None = field(default=None, compare=False)
-    # the user's variable for each operand, "" for an expression
-    said: tuple[str, ...] = field(default=(), compare=False)
+    said: tuple[str, ...] = field(default=(), compare=False)    # the user's variable for each operand, or ""
     called: str = field(default="", compare=False)  # the @sharded function whose call this step is part of
 
     @property

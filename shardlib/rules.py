@@ -32,6 +32,8 @@ class Rule:
     maxes:  the same for a maximum.
     uses:   for each result, the operands whose values it depends on; all of them where nothing is said.
     shapes: operands of which only the dims count: what they owe does not matter.
+    met:    dims whose pieces the step brings together itself (`Op.exchanges`): split, nothing is owed.
+    alike:  pairs of dims, one of them in `met`, that may be split over the same axes.
     ragged: it knows which rows of a ragged dim there are; any other op may but take each row by itself.
     Any other dim that a result lacks must be whole, too. A dim that only results have is made there, as its
     spec says.
@@ -42,6 +44,8 @@ class Rule:
     maxes: tuple[str, ...] = ()
     uses: tuple[tuple[int, ...], ...] = ()
     shapes: tuple[int, ...] = ()
+    met: tuple[str, ...] = ()
+    alike: tuple[tuple[str, str], ...] = ()
     ragged: bool = False
 
 
@@ -73,7 +77,8 @@ def natural(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec],
         passed = _owed(op, rule, ins, axes, names, [i for i in used if i not in rule.shapes])
         others = {n for i, s in enumerate(ins) if i not in used for n in s.names}
         others -= {n for i in used for n in ins[i].names}
-        gone = {n: a for n, a in axes.items() if a and n not in out.names and n not in others}
+        gone = {n: a for n, a in axes.items()
+                if a and n not in out.names and n not in others and n not in rule.met}
         for name, split in gone.items():
             if name not in rule.sums and name not in rule.maxes:
                 raise _must_be_whole(op, name, split, ins, names)
@@ -112,7 +117,8 @@ def _label_axes(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec], 
     owner: dict[str, str] = {}
     for name, split in axes.items():
         for axis in split:
-            if axis in owner:
+            pair = owner.get(axis), name
+            if axis in owner and not (axes[owner[axis]] == split and {pair, pair[::-1]} & {*rule.alike}):
                 raise RuleError(f"{op}: axis {axis} splits both {owner[axis]} and {name}; a rank would hold "
                                 "only the pairs on the diagonal", first.get(name), name, axis)
             owner[axis] = name

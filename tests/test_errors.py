@@ -478,38 +478,21 @@ argmax: logits has V split over tp; the text takes "B V"          model.py:3
 """)
 
 
-@sharded("B T K G H, B S/tp K H, B S/tp K H -> B T K G H", layout=EXPLICIT)
-def attention_over_split_keys(q, k, v):
-    return attention("B T K G H, B S/tp K H, B S/tp K H -> B T K G H", q, k, v)
+@sharded("B T/tp K G H, B S/tp K H, B S/tp K H, B S/tp -> B T/tp K G H", layout=EXPLICIT)
+def attention_in_a_ring_with_a_mask(q, k, v, mask):
+    return attention("B T/tp K G H, B S/tp K H, B S/tp K H, B S/tp -> B T/tp K G H", q, k, v, mask)
 
 
-wrong(attention_over_split_keys, """
-attention: S is split over tp in k; attention needs all of S on each rank          model.py:3
+wrong(attention_in_a_ring_with_a_mask, """
+attention: axis tp splits both T and S; a rank would hold only the pairs on the diagonal          model.py:3
 
-  q   B        T  K  G  H
-  k   B  S/tp     K     H
-  v   B  S/tp     K     H
-         ^^^^
+  q      B        T/tp  K  G  H
+  k      B  S/tp        K     H
+  v      B  S/tp        K     H
+  mask   B  S/tp
+            ^^^^
 
-  attention("B T K G H, B S K H, B S K H -> B T K G H", q, all_gather("B S/tp K H -> B S K H", k), all_gather("B S/tp K H -> B S K H", v))     786.4 kB per rank
-""", B=2, T=128, S=128, K=8, G=4, H=64)
-
-
-@sharded("B T K G H, B S/tp K H, B S/tp K H, B -> B T K G H", layout=EXPLICIT)
-def attention_from_a_start_over_split_keys(q, k, v, start):
-    return attention("B T K G H, B S/tp K H, B S/tp K H, B -> B T K G H", q, k, v, start)
-
-
-wrong(attention_from_a_start_over_split_keys, """
-attention: S is split over tp in k; attention needs all of S on each rank          model.py:3
-
-  q       B        T  K  G  H
-  k       B  S/tp     K     H
-  v       B  S/tp     K     H
-  start   B
-             ^^^^
-
-  attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, all_gather("B S/tp K H -> B S K H", k), all_gather("B S/tp K H -> B S K H", v), start)     786.4 kB per rank
+  shard("B T K G H -> B T/tp K G H", attention("B T K G H, B S/tp K H, B S/tp K H, B S/tp -> B T K G H", all_gather("B T/tp K G H -> B T K G H", q), k, v, mask))     1.6 MB per rank
 """, B=2, T=128, S=128, K=8, G=4, H=64)
 
 
@@ -1071,6 +1054,7 @@ def test_offered_code_means_the_same_on_one_rank_and_on_eight(name, code):
                                    dtype=torch.float64) / 5
                  for path, kind in program.arg_leaves()}
         whole |= {path: (10 * x).round().long() for path, x in whole.items() if path == "start"}
+        whole |= {path: x > 0 for path, x in whole.items() if path == "mask"}
         shards = {path: place(whole[path], kind, sizes, mesh) for path, kind in program.arg_leaves()}
         outs = simulate(program, mesh, [{path: s[rank] for path, s in shards.items()}
                                         for rank in range(mesh.world_size)], sizes)

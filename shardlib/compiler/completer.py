@@ -211,6 +211,9 @@ class Completer(Builder):
         pinned.update(first_axes(step, layout, pinned))
         met = dict.fromkeys((*names, *met_by_rows(self.program, step)))
         axes = layout.complete(met, pinned, (o.axis for s in ins for o in s.owed))
+        for pair in step.op.rule(step).alike:
+            axes.update((a, axes[b]) for a, b in (pair, pair[::-1]) if not axes[a] and a not in pinned
+                        and axes[b] and layout.entries.get(a) == axes[b])
         if step.op.takes_text:
             self.unmet.update(
                 {(dim, axis, str(step.where or step.op.name)): None for dim, wanted in layout.entries.items()

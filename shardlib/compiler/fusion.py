@@ -213,7 +213,8 @@ def runs_over(step: Step) -> set[str]:
     if step.op in (RENAME, REARRANGE):
         return {n for s in (*step.ins, *step.outs) for d in s.dims for n in (d.label, *d.names)}
     rule: Rule = step.op.rule(step)
-    names = {*rule.whole, *rule.sums, *rule.maxes, *(v for _, v in step.attrs if isinstance(v, str))}
+    names = {*rule.whole, *rule.met, *rule.sums, *rule.maxes}
+    names |= {v for _, v in step.attrs if isinstance(v, str)}
     return names | {n for s in step.ins for n in s.labels} ^ {n for s in step.outs for n in s.labels}
 
 

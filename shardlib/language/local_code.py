@@ -79,6 +79,9 @@ class LocalCode(Protocol):
     def collective(self, wire: Wire, axes: Sequence[str], pieces: Sequence[str], more: tuple) -> str:
         """A call of the coordinator of the group over `axes`; over one rank, nothing is left of it."""
 
+    def exchanging(self, helper: Callable, axes: Sequence[str], wires: Sequence[Wire], args: str) -> str:
+        """What `helper` gives, a generator of requests to the group over `axes`, its first argument."""
+
     def send(self, axis: str, source: int, target: int, x: str) -> str:
         """A call that hands `x` from one coordinate of an axis to another."""
 

@@ -169,10 +169,7 @@ class Placed:
 
     def number(self, at: Coordinate) -> int:
         """Which member of the group a rank is."""
-        n = 0
-        for axis in self.axes:
-            n = n * self.mesh.axes[axis] + at[axis]
-        return n
+        return self.mesh.number(self.axes, at)
 
     @property
     def even(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from shardlib.compiler.fusion import Kernels
 from shardlib.compiler.passes.pack import Packing
+from shardlib.language.exchanges import carried_out
 from shardlib.lowering.index_check import IndexSite, RoomSite
 from shardlib.lowering.plan_step import PlanStep
 from shardlib.mesh import Mesh
@@ -155,6 +156,15 @@ class Answers:
         if self.yields:
             return f"(yield ({group}, {wire.name!r}, {operand}, {extra}))"
         return f"{group}.{wire.name}({operand}, {extra}{self._here()})"
+
+    def exchanging(self, helper: Callable, axes: Sequence[str], wires: Sequence[Wire], args: str) -> str:
+        """What `helper` gives, a generator of requests to the group over `axes`, its first argument."""
+        group = self.groups.setdefault(tuple(axes), f"g{len(self.groups)}")
+        self.wires.update((wire.name, wire) for wire in wires)
+        requests = f"{self.use(helper)}({group}, {args})"
+        if self.yields:
+            return f"(yield from {requests})"
+        return f"{self.use(carried_out)}({requests}{self._here()})"
 
     def send(self, axis: str, source: int, target: int, x: str) -> str:
         """A call that hands `x`, which this coordinate of the axis has, to `target`."""

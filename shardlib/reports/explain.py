@@ -23,6 +23,7 @@ from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import bytes_text
 from shardlib.language.cond import COND
+from shardlib.language.exchanges import Exchange, exchanges, meets_over, received
 from shardlib.language.held import carries_sent, here, runs
 from shardlib.language.moves import Coordinate, Placed, axes_of, placed
 from shardlib.language.scan import SCAN
@@ -290,7 +291,22 @@ class _Counter:
                 row = self._row(step, program, ITEMSIZE[dtype], times, branch)
                 rows.append((row, _call(self._placed(step, self.classes.firsts[0]), dtype)))
                 total = [n + more for n, more in zip(total, (1, *row.bytes_of.values))]
+            for i, x in enumerate(exchanges(step, mesh, self.sizes, self.classes.firsts[0], kinds)):
+                rows.append((self._exchanged(step, program, i, kinds, times, branch), _asked(x)))
+                total = [n + more for n, more in zip(total, (1, *rows[-1][0].bytes_of.values))]
         return rows, total
+
+    def _exchanged(self, step: Step, program: Program, i: int, kinds: Mapping[str, str], times: int,
+                   branch: str) -> Traffic:
+        """Of the i-th exchange of a step that is no move."""
+        mesh, axes, of = self.classes.mesh, meets_over(step), []
+        for at in self.classes.firsts:
+            x = exchanges(step, mesh, self.sizes, at, kinds)[i]
+            of.append(received(x, mesh.number(axes, at)) * ITEMSIZE[x.dtype] if runs(step, at) else 0)
+        got = PerRank(self.classes, tuple(of))
+        us = self.cost.latency_us + got.most / self.cost.bytes_per_us
+        return Traffic(x.wire.name, str(step.where or ""), program.name, branch, str(x.of),
+                       str(step.outs[0]), axes, mesh.size(axes), times, got, us, x.why)
 
     def _row(self, step: Step, program: Program, itemsize: int, times: int, branch: str) -> Traffic:
         axes = axes_of(step, self.classes.mesh)
@@ -302,6 +318,13 @@ class _Counter:
 
     def _placed(self, step: Step, here: Coordinate) -> Placed:
         return placed(step, self.classes.mesh, self.sizes, here, self.classes.starts)
+
+
+def _asked(x: Exchange) -> Call:
+    """What an exchange asks of a GroupCoordinator."""
+    even = x.wire.even(x.parts)
+    nbytes = x.wire.whole(x.parts[0]) * ITEMSIZE[x.dtype] if even or not x.wire.many else -1
+    return Call(x.wire.name, None, getattr(torch, x.dtype), "cpu", nbytes, even)
 
 
 def _branches(step: Step, branch: str) -> tuple[str, ...]:

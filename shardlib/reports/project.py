@@ -18,6 +18,7 @@ from math import prod
 from shardlib.compiler.sizes import complete_sizes
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import SpecError
+from shardlib.language.exchanges import exchanges, meets_over
 from shardlib.language.held import SEND, carries_sent, ends, runs, stage_axis
 from shardlib.language.moves import Coordinate, Placed, axes_of, placed
 from shardlib.language.scan import SCAN
@@ -143,14 +144,15 @@ def project_classes(program: Program, classes: Classes, sizes: Mapping[str, int]
 
 def sent(program: Program) -> list[Spec]:
     """The types before and after each collective of a program."""
-    steps = [s for p in (program, *program.bodies()) for s in p.steps if s.op.wire]
+    steps = [s for p in (program, *program.bodies()) for s in p.steps if s.op.wire or meets_over(s)]
     return [spec for s in steps for spec in (*s.ins, *s.outs)]
 
 
 def stage_classes(classes: Classes, program: Program) -> Classes:
-    """The classes in which each stage of a pipeline stands alone."""
-    axes = [a for p in (program, *program.bodies()) for s in p.steps if (a := stage_axis(s))]
-    sends = [ends(s)[0] for p in (program, *program.bodies()) for s in p.steps if s.op is SEND]
+    """The classes in which each stage of a pipeline stands alone, and each member of an exchange."""
+    steps = [s for p in (program, *program.bodies()) for s in p.steps]
+    axes = [a for s in steps if (a := stage_axis(s))] + [a for s in steps for a in meets_over(s)]
+    sends = [ends(s)[0] for s in steps if s.op is SEND]
     return classes.cut({axis: range(classes.mesh.axes[axis]) for axis in (*axes, *sends)})
 
 
@@ -182,6 +184,7 @@ def _calls(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mappi
             made.append(_call(placed(step, mesh, sizes, here, starts), dtypes[step.inputs[0]], label))
             if step.op is SEND:
                 made[-1] = _handed(step, mesh, sizes, dtypes[step.inputs[0]], here, label)
+        made += _exchanged(step, mesh, sizes, dtypes, here)
     return tuple(made)
 
 
@@ -212,6 +215,15 @@ def _call(at: Placed, dtype: str, label: str) -> Call:
     shapes = tuple(at.shape(at.have, member) for member in at.members)
     axes = tuple(a for a in at.axes if at.mesh.axes[a] > 1)
     return Call(at.move.name, axes, dtype, prod(at.shape(at.have, at.here)), shapes, at.root, label)
+
+
+def _exchanged(step: Step, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapping[str, str],
+               here: Coordinate) -> list[Call]:
+    """Those of a step that is no move."""
+    label, over = f"{step.outputs[0]}{f' ({step.where})' if step.where else ''}", meets_over(step)
+    axes, me = tuple(a for a in over if mesh.axes[a] > 1), mesh.number(over, here)
+    return [Call(x.wire.name, axes, x.dtype, x.parts[me].brings, tuple((p.brings,) for p in x.parts), None,
+                 label) for x in exchanges(step, mesh, sizes, here, dtypes)]
 
 
 def _within(where: str, calls: Calls) -> list[Call | Repeat]:

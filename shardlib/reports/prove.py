@@ -21,6 +21,7 @@ from typing import overload
 
 from shardlib.errors import SpecError
 from shardlib.language.cond import COND
+from shardlib.language.exchanges import meets_over
 from shardlib.mesh import Mesh
 from shardlib.program import Program
 from shardlib.reports.classes import Classes, classes_of
@@ -97,7 +98,7 @@ def check_branches(program: Program) -> None:
 
 
 def _communicates(program: Program) -> bool:
-    return any(s.op.wire or any(map(_communicates, s.bodies)) for s in program.steps)
+    return any(s.op.wire or meets_over(s) or any(map(_communicates, s.bodies)) for s in program.steps)
 
 
 def match(classes: Classes, calls: Sequence[Calls]) -> Proof:

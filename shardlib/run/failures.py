@@ -16,6 +16,7 @@ import torch
 from shardlib.compiler.refusals.user_source import WORDS
 from shardlib.distributed.rank_error import RankError
 from shardlib.errors import SpecError
+from shardlib.language.exchanges import meets_over
 from shardlib.program import Step
 from shardlib.source import Where
 
@@ -30,7 +31,7 @@ def explain_failure(error: Exception, lines: Lines, where: Where | None = None) 
     where: the user's line, for code that was made for another one.
     """
     step = _step(error, lines)
-    if step is None or step.op.wire or isinstance(error, RankError):
+    if step is None or step.op.wire or meets_over(step) or isinstance(error, RankError):
         return
     where = where or step.where
     if isinstance(error, SpecError):

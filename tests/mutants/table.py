@@ -42,6 +42,8 @@ FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in
     "failures", "captured", "surroundings", "wrt"))
 ATTENTION, OPTIONS, CACHES, ROPE, FEW_ROWS, LAYER_NORM, FLASH = (f"tests/ops/test_{name}.py" for name in (
     "attention", "attention_options", "kv_cache", "rope", "few_rows", "layer_norm", "flash"))
+OVER = ("tests/ops/test_attend_over.py "
+        "--deselect=tests/ops/test_attend_over.py::test_between_processes")
 TOKENIZERS, GGUF = ("tests/models/test_saved_tokenizers.py -k unless_the_folder",
                     "tests/models/test_gguf_defaults.py")
 RESULTS, RANDOM, CONFIGS, LOADING, HEADERS = (f"tests/models/test_{name}.py" for name in (
@@ -234,8 +236,8 @@ MUTANTS = (
            API),
     Mutant("shardlib/params.py", "zlib.crc32(name.encode()) ^", 'zlib.crc32(b"") ^', API),
     # shardlib/reports/prove.py, project.py, explain.py, dtypes.py
-    Mutant("shardlib/reports/prove.py", "s.op.wire or any(map(_communicates, s.bodies)) for s",
-           "s.op.wire for s", COND),
+    Mutant("shardlib/reports/prove.py", "meets_over(s) or any(map(_communicates, s.bodies)) for s",
+           "meets_over(s) for s", COND),
     Mutant("shardlib/reports/prove.py", "if mine is not None and call.numel != prod(mine):", "if False:",
            PROVE),
     Mutant("shardlib/reports/prove.py", "{call.op}{call.group}{call.dtype}{call.shapes}{call.root}",
@@ -480,6 +482,18 @@ MUTANTS = (
     Mutant("ops/attention.py", "    return [kind if i in floats(attrs) else of for",
            '    return [kind if i in floats(attrs) else "int64" if of == "int32" else of for', ATTENTION),
     Mutant("ops/attend_lse.py", "seen.window < max(ahead + t, s - ahead)", "seen.window < ahead", OPTIONS),
+    Mutant("ops/attend_over.py", "elif i <= me:", "elif i < me:", OVER),
+    Mutant("ops/attend_over.py", "Hop(slice(mine, None), every, Seen(0, rest,",
+           "Hop(every, every, Seen(0, mine + rest,", OVER),
+    Mutant("ops/attend_over.py", "me, balanced, owed, len(pieces))", "me, balanced, owed, 1)", OVER),
+    Mutant("ops/halves.py", "half(2 * len(self.pieces) - 1 - i)", "half(len(self.pieces) + i)", OVER),
+    Mutant("ops/halves.py", "x[:, size + b - starts[1]:", "x[:, b - starts[1]:", OVER),
+    Mutant("ops/kv_cache.py", "torch.where(here == at, rows", "torch.where(here == here, rows", OVER),
+    Mutant("ops/attention_form.py", 'and not {*self.beside} - {"sinks"}', "", OVER),
+    Mutant("shardlib/language/exchanges.py", "brings = sizes[(m - hop + 1) % n]", "brings = sizes[m]", OVER),
+    Mutant("shardlib/rules.py", "and n not in others and n not in rule.met}", "and n not in others}", OVER),
+    Mutant("shardlib/compiler/completer.py", "and axes[b] and layout.entries.get(a) == axes[b])",
+           "and axes[b])", OVER),
     Mutant("ops/attend_lse.py", "if ahead < 0 or ahead + t > s:", "if False:", OPTIONS),
     Mutant("ops/attend_lse.py", '.masked_fill(of == float("-inf"), 0)[..., None]', "[..., None]", OPTIONS),
     Mutant("ops/attend_vjp.py", "(1 - (of.capped / scores.softcap).square())", "1", OPTIONS),
@@ -578,7 +592,7 @@ MUTANTS = (
     Mutant("shardlib/language/calls.py", "if x.device != first[1].device:", "if False:", ARGUMENTS),
     Mutant("shardlib/language/calls.py", "if needed and name not in static]", "if name not in static]",
            ARGUMENTS),
-    Mutant("shardlib/run/failures.py", "if step is None or step.op.wire or isinstance(",
+    Mutant("shardlib/run/failures.py", "if step is None or step.op.wire or meets_over(step) or isinstance(",
            "if step is None or isinstance(", FAILURES),
     Mutant("shardlib/run/failures.py", ' or "DefaultCPUAllocator" in str(error)', "", FAILURES),
     Mutant("shardlib/run/captured.py", "else x.clone() for x in self.made)", "else x for x in self.made)",
