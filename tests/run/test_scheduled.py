@@ -125,6 +125,26 @@ def test_weights_split_at_rest_and_a_gradient_by_rows() -> None:
         assert_equal(simulate(f, layout, x, labels, w, mesh=mesh, schedule=one_f_one_b(ranks, 3)), whole)
 
 
+def test_sums_over_microbatches_are_float32() -> None:
+    """Added up in bfloat16, 256 and seven times 1 are 256."""
+    @sharded("B D, D -> ()")
+    def total(x, w):
+        return sum("B D -> ()", x * w)
+    x, w = torch.tensor([[256.0]] + [[1.0]] * 7).bfloat16(), torch.ones(1).bfloat16()
+    value, grad = simulate(value_and_grad(total, wrt="w"), Layout(B="mb"), x, w, mesh=Mesh(),
+                           schedule=gpipe(1, 8))
+    assert (value.item(), grad.item(), grad.dtype) == (264.0, 264.0, torch.bfloat16)
+
+
+def test_beside_a_loss_and_with_layers_that_run_again() -> None:
+    @sharded("B, B, * -> (), ()")
+    def counted(ids, labels, w: Net):
+        return loss(ids, labels, w), sum("B -> ()", cast(greater(labels, -1), "float64"))
+    args, f = arguments(3, 7, True), value_and_grad(counted, has_aux=True, remat=["layer"])
+    assert_equal(simulate(f, Layout(L="pp", B="mb"), *args, mesh=Mesh(pp=2), schedule=zbv(2, 2)),
+                 simulate(f, Layout(), *args, mesh=Mesh()))
+
+
 def test_forward_alone() -> None:
     ids, _, w = arguments(3, 5, True)
     schedule = Schedule.parse("0F0 0F1 0F2\n1F0 1F1 1F2")
