@@ -18,6 +18,7 @@ from torch import Tensor
 from shardlib.api import Compiled, Prepared, arg_types, shard_of
 from shardlib.distributed.runtime import Runtime
 from shardlib.models.cache_buffer import CacheBuffer
+from shardlib.models.following import follow, going
 from shardlib.models.llama import Cache
 from shardlib.models.slots import Slots, Smaller, round_up
 from shardlib.params import fill, leaf_values
@@ -81,7 +82,7 @@ class Decoder:
         self.ends.copy_(self._tensor([*eos_ids, *[-1] * (len(self.ends) - len(eos_ids))]))
         self._prefill(slots.size, rows)
         state["ids"].copy_(state["tokens"])
-        self._mark_ends(slots.size)
+        state["live"].logical_and_(going(state["tokens"], self.ends))
         return slots
 
     def advance(self, slots: Slots) -> None:
@@ -135,13 +136,8 @@ class Decoder:
     def _step(self, size: int, capacity: int) -> None:
         """Feeds the last tokens, and puts those that follow in their place: all of it on the device."""
         ids, start, last = self.ids[:size, None], self.position[:size], self.zeros[:size]
-        self._run(False, size, capacity, ids, start, last, self.tokens[:size])
-        self.position[:size].add_(self.live[:size])
-        self._mark_ends(size)
-        torch.where(self.live[:size], self.tokens[:size], self.ids[:size], out=self.ids[:size])
-
-    def _mark_ends(self, size: int) -> None:
-        self.live[:size].logical_and_((self.tokens[:size, None] != self.ends).all(-1))
+        chosen = self._run(False, size, capacity, ids, start, last)
+        follow(chosen, self.tokens[:size], self.ids[:size], start, self.live[:size], self.ends)
 
     def _prefill(self, size: int, rows: Sequence[Sequence[int]]) -> None:
         """The prompts in chunks, padded on the right: what padding writes is overwritten
@@ -156,7 +152,8 @@ class Decoder:
             if self.graph and begin == 0 and ids.numel() <= CAPTURED_TOKENS:
                 self._begin_prompts(ids, last, chosen)
             else:
-                self._run(begin == 0, size, self.capacity, ids, torch.full_like(lengths, begin), last, chosen)
+                start = torch.full_like(lengths, begin)
+                chosen.copy_(self._run(begin == 0, size, self.capacity, ids, start, last))
             here = (lengths > begin) & (lengths <= begin + count)
             self.tokens[:size] = torch.where(here, chosen, self.tokens[:size])
 
@@ -164,14 +161,16 @@ class Decoder:
         """As `_run` does; from the second time on by a graph."""
         (size, count), capacity = ids.shape, self.capacity
         key = size, capacity, count
+
+        def run() -> None:
+            chosen.copy_(self._run(True, size, capacity, ids, self.zeros[:size], last))
         if key not in self._beginnings:
             self._beginnings[key] = None
-            self._run(True, size, capacity, ids, self.zeros[:size], last, chosen)
+            run()
             return
         made = self._beginnings[key]
         if made is None:
-            graph = Graph(f"{self.name}, the beginning of {size} rows of {count} in {capacity}",
-                          lambda: self._run(True, size, capacity, ids, self.zeros[:size], last, chosen),
+            graph = Graph(f"{self.name}, the beginning of {size} rows of {count} in {capacity}", run,
                           self.runtime)
             self._beginnings[key] = Beginning(ids, last, chosen, graph)
             return
@@ -190,19 +189,17 @@ class Decoder:
             yield begin, count
             begin += count
 
-    def _run(self, first: bool, size: int, capacity: int, ids: Tensor, start: Tensor, last: Tensor,
-             out: Tensor) -> None:
-        """One call of a program on this rank's shards of whole tensors;
-        the tokens that it chooses go to `out`."""
+    def _run(self, first: bool, size: int, capacity: int, ids: Tensor, start: Tensor, last: Tensor) -> Tensor:
+        """The tokens that one call of a program chooses, on this rank's shards of whole tensors."""
         step, cache = self.steps(first, size, capacity), self._cache(size, capacity)
         given = {"ids": ids, "start": start, "last": last, **({"row": self.row[:size]} if self.draws else {})}
         types, mesh, here = dict(step.program.args), self.runtime.mesh, self.runtime.coordinate
         given = {name: shard_of(x, types[name], mesh, here) for name, x in given.items()}
         chosen, after = step(given["ids"], self.weights, cache, *list(given.values())[1:])
-        out.copy_(chosen)
         if after is not cache:                          # a layout under which it is not updated in place
             for path, x in self._views(size, capacity).items():
                 x.copy_(dict(leaf_values(after, "cache"))[path])
+        return chosen
 
     # -- buffers ---------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from shardlib.errors import SpecError
 from shardlib.language.local_code import LocalCode
 from shardlib.language.value import Operand, Value, apply
 from shardlib.lowering.index_check import IndexSite
+from shardlib.ops.lookups import look
 from shardlib.ops.rope import positions
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
@@ -25,7 +26,7 @@ def slots(start: Tensor, shape: tuple[int, ...], site: IndexSite) -> Tensor:
     """start[b] + t, of `shape`. A slot that is not there is the nearest one, where the error comes later."""
     now = positions(start, 0, shape[1])
     if shape[1]:
-        site.look(start)
+        look(site, start)
     if site.seen is not None:
         now = now.clamp(0, site.size - 1)
     return now.view(now.shape + (1,) * (len(shape) - 2)).expand(shape)
@@ -60,7 +61,9 @@ def _site(e: LocalCode, step: Step, args: list[str]) -> str:
 
 
 def _look(e: LocalCode, step: Step, args: list[str]) -> str:
-    return e.hoist(args[2], f"{_site(e, step, args)}.look({{x}})") if e.shape(step.ins[1])[1] else "None"
+    if not e.shape(step.ins[1])[1]:
+        return "None"
+    return e.hoist(args[2], f"{e.use(look)}({_site(e, step, args)}, {{x}})")
 
 
 def _write(e: LocalCode, step: Step, args: list[str]) -> str:

@@ -20,6 +20,7 @@ from shardlib.errors import SpecError
 from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply
+from shardlib.ops.few_rows import starts_early
 from shardlib.ops.rope_scaling import Scaling, amplitude, dynamic_frequencies, frequencies, is_scaling, named
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
@@ -37,6 +38,10 @@ def positions(start: Tensor, offset: int, length: int) -> Tensor:
 def rope_angles(start: Tensor, offset: int, length: int, inv: Tensor, dtype: torch.dtype,
                 amplitude: float = 1.0) -> Tensor:
     """(b, t, h): cosines, then sines, of (start[b] + offset + t) * inv."""
+    if (start.is_cuda and inv.dim() == 1 and start.is_contiguous() and not start.dtype.is_floating_point
+        and (dtype, amplitude) == (torch.float32, 1)):
+        from shardlib.triton_kernels import rope_angles as kernels
+        return kernels.rope_angles(start, offset, length, inv, starts_early(start.device, start.numel()))
     angle = positions(start, offset, length)[..., None].float() * inv
     made = torch.cat((angle.cos(), angle.sin()), -1)
     return (made if amplitude == 1 else made * amplitude).to(dtype)

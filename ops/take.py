@@ -22,6 +22,7 @@ from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply
 from shardlib.lowering.index_check import IndexSite
+from shardlib.ops.lookups import looked_up, looks_up
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
@@ -43,6 +44,8 @@ def rows_of(ids: Tensor, table: Tensor, start: int, site: IndexSite) -> Tensor:
             return F.embedding(ids, table)
         except IndexError as error:
             raise site.instead_of(error, ids) from None
+    if looks_up(site, table, ids, 0):
+        return looked_up(site, table, ids, 0, start)
     here, inside = local(ids, start, table.shape[0], site)
     if table.shape[0] == 0:
         return table.new_zeros((*ids.shape, table.shape[1]))
@@ -73,6 +76,8 @@ def pick(x: Tensor, index: Tensor, dim: int, start: int, site: IndexSite) -> Ten
             return x.gather(dim, index.expand(shape)).squeeze(dim)
         except (IndexError, RuntimeError) as error:
             raise site.instead_of(error, index) from None
+    if dim > 0 and looks_up(site, x, index, dim):
+        return looked_up(site, x, index, dim, start)
     here, inside = local(index, start, x.shape[dim], site)
     if x.shape[dim] == 0:
         return x.new_zeros([n for i, n in enumerate(shape) if i != dim])

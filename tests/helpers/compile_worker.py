@@ -36,12 +36,15 @@ from shardlib.triton_kernels.all_reduce_add_rms_norm import (
 from shardlib.triton_kernels.cached_attention import cached_attention_kernel
 from shardlib.triton_kernels.decode_attention import decode_attention_kernel
 from shardlib.triton_kernels.exchange import exchange_kernel, spin_lines
+from shardlib.triton_kernels.follow import follow_kernel
 from shardlib.triton_kernels.gate_up import gate_up_kernel
 from shardlib.triton_kernels.lamport import spin
+from shardlib.triton_kernels.lookup import lookup_kernel, note_kernel
 from shardlib.triton_kernels.matmul_rows import one_row_kernel, rows_kernel, stream_kernel
 from shardlib.triton_kernels.quads import KINDS
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter_kernel
 from shardlib.triton_kernels.rms_norm import rms_norm_kernel
+from shardlib.triton_kernels.rope_angles import rope_angles_kernel
 from shardlib.triton_kernels.split_argmax import split_argmax_kernel
 
 KERNELS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel, "reduce_scatter": reduce_scatter_kernel,
@@ -127,6 +130,15 @@ def early() -> Iterator[dict[str, Any]]:
         if launch["kernel"] not in seen and "griddepcontrol" in launch["ptx"]:
             seen.add(launch["kernel"])
             yield launch
+    integers = {name: "*i64" for name in ("index_ptr", "seen_ptr", "chosen_ptr", "tokens_ptr", "ids_ptr",
+                                          "position_ptr", "ends_ptr", "start_ptr")}
+    types = integers | {"x_ptr": "*bf16", "out_ptr": "*bf16", "inv_ptr": "*fp32", "live_ptr": "*u8"}
+    for name, function, values in (
+            ("note", note_kernel, dict(BLOCK=128)), ("lookup", lookup_kernel, dict(LANES=1024)),
+            ("follow", follow_kernel, dict(ROWS=32, ENDS=16)),
+            ("rope_angles", rope_angles_kernel, dict(HALF=64, LANES=64, INTERPRET=False))):
+        kinds = types | ({"out_ptr": "*fp32"} if name == "rope_angles" else {})
+        yield dict(kernel=name, **assembled(function, kinds, values, 4, None, ("width",), early=True))
 
 
 def of_few_rows(early: bool = False) -> Iterator[dict[str, Any]]:

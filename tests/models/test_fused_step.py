@@ -97,7 +97,7 @@ def test_kernels_give_the_logits_of_the_bodies(on_one: Any, dtype: torch.dtype, 
         for one, other in zip(a, b):
             assert (one.float() - other.float()).abs().max() <= error * one.float().abs().max()
     (code,) = step.sources.values()
-    assert code.count(".look(") == 1 and "scatter_" not in code and ".clone()" not in code
+    assert code.count("look(") == 1 and "scatter_" not in code and ".clone()" not in code
 
 
 def test_the_step_of_a_llama_is_all_fused() -> None:

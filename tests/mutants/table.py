@@ -398,7 +398,7 @@ MUTANTS = (
     Mutant("ops/take.py", "x = torch.where(inside.reshape(*inside.shape, *[1] * (x.ndim - 2)), x, 0)", "pass",
            INDICES),
     Mutant("ops/kv_cache.py", "        now = now.clamp(0, site.size - 1)\n", "        pass\n", INDICES),
-    Mutant("ops/kv_cache.py", "        site.look(start)\n", "        pass\n", INDICES),
+    Mutant("ops/kv_cache.py", "        look(site, start)\n", "        pass\n", INDICES),
     Mutant("ops/cross_entropy.py", "return x.float() if x.dtype.itemsize < 4 else x", "return x", LOSSES),
     Mutant("ops/cross_entropy.py", "without, int(first))", "without, 1)", LOSSES),
     Mutant("ops/cross_entropy.py", "return x if without is None else x.masked_fill_(without, 0)", "return x",

@@ -344,7 +344,8 @@ def test_a_kernel_that_starts_early_waits_before_it_reads_or_writes(early: list[
     """All kernels that have the constant: an instruction before the wait would see what is not there yet."""
     touches = re.compile(r"(ld|st)\.(global|relaxed|acquire|release|volatile)|atom|red\.|cp\.async|prefetch")
     assert {launch["kernel"] for launch in early} == {
-        "norm", "two_shot_norm", "split_argmax", "rms_norm", "stream", "one_row", "rows", "cached_attention"}
+        "norm", "two_shot_norm", "split_argmax", "rms_norm", "stream", "one_row", "rows", "cached_attention",
+        "note", "lookup", "follow", "rope_angles"}
     for launch in early:
         lines = instructions(launch["ptx"])
         assert not [line for line in before_the_wait(lines) if touches.search(line)], launch["kernel"]
@@ -359,4 +360,13 @@ def test_every_kernel_that_can_start_early_is_looked_at(early: list[dict[str, An
     folder = Path(shardlib.triton_kernels.__path__[0])
     found = {path.stem for path in folder.glob("*.py") if "EARLY: tl.constexpr):" in path.read_text()}
     assert found == {"early", "rms_norm", "matmul_rows", "cached_attention", "all_reduce_add_rms_norm",
-                     "split_argmax"}
+                     "split_argmax", "lookup", "follow", "rope_angles"}
+
+
+def test_lookups_and_angles(early: list[dict[str, Any]]) -> None:
+    """16 bytes at once; a note is written by a branch, seldom; no cosine is the GPU's approximation."""
+    ptx = {launch["kernel"]: launch["ptx"] for launch in early}
+    assert len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", ptx["lookup"])) == 2
+    for name in ("lookup", "note"):
+        assert {"min", "max"} == set(re.findall(r"(?:atom|red)\.global\S*\.(min|max)\.s64", ptx[name]))
+    assert not re.search(r"(cos|sin)\.approx", ptx["rope_angles"])
