@@ -9,7 +9,7 @@ and where its time goes.
 step, one replay after another; `peers` the hand-written program (`plain_decode.py`) with each way of adding
 up, in the same run; `floor` the bytes of weights and live cache over the measured read rate; with ms between
 tokens of `generate`, of the whole call over its tokens, and to the first token. Rows of other cards and
-meshes stay. profiles/decode.json: µs a step by kernel, from a profile of one replay.
+meshes stay. profiles/decode.json: µs by kernel of one replay, and of one layer (`replayed.py`).
 """
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ import datetime
 import gc
 import json
 import os
-import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 from plain_decode import SUMS, PlainDecode
 from record import RESULTS, commit, hardware, of_all, versions
+from replayed import by_name, kernels_of, layer
 
 from shardlib import Mesh
 from shardlib.distributed.runtime import Runtime, connect
@@ -56,29 +56,27 @@ def by_hand(model: Model, rows: int, sums: str, group: dist.ProcessGroup | None)
     return times[1], chosen
 
 
-def kernels(model: Model, rows: int) -> dict[str, list[float]]:
-    """name -> [µs a step, launches a step] of every kernel of the last of a few replays, the longest first.
+def profiled(model: Model, rows: int, rate: float) -> dict:
+    """Of a replay: µs by kernel, and a layer's kernels in order, each with the floor of the bytes it reads.
 
     Ranks have met by then.
     """
-    decoder, replays = model.decoder(), 4
+    decoder = model.decoder()
     with torch.inference_mode():
         slots = decoder.begin([[1] * PROMPT] * rows, NEW, [])
         decoder.advance(slots)
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(replays):
-                decoder.advance(slots)
-            torch.cuda.synchronize()
-    times: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[re.sub(r"<[^(]*", "", event.name).removeprefix("void ").removeprefix("at::native::")[:70]
-                  ].append((event.time_range.start, event.time_range.elapsed_us()))
-    last = {name: [us for _, us in sorted(found)[-(len(found) // replays):]] for name, found in times.items()
-            if len(found) >= replays}
-    return {name: [round(sum(us), 1), len(us)]
-            for name, us in sorted(last.items(), key=lambda item: -sum(item[1]))}
+        found = kernels_of(lambda: decoder.advance(slots))
+    parts = dict(zip(model.weights.parts, model.weights.flat))
+    cache = decoder.cache_bytes(rows, PROMPT) / model.config.num_layers
+    matmuls = iter([parts[f"w.layers.{name}"][0].nbytes for name in
+                    ("wo", "gate|w.layers.up", "down", "wq|w.layers.wk|w.layers.wv")])
+    state = rows * model.config.d_model * model.dtype.itemsize
+    rows_ = [(name, us, cache if "attention" in name else 4 * state if "norm" in name
+              else 0 if "gate_up" in name else next(matmuls, 0))
+             for name, us in layer(found, "cached_attention")]
+    return {"us": round(sum(k.from_end_to_end for k in found), 1),
+            "layer": [[name, us, round(nbytes / rate * 1e6, 2)] for name, us, nbytes in rows_],
+            "us_launches_own": by_name(found)}
 
 
 def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list[str],
@@ -108,7 +106,7 @@ def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list
         if runtime.rank == 0:
             print(json.dumps(rows[-1]), flush=True)
         if batch in (1, 128):
-            profiles[f"{shape}, tp={mesh.world_size}, batch {batch}"] = kernels(model, batch)
+            profiles[f"{shape}, tp={mesh.world_size}, batch {batch}"] = profiled(model, batch, rate)
     return rows, profiles
 
 
@@ -172,7 +170,7 @@ def main() -> None:
             if runtime.rank == 0:
                 merge(options.out / "results" / "decode.json", [{**r, **facts} for r in rows])
                 merge(options.out / "profiles" / "decode.json",
-                      [{"case": case, **facts, "us_and_launches": found} for case, found in profiles.items()])
+                      [{"case": case, **facts, **found} for case, found in profiles.items()])
             gc.collect()
             torch.cuda.empty_cache()
 

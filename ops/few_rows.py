@@ -22,6 +22,11 @@ STREAMS = 128
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MOST_HEAD = 512
 """Bytes of a row of a head of attention."""
+FEW_HEADS = 64
+"""Kv heads of all rows, up to which a block of attention takes in 256 keys at once: there are SMs enough, and
+one wait for memory is less."""
+MOST_TURNED = 1 << 14
+"""Elements of a token's queries that one block turns."""
 SHARED = 227 << 10
 """Bytes of a block, on an H100 or H200."""
 FEW = 32
@@ -168,19 +173,35 @@ def refuses_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor
     return None if angles.dtype == torch.float32 else f"the angles are {str(angles.dtype)[6:]}"
 
 
-def attends_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
-                   start: Tensor) -> bool:
-    """Whether `attend_cached` takes these as they lie: on a GPU, without a derivative."""
-    if not has_room(q.device):
-        return False
+def refuses_turned(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
+                   start: Tensor) -> str | None:
+    """Why `rope_into_cache` takes none of these sizes and dtypes; None where it does."""
+    heads, g, h = q.shape[2:]
+    if h % 2 or not 0 < heads * g * h <= MOST_TURNED:
+        return f"{heads * g} heads of {h}"
+    if len({x.dtype for x in (q, k, v, keys, values)}) > 1 or q.dtype not in FLOATS:
+        return "q, k, v and the cache are not of one dtype of 16 or 32 bits"
+    return None if angles.dtype == torch.float32 else f"the angles are {str(angles.dtype)[6:]}"
+
+
+def turns_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
+                 start: Tensor) -> bool:
+    """Whether kernels take these as they lie, of whatever device: without a derivative."""
     from shardlib.triton_kernels.cached_attention import dense
     (rows, new, heads, _, h), cache = q.shape, keys.shape
-    return (refuses_cached(q, k, v, angles, keys, values, start) is None and all(map(dense, (q, k, v)))
-            and k.shape == v.shape == (rows, new, heads, h) and angles.shape == (rows, new, h)
+    return (all(map(dense, (q, k, v))) and k.shape == v.shape == (rows, new, heads, h)
+            and angles.shape == (rows, new, h)
             and cache == values.shape == (rows, cache[1], heads, h) and start.shape == (rows,)
             and angles.is_contiguous() and start.is_contiguous()
             and keys.stride() == values.stride() and keys.stride(-1) == 1
             and not differentiated(q, k, v, angles, keys, values))
+
+
+def attends_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
+                   start: Tensor) -> bool:
+    """Whether `attend_cached` takes these as they lie: on a GPU, without a derivative."""
+    return (has_room(q.device) and refuses_cached(q, k, v, angles, keys, values, start) is None
+            and turns_cached(q, k, v, angles, keys, values, start))
 
 
 def attend_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
@@ -188,5 +209,17 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor,
     """`cached_attention`, split as fits; without counts, not at all."""
     from shardlib.triton_kernels.cached_attention import cached_attention
     splits = 1 if counts is None else splits_of(keys.shape[0] * keys.shape[2], keys.shape[1])
-    return cached_attention(q, k, v, angles, keys, values, start, counts, splits, **_launched(q.dtype),
+    launched = _launched(q.dtype)
+    if q.itemsize == 2 and q.shape[1] == 1 and q.shape[-1] <= 128 and len(q) * q.shape[2] <= FEW_HEADS:
+        launched = dict(block=256, warps=8, stages=2)
+    return cached_attention(q, k, v, angles, keys, values, start, counts, splits, **launched,
                             early=starts_early(q.device, len(q)))
+
+
+def choose_few(x: Tensor, counts: Tensor | None) -> Tensor:
+    """`row_argmax` of the last dim, by some 256 blocks; by one a row without counts, or for many rows."""
+    from shardlib.triton_kernels.row_argmax import row_argmax
+    rows = x.numel() // x.shape[-1]
+    parts = 256 // max(1, rows) if counts is not None and rows <= COUNTS else 1
+    made = row_argmax(x.contiguous().view(rows, -1), counts, max(1, parts), starts_early(x.device, rows))
+    return made.view(x.shape[:-1])

@@ -14,7 +14,7 @@ from torch import Tensor
 from shardlib import EXPLICIT, all_reduce, reduce_scatter, sharded
 from shardlib.compiler.fusion import Fusion, Product, Site
 from shardlib.distributed.communicators.protocol import FusingCommunicator
-from shardlib.functions import max, silu
+from shardlib.functions import argmax, max, silu
 from shardlib.language.extremes import FROM_RANK, RANK_OF
 from shardlib.language.value import apply
 from shardlib.ops.attention import attention
@@ -23,12 +23,15 @@ from shardlib.ops.few_rows import (
     FLOATS,
     attend_cached,
     attends_cached,
+    choose_few,
     counts_of,
     differentiated,
     has_room,
     refuses_cached,
+    refuses_turned,
     rows_matmul,
     starts_early,
+    turns_cached,
 )
 from shardlib.ops.kv_cache import update_cache
 from shardlib.ops.rms_norm import rms_norm
@@ -74,9 +77,25 @@ def cached_attention(q, k, v, angles, keys, values, start):
     return attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, keys, values, start), keys, values
 
 
+@sharded("B T K G H, B T K H, B T K H, B T H, B S K H, B S K H, B -> "
+         "B T K G H, B T K H, B S K H, B S K H", layout=EXPLICIT)
+def rope_into_cache(q, k, v, angles, keys, values, start):
+    """The same where attention is among the new tokens alone: the beginning of prompts."""
+    q = rope("B T K G H, B T H -> B T K G H", q, angles)
+    k = rope("B T K H, B T H -> B T K H", k, angles)
+    keys = update_cache("B S K H, B T K H, B -> B S K H", keys, k, start)
+    return q, k, keys, update_cache("B S K H, B T K H, B -> B S K H", values, v, start)
+
+
+@sharded("B V -> B", layout=EXPLICIT)
+def row_argmax(logits):
+    """The choice of a token."""
+    return argmax("B V -> B", logits)
+
+
 @sharded("B V/x -> B", layout=EXPLICIT)
 def split_argmax(logits):
-    """The choice of a token, where the vocabulary is split."""
+    """The same, where the vocabulary is split."""
     top = all_reduce("B max:x -> B", max("B V/x -> B max:x", logits))
     back = apply(RANK_OF, (logits, top), "B V/x, B -> B max:x")
     return apply(FROM_RANK, (all_reduce("B max:x -> B", back),), "B -> B")
@@ -90,6 +109,8 @@ def by_communicator(site: Site) -> Callable | str:
     """
     if site.ranks == 1 and site.function in (all_reduce_add_rms_norm, reduce_scatter_add_rms_norm):
         return by_norm(site)
+    if site.ranks == 1 and site.function is split_argmax:
+        return by_choice(site)
     if not any(site.function is fusion.function for fusion in FUSIONS):
         return f"{site.function.__name__} is another function than that of ops.fusions"
     answers = [c.fused(site.function.__name__, site.operands, site.static) for c in site.communicators
@@ -156,6 +177,32 @@ def by_one_kernel(site: Site) -> Callable | str:
     return attend
 
 
+def by_rope(site: Site) -> Callable | str:
+    """`rope_into_cache` in one kernel; the cache is given up."""
+    if site.device != "cuda":
+        return f"no kernel turns on {site.device}"
+    if why := refuses_turned(*site.operands):
+        return why
+
+    def turn(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tensor, values: Tensor,
+             start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from shardlib.triton_kernels import rope_into_cache as kernels
+        if not turns_cached(q, k, v, angles, keys, values, start):
+            return kernels.rope_into_cache_reference(q, k, v, angles, keys, values, start)
+        return (*kernels.rope_into_cache(q, k, v, angles, keys, values, start), keys, values)
+    return turn
+
+
+def by_choice(site: Site) -> Callable | str:
+    """`row_argmax` by several blocks a row."""
+    (logits,) = site.operands
+    if site.device != "cuda":
+        return f"no kernel chooses on {site.device}"
+    if logits.dtype not in FLOATS or not 0 < logits.shape[-1] < 2**31:
+        return f"no kernel chooses among {logits.shape[-1]} {str(logits.dtype)[6:]}"
+    return lambda logits: choose_few(logits, counts_of(logits.device))
+
+
 def by_few_rows(product: Product) -> Callable | str:
     """A kernel of few rows, which takes `gate_up` along."""
     if product.device != "cuda" or product.dtype not in ("bfloat16", "float16"):
@@ -177,4 +224,5 @@ FUSIONS = (Fusion(all_reduce_add_rms_norm, kernel=by_communicator),
            Fusion(reduce_scatter_add_rms_norm, kernel=by_communicator),
            Fusion(split_argmax, kernel=by_communicator),
            Fusion(add_rms_norm, kernel=by_norm), Fusion(gate_up, kernel=by_pointwise),
-           Fusion(cached_attention, kernel=by_one_kernel))
+           Fusion(cached_attention, kernel=by_one_kernel), Fusion(rope_into_cache, kernel=by_rope),
+           Fusion(row_argmax, kernel=by_choice))

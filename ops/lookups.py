@@ -1,5 +1,5 @@
-"""Lookups on GPUs, where what is asked for is noted and looked at later: by one kernel each, where torch takes
-four to eight."""
+"""Lookups on GPUs, where what is asked for is noted and looked at later: by one kernel each, where torch
+takes four to eight."""
 from __future__ import annotations
 
 from math import prod

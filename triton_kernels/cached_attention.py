@@ -63,7 +63,7 @@ def _turned(x_ptr, cos, sin, there, h, H: tl.constexpr):
 
 
 @triton.jit
-def _slot(slot, S):
+def nearest(slot, S):
     """The nearest one that there is."""
     return tl.minimum(tl.maximum(slot, 0), S - 1)
 
@@ -95,12 +95,12 @@ def cached_attention_kernel(q_ptr, k_ptr, v_ptr, angles_ptr, keys_ptr, values_pt
     start = tl.minimum(tl.maximum(tl.load(start_ptr + b).to(tl.int64), -T), S)
     keys_ptr += b * stride_b + kv * stride_k
     values_ptr += b * stride_b + kv * stride_k
-    slot, behind = _slot(start + new, S), _slot(start + new + 1, S)
+    slot, behind = nearest(start + new, S), nearest(start + new + 1, S)
     # where start is wrong, several may be for one slot: then the last of them
     written = (h < H) & last & ((new == T - 1) | (new < T) & (slot < behind))[:, None]
     tl.store(keys_ptr + slot[:, None] * stride_s + h, k, mask=written)
     tl.store(values_ptr + slot[:, None] * stride_s + h, v, mask=written)
-    old = _slot(start, S).to(tl.int32)
+    old = nearest(start, S).to(tl.int32)
     each = tl.cdiv(tl.cdiv(old, splits), BLOCK) * BLOCK
     if ONE:
         most, weights, values = one(q, k, v, last, H)

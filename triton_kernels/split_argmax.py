@@ -35,7 +35,7 @@ def _key(x):
 
 
 @triton.jit
-def _best(x_ptr, columns, LANES: tl.constexpr):
+def best_of(x_ptr, columns, LANES: tl.constexpr):
     """(key, index) of the first of the largest of a row; as each lane finds it, then as all do."""
     lane, best, found = tl.arange(0, LANES), tl.full((LANES,), LEAST, tl.int32), tl.zeros((LANES,), tl.int32)
     for start in tl.range(0, columns, LANES, loop_unroll_factor=8):
@@ -60,7 +60,7 @@ def split_argmax_kernel(x_ptr, out_ptr, addresses_ptr, state_ptr, rows, columns,
     lane = tl.arange(0, BLOCK)
     zeros = tl.zeros((BLOCK,), tl.int32)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        key, index = _best(x_ptr + row * columns.to(tl.int64), columns, LANES)
+        key, index = best_of(x_ptr + row * columns.to(tl.int64), columns, LANES)
         at = zeros.to(tl.int64) + row * 16
         for i in tl.static_range(1, W):
             to = (RANK + i) % W

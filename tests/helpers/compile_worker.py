@@ -45,6 +45,8 @@ from shardlib.triton_kernels.quads import KINDS
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter_kernel
 from shardlib.triton_kernels.rms_norm import rms_norm_kernel
 from shardlib.triton_kernels.rope_angles import rope_angles_kernel
+from shardlib.triton_kernels.rope_into_cache import rope_into_cache_kernel
+from shardlib.triton_kernels.row_argmax import row_argmax_kernel
 from shardlib.triton_kernels.split_argmax import split_argmax_kernel
 
 KERNELS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel, "reduce_scatter": reduce_scatter_kernel,
@@ -132,13 +134,16 @@ def early() -> Iterator[dict[str, Any]]:
             yield launch
     integers = {name: "*i64" for name in ("index_ptr", "seen_ptr", "chosen_ptr", "tokens_ptr", "ids_ptr",
                                           "position_ptr", "ends_ptr", "start_ptr")}
-    types = integers | {"x_ptr": "*bf16", "out_ptr": "*bf16", "inv_ptr": "*fp32", "live_ptr": "*u8"}
+    types = integers | {"x_ptr": "*bf16", "out_ptr": "*bf16", "inv_ptr": "*fp32", "live_ptr": "*u8",
+                        "found_ptr": "*i64"}
     for name, function, values in (
             ("note", note_kernel, dict(BLOCK=128)), ("lookup", lookup_kernel, dict(LANES=1024)),
             ("follow", follow_kernel, dict(ROWS=32, ENDS=16)),
+            ("row_argmax", row_argmax_kernel, dict(LANES=2048, SPLIT=True, MOST=64)),
             ("rope_angles", rope_angles_kernel, dict(HALF=64, LANES=64, INTERPRET=False))):
-        kinds = types | ({"out_ptr": "*fp32"} if name == "rope_angles" else {})
-        yield dict(kernel=name, **assembled(function, kinds, values, 4, None, ("width",), early=True))
+        kinds = types | {"rope_angles": {"out_ptr": "*fp32"}, "row_argmax": {"out_ptr": "*i64"}}.get(name, {})
+        yield dict(kernel=name, **assembled(function, kinds, values, 4, None, ("width", "columns", "each"),
+                                            early=True))
 
 
 def of_few_rows(early: bool = False) -> Iterator[dict[str, Any]]:
@@ -164,6 +169,10 @@ def of_few_rows(early: bool = False) -> Iterator[dict[str, Any]]:
         yield dict(kernel=kernel, split=tile.splits, **assembled(
             function, types, {k: v for k, v in values.items() if k in function.arg_names}, tile.warps,
             None, ("K",), early))
+    values = dict(G=4, H=128, QUERIES=32, HEADS=8, LANES=64)
+    yield dict(kernel="rope_into_cache", **assembled(
+        rope_into_cache_kernel, types | {"q_out_ptr": "*bf16", "k_out_ptr": "*bf16"}, values, 4, None,
+        tuple(n for n in rope_into_cache_kernel.arg_names if "stride" in n), early))
     for group, splits in ((4, 1), (4, 4), (8, 64)):
         values = dict(G=group, H=128, HEAD=128, ROWS=16, BLOCK=64, SPLIT=splits > 1, STAGES=3, MOST=64)
         yield dict(kernel="attention", split=splits, **assembled(decode_attention_kernel, types, values, 4,

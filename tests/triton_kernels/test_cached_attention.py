@@ -20,6 +20,7 @@ from shardlib.ops.rope import rotate, turns
 from shardlib.triton_kernels import attending
 from shardlib.triton_kernels import cached_attention as module
 from shardlib.triton_kernels.cached_attention import cached_attention, cached_attention_reference
+from shardlib.triton_kernels.rope_into_cache import rope_into_cache, rope_into_cache_reference
 
 OLD = (tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
        and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4))
@@ -129,6 +130,37 @@ def test_any_case(data: st.DataObject, sizes: Sizes, dtype: torch.dtype, seed: i
             old[1 + b, 1 + first:1 + first + sizes.new] = cache[b, first:first + sizes.new]
         assert same(memory, old)
     assert all(map(same, (*made.inputs[:4], made.start), (*before[:4], before[6])))
+
+
+@some
+@given(st.data(), sizes, st.sampled_from(DTYPES), st.integers(0, 2**31), st.booleans())
+def test_what_comes_before_attention_at_the_beginning(data: st.DataObject, sizes: Sizes, dtype: torch.dtype,
+                                                      seed: int, packed: bool) -> None:
+    """q, k and the cache have the bits of `rope` and of v; all else is as it was."""
+    torch.manual_seed(seed)
+    made = case(sizes, dtype, data.draw(starts(sizes.rows, sizes.new, sizes.slots)), packed)
+    before = [x.clone() for x in (*made.inputs, *made.memory)]
+    want = rope_into_cache_reference(*made.inputs)
+    got = rope_into_cache(*made.inputs)
+    for memory, old, cache in zip(made.memory, before[7:], want[2:]):
+        for b, first in enumerate(made.start.tolist()):
+            old[1 + b, 1 + first:1 + first + sizes.new] = cache[b, first:first + sizes.new]
+        assert same(memory, old)
+    assert same(got[0], want[0]) and same(got[1], want[1]) and all(x.is_contiguous() for x in got)
+    assert all(map(same, (*made.inputs[:4], made.start), (*before[:4], before[6])))
+
+
+def test_starts_that_are_wrong_stay_within_the_cache() -> None:
+    """Where several tokens would have one slot, the last of them has it."""
+    made = case(Sizes(3, 4, 1, 1, 8, 10), torch.float32, torch.tensor([-2, 8, 99]))
+    rope_into_cache(*made.inputs)
+    for memory, cache, rows in zip(made.memory, (made.keys, made.values), (None, made.v)):
+        inside = torch.zeros(memory.shape, dtype=torch.bool)
+        inside[1:-1, 1:-2] = True
+        assert (memory[~inside] == GUARD).all()
+        if rows is not None:
+            assert torch.equal(cache[0, :2], rows[0, 2:]) and torch.equal(cache[1, 8:], rows[1, [0, 3]])
+            assert torch.equal(cache[2, 9], rows[2, 3])
 
 
 SIZES = Sizes(2, 2, 2, 4, 16, 40)

@@ -300,7 +300,7 @@ def test_kernels_of_few_rows_read_16_bytes_at_once_and_spill_nothing(
         ptx = launch["ptx"]
         assert launch["stack"] <= (8 if launch["kernel"] == "one_row" else 0), launch["kernel"]
         assert not re.search(r"ld\.global\S*\.b(8|16)\b", ptx), launch["kernel"]
-        if launch["kernel"] in ("rms_norm", "one_row", "gate_up"):
+        if launch["kernel"] in ("rms_norm", "one_row", "gate_up", "rope_into_cache"):
             assert re.search(r"ld\.global\S*\.v4\.b32", ptx) and "cp.async" not in ptx
         else:
             assert "cp.async.cg.shared.global" in ptx and not re.search(r"cp\.async\.ca", ptx)
@@ -345,7 +345,7 @@ def test_a_kernel_that_starts_early_waits_before_it_reads_or_writes(early: list[
     touches = re.compile(r"(ld|st)\.(global|relaxed|acquire|release|volatile)|atom|red\.|cp\.async|prefetch")
     assert {launch["kernel"] for launch in early} == {
         "norm", "two_shot_norm", "split_argmax", "rms_norm", "stream", "one_row", "rows", "cached_attention",
-        "note", "lookup", "follow", "rope_angles"}
+        "note", "lookup", "follow", "rope_angles", "row_argmax"}
     for launch in early:
         lines = instructions(launch["ptx"])
         assert not [line for line in before_the_wait(lines) if touches.search(line)], launch["kernel"]
@@ -360,7 +360,7 @@ def test_every_kernel_that_can_start_early_is_looked_at(early: list[dict[str, An
     folder = Path(shardlib.triton_kernels.__path__[0])
     found = {path.stem for path in folder.glob("*.py") if "EARLY: tl.constexpr):" in path.read_text()}
     assert found == {"early", "rms_norm", "matmul_rows", "cached_attention", "all_reduce_add_rms_norm",
-                     "split_argmax", "lookup", "follow", "rope_angles"}
+                     "split_argmax", "lookup", "follow", "rope_angles", "row_argmax"}
 
 
 def test_lookups_and_angles(early: list[dict[str, Any]]) -> None:

@@ -13,17 +13,19 @@ from hypothesis import strategies as st
 from shardlib.lowering.index_check import IndexSite
 from shardlib.models.following import follow as follow_by_torch
 from shardlib.ops import lookups
+from shardlib.ops.few_rows import choose_few
 from shardlib.ops.rope import rope_angles as angles_by_torch
 from shardlib.ops.take import pick, rows_of
 from shardlib.triton_kernels.follow import follow, follow_reference
 from shardlib.triton_kernels.lookup import lookup, lookup_reference, note, note_reference
 from shardlib.triton_kernels.rope_angles import rope_angles, rope_angles_reference
+from shardlib.triton_kernels.row_argmax import row_argmax, row_argmax_reference
 
 OLD = (tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
        and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4))
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.skipif(OLD, reason="the interpreter of Triton 3.6 runs no loops with numpy 2.4")]
-some = settings(max_examples=settings.default.max_examples // 4)
+some = settings(max_examples=settings.default.max_examples // 10)
 integers, seeds = st.sampled_from((torch.int64, torch.int32)), st.integers(0, 2**31)
 
 
@@ -95,6 +97,21 @@ def test_angles(dtype: torch.dtype, seed: int, rows: int, length: int, offset: i
     exact = torch.cat((angle.double().cos(), angle.double().sin()), -1)
     assert got.shape == by_torch.shape == rope_angles_reference(start, offset, length, inv).shape
     assert not rows or near(got, by_torch, exact)
+
+
+@some
+@given(st.sampled_from((torch.float32, torch.float16, torch.bfloat16)), seeds, st.integers(1, 3),
+       st.integers(1, 5000), st.integers(1, 70), st.sampled_from((-1, 2, 30)), st.booleans())
+def test_choices(dtype: torch.dtype, seed: int, rows: int, columns: int, parts: int, high: int,
+                 nan: bool) -> None:
+    """By any number of blocks a row: the first of equals, NaN before all, -0.0 as 0.0."""
+    torch.manual_seed(seed)
+    x = torch.randint(min(high, 0) - 1, max(high, 1), (rows, columns)).to(dtype).mul(-1)
+    if nan:
+        x[0, torch.randint(columns, (2,))] = float("nan")
+    counts = torch.zeros(rows, dtype=torch.int32)
+    assert torch.equal(row_argmax(x, counts, parts), row_argmax_reference(x)) and not counts.any()
+    assert torch.equal(choose_few(x.view(rows, 1, columns), None), x.view(rows, 1, columns).argmax(-1))
 
 
 @some

@@ -345,7 +345,7 @@ def _chooses_the_lane_alone(x_ptr, columns, LANES: tl.constexpr):
 
 
 def of_equals_the_last_is_chosen(patch: Patch) -> Rules:
-    return in_kernels(patch, "_best", _chooses_the_lane_alone)
+    return in_kernels(patch, "best_of", _chooses_the_lane_alone)
 
 
 PROTOCOL = (two_slots, slots_in_one_place, kernels_without_an_end, nothing_is_cleared, half_is_cleared,
