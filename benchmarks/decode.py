@@ -72,7 +72,7 @@ def profiled(model: Model, rows: int, rate: float) -> dict:
                     ("wo", "gate|w.layers.up", "down", "wq|w.layers.wk|w.layers.wv")])
     state = rows * model.config.d_model * model.dtype.itemsize
     rows_ = [(name, us, cache if "attention" in name else 4 * state if "norm" in name
-              else 0 if "gate_up" in name else next(matmuls, 0))
+              else 0 if "gate_up" in name or "splitKreduce" in name else next(matmuls, 0))
              for name, us in layer(found, "cached_attention")]
     return {"us": round(sum(k.from_end_to_end for k in found), 1),
             "layer": [[name, us, round(nbytes / rate * 1e6, 2)] for name, us, nbytes in rows_],

@@ -1,7 +1,8 @@
 """Fill in what README.md and pages of docs/ show: outputs of their Python blocks, figures of the benchmarks.
 
 Every ```python block runs, in order, in one namespace a page; the ```text block after it is what it printed.
-Between <!-- tables --> marks stand the rows of benchmarks/results, between <!-- figures --> those of FIGURES.
+Between <!-- tables --> marks stand the rows of benchmarks/results, between <!-- figures --> those of FIGURES,
+between <!-- layers --> where the time of a layer goes.
 `python docs/make_readme.py` rewrites the pages; a test checks that they are what this makes.
 """
 from __future__ import annotations
@@ -56,6 +57,7 @@ def render(page: str) -> str:
         printed = "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
         return whole[:whole.index("```text")] + f"```text\n{printed}\n```"
     filled = between("tables", BLOCK.sub(run, text), lambda: tables(page))
+    filled = between("layers", filled, layers)
     return between("figures", filled, figures)
 
 
@@ -109,6 +111,20 @@ def table(name: str, folder: str) -> str:
     if (RESULTS / f"{name}.svg").exists():
         lines += ["", f"![{name}]({folder}/{name}.svg)"]
     return "\n".join(lines) + "\n\n"
+
+
+def layers() -> str:
+    """Where the microseconds of a layer go, of each decode step that was profiled kernel after kernel."""
+    rows = json.loads((RESULTS.parent / "profiles" / "decode.json").read_text())["rows"]
+    lines = ["| step | kernel | µs | floor |", "|---|---|---|---|"]
+    for row in (row for row in rows if "layer" in row):
+        title = f"{row['case']} ({row['hardware']}, commit {row['commit']})"
+        for name, us, floor in row["layer"]:
+            lines.append(f"| {title} | {name} | {us:g} | {floor:g} |")
+            title = ""
+        sums = (round(sum(x[i] for x in row["layer"]), 1) for i in (1, 2))
+        lines.append("|  | the layer | " + " | ".join(f"{x:g}" for x in sums) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def line(row: dict) -> str:
