@@ -52,6 +52,8 @@ EXPERTS, GALLERY, PLACES = ("tests/ops/test_experts.py", "tests/models/test_gall
                             "tests/models/test_expert_placement.py")
 MIXTRAL, BALANCE = "tests/models/test_mixtral.py", "tests/ops/test_router_losses.py"
 PYTREES, LAUNCHERS = "tests/test_pytrees.py", "tests/distributed/test_launchers.py -k place"
+STEP_ENDS, CACHED = (f"tests/triton_kernels/test_{name}.py" for name in (
+    "ends_of_a_step", "cached_attention"))
 SIMULATED = "tests/run/test_simulate.py"
 DECODER, ROTATED = "tests/models/test_decoder.py", "tests/compiler/test_rotate_scan.py -k leaves_alone"
 FUSE, FUSED, KERNELS = ("tests/compiler/test_fuse.py", "tests/language/test_fused.py",
@@ -926,6 +928,22 @@ MUTANTS = (
     Mutant("triton_kernels/split_argmax.py", "tl.where(x == 0, 0.0, x)", "x", f"{PROTOCOLS} -k keys_grow"),
     Mutant("triton_kernels/split_argmax.py", "there + r * columns", "there + RANK * columns", CHOICE),
     Mutant("triton_kernels/split_argmax.py", "(0x7FFFFFFF - found)", "found", CHOICE),
+    # the ends of a step, and prompts
+    Mutant("triton_kernels/lookup.py", "if low < least:", "if low > least:", f"{STEP_ENDS} -k lookups"),
+    Mutant("triton_kernels/lookup.py", "size if wholes > 1 else 0", "0", f"{STEP_ENDS} -k lookups"),
+    Mutant("triton_kernels/follow.py", "mask=there & live & (met == 0))", "mask=there & live)",
+           f"{STEP_ENDS} -k fed_next"),
+    Mutant("triton_kernels/row_argmax.py", "index += part * each", "index += part",
+           f"{STEP_ENDS} -k choices"),
+    Mutant("triton_kernels/rope_angles.py", "(offset + token % length)", "token % length",
+           f"{STEP_ENDS} -k angles"),
+    Mutant("ops/lookups.py", "*(1,) * (x.dim() - dim)", "*(1,) * (x.dim() - dim - 1)",
+           f"{STEP_ENDS} -k ops_look_up"),
+    Mutant("triton_kernels/rope_into_cache.py", "tl.fma(other, -sin, wide * cos)",
+           "tl.fma(other, sin, wide * cos)", CACHED + " -k at_the_beginning"),
+    Mutant("triton_kernels/rope_into_cache.py", "(t == T - 1) | (slot < behind)", "slot < behind",
+           CACHED + " -k wrong_stay"),
+    Mutant("ops/fusions.py", "if not turns_cached(q, k, v, angles, keys, values, start):", "if False:", STEP),
     Mutant("models/mixtral.py", "q, k, v, start, window=config.window)", "q, k, v, start)",
            MIXTRAL + " -k greedy_tokens"),
     Mutant("models/mixtral.py", 'B P K H, B P K H -> B T K G H", q, k, v, window=config.window)',
