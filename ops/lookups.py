@@ -14,6 +14,7 @@ def look(site: IndexSite, index: Tensor) -> None:
     """`site.look(index)`."""
     if not notes(site, index):
         return site.look(index)
+    assert site.seen is not None
     from shardlib.triton_kernels.lookup import note
     note(index, site.seen, starts_early(index.device, index.numel()))
 
@@ -34,6 +35,7 @@ def looks_up(site: IndexSite, x: Tensor, index: Tensor, dim: int) -> bool:
 def looked_up(site: IndexSite, x: Tensor, index: Tensor, dim: int, first: int) -> Tensor:
     """x at index - first along `dim`, zero where that is not there, and the index noted: a result for each
     index, with the dims of x behind `dim`."""
+    assert site.seen is not None
     from shardlib.triton_kernels.lookup import lookup
     entries = x.view(prod(x.shape[:dim]), x.shape[dim], -1)
     found = lookup(entries, index.view(-1), first, site.seen, starts_early(x.device, index.numel()))
