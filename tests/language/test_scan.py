@@ -281,3 +281,10 @@ def test_a_function_of_any_number_of_tensors() -> None:
     largest = sharded("B, B, B -> B")(lambda x, *others: x + others[0] * others[1])
     assert [name for name, _ in lower(largest, Layout(), mesh=Mesh()).args] == ["x", "others1", "others2"]
     assert largest(torch.ones(2), torch.ones(2), torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+def test_what_follows_a_body_of_its_own_layout_has_the_callers() -> None:
+    after = sharded("B D, L D F -> L B F")(
+        lambda x, w: einsum("B D, L D F -> L B F", scan(of_its_own, x, w), w))
+    text = str(lower(after, Layout(B="x", F="y"), mesh=Mesh(x=2, y=2)))
+    assert 'einsum("B/x D, L D F/y -> L B/x F/y"' in text
