@@ -135,7 +135,7 @@ def early() -> Iterator[dict[str, Any]]:
     integers = {name: "*i64" for name in ("index_ptr", "seen_ptr", "chosen_ptr", "tokens_ptr", "ids_ptr",
                                           "position_ptr", "ends_ptr", "start_ptr")}
     types = integers | {"x_ptr": "*bf16", "out_ptr": "*bf16", "inv_ptr": "*fp32", "live_ptr": "*u8",
-                        "found_ptr": "*i64"}
+                        "found_ptr": "*i64", "counts_ptr": "*i32"}
     for name, function, values in (
             ("note", note_kernel, dict(BLOCK=128)), ("lookup", lookup_kernel, dict(LANES=1024)),
             ("follow", follow_kernel, dict(ROWS=32, ENDS=16)),
