@@ -27,10 +27,12 @@ from shardlib.errors import bytes_text
 from shardlib.models.decoding import Model, Sampling
 from shardlib.models.files.model_files import open_checkpoint
 from shardlib.models.layouts import named_layout
+from shardlib.models.mixtral import MixtralConfig
 from shardlib.params import Params, leaf_values
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDS = 3
+EXPERTS = (".gate", ".up", ".down")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def measure(model: Model, rows: int, prompt: int, new: int, rate: float, graph: 
         made = model.generate(prompts, new, on_tokens=lambda _: came.append(time.perf_counter()), graph=graph)
         calls.append((made.seconds / new, came[0] - began, (came[-1] - came[0]) / max(1, new - 1)))
     call, first, token = (statistics.median(column) * 1e3 for column in zip(*calls[1:]))
-    floor = (step_bytes(model) + model.decoder().cache_bytes(rows, prompt + new // 2)) / rate
+    floor = (step_bytes(model, rows) + model.decoder().cache_bytes(rows, prompt + new // 2)) / rate
     return Measured(rows, step_ms(model, prompts, new, graph), token, call, first, rows / call * 1e3,
                     floor * 1e3)
 
@@ -97,10 +99,13 @@ def read_rate(device: torch.device) -> float:
     return x.nbytes / min(ms_of(x.sum, 4, device) for _ in range(6)) * 1e3
 
 
-def step_bytes(model: Model) -> int:
-    """Of weights that every step reads here: all but the rows of an embedding that no token names."""
-    tied = model.config.tied
-    return sum(t.nbytes for name, t in _tensors(model.weights) if tied or not name.endswith("w.embed"))
+def step_bytes(model: Model, rows: int) -> int:
+    """Of weights that a step of so many rows reads here: all but the rows of an embedding that no token
+    names; of experts as many as are hit on average, where all are as likely."""
+    c = model.config
+    hit = 1 - (1 - c.top_k / c.num_experts) ** rows if isinstance(c, MixtralConfig) else 1.0
+    return round(sum(t.nbytes * (hit if name.endswith(EXPERTS) else 1) for name, t in _tensors(model.weights)
+                     if c.tied or not name.endswith("w.embed")))
 
 
 def _tensors(tree: object) -> Iterable[tuple[str, torch.Tensor]]:
@@ -116,7 +121,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="shardlib.models.bench_generate",
                                      description="Measure how fast a Llama generates.")
     parser.add_argument("--weights", default="random:llama3-1b",
-                        help="random:llama3-1b, random:llama3-8b, random:llama3-70b")
+                        help="random:llama3-1b, random:llama3-8b, random:llama3-70b, random:mixtral-8x7b")
     parser.add_argument("--model",
                         help="in place of --weights: smollm2, a Hugging Face Llama folder, or a .gguf file")
     parser.add_argument("--mesh", default="", help='axes and sizes, as in "tp=4"; by default one rank')
@@ -155,9 +160,9 @@ def run(options: argparse.Namespace) -> None:
         else:
             model = Model.random(options.weights, layout, runtime, dtype)
         model.pack()
-        name = options.model or options.weights
-        say(f"{name}, {options.dtype}, mesh {mesh}: {bytes_text(step_bytes(model))} of weights a step here, "
-            f"made in {time.perf_counter() - began:.1f} s; memory is read at {rate / 1e12:.2f} TB/s")
+        name, read = options.model or options.weights, bytes_text(step_bytes(model, max(batches)))
+        say(f"{name}, {options.dtype}, mesh {mesh}: {read} of weights a step here, made in "
+            f"{time.perf_counter() - began:.1f} s; memory is read at {rate / 1e12:.2f} TB/s")
         say("  rows   ms a step   floor ms   share    ms a token   first token ms   tokens/s")
         made = []
         for rows in batches:

@@ -5,7 +5,7 @@
 >>> shape_of("llama4")
 Traceback (most recent call last):
     ...
-shardlib.errors.SpecError: no shape llama4; there are llama3-1b, llama3-8b, llama3-70b
+shardlib.errors.SpecError: no shape llama4; there are llama3-1b, llama3-8b, llama3-70b, mixtral-8x7b
 
 Each rank draws what it holds with its device's own generator, seeded by the leaf and by where its piece
 begins: replicas are equal, and seconds suffice. They are other numbers on other meshes and devices;
@@ -22,6 +22,7 @@ from torch import Tensor
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 from shardlib.models.llama import LlamaConfig, RopeScaling
+from shardlib.models.mixtral import MixtralConfig
 from shardlib.spec import Spec
 
 
@@ -36,6 +37,9 @@ SHAPES = {
     "llama3-1b": _shape(2048, 16, 4, 64, 8192, RopeScaling(32.0, 1.0, 4.0, 8192), True, 131072),  # Llama 3.2
     "llama3-8b": _shape(4096, 32, 4, 128, 14336, None, False, 8192),
     "llama3-70b": _shape(8192, 80, 8, 128, 28672, None, False, 8192),
+    "mixtral-8x7b": MixtralConfig(vocab_size=32000, d_model=4096, num_layers=32, num_kv_heads=8,
+                                  queries_per_kv=4, head_dim=128, d_ff=14336, norm_eps=1e-5, rope_theta=1e6,
+                                  rope_scaling=None, tied=False, max_context=32768, num_experts=8, top_k=2),
 }
 
 
@@ -58,7 +62,8 @@ def random_weights(config: LlamaConfig, types: Mapping[str, Spec], mesh: Mesh, c
         if labels in (("D",), ("L", "D")):
             leaf.fill_(1)
             continue
-        summed = ("D",) if labels[0] == "V" or labels[1] == "D" else labels[1:-1]
+        inner = [n for n in labels if n not in ("L", "E")] if labels[-1] != "E" else ["D"]
+        summed = ("D",) if labels[0] == "V" or inner[0] == "D" else inner[:-1]
         fan = torch.Size(config.sizes[n] for n in summed).numel()
         begins = [mesh.rows(dim, config.sizes, coordinate)[0] for dim in kind.dims]
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {path} {begins}".encode()))

@@ -18,7 +18,8 @@ TINY = dataclasses.replace(SHAPES["llama3-1b"], vocab_size=256, d_model=32, num_
 
 
 @pytest.mark.parametrize("name, billions",
-                         [("llama3-1b", 1.236), ("llama3-8b", 8.030), ("llama3-70b", 70.554)])
+                         [("llama3-1b", 1.236), ("llama3-8b", 8.030), ("llama3-70b", 70.554),
+                          ("mixtral-8x7b", 46.703)])
 def test_they_have_as_many_parameters_as_published(name: str, billions: float) -> None:
     types = weight_types(SHAPES[name], named_layout("tp", Mesh()), Mesh())
     count = sum(torch.Size(Mesh().local_shape(kind, SHAPES[name].sizes, {})).numel()
@@ -38,6 +39,15 @@ def test_replicas_are_equal_and_pieces_are_not() -> None:
                for path in ("norm", "layers.norm1", "layers.norm2"))
     assert (0.8 < ranks[0]["layers.down"].std() * TINY.d_ff ** 0.5 < 1.2
             and 0.8 < ranks[0]["layers.wq"].std() * TINY.d_model ** 0.5 < 1.2)
+
+
+def test_experts_are_drawn_as_large_as_what_each_adds_up() -> None:
+    config = dataclasses.replace(SHAPES["mixtral-8x7b"], vocab_size=64, d_model=64, num_layers=2, head_dim=4,
+                                 d_ff=24)
+    types = weight_types(config, named_layout("tp", Mesh()), Mesh())
+    made = random_weights(config, types, Mesh(), {}, torch.float32, torch.device("cpu"))
+    for name, summed in (("router", 64), ("gate", 64), ("up", 64), ("down", 24), ("wo", 128), ("wk", 64)):
+        assert 0.9 < made[f"layers.{name}"].std() * summed ** 0.5 < 1.1, name
 
 
 def test_another_seed_draws_other_weights() -> None:
@@ -65,4 +75,5 @@ def test_the_commands(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
         given = ["--weights", "random:llama4", *(["--prompt", "ab"] if command is generate.main else [])]
         assert command([*given, "--quiet"] if command is generate.main else given) == 1
         assert (capfd.readouterr()
-                == ("", "error: no shape llama4; there are llama3-1b, llama3-8b, llama3-70b, tiny\n"))
+                == ("", "error: no shape llama4; there are llama3-1b, llama3-8b, llama3-70b, mixtral-8x7b, "
+                    "tiny\n"))
