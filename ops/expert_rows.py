@@ -23,16 +23,15 @@ from torch import Tensor
 
 
 def chosen_rows(x: Tensor, chosen: Tensor, experts: int, tokens: int, choices: int, first: int, most: int,
-                look: Callable[[Tensor], None] = lambda chosen: None,
+                look: Callable[[Tensor], None] | None = None,
                 room: Callable[[Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
     """The rows of tokens that chose one of the own experts, which begin with `first`; and which they are.
 
-    An expert that a token has twice is looked at as -1, which is none.  room: looks at how many rows there
-    are, where there may be more than `most`.
+    look: gets what was chosen, where nobody knows that these are experts, and each once.  room: looks at how
+    many rows there are, where there may be more than `most`.
     """
-    twice = (chosen.unsqueeze(-1) == chosen.unsqueeze(-2)).tril(-1).any(-1)
-    chosen = chosen.masked_fill(twice, -1)
-    look(chosen)
+    if look is not None:
+        look(chosen := each_once(chosen))
     here, n = chosen.reshape(-1) - first, tokens * choices
     numbers = here * n + torch.arange(n, device=x.device)
     own = (here >= 0) & (here < experts)
@@ -40,6 +39,11 @@ def chosen_rows(x: Tensor, chosen: Tensor, experts: int, tokens: int, choices: i
         room(own.sum())
     at = torch.where(own, numbers, experts * n).sort().values[:most]
     return token_rows(x, at, experts, tokens, choices), at
+
+
+def each_once(chosen: Tensor) -> Tensor:
+    """The same, but -1, which is none, for an expert that the token has already."""
+    return chosen.masked_fill((chosen.unsqueeze(-1) == chosen.unsqueeze(-2)).tril(-1).any(-1), -1)
 
 
 def token_rows(x: Tensor, at: Tensor, experts: int, tokens: int, choices: int,

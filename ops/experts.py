@@ -33,11 +33,13 @@ from shardlib.language.value import Operand, Value, apply
 from shardlib.ops.expert_rows import (
     chosen_rows,
     combined,
+    each_once,
     grouped_outer,
     grouped_product,
     slot_products,
     token_rows,
 )
+from shardlib.ops.route import ROUTE
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
@@ -76,12 +78,24 @@ def _linear(step: Step, *sums: str) -> Rule:
 
 def _dispatch(e: LocalCode, step: Step, args: list[str]) -> str:
     dim = _ragged(step)
-    expert = Dim(dim.factors[:1])
-    site = e.index_site(step, 1, args[1], expert, "experts",
+    site, room = _site(e, step, args), e.room_site(step, dim)
+    looks = [f"{name}.look" if name else "None" for name in (site, room)]
+    return _code(e, step, chosen_rows, args, e.rows(Dim(dim.factors[:1]))[0], e.rows(dim)[1], *looks)
+
+
+def _site(e: LocalCode, step: Step, args: list[str]) -> str | None:
+    """Where experts are looked at; nowhere where `route` has chosen them."""
+    expert, maker = Dim(_ragged(step).factors[:1]), e.maker(step.inputs[1])
+    if maker is not None and maker.op is ROUTE and e.count(maker.ins[0].dims[-1]) <= e.count(expert):
+        return None
+    return e.index_site(step, 1, args[1], expert, "experts",
                         hint="; an expert that a token has twice counts as -1")
-    room = e.room_site(step, dim)
-    return _code(e, step, chosen_rows, args, e.rows(expert)[0], e.rows(dim)[1], f"{site}.look",
-                 *([f"{room}.look"] if room else []))
+
+
+def _look(e: LocalCode, step: Step, args: list[str]) -> str:
+    """A kernel has room for all rows."""
+    site = _site(e, step, args)
+    return f"{site}.look({e.use(each_once)}({args[1]}))" if site else "None"
 
 
 def _dispatch_reference(d: Dims, x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +111,8 @@ def _dispatch_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
     return [b.call(COMBINE, [ct[0], step.outputs[1]], outs=(step.ins[0].owing(),)), None]
 
 
-DISPATCH = Op("dispatch", index=(1,), takes=("float", "index"), emit=_dispatch, vjp=_dispatch_vjp,
+DISPATCH = Op("dispatch", index=(1,), takes=("float", "index"), emit=_dispatch, looks=_look,
+              vjp=_dispatch_vjp,
               rule=lambda s: Rule(linear=((0,),), whole=s.ins[1].names[-1:], uses=((0, 1), (1,)),
                                   ragged=True),
               reads=_indexed, dtype=lambda d, o: [d[0], "int64"],

@@ -65,6 +65,9 @@ class LocalCode(Protocol):
         None where there is room for all that may.
         """
 
+    def maker(self, value: str) -> Step | None:
+        """The step of the program that is being written which makes `value`; None of an argument."""
+
     def hoist(self, variable: str, template: str, parts: int = 1) -> str:
         """`template` applied to `variable`: once before the loop,
         where the variable is the same in every round.

@@ -54,6 +54,7 @@ class Answers:
         self.sites: dict[tuple, str] = {}
         self.given = dict(given or {})
         self.dtypes: dict[str, Any] = dict(self.given)  # of the values of the program that is being written
+        self.makers: dict[str, Step] = {}  # of the values of the program that is being written
         self._written: list[Step | None] = []               # the steps that have lines
         self.lines: tuple[Step | None, ...] = ()  # of each line of the source, the step that it is of
         self.variables = 0
@@ -123,6 +124,10 @@ class Answers:
     def index_sites(self) -> list[IndexSite]:
         """The places of the program where something is looked up by an index."""
         return [self.helpers[name] for name in self.sites.values()]
+
+    def maker(self, value: str) -> Step | None:
+        """The step of the program that is being written which makes `value`; None of an argument."""
+        return self.makers.get(value)
 
     def hoist(self, variable: str, template: str, parts: int = 1) -> str:
         """`template` applied to `variable`: once before the loop,

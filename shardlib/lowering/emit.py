@@ -88,7 +88,8 @@ class Emitter(Answers):
         """The lines of a program's steps. `names`: value -> variable, gets what the steps make. `owned`:
         values whose buffers may be reused, where nothing else uses them. `packs`: packings of this body, by
         the name of the value that is the packed weight. `dtypes`: of the program's values."""
-        outside, self.dtypes = self.dtypes, dtypes
+        outside, makers = self.dtypes, self.makers
+        self.dtypes, self.makers = dtypes, {o: step for step in program.steps for o in step.outputs}
         group_of = {s.outputs[0]: (arg, group) for arg, group in packs.items() for s in group.steps}
         uses = use_counts(program)
         lines: list[str] = []
@@ -109,7 +110,7 @@ class Emitter(Answers):
                 made = self._line(step, names, owned, uses)
             self._where = around
             lines += self._marked(step, made)
-        self.dtypes = outside
+        self.dtypes, self.makers = outside, makers
         return lines
 
     def _marked(self, step: Step | None, lines: Sequence[str]) -> list[str]:
@@ -195,18 +196,19 @@ class Emitter(Answers):
             wire = next((s for s in body.steps
                          if s.op.wire and self.mesh.size(axes_of(s, self.mesh)) > 1), None)
             self._where = wire and (title, wire)
-            looks = {s.op.looks(self, s, [names.get(outer.get(i, i), i) for i in s.inputs]): None
-                     for s in body.steps if s.op.looks}
+            inner = [replace(s, inputs=tuple(outer.get(i, i) for i in s.inputs)) for s in body.steps]
+            looks = {s.op.looks(self, s, [names.get(i, i) for i in s.inputs]): None
+                     for s in inner if s.op.looks}
             kept = {outer[path] for path in updates.values()} - free
             args = [f"{names[i]}.clone()" if i in kept else names[i] for i in step.inputs]
             text = f"{self._kernel(kernel)}({', '.join(args)}{self._here()})"
             names.update((out, self.variable()) for out in step.outputs)
             return [*(look for look in looks if not look.isidentifier()),
                     f"{', '.join(names[out] for out in step.outputs)} = {text}"]
-        inner, own = {p: names[v] for p, v in outer.items()}, {p for p, v in outer.items() if v in free}
+        given, own = {p: names[v] for p, v in outer.items()}, {p for p, v in outer.items() if v in free}
         dtypes = inner_dtypes(step, body, self.dtypes)
-        lines = self._block(replace(body, name=title), inner, own, {}, dtypes)
-        names.update((out, inner[n]) for out, (n, _) in zip(step.outputs, body.result_leaves()))
+        lines = self._block(replace(body, name=title), given, own, {}, dtypes)
+        names.update((out, given[n]) for out, (n, _) in zip(step.outputs, body.result_leaves()))
         return lines
 
     def _scan(self, step: Step, names: dict[str, str], owned: set[str], uses: Mapping[str, int]) -> list[str]:
