@@ -2,6 +2,7 @@
 and where its time goes.
 
     torchrun --nproc-per-node 4 benchmarks/decode.py --mesh tp=4 --shapes llama3-8b,llama3-70b
+    torchrun --nproc-per-node 4 benchmarks/decode.py --mesh tp=4 --shapes mixtral-8x7b --layouts tp,tp+ep
     python benchmarks/decode.py --shapes llama3-8b
     python benchmarks/decode.py --draw                      results/decode.svg of what is there
 
@@ -19,6 +20,8 @@ import gc
 import json
 import os
 from collections import defaultdict
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -32,15 +35,17 @@ from shardlib.distributed.runtime import Runtime, connect
 from shardlib.models.bench_generate import Measured, measure, ms_of, read_rate
 from shardlib.models.decoding import Model
 from shardlib.models.layouts import named_layout
+from shardlib.models.random_weights import SHAPES
 
 PROMPT, NEW, STEPS = 128, 128, 64
+UNCOUNTED = ("gate_up", "splitKreduce", "expert_", "route")     # kernels whose bytes nobody counts
 
 
 def by_hand(model: Model, rows: int, sums: str, group: dist.ProcessGroup | None) -> tuple[float, list[int]]:
     """ms a step of the hand-written program, and tokens that it chooses after token 1 in every row."""
     plain = PlainDecode(model, rows, 256, sums, group)
     with torch.inference_mode():
-        plain.ids.fill_(1)
+        plain.ids.copy_(torch.arange(rows) * 7 + 1)             # each row its own experts
         graph = plain.capture()
         times = []
         for _ in range(3):
@@ -63,27 +68,29 @@ def profiled(model: Model, rows: int, rate: float) -> dict:
     """
     decoder = model.decoder()
     with torch.inference_mode():
-        slots = decoder.begin([[1] * PROMPT] * rows, NEW, [])
+        prompts = [[7 * row + 3 * at + 1 for at in range(PROMPT)] for row in range(rows)]
+        slots = decoder.begin(prompts, NEW, [])
         decoder.advance(slots)
         found = kernels_of(lambda: decoder.advance(slots))
     parts = dict(zip(model.weights.parts, model.weights.flat))
     cache = decoder.cache_bytes(rows, PROMPT) / model.config.num_layers
+    ffn = ("router",) if "w.layers.router" in parts else ("gate|w.layers.up", "down")
     matmuls = iter([parts[f"w.layers.{name}"][0].nbytes for name in
-                    ("wo", "gate|w.layers.up", "down", "wq|w.layers.wk|w.layers.wv")])
+                    ("wo", *ffn, "wq|w.layers.wk|w.layers.wv")])
     state = rows * model.config.d_model * model.dtype.itemsize
     rows_ = [(name, us, cache if "attention" in name else 4 * state if "norm" in name
-              else 0 if "gate_up" in name or "splitKreduce" in name else next(matmuls, 0))
+              else 0 if any(word in name for word in UNCOUNTED) else next(matmuls, 0))
              for name, us in layer(found, "cached_attention")]
     return {"us": round(sum(k.from_end_to_end for k in found), 1),
             "layer": [[name, us, round(nbytes / rate * 1e6, 2)] for name, us, nbytes in rows_],
             "us_launches_own": by_name(found)}
 
 
-def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list[str],
+def run(runtime: Runtime, shape: str, layout: str, mesh: Mesh, batches: list[int], sums: list[str],
         rate: float) -> tuple[list[dict], dict]:
     """Rows of one shape, and its kernels."""
-    model = Model.random(shape, named_layout("tp", mesh), runtime).pack()
-    group = None
+    model = Model.random(shape, named_layout(layout, mesh), runtime).pack()
+    group, where = None, f"{layout}={mesh.world_size}"
     if mesh.world_size > 1:
         group = dist.new_group(list(range(mesh.world_size)), backend="nccl")
     rows, profiles = [], {}
@@ -97,7 +104,7 @@ def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list
             except RuntimeError as error:
                 print(f"by hand, {how}: {str(error).splitlines()[0]}", flush=True)
         ours = model.generate([[1]] * batch, 8).tokens[0][1:]
-        rows.append({"case": f"{shape}, tp={mesh.world_size}, batch {batch}", "unit": "ms/step",
+        rows.append({"case": f"{shape}, {where}, batch {batch}", "unit": "ms/step",
                      "ours": round(m.step_ms, 4), "peers": {k: round(v, 4) for k, v in peers.items()},
                      "floor": round(m.floor_ms, 4), "token_ms": round(m.token_ms, 4),
                      "call_ms": round(m.call_ms, 4), "first_ms": round(m.first_ms, 2),
@@ -106,7 +113,7 @@ def run(runtime: Runtime, shape: str, mesh: Mesh, batches: list[int], sums: list
         if runtime.rank == 0:
             print(json.dumps(rows[-1]), flush=True)
         if batch in (1, 128):
-            profiles[f"{shape}, tp={mesh.world_size}, batch {batch}"] = profiled(model, batch, rate)
+            profiles[f"{shape}, {where}, batch {batch}"] = profiled(model, batch, rate)
     return rows, profiles
 
 
@@ -152,6 +159,8 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="draw what is there, and end")
     parser.add_argument("--mesh", default="")
     parser.add_argument("--shapes", default="llama3-8b")
+    parser.add_argument("--layouts", default="tp", help="tp, and of experts tp+ep: one by one, not by width")
+    parser.add_argument("--layers", type=int, help="so many of each shape, where one GPU holds no more")
     parser.add_argument("--batch", default="1,8,32,128")
     parser.add_argument("--sums", default=",".join(SUMS))
     parser.add_argument("--out", type=Path, default=RESULTS.parent, help="where results/ and profiles/ are")
@@ -164,8 +173,11 @@ def main() -> None:
         rate = read_rate(runtime.device)
         facts = {"hardware": hardware(), "versions": versions(),
                  "commit": os.environ.get("COMMIT") or commit(), "date": datetime.date.today().isoformat()}
-        for shape in options.shapes.split(","):
-            rows, profiles = run(runtime, shape, mesh, [int(b) for b in options.batch.split(",")],
+        for shape, layout in product(options.shapes.split(","), options.layouts.split(",")):
+            if options.layers:
+                whole, shape = shape, f"{shape} of {options.layers} layers"
+                SHAPES[shape] = replace(SHAPES[whole], num_layers=options.layers)
+            rows, profiles = run(runtime, shape, layout, mesh, [int(b) for b in options.batch.split(",")],
                                  options.sums.split(","), rate)
             if runtime.rank == 0:
                 merge(options.out / "results" / "decode.json", [{**r, **facts} for r in rows])

@@ -1,10 +1,11 @@
-"""Llama's decode step on GPUs in plain torch, written for speed by hand:
+"""The decode step of Llama and Mixtral on GPUs in plain torch, written for speed by hand:
 what captured generation is measured against.
 
 One process a GPU. The same packed weights (those of a `Model`, so that both choose the same tokens), one
 matmul for q, k and v, one for gate and up; what is pointwise between matmuls compiled by torch.compile;
 attention by torch's own kernel over a static cache; two sums a layer, by NCCL or by torch's symmetric memory
-in one shot or two; the whole step in a CUDA graph, which feeds itself.
+in one shot or two; the whole step in a CUDA graph, which feeds itself. Experts are torch's grouped matmul, of
+rows that are sorted by expert on the device.
 """
 from __future__ import annotations
 
@@ -33,6 +34,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 @torch.compile(dynamic=True)
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+@torch.compile(dynamic=True)
+def home(y: Tensor, row: Tensor, weights: Tensor, live: Tensor) -> Tensor:
+    """Of each token the weighted sum of its rows: those of its choices, where these are here."""
+    found = torch.where(live[..., None], y[row.flatten()].view(*row.shape, -1).float(), 0)
+    return (found * weights[..., None]).sum(1).to(y.dtype)
+
+
+@torch.compile(dynamic=True)
 def turned(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = qk.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
@@ -50,7 +63,9 @@ class PlainDecode:
         device, dtype, c = model.runtime.device, model.dtype, model.config
         self.size, self.me = (group.size(), group.rank()) if group else (1, 0)
         self.kv = c.num_kv_heads // self.size
-        layers = ("norm1", "wq|w.layers.wk|w.layers.wv", "wo", "norm2", "gate|w.layers.up", "down")
+        self.experts = getattr(c, "num_experts", 0)
+        ffn = ("router", "gate", "up", "down") if self.experts else ("gate|w.layers.up", "down")
+        layers = ("norm1", "wq|w.layers.wk|w.layers.wv", "wo", "norm2", *ffn)
         self.layers = list(zip(*(parts[f"w.layers.{name}"] for name in layers)))
         self.embed, self.norm = parts["w.embed"], parts["w.norm"]
         self.head = parts.get("w.head", self.embed)
@@ -59,6 +74,7 @@ class PlainDecode:
         self.inv = (1.0 / (c.rope_theta ** (
             torch.arange(0, c.head_dim, 2, device="cpu").float() / c.head_dim))).to(device)
         self.slot = torch.arange(slots, device=device)
+        self.slot_of = torch.arange(rows * getattr(c, "top_k", 0), device=device)
         self.ids, self.position = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
         self.buffer = self._symmetric(rows * c.d_model, dtype, device) if group and sums != "nccl" else None
 
@@ -69,15 +85,34 @@ class PlainDecode:
         symmetric_memory.rendezvous(made, self.group)
         return made.view(self.rows, -1)
 
+    def mixed(self, n: Tensor, router: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """Through the experts, all of part of their width or some whole, and added up."""
+        here, k = len(gate), self.c.top_k
+        scores, chosen = (n @ router).float().softmax(-1).topk(k, -1)
+        own = chosen - (self.me * here if here < self.experts else 0)
+        live = (own >= 0) & (own < here)
+        sorted_, order = torch.where(live, own, here).flatten().sort(stable=True)
+        ends = torch.searchsorted(sorted_, self.slot[:here], right=True).int()
+        rows = n[order // k]
+        h = gated(F.grouped_mm(rows, gate, offs=ends), F.grouped_mm(rows, up, offs=ends))
+        row = torch.empty_like(order).scatter_(0, order, self.slot_of[:len(order)]).view(-1, k)
+        made = home(F.grouped_mm(h, down, offs=ends), row, scores / scores.sum(-1, keepdim=True), live)
+        return self.added(made)
+
     def summed(self, a: Tensor, w: Tensor) -> Tensor:
         """a @ w, added up over the ranks."""
+        if self.group is None or self.buffer is None:
+            return self.added(a @ w)
+        return self.added(torch.mm(a, w, out=self.buffer))
+
+    def added(self, y: Tensor) -> Tensor:
         if self.group is None:
-            return a @ w
+            return y
         if self.buffer is None:
-            y = a @ w
             dist.all_reduce(y, group=self.group)
             return y
-        torch.mm(a, w, out=self.buffer)
+        if y is not self.buffer:
+            self.buffer.copy_(y)
         if self.sums == "one_shot":
             return torch.ops.symm_mem.one_shot_all_reduce(self.buffer, "sum", self.group.group_name)
         torch.ops.symm_mem.two_shot_all_reduce_(self.buffer, "sum", self.group.group_name)
@@ -101,7 +136,7 @@ class PlainDecode:
             (self.slot > self.position[:, None])[:, None, None], float("-inf"))
         where = self.position[:, None, None, None].expand(b, 1, kv, h)
         x, y = self.embedded(), None
-        for (norm1, qkv, wo, norm2, gate_up, down), (ks, vs) in zip(self.layers, self.cache.unbind(0)):
+        for (norm1, qkv, wo, norm2, *ffn), (ks, vs) in zip(self.layers, self.cache.unbind(0)):
             x, n = (add_norm(x, y, norm1, c.norm_eps) if y is not None
                     else (x, F.rms_norm(x, (c.d_model,), norm1, c.norm_eps)))
             qk, v = (n @ qkv).split((kv * (g + 1) * h, kv * h), -1)
@@ -111,7 +146,7 @@ class PlainDecode:
             a = F.scaled_dot_product_attention(q.view(b, kv, g, h), ks.transpose(1, 2), vs.transpose(1, 2),
                                                attn_mask=bias)
             x, n = add_norm(x, self.summed(a.reshape(b, kv * g * h), wo), norm2, c.norm_eps)
-            y = self.summed(swiglu(n @ gate_up), down)
+            y = self.mixed(n, *ffn) if self.experts else self.summed(swiglu(n @ ffn[0]), ffn[1])
         _, n = add_norm(x, y, self.norm, c.norm_eps)
         best, index = F.linear(n, self.head).max(-1)
         if self.group is not None:

@@ -27,11 +27,13 @@ from shardlib.language.local_code import LocalCode
 from shardlib.language.sorting import largest, order
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply
+from shardlib.ops.few_rows import FLOATS, differentiated, starts_early
 from shardlib.program import Op, Step, number
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_specs
 
+MOST_EXPERTS = 1024     # of a kernel that has a token's scores in registers
 SMALL = 1e-20       # beside a sum of scores, that a token whose scores are all 0 has weights
 
 
@@ -51,6 +53,12 @@ def within_groups(choice: Tensor, groups: int, top_groups: int) -> Tensor:
 def routed(logits: Tensor, bias: Tensor | None, top_k: int, score: str, renormalise: bool, scale: float,
            groups: int, top_groups: int) -> tuple[Tensor, Tensor]:
     """Weights and experts of each token."""
+    if score == "softmax" and bias is None and groups == 1 and _kernel_takes(logits):
+        from shardlib.triton_kernels.route import route as by_kernel
+        rows = logits.reshape(-1, logits.shape[-1]).contiguous()
+        made = by_kernel(rows, top_k, renormalise, scale, starts_early(logits.device, len(rows)))
+        weights, experts = (x.view(*logits.shape[:-1], top_k) for x in made)
+        return weights, experts
     scores = scores_of(logits, score)
     choice = scores if bias is None else scores + bias
     if groups > 1:
@@ -58,6 +66,11 @@ def routed(logits: Tensor, bias: Tensor | None, top_k: int, score: str, renormal
     experts = largest(choice, choice.ndim - 1, top_k)[1]
     weights = scores.gather(-1, experts)
     return (weights / (weights.sum(-1, keepdim=True) + SMALL) if renormalise else weights) * scale, experts
+
+
+def _kernel_takes(logits: Tensor) -> bool:
+    return (logits.is_cuda and logits.dtype in FLOATS and 0 < logits.shape[-1] <= MOST_EXPERTS
+            and not differentiated(logits))
 
 
 def routed_vjp(logits: Tensor, experts: Tensor, g: Tensor, score: str, renormalise: bool,

@@ -71,7 +71,7 @@ class Site:
     function: what it means.  operands: their local shapes and dtypes, on meta.
     static: the function's static arguments.
     communicators: those of the group over which the step communicates, if it does.  ranks: its size; 1 where
-    nothing is sent.
+    nothing is sent.  begins: of each operand, where this rank's piece begins, by dim.
     """
     function: Function
     device: str
@@ -79,6 +79,7 @@ class Site:
     static: Mapping[str, float]
     communicators: Sequence[object] = ()
     ranks: int = 1
+    begins: Sequence[tuple[int, ...]] = ()
 
 
 @dataclass(frozen=True, eq=False)

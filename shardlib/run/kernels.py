@@ -94,8 +94,10 @@ class Kernels:
         group = self.runtime.group(axes) if axes else None
         sums = [c for c in group.communicators
                 if c.deterministic or not group.router.deterministic] if group else []
+        here = self.runtime.coordinate
+        begins = [tuple(self.runtime.mesh.rows(d, self.sizes, here)[0] for d in s.dims) for s in step.ins]
         site = Site(fusion.function, self.runtime.device.type, operands, static, tuple(sums),
-                    self.runtime.mesh.size(axes))
+                    self.runtime.mesh.size(axes), begins)
         kernel: Any = fusion.kernel(site)
         return FusedCall(group, fusion.name, kernel) if group and not isinstance(kernel, str) else kernel
 
@@ -116,12 +118,17 @@ def _blind(body: Program) -> str | None:
     """Why nobody can look at the indices of a body before a kernel takes them; None where all are seen."""
     given = {path for path, _ in body.arg_leaves()}
     for step in body.steps:
-        indices = [i for i, _ in enumerate(step.inputs) if holds(step, i) == "index"]
+        indices = [i for i, spec in enumerate(step.ins) if holds(step, i) == "index" and not _says_rows(spec)]
         if indices and step.op.looks is None:
             return f"nothing says what {step.op.name} looks at"
         if any(step.inputs[i] not in given for i in indices):
             return f"an index of {step.op.name} is made inside of it"
     return None
+
+
+def _says_rows(spec: Spec) -> bool:
+    """Whether it is no index of the user's, but what says which row of a ragged dim is which."""
+    return any(d.ragged for d in spec.dims)
 
 
 def _counted(step: Step, kernel: Callable) -> Callable:

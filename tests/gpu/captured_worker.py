@@ -22,11 +22,15 @@ from shardlib.models import decoder, decoding
 from shardlib.models.decoding import Model, Sampling
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig
+from shardlib.models.mixtral import MixtralConfig
 from shardlib.models.random_weights import SHAPES
 
 SHAPES["small"] = LlamaConfig(vocab_size=384, d_model=128, num_layers=3, num_kv_heads=4, queries_per_kv=2,
                               head_dim=32, d_ff=256, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
                               tied=False, max_context=128)
+SHAPES["experts"] = MixtralConfig(vocab_size=384, d_model=128, num_layers=3, num_kv_heads=4, queries_per_kv=2,
+                                  head_dim=32, d_ff=256, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
+                                  tied=False, max_context=128, num_experts=8, top_k=2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"       # cpu: a rehearsal
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12] * 20, [13, 14]]
 ENDS = (7, 100, 200, 300, 350)
@@ -41,8 +45,8 @@ class Eager:
         call()
 
 
-def tokens(runtime: Runtime, layout: Layout, dtype: torch.dtype) -> None:
-    model, captured = Model.random("small", layout, runtime, dtype).pack(), decoder.Graph
+def tokens(runtime: Runtime, layout: Layout, dtype: torch.dtype, shape: str = "small") -> None:
+    model, captured = Model.random(shape, layout, runtime, dtype).pack(), decoder.Graph
     twin = Model(model.config, model.weights, layout, runtime, dtype)
     for sampling in (Sampling(), Sampling(0.9, 0.95, 5)):
         for ends in ((), ENDS):
@@ -56,6 +60,12 @@ def tokens(runtime: Runtime, layout: Layout, dtype: torch.dtype) -> None:
                 if dtype == torch.float32:
                     assert twin.generate(prompts, 40, ends, sampling, graph=False).tokens == wanted, (
                         sampling, ends, len(prompts))
+
+
+def experts(runtime: Runtime, layout: Layout, dtype: torch.dtype) -> None:
+    """The same of a Mixtral; experts by their width, and one by one."""
+    for name in ("tp", "tp+ep"):
+        tokens(runtime, named_layout(name, runtime.mesh), dtype, "experts")
 
 
 class Weights(Params):
@@ -124,7 +134,7 @@ if __name__ == "__main__":
     chosen = getattr(torch, sys.argv[3]) if len(sys.argv) > 3 else torch.float32
     with connect(mesh, DEVICE, timeout_s=10.0 if what == "silent" else None) as runtime:
         torch.backends.cuda.matmul.allow_tf32 = False
-        {"tokens": tokens, "calls": calls, "stragglers": stragglers,
+        {"tokens": tokens, "experts": experts, "calls": calls, "stragglers": stragglers,
          "silent": silent}[what](runtime, named_layout("tp", mesh), chosen)
         if runtime.rank == 0:
             print(f"{' '.join(sys.argv[1:])}: equal", flush=True)

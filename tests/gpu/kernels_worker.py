@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardlib.distributed.graph_capture import chained
+from shardlib.ops.expert_ffn import tiles_of
 from shardlib.triton_kernels.all_reduce_add_rms_norm import all_reduce_add_rms_norm_reference
 from shardlib.triton_kernels.cached_attention import cached_attention, cached_attention_reference
 from shardlib.triton_kernels.decode_attention import decode_attention, decode_attention_reference
+from shardlib.triton_kernels.expert_ffn import expert_ffn, expert_ffn_reference
 from shardlib.triton_kernels.matmul_rows import (
     Tile,
     gated_matmul_rows,
@@ -26,6 +28,7 @@ from shardlib.triton_kernels.matmul_rows import (
     matmul_rows,
 )
 from shardlib.triton_kernels.rms_norm import add_rms_norm, rms_norm
+from shardlib.triton_kernels.route import route, route_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPS = 1e-5
@@ -161,8 +164,43 @@ class OneGpu:
         if bool(counts.any()):
             self.failures.append(f"{what}: counts are left")
 
+    def experts(self) -> None:
+        """Of tokens that all chose one, of experts of other ranks, and of tiles that do not divide."""
+        tokens, count = self.random.choice((1, 2, 7, 8, 16, 31, 32, 64, 100, 128)), self.random.choice((3, 8))
+        d, f = 8 * self.random.randint(1, 90), 8 * self.random.randint(1, 90)
+        j, first = self.random.randint(1, 3), self.random.choice((0, 0, 1))
+        if self.dtype == torch.float32:
+            self.dtype = torch.bfloat16
+        scores = torch.rand(tokens, count, device="cuda")
+        scores[:, 1] += self.random.choice((0, 0, 1))
+        chosen, weights = scores.argsort(-1, descending=True)[:, :j].contiguous(), torch.rand(tokens, j,
+                                                                                           device="cuda")
+        gate, up, down = (self.normal(count - first, *shape) * shape[0] ** -0.5
+                          for shape in ((d, f), (d, f), (f, d)))
+        if self.random.random() < 0.3:
+            gate, up, down = (w.mT.contiguous().mT for w in (gate, up, down))
+        tiles = self.random.choice((tiles_of(tokens, f), (Tile(32, 128, 4, 3), Tile(64, 32, 4, 3, 3)),
+                                    (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3))))
+        counts, early = torch.zeros(64, dtype=torch.int32, device="cuda"), self.random.random() < 0.5
+        self.close(f"experts {tokens} {count} {first} {j} {d} {f} {tiles} {early} {self.dtype}",
+                   lambda: expert_ffn(x, chosen, weights, gate, up, down, first, tiles, counts, early),
+                   lambda x, *more: expert_ffn_reference(x, chosen, weights.to(more[0].dtype), *more, first),
+                   x := self.normal(tokens, d), gate, up, down)
+        if bool(counts.any()):
+            self.failures.append(f"experts: counts are left, {tiles}")
+
+    def routes(self) -> None:
+        tokens, count = self.random.randint(1, 300), self.random.choice((3, 8, 64, 128, 160))
+        j = self.random.randint(1, min(8, count))
+        logits = self.normal(tokens, count)
+        weights, chosen = route(logits, j)
+        want, experts = route_reference(logits, j)
+        same = chosen == experts                # softmax may round otherwise where two are as good as equal
+        if same.float().mean() < 0.99 or float((weights - want).abs().max()) > 1e-5:
+            self.failures.append(f"route {tokens} {count} {j} {self.dtype}")
+
     def run(self, cases: int) -> int:
-        kinds = (self.norm, self.matmul, self.attention, self.cached)
+        kinds = (self.norm, self.matmul, self.attention, self.cached, self.experts, self.routes)
         for i in range(cases):
             self.dtype = DTYPES[i // len(kinds) % 3]
             kinds[i % len(kinds)]()

@@ -18,6 +18,12 @@ def test_captured_tokens_are_the_eager_ones(mesh: str, dtype: str) -> None:
     assert f"tokens {mesh} {dtype}: equal" in ranks(mesh, "tokens", dtype)
 
 
+@pytest.mark.parametrize("mesh, dtype", [("tp=1", "bfloat16"), ("tp=2", "float16"), ("tp=4", "bfloat16")])
+def test_captured_tokens_of_experts_are_the_eager_ones(mesh: str, dtype: str) -> None:
+    """Of a Mixtral, its experts split by width and one by one."""
+    assert f"experts {mesh} {dtype}: equal" in ranks(mesh, "experts", dtype)
+
+
 @pytest.mark.parametrize("mesh", ["tp=1", "tp=2", "tp=4"])
 def test_replays_and_eager_calls_take_turns(mesh: str) -> None:
     assert f"calls {mesh} bfloat16: equal" in ranks(mesh, "calls", "bfloat16")

@@ -13,10 +13,10 @@ WORKER = str(Path(__file__).parent / "kernels_worker.py")
 
 
 def test_one_gpu() -> None:
-    done = subprocess.run([sys.executable, WORKER, "one_gpu", "360"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, WORKER, "one_gpu", "240"], capture_output=True, text=True,
                           timeout=300)
     assert (done.returncode == 0
-            and "one_gpu 360: 0 wrong" in done.stdout), done.stdout[-2000:] + done.stderr[-4000:]
+            and "one_gpu 240: 0 wrong" in done.stdout), done.stdout[-2000:] + done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("ranks", (2, 3, 4))

@@ -6,7 +6,8 @@ writes what came out as JSON.
                                                 layouts of what is pushed, registers and stack bytes
                                                 of a thread, bytes of shared memory of a block. rows:
                                                 the kernels of few rows on one GPU, in place of those
-                                                between GPUs; early: both, to be launched so
+                                                between GPUs; early: both, and those of experts, to be
+                                                launched so
 """
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from shardlib.ops.expert_ffn import tiles_of
 from shardlib.ops.few_rows import tile_of
 from shardlib.ops.nvlink import CAPACITY, QUAD, NVLink, grid_of, row_grid
 from shardlib.triton_kernels.all_reduce import one_shot_kernel, two_shot_kernel
@@ -36,9 +38,11 @@ from shardlib.triton_kernels.all_reduce_add_rms_norm import (
 from shardlib.triton_kernels.cached_attention import cached_attention_kernel
 from shardlib.triton_kernels.decode_attention import decode_attention_kernel
 from shardlib.triton_kernels.exchange import exchange_kernel, spin_lines
+from shardlib.triton_kernels.expert_ffn import expert_down_kernel, expert_gate_up_kernel, rows_at_once
 from shardlib.triton_kernels.follow import follow_kernel
 from shardlib.triton_kernels.gate_up import gate_up_kernel
 from shardlib.triton_kernels.lamport import spin
+from shardlib.triton_kernels.limits import MOST_TOKENS
 from shardlib.triton_kernels.lookup import lookup_kernel, note_kernel
 from shardlib.triton_kernels.matmul_rows import one_row_kernel, rows_kernel, stream_kernel
 from shardlib.triton_kernels.quads import KINDS
@@ -46,6 +50,7 @@ from shardlib.triton_kernels.reduce_scatter import reduce_scatter_kernel
 from shardlib.triton_kernels.rms_norm import rms_norm_kernel
 from shardlib.triton_kernels.rope_angles import rope_angles_kernel
 from shardlib.triton_kernels.rope_into_cache import rope_into_cache_kernel
+from shardlib.triton_kernels.route import route_kernel
 from shardlib.triton_kernels.row_argmax import row_argmax_kernel
 from shardlib.triton_kernels.split_argmax import split_argmax_kernel
 
@@ -128,7 +133,7 @@ def early() -> Iterator[dict[str, Any]]:
                                 ("split_argmax", "bf16", 8), ("split_argmax", "fp32", 8)):
         yield compiled(kernel, kind, 4, 0, warps, 64, early=True)
     seen: set[str] = set()
-    for launch in of_few_rows(early=True):
+    for launch in (*of_few_rows(early=True), *of_experts(early=True)):
         if launch["kernel"] not in seen and "griddepcontrol" in launch["ptx"]:
             seen.add(launch["kernel"])
             yield launch
@@ -184,6 +189,23 @@ def of_few_rows(early: bool = False) -> Iterator[dict[str, Any]]:
                       STAGES=3, MOST=64)
         yield dict(kernel="cached_attention", split=splits, **assembled(
             cached_attention_kernel, types, values, 4, None, strides, early))
+
+
+def of_experts(early: bool = False) -> Iterator[dict[str, Any]]:
+    """The kernels of experts, of as many tokens as they take, as `ops/expert_ffn.py` launches them."""
+    types = dict(x_ptr="*bf16", gate_ptr="*bf16", up_ptr="*bf16", h_ptr="*bf16", down_ptr="*bf16",
+                 out_ptr="*bf16", chosen_ptr="*i64", weights_ptr="*fp32", parts_ptr="*fp32",
+                 counts_ptr="*i32", logits_ptr="*bf16", experts_ptr="*i64", scale="fp32")
+    yield dict(kernel="route", **assembled(route_kernel, types, dict(
+        J=2, RENORMALISE=True, EXPERTS=8, CHOICES=2, ROWS=4), 1, None, (), early))
+    for name, function, tile in zip(("expert_gate_up", "expert_down"),
+                                    (expert_gate_up_kernel, expert_down_kernel), tiles_of(MOST_TOKENS, 3584)):
+        values = dict(J=2, TOKENS=MOST_TOKENS, CHOICES=2, ROWS=rows_at_once(MOST_TOKENS), WHOLE=True, SUMS=16,
+                      SPLITS=tile.splits, COLUMNS=tile.columns, LINES=tile.lines, STAGES=tile.stages,
+                      column_stride=1)
+        yield dict(kernel=name, **assembled(
+            function, types, {k: v for k, v in values.items() if k in function.arg_names}, tile.warps, None,
+            ("K", "N", "expert_stride", "line_stride"), early))
 
 
 def layouts(ttgir: str) -> list[str]:

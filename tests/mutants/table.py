@@ -54,6 +54,9 @@ MIXTRAL, BALANCE = "tests/models/test_mixtral.py", "tests/ops/test_router_losses
 PYTREES, LAUNCHERS = "tests/test_pytrees.py", "tests/distributed/test_launchers.py -k place"
 STEP_ENDS, CACHED = (f"tests/triton_kernels/test_{name}.py" for name in (
     "ends_of_a_step", "cached_attention"))
+MIXTRAL = "tests/models/test_mixtral.py"
+PYTREES = "tests/test_pytrees.py"
+OF_EXPERTS = "tests/triton_kernels/test_experts.py"
 SIMULATED = "tests/run/test_simulate.py"
 DECODER, ROTATED = "tests/models/test_decoder.py", "tests/compiler/test_rotate_scan.py -k leaves_alone"
 FUSE, FUSED, KERNELS = ("tests/compiler/test_fuse.py", "tests/language/test_fused.py",
@@ -808,8 +811,8 @@ MUTANTS = (
            "(*inner.forward, *inner.steps)", f"{FUSED} -k runs_the_body_again"),
     Mutant("shardlib/compiler/grad.py", "in enumerate(step.outputs) if out in self.given}",
            "in enumerate(step.outputs)}", f"{FUSED} -k derivative_is"),
-    Mutant("shardlib/lowering/emit.py", "self._block(replace(body, name=title), inner",
-           "self._block(body, inner", f"{FUSED} -k reports_name"),
+    Mutant("shardlib/lowering/emit.py", "self._block(replace(body, name=title), given",
+           "self._block(body, given", f"{FUSED} -k reports_name"),
     Mutant("shardlib/lowering/emit.py", "self._where = wire and (title, wire)", "self._where = None",
            KERNELS),
     Mutant("shardlib/run/kernels.py", "if c.deterministic or not group.router.deterministic]", "]",
@@ -1004,4 +1007,12 @@ MUTANTS = (
     Mutant("models/expert_placement.py", "for held in (start, *tried)", "for held in tried", PLACES),
     Mutant("models/expert_placement.py", "return _near(best, before)", "return best", PLACES),
     Mutant("models/expert_placement.py", ">= (1 - worth) *", ">", PLACES),
+    Mutant("triton_kernels/expert_ffn.py", "token < tokens, other=-1) - first", "token < tokens, other=-1)",
+           OF_EXPERTS),
+    Mutant("triton_kernels/expert_ffn.py", "tl.cumsum(hit, 0) - hit", "tl.cumsum(hit, 0)", OF_EXPERTS),
+    Mutant("triton_kernels/route.py", "left = tl.where(taken, -1.0, left)", "left = left", OF_EXPERTS),
+    Mutant("ops/expert_ffn.py", "first = site.begins[3][0]", "first = 0",
+           "tests/models/test_fused_experts.py -k derivative"),
+    Mutant("ops/experts.py", "maker is not None and maker.op is ROUTE", "maker is not None",
+           "tests/ops/test_experts.py -k made_otherwise"),
 )

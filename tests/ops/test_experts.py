@@ -266,6 +266,15 @@ def test_an_expert_that_is_none(layout: Layout, chosen: list[list[int]], says: s
     assert refusal(experts, x, torch.tensor(chosen), *rest, layout=layout) == says
 
 
+def test_experts_that_are_made_otherwise_than_by_route_are_looked_at() -> None:
+    @sharded("N D, N J, E -> N D")
+    def doubled(x, chosen, load):
+        rows, at = dispatch("N D, N J -> (E N)~J D, (E N)~J", x, chosen * 2)
+        return combine("(E N)~J D, (E N)~J -> N D", rows, at)
+    assert refusal(doubled, torch.ones(1, 2), torch.tensor([[0, 2]]), torch.zeros(3)) == (
+        "dispatch: experts holds 4, outside of 0 to 2 (E=3)")
+
+
 def test_rows_do_not_move() -> None:
     @sharded("N D, N J, E/ep D F -> N F +ep", layout=EXPLICIT)
     def moved(x, chosen, w):

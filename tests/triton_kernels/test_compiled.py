@@ -330,6 +330,17 @@ def test_a_choice_is_pushed_by_one_lane_and_polled_in_one_loop(early: list[dict[
         assert launch["registers"] <= 64 and launch["stack"] <= (16 if launch["kind"] == "fp32" else 0)
 
 
+def test_kernels_of_experts_read_16_bytes_at_once_and_spill_nothing(early: list[dict[str, Any]]) -> None:
+    """Weights and rows by copies that run ahead, through the tensor cores. The last block of a tile adds up,
+    and nobody counts elsewhere."""
+    for launch in (launch for launch in early if launch["kernel"].startswith(("expert", "route"))):
+        lines, several = instructions(launch["ptx"]), launch["kernel"].startswith("expert")
+        assert launch["stack"] == 0
+        assert releases(lines) == count(lines, "atom") == (launch["kernel"] == "expert_down")
+        assert bool(count(lines, "wgmma")) == bool(count(lines, "cp.async.cg.shared.global")) == several
+        assert not count(lines, "cp.async.ca")
+
+
 def before_the_wait(lines: list[str]) -> list[str]:
     """What a kernel does before it waits for the kernel before it; AssertionError where not every block
     comes to the one place where it does, and then to the one where the next may start."""
@@ -345,7 +356,7 @@ def test_a_kernel_that_starts_early_waits_before_it_reads_or_writes(early: list[
     touches = re.compile(r"(ld|st)\.(global|relaxed|acquire|release|volatile)|atom|red\.|cp\.async|prefetch")
     assert {launch["kernel"] for launch in early} == {
         "norm", "two_shot_norm", "split_argmax", "rms_norm", "stream", "one_row", "rows", "cached_attention",
-        "note", "lookup", "follow", "rope_angles", "row_argmax"}
+        "note", "lookup", "follow", "rope_angles", "row_argmax", "route", "expert_gate_up", "expert_down"}
     for launch in early:
         lines = instructions(launch["ptx"])
         assert not [line for line in before_the_wait(lines) if touches.search(line)], launch["kernel"]
@@ -360,7 +371,8 @@ def test_every_kernel_that_can_start_early_is_looked_at(early: list[dict[str, An
     folder = Path(shardlib.triton_kernels.__path__[0])
     found = {path.stem for path in folder.glob("*.py") if "EARLY: tl.constexpr):" in path.read_text()}
     assert found == {"early", "rms_norm", "matmul_rows", "cached_attention", "all_reduce_add_rms_norm",
-                     "split_argmax", "lookup", "follow", "rope_angles", "row_argmax"}
+                     "split_argmax", "lookup", "follow", "rope_angles", "row_argmax", "route",
+                     "expert_ffn"}
 
 
 def test_lookups_and_angles(early: list[dict[str, Any]]) -> None:
