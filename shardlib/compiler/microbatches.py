@@ -25,6 +25,7 @@ from shardlib.dtypes import FLOATS, value_dtypes
 from shardlib.errors import SpecError
 from shardlib.language.casts import CAST, CAST_LIKE
 from shardlib.language.constants import FULL
+from shardlib.language.exchanges import meets_over
 from shardlib.language.held import here, runs, stage_axis
 from shardlib.language.moves import Coordinate, axes_of
 from shardlib.mesh import Mesh
@@ -184,7 +185,7 @@ def _communicates(step: Step, mesh: Mesh, axis: str) -> bool:
     """Whether it is, or has within, a collective over `axis`."""
     if step.bodies:
         return any(_communicates(s, mesh, axis) for body in step.bodies for s in body.steps)
-    return bool(step.op.wire) and axis in axes_of(step, mesh)
+    return axis in (axes_of(step, mesh) if step.op.wire else meets_over(step))
 
 
 def _used(program: Program) -> list[Step]:

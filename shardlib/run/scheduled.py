@@ -21,6 +21,7 @@ from shardlib.distributed.runtime import Runtime
 from shardlib.errors import SpecError
 from shardlib.language.arguments import argument_trees
 from shardlib.language.calls import check_given, check_layout, check_static, check_tensors, refuse_named
+from shardlib.language.exchanges import meets_over
 from shardlib.language.moves import axes_of
 from shardlib.language.trace import Function
 from shardlib.layout import Layout
@@ -143,8 +144,9 @@ def _groups(parts: Cut, fold: Fold) -> list[tuple[str, ...]]:
     found = []
     for part, mesh in ((parts.before, fold.still), *((u, fold.whole) for u in parts.units),
                        (parts.after, fold.still)):
-        for step in (s for p in (part, *part.bodies()) for s in p.steps if s.op.wire):
-            axes = tuple(a for a in axes_of(step, mesh) if a in fold.mesh.axes)
+        for step in (s for p in (part, *part.bodies()) for s in p.steps):
+            over = axes_of(step, mesh) if step.op.wire else meets_over(step)
+            axes = tuple(a for a in over if a in fold.mesh.axes)
             found += [axes] if fold.mesh.size(axes) > 1 else []
     return found
 

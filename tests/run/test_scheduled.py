@@ -2,6 +2,7 @@
 send and keep; and what no order of microbatches can give."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,9 +30,10 @@ from shardlib import (
 )
 from shardlib.compiler.microbatches import cut
 from shardlib.functions import cast, exp, greater, mean, silu, sum
-from shardlib.ops import cross_entropy, embedding
+from shardlib.ops import attention, cross_entropy, embedding
 from shardlib.params import leaf_values
 from shardlib.reports.scheduled import Letter, asked_by, match_ranks
+from shardlib.run.scheduled import _groups
 from shardlib.schedules.folding import Fold
 from shardlib.schedules.generators import gpipe, interleaved, one_f_one_b, zbv, zero_bubble
 from shardlib.schedules.schedule import Schedule
@@ -143,6 +145,46 @@ def test_beside_a_loss_and_with_layers_that_run_again() -> None:
     args, f = arguments(3, 7, True), value_and_grad(counted, has_aux=True, remat=["layer"])
     assert_equal(simulate(f, Layout(L="pp", B="mb"), *args, mesh=Mesh(pp=2), schedule=zbv(2, 2)),
                  simulate(f, Layout(), *args, mesh=Mesh()))
+
+
+class Attending(Params):
+    wq: Tensor = param("D K G H")
+    wk: Tensor = param("D K H")
+
+
+@sharded("B T D, * -> B T D")
+def attending(x, w: Attending):
+    q, k = einsum("B T D, D K G H -> B T K G H", x, w.wq), einsum("B T D, D K H -> B T K H", x, w.wk)
+    k = rename("B T K H -> B S K H", k)
+    y = attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, k, causal=True)
+    return x + einsum("B T K G H, D K G H -> B T D", y, w.wq)
+
+
+class Attendings(Params):
+    layers: Attending = stacked("L", Attending)
+
+
+@sharded("B T D, * -> ()")
+def attended(x, w: Attendings):
+    return mean("B T D -> ()", silu(scan(attending, x, w.layers)))
+
+
+def test_attention_over_pieces_in_each_layer() -> None:
+    """A ring, and pieces that are merged, among the ranks of each stage; over time there can be none."""
+    w = init(Attendings, sizes := dict(L=3, D=4, K=2, G=1, H=2), dtype=torch.float64)
+    x, f, mesh = torch.randn(3, 5, 4, dtype=torch.float64), value_and_grad(attended), Mesh(pp=2, cp=2)
+    schedule = one_f_one_b(2, 2)
+    whole = simulate(f, Layout(), x, w, mesh=Mesh())
+    for layout in (Layout(L="pp", B="mb", T="cp", S="cp"), Layout(L="pp", B="mb", S="cp")):
+        assert_equal(simulate(f, layout, x, w, mesh=mesh, schedule=schedule, log=(log := [])), whole)
+        program, fold = lower(f, layout, x, w, mesh=mesh, schedule=schedule), Fold(schedule, mesh)
+        proof = prove(program, mesh, dict(B=3, T=5, S=5, **sizes), schedule=schedule)
+        assert proof.collectives == len([one for one in log if one[1] != "send"])
+        parts = cut(program, fold.whole, {}, "FB")
+        nothing = replace(parts.before, steps=())
+        assert ("cp",) in _groups(replace(parts, before=nothing, units=parts.units[:1], after=nothing), fold)
+    with pytest.raises(SpecError, match="^schedule: attending has a sum over all microbatches in each layer"):
+        simulate(f, Layout(L="pp", T="mb", S="mb"), x, w, mesh=Mesh(pp=2), schedule=schedule)
 
 
 def test_forward_alone() -> None:
