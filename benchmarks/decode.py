@@ -171,7 +171,7 @@ def main() -> None:
     mesh = Mesh.parse(options.mesh)
     with connect(mesh, "cuda") as runtime:
         rate = read_rate(runtime.device)
-        facts = {"hardware": hardware(), "versions": versions(),
+        facts = {"hardware": hardware(mesh.world_size), "versions": versions(),
                  "commit": os.environ.get("COMMIT") or commit(), "date": datetime.date.today().isoformat()}
         for shape, layout in product(options.shapes.split(","), options.layouts.split(",")):
             if options.layers:

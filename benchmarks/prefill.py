@@ -133,7 +133,7 @@ def main() -> None:
     mesh = Mesh.parse(options.mesh)
     cases = [tuple(map(int, text.split("x"))) for text in options.cases.split(",")]
     with connect(mesh, "cuda") as runtime:
-        facts = {"hardware": hardware(), "versions": versions(),
+        facts = {"hardware": hardware(mesh.world_size), "versions": versions(),
                  "commit": os.environ.get("COMMIT") or commit(), "date": datetime.date.today().isoformat()}
         for shape in options.shapes.split(","):
             rows, profiles = run(runtime, shape, mesh, cases)

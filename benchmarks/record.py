@@ -42,9 +42,10 @@ def write(name: str, rows: Sequence[dict], **notes: object) -> None:
         print(f"{r['case']}: {r['ours']:g} {r['unit']}  {peers}  floor {r['floor']}", flush=True)
 
 
-def hardware() -> str:
+def hardware(gpus: int | None = None) -> str:
+    """The card and how many of them took part, all if not said; or the processor."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        return f"{gpus or torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     names = ([line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
               if line.startswith("model name")]
              if Path("/proc/cpuinfo").exists() else [platform.processor()])
