@@ -88,8 +88,8 @@ FOUND = [
     'Missing positional argument "w" in call to "rms_norm"  [call-arg]',
     'Property "norm" defined in "Weights" is read-only  [misc]',
     'Unexpected keyword argument "nrom" for "Weights"  [call-arg]',
-    ('Argument 1 to "compile" has incompatible type "Callable[[Value | Tensor], Value]"; expected "Function '
-     '| ValueAndGrad"  [arg-type]'),
+    ('No overload variant of "compile" matches argument type "Callable[[Value | Tensor], Value]"  '
+     '[call-overload]'),
     'Argument 1 to "sharded" has incompatible type "int"; expected "str"  [arg-type]',
     '"Sharded" has no attribute "signatures"  [attr-defined]']
 
@@ -133,7 +133,8 @@ def test_a_model_has_no_errors_and_its_types_are_known(said: list[tuple[str, str
 
 
 def test_wrong_calls_are_errors(said: list[tuple[str, str]]) -> None:
-    assert [text for file, text in said if file == "wrong.py"] == [f" error: {text}" for text in FOUND]
+    errors = [text for file, text in said if file == "wrong.py" and text.startswith(" error: ")]
+    assert errors == [f" error: {text}" for text in FOUND]
 
 
 def test_nothing_is_ignored() -> None:
