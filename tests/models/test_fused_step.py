@@ -74,7 +74,7 @@ def on_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, ...]]:
     monkeypatch.setattr(fusions, "has_room", lambda device: True)
     as_on_a_gpu = {by_one_kernel: site, by_norm: norm, by_communicator: sums,
                    by_pointwise: pointwise, by_rope: rope, by_choice: choice}
-    table = [Fusion(f.function, kernel=as_on_a_gpu[f.kernel]) for f in fusions.FUSIONS]
+    table = [Fusion(f.function, kernel=as_on_a_gpu.get(f.kernel, f.kernel)) for f in fusions.FUSIONS]
     with rounded():
         yield (*DEFAULT, "rotate_scan", *fuse(table, product))
 
