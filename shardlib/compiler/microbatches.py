@@ -25,9 +25,9 @@ from shardlib.dtypes import FLOATS, value_dtypes
 from shardlib.errors import SpecError
 from shardlib.language.casts import CAST, CAST_LIKE
 from shardlib.language.constants import FULL
-from shardlib.language.exchanges import meets_over
+from shardlib.language.exchanges import communicates_over
 from shardlib.language.held import here, runs, stage_axis
-from shardlib.language.moves import Coordinate, axes_of
+from shardlib.language.moves import Coordinate
 from shardlib.mesh import Mesh
 from shardlib.program import Program, Result, Step
 from shardlib.schedules.folding import TIME, timed, timeless
@@ -185,7 +185,7 @@ def _communicates(step: Step, mesh: Mesh, axis: str) -> bool:
     """Whether it is, or has within, a collective over `axis`."""
     if step.bodies:
         return any(_communicates(s, mesh, axis) for body in step.bodies for s in body.steps)
-    return axis in (axes_of(step, mesh) if step.op.wire else meets_over(step))
+    return axis in communicates_over(step, mesh)
 
 
 def _used(program: Program) -> list[Step]:

@@ -19,6 +19,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
+from shardlib.language.moves import axes_of
 from shardlib.mesh import Mesh
 from shardlib.program import Step
 from shardlib.spec import Dim, Spec
@@ -77,6 +78,11 @@ class Exchanges:
 def meets_over(step: Step) -> tuple[str, ...]:
     """The axes of a step's exchanges; none of a step that has none."""
     return step.op.exchanges.over(step) if step.op.exchanges else ()
+
+
+def communicates_over(step: Step, mesh: Mesh) -> tuple[str, ...]:
+    """The axes over which the ranks of a step communicate, be it a move or not."""
+    return axes_of(step, mesh) if step.op.wire else meets_over(step)
 
 
 def exchanges(step: Step, mesh: Mesh, sizes: Mapping[str, int], here: Mapping[str, int],

@@ -111,10 +111,10 @@ class RoomSite(IndexSite):
     """A place where rows of the ragged dim `dim` come to a rank, which has room for less than `size`.
 
     >>> site = RoomSite("dispatch", "", "(E T)~J", 11, where="model.py:12")
-    >>> site.look(torch.tensor(13))
+    >>> site.look(torch.tensor(13))                                     # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    shardlib.errors.SpecError: dispatch: 13 rows of (E T)~J come to a rank that has room for 10, as sizes say          model.py:12
-    """  # noqa: E501
+    shardlib.errors.SpecError: dispatch: 13 rows of (E T)~J come to a rank that has room for ...
+    """
 
     def refusal(self, least: int, greatest: int) -> SpecError | None:
         if greatest <= self.last:

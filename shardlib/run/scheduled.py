@@ -21,8 +21,7 @@ from shardlib.distributed.runtime import Runtime
 from shardlib.errors import SpecError
 from shardlib.language.arguments import argument_trees
 from shardlib.language.calls import check_given, check_layout, check_static, check_tensors, refuse_named
-from shardlib.language.exchanges import meets_over
-from shardlib.language.moves import axes_of
+from shardlib.language.exchanges import communicates_over
 from shardlib.language.trace import Function
 from shardlib.layout import Layout
 from shardlib.mesh import check_sizes
@@ -30,11 +29,13 @@ from shardlib.params import Params, fill, flat_leaves, leaf_dtypes, named_leaves
 from shardlib.program import Program
 from shardlib.run.failures import explain_failure
 from shardlib.run.index_flags import IndexFlags
-from shardlib.run.schedule import POST, TAKE, Message, RankProgram
+from shardlib.run.rank_program import POST, TAKE, Message, RankProgram
 from shardlib.run.surroundings import without_autocast
 from shardlib.schedules.folding import STAGES, TIME, Fold, timeless
 from shardlib.schedules.waits import prove_schedule
 from shardlib.tree import Struct, leaves
+
+MOST_MESSAGES = 64      # from one stage to another, in one action
 
 
 class Scheduled:
@@ -145,8 +146,7 @@ def _groups(parts: Cut, fold: Fold) -> list[tuple[str, ...]]:
     for part, mesh in ((parts.before, fold.still), *((u, fold.whole) for u in parts.units),
                        (parts.after, fold.still)):
         for step in (s for p in (part, *part.bodies()) for s in p.steps):
-            over = axes_of(step, mesh) if step.op.wire else meets_over(step)
-            axes = tuple(a for a in over if a in fold.mesh.axes)
+            axes = tuple(a for a in communicates_over(step, mesh) if a in fold.mesh.axes)
             found += [axes] if fold.mesh.size(axes) > 1 else []
     return found
 
@@ -189,4 +189,8 @@ class _Post:
         kind = "FBIWba".index(message.part[0])
         m = int(message.part[1:]) if kind < 4 else 0
         stages, many = self.owner.fold.schedule.stages, self.owner.fold.schedule.microbatches
-        return (((kind * many + m) * stages + message.source) * stages + message.target) * 64 + message.number
+        number = ((kind * many + m) * stages + message.source) * stages + message.target
+        if message.number >= MOST_MESSAGES or number >= 2**31 // MOST_MESSAGES:
+            raise SpecError(f"schedule: {message} is message {message.number} of its action; {MOST_MESSAGES} "
+                            "from one stage to another are numbered, and 2 billion in all")
+        return number * MOST_MESSAGES + message.number

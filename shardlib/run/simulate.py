@@ -20,7 +20,7 @@ from shardlib.lowering.load import load
 from shardlib.mesh import Mesh
 from shardlib.program import Program
 from shardlib.run.failures import explain_failure
-from shardlib.run.schedule import RankProgram
+from shardlib.run.rank_program import RankProgram
 from shardlib.run.surroundings import without_autocast
 from shardlib.schedules.folding import Fold
 from shardlib.wires import WIRES, Wire
