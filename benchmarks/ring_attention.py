@@ -52,7 +52,8 @@ def torchs(runtime: Runtime, args: list[Tensor]) -> Callable:
     def run(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         q, k, v, weight = (x.reshape(1, -1, HEADS, WIDTH).transpose(1, 2).detach() for x in (q, k, v, weight))
         q, k, v = (x.requires_grad_() for x in (q, k, v))
-        with context_parallel(mesh):
+        divided = torch.empty(2 * runtime.mesh.world_size, device="cuda")   # it wants one to divide
+        with context_parallel(mesh, buffers=[divided], buffer_seq_dims=[0], no_restore_buffers={divided}):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             loss = (out * weight).sum()
             return loss.detach(), *torch.autograd.grad(loss, (q, k, v))

@@ -48,6 +48,7 @@ def launch(kernel: Any, key: tuple[Hashable, ...], grid: Grid, arguments: tuple[
         named = constants() | ({"EARLY": early} if "EARLY" in kernel.arg_names else {})
         how = {"launch_pdl": True} if early else {}
         assert "EARLY" in named or not early, "it would not wait for the kernel before it"
+        assert warps & (warps - 1) == 0, f"{warps} warps are no power of two, as Triton wants"
         compiled = kernel[(blocks,)](*arguments, **named, num_warps=warps, maxnreg=registers, **how)
         if not interpret:
             _COMPILED[key] = compiled, tuple(named[n] for n in kernel.arg_names[len(arguments):])

@@ -93,7 +93,7 @@ def rope_into_cache(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, keys: Tenso
     constants = dict(G=g, H=h, QUERIES=triton.next_power_of_2(heads * g), HEADS=triton.next_power_of_2(heads),
                      LANES=triton.next_power_of_2(h // 2))
     if q.numel() and slots:
-        warps = min(8, max(1, heads * g * h // 1024))
+        warps = min(8, triton.next_power_of_2(max(1, heads * g * h // 1024)))
         key = (q.dtype, start.dtype, q.device, *((s % 16 == 0, s == 1, s < 2**31) for s in strides),
                *constants.values(), *(x.data_ptr() % 16 for x in (q, k, v, angles, keys, values, start)))
         launch(rope_into_cache_kernel, key, Grid(rows * new, warps),

@@ -957,6 +957,8 @@ MUTANTS = (
            f"{STEP_ENDS} -k ops_look_up"),
     Mutant("triton_kernels/rope_into_cache.py", "tl.fma(other, -sin, wide * cos)",
            "tl.fma(other, sin, wide * cos)", CACHED + " -k at_the_beginning"),
+    Mutant("triton_kernels/rope_into_cache.py", "triton.next_power_of_2(max(1, heads * g * h // 1024))",
+           "max(1, heads * g * h // 1024)", CACHED + " -k power_of_two"),
     Mutant("triton_kernels/rope_into_cache.py", "(t == T - 1) | (slot < behind)", "slot < behind",
            CACHED + " -k wrong_stay"),
     Mutant("ops/fusions.py", "if not turns_cached(q, k, v, angles, keys, values, start):", "if False:", STEP),

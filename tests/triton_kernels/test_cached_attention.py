@@ -150,6 +150,13 @@ def test_what_comes_before_attention_at_the_beginning(data: st.DataObject, sizes
     assert all(map(same, (*made.inputs[:4], made.start), (*before[:4], before[6])))
 
 
+@pytest.mark.parametrize("heads", (3, 5, 28))
+def test_heads_whose_warps_would_be_no_power_of_two(heads: int) -> None:
+    made = case(Sizes(1, 1, heads, 8, 128, 2), torch.float32, torch.tensor([1]))
+    want = rope_into_cache_reference(*made.inputs)
+    assert same(rope_into_cache(*made.inputs)[0], want[0])
+
+
 def test_starts_that_are_wrong_stay_within_the_cache() -> None:
     """Where several tokens would have one slot, the last of them has it."""
     made = case(Sizes(3, 4, 1, 1, 8, 10), torch.float32, torch.tensor([-2, 8, 99]))
