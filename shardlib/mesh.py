@@ -15,7 +15,6 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import replace
 from math import prod
 
 from shardlib.errors import SpecError
@@ -178,7 +177,7 @@ class Mesh:
         dims = tuple(Dim(tuple(Factor(f.name, self.expand(f.axes, where), keep_whole and f.whole)
                                for f in d.factors), d.size, d.ragged)
                      for d in spec.dims)
-        owed = tuple(replace(o, axis=a, at=o.coordinate(self.axes[a]))
+        owed = tuple(o._replace(axis=a, at=o.coordinate(self.axes[a]))
                      for o in spec.owed for a in self.expand((o.axis,), where))
         for o in owed:
             at = o.coordinate(self.axes[o.axis])
@@ -189,9 +188,9 @@ class Mesh:
 
     def _is_type(self, spec: Spec, keep_whole: bool) -> bool:
         """Whether `spec` says axes of this mesh alone, nothing held, and `/1` only where it is kept."""
-        return (all(a in self.axes for a in spec.split_axes)
-                and (keep_whole or not any(f.whole for d in spec.dims for f in d.factors))
-                and all(o.axis in self.axes and o.at is None for o in spec.owed))
+        return spec.plain or (all(a in self.axes for a in spec.split_axes)
+                              and (keep_whole or not spec.pins_whole)
+                              and all(o.axis in self.axes and o.at is None for o in spec.owed))
 
     def rows(self, dim: Dim, sizes: Mapping[str, int], coordinate: Mapping[str, int]) -> tuple[int, int]:
         """(start, size) of what `coordinate` holds along `dim`, in rows of it."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -202,7 +202,7 @@ class Trial:
 
     def shape(self, spec: Spec) -> tuple[int, ...]:
         """The shape of a whole tensor, all pairs of a ragged dim included."""
-        every = Spec(tuple(replace(d, ragged="") for d in spec.whole().dims))
+        every = Spec(tuple(d._replace(ragged="") for d in spec.whole().dims))
         return self.mesh.local_shape(every, self.sizes, {})
 
     @cached_property

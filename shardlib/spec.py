@@ -24,9 +24,9 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, Protocol, TypeGuard
+from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
 
 from shardlib.errors import SpecError
 
@@ -52,21 +52,17 @@ def heading(text: object) -> bool:
     return nameable(text) and not re.search(r"__[0-9]+$", text)
 
 
-@dataclass(frozen=True)
-class Factor:
+class Factor(NamedTuple):
     """A name and the mesh axes that split it, outermost first. `whole` records a written `/1`."""
     name: str
     axes: tuple[str, ...] = ()
     whole: bool = False
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "/".join((self.name, *self.axes)) + ("/1" if self.whole else "")
 
-    __repr__ = __str__
 
-
-@dataclass(frozen=True)
-class Dim:
+class Dim(NamedTuple):
     """One dim of a tensor: a name, a group of names, or a constant size (no factors).
 
     ragged: of a group (E B T)~J that has only some of its rows, chosen by data and in an order of their own:
@@ -108,20 +104,20 @@ class Dim:
 
     def split_by(self, axes: Mapping[str, tuple[str, ...]]) -> Dim:
         """The same dim, each factor that may be split over `axes[name]` (nothing, where missing)."""
-        free = self.factors if self.ragged else self.factors[:1]
-        return Dim((*[Factor(f.name, tuple(axes.get(f.name, ()))) for f in free], *self.factors[len(free):]),
-                   self.size, self.ragged)
+        if not self.factors:
+            return self
+        if self.ragged:
+            return Dim(tuple([Factor(f.name, axes.get(f.name, ())) for f in self.factors]), None, self.ragged)
+        first = self.factors[0].name
+        return Dim((Factor(first, axes.get(first, ())), *self.factors[1:]))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         if not self.factors:
             return str(self.size)
         return self._grouped(self.factors) if len(self.factors) > 1 else str(self.factors[0])
 
-    __repr__ = __str__
 
-
-@dataclass(frozen=True)
-class Owed:
+class Owed(NamedTuple):
     """What is still owed on an axis: a sum ("+"), a max ("max"),
     or the value is held at one coordinate ("@")."""
     kind: str
@@ -132,10 +128,8 @@ class Owed:
         """Where on an axis of `size` the value is held; None of what is not held."""
         return size - 1 if self.at == "last" else self.at
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return {"+": f"+{self.axis}", "max": f"max:{self.axis}", "@": f"@{self.axis}:{self.at}"}[self.kind]
-
-    __repr__ = __str__
 
 
 class Resolves(Protocol):
@@ -144,16 +138,21 @@ class Resolves(Protocol):
     def resolve(self, spec: Spec) -> Spec: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Spec:
-    """The parsed form of a spec. Build it with `parse`; print it with `str`."""
+    """The parsed form of a spec. Build it with `parse`; print it with `str`.
+
+    Equal parts make one object, as long as it is remembered: it is checked once, and keeps what it is asked.
+    """
     dims: tuple[Dim, ...] = ()
     owed: tuple[Owed, ...] = ()
     ellipsis: bool = False
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "owed", tuple(sorted(self.owed, key=lambda o: o.axis)))
-        _check(self)
+    def __new__(cls, dims: tuple[Dim, ...] = (), owed: tuple[Owed, ...] = (), ellipsis: bool = False) -> Spec:
+        return _made(dims, tuple(sorted(owed, key=lambda o: o.axis)) if len(owed) > 1 else owed, ellipsis)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Spec, (self.dims, self.owed, self.ellipsis)
 
     @cached_property
     def text(self) -> str:
@@ -171,7 +170,7 @@ class Spec:
         return hash(self.text)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Spec) and self.text == other.text
+        return self is other or isinstance(other, Spec) and self.text == other.text
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -200,19 +199,24 @@ class Spec:
         """The axes that split the dim known as `label`."""
         return self.dim(label).axes
 
+    def with_dims(self, dims: Iterable[Dim]) -> Spec:
+        """The same, but for its dims."""
+        return Spec(tuple(dims), self.owed, self.ellipsis)
+
     def split(self, axes: Mapping[str, tuple[str, ...]]) -> Spec:
         """The same dims, each label split over `axes[label]` (nothing, where missing), owing the same;
         ragged ones stay."""
-        return Spec(tuple([d if d.ragged else d.split(axes.get(d.label, ())) for d in self.dims]), self.owed,
-                    self.ellipsis)
+        return self.with_dims([d if d.ragged else d.split(axes.get(d.label, ())) for d in self.dims])
 
     def split_by(self, axes: Mapping[str, tuple[str, ...]]) -> Spec:
         """The same dims, each name that may be split over `axes[name]` (nothing, where missing), owing the
         same."""
-        return Spec(tuple([d.split_by(axes) for d in self.dims]), self.owed, self.ellipsis)
+        return self.with_dims([d.split_by(axes) for d in self.dims])
 
     def owing(self, *owed: Owed | str) -> Spec:
         """The same dims, owing exactly `owed`; a plain axis name stands for a sum."""
+        if owed == self.owed:
+            return self
         said = tuple([o if isinstance(o, Owed) else Owed("+", o) for o in owed])
         return Spec(self.dims, said, self.ellipsis)
 
@@ -220,27 +224,50 @@ class Spec:
         """The same dims, those whose first name is in `pinned` split so, or whole on purpose."""
         def kept(f: Factor) -> Factor:
             return Factor(f.name, pinned[f.name], not pinned[f.name]) if f.name in pinned else f
-        return replace(self, dims=tuple(replace(d, factors=(kept(d.factors[0]), *d.factors[1:])) if d.factors
-                                        else d for d in self.dims))
+        return self.with_dims([d._replace(factors=(kept(d.factors[0]), *d.factors[1:])) if d.factors else d
+                               for d in self.dims]) if pinned else self
 
     def whole(self) -> Spec:
         """The same dims with nothing split and nothing owed."""
-        return Spec(tuple(d.split_by({}) for d in self.dims))
+        return self._whole
 
-    @property
+    @cached_property
+    def _whole(self) -> Spec:
+        return Spec(tuple([d.split_by({}) for d in self.dims]))
+
+    @cached_property
     def plain(self) -> bool:
         """Whether it says dims alone: none that is split, or whole on purpose, and nothing owed."""
-        return not self.owed and not any(f.axes or f.whole for d in self.dims for f in d.factors)
+        return not (self.owed or self.split_axes or self.pins_whole)
+
+    @cached_property
+    def pins_whole(self) -> bool:
+        """Whether it says of a dim that it is whole on purpose."""
+        return any(f.whole for d in self.dims for f in d.factors)
+
+    @cached_property
+    def ragged(self) -> bool:
+        """Whether a dim is ragged."""
+        return any(d.ragged for d in self.dims)
 
     @cached_property
     def dense(self) -> Spec:
         """The same with each factor of a ragged dim as a dim: of all pairs, not of those that are there."""
-        return replace(self, dims=tuple(new for d in self.dims for new in (
-            [Dim((f,)) for f in d.factors] if d.ragged else [d])))
+        return self.with_dims([new for d in self.dims for new in (
+            [Dim((f,)) for f in d.factors] if d.ragged else [d])])
 
     def resolve(self, mesh: Resolves) -> Spec:
         """The type on `mesh`: aliases expanded, no `/1`. SpecError for an axis the mesh lacks."""
         return mesh.resolve(self)
+
+
+@lru_cache(maxsize=16384)
+def _made(dims: tuple[Dim, ...], owed: tuple[Owed, ...], ellipsis: bool) -> Spec:
+    """The Spec of these parts, what is owed in order of axes."""
+    made = object.__new__(Spec)
+    vars(made).update(dims=dims, owed=owed, ellipsis=ellipsis)
+    _check(made)
+    return made
 
 
 def _check(spec: Spec) -> None:

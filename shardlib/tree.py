@@ -31,7 +31,7 @@ class Struct:
 
     def slice(self) -> Struct:
         """One of the stacked."""
-        return replace(self.map(lambda spec: replace(spec, dims=spec.dims[1:])), stacked="")
+        return replace(self.map(lambda spec: spec.with_dims(spec.dims[1:])), stacked="")
 
 
 Tree = Spec | Struct

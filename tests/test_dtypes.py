@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -170,7 +170,7 @@ class Call:
         g, made = torch.Generator().manual_seed(0), []
         for i, (spec, kind) in enumerate(zip(self.case.ins, self.kinds)):
             draw = self.case.draws[i] if i < len(self.case.draws) else normal
-            every = Spec(tuple(replace(d, ragged="") for d in spec.dims))
+            every = Spec(tuple(d._replace(ragged="") for d in spec.dims))
             x = draw(Mesh().local_shape(every, self.sizes, {}), self.sizes, g, made)
             made.append(x.abs() if kind == torch.uint8 else x)
         if any(d.ragged for s in self.case.ins for d in s.dims):

@@ -161,8 +161,8 @@ class Writer:
         if not plain or self.draw(st.integers(0, 7)):
             return spec
         at = self.one_of(plain)
-        return replace(spec, dims=tuple(replace(d, factors=(replace(d.factors[0], whole=True),)) if i == at
-                                        else d for i, d in enumerate(spec.dims)))
+        return spec.with_dims(d._replace(factors=(d.factors[0]._replace(whole=True),)) if i == at else d
+                              for i, d in enumerate(spec.dims))
 
     # -- steps -----------------------------------------------------------------------------------------------
 

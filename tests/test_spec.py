@@ -1,8 +1,10 @@
 """The grammar of specs: what is printed is read back; anything else is a SpecError, and soon."""
 from __future__ import annotations
 
+import copy
 import re
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
@@ -49,6 +51,14 @@ def test_what_is_printed_is_read_back(spec: Spec) -> None:
     read = parse(str(spec))
     assert read == spec and (read.dims, read.owed, read.ellipsis) == (spec.dims, spec.owed, spec.ellipsis)
     assert str(read) == str(spec)
+
+
+@given(specs())
+def test_equal_parts_make_one_spec_however_it_is_copied(spec: Spec) -> None:
+    """And making one anew, as copies do, leaves the scalar alone, which is made of nothing."""
+    assert Spec(spec.dims, spec.owed[::-1], spec.ellipsis) is spec
+    assert copy.deepcopy(spec) is spec and replace(spec, owed=()) is spec.owing()
+    assert Spec() == parse("()") and Spec().dims == ()
 
 
 @given(specs(), st.data())

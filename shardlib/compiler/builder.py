@@ -7,7 +7,6 @@ have the type that the op's rule gives.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from shardlib.compiler.planner import plan
@@ -107,7 +106,7 @@ class Builder:
 
     def spread(self, name: str, like: Spec, mean: bool = False) -> str:
         """`name` repeated along the dims of `like` that it lacks; with `mean`, over their sizes."""
-        return self.call(SPREAD, [name], outs=(replace(like, owed=()),), **({"mean": True} if mean else {}))
+        return self.call(SPREAD, [name], outs=(like.owing(),), **({"mean": True} if mean else {}))
 
     def scale(self, name: str, by: float) -> str:
         return self.call(SCALE, [name], by=by)

@@ -342,7 +342,7 @@ class Completer(Builder):
         for i, (path, name) in enumerate(zip(declared, inputs)):
             have = self.types[name]
             if path in stacked:
-                types[path] = replace(have, dims=have.dims[1:])
+                types[path] = have.with_dims(have.dims[1:])
                 continue
             types[path] = layout.type_of(declared[path] if layout == EXPLICIT or axes else
                                          as_held(declared[path], have), self.mesh)

@@ -19,7 +19,6 @@ shardlib.errors.SpecError: add: rows and more have the dim (E T)~J of two dispat
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from shardlib.errors import SpecError
 from shardlib.layout import Layout
@@ -31,9 +30,9 @@ Axes = Mapping[str, tuple[str, ...]]
 
 def as_there(text: Spec, have: Spec) -> Spec:
     """`text` of a value of type `have`, its ragged dims pinned where they are."""
-    return replace(text, dims=tuple(
-        replace(d, factors=tuple(Factor(f.name, f.axes, not f.axes) for f in h.factors)) if h.ragged else d
-        for d, h in zip(text.dims, have.dims, strict=True)))
+    return text.with_dims(
+        d._replace(factors=tuple(Factor(f.name, f.axes, not f.axes) for f in h.factors)) if h.ragged else d
+        for d, h in zip(text.dims, have.dims, strict=True)) if have.ragged else text
 
 
 def first_axes(step: Step, layout: Layout, pinned: Axes) -> Axes:
@@ -59,7 +58,7 @@ def check_same_rows(program: Program, origins: Mapping[str, str] | None = None) 
 
     origins: of arguments, the value whose rows they have; without it, all have the same.
     """
-    rows = {path: (origins or {}).get(path, "") for path, spec in program.arg_leaves() if _ragged(spec)}
+    rows = {path: (origins or {}).get(path, "") for path, spec in program.arg_leaves() if spec.ragged}
     for step in program.steps:
         found = {rows[name]: i for i, name in reversed(list(enumerate(step.inputs))) if name in rows}
         if len(found) > 1:
@@ -69,10 +68,8 @@ def check_same_rows(program: Program, origins: Mapping[str, str] | None = None) 
             raise SpecError(f"{step.op.name}: {names[0]} and {names[1]} have the dim {dim.label} of two "
                             "dispatches; their rows differ").at(step.where)
         origin = next(iter(found), step.outputs[0] if step.outputs else "")
-        rows.update((name, origin) for name, spec in zip(step.outputs, step.outs) if _ragged(spec))
+        rows.update((name, origin) for name, spec in zip(step.outputs, step.outs) if spec.ragged)
         for body in step.bodies:
             check_same_rows(body, {path: rows[value] for path, value in step.passed(body) if value in rows})
 
 
-def _ragged(spec: Spec) -> bool:
-    return any(d.ragged for d in spec.dims)

@@ -12,7 +12,6 @@ carry on to the next. Refused: two different stacked dims.
 """
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shardlib.errors import SpecError
@@ -105,7 +104,7 @@ def _slice(tree: Any) -> Any:
     """The tree's specs without their first dim."""
     if isinstance(tree, Params):
         old = dict(leaf_values(tree, ""))
-        return fill(tree, "", lambda path: replace(old[path].spec, dims=old[path].spec.dims[1:]))
+        return fill(tree, "", lambda path: old[path].spec.with_dims(old[path].spec.dims[1:]))
     return tree
 
 

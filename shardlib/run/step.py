@@ -7,7 +7,7 @@ conversions, its local code) is worked out once for each set of operand types, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ class Stepper(Executor):
             rows.append(out[len(carries):])
 
         def stacked(values: Sequence[Value]) -> Value:
-            spec, text = (replace(s, dims=(dim, *s.dims)) for s in (values[0].spec, values[0].text))
+            spec, text = (s.with_dims((dim, *s.dims)) for s in (values[0].spec, values[0].text))
             return self.value(spec, text, torch.stack([v.local for v in values]))
         ys = []
         for column in zip(*rows):
@@ -165,7 +165,7 @@ class Stepper(Executor):
 
     def _slice(self, tree: Any, i: int) -> Any:
         def one(v: Value) -> Value:
-            spec, text = (replace(s, dims=s.dims[1:]) for s in (v.spec, v.text))
+            spec, text = (s.with_dims(s.dims[1:]) for s in (v.spec, v.text))
             return self.value(spec, text, v.local[i])
         if isinstance(tree, Params):
             old = dict(leaf_values(tree, ""))

@@ -14,7 +14,7 @@ one after another, in the order of its list.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -37,8 +37,8 @@ def timeless(spec: Spec) -> Spec:
     (B/dp D, D F +dp)
     """
     def still(dim: Dim) -> Dim:
-        return replace(dim, factors=tuple(
-            replace(f, axes=tuple(a for a in f.axes if a != TIME)) for f in dim.factors))
+        return dim._replace(factors=tuple(
+            f._replace(axes=tuple(a for a in f.axes if a != TIME)) for f in dim.factors))
     return Spec(tuple(map(still, spec.dims)), tuple(o for o in spec.owed if o.axis != TIME), spec.ellipsis)
 
 

@@ -252,11 +252,11 @@ def _exact(want: Spec, layout: Layout) -> Spec:
         return want
     done = layout.complete_alone(want)
     dims = (_pinned(d) if d.factors and not d.axes and c.axes else d for d, c in zip(want.dims, done.dims))
-    return replace(want, dims=tuple(dims))
+    return want.with_dims(dims)
 
 
 def _pinned(dim: Dim) -> Dim:
-    return replace(dim, factors=(Factor(dim.factors[0].name, dim.axes, not dim.axes), *dim.factors[1:]))
+    return dim._replace(factors=(Factor(dim.factors[0].name, dim.axes, not dim.axes), *dim.factors[1:]))
 
 
 def _cost(what: str, move: Planned, state: State) -> Cost:
