@@ -80,6 +80,8 @@ class Layout:
 
     def on(self, mesh: Mesh) -> Layout:
         """The same layout with aliases expanded. SpecError for an axis the mesh lacks."""
+        if all(a in mesh.axes for axes in self.entries.values() for a in axes):
+            return self
         return type(self)({d: mesh.expand(a, f"layout, dim {d}") for d, a in self.entries.items()})
 
     def complete(self, names: Iterable[str], pinned: Mapping[str, tuple[str, ...]],

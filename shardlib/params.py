@@ -21,7 +21,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar, dataclass_transform
 
 import torch
@@ -148,11 +148,16 @@ class Params:
 def struct(cls: type[Params] | Params, prefix: tuple[Dim, ...] = (), stacked: str = "") -> Struct:
     """The specs of a Params class; of an instance: those of the fields that are set,
     and that hold a Spec as they say."""
-    kind = cls if isinstance(cls, type) else type(cls)
+    if isinstance(cls, type):
+        return _known_struct(cls, None, prefix, stacked)
+    return _struct(type(cls), cls, prefix, stacked)
+
+
+def _struct(kind: type[Params], tree: Params | None, prefix: tuple[Dim, ...], stacked: str) -> Struct:
     out: list[tuple[str, Any]] = []
     for f in dataclasses.fields(kind):
-        value = None if isinstance(cls, type) else getattr(cls, f.name)
-        if not isinstance(cls, type) and value is None:
+        value = None if tree is None else getattr(tree, f.name)
+        if tree is not None and value is None:
             continue
         if "of" in f.metadata:
             inner = f.metadata["of"] if value is None else value
@@ -165,6 +170,9 @@ def struct(cls: type[Params] | Params, prefix: tuple[Dim, ...] = (), stacked: st
             spec = f.metadata["spec"]
             out.append((f.name, Spec((*prefix, *spec.dims), spec.owed)))
     return Struct(kind.__name__, tuple(out), stacked)
+
+
+_known_struct: Callable[..., Struct] = lru_cache(maxsize=1024)(_struct)     # a class always has the same
 
 
 def fill(like: type[Params] | Params, path: str, leaf: Callable[[str], Any]) -> Any:
@@ -210,12 +218,12 @@ def _shape(tree: Any) -> Any:
 
 def leaf_values(tree: Params, path: str) -> Iterator[tuple[str, Any]]:
     """(path, value) of every leaf that is set, in the order of `struct(...).leaves`."""
-    for f in dataclasses.fields(tree):
-        value = getattr(tree, f.name)
+    for name in _field_names(type(tree)):
+        value = getattr(tree, name)
         if isinstance(value, Params):
-            yield from leaf_values(value, f"{path}.{f.name}")
+            yield from leaf_values(value, f"{path}.{name}")
         elif value is not None:
-            yield f"{path}.{f.name}", value
+            yield f"{path}.{name}", value
 
 
 _field_names: Callable[[type], tuple[str, ...]] = cache(

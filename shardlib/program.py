@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate, islice
 from typing import Any
 
@@ -118,7 +119,7 @@ class Step:
     @property
     def bodies(self) -> tuple[Program, ...]:
         """The sub-programs: of a scan or a fused step one, of a cond two."""
-        return tuple(b for b in (self.body, self.orelse) if b is not None)
+        return () if self.body is None else (self.body,) if self.orelse is None else (self.body, self.orelse)
 
     def rewritten(self, f: Callable[[Program], Program]) -> Step:
         """The step with `f` applied to its sub-programs."""
@@ -183,6 +184,10 @@ class Program:
     unfused: tuple[str, ...] = field(default=(), compare=False)
 
     def arg_leaves(self) -> list[tuple[str, Spec]]:
+        return [*self._arg_leaves]
+
+    @cached_property
+    def _arg_leaves(self) -> list[tuple[str, Spec]]:
         return [leaf for name, tree in self.args for leaf in leaves(name, tree)]
 
     def result_leaves(self) -> list[tuple[str, Spec]]:
@@ -190,7 +195,7 @@ class Program:
 
     def types(self) -> dict[str, Spec]:
         """The spec of every value."""
-        out = dict(self.arg_leaves())
+        out = dict(self._arg_leaves)
         for step in self.steps:
             out.update(zip(step.outputs, step.outs))
         return out

@@ -69,7 +69,7 @@ def natural(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec],
     """
     names = names or [f"operand {i + 1}" for i in range(len(ins))]
     uses = rule.uses or (tuple(range(len(ins))),) * len(outs)
-    if not rule.ragged:
+    if not rule.ragged and any(s.ragged for s in (*ins, *outs)):
         _check_rows(op, rule, ins, outs)
     axes = _label_axes(op, rule, ins, outs, names, sorted({i for used in uses for i in used}))
     types = []
@@ -196,4 +196,4 @@ def _with_axes(op: str, spec: Spec, axes: dict[str, tuple[str, ...]]) -> Spec:
                 raise RuleError(f"{op}: {factor.name} is split over {'/'.join(axes[factor.name])} and is not "
                                 f"the first factor of {dim.label}; a rank's rows would be strided",
                                 0, factor.name)
-    return Spec(tuple(d.split_by(axes) for d in spec.dims))
+    return spec.owing().split_by(axes)

@@ -41,7 +41,7 @@ MAX_NAME = 64           # characters of the name of an axis, and of a dim in a l
 
 def nameable(text: object) -> TypeGuard[str]:
     """Whether `text` may name a value, an argument or a field of a program: ASCII, and no keyword."""
-    return isinstance(text, str) and bool(re.fullmatch(NAME, text)) and not keyword.iskeyword(text)
+    return isinstance(text, str) and text.isascii() and text.isidentifier() and not keyword.iskeyword(text)
 
 
 def heading(text: object) -> bool:
@@ -211,7 +211,7 @@ class Spec:
     def split_by(self, axes: Mapping[str, tuple[str, ...]]) -> Spec:
         """The same dims, each name that may be split over `axes[name]` (nothing, where missing), owing the
         same."""
-        return self.with_dims([d.split_by(axes) for d in self.dims])
+        return _split(self, tuple([axes.get(name, ()) for name in self.names]))
 
     def owing(self, *owed: Owed | str) -> Spec:
         """The same dims, owing exactly `owed`; a plain axis name stands for a sum."""
@@ -268,6 +268,13 @@ def _made(dims: tuple[Dim, ...], owed: tuple[Owed, ...], ellipsis: bool) -> Spec
     vars(made).update(dims=dims, owed=owed, ellipsis=ellipsis)
     _check(made)
     return made
+
+
+@lru_cache(maxsize=16384)
+def _split(spec: Spec, axes: tuple[tuple[str, ...], ...]) -> Spec:
+    """The same dims, each name in order split over `axes`, as far as it may be."""
+    of = dict(zip(spec.names, axes))
+    return spec.with_dims([d.split_by(of) for d in spec.dims])
 
 
 def _check(spec: Spec) -> None:

@@ -1,8 +1,9 @@
 """The shapes of pytrees: which fields there are, and the spec of each."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from shardlib.spec import Spec
 
@@ -18,12 +19,13 @@ class Struct:
     fields: tuple[tuple[str, Spec | Struct], ...]
     stacked: str = ""
 
-    def leaves(self, path: str) -> Iterator[tuple[str, Spec]]:
-        for name, sub in self.fields:
-            if isinstance(sub, Struct):
-                yield from sub.leaves(f"{path}.{name}")
-            else:
-                yield f"{path}.{name}", sub
+    def leaves(self, path: str) -> list[tuple[str, Spec]]:
+        """(path, spec) of every tensor."""
+        return [(path + suffix, spec) for suffix, spec in self._leaves]
+
+    @cached_property
+    def _leaves(self) -> list[tuple[str, Spec]]:
+        return [leaf for name, sub in self.fields for leaf in leaves(f".{name}", sub)]
 
     def map(self, f: Callable[[Spec], Spec]) -> Struct:
         return replace(self,
@@ -39,4 +41,4 @@ Tree = Spec | Struct
 
 def leaves(name: str, tree: Tree) -> list[tuple[str, Spec]]:
     """(path, spec) of every tensor in the argument `name`."""
-    return list(tree.leaves(name)) if isinstance(tree, Struct) else [(name, tree)]
+    return tree.leaves(name) if isinstance(tree, Struct) else [(name, tree)]

@@ -37,20 +37,23 @@ def as_there(text: Spec, have: Spec) -> Spec:
 
 def first_axes(step: Step, layout: Layout, pinned: Axes) -> Axes:
     """The axes of the first factor of ragged dims that begin here."""
-    first = [d.names[0] for s in step.outs for d in s.dims if d.label in _begun(step)]
+    if not (begun := _begun(step)):
+        return {}
+    first = [d.names[0] for s in step.outs for d in s.dims if d.label in begun]
     return {n: axes for n, axes in layout.complete(first, pinned).items() if n not in pinned}
 
 
 def met_by_rows(program: Program, step: Step) -> Iterator[str]:
     """The names that rows which begin here meet later, when they cannot move any more."""
-    begun = _begun(step)
-    return (n for later in program.steps if any(begun & {*s.labels} for s in (*later.ins, *later.outs))
-            for s in (*later.ins, *later.outs) for n in s.names)
+    if begun := _begun(step):
+        for later in program.steps:
+            if any(begun & {*s.labels} for s in (*later.ins, *later.outs)):
+                yield from (n for s in (*later.ins, *later.outs) for n in s.names)
 
 
 def _begun(step: Step) -> set[str]:
-    taken = {d.label for s in step.ins for d in s.dims}
-    return {d.label for s in step.outs for d in s.dims if d.ragged} - taken
+    made = {d.label for s in step.outs if s.ragged for d in s.dims if d.ragged}
+    return made and made - {label for s in step.ins for label in s.labels}
 
 
 def check_same_rows(program: Program, origins: Mapping[str, str] | None = None) -> None:
