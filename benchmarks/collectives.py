@@ -3,6 +3,8 @@ by graph replay.
 
     torchrun --nproc-per-node 2 benchmarks/collectives.py       on the GPUs: adds the rows of groups of 2
                                                                 to results/collectives.json
+    torchrun --nproc-per-node 8 benchmarks/collectives.py sweep     every grid: of which shardlib/ops/
+                                                                nvlink_grids.py has the best
     python benchmarks/collectives.py                            draws results/collectives.svg of what is there
 
 A figure is the median over rounds of the slowest rank's µs a call, of calls one after another in a CUDA
@@ -15,6 +17,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +103,53 @@ def measure() -> None:
         save(rows, n, workspace)
 
 
+SWEPT = [2 ** k for k in (13, 14, 15, 16, 17, 18, 20, 22, 24, 26)]
+GRIDS = [(blocks, warps, registers) for warps, registers in ((1, 128), (4, 128), (8, 64), (4, 64))
+         for blocks in (64, 128, 192, 256, 512)]
+"""(blocks, warps, registers of a thread) that are tried, where two channels have room."""
+
+
+def swept() -> None:
+    """µs of each kernel, by grid, fastest first."""
+    from shardlib import Mesh
+    from shardlib.distributed import connect
+    from shardlib.distributed.calibrate import time_on_gpu
+    from shardlib.ops.nvlink import nvlink
+    from shardlib.ops.nvlink_grids import BLOCK_REGISTERS, MOST_BLOCKS
+    from shardlib.triton_kernels import exchange
+    from shardlib.triton_kernels.all_reduce import one_shot, two_shot
+    from shardlib.triton_kernels.launching import Grid
+    from shardlib.triton_kernels.reduce_scatter import reduce_scatter
+    n = int(os.environ["WORLD_SIZE"])
+    kernels = {
+        "one_shot": (256 << 10, lambda x, w, grid: one_shot(x, w, grid)),
+        "two_shot": (64 << 20, lambda x, w, grid: two_shot(x, w, grid)),
+        "reduce_scatter": (64 << 20, lambda x, w, grid: reduce_scatter(x.view(1, n, -1), w, grid)),
+        "all_gather, a word a warp": (64 << 20, lambda x, w, grid: exchange.all_gather(
+            x.view(n, -1)[:1], w, grid)),
+        "all_gather, a word a block": (64 << 20, lambda x, w, grid: exchange.all_gather(
+            x.view(n, -1)[:1], w, grid, grid.threads))}
+    with connect(Mesh(tp=n), "cuda", communicators=(nvlink,)) as runtime:
+        runtime.create_groups([("tp",)])
+        group = runtime.group(("tp",))
+        workspace = group.communicators[0]._workspace
+        for name, (most, kernel) in kernels.items():
+            for nbytes in (size for size in SWEPT if size <= most):
+                x = torch.randn(nbytes // DTYPE.itemsize, device=group.device, dtype=DTYPE)
+                found, seen, quads = [], set(), nbytes // 16 // (1 if name == "one_shot" else n)
+                for blocks, warps, registers in GRIDS:
+                    grid = Grid(blocks, warps, registers).over(quads)
+                    if grid in seen or blocks * warps * 32 * registers > MOST_BLOCKS * BLOCK_REGISTERS:
+                        continue
+                    seen.add(grid)
+                    us = time_on_gpu(lambda: kernel(x, workspace(), grid), group,       # noqa: B023
+                                     20 if nbytes <= 4 << 20 else 5, capturing=True)
+                    found.append((round(us, 2), *grid[:3]))
+                if runtime.rank == 0:
+                    print(f"{name}, {n} GPUs, {nbytes} B:", *sorted(found)[:6], "worst", max(found),
+                          flush=True)
+
+
 def save(rows: list[dict], n: int, workspace_bytes: int) -> None:
     file = RESULTS / "collectives.json"
     old = json.loads(file.read_text()) if file.exists() else {"rows": []}
@@ -153,7 +203,7 @@ def draw() -> None:
 
 def main() -> None:
     if "RANK" in os.environ:
-        measure()
+        swept() if sys.argv[1:] == ["sweep"] else measure()
     elif (RESULTS / "collectives.json").exists():
         draw()
     else:

@@ -3,7 +3,7 @@ one kernel beside a collective and a norm, in one run, by graph replay.
 
     torchrun --nproc-per-node 4 benchmarks/fused_norm.py          on the GPUs: writes results/fused_norm.json
     torchrun --nproc-per-node 4 benchmarks/fused_norm.py sweep    every grid: what `grid_of_rows` in
-                                                                  shardlib/ops/nvlink.py is taken from
+                                                                  shardlib/ops/nvlink_grids.py is taken from
 
 A figure is the median over rounds of the slowest rank's µs a call, of 20 calls one after another in a CUDA
 graph, bf16. The peers are torch's all_reduces, their input in symmetric memory already, each with our own
@@ -27,7 +27,8 @@ from record import row, write
 from shardlib import Mesh
 from shardlib.distributed import connect
 from shardlib.distributed.calibrate import time_on_gpu
-from shardlib.ops.nvlink import grid_of_rows, nvlink, row_grid
+from shardlib.ops.nvlink import nvlink
+from shardlib.ops.nvlink_grids import grid_of_rows, row_grid
 from shardlib.triton_kernels.all_reduce_add_rms_norm import all_reduce_add_rms_norm
 from shardlib.triton_kernels.rms_norm import add_rms_norm
 

@@ -10,17 +10,19 @@ those with gathered keys, of the largest element. peak: MiB above the operands.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from attention import TEXT, measured, off
 from record import row, write
 from torch import Tensor
 
 from shardlib import Layout, Mesh, compile, sharded, value_and_grad
-from shardlib.distributed import Runtime, connect
+from shardlib.distributed import connect
 from shardlib.functions import sum
 from shardlib.ops import attention
 
@@ -34,54 +36,70 @@ def weighted(q, k, v, weight):
     return sum("B T K G H -> ()", attention(TEXT, q, k, v) * weight)
 
 
-def operands(t: int, runtime: Runtime) -> list[Tensor]:
+def operands(t: int, rank: int, ranks: int, device: torch.device) -> list[Tensor]:
     """This rank's pieces."""
-    device, ranks = runtime.device, runtime.mesh.world_size
-    torch.manual_seed(runtime.rank)
+    torch.manual_seed(rank)
     piece = t // ranks
     shapes = ((1, piece, HEADS, 1, WIDTH), *[(1, piece, HEADS, WIDTH)] * 2, (1, piece, HEADS, 1, WIDTH))
     kind = torch.bfloat16 if device.type == "cuda" else torch.float32
     return [torch.randn(shape, device=device, dtype=kind) for shape in shapes]
 
 
-def torchs(runtime: Runtime, args: list[Tensor]) -> Callable:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.experimental import context_parallel
-    mesh = init_device_mesh("cuda", (runtime.mesh.world_size,))
-
-    def run(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, weight = (x.reshape(1, -1, HEADS, WIDTH).transpose(1, 2).detach() for x in (q, k, v, weight))
-        q, k, v = (x.requires_grad_() for x in (q, k, v))
-        divided = torch.empty(2 * runtime.mesh.world_size, device="cuda")   # it wants one to divide
-        with context_parallel(mesh, buffers=[divided], buffer_seq_dims=[0], no_restore_buffers={divided}):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            loss = (out * weight).sum()
-            return loss.detach(), *torch.autograd.grad(loss, (q, k, v))
-    return run
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--times", type=lambda text: [int(n) for n in text.split(",")])
-    chosen, rows, ranks = parser.parse_args().times, [], int(os.environ["WORLD_SIZE"])
+def ours(times: Sequence[int], ranks: int) -> tuple[list[dict], int, torch.device]:
+    """A row for each length, this rank, and its device."""
+    rows = []
     with connect(Mesh(cp=ranks)) as runtime:
-        on_gpu = runtime.device.type == "cuda"
-        for t in chosen or TIMES:
-            args, ms, peaks, results = operands(t, runtime), {}, {}, {}
+        for t in times:
+            args, ms, peaks, results = operands(t, runtime.rank, ranks, runtime.device), {}, {}, {}
             for name, layout in LAYOUTS.items():
                 f = compile(value_and_grad(weighted, ("q", "k", "v")), layout, runtime=runtime,
                             sizes=dict(T=t, S=t))
                 results[name] = f(*args)
                 ms[name], peaks[name] = measured(f, args)
-            if on_gpu:
-                ms["context_parallel"], peaks["context_parallel"] = measured(torchs(runtime, args), args)
-            ours = ms.pop("ring")
-            rows.append(row(f"cp={ranks}, T={t}", "ms", ours, ms) | {
+            ring = ms.pop("ring")
+            rows.append(row(f"cp={ranks}, T={t}", "ms", ring, ms) | {
                 "peak_MiB": {name: round(peak, 1) for name, peak in peaks.items()},
                 "off": off(results["ring"], results["gathered keys"])})
             if runtime.rank == 0:
                 print(rows[-1], flush=True)
-        if on_gpu and not chosen and runtime.rank == 0:
+        return rows, runtime.rank, runtime.device
+
+
+def torchs(rows: list[dict], times: Sequence[int], rank: int, ranks: int, device: torch.device) -> None:
+    """Adds torch's figures, from process groups of its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+    dist.init_process_group("nccl", store=dist.FileStore(f"/tmp/ring-{os.environ['MASTER_PORT']}", ranks),
+                            rank=rank, world_size=ranks, device_id=device)
+    mesh = init_device_mesh("cuda", (ranks,))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, weight = (x.reshape(1, -1, HEADS, WIDTH).transpose(1, 2).detach() for x in (q, k, v, weight))
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        divided = torch.empty(2 * ranks, device="cuda")         # context_parallel wants one to divide
+        with context_parallel(mesh, buffers=[divided], buffer_seq_dims=[0], no_restore_buffers={divided}):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            loss = (out * weight).sum()
+            return loss.detach(), *torch.autograd.grad(loss, (q, k, v))
+    for t, r in zip(times, rows):
+        ms, peak = measured(run, operands(t, rank, ranks, device))
+        r["peers"]["context_parallel"], r["peak_MiB"]["context_parallel"] = round(ms, 3), round(peak, 1)
+        if rank == 0:
+            print(r, flush=True)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--times", type=lambda text: [int(n) for n in text.split(",")])
+    chosen, ranks = parser.parse_args().times, int(os.environ["WORLD_SIZE"])
+    faulthandler.enable()
+    rows, rank, device = ours(chosen or TIMES, ranks)
+    if device.type == "cuda":
+        if rank == 0 and not chosen:
+            write("ring_attention", rows)           # should torch fail, as it did within groups of ours
+        torchs(rows, chosen or TIMES, rank, ranks, device)
+        if rank == 0 and not chosen:
             write("ring_attention", rows)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -29,6 +28,15 @@ from shardlib.distributed.flat import Cut
 from shardlib.distributed.streams import current_stream
 from shardlib.errors import SpecError, bytes_text
 from shardlib.ops.few_rows import starts_early
+from shardlib.ops.nvlink_grids import (
+    BLOCK_REGISTERS,
+    MOST_BLOCKS,
+    ONE_SHOT,
+    WORD_A_WARP,
+    grid_of,
+    grid_of_rows,
+    launches_of,
+)
 from shardlib.ops.nvlink_report import Reader, missing
 from shardlib.triton_kernels import exchange
 from shardlib.triton_kernels.all_reduce import one_shot, two_shot
@@ -44,9 +52,6 @@ CAPACITY = 64 << 20
 CHANNELS = 2
 CLOSE_S = 5.0
 """Seconds that `close` gives the device to finish."""
-ONE_SHOT = 576 << 10
-"""Bytes that a GPU sends in one shot, up to which groups of more than two add up in one: as the sweeps on 3
-and 4 H200 have it."""
 MOST_RANKS = 8
 SMS = 132
 """Multiprocessors of a GPU that hold the blocks of two channels at once: see MOST_BLOCKS."""
@@ -126,7 +131,7 @@ class NVLink:
         self.group, self.me, self.size, self.device = place.name, place.me, place.size, place.device
         self._free = list(channels)
         self._channels: dict[int, Workspace] = {}                               # by stream
-        self._sums, self._moves = (32, 64) if self.size <= 4 else (64, 128)     # registers of a thread
+        self._sums, self._moves = launches_of(self.size)
         self._ranks, self._reader = place.ranks, Reader(place.device)
         self.workspace_bytes = sum(w.arena.nbytes for w in channels)
         place.control.barrier()                 # all have filled their workspaces
@@ -247,7 +252,7 @@ class NVLink:
     def _moved(self, piece: int) -> tuple[Workspace, Grid, int]:
         """How to move pieces of so many quads: workspace, grid, quads of a line."""
         grid = grid_of(piece, self._moves)
-        return self._workspace(), grid, 32 if piece <= GRIDS[-1][0] else grid.threads
+        return self._workspace(), grid, 32 if piece <= WORD_A_WARP else grid.threads
 
     def report(self) -> str | None:
         """What the last kernel of each channel waits for, of which ranks, where it has not ended.
@@ -305,50 +310,11 @@ class NVLink:
             self._free.clear()
 
 
-MOST_BLOCKS, BLOCK_REGISTERS = 256, 16384
-"""Blocks of a launch, and registers of a block: an SM of the H200 holds four of those, so that the kernels of
-two channels are never in each other's way, nor NCCL's beside them. A kernel that waits for a peer while it
-keeps another from running would wait for ever."""
-GRIDS = ((8192, 256, 1), (16384, 128, 4), (32768, 128, 8), (65536, 192, 8), (131072, 256, 8))
-"""(most quads from one rank, most blocks, warps), as the sweeps of 2026-11-22 on 2, 3 and 4 H200
-have it. Beyond, as many warps as
-fit, and moved data has a word a block instead of a word a warp."""
-
-
-@lru_cache(maxsize=1024)
-def grid_of(quads: int, registers: int) -> Grid:
-    """For so many quads from each rank, by a kernel of so many registers a thread."""
-    blocks, warps = next(((blocks, warps) for most, blocks, warps in GRIDS if quads <= most),
-                         (MOST_BLOCKS, 16))
-    return Grid(blocks, min(warps, BLOCK_REGISTERS // (32 * registers)), registers).over(quads)
-
-
 MOST_CHOSEN = 1 << 16
 """Rows of an argmax: a quad for each of them, from each other rank, fits a slot."""
 MOST_ROW, MOST_NORMED = 64 << 10, 8 << 20
 """Bytes of a row that is normed, and of all: W - 1 times as many fit a slot, with a word for each block of
 a row."""
-ROW_GRIDS = ((2, 8, 1), (8, 2, 1), (1 << 30, 1, 2))
-"""(most rows, blocks that share one, shots), as the sweep of benchmarks/fused_norm.py on 4 H100 has it."""
-
-
-@lru_cache(maxsize=1024)
-def grid_of_rows(rows: int, quads: int, size: int) -> tuple[Grid, int, int]:
-    """For so many rows of so many quads, between so many ranks:
-    the grid, how many blocks share a row, and how many shots."""
-    split, shots = next((split, shots) for most, split, shots in ROW_GRIDS if rows <= most)
-    if size == 2 or quads % size:
-        shots = 1
-    return row_grid(rows, quads // (1 if shots == 1 else size), split, size, shots), split, shots
-
-
-def row_grid(rows: int, owned: int, split: int, size: int, shots: int) -> Grid:
-    """For so many rows, `split` blocks each, of so many quads that those share:
-    one a thread, where there is room for as many."""
-    registers = 64 if shots == 1 and size <= 4 else 128
-    warps = min(2048 // registers, 1 << (-(-owned // (32 * split)) - 1).bit_length())
-    most = min(MOST_BLOCKS, MOST_BLOCKS * BLOCK_REGISTERS // (32 * warps * registers))
-    return Grid(min(rows, most // split) * split, warps, registers)
 
 
 def _aligned(x: Tensor) -> Tensor:

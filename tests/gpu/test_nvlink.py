@@ -8,7 +8,7 @@ import pytest
 from gpus import finished, torchrun
 
 WORKER = str(Path(__file__).parent / "nvlink_worker.py")
-COUNTS = (2, 3, 4)
+COUNTS = (2, 3, 4, 5, 6, 8)
 
 
 @pytest.mark.parametrize("ranks", COUNTS)

@@ -18,17 +18,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from shardlib.ops.expert_ffn import tiles_of
 from shardlib.ops.few_rows import tile_of
-from shardlib.ops.nvlink import CAPACITY, QUAD, NVLink, grid_of, row_grid
+from shardlib.ops.nvlink_grids import launches_of, row_grid
 from shardlib.triton_kernels.all_reduce import one_shot_kernel, two_shot_kernel
 from shardlib.triton_kernels.all_reduce_add_rms_norm import (
     all_reduce_add_rms_norm_kernel,
@@ -63,26 +61,18 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ALIGNED = [["tt.divisibility", 16]]
 
 
-def registers(world: int) -> tuple[int, int]:
-    """Of a thread, as `ops/nvlink.py` has them between so many ranks: for sums, and for what is moved."""
-    control = SimpleNamespace(barrier=lambda: None)
-    made = NVLink(SimpleNamespace(name="tp", me=0, size=world, device=torch.device("cpu"),
-                                  ranks=tuple(range(world)), control=control), [])
-    return made._sums, made._moves
-
-
 def launches() -> Iterator[dict[str, Any]]:
     """The launches with the most threads, which `ops/nvlink.py` makes for the largest tensors, and those with
     a line a warp. On a rank in the middle, where two shots between four spill most."""
     for world in (2, 4, 8):
-        sums, moves = registers(world)
+        sums, (small, widest) = launches_of(world)[0][-1], (launches_of(world)[1][at] for at in (0, -1))
         for kernel in ("one_shot", "two_shot", "reduce_scatter"):
             for kind in KINDS.values():
-                yield dict(kernel=kernel, kind=kind, world=world, line=0,
-                           warps=grid_of(CAPACITY // QUAD, sums).warps, most=sums)
-        widest = grid_of(CAPACITY // QUAD, moves).warps
-        for line, warps in ((32, 1), (32, widest), (32 * widest, widest)):
-            yield dict(kernel="exchange", kind="any", world=world, line=line, warps=warps, most=moves)
+                yield dict(kernel=kernel, kind=kind, world=world, line=0, warps=sums.warps,
+                           most=sums.registers)
+        for line, launch in ((32, small), (32, widest), (32 * widest.warps, widest)):
+            yield dict(kernel="exchange", kind="any", world=world, line=line, warps=launch.warps,
+                       most=launch.registers)
         for shots, kernel in enumerate(("norm", "two_shot_norm"), 1):
             grid = row_grid(8, ROW_QUADS // (1 if shots == 1 else world), SPLIT, world, shots)
             for kind in KINDS.values():

@@ -16,19 +16,15 @@ from shardlib.distributed.communicators.protocol import Call, FusingCommunicator
 from shardlib.distributed.flat import Cut
 from shardlib.errors import SpecError
 from shardlib.ops import nvlink
-from shardlib.ops.nvlink import (
+from shardlib.ops.nvlink import CAPACITY, CHANNELS, MOST_RANKS, QUAD, SMS, NVLink, slot_bytes
+from shardlib.ops.nvlink_grids import (
     BLOCK_REGISTERS,
-    CAPACITY,
-    CHANNELS,
-    GRIDS,
+    LAUNCHES,
     MOST_BLOCKS,
-    MOST_RANKS,
     ONE_SHOT,
-    QUAD,
-    SMS,
-    NVLink,
+    WORD_A_WARP,
     grid_of,
-    slot_bytes,
+    launches_of,
 )
 from shardlib.ops.nvlink_report import Reader, missing
 from shardlib.triton_kernels import exchange
@@ -157,7 +153,8 @@ SM_REGISTERS, SM_THREADS, SM_BLOCKS = 65536, 2048, 32
 MOST = CAPACITY // QUAD
 worlds = st.sampled_from(WORLDS)
 quads = st.one_of(st.integers(1, MOST), st.integers(1, 4096), st.just(MOST),
-                  *(st.integers(most - 1, most + 1) for most, _, _ in GRIDS))
+                  *(st.integers(launch.most - 1, launch.most + 1)
+                    for kinds in LAUNCHES.values() for launches in kinds for launch in launches[:-1]))
 
 
 def fits(grid: Grid) -> bool:
@@ -166,12 +163,12 @@ def fits(grid: Grid) -> bool:
     return 1 <= grid.blocks and 1 <= grid.warps and CHANNELS * grid.blocks <= SMS * an_sm
 
 
-@given(quads, st.sampled_from((32, 64, 128)))
-def test_the_blocks_of_all_channels_run_at_once(count: int, registers: int) -> None:
-    """At any number of registers: four blocks an SM. None is without work."""
-    grid = grid_of(count, registers)
-    assert (fits(grid) and grid.registers == registers and grid.blocks <= MOST_BLOCKS
-            and grid.threads * registers <= BLOCK_REGISTERS)
+@given(quads, worlds, st.integers(0, 1))
+def test_the_blocks_of_all_channels_run_at_once(count: int, world: int, moved: int) -> None:
+    """Four blocks an SM. None is without work."""
+    grid = grid_of(count, launches_of(world)[moved])
+    assert (fits(grid) and grid.blocks <= MOST_BLOCKS
+            and grid.threads * grid.registers <= BLOCK_REGISTERS)
     assert (grid.blocks - 1) * grid.threads < count
     assert CHANNELS * MOST_BLOCKS <= SMS * (SM_REGISTERS // BLOCK_REGISTERS)
 
@@ -236,7 +233,7 @@ def test_exchanges_run_at_once_and_fit_their_slot(world: int, count: int, gather
     name, nbytes, *arguments = (("all_gather", piece * QUAD, counts) if gathers
                                 else ("all_to_all", world * piece * QUAD, counts, counts))
     kernel, workspace, grid, line = Launched(world)(name, nbytes, *arguments)
-    assert (kernel == name and fits(grid) and line == (32 if piece <= GRIDS[-1][0] else grid.threads)
+    assert (kernel == name and fits(grid) and line == (32 if piece <= WORD_A_WARP else grid.threads)
             and grid.threads % line == 0)
     words = (world - 1) * (4 * piece + -(-piece // line))
     filled = -(-words // 4) * QUAD
