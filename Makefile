@@ -8,6 +8,8 @@ TORCH  ?= pinned
 JOBS   ?= 2
 ARGS   ?=
 PROMPT ?= What is the capital of France?
+# what is compiled is kept, whatever the environment says: each process would compile the library again
+unexport PYTHONDONTWRITEBYTECODE
 
 ifeq ($(TORCH),pinned)
 VENV := .venv
