@@ -7,7 +7,8 @@ and the share of it that the matmuls' floor is.
 bf16. Each row of results/prefill.json: `ours` is the device's time of the program for the beginning of
 prompts, as `generate` runs it (captured for few tokens, op by op for many), `peers` the hand-written program
 (`plain_prefill.py`) in the same run; `floor` the matmuls alone, of the same sizes, by the library, one after
-another; `share` what part of ours that is; `first_ms` the time to the first token as a user of `generate`
+another; `share` what part of ours that is; `in one call` ours where rows that run as two halves, the sums
+of one beside the other's work, are not halved; `first_ms` the time to the first token as a user of `generate`
 sees it. A shape followed by ":8" is of 8 layers. profiles/prefill.json: µs by kernel, of one run.
 """
 from __future__ import annotations
@@ -31,6 +32,7 @@ from replayed import by_name, kernels_of
 
 from shardlib import Mesh
 from shardlib.distributed.runtime import Runtime, connect
+from shardlib.models import decoder as decoders
 from shardlib.models import random_weights
 from shardlib.models.bench_generate import ms_of
 from shardlib.models.decoder import CAPTURED_TOKENS
@@ -93,8 +95,19 @@ def ours(model: Model, rows: int, length: int) -> tuple[str, dict[str, float], f
             decoder._run(True, slots.size, decoder.capacity, ids, start, last)
         ways = {"op by op": call, "captured": Graph(f"{rows} x {length}", call, model.runtime).replay}
         times = {name: round(median_ms(way, model.runtime.device), 3) for name, way in ways.items()}
+        if decoder._parts(True, slots.size, decoder.capacity, length) > 1:
+            times["in one call"] = round(in_one_call(call, model.runtime.device), 3)
     chosen = "captured" if ids.numel() <= CAPTURED_TOKENS else "op by op"
     return chosen, times, sorted(firsts[1:])[1], [tokens[length] for tokens in made.tokens], call
+
+
+def in_one_call(call: Callable[[], object], device: torch.device) -> float:
+    """Its ms where the rows are not halved."""
+    worth = decoders.BESIDE_BYTES.pop(device.type)
+    try:
+        return median_ms(call, device)
+    finally:
+        decoders.BESIDE_BYTES[device.type] = worth
 
 
 def run(runtime: Runtime, shape: str, mesh: Mesh, cases: list[tuple[int, int]]) -> tuple[list[dict], dict]:

@@ -22,6 +22,7 @@ from shardlib.models.following import follow, going
 from shardlib.models.llama import Cache
 from shardlib.models.slots import Slots, Smaller, round_up
 from shardlib.params import fill, leaf_values
+from shardlib.run.beside import beside, largest_sum
 from shardlib.run.captured import Graph
 from shardlib.spec import Spec
 
@@ -31,6 +32,8 @@ after it, where attention makes a bias of what each query sees."""
 CAPTURED_TOKENS = 1 << 13
 """Up to which the beginning of prompts is captured, once its size comes again:
 its launches take longer than its work."""
+BESIDE_BYTES = {"cuda": 8 << 20}
+"""By device, of the sum of half a batch, from which on two halves run beside each other."""
 SMALLEST_CHUNK, ENDS = 16, 16
 
 
@@ -59,7 +62,8 @@ class Decoder:
         self.capacity, self._made, self._turn = 0, 0, 0
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._beginnings: dict[tuple[int, ...], Beginning | None] = {}      # None: has come once
-        self._caches: dict[tuple[int, int], object] = {}
+        self._caches: dict[tuple[int, ...], object] = {}
+        self._sums: dict[tuple[bool, int, int, int], int] = {}
         self._allocate(0, ENDS)
 
     # -- a batch ---------------------------------------------------------------------------------------------
@@ -190,16 +194,48 @@ class Decoder:
             begin += count
 
     def _run(self, first: bool, size: int, capacity: int, ids: Tensor, start: Tensor, last: Tensor) -> Tensor:
-        """The tokens that one call of a program chooses, on this rank's shards of whole tensors."""
-        step, cache = self.steps(first, size, capacity), self._cache(size, capacity)
+        """The tokens that one call of a program chooses, on this rank's shards of whole tensors; or two calls
+        beside each other, of half of the rows each, where their sums are long."""
+        step, parts = self.steps(first, size, capacity), self._parts(first, size, capacity, ids.shape[1])
         given = {"ids": ids, "start": start, "last": last, **({"row": self.row[:size]} if self.draws else {})}
         types, mesh, here = dict(step.program.args), self.runtime.mesh, self.runtime.coordinate
         given = {name: shard_of(x, types[name], mesh, here) for name, x in given.items()}
-        chosen, after = step(given["ids"], self.weights, cache, *list(given.values())[1:])
-        if after is not cache:                          # a layout under which it is not updated in place
-            for path, x in self._views(size, capacity).items():
+        if parts == 1:
+            return self._kept(step(*self._arguments(given, size, capacity)), size, capacity)
+        step = self.steps(first, size // parts, capacity)
+        shares = [dict(zip(given, share)) for share in zip(*(x.chunk(parts) for x in given.values()))]
+        made = beside(self.runtime, *(step.requests(*self._arguments(share, size, capacity, (i, parts)))
+                                      for i, share in enumerate(shares)))
+        chosen = [self._kept(each, size, capacity, (i, parts)) for i, each in enumerate(made)]
+        ranks = self._ranks(size)                       # whole, each rank's rows behind the other's
+        return torch.cat([x.view(ranks, -1) for x in chosen], 1).flatten()
+
+    def _arguments(self, given: Mapping[str, Tensor], size: int, capacity: int,
+                   part: tuple[int, int] = (0, 1)) -> tuple[object, ...]:
+        """What a program takes: ids, weights, cache, and what else is given."""
+        ids, *more = given.values()
+        return ids, self.weights, self._cache(size, capacity, part), *more
+
+    def _kept(self, made: tuple[Tensor, object], size: int, capacity: int,
+              part: tuple[int, int] = (0, 1)) -> Tensor:
+        """The tokens of a call, whose cache is this one's."""
+        chosen, after = made
+        if after is not self._cache(size, capacity, part):  # a layout under which it is not updated in place
+            for path, x in self._views(size, capacity, part).items():
                 x.copy_(dict(leaf_values(after, "cache"))[path])
         return chosen
+
+    def _parts(self, first: bool, size: int, capacity: int, length: int) -> int:
+        """In how many calls beside each other so many rows go through a program: two, where each rank has two
+        rows or more, and the sums of half of them are longer than what a kernel takes with the norm."""
+        worth, key = BESIDE_BYTES.get(self.runtime.device.type), (first, size, capacity, length)
+        if worth is None or size % (2 * self._ranks(size)):
+            return 1
+        if key not in self._sums:
+            sizes = {**self.sizes, "B": size // 2, "S": capacity, "T": length}
+            self._sums[key] = self.buffer.dtype.itemsize * largest_sum(
+                self.steps(*key[:3]).program, self.runtime.mesh, sizes, self.runtime.coordinate)
+        return 2 if self._sums[key] >= worth else 1
 
     # -- buffers ---------------------------------------------------------------------------------------------
 
@@ -241,19 +277,21 @@ class Decoder:
         return {path: mesh.local_shape(kind, sizes, here)
                 for path, kind in self._kinds(size, capacity).items()}
 
-    def _views(self, size: int, capacity: int) -> dict[str, Tensor]:
+    def _views(self, size: int, capacity: int, part: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
+        """path -> this rank's leaf; of its rows the part (i, of so many)."""
         shapes = self._shapes(size, capacity)
         if self._made != self.buffer.made or not self.buffer.room(shapes):
             self._forget()                              # they, and what they hold, first
             self._caches.clear()
         views = self.buffer.views(shapes)
         self._made = self.buffer.made
-        return views
+        i, parts = part
+        return {path: x.chunk(parts, 1)[i] for path, x in views.items()} if parts > 1 else views
 
-    def _cache(self, size: int, capacity: int) -> object:
+    def _cache(self, size: int, capacity: int, part: tuple[int, int] = (0, 1)) -> object:
         """The cache as the programs take it."""
-        views = self._views(size, capacity)
-        if (size, capacity) not in self._caches:
+        views, key = self._views(size, capacity, part), (size, capacity, *part)
+        if key not in self._caches:
             cache = fill(Cache, "cache", lambda path: views[path])
-            self._caches[size, capacity] = self.steps(False, size, capacity).prepare("cache", cache)
-        return self._caches[size, capacity]
+            self._caches[key] = self.steps(False, size // part[1], capacity).prepare("cache", cache)
+        return self._caches[key]

@@ -126,6 +126,7 @@ class NVLink:
     name = "NVLink"
     deterministic = True
     strided = True
+    fills = True
 
     def __init__(self, place: Place, channels: Sequence[Workspace]) -> None:
         self.group, self.me, self.size, self.device = place.name, place.me, place.size, place.device

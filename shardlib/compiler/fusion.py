@@ -44,6 +44,9 @@ class Kernels(Protocol):
     def __call__(self, step: Step, operands: Sequence[Tensor]) -> Callable | None:
         """What takes a fused step of operands like these, on meta."""
 
+    def body(self, step: Step) -> Program:
+        """What runs where nothing takes the fused step."""
+
     def product(self, rows: int, lines: int, columns: int, dtype: str, then: Step | None) -> Callable | None:
         """What takes a `Product` of these sizes, with the step that takes its columns."""
 

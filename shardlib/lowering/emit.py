@@ -205,6 +205,7 @@ class Emitter(Answers):
             names.update((out, self.variable()) for out in step.outputs)
             return [*(look for look in looks if not look.isidentifier()),
                     f"{', '.join(names[out] for out in step.outputs)} = {text}"]
+        body = self.kernels.body(step) if self.kernels else body
         given, own = {p: names[v] for p, v in outer.items()}, {p for p, v in outer.items() if v in free}
         dtypes = inner_dtypes(step, body, self.dtypes)
         lines = self._block(replace(body, name=title), given, own, {}, dtypes)

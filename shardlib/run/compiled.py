@@ -2,7 +2,7 @@
 called with this rank's shards."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -35,6 +35,10 @@ from shardlib.run.surroundings import any_autocast, refuse_gradients, without_au
 from shardlib.spec import Spec
 from shardlib.tree import leaves
 
+Variant = tuple[Callable, Callable, Lines]
+"""What runs a program for arguments of some shapes, what makes its results of the leaves that this returns,
+and what its lines are."""
+
 
 class Compiled:
     """A program as each rank runs it: called with this rank's shards, it returns this rank's shards.
@@ -59,7 +63,7 @@ class Compiled:
         self.sources: dict[tuple, str] = {}
         self.kernels: Kernels | None = None         # asked by the code that was made last
         self.graph, self._captures = graph, None
-        self._variants: dict[tuple, tuple[Callable, Callable, Lines]] = {}
+        self._variants: dict[tuple, Variant] = {}
         self._results: tuple[Any, ...] = ()
         self._flags = IndexFlags(runtime.device, lambda error: runtime.end_others(error))
         self._likes: dict[int, Params] = {}         # argument -> a pytree like the one it takes
@@ -126,9 +130,32 @@ class Compiled:
         return self._run(args)
 
     def _run(self, args: Sequence[Any]) -> Any:
+        (run, results, lines), values = self._variant(args)
+        try:
+            leaves_made = run(*values)
+        except Exception as error:
+            explain_failure(error, lines)
+            raise
+        return results(leaves_made, args)
+
+    def requests(self, *args: Any) -> Generator[tuple, Any, Any]:
+        """The call as a generator of what it asks of groups, (group, method, operand, ...), each answered by
+        what the group gives; it returns what the call does. See `beside`, which drives several."""
+        with without_autocast():
+            (run, results, lines), values = self._variant(args, yields=True)
+        try:
+            leaves_made = yield from run(*values)
+        except Exception as error:
+            explain_failure(error, lines)
+            raise
+        return results(leaves_made, args)
+
+    def _variant(self, args: Sequence[Any], yields: bool = False) -> tuple[Variant, list[Any]]:
+        """What runs the program for arguments like these, and its operands."""
         if self._apart and torch.is_grad_enabled():
             refuse_gradients(self.f.__name__, self._leaves(args))
-        values, key = [], [*self.sizes.items()]  # shards of equal shapes may be of wholes of different sizes
+        # shards of equal shapes may be of wholes of different sizes
+        values, key = [], [yields, *self.sizes.items()]
         try:
             for a in args:
                 if type(a) is Prepared:
@@ -146,14 +173,8 @@ class Compiled:
         key = tuple(key)
         variant = self._variants.get(key)
         if variant is None:
-            variant = self._variants[key] = self._build(args, key)
-        run, results, lines = variant
-        try:
-            leaves_made = run(*values)
-        except Exception as error:
-            explain_failure(error, lines)
-            raise
-        return results(leaves_made, args)
+            variant = self._variants[key] = self._build(args, key, yields)
+        return variant, values
 
     def check(self) -> None:
         """SpecError if an index was out of range in any call so far. It waits for the device; each call looks
@@ -172,9 +193,7 @@ class Compiled:
         for name, arg in zip(self.f.arg_names, args):
             yield from zip(arg.parts, arg.flat) if isinstance(arg, Prepared) else named_leaves(name, arg)
 
-    def _build(self, args: Sequence[Any], key: tuple) -> tuple[Callable, Callable, Lines]:
-        """What runs the program for arguments like these,
-        what makes its results of the leaves that this returns, and what its lines are."""
+    def _build(self, args: Sequence[Any], key: tuple, yields: bool) -> Variant:
         self._check(args)
         program = self.lower(*(None if isinstance(a, Prepared) else a for a in args))
         given: dict[str, Any] = {}
@@ -201,7 +220,7 @@ class Compiled:
         self.runtime.compare_plans(
             program.name, _plan_text(program, mesh, sizes, dtypes) + self.kernels.plan)
         self.kernels.meet(program)
-        e = Emitter(mesh, rank, sizes, donate=self.donate, given=dtypes,
+        e = Emitter(mesh, rank, sizes, yields, donate=self.donate, given=dtypes,
                     prepared=[a.name for a in args if isinstance(a, Prepared)], kernels=self.kernels)
         source = self.sources[key] = e.program(program)
         for a in args:
@@ -215,7 +234,7 @@ class Compiled:
         run = load(source, e.space(self.runtime.device), groups, program.name)
         lines = {run.__code__.co_filename: e.lines}
         run = torch.no_grad()(run) if isinstance(self.f, Gradients) else run
-        if self._captures is not None:
+        if self._captures is not None and not yields:
             copied = [isinstance(a, Tensor) for a in args
                       for _ in (a.flat if isinstance(a, Prepared) else flat_leaves(a))]
             run = self._captures.around(program.name, _sizes_text(sizes), key, run, copied)

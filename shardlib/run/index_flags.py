@@ -3,6 +3,7 @@ once it has arrived."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import isgeneratorfunction
 from typing import Any
 
 import torch
@@ -33,6 +34,13 @@ class IndexFlags:
             return run
         flag = _Flag(sites, self.device)
         self._flags.append(flag)
+        if isgeneratorfunction(run):
+            def asking(*args: Any) -> Any:
+                self.look()
+                out = yield from run(*args)
+                flag.send()
+                return out
+            return asking
 
         def main(*args: Any) -> Any:
             self.look()

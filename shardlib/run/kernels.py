@@ -1,5 +1,7 @@
 """Kernels for fused steps and for matmuls: what the device, or a communicator of the group, has for them.
 
+Where no kernel takes a step its body runs, some of which smaller fusions of the table may take.
+
 A step is one of a fusion where its body is what the fusion's function means, whoever made it. Its kernel is
 asked for when code is written, with the shapes and dtypes of this rank. Where pieces are not even, members
 would be asked unlike things: there the body runs. With SHARDLIB_REFERENCE=1 in the environment every body
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from shardlib.compiler.fusion import Product, Site
 from shardlib.compiler.matching import static_of
+from shardlib.compiler.passes.fuse import fused_by
 from shardlib.compiler.passes.rewrite import Pass
 from shardlib.distributed.fused_call import FusedCall
 from shardlib.distributed.runtime import Runtime
@@ -62,6 +65,15 @@ class Kernels:
         said = found if isinstance(found, str) else "by a kernel"
         self.answers.append(f"{name}{f' at {step.where}' if step.where else ''}: {said}")
         return None if isinstance(found, str) else _counted(step, found)
+
+    def body(self, step: Step) -> Program:
+        """The body of a fused step that no kernel takes: what is left of it where the table's later fusions
+        take some of its steps. So a norm behind a sum that is too large for one kernel has its own."""
+        (body,), names = step.bodies, list(self.meant)
+        if self.reference or body.name not in self.meant:
+            return body
+        later = [self.meant[name] for name in names[names.index(body.name) + 1:]]
+        return fused_by(body, self.runtime.mesh, later)
 
     def product(self, rows: int, lines: int, columns: int, dtype: str, then: Step | None) -> Callable | None:
         """What takes x @ w, and with it the step `then`; None where the library does."""

@@ -29,6 +29,7 @@ class Cuda:
     def stream(self, name: str) -> SimpleNamespace:
         return SimpleNamespace(name=name,
                                wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"),
+                               wait_event=lambda event: self.log.append(f"{name} waits for {event.name}"),
                                record_event=self.event)
 
     def new_stream(self, device: torch.device) -> SimpleNamespace:
@@ -36,7 +37,7 @@ class Cuda:
         return self.stream(f"side {self.made} of {device}")
 
     def event(self) -> SimpleNamespace:
-        self.events.append(made := SimpleNamespace(done=False))
+        self.events.append(made := SimpleNamespace(done=False, name=f"event {len(self.events) + 1}"))
         made.query = lambda: made.done
         return made
 

@@ -82,9 +82,11 @@ def batches(draw: st.DrawFn) -> tuple[list[list[int]], int, set[int], Sampling]:
 
 
 @settings(max_examples=25)
-@given(batches(), st.sampled_from((1, 16, 32)), st.booleans())
-def test_captured_tokens_are_the_eager_ones(one: Model, batch: tuple, chunk: int, moving: bool) -> None:
-    """Of buckets and rounded capacities, of prompts in chunks, of rows that move as soon as others end."""
+@given(batches(), st.sampled_from((1, 16, 32)), st.booleans(), st.booleans())
+def test_captured_tokens_are_the_eager_ones(one: Model, batch: tuple, chunk: int, moving: bool,
+                                            halved: bool) -> None:
+    """Of buckets and rounded capacities, of prompts in chunks, of rows that move as soon as others end, or
+    run as two halves."""
     prompts, new, ends, sampling = batch
     wanted, steps = one.generate(prompts, new, ends, sampling, graph=False), []
     with pytest.MonkeyPatch.context() as patched:
@@ -92,6 +94,7 @@ def test_captured_tokens_are_the_eager_ones(one: Model, batch: tuple, chunk: int
             patched.setattr(decoder, name, value)
         for name in ("WORTH_MOVING", "WORTH_CAPTURING"):
             patched.setattr(decoding, name, 1 if moving else 99)
+        patched.setattr(decoder, "BESIDE_BYTES", {"cpu": 0} if halved else {})
         made = one.generate(prompts, new, ends, sampling, steps.append, graph=True)
     assert replace(made, seconds=0) == replace(wanted, seconds=0)
     assert ([[*p, *(t for t in column if t is not None)] for p, column in zip(prompts, zip(*steps))]
@@ -200,7 +203,7 @@ import torch
 from shardlib import Mesh, init
 from shardlib.api import shard_of
 from shardlib.distributed.runtime import connect
-from shardlib.models import decoding
+from shardlib.models import decoder, decoding
 from shardlib.models.decoding import Model, Sampling, weights_of, weight_types
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig
@@ -209,8 +212,9 @@ from shardlib.params import fill, leaf_values
 decoding.WORTH_MOVING = decoding.WORTH_CAPTURING = 1
 config, cases = LlamaConfig(**json.loads(sys.argv[1])), json.loads(sys.argv[2])
 made = []
-for text, layout in (("dp=2", "tp"), ("tp=2", "tp"), ("tp=2", "B=tp,K=tp,V=tp")):
+for text, layout in (("tp=2", "tp"), ("dp=2", "tp"), ("tp=2", "B=tp,K=tp,V=tp")):
     mesh = Mesh.parse(text)
+    decoder.BESIDE_BYTES["cpu"] = 0 if made else 1 << 40
     with connect(mesh, "cpu") as runtime:
         layout = named_layout(layout, mesh)
         kinds = weight_types(config, layout, mesh)

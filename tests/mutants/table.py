@@ -37,6 +37,7 @@ REDUCTIONS, VARIANCE, ALONG, CONSTANTS, ARGUMENTS = (f"tests/language/test_{name
     "reductions", "variance", "along", "constants", "calls"))
 SCANS, MASKS, CUTS, DRAWS = (f"tests/language/test_{name}.py" for name in (
     "scan", "masks", "pieces", "draws"))
+BESIDE = "tests/run/test_beside.py"
 TOTALITY, BODIES = "tests/compiler/test_totality.py", "tests/compiler/test_grad_of_bodies.py"
 FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
     "failures", "captured", "surroundings", "wrt"))
@@ -1017,4 +1018,12 @@ MUTANTS = (
            "tests/models/test_fused_experts.py -k derivative"),
     Mutant("ops/experts.py", "maker is not None and maker.op is ROUTE", "maker is not None",
            "tests/ops/test_experts.py -k made_otherwise"),
+    Mutant("shardlib/run/kernels.py", "names[names.index(body.name) + 1:]", "names[:0]",
+           "tests/run/test_kernels.py -k smaller"),
+    Mutant("shardlib/run/beside.py", "sent.pop(i).arrived() if", "sent.pop(i).given if", BESIDE),
+    Mutant("shardlib/run/beside.py", "turns.append(i)", "turns.appendleft(i)", BESIDE),
+    Mutant("shardlib/run/beside.py", "and mesh.size(axes_of(step, mesh)) > 1", "", BESIDE),
+    Mutant("shardlib/distributed/aside.py", "(c.deterministic or not router.deterministic)", "True", BESIDE),
+    Mutant("models/decoder.py", "torch.cat([x.view(ranks, -1) for x in chosen], 1)", "torch.cat(chosen)",
+           "tests/models/test_decoder.py -k two_ranks"),
 )

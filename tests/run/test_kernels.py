@@ -229,6 +229,22 @@ def test_where_none_has_it_the_body_runs(make: Any, reason: str) -> None:
     assert [a for a in made.answers if FUSED in a] == [f"{FUSED}: {reason}"] * 2
 
 
+def test_what_no_kernel_takes_whole_smaller_ones_take_in_part() -> None:
+    """A sum by the group's own all_reduce, then the addition and the norm in the kernel that the table has
+    behind it for these."""
+    def norm(y: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return residual + y, torch.nn.functional.rms_norm(residual + y, w.shape, w, eps)
+
+    def asked(site: Site) -> Any:
+        assert not site.communicators and site.ranks == 1
+        return lambda *operands: norm(*operands, site.static["eps"])
+    table = [Fusion(f.function, kernel=asked if f.name == "add_rms_norm" else f.kernel) for f in FUSIONS]
+    plain, made = Ran(PLAIN), Ran((*PLAIN, *fuse(table)), partial(Fuses, refused=B))
+    assert made.calls == plain.calls and torch.equal(made.given, plain.given)
+    assert [a for a in made.answers if "norm" in a] == [f"{FUSED}: no {B} rows",
+                                                        "add_rms_norm: by a kernel"] * 2
+
+
 def test_where_sums_are_to_be_in_rank_order_those_that_promise_it_are_asked() -> None:
     made = Ran(FUSING, deterministic=True)
     assert made.calls == [] and torch.equal(made.given, Ran(PLAIN).given)

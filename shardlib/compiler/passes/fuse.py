@@ -51,10 +51,10 @@ def fuse(fusions: Sequence[Fusion],
     local, others = ([f for f in table if f.communicates == wanted] for wanted in (False, True))
 
     def early(program: Program, mesh: Mesh) -> Program:
-        return _fused(program, mesh, local, _claimed(program, mesh, others))
+        return fused_by(program, mesh, local, _claimed(program, mesh, others))
 
     def late(program: Program, mesh: Mesh) -> Program:
-        return _fused(program, mesh, table)
+        return fused_by(program, mesh, table)
     return (Pass("fuse_local", lambda program, mesh: _everywhere(program, mesh, early), after_grad=False,
                  fusions=table),
             Pass("fuse", lambda program, mesh: _everywhere(program, mesh, late), before_grad=False,
@@ -124,9 +124,10 @@ def _everywhere(program: Program, mesh: Mesh, f: Callable[[Program, Mesh], Progr
     return f(replace(program, steps=steps), mesh)
 
 
-def _fused(program: Program, mesh: Mesh, fusions: Sequence[Fusion], claimed: Collection[str] = ()) -> Program:
+def fused_by(program: Program, mesh: Mesh, fusions: Sequence[Fusion],
+             claimed: Collection[str] = ()) -> Program:
     """The program with all fusions made in it that can be, one after the other: two that are right alone may
-    need each other's results. `claimed`: values whose steps are left alone."""
+    need each other's results. Its bodies stay as they are. `claimed`: values whose steps are left alone."""
     matching, notes = Matching(program, mesh), []
     for fusion in fusions:
         for mark in matching.candidates(fusion):
@@ -142,7 +143,7 @@ def _fused(program: Program, mesh: Mesh, fusions: Sequence[Fusion], claimed: Col
 
 def _claimed(program: Program, mesh: Mesh, fusions: Sequence[Fusion]) -> set[str]:
     """The values that steps of `fusions` would make, were these made."""
-    left = {id(s) for s in _fused(program, mesh, fusions).steps}
+    left = {id(s) for s in fused_by(program, mesh, fusions).steps}
     return {o for s in program.steps for o in s.outputs if id(s) not in left}
 
 

@@ -1,0 +1,97 @@
+"""Calls beside each other: whose turn it is, on which stream what runs, and what waits for what."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import Cuda
+
+from shardlib import Layout, Mesh, einsum, lower, sharded
+from shardlib.distributed.communicators.alone import Alone
+from shardlib.distributed.router import Router
+from shardlib.run import beside as module
+from shardlib.run.beside import beside, largest_sum
+
+
+class Fills(Alone):
+    name, fills = "of many blocks", True
+
+
+class Rounds(Alone):
+    name, deterministic = "in no order", False
+
+
+class Group:
+    """Writes down what it is asked, by which communicators, and on which stream."""
+
+    def __init__(self, log: list[str], cuda: Cuda | None = None, communicators: tuple = (Fills(), Rounds()),
+                 deterministic: bool = False) -> None:
+        self.name, self.log, self.cuda, self.communicators = "tp", log, cuda, communicators
+        self.router = Router("tp", 2, communicators, deterministic=deterministic)
+
+    def all_reduce(self, x: str, op: str, at: object) -> str:
+        by = f" by {len(self.router.communicators)} on {self.cuda.now.name}" if self.cuda else f", {at}"
+        self.log.append(f"{op} of {x}{by}")
+        return f"{x}'"
+
+
+def call(log: list[str], group: Any, name: str, count: int) -> Iterator[Any]:
+    got = ""
+    for i in range(count):
+        log.append(f"{name}{i} has {got!r}")
+        got = yield group, "all_reduce", f"{name}{i}", "sum"
+    log.append(f"{name} ends with {got!r}")
+    return name * 2
+
+
+def test_calls_take_turns_and_the_longer_one_goes_on_alone() -> None:
+    log: list[str] = []
+    group, runtime = Group(log), SimpleNamespace(device=torch.device("cpu"))
+    assert beside(runtime, call(log, group, "a", 1), call(log, group, "b", 2)) == ["aa", "bb"]
+    at = [f"call {i} of 2 beside each other" for i in (1, 2)]
+    assert log == ["a0 has ''", f"sum of a0, {at[0]}", "b0 has ''", f"sum of b0, {at[1]}",
+                   "a ends with \"a0'\"", "b1 has \"b0'\"", f"sum of b1, {at[1]}", "b ends with \"b1'\""]
+    assert beside(runtime) == [] and beside(runtime, call(log, group, "c", 0)) == ["cc"]
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    made = Cuda(monkeypatch)
+    monkeypatch.setattr(module, "side_stream", lambda device: side)
+    side = made.stream("side")
+    return made
+
+
+def test_what_travels_does_so_on_a_stream_of_its_own(cuda: Cuda) -> None:
+    """It begins behind what has been computed so far, and is waited for in the next turn alone; communicators
+    that fill the GPU have no part in it."""
+    log = cuda.log
+    group = Group(log, cuda)
+    beside(SimpleNamespace(device=torch.device("cuda", 0)), *(call(log, group, name, 1) for name in "ab"))
+    assert log == ["a0 has ''", "side waits for main", "sum of a0 by 1 on side",
+                   "b0 has ''", "side waits for main", "sum of b0 by 1 on side",
+                   "main waits for event 1", "a ends with \"a0'\"",
+                   "main waits for event 2", "b ends with \"b0'\""]
+
+
+@pytest.mark.parametrize("communicators, deterministic", [((Fills(),), False), ((Fills(), Rounds()), True)])
+def test_a_group_without_another_communicator_runs_it_in_its_turn(cuda: Cuda, communicators: tuple,
+                                                                  deterministic: bool) -> None:
+    """Where sums are to be in rank order, one that adds up so."""
+    log, here = cuda.log, SimpleNamespace(device=torch.device("cuda", 0))
+    group = Group(log, cuda, communicators, deterministic)
+    beside(here, call(log, group, "a", 1))
+    assert log == ["a0 has ''", f"sum of a0 by {len(communicators)} on main", "a ends with \"a0'\""]
+
+
+def test_the_largest_sum() -> None:
+    @sharded("B F, F D -> B D")
+    def f(x, w):
+        return einsum("B F, F D -> B D", x, w)
+    sizes, here = dict(B=3, F=8, D=5), dict(tp=1)
+    assert largest_sum(lower(f, Layout(F="tp"), mesh=Mesh(tp=2)), Mesh(tp=2), sizes, here) == 15
+    assert largest_sum(lower(f, Layout(F="tp"), mesh=Mesh(tp=1)), Mesh(tp=1), sizes, dict(tp=0)) == 0
+    assert largest_sum(lower(f, Layout(D="tp"), mesh=Mesh(tp=2)), Mesh(tp=2), sizes, here) == 0
