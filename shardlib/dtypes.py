@@ -88,7 +88,9 @@ def as_they_come(dtypes: Dtypes, attrs: Mapping[str, Any]) -> Dtypes:
 
 def holds(step: Step, i: int) -> str:
     """What operand `i` of a step may hold, as `Op.takes` has it."""
-    takes = step.op.takes(step) if callable(step.op.takes) else step.op.takes
+    takes = step.op.takes
+    if callable(takes):
+        takes = takes(step)
     return takes[min(i, len(takes) - 1)] if takes else "index" if i in step.op.index else "any"
 
 

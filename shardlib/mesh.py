@@ -199,8 +199,11 @@ class Mesh:
         if dim.ragged:      # the rows that there is room for, in no place of the whole
             most = self.most_rows(dim, sizes, coordinate)
             return 0, min(most, sizes.get(dim.label, most))
-        inner = prod(sizes[f.name] for f in dim.factors[1:])
-        start, size = self.extent(sizes[dim.factors[0].name], dim.axes, coordinate)
+        first = dim.factors[0]
+        start, size = self.extent(sizes[first.name], first.axes, coordinate)
+        if len(dim.factors) == 1:
+            return start, size
+        inner = prod([sizes[f.name] for f in dim.factors[1:]])
         return start * inner, size * inner
 
     def most_rows(self, dim: Dim, sizes: Mapping[str, int], coordinate: Mapping[str, int]) -> int:
@@ -211,7 +214,7 @@ class Mesh:
     def local_shape(self, spec: Spec, sizes: Mapping[str, int],
                     coordinate: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of what `coordinate` holds of a tensor of type `spec` whose dims have global `sizes`."""
-        return tuple(self.rows(d, sizes, coordinate)[1] for d in spec.dims)
+        return tuple([self.rows(d, sizes, coordinate)[1] for d in spec.dims])
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:

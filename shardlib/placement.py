@@ -43,8 +43,8 @@ from shardlib.tree import leaves
 def region(kind: Spec, sizes: Mapping[str, int], mesh: Mesh,
            coordinate: Mapping[str, int]) -> tuple[slice, ...]:
     """The slices of the global tensor that `coordinate` holds."""
-    return tuple(slice(start, start + size)
-                 for start, size in (mesh.rows(dim, sizes, coordinate) for dim in kind.dims))
+    rows = [mesh.rows(dim, sizes, coordinate) for dim in kind.dims]
+    return tuple([slice(start, start + size) for start, size in rows])
 
 
 def place(x: Tensor, kind: Spec, sizes: Mapping[str, int], mesh: Mesh,
@@ -124,20 +124,23 @@ def join(pieces: Sequence[Tensor], kind: Spec, sizes: Mapping[str, int], mesh: M
                 spot = region(kind, sizes, mesh, c)
                 parts.setdefault(tuple((s.start, s.stop) for s in spot), []).append(piece)
         for spot, found in parts.items():
-            stack = torch.stack(found)
-            out[tuple(slice(a, b) for a, b in spot)] = (stack.amax(0) if "max" in kinds else stack.sum(0)
-                                                        if len(found) > 1 else found[0])
+            out[tuple(slice(a, b) for a, b in spot)] = (
+                found[0] if len(found) == 1 else torch.stack(found).amax(0) if "max" in kinds
+                else torch.stack(found).sum(0))
         copies.append(out)
-    scale = max(1.0,
-                float(copies[0].detach().double().abs().nan_to_num().max()) if copies[0].numel() else 1.0)
-    for other in copies[1:]:
-        same = ((other == copies[0]) | (other.isnan() & copies[0].isnan()) if other.is_floating_point()
-                else other == copies[0])
-        if (not bool(same.all())
-            and float((other.detach().double() - copies[0].detach().double()).abs().nan_to_num(1e30).max())
-            > tolerance * scale):
-            raise NotReplicated(f"{kind}: the copies on different ranks differ")
+    if not all(_alike(other, copies[0], tolerance) for other in copies[1:]):
+        raise NotReplicated(f"{kind}: the copies on different ranks differ")
     return copies[0]
+
+
+def _alike(other: Tensor, first: Tensor, tolerance: float) -> bool:
+    """Whether two copies differ by `tolerance` at most, relative to the largest element of the first."""
+    same = other == first
+    if bool(same.all()) or other.is_floating_point() and bool((same | other.isnan() & first.isnan()).all()):
+        return True
+    wide = first.detach().double()
+    scale = max(1.0, float(wide.abs().nan_to_num().max()))
+    return float((other.detach().double() - wide).abs().nan_to_num(1e30).max()) <= tolerance * scale
 
 
 # -- ragged dims ---------------------------------------------------------------------------------------------

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, islice
 from typing import Any
 
-from shardlib.errors import SpecError
 from shardlib.layout import Layout
 from shardlib.rules import Rule
 from shardlib.source import Where
@@ -121,10 +120,16 @@ class Step:
         """The sub-programs: of a scan or a fused step one, of a cond two."""
         return () if self.body is None else (self.body,) if self.orelse is None else (self.body, self.orelse)
 
+    def having(self, **fields: Any) -> Step:
+        """The same but for these fields, as `dataclasses.replace` has it in ten times the time."""
+        made = object.__new__(Step)
+        vars(made).update({**vars(self), **fields})
+        return made
+
     def rewritten(self, f: Callable[[Program], Program]) -> Step:
         """The step with `f` applied to its sub-programs."""
-        return replace(self, body=f(self.body) if self.body else None,
-                       orelse=f(self.orelse) if self.orelse else None) if self.body else self
+        return self.having(body=f(self.body) if self.body else None,
+                           orelse=f(self.orelse) if self.orelse else None) if self.body else self
 
     def passed(self, body: Program) -> list[tuple[str, str]]:
         """(argument of a body, value that it gets).
@@ -144,16 +149,6 @@ def number(value: Any) -> bool:
     """A keyword argument that is a finite number; an integer has 64 bits."""
     return (isinstance(value, (int, float)) and not isinstance(value, bool)
             and abs(value) < (1 << 63 if isinstance(value, int) else math.inf))
-
-
-def check_keywords(step: Step) -> None:
-    """SpecError unless the step's keyword arguments are those that its op takes."""
-    kinds, given = step.op.keywords, step.options
-    if ((wrong := next((n for n in (*kinds, *given) if n not in kinds or not kinds[n](given.get(n))), None))
-        is not None):
-        raise SpecError(f"{step.op.name}: the keyword argument {wrong} is missing" if wrong not in given else
-                        f"{step.op.name}: it has no keyword argument {wrong}" if wrong not in kinds else
-                        f"{step.op.name}: {wrong} is {given[wrong]!r}")
 
 
 @dataclass(frozen=True)

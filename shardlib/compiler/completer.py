@@ -224,9 +224,9 @@ class Completer(Builder):
                  layout: Layout) -> tuple[str, ...]:
         """The op on operands that are placed, and its results as its rule types them."""
         ins = tuple(self.types[p] for p in placed)
-        whole = step.op.rule(replace(step, ins=ins)).whole
+        whole = step.op.rule(step.having(ins=ins)).whole
         outs = tuple(result_dims(s, ins, whole, layout, self.mesh) for s in written)
-        typed = replace(step, ins=ins, outs=outs)
+        typed = step.having(ins=ins, outs=outs)
         rule = step.op.rule(typed)
         pieces = step.op.distribute and layout != EXPLICIT and any(
             _axes(s, n) for s in ins for n in rule.whole if n in s.names)
@@ -238,7 +238,7 @@ class Completer(Builder):
         except RuleError:
             raise self._refused(RuleRefuses(step, typed, rule)) from None
         if pieces:
-            return tuple(step.op.distribute(self, replace(typed, inputs=tuple(placed))))
+            return tuple(step.op.distribute(self, typed.having(inputs=tuple(placed))))
         if step.op.statistic and layout != EXPLICIT and set(types[0].owed) - set(ins[0].owed):
             self.rounded[step.outputs[0]] = placed[0]
             placed = [self.call(WIDEN, placed)]

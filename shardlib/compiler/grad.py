@@ -169,8 +169,8 @@ class _Backward(Builder):
             cotangents = [self.total(o, settle=step.op not in (RENAME, REARRANGE)) for o in step.outputs]
             vjp, step = step.op.vjp, self._keeping_more(step)
             self.forward[index] = step
-            here = replace(step, inputs=tuple(self.available(i) for i in step.inputs),
-                           outputs=tuple(self.available(o) for o in step.outputs))
+            here = step.having(inputs=tuple(self.available(i) for i in step.inputs),
+                               outputs=tuple(self.available(o) for o in step.outputs))
             for name, ct in zip(step.inputs, vjp(self, here, cotangents)):
                 if ct is not None and name in self.active:
                     self._contribute_like(name, ct)

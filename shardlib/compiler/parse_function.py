@@ -21,6 +21,7 @@ from shardlib.compiler.parse_text import (
 )
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import BINARY, SCALE, SHIFT
+from shardlib.language.calls import check_keywords
 from shardlib.language.cond import COND
 from shardlib.language.fused import FUSED
 from shardlib.language.local import local_op, local_vjp_op
@@ -28,7 +29,7 @@ from shardlib.language.moves import RESHARD, check_move
 from shardlib.language.rearrange import RENAME
 from shardlib.language.scan import SCAN
 from shardlib.mesh import MAX_RANKS
-from shardlib.program import Op, Program, Result, Scan, Step, check_keywords
+from shardlib.program import Op, Program, Result, Scan, Step
 from shardlib.reference import check_operands
 from shardlib.rules import natural
 from shardlib.spec import Owed, Spec, nameable, parse_signature

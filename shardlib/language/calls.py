@@ -20,6 +20,7 @@ from shardlib.errors import SpecError
 from shardlib.language.signature import Signature
 from shardlib.layout import Layout
 from shardlib.params import Params
+from shardlib.program import Step
 
 _MISCALLED = re.compile(r"(\w+)\(\) (missing|takes|got) .*")
 _STARS: dict[object, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
@@ -43,6 +44,16 @@ def check_static(f: Signature, static: Mapping[str, Any]) -> None:
             raise SpecError(f"{f.__name__}: it has no keyword argument {name}")
     if missing := [name for name, needed in f.static_names.items() if needed and name not in static]:
         raise SpecError(f"{f.__name__}: the keyword argument {missing[0]} is missing")
+
+
+def check_keywords(step: Step) -> None:
+    """SpecError unless the step's keyword arguments are those that its op takes."""
+    kinds, given = step.op.keywords, step.options
+    if ((wrong := next((n for n in (*kinds, *given) if n not in kinds or not kinds[n](given.get(n))), None))
+        is not None):
+        raise SpecError(f"{step.op.name}: the keyword argument {wrong} is missing" if wrong not in given else
+                        f"{step.op.name}: it has no keyword argument {wrong}" if wrong not in kinds else
+                        f"{step.op.name}: {wrong} is {given[wrong]!r}")
 
 
 def refuse_named(f: Signature, named: Mapping[str, Any]) -> None:

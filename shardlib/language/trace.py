@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import count
 from typing import Any, NoReturn
 
@@ -22,14 +21,14 @@ from torch import Tensor
 
 from shardlib.errors import SpecError
 from shardlib.language.arguments import argument_trees
-from shardlib.language.calls import check_count, check_static, check_tree, misuse, what
+from shardlib.language.calls import check_count, check_keywords, check_static, check_tree, misuse, what
 from shardlib.language.held import TABLE as HELD
 from shardlib.language.moves import RESHARD, TABLE
 from shardlib.language.signature import Signature
 from shardlib.language.value import ACTIVE, Value, active, apply, check_dims, specs_of
 from shardlib.layout import Layout
 from shardlib.params import Params, fill, leaf_values, struct
-from shardlib.program import Op, Program, Result, Step, check_keywords
+from shardlib.program import Op, Program, Result, Step
 from shardlib.source import Where, is_ours, user_frame, user_line
 from shardlib.spec import Spec, heading, nameable
 from shardlib.tree import Struct
@@ -145,7 +144,7 @@ class Tracer:
                 roots[key] = fresh(root, taken)
             final[str(ident)] = roots[key] + suffix
         steps = tuple(
-            replace(s, inputs=tuple(final[i] for i in s.inputs), outputs=tuple(final[i] for i in s.outputs))
+            s.having(inputs=tuple([final[i] for i in s.inputs]), outputs=tuple([final[i] for i in s.outputs]))
             for s in self.steps)
         return Program(name if heading(name) and name not in RESERVED else "f", tuple(args), steps,
                        tuple(_result(tree, value, final) for tree, value in results), where=where)

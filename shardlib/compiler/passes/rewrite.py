@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shardlib.compiler.fusion import Fusion, Product
 from shardlib.mesh import Mesh
@@ -36,5 +36,5 @@ def use_counts(program: Program) -> dict[str, int]:
 
 def renamed(step: Step, alias: Mapping[str, str]) -> Step:
     """The step, taking other values in place of those in `alias`."""
-    return (replace(step, inputs=tuple(alias.get(i, i) for i in step.inputs))
-            if any(i in alias for i in step.inputs) else step)
+    return (step.having(inputs=tuple(alias.get(i, i) for i in step.inputs))
+            if alias and any(i in alias for i in step.inputs) else step)
