@@ -72,11 +72,11 @@ def by_few_tokens(site: Site) -> Callable | str:
 
 
 def tiles_of(tokens: int, width: int) -> tuple[Tile, Tile]:
-    """Of gate and up, and of down, whose lines several blocks share; as sweeps on one H200 have them
-    (benchmarks/experts.py)."""
+    """Of gate and up, and of down, whose lines several blocks share; as sweeps on an H200 and an H100 have
+    them (benchmarks/experts.py)."""
     if tokens == 1:
         return Tile(128, 64, 8, 3) if width > 7168 else Tile(32, 64, 4, 5), Tile(64, 64, 4, 5, splits=4)
     if tokens <= 16:
         return ((Tile(64, 64, 4, 3), Tile(64, 64, 4, 5, splits=2)) if width > 7168 else
-                (Tile(64, 128, 4, 3), Tile(128, 64, 8, 4)))
-    return Tile(128, 32, 8, 5), Tile(128, 64, 8, 4, splits=4 if tokens <= 32 else 2)
+                (Tile(128, 64, 8, 3), Tile(128, 64, 8, 4)))
+    return Tile(128, 32, 8, 5), Tile(128, 64, 8, 4, splits=2 if tokens <= 32 or width > 7168 else 1)

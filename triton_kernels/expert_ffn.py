@@ -4,9 +4,9 @@ are hit, and nothing of the others.
 The first gives silu(x @ gate) * (x @ up) of each choice of each token, the second that @ down, weighted, and
 added up by token. A block has one expert and a tile of its columns, and finds the rows itself: it looks at
 what all tokens chose, so that no count ever goes to the host. It takes so many rows at a time as the number
-of tokens says, never as many as there are: then a row's bits do not depend on the others. Products are added
-up in float32; of `down`, each choice has its own sums, which the last block of a tile adds up in the order of
-the choices.
+of tokens says, never as many as there are: then a row's bits do not depend on the others; those that are
+not there are not loaded. Products are added up in float32; of `down`, each choice has its own sums, which the
+last block of a tile adds up in the order of the choices.
 
 Experts of other ranks are none of these: `first` is the number of the first one here.
 """
@@ -54,6 +54,22 @@ def _at_rows(begin, hit, place, pair, ROWS: tl.constexpr):
     return tl.sum(tl.where((place[None, :] == row[:, None]) & (hit[None, :] != 0), pair[None, :], 0), 1)
 
 
+@triton.jit
+def _load(ptr, kept, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=kept, other=0)
+
+
+@triton.jit
+def _load_rows(ptr, there, left, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(ptr, mask=there, other=0)
+    else:
+        return tl.load(ptr, mask=there & left, other=0)
+
+
 @triton.jit(do_not_specialize=["tokens", "first", "tiles"])
 def expert_gate_up_kernel(x_ptr, chosen_ptr, gate_ptr, up_ptr, out_ptr, tokens, first, tiles, K, N,
                           expert_stride, line_stride, column_stride, J: tl.constexpr, TOKENS: tl.constexpr,
@@ -66,25 +82,19 @@ def expert_gate_up_kernel(x_ptr, chosen_ptr, gate_ptr, up_ptr, out_ptr, tokens, 
     count, hit, place, pair = _rows_of(chosen_ptr, first + expert, tokens, J, TOKENS, CHOICES)
     column, line = tile * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, LINES)
     at = expert.to(tl.int64) * expert_stride + column[:, None] * column_stride + line[None, :] * line_stride
+    kept = (column < N)[:, None]
     for begin in range(0, count, ROWS):
-        row = _at_rows(begin, hit, place, pair, ROWS)
+        row, there = _at_rows(begin, hit, place, pair, ROWS), begin + tl.arange(0, ROWS) < count
         x = x_ptr + (row // J)[None, :] * K + line[:, None]
         gates, ups = tl.zeros((COLUMNS, ROWS), tl.float32), tl.zeros((COLUMNS, ROWS), tl.float32)
         for start in tl.range(0, K, LINES, num_stages=STAGES):
-            if WHOLE:
-                xs = tl.load(x + start)
-                gs = tl.load(gate_ptr + at + start * line_stride)
-                us = tl.load(up_ptr + at + start * line_stride)
-            else:
-                there = start + line < K
-                whole = there[None, :] & (column < N)[:, None]
-                xs = tl.load(x + start, mask=there[:, None], other=0)
-                gs = tl.load(gate_ptr + at + start * line_stride, mask=whole, other=0)
-                us = tl.load(up_ptr + at + start * line_stride, mask=whole, other=0)
-            gates, ups = tl.dot(gs, xs, gates), tl.dot(us, xs, ups)
+            left = kept & (start + line < K)[None, :]
+            xs = _load_rows(x + start, there[None, :], (start + line < K)[:, None], WHOLE)
+            gates = tl.dot(_load(gate_ptr + at + start * line_stride, left, WHOLE), xs, gates)
+            ups = tl.dot(_load(up_ptr + at + start * line_stride, left, WHOLE), xs, ups)
         y = gates / (1 + tl.exp(-gates)) * ups
-        kept = (begin + tl.arange(0, ROWS) < count)[None, :] & (column < N)[:, None]
-        tl.store(out_ptr + row[None, :] * N + column[:, None], y.to(out_ptr.dtype.element_ty), mask=kept)
+        tl.store(out_ptr + row[None, :] * N + column[:, None], y.to(out_ptr.dtype.element_ty),
+                 mask=there[None, :] & kept)
     let_next_start(EARLY)
 
 
@@ -102,22 +112,18 @@ def expert_down_kernel(h_ptr, chosen_ptr, weights_ptr, down_ptr, out_ptr, parts_
     count, hit, place, pair = _rows_of(chosen_ptr, first + expert, tokens, J, TOKENS, CHOICES)
     column, line = tile * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, LINES)
     at = expert.to(tl.int64) * expert_stride + column[:, None] * column_stride + line[None, :] * line_stride
-    each = tl.cdiv(tl.cdiv(K, SPLITS), LINES) * LINES
+    each, kept = tl.cdiv(tl.cdiv(K, SPLITS), LINES) * LINES, (column < N)[:, None]
+    end = tl.minimum(split * each + each, K)
     for begin in range(0, count, ROWS):
-        row = _at_rows(begin, hit, place, pair, ROWS)
+        row, there = _at_rows(begin, hit, place, pair, ROWS), begin + tl.arange(0, ROWS) < count
         h = h_ptr + row[None, :] * K + line[:, None]
         y = tl.zeros((COLUMNS, ROWS), tl.float32)
-        for start in tl.range(split * each, tl.minimum(split * each + each, K), LINES, num_stages=STAGES):
-            if WHOLE:
-                hs, ws = tl.load(h + start), tl.load(down_ptr + at + start * line_stride)
-            else:
-                there = start + line < K
-                hs = tl.load(h + start, mask=there[:, None], other=0)
-                ws = tl.load(down_ptr + at + start * line_stride, mask=there[None, :] & (column < N)[:, None],
-                             other=0)
-            y = tl.dot(ws, hs, y)
-        kept = (begin + tl.arange(0, ROWS) < count)[None, :] & (column < N)[:, None]
-        tl.store(parts_ptr + (split * tokens * J + row)[None, :] * N + column[:, None], y, mask=kept)
+        for start in tl.range(split * each, end, LINES, num_stages=STAGES):
+            left = (start + line < K)[None, :]
+            hs = _load_rows(h + start, there[None, :], (start + line < K)[:, None], WHOLE)
+            y = tl.dot(_load(down_ptr + at + start * line_stride, left & kept, WHOLE), hs, y)
+        tl.store(parts_ptr + (split * tokens * J + row)[None, :] * N + column[:, None], y,
+                 mask=there[None, :] & kept)
     let_next_start(EARLY)
     if last_to_leave(counts_ptr + tile, experts * SPLITS):
         for begin in range(0, tokens, SUMS):
@@ -125,11 +131,11 @@ def expert_down_kernel(h_ptr, chosen_ptr, weights_ptr, down_ptr, out_ptr, parts_
             for j in tl.static_range(J):
                 own = tl.load(chosen_ptr + token * J + j, mask=token < tokens, other=-1) - first
                 weight = tl.load(weights_ptr + token * J + j, mask=token < tokens, other=0)
-                kept = ((own >= 0) & (own < experts))[:, None] & (column < N)[None, :]
+                mine = ((own >= 0) & (own < experts))[:, None] & (column < N)[None, :]
                 y = tl.zeros((SUMS, COLUMNS), tl.float32)
                 for s in tl.static_range(SPLITS):
                     y += tl.load(parts_ptr + (s * tokens * J + token * J + j)[:, None] * N + column[None, :],
-                                 mask=kept, other=0)
+                                 mask=mine, other=0)
                 total += weight[:, None] * y
             tl.store(out_ptr + token[:, None] * N + column[None, :], total.to(out_ptr.dtype.element_ty),
                      mask=(token < tokens)[:, None] & (column < N)[None, :])
@@ -162,9 +168,9 @@ def expert_ffn(x: Tensor, chosen: Tensor, weights: Tensor, gate: Tensor, up: Ten
 
 
 def rows_at_once(tokens: int) -> int:
-    """That a block multiplies, of so many tokens, a power of two: an expert that more of them chose is read
-    once more."""
-    return min(64, max(8, tokens))
+    """That a block multiplies, of so many tokens, a power of two: an expert that more than half of them chose
+    is read twice."""
+    return max(8, tokens // 2)
 
 
 def _launch(kernel: object, tensors: tuple[Tensor, ...], numbers: tuple[int, ...], blocks: int, lines: int,
