@@ -75,10 +75,9 @@ def natural(op: str, rule: Rule, ins: Sequence[Spec], outs: Sequence[Spec],
     types = []
     for out, used in zip(outs, uses):
         passed = _owed(op, rule, ins, axes, names, [i for i in used if i not in rule.shapes])
-        others = {n for i, s in enumerate(ins) if i not in used for n in s.names}
-        others -= {n for i in used for n in ins[i].names}
+        taken = {n for i in used for n in ins[i].names}
         gone = {n: a for n, a in axes.items()
-                if a and n not in out.names and n not in others and n not in rule.met}
+                if a and n in taken and n not in out.names and n not in rule.met}
         for name, split in gone.items():
             if name not in rule.sums and name not in rule.maxes:
                 raise _must_be_whole(op, name, split, ins, names)
