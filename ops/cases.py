@@ -53,6 +53,15 @@ def distinct(experts: str) -> Draw:
     return draw
 
 
+def some_are(value: int, of: Draw) -> Draw:
+    """A third of what `of` draws is `value`."""
+    def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
+             before: list[Tensor]) -> Tensor:
+        made = of(shape, sizes, g, before)
+        return made.masked_fill(torch.rand(shape, generator=g) < 1 / 3, value)
+    return draw
+
+
 def choices(experts: str, most: str) -> Draw:
     """For each pair of an expert and a token, by which of the token's choices it is there."""
     def draw(shape: tuple[int, ...], sizes: Mapping[str, int], g: torch.Generator,
@@ -330,6 +339,10 @@ CASES: tuple[Case, ...] = (
           scale=2.5),
     _case("dispatch", "B T D, B T J -> (V B T)~J D, (V B T)~J", normal, distinct("V")),
     _case("dispatch", "T D, T J -> (V T)~J D, (V T)~J", normal, distinct("V")),
+    _case("dispatch", "T D, T J -> (V T)~J D, (V T)~J", normal, some_are(-1, distinct("V")), ignore_index=-1),
+    _case("within_capacity", "B T J -> B T J, V", some_are(-1, distinct("V")), capacity=1),
+    _case("within_capacity", "T J -> T J, V", distinct("V"), capacity=2),
+    _case("slots_of", "V F, B T J -> B T J", some_are(-1, index("F")), some_are(-1, index("V"))),
     *(_case(name, f"(V T)~J D, (V T)~J, {more}", normal, choices("V", "J")) for name, more in (
         ("grouped_einsum", "V D F -> (V T)~J F"), ("grouped_einsum", "D F V -> (V T)~J F"),
         ("grouped_einsum_vjp", "(V T)~J F -> V D F"), ("grouped_einsum_vjp", "(V T)~J F -> F V D"),

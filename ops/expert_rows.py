@@ -23,15 +23,15 @@ from torch import Tensor
 
 
 def chosen_rows(x: Tensor, chosen: Tensor, experts: int, tokens: int, choices: int, first: int, most: int,
-                look: Callable[[Tensor], None] | None = None,
-                room: Callable[[Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
+                look: Callable[[Tensor], None] | None = None, room: Callable[[Tensor], None] | None = None,
+                none: int | None = None) -> tuple[Tensor, Tensor]:
     """The rows of tokens that chose one of the own experts, which begin with `first`; and which they are.
 
     look: gets what was chosen, where nobody knows that these are experts, and each once.  room: looks at how
-    many rows there are, where there may be more than `most`.
+    many rows there are, where there may be more than `most`.  none: a number below 0 that is no expert.
     """
     if look is not None:
-        look(chosen := each_once(chosen))
+        look(chosen := each_once(chosen, none))
     here, n = chosen.reshape(-1) - first, tokens * choices
     numbers = here * n + torch.arange(n, device=x.device)
     own = (here >= 0) & (here < experts)
@@ -41,9 +41,11 @@ def chosen_rows(x: Tensor, chosen: Tensor, experts: int, tokens: int, choices: i
     return token_rows(x, at, experts, tokens, choices), at
 
 
-def each_once(chosen: Tensor) -> Tensor:
-    """The same, but -1, which is none, for an expert that the token has already."""
-    return chosen.masked_fill((chosen.unsqueeze(-1) == chosen.unsqueeze(-2)).tril(-1).any(-1), -1)
+def each_once(chosen: Tensor, none: int | None = None) -> Tensor:
+    """The same, but -1, or what is below `none`, for an expert that the token has already."""
+    again = (chosen.unsqueeze(-1) == chosen.unsqueeze(-2)).tril(-1).any(-1)
+    return (chosen.masked_fill(again, -1) if none is None else
+            chosen.masked_fill(again & (chosen != none), none - 1))
 
 
 def token_rows(x: Tensor, at: Tensor, experts: int, tokens: int, choices: int,

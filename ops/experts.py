@@ -80,7 +80,8 @@ def _dispatch(e: LocalCode, step: Step, args: list[str]) -> str:
     dim = _ragged(step)
     site, room = _site(e, step, args), e.room_site(step, dim)
     looks = [f"{name}.look" if name else "None" for name in (site, room)]
-    return _code(e, step, chosen_rows, args, e.rows(Dim(dim.factors[:1]))[0], e.rows(dim)[1], *looks)
+    return _code(e, step, chosen_rows, args, e.rows(Dim(dim.factors[:1]))[0], e.rows(dim)[1], *looks,
+                 step.options.get("ignore_index"))
 
 
 def _site(e: LocalCode, step: Step, args: list[str]) -> str | None:
@@ -88,20 +89,23 @@ def _site(e: LocalCode, step: Step, args: list[str]) -> str | None:
     expert, maker = Dim(_ragged(step).factors[:1]), e.maker(step.inputs[1])
     if maker is not None and maker.op is ROUTE and e.count(maker.ins[0].dims[-1]) <= e.count(expert):
         return None
-    return e.index_site(step, 1, args[1], expert, "experts",
-                        hint="; an expert that a token has twice counts as -1")
+    none = step.options.get("ignore_index")
+    return e.index_site(step, 1, args[1], expert, "experts", ignored=none,
+                        hint=f"; an expert that a token has twice counts as {none - 1 if none else -1}")
 
 
 def _look(e: LocalCode, step: Step, args: list[str]) -> str:
     """A kernel has room for all rows."""
     site = _site(e, step, args)
-    return f"{site}.look({e.use(each_once)}({args[1]}))" if site else "None"
+    return (f"{site}.look({e.use(each_once)}({args[1]}, {step.options.get('ignore_index')}))" if site
+            else "None")
 
 
 def _dispatch_reference(d: Dims, x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
     dim = _ragged(d.step)
-    chosen = d.index(dim.names[0]) == experts
-    if bool((d.sum(chosen.long(), dim.ragged) > 1).any()) or bool((experts >= d.count(dim.names[0])).any()):
+    chosen, least = d.index(dim.names[0]) == experts, 0 if d.options.get("ignore_index") is None else -1
+    wrong = (d.sum(chosen.long(), dim.ragged) > 1).any() | (experts >= d.count(dim.names[0])).any()
+    if bool(wrong | (experts < least).any()):
         raise ValueError("an expert twice, or none of them")
     places = torch.where(chosen, d.index(dim.ragged), d.count(dim.ragged))
     return d.sum(chosen * x, dim.ragged), d.fold(torch.minimum, d.count(dim.ragged), places, dim.ragged)
@@ -115,6 +119,7 @@ DISPATCH = Op("dispatch", index=(1,), takes=("float", "index"), emit=_dispatch, 
               vjp=_dispatch_vjp,
               rule=lambda s: Rule(linear=((0,),), whole=s.ins[1].names[-1:], uses=((0, 1), (1,)),
                                   ragged=True),
+              keywords={"ignore_index": lambda n: n is None or (isinstance(n, int) and n < 0)},
               reads=_indexed, dtype=lambda d, o: [d[0], "int64"],
               reference=_dispatch_reference)
 
@@ -220,9 +225,11 @@ def _tokens(spec: Spec) -> tuple[str, ...]:
     return spec.dims[0].names[1:]
 
 
-def dispatch(text: str, x: Operand, experts: Operand) -> tuple[Value, Value]:
+def dispatch(text: str, x: Operand, experts: Operand, *,
+             ignore_index: int | None = None) -> tuple[Value, Value]:
     """(rows, at): a row of x for each expert that a token chose, and which row is which.
 
+    ignore_index: a number below 0 that is no expert, as of padding, or of what `within_capacity` drops.
     Refused, where it runs: an expert outside of E, and one that a token has twice.
 
     >>> from shardlib import Layout, Mesh, lower, sharded
@@ -244,7 +251,9 @@ def dispatch(text: str, x: Operand, experts: Operand) -> tuple[Value, Value]:
         return (x.labels == (*tokens, rows.labels[1]) and chosen.labels == (*tokens, rows.dims[0].ragged)
                 and at.labels == rows.labels[:1] and len(rows.dims) == 2)
     _meant("dispatch", text, means, "B T D, B T J -> (E B T)~J D, (E B T)~J")
-    return apply(DISPATCH, (x, experts), text)
+    if ignore_index is None:
+        return apply(DISPATCH, (x, experts), text)
+    return apply(DISPATCH, (x, experts), text, ignore_index=ignore_index)
 
 
 def grouped_einsum(text: str, rows: Operand, at: Operand, w: Operand) -> Value:

@@ -99,6 +99,7 @@ GIVES: dict[str, Any] = {
     **dict.fromkeys(("cross_entropy_vjp", "label_sums_vjp", "extreme_vjp", "prod_vjp", "route_vjp", "combine",
                      "combine_vjp"), first),
     "route": lambda x, *bias: (widest(x, float32), int64), "dispatch": lambda x, chosen: (x, int64),
+    "within_capacity": lambda chosen: (int64, int64), "slots_of": lambda table, chosen: int64,
     "combine_weights_vjp": lambda rows, at, g: widest(rows, g, float32),
 }
 TAKES_ANY = {*CUTS, "add", "mul", "div", "scale", "shift", "reciprocal", "einsum", "sum", "prod", "cumsum",
@@ -275,7 +276,8 @@ STATISTICS = ("prod", "prod_vjp", "cumsum", "mean", "var", "std", "softmax", "so
               "exp_minus", "share", "sum_exp", "log_plus", "rms_norm", "rms_norm_vjp", "layer_norm",
               "group_norm", "norm_vjp", "cross_entropy_vjp", "label_sums_vjp", "extreme_vjp")
 EXACT = ("topk", "sample", "argmax", "argmin", "sort", "rank_of", "from_rank", "ties", *COMPARISONS,
-         *LOGICAL, *OF_MASKS, "causal_mask", "zeros", "ones", "full", "arange", "tril", "one_hot", "finite")
+         *LOGICAL, *OF_MASKS, "causal_mask", "zeros", "ones", "full", "arange", "tril", "one_hot", "finite",
+         "within_capacity", "slots_of")
 
 
 # with rows that data chose: tests/ops/test_experts.py
