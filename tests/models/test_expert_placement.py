@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardlib import SpecError
-from shardlib.models.expert_placement import Placement, greedy, rebalance
+from shardlib.models.expert_placement import (
+    Move,
+    Placement,
+    by_experts_hit,
+    evenly,
+    greedy,
+    moves,
+    rebalance,
+)
 
 PUBLISHED = [600, 560, 120, 120, 20, 10, 10, 10]
 
@@ -82,6 +90,67 @@ def test_what_cannot_be_placed_says(load: list[float], says: str) -> None:
 
 def test_a_placement_of_another_size_is_placed_anew() -> None:
     assert rebalance([1, 2], 2, 2, Placement(((0, 1),))) == rebalance([1, 2], 2, 2)
+
+
+@settings(max_examples=settings.default.max_examples // 4)
+@given(problems(), st.integers(1, 3))
+def test_on_hosts_an_experts_replicas_are_on_one(problem: tuple[list[int], int, int], hosts: int) -> None:
+    load, ranks, slots = problem
+    if ranks % hosts or len(load) < hosts:
+        with pytest.raises(SpecError, match="are no"):
+            rebalance(load, ranks, slots, hosts=hosts)
+        return
+    made = rebalance(load, ranks, slots, hosts=hosts)
+    each = ranks // hosts
+    of = [{e for rank in made.slots[h * each:h * each + each] for e in rank} for h in range(hosts)]
+    assert [len(rank) for rank in made.slots] == [slots] * ranks
+    assert sum(map(len, of)) == len(load) and set().union(*of) == {*range(len(load))}
+    after = rebalance([x + e for e, x in enumerate(load)], ranks, slots, made, hosts=hosts)
+    assert all(sum(e in {x for rank in after.slots[h * each:h * each + each] for x in rank}
+                   for h in range(hosts)) == 1 for e in range(len(load)))
+
+
+def test_what_decoding_reads_is_balanced_by_experts_not_by_tokens() -> None:
+    """One that every token chooses beside seven that few do: it is read once a step, as others are."""
+    load, cost = [1000, 200, 200, 200, 200, 100, 50, 50], by_experts_hit(tokens=1000, rows=8)
+    hit = rebalance(load, 4, 2, cost=cost)
+    by_rank = [sum(1 - (1 - load[e] / 1000) ** 8 for e in rank) for rank in hit.slots]
+    assert hit.loads(load, cost) == pytest.approx(by_rank)
+    tokens = rebalance(load, 4, 2)
+    assert max(by_rank) <= max(tokens.loads(load, cost)) and max(tokens.loads(load)) <= max(hit.loads(load))
+
+
+@settings(max_examples=settings.default.max_examples // 4)
+@given(st.data(), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
+def test_moves_make_the_one_of_the_other_and_nothing_else(data: st.DataObject, ranks: int, experts: int,
+                                                          slots: int) -> None:
+    """Uneven ranks too: a move for each slot that changes, if it may from the rank itself."""
+    def drawn() -> Placement:
+        more = st.lists(st.integers(0, experts - 1), max_size=slots)
+        return Placement(tuple((*own, *data.draw(more)) for own in evenly(experts, ranks).slots))
+    before, after = drawn(), drawn()
+    held = [[*rank] for rank in before.slots]
+    for rank, other in zip(held, after.slots):
+        rank += [-1] * (len(other) - len(rank))
+        del rank[len(other):]
+    made = moves(before, after)
+    changed = sum(a != b for rank, other in zip(held, after.slots) for a, b in zip(rank, other))
+    assert len(made) == changed
+    for each in made:
+        assert before.slots[each.source[0]][each.source[1]] == each.expert
+        assert each.source[0] == each.target[0] or each.expert not in before.slots[each.target[0]]
+        held[each.target[0]][each.target[1]] = each.expert
+    assert [tuple(rank) for rank in held] == [*after.slots]
+
+
+def test_what_is_nowhere_does_not_move_and_a_table_has_its_width() -> None:
+    with pytest.raises(SpecError, match="moves: nobody has expert 2"):
+        moves(evenly(2, 2), evenly(3, 2))
+    assert moves(evenly(4, 2), Placement(((0, 0), (2, 3)))) == (Move(0, (0, 0), (0, 1)),)
+    assert evenly(5, 2) == Placement(((0, 1, 2), (3, 4)))
+    assert Placement(((0, 1), (0, 0))).table(4) == [[0, 2, 3, -1], [1, -1, -1, -1]]
+    with pytest.raises(SpecError, match="an expert has 3 replicas, and the table room for 2"):
+        Placement(((0, 1), (0, 0))).table(2)
 
 
 def test_nobody_has_anything_to_do() -> None:
