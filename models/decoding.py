@@ -22,9 +22,12 @@ from shardlib.distributed.runtime import Runtime
 from shardlib.language.trace import Function
 from shardlib.models.cache_buffer import CacheBuffer
 from shardlib.models.decoder import Decoder
+from shardlib.models.expert_placement import Placement
 from shardlib.models.families import FAMILIES, LLAMA, Family, config_of, family_of, load, weights_of
 from shardlib.models.files.checkpoint import Checkpoint
 from shardlib.models.llama import Cache, LlamaConfig
+from shardlib.models.mixtral import MixtralConfig
+from shardlib.models.placing import check, place_anew, placed
 from shardlib.models.random_weights import random_weights, shape_of
 from shardlib.models.slots import Slots
 from shardlib.ops import sample
@@ -90,6 +93,7 @@ class Model:
         self._steps: dict[tuple[Sampling, bool], Compiled] = {}
         self._decoders: dict[tuple[Sampling, bool], Decoder] = {}
         self._cache = CacheBuffer(dtype, runtime.device)
+        self.placements: list[Placement] = []                   # of its experts' slots, by layer
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, layout: Layout, runtime: Runtime,
@@ -121,6 +125,24 @@ class Model:
         self.weights = step.prepare("w", leaves, weights_of(self.config))
         self._decoders.clear()
         return self
+
+    def place(self, placements: Sequence[Placement]) -> Model:
+        """The same model with its experts in the slots of a placement for each layer.
+
+        Where they are in slots already, and these are as many, they change places in their buffers: also
+        between two steps of `generate` (in `on_tokens`, on all ranks), which goes on with the same tokens.
+        """
+        if not isinstance(self.config, MixtralConfig):
+            raise SpecError("place: the model has no experts")
+        if not self.placements:
+            config, weights = placed(self.config, self.weights, placements, self.layout, self.runtime)
+            model = Model(config, weights, self.layout, self.runtime, self.dtype)
+        else:
+            check(placements, self.config, self.layout, self.runtime.mesh)
+            place_anew(self.weights, self.placements, placements, self.layout, self.runtime)
+            model = self
+        model.placements = [*placements]
+        return model
 
     def lower(self, sampling: Sampling = Sampling()) -> Program:
         """The program of one step."""

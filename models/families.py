@@ -78,7 +78,8 @@ def config_of(checkpoint: Checkpoint) -> LlamaConfig:
 
 def weights_of(config: LlamaConfig) -> Params:
     """The pytree of weights of `config`, its leaves paths: without a head where it is tied."""
-    full: Any = fill(family_of(config).weights, "", lambda path: path)
+    kind = mixtral.Placed if getattr(config, "num_slots", 0) else family_of(config).weights
+    full: Any = fill(kind, "", lambda path: path)
     return type(full)(**{**full.__dict__, "head": None if config.tied else full.head})
 
 

@@ -2,7 +2,8 @@
 goes through a few.
 
 B batch  T query time  S key time (cache slots)  P key time in a prompt  D d_model  L layers
-K kv heads  G queries per kv head  H head_dim  E experts  J experts a token  F d_ff  V vocab
+K kv heads  G queries per kv head  H head_dim  X experts  J experts a token  F d_ff  V vocab
+E slots of experts: as many, or, where w.slots says which are whose (X R, R replicas), more
 
 No line here knows of ranks or meshes. `Layout(E="ep")` makes it expert parallel, `F="tp"` tensor parallel
 within each expert, both lines both; `Layout(B="dp", E=("dp", "tp"))` has attention data parallel and experts
@@ -28,6 +29,7 @@ from shardlib.ops import (
     rms_norm,
     route,
     router_z_loss,
+    slots_of,
     update_cache,
 )
 
@@ -37,6 +39,7 @@ class MixtralConfig(LlamaConfig):
     """What a checkpoint says of its model. d_ff: of each expert.  top_k: experts a token.
 
     window: how many keys a query sees at most, its own among them; None: all before it.
+    num_slots: of experts' weights, where some have replicas; 0: each expert is there once.
     balance, z_loss: how much the load balancing loss counts in training, and the router's z-loss.
     """
     num_experts: int
@@ -44,10 +47,12 @@ class MixtralConfig(LlamaConfig):
     window: int | None = None
     balance: float = 0.0
     z_loss: float = 0.0
+    num_slots: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {**super().sizes, "E": self.num_experts, "J": self.top_k}
+        return {**super().sizes, "X": self.num_experts, "E": self.num_slots or self.num_experts,
+                "J": self.top_k, "R": max(self.num_slots - self.num_experts, 0) + 1}
 
 
 class Block(Params):
@@ -57,10 +62,11 @@ class Block(Params):
     wv: Tensor = param("D K H")
     wo: Tensor = param("K G H D")
     norm2: Tensor = param("D", initial="ones")
-    router: Tensor = param("D E/1")
+    router: Tensor = param("D X")
     gate: Tensor = param("E D F")
     up: Tensor = param("E D F")
     down: Tensor = param("E F D")
+    slots = None                                    # each expert is there once
 
 
 class Mixtral(Params):
@@ -68,6 +74,14 @@ class Mixtral(Params):
     layers: Block = stacked("L", Block)
     norm: Tensor = param("D", initial="ones")
     head: Tensor = param("V D")                     # absent where the embedding is tied
+
+
+class PlacedBlock(Block):
+    slots: Tensor = param("X R")                    # of each expert: see `slots_of`
+
+
+class Placed(Mixtral):
+    layers: PlacedBlock = stacked("L", PlacedBlock)
 
 
 def through_experts(x, weights, chosen, w):
@@ -80,9 +94,10 @@ def through_experts(x, weights, chosen, w):
 
 def moe(x, w, config):
     """What the experts make of x; what the router says, and whom it chose."""
-    logits = einsum("B T D, D E/1 -> B T E/1", x, w.router)
-    weights, chosen = route("B T E -> B T J, B T J", logits, top_k=config.top_k)
-    return through_experts(x, weights, chosen, w), logits, chosen
+    logits = einsum("B T D, D X -> B T X", x, w.router)
+    weights, chosen = route("B T X -> B T J, B T J", logits, top_k=config.top_k)
+    slots = chosen if w.slots is None else slots_of("X R, B T J -> B T J", w.slots, chosen)
+    return through_experts(x, weights, slots, w), logits, chosen
 
 
 def rest(x, a, w, config):
@@ -91,7 +106,7 @@ def rest(x, a, w, config):
     return x + y, *router
 
 
-@sharded("B T D, *, B T/1 H -> B T D, B T E/1, B T J")
+@sharded("B T D, *, B T/1 H -> B T D, B T X, B T J")
 def routed_block(x, w: Block, angles, *, config):
     q, k, v = heads(x, w, angles, config)
     k, v = rename("B T K H -> B S K H", k), rename("B T K H -> B S K H", v)
@@ -176,8 +191,8 @@ def loss(ids, labels, w: Mixtral, start, *, config):
     x = embedding("B T, V D -> B T D", ids, w.embed)
     x, router, experts = scan(routed_block, x, w.layers, angles_at(start, config), config=config)
     return (mean_loss(head(x, w, config), labels)
-            + config.balance * load_balancing_loss("L B T E/1, L B T J -> ()", router, experts)
-            + config.z_loss * router_z_loss("L B T E/1 -> ()", router))
+            + config.balance * load_balancing_loss("L B T X, L B T J -> ()", router, experts)
+            + config.z_loss * router_z_loss("L B T X -> ()", router))
 
 
 def mean_loss(logits, labels):

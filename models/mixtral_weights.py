@@ -26,7 +26,7 @@ def weights_of(config: MixtralConfig, names: Collection[str]) -> tuple[Weight, .
 
 
 def _apart() -> list[Weight]:
-    return [Weight("layers.router", "L D E",   APART + "gate.weight", "E D"),
+    return [Weight("layers.router", "L D X",   APART + "gate.weight", "X D"),
             Weight("layers.gate",   "L E D F", EXPERT + "w1.weight", "F D"),
             Weight("layers.up",     "L E D F", EXPERT + "w3.weight", "F D"),
             Weight("layers.down",   "L E F D", EXPERT + "w2.weight", "D F")]
@@ -34,7 +34,7 @@ def _apart() -> list[Weight]:
 
 def _fused() -> list[Weight]:
     both = FUSED + "experts.gate_up_proj"
-    return [Weight("layers.router", "L D E",   FUSED + "gate.weight", "E D"),
+    return [Weight("layers.router", "L D X",   FUSED + "gate.weight", "X D"),
             Weight("layers.gate",   "L E D F", both, "E (two F) D", at=("two", 0, 2)),
             Weight("layers.up",     "L E D F", both, "E (two F) D", at=("two", 1, 2)),
             Weight("layers.down",   "L E F D", FUSED + "experts.down_proj", "E D F")]

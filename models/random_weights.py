@@ -62,7 +62,7 @@ def random_weights(config: LlamaConfig, types: Mapping[str, Spec], mesh: Mesh, c
         if labels in (("D",), ("L", "D")):
             leaf.fill_(1)
             continue
-        inner = [n for n in labels if n not in ("L", "E")] if labels[-1] != "E" else ["D"]
+        inner = [n for n in labels if n not in ("L", "E")] if labels[-1] != "X" else ["D"]
         summed = ("D",) if labels[0] == "V" or inner[0] == "D" else inner[:-1]
         fan = torch.Size(config.sizes[n] for n in summed).numel()
         begins = [mesh.rows(dim, config.sizes, coordinate)[0] for dim in kind.dims]

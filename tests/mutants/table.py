@@ -57,6 +57,7 @@ STEP_ENDS, CACHED = (f"tests/triton_kernels/test_{name}.py" for name in (
     "ends_of_a_step", "cached_attention"))
 MIXTRAL = "tests/models/test_mixtral.py"
 PYTREES = "tests/test_pytrees.py"
+CAPACITY = "tests/ops/test_expert_capacity.py"
 OF_EXPERTS = "tests/triton_kernels/test_experts.py"
 SIMULATED = "tests/run/test_simulate.py"
 DECODER, ROTATED = "tests/models/test_decoder.py", "tests/compiler/test_rotate_scan.py -k leaves_alone"
@@ -499,7 +500,8 @@ MUTANTS = (
     Mutant("ops/kv_cache.py", "torch.where(here == at, rows", "torch.where(here == here, rows", OVER),
     Mutant("ops/attention_form.py", 'and not {*self.beside} - {"sinks"}', "", OVER),
     Mutant("shardlib/language/exchanges.py", "brings = sizes[(m - hop + 1) % n]", "brings = sizes[m]", OVER),
-    Mutant("shardlib/rules.py", "and n not in others and n not in rule.met}", "and n not in others}", OVER),
+    Mutant("shardlib/rules.py", "and n not in out.names and n not in rule.met}",
+           "and n not in out.names}", OVER),
     Mutant("shardlib/compiler/completer.py", "and axes[b] and layout.entries.get(a) == axes[b])",
            "and axes[b])", OVER),
     Mutant("ops/attend_lse.py", "if ahead < 0 or ahead + t > s:", "if False:", OPTIONS),
@@ -507,7 +509,8 @@ MUTANTS = (
     Mutant("ops/attend_vjp.py", "(1 - (of.capped / scores.softcap).square())", "1", OPTIONS),
     Mutant("ops/attend_vjp.py", 'weight = weight.masked_fill(of.score == float("-inf"), 0)', "pass", OPTIONS),
     Mutant("ops/attend_vjp.py", "torch.zeros_like(like[:, :behind])", "like[:, :behind]", OPTIONS),
-    Mutant("shardlib/rules.py", " and n not in others", "", RULES + " -k attention_lse"),
+    Mutant("shardlib/rules.py", "a and n in taken and n not in", "a and n not in",
+           RULES + " -k attention_lse"),
     Mutant("ops/few_rows.py", "torch.is_grad_enabled() and any", "False and any", f"{FEW_ROWS} {ATTENTION}"),
     Mutant("ops/few_rows.py", "torch.is_grad_enabled() and any", "any", FEW_ROWS),
     Mutant("ops/few_rows.py", "decode_attention(q.contiguous(), k", "decode_attention(q, k", FEW_ROWS),
@@ -1010,14 +1013,24 @@ MUTANTS = (
            "interleaved=False)\n    q = concat",
            GALLERY + " -k deepseek"),
     Mutant("models/expert_placement.py", "for held in (start, *tried)", "for held in tried", PLACES),
-    Mutant("models/expert_placement.py", "return _near(best, before)", "return best", PLACES),
+    Mutant("models/expert_placement.py", "return _near(best, before, hosts)", "return best", PLACES),
     Mutant("models/expert_placement.py", ">= (1 - worth) *", ">", PLACES),
+    Mutant("ops/expert_slots.py", "stride *= e.count(dim)", "stride *= e.rows(dim)[1]",
+           RULES + " -k slots_of"),
+    Mutant("models/placing.py", "leaf[slot].clone()", "leaf[slot]",
+           "tests/models/test_placing.py -k between"),
+    Mutant("models/expert_placement.py", "if at[0] == rank), None)", "if at[0] < 0), None)", PLACES),
+    Mutant("models/expert_placement.py", "room = ceil(len(load) / hosts)", "room = len(load)", PLACES),
     Mutant("triton_kernels/expert_ffn.py", "token < tokens, other=-1) - first", "token < tokens, other=-1)",
            OF_EXPERTS),
     Mutant("triton_kernels/expert_ffn.py", "tl.cumsum(hit, 0) - hit", "tl.cumsum(hit, 0)", OF_EXPERTS),
     Mutant("triton_kernels/route.py", "left = tl.where(taken, -1.0, left)", "left = left", OF_EXPERTS),
     Mutant("ops/expert_ffn.py", "first = site.begins[3][0]", "first = 0",
            "tests/models/test_fused_experts.py -k derivative"),
+    Mutant("ops/expert_capacity.py", "choices = chosen.movedim(-1, 0)", "choices = chosen", CAPACITY),
+    Mutant("ops/expert_capacity.py", "sort(stable=True)", "sort(descending=True)", CAPACITY),
+    Mutant("ops/expert_capacity.py", "arange(start, start + size + 1", "arange(0, size + 1", CAPACITY),
+    Mutant("ops/expert_rows.py", "again & (chosen != none), none - 1", "again, none - 1", CAPACITY),
     Mutant("ops/experts.py", "maker is not None and maker.op is ROUTE", "maker is not None",
            "tests/ops/test_experts.py -k made_otherwise"),
     Mutant("shardlib/run/kernels.py", "names[names.index(body.name) + 1:]", "names[:0]",

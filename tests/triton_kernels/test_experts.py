@@ -57,6 +57,17 @@ def test_experts_that_more_tokens_choose_than_a_tile_has_rows() -> None:
     assert near(got, expert_ffn_reference(*operands), exact)
 
 
+def test_no_bit_depends_on_which_replica_a_row_goes_to() -> None:
+    """Nor on how many rows come to one: slots 0 and 2 hold the same expert."""
+    torch.manual_seed(0)
+    x, weights, counts = torch.randn(9, 16).half(), torch.rand(9, 2), torch.zeros(1, dtype=torch.int32)
+    gate, up, down = (torch.randn(2, *shape).half()[[0, 1, 0]] for shape in ((16, 24), (16, 24), (24, 16)))
+    tiles = Tile(16, 16, 4, 2), Tile(16, 8, 4, 2, 2)
+    one, *others = (expert_ffn(x, torch.stack((slots, torch.ones_like(slots)), 1), weights, gate, up, down, 0,
+                               tiles, counts) for slots in torch.tensor([[0] * 9, [2] * 9, [0, 2, 0] * 3]))
+    assert all(torch.equal(one, other) for other in others)
+
+
 @some
 @given(st.sampled_from((torch.float16, torch.float32)), seeds, st.integers(1, 40),
        st.sampled_from((1, 2, 5, 8, 33)), st.data(), st.booleans())
