@@ -62,6 +62,9 @@ test-gpu: $(VENV)/.test ## the tests that need GPUs, against an installed wheel
 	$(PIP) -q --no-deps --target build/wheel/installed build/wheel/*.whl
 	cd build/wheel && PYTHONPATH=$(CURDIR)/build/wheel/installed $(abspath $(BIN))/python -m pytest --import-mode=importlib -q $(CURDIR)/tests/gpu $(ARGS)
 
+idle: $(VENV)/.test ## 1,000 steps of experts over ranks that are idle now and then: nothing hangs
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 3 tests/helpers/idle_worker.py 1000
+
 mutants: $(VENV)/.test ## break the code in each way of tests/mutants/table.py: whose tests do not notice?
 	$(BIN)/python tests/mutants $(ARGS)
 
@@ -119,4 +122,4 @@ for line in sys.stdin:
 endef
 export REUSE
 
-.PHONY: help demo test-fast test test-gpu mutants bench clean distclean
+.PHONY: help demo test-fast test test-gpu idle mutants bench clean distclean
