@@ -313,8 +313,8 @@ def _show_function(program: Program, classes: dict[str, Struct], functions: list
         ", ".join(f"{n}: {_class_name(t, classes)}" if isinstance(t, Struct) else n for n, t in program.args))
     lines = [f'@sharded("{signature}"{", layout=EXPLICIT" if program.explicit else ""})',
              f"def {_function_name(program, functions)}({args}):"]
-    lines += ["    " + _show_step(step, classes, functions) for step in program.steps]
-    results = ", ".join(_show_tree(r.tree, r.values, classes) for r in program.results)
+    lines += ["    " + _show_step(step, classes, functions, program) for step in program.steps]
+    results = ", ".join(_show_tree(r.tree, r.values, classes, program) for r in program.results)
     return "\n".join([*lines, f"    return {results}"])
 
 
@@ -324,26 +324,24 @@ def _function_name(program: Program, functions: list[Program]) -> str:
     return program.name + (f"__{at + 1}" if at else "")
 
 
-def _show_tree(tree: Tree, values: tuple[str, ...], classes: dict[str, Struct]) -> str:
+def _show_tree(tree: Tree, values: tuple[str, ...], classes: dict[str, Struct], here: Program) -> str:
     """The value, or the pytree: by its own name where the values are all its leaves, else put together."""
     if isinstance(tree, Spec):
         return values[0]
     paths = [path for path, _ in leaves("", tree)]
     root = values[0][:len(values[0]) - len(paths[0])] if values else ""
-    if root and all(v == root + p for v, p in zip(values, paths)):
+    own = [value for value in here.types() if value.startswith(f"{root}.")]
+    if root and [root + path for path in paths] == [*values] == own:
         return root
-    parts, at = [], 0
-    for name, sub in (tree.slice() if tree.stacked else tree).fields:
-        n = len(leaves("", sub))
-        parts.append(f"{name}={_show_tree(sub, values[at:at + n], classes)}")
-        at += n
-    return f"{_class_name(tree, classes)}({', '.join(parts)})"
+    fields = (tree.slice() if tree.stacked else tree).fields
+    parts = zip(fields, _show_trees([sub for _, sub in fields], values, classes, here))
+    return f"{_class_name(tree, classes)}({', '.join(f'{name}={text}' for (name, _), text in parts)})"
 
 
-def _show_step(step: Step, classes: dict[str, Struct], functions: list[Program]) -> str:
+def _show_step(step: Step, classes: dict[str, Struct], functions: list[Program], here: Program) -> str:
     op, options = step.op, step.options
     if step.bodies:
-        return _WITH_BODIES[op.name](step, classes, functions)
+        return _WITH_BODIES[op.name](step, classes, functions, here)
     target = ", ".join(step.outputs)
     if op.name in INFIX and len(step.inputs) == 2:
         return f"{target} = {step.inputs[0]} {INFIX[op.name]} {step.inputs[1]}"
@@ -355,17 +353,17 @@ def _show_step(step: Step, classes: dict[str, Struct], functions: list[Program])
     return f"{target} = {op.name}({', '.join(parts)})"
 
 
-def _show_cond(step: Step, classes: dict[str, Struct], functions: list[Program]) -> str:
+def _show_cond(step: Step, classes: dict[str, Struct], functions: list[Program], here: Program) -> str:
     body, chosen = step.bodies[0], [_function_name(b, functions) for b in step.bodies]
-    args = _show_trees([tree for _, tree in body.args], [value for _, value in step.passed(body)], classes)
-    return f"{_show_targets(step, classes)} = cond({', '.join([step.inputs[0], *chosen, *args])})"
+    args = _show_trees([tree for _, tree in body.args], [v for _, v in step.passed(body)], classes, here)
+    return f"{_show_targets(step, classes, here)} = cond({', '.join([step.inputs[0], *chosen, *args])})"
 
 
-def _show_scan(step: Step, classes: dict[str, Struct], functions: list[Program]) -> str:
+def _show_scan(step: Step, classes: dict[str, Struct], functions: list[Program], here: Program) -> str:
     parts, body = Scan.of(step), step.bodies[0]
     trees = [tree for _, tree in body.args]
     starts = accumulate((len(leaves("", tree)) for tree in trees), initial=0)
-    shown = list(zip(starts, _show_trees(trees, [value for _, value in step.passed(body)], classes)))
+    shown = list(zip(starts, _show_trees(trees, [value for _, value in step.passed(body)], classes, here)))
     first = len(parts.carries)
     last = first + len(parts.stacked)
     carries, stacked = ([text for start, text in shown if low <= start < high]
@@ -373,10 +371,10 @@ def _show_scan(step: Step, classes: dict[str, Struct], functions: list[Program])
     operands = [_function_name(body, functions), carries[0] if first == 1 else f"({', '.join(carries)})",
                 f"({', '.join(stacked)},)", *(text for start, text in shown if start >= last),
                 *(f"{k}={step.options[k]}" for k in ("reverse", "stages") if k in step.options)]
-    return f"{_show_targets(step, classes)} = scan({', '.join(operands)})"
+    return f"{_show_targets(step, classes, here)} = scan({', '.join(operands)})"
 
 
-def _show_fused(step: Step, classes: dict[str, Struct], functions: list[Program]) -> str:
+def _show_fused(step: Step, classes: dict[str, Struct], functions: list[Program], here: Program) -> str:
     operands = [_function_name(step.bodies[0], functions), *step.inputs]
     return f"{', '.join(step.outputs)} = fused({', '.join(operands)})"
 
@@ -384,11 +382,12 @@ def _show_fused(step: Step, classes: dict[str, Struct], functions: list[Program]
 _WITH_BODIES = {"scan": _show_scan, "cond": _show_cond, "fused": _show_fused}
 
 
-def _show_targets(step: Step, classes: dict[str, Struct]) -> str:
-    return ", ".join(_show_trees([r.tree for r in step.bodies[0].results], step.outputs, classes))
+def _show_targets(step: Step, classes: dict[str, Struct], here: Program) -> str:
+    return ", ".join(_show_trees([r.tree for r in step.bodies[0].results], step.outputs, classes, here))
 
 
-def _show_trees(trees: Sequence[Tree], values: Sequence[str], classes: dict[str, Struct]) -> list[str]:
+def _show_trees(trees: Sequence[Tree], values: Sequence[str], classes: dict[str, Struct],
+                here: Program) -> list[str]:
     """Each of `trees`, whose leaves are `values`, one tree's after the other's."""
     left = iter(values)
-    return [_show_tree(tree, tuple(islice(left, len(leaves("", tree)))), classes) for tree in trees]
+    return [_show_tree(tree, tuple(islice(left, len(leaves("", tree)))), classes, here) for tree in trees]

@@ -846,7 +846,7 @@ def renamed(program: Program, old: str, new: str, start: int = 0) -> Program:
 def swap(spec: Spec, a: str, b: str) -> Spec:
     to = {a: b, b: a}
     return Spec(tuple(d.split(tuple(to.get(x, x) for x in d.axes)) for d in spec.dims),
-                tuple(replace(o, axis=to.get(o.axis, o.axis)) for o in spec.owed))
+                tuple(o._replace(axis=to.get(o.axis, o.axis)) for o in spec.owed))
 
 
 @given(programs(), st.data())

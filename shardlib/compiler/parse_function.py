@@ -332,7 +332,7 @@ def _scan_options(value: ast.Call) -> tuple[int, bool]:
     given = [(k.arg, literal(k.value)) for k in value.keywords]
     options = dict(given)
     stages, reverse = options.pop("stages", 0), options.pop("reverse", False)
-    if (options or len(given) > 2 or type(stages) is not int or type(reverse) is not bool
+    if (options or len(dict(given)) < len(given) or type(stages) is not int or type(reverse) is not bool
         or not 0 <= stages <= MAX_RANKS):
         raise not_printed(value)
     return stages, reverse

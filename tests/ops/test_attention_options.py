@@ -28,11 +28,11 @@ OPTIONS: dict[str, tuple] = dict(window=(1, 2, 4), softcap=(0.7,), scale=(1.5,),
 SPECS = dict(start="B", mask="S T", lengths="B", bias="K T S", sinks="G K")
 
 
-def program(beside: tuple[str, ...], **options: Any) -> Any:
+def program(beside: tuple[str, ...], specs: dict[str, str] = SPECS, **options: Any) -> Any:
     """The sum of attention, which takes those `beside`, times a weight."""
-    text = ", ".join([QKV, *(SPECS[n] for n in beside)])
+    text = ", ".join([QKV, *(specs[n] for n in beside)])
 
-    @sharded(f"{QKV}, {', '.join(SPECS.values())}, B T K G V -> ()")
+    @sharded(f"{QKV}, {', '.join(specs.values())}, B T K G V -> ()")
     def f(q, k, v, start, mask, lengths, bias, sinks, weight):
         every = dict(start=start, mask=mask, lengths=lengths, bias=bias, sinks=sinks)
         operands = {n: every[n] for n in beside}
@@ -42,14 +42,16 @@ def program(beside: tuple[str, ...], **options: Any) -> Any:
 
 
 def inputs(b: int, t: int, kv: int, g: int, s: int, seed: int, dtype: torch.dtype = torch.float64,
-           h: int = 2) -> dict[str, torch.Tensor]:
-    r = torch.Generator().manual_seed(seed)
+           h: int = 2, specs: dict[str, str] = SPECS) -> dict[str, torch.Tensor]:
+    r, sizes = torch.Generator().manual_seed(seed), dict(B=b, T=t, K=kv, G=g, S=s)
+    mask, bias, sinks = ([sizes[n] for n in specs[name].strip("()").split()]
+                         for name in ("mask", "bias", "sinks"))
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=r, dtype=torch.float64).to(dtype)
     return dict(q=normal(b, t, kv, g, h), k=normal(b, s, kv, h), v=normal(b, s, kv, h),
-                start=torch.randint(-t, s + 1, (b,), generator=r), mask=torch.rand(s, t, generator=r) < 0.7,
-                lengths=torch.randint(s + 2, (b,), generator=r), bias=normal(kv, t, s), sinks=normal(g, kv),
+                start=torch.randint(-t, s + 1, (b,), generator=r), mask=torch.rand(mask, generator=r) < 0.7,
+                lengths=torch.randint(s + 2, (b,), generator=r), bias=normal(*bias), sinks=normal(*sinks),
                 weight=normal(b, t, kv, g, h))
 
 
@@ -61,7 +63,10 @@ def test_it_is_what_it_means(data: st.DataObject) -> None:
                if (value := data.draw(st.sampled_from((None, *values)), n)) is not None}
     b, t, kv, g, s = (data.draw(st.sampled_from(n))
                       for n in ((2, 1), (3, 1, 5), (2, 1), (1, 2), (5, 1, 3, 8)))
-    args, f = inputs(b, t, kv, g, s, data.draw(st.integers(0, 99))), program(beside, **options)
+    specs = {**SPECS, **{name: " ".join(data.draw(st.permutations(dims), name)) for name in ("mask", "bias")
+                         for dims in [["S", *data.draw(st.sets(st.sampled_from("BKGT")), name)]]}}
+    args = inputs(b, t, kv, g, s, data.draw(st.integers(0, 99)), specs=specs)
+    f = program(beside, specs, **options)
     wrt, sizes = ("q", "k", "v", "bias", "sinks"), dict(B=b, T=t, K=kv, G=g, H=2, S=s, V=2)
     layout = Layout({data.draw(st.sampled_from("BTKG")): ("x",)})
     with pytest.MonkeyPatch.context() as patch:
@@ -75,7 +80,7 @@ def test_it_is_what_it_means(data: st.DataObject) -> None:
     assert same(found[0], value.detach(), 1e-12) and same(plain, value.detach(), 1e-12)
     for name, got, want in zip(wrt, found[1:], wanted, strict=True):
         right = torch.zeros_like(args[name]) if want is None else want
-        assert same(got, right, 1e-12), (name, beside, options)
+        assert same(got, right, 1e-12), (name, beside, specs, options)
 
 
 def test_a_start_that_hides_nothing() -> None:

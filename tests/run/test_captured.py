@@ -10,7 +10,19 @@ import torch
 from fake_cuda import Cuda
 from torch import Tensor
 
-from shardlib import Layout, Mesh, Params, SpecError, compile, cond, einsum, param, sharded, value_and_grad
+from shardlib import (
+    Layout,
+    Mesh,
+    Params,
+    SpecError,
+    compile,
+    cond,
+    einsum,
+    param,
+    scan,
+    sharded,
+    value_and_grad,
+)
 from shardlib.distributed.graph_capture import _CHAINED, new_graph
 from shardlib.distributed.runtime import connect
 from shardlib.distributed.watch import Moment, Watch
@@ -119,20 +131,27 @@ def double(x):
 
 
 @sharded("B, () -> B")
-def branching(x, go):
-    return cond(go, double, double, x)
+def added(x, y):
+    return x + y
+
+
+@sharded("B, L, () -> B")
+def branching(x, steps, go):
+    """A body that has no branch stands before the one that has."""
+    return cond(go, double, double, scan(added, x, steps))
 
 
 def test_a_branch_on_data_cannot_be_captured() -> None:
     x = torch.ones(3)
     with pytest.raises(SpecError) as refused:
-        compile(branching, graph=True)(x, torch.tensor(True))
+        compile(branching, graph=True)(x, torch.ones(2), torch.tensor(True))
     first, _, where = str(refused.value).partition("          ")
     assert first == ('cond: a graph is recorded once and cannot branch on data; compile branching with '
                      'graph="auto", which runs it eagerly')
     assert where.startswith("test_captured.py:")
     step = compile(branching, graph="auto")
-    assert torch.equal(step(x, torch.tensor(True)), x + x) and step._captures is None
+    found = step(x, torch.ones(2), torch.tensor(True))
+    assert found.tolist() == [6.0] * 3 and step._captures is None
     with pytest.raises(SpecError) as refused:
         compile(double, graph="always")
     assert str(refused.value) == "compile: graph is 'always'; it is True, False or \"auto\""
