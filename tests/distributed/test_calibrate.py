@@ -2,9 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from launching import ranks
 from pool import Pool
 
 from shardlib.distributed.calibrate import SIZES, axes_of, main, maker, measure, merged, target, write
@@ -20,7 +18,6 @@ from shardlib.distributed.communicators.shared_memory import shared_memory
 from shardlib.distributed.routing import Curve, Table, own_file
 from shardlib.errors import SpecError
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
@@ -157,12 +154,8 @@ def test_a_damaged_table_is_replaced_in_the_cache_and_left_alone_elsewhere(
     mine.parent.mkdir(parents=True)
     for file in (mine, other):
         file.write_text("{")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "--no-python", sys.executable, "-c", PROGRAM, str(tmp_path), str(other)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SHARDLIB")}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                    "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = ranks(2, [tmp_path / "program.py", tmp_path, other], GLOO_SOCKET_IFNAME="lo")
     assert done.returncode == 0, done.stderr
     (cached, named), (cached_1, named_1) = (json.loads((tmp_path / rank).read_text()) for rank in "01")
     assert (cached[0], cached[1].splitlines()[-1], cached[2]) == (

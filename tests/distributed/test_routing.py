@@ -4,8 +4,6 @@ from __future__ import annotations
 import math
 import os
 import pwd
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from launching import ranks
 
 from shardlib.distributed import GroupCoordinator, Runtime, connect, routing, runtime
 from shardlib.distributed.communicators.alone import Alone
@@ -24,7 +23,6 @@ from shardlib.distributed.topology import hosts, identity
 from shardlib.errors import SpecError
 from shardlib.mesh import Mesh
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 CALL = Call("all_reduce", "sum", torch.float32, "cpu", 4096)
 
@@ -285,12 +283,8 @@ Path(sys.argv[1], rank).write_text("\\n".join(said))
 
 
 def test_no_rank_waits_for_one_without_a_table(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "--no-python", sys.executable, "-c", PROGRAM, str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SHARDLIB")}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                    "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = ranks(2, [tmp_path / "program.py", tmp_path], GLOO_SOCKET_IFNAME="lo")
     said = ["2.0", "the routing table was not found: KeyError: device(type='cpu')",
             "SHARDLIB_TIMEOUT_S is 'nan'; it is a number of seconds from 1 to 1e9"]
     assert [(tmp_path / rank).read_text().split("\n") for rank in "01"] == [said] * 2, done.stderr

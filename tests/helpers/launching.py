@@ -73,7 +73,14 @@ def _server() -> subprocess.Popen[str]:
                             stdout=subprocess.PIPE, text=True, env=clean({}))
 
 
-def ranks(count: int, command: Sequence[str | Path], deadline_s: float = DEADLINE_S) -> Finished:
+def forked_torchrun(processes: int, command: Sequence[str | Path], deadline_s: float = DEADLINE_S,
+                    **environment: str) -> Finished:
+    """A script under torchrun's agent, agent and ranks forked from a process that has imported shardlib."""
+    return ranks(1, [HELPERS / "agent.py", str(processes), *command], deadline_s, **environment)
+
+
+def ranks(count: int, command: Sequence[str | Path], deadline_s: float = DEADLINE_S,
+          **more: str) -> Finished:
     """A script on so many ranks, in the environment that torchrun gives, without its agent: where a test says
     nothing of that. They are forked from a process that has imported shardlib; this one holds the store.
 
@@ -82,7 +89,7 @@ def ranks(count: int, command: Sequence[str | Path], deadline_s: float = DEADLIN
     store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
     environment = clean({"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
                          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-                         "TORCHELASTIC_USE_AGENT_STORE": "True"})
+                         "TORCHELASTIC_USE_AGENT_STORE": "True", **more})
     with tempfile.TemporaryDirectory() as folder:
         out, err = (Path(folder, name) for name in ("out", "err"))
         job = {"ranks": count, "command": [*map(str, command)], "environment": environment, "out": str(out),

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from here import HELPERS
-from launching import GENERATE, Finished, ranks, run, torchrun
+from launching import GENERATE, Finished, forked_torchrun, ranks, run, torchrun
 from simulated import generate, line, tree
 
 from shardlib import Layout, Mesh
@@ -479,7 +479,7 @@ SLOW = """
 import os, sys, time
 from shardlib.models.generate import main
 time.sleep(3 if os.environ["RANK"] == os.environ["SLOW"] else 0)
-os.chdir(os.environ["ELSEWHERE"] if os.environ["RANK"] == "1" else ".")
+os.chdir(os.environ["ELSEWHERE" if os.environ["RANK"] == "1" else "TOGETHER"])
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -492,19 +492,17 @@ LOST = (["--mesh", "tp=2", "--model", "model", "--raw", "--prompt", "abc", "--ma
     (["--mesh", "tp2"], "mesh 'tp2': 'tp2' is not NAME=SIZE", 0), (*LOST, 0), (*LOST, 1)],
     ids=["before they meet", "on one rank alone-0", "on one rank alone-1"])
 def test_one_rank_speaks_before_torchrun_ends_it(
-        folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], line: str,
-        slow: int) -> None:
-    """torchrun ends all ranks as soon as one has failed: whichever is first, its line must be out.
+        folder: Path, tmp_path: Path, arguments: list[str], line: str, slow: int) -> None:
+    """torchrun's agent ends all ranks as soon as one has failed: whichever is first, its line must be out.
 
     Its own report follows.
     """
     (tmp_path / "slow.py").write_text(SLOW)
-    monkeypatch.chdir(folder.parent)
-    finished = torchrun(2, [tmp_path / "slow.py", "--quiet", *arguments], SLOW=str(slow),
-                        ELSEWHERE=str(tmp_path))
+    finished = forked_torchrun(2, [tmp_path / "slow.py", "--quiet", *arguments], SLOW=str(slow),
+                               ELSEWHERE=str(tmp_path), TOGETHER=str(folder.parent))
     assert finished.returncode == 1 and finished.stdout == ""
     assert [text for text in finished.stderr.splitlines() if text.startswith("error")] == [f"error: {line}"]
-    assert (finished.stderr.count("Traceback") == 1
+    assert (finished.stderr.splitlines().count("Traceback (most recent call last):") == 1
             and "torch.distributed.elastic.multiprocessing.errors.ChildFailedError" in finished.stderr)
     assert "shardlib/models/generate.py" not in finished.stderr
 

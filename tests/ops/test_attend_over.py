@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import torchrun
+from launching import forked_torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -175,7 +175,7 @@ def rows_of(of: slice, size: int) -> int:
 
 def test_between_processes() -> None:
     """By gloo, as the benchmark has it: the ring's gradients are those with gathered keys."""
-    done = torchrun(2, [BENCHMARK, "--times", "12,30"])
+    done = forked_torchrun(2, [BENCHMARK, "--times", "12,30"])
     assert done.returncode == 0, done.stderr[-3000:]
     found = [float(off) for off in re.findall(r"'off': ([^}]*)}", done.stdout)]
     assert len(found) == 2 and max(found) < 1e-5, done.stdout
