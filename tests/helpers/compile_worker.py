@@ -43,7 +43,6 @@ from shardlib.triton_kernels.lamport import spin
 from shardlib.triton_kernels.limits import MOST_TOKENS
 from shardlib.triton_kernels.lookup import lookup_kernel, note_kernel
 from shardlib.triton_kernels.matmul_rows import one_row_kernel, rows_kernel, stream_kernel
-from shardlib.triton_kernels.quads import KINDS
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter_kernel
 from shardlib.triton_kernels.rms_norm import rms_norm_kernel
 from shardlib.triton_kernels.rope_angles import rope_angles_kernel
@@ -58,16 +57,20 @@ KERNELS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel, "reduce_sca
 ROW_QUADS, SPLIT = 1024, 4
 """Quads of a row that is normed, which so many blocks share."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+EARLY: set[Any] = set()
+"""Kernels on one GPU that have been compiled to start early."""
 ALIGNED = [["tt.divisibility", 16]]
 
 
 def launches() -> Iterator[dict[str, Any]]:
     """The launches with the most threads, which `ops/nvlink.py` makes for the largest tensors, and those with
-    a line a warp. On a rank in the middle, where two shots between four spill most."""
+    a line a warp. On a rank in the middle, where two shots between four spill most; there of every kind of
+    words, which differ in how they are unpacked, and of two kinds of 16 bits one elsewhere."""
     for world in (2, 4, 8):
+        kinds = ("fp32", "bf16", "fp16") if world == 4 else ("fp32", "bf16")
         sums, (small, widest) = launches_of(world)[0][-1], (launches_of(world)[1][at] for at in (0, -1))
         for kernel in ("one_shot", "two_shot", "reduce_scatter"):
-            for kind in KINDS.values():
+            for kind in kinds:
                 yield dict(kernel=kernel, kind=kind, world=world, line=0, warps=sums.warps,
                            most=sums.registers)
         for line, launch in ((32, small), (32, widest), (32 * widest.warps, widest)):
@@ -75,7 +78,7 @@ def launches() -> Iterator[dict[str, Any]]:
                        most=launch.registers)
         for shots, kernel in enumerate(("norm", "two_shot_norm"), 1):
             grid = row_grid(8, ROW_QUADS // (1 if shots == 1 else world), SPLIT, world, shots)
-            for kind in KINDS.values():
+            for kind in kinds:
                 yield dict(kernel=kernel, kind=kind, world=world, line=0, warps=grid.warps,
                            most=grid.registers)
 
@@ -97,8 +100,13 @@ def compiled(kernel: str, kind: str, world: int, line: int, warps: int, most: in
 
 def assembled(function: Any, types: dict[str, str], values: dict[str, Any], warps: int, most: int | None,
               aligned: tuple[str, ...], early: bool = False) -> dict[str, Any]:
-    """aligned: which sizes are multiples of 16; all addresses are."""
+    """aligned: which sizes are multiples of 16; all addresses are. Nothing of a kernel on one GPU that is to
+    start early, where it cannot, or has been compiled so."""
     names = function.arg_names
+    if early and function not in KERNELS.values():
+        if "EARLY" not in names or function in EARLY:
+            return {}
+        EARLY.add(function)
     values = {"EARLY": early, **values} if "EARLY" in names else values
     signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in names}
     known = {(i,): ALIGNED for i, name in enumerate(names)
@@ -122,11 +130,7 @@ def early() -> Iterator[dict[str, Any]]:
     for kernel, kind, warps in (("norm", "bf16", 4), ("two_shot_norm", "bf16", 4),
                                 ("split_argmax", "bf16", 8), ("split_argmax", "fp32", 8)):
         yield compiled(kernel, kind, 4, 0, warps, 64, early=True)
-    seen: set[str] = set()
-    for launch in (*of_few_rows(early=True), *of_experts(early=True)):
-        if launch["kernel"] not in seen and "griddepcontrol" in launch["ptx"]:
-            seen.add(launch["kernel"])
-            yield launch
+    yield from (launch for launch in (*of_few_rows(early=True), *of_experts(early=True)) if "ptx" in launch)
     integers = {name: "*i64" for name in ("index_ptr", "seen_ptr", "chosen_ptr", "tokens_ptr", "ids_ptr",
                                           "position_ptr", "ends_ptr", "start_ptr")}
     types = integers | {"x_ptr": "*bf16", "out_ptr": "*bf16", "inv_ptr": "*fp32", "live_ptr": "*u8",
