@@ -206,9 +206,10 @@ def test_every_piece_of_code_that_takes_an_index_refuses_it(case: Case, later: b
 
 
 def test_every_op_that_takes_indices_is_tried() -> None:
-    # tables, positions and masks pick no rows; the experts of dispatch are tried in test_experts, and what it
+    # tables, positions and masks pick no rows; experts are tried in tests/ops/test_expert*, and what dispatch
     # gives is its own
-    rows = {name for name in TABLE if name.startswith(("dispatch", "grouped_einsum", "combine", "route"))}
+    rows = {name for name in TABLE if name.startswith(("dispatch", "grouped_einsum", "combine", "route",
+                                                       "slots_of", "within_capacity"))}
     masks = {"attention", "attention_vjp", "causal_mask", "rope", "rope_vjp", "rope_table", "sample"}
     assert {op.name for op in TABLE.values() if op.index} - masks - rows == {c.op.name for c in TAKING}
 
