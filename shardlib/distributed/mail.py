@@ -7,7 +7,7 @@ each other, as it can where a send ends when it is received.
     y = mail.take(x.shape, x.dtype, source=0, number=7)     # there
     mail.wait()                                             # once x may be let go
 
-A number is used again once its message was taken. Refused: groups of which no communicator posts (NCCL's).
+A number is used again once its message was taken. gloo finds messages by number; NCCL's go over `channels`.
 """
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from torch import Tensor
 from shardlib.distributed.communicators.torch_distributed import TorchDistributed
 from shardlib.distributed.flat import plain
 from shardlib.distributed.group_coordinator import GroupCoordinator
-from shardlib.errors import SpecError
+
+
+def by_number(group: GroupCoordinator) -> TorchDistributed | None:
+    """The communicator of the group that finds messages by their numbers, if one does."""
+    return next((c for c in group.communicators if isinstance(c, TorchDistributed) and c.posts), None)
 
 
 class Mail:
-    """The messages of one member of `group`."""
+    """The messages of one member of `group`, over a communicator that finds them by their numbers."""
 
-    def __init__(self, group: GroupCoordinator) -> None:
-        way = next((c for c in group.communicators if isinstance(c, TorchDistributed) and c.posts), None)
-        if way is None:
-            raise SpecError(f"messages over {group.name}: no communicator of the group posts them; on the "
-                            "CPU gloo does")
+    def __init__(self, group: GroupCoordinator, way: TorchDistributed) -> None:
         self.group, self._way = group, way
         self._posted: list[tuple[Any, Tensor, int]] = []
 
@@ -44,9 +44,14 @@ class Mail:
              at: object = None) -> Tensor:
         """What member `source` posts under this number: a tensor of this shape and dtype."""
         count, device = torch.Size(shape).numel(), self.group.device
-        found = self.group.passed("recv", source, dtype, count, self._way.take, count, dtype, device, source,
+        found = self.group.passed("recv", source, dtype, count, self._take, count, dtype, device, source,
                                   number, at=at)
         return found.view(tuple(shape))
+
+    def _take(self, *asked: Any) -> Tensor:
+        work, found = self._way.expect(*asked)
+        work.wait()
+        return found
 
     def wait(self, at: object = None) -> None:
         """Until all that was posted is there."""

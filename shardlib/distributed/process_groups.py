@@ -18,7 +18,7 @@ where a rank is no member, and in none where it is one, and they would wait for 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from operator import itemgetter
@@ -41,6 +41,7 @@ class ProcessGroups:
     def __init__(self, device: torch.device, timeout: timedelta, number: int) -> None:
         self.device, self.timeout, self.number = device, timeout, number
         self._pairs: dict[tuple[int, ...], Pair | None] = {}
+        self._channels: dict[tuple[Hashable, tuple[int, ...]], dist.ProcessGroup] = {}
 
     @property
     def split(self) -> bool:
@@ -56,6 +57,17 @@ class ProcessGroups:
             self._pairs[ranks] = Pair(device, self._new("cpu", ranks, torch.device("cpu"))
                                       ) if dist.get_rank() in ranks else None
 
+    def channel(self, name: Hashable, ranks: tuple[int, int]) -> dist.ProcessGroup:
+        """The group of two of the channel `name` from the first of `ranks` to the second, for the device
+        alone. Ranks make all channels they are in, and where groups are split off all there are, in one
+        order."""
+        key = name, ranks
+        if key not in self._channels:
+            pair = min(ranks), max(ranks)
+            self._channels[key] = self._split_off(pair) if self.split else self._new(
+                f"channel {name} {ranks[0]}", pair, self.device)
+        return self._channels[key]
+
     def _new(self, half: str, ranks: tuple[int, ...], device: torch.device) -> dist.ProcessGroup:
         how = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         return _among(ranks, f"shardlib/{self.number}/{half} {_digest(ranks)}", self.timeout, *how)
@@ -69,6 +81,10 @@ class ProcessGroups:
 
     def close(self) -> None:
         """Destroys every group this rank is in, in an order that all ranks have in common."""
+        for group in self._channels.values():
+            if group != dist.GroupMember.NON_GROUP_MEMBER:
+                dist.destroy_process_group(group)
+        self._channels.clear()
         for ranks, pair in sorted(self._pairs.items(), key=itemgetter(0)):
             if pair is not None:
                 dist.destroy_process_group(pair.device)

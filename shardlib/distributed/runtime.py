@@ -20,7 +20,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import entry_points
@@ -34,6 +34,7 @@ import torch.distributed as dist
 
 from shardlib.distributed.agreement import different_plans
 from shardlib.distributed.board import own_connection
+from shardlib.distributed.channels import Channels, Parcel
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.communicators.protocol import Factory, Place
 from shardlib.distributed.communicators.shared_memory import shared_memory
@@ -269,6 +270,27 @@ class Runtime:
         if group.world_size > 1 and (group.queue is None or group.queue.closed):
             group.queue = MessageQueue(self._places[self._expand(axes)])
         return group.queue
+
+    def open_channels(self, axes: Sequence[str], ends: Mapping[Hashable, tuple[int, int]],
+                      order: Mapping[Hashable, Sequence[Parcel]]) -> Channels:
+        """Channels between members of a group, each from one to another; see `channels`. All members of all
+        groups over `axes` call it, with the same ends; `order` is of those of this one."""
+        group, every = self.group(axes), self._process_groups.split
+        group.check_open("open_channels")
+        where = [group.ranks] if not every else list(dict.fromkeys(
+            self.mesh.group(axes, rank) for rank in range(self.mesh.world_size)))
+        ways = {}
+        for ranks in where:
+            for name, (a, b) in ends.items():
+                both = ranks[a], ranks[b]
+                if self.rank in both or every:
+                    made = self._together(f"make channel {name}", self._process_groups.channel, name, both)
+                    if self.rank in both:
+                        ways[name] = TorchDistributed(made, both, self.rank)
+        channels = Channels(group, ways, order)
+        if group._seat is not None:
+            group._seat.communicators = (*group._seat.communicators, channels)
+        return channels
 
     def _coordinator(self, axes: tuple[str, ...]) -> GroupCoordinator:
         expanded = self._expand(axes)

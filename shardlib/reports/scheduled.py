@@ -19,7 +19,7 @@ from shardlib.program import Program
 from shardlib.reports.project import Call, calls_at, check_given, unrolled
 from shardlib.schedules.folding import STAGES, Fold
 from shardlib.schedules.schedule import Schedule
-from shardlib.schedules.waits import ScheduleProof, prove_schedule
+from shardlib.schedules.waits import Edge, ScheduleProof, prove_schedule
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,22 @@ def asked_by(fold: Fold, parts: Cut, sizes: Mapping[str, int],
     for s, kind, m in fold.schedule.ranks[coordinate.get(STAGES, 0)]:
         yield from of(units[s][kind], fold.whole, s, m, f"{kind}{m}")
     yield from _together({s: list(of(parts.after, fold.still, s, 0, "after")) for s in mine})
+
+
+def channels(fold: Fold, parts: Cut, sizes: Mapping[str, int],
+             coordinate: Mapping[str, int]) -> dict[Edge, list[Letter]]:
+    """A rank's letters from and to others, by the stages that they are between, as they are posted."""
+    found: dict[Edge, list[Letter]] = {}
+    rank_of = fold.schedule.rank_of
+    for asked in asked_by(fold, parts, sizes, coordinate):
+        if isinstance(asked, Letter) and rank_of[asked.ends[0]] != rank_of[asked.ends[1]]:
+            found.setdefault(asked.ends, []).append(asked)
+
+    def posted(letter: Letter) -> tuple[int, int]:
+        source, actions = letter.ends[0], fold.schedule.ranks[rank_of[letter.ends[0]]]
+        turn = {f"{a.kind}{a.microbatch}": i for i, a in enumerate(actions) if a.stage == source}
+        return {"before": -1, "after": len(actions)}.get(letter.part, turn.get(letter.part, 0)), letter.number
+    return {edge: sorted(letters, key=posted) for edge, letters in found.items()}
 
 
 def _real(fold: Fold, call: Call, rank: int) -> Any:

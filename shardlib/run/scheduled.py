@@ -16,7 +16,8 @@ from shardlib.compiler.microbatches import Cut, cut
 from shardlib.compiler.passes import DEFAULT, Pass, chosen
 from shardlib.compiler.pipeline import Gradients, lower_results, traced_function
 from shardlib.compiler.sizes import bind_sizes
-from shardlib.distributed.mail import Mail
+from shardlib.distributed.channels import Channels, Parcel
+from shardlib.distributed.mail import Mail, by_number
 from shardlib.distributed.runtime import Runtime
 from shardlib.errors import SpecError
 from shardlib.language.arguments import argument_trees
@@ -27,6 +28,7 @@ from shardlib.layout import Layout
 from shardlib.mesh import check_sizes
 from shardlib.params import Params, fill, flat_leaves, leaf_dtypes, named_leaves, rebuild
 from shardlib.program import Program
+from shardlib.reports.scheduled import channels
 from shardlib.run.failures import explain_failure
 from shardlib.run.index_flags import IndexFlags
 from shardlib.run.rank_program import POST, TAKE, Message, RankProgram
@@ -115,8 +117,33 @@ class Scheduled:
         lines = (STAGES,) if fold.mesh.axes.get(STAGES, 1) > 1 else ()
         self.runtime.create_groups(list(dict.fromkeys((*_groups(parts, fold), *([lines] if lines else [])))))
         rank = RankProgram(fold, parts, sizes, coordinate, self.runtime.group, self.runtime.device)
-        post = _Post(self, program.name, rank, Mail(self.runtime.group(lines)) if lines else None)
+        post = _Post(self, program.name, rank, self._mail(lines, parts, sizes) if lines else None)
         return program, rank, self._flags.around(post, rank.sites), results
+
+    def _mail(self, lines: tuple[str, ...], parts: Cut, sizes: Mapping[str, int]) -> Mail | Channels:
+        """By number where a communicator finds messages so, else a channel for each two stages in turn."""
+        group, rank_of = self.runtime.group(lines), self.fold.schedule.rank_of
+        if (way := by_number(group)) is not None:
+            return Mail(group, way)
+        mine = self.runtime.coordinate
+        ends = sorted({edge for p in range(len(self.fold.schedule.ranks))
+                       for edge in channels(self.fold, parts, sizes, {**mine, STAGES: p})})
+        order = {edge: [Parcel(self._number(Message(a.line, a.part, *a.ends, a.number)), a.call.shapes[0],
+                               getattr(torch, a.call.dtype)) for a in letters]
+                 for edge, letters in channels(self.fold, parts, sizes, mine).items()}
+        members = {edge: (rank_of[edge[0]], rank_of[edge[1]]) for edge in ends}
+        return self.runtime.open_channels(lines, members, order)
+
+    def _number(self, message: Message) -> int:
+        """Of all messages between two ranks: which one."""
+        kind = "FBIWba".index(message.part[0])
+        m = int(message.part[1:]) if kind < 4 else 0
+        stages, many = self.fold.schedule.stages, self.fold.schedule.microbatches
+        number = ((kind * many + m) * stages + message.source) * stages + message.target
+        if message.number >= MOST_MESSAGES or number >= 2**31 // MOST_MESSAGES:
+            raise SpecError(f"schedule: {message} is message {message.number} of its action; {MOST_MESSAGES} "
+                            "from one stage to another are numbered, and 2 billion in all")
+        return number * MOST_MESSAGES + message.number
 
     def _sizes(self, program: Program, shapes: dict[str, tuple[int, ...]],
                coordinate: Mapping[str, int]) -> dict[str, int]:
@@ -154,7 +181,8 @@ def _groups(parts: Cut, fold: Fold) -> list[tuple[str, ...]]:
 class _Post:
     """Drives one rank's part: collectives by its groups, messages by mail."""
 
-    def __init__(self, owner: Scheduled, title: str, rank: RankProgram, mail: Mail | None) -> None:
+    def __init__(self, owner: Scheduled, title: str, rank: RankProgram,
+                 mail: Mail | Channels | None) -> None:
         self.owner, self.title, self.rank, self.mail = owner, title, rank, mail
 
     def __call__(self, args: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
@@ -179,18 +207,7 @@ class _Post:
         there = self.owner.fold.schedule.rank_of[message.target if group == POST else message.source]
         if there == here:
             return own.update({message: x}) if group == POST else own.pop(message)
-        number = self._number(message)
+        number = self.owner._number(message)
         if group == POST:
             return self.mail.post(x, there, number, at)
         return self.mail.take(x.shape, x.dtype, there, number, at)
-
-    def _number(self, message: Message) -> int:
-        """Of all messages between two ranks: which one."""
-        kind = "FBIWba".index(message.part[0])
-        m = int(message.part[1:]) if kind < 4 else 0
-        stages, many = self.owner.fold.schedule.stages, self.owner.fold.schedule.microbatches
-        number = ((kind * many + m) * stages + message.source) * stages + message.target
-        if message.number >= MOST_MESSAGES or number >= 2**31 // MOST_MESSAGES:
-            raise SpecError(f"schedule: {message} is message {message.number} of its action; {MOST_MESSAGES} "
-                            "from one stage to another are numbered, and 2 billion in all")
-        return number * MOST_MESSAGES + message.number

@@ -127,12 +127,20 @@ class Fold:
                 for c in self.mesh.coordinates()]
 
     def shard(self, x: Tensor, kind: Spec, coordinate: Mapping[str, int]) -> Tensor:
-        """What a rank holds of the global tensor `x`; on the meta device, where only others' stages do."""
+        """What a rank holds of the global tensor `x`; on the meta device, where only others' stages do.
+
+        >>> from shardlib.schedules.generators import one_f_one_b
+        >>> from shardlib.spec import parse
+        >>> fold = Fold(one_f_one_b(2, 4), Mesh(pp=2, tp=2))
+        >>> fold.shard(torch.ones(5, 3), parse("V/tp D @pp:0"), dict(pp=1, tp=0))
+        tensor(..., device='meta', size=(3, 3))
+        """
         at = {s: self.place(coordinate, s, 0) for s in self.stages(coordinate.get(STAGES, 0))}
         held = [o for o in kind.owed if o.kind == "@"]
         mine = {s: shard_of(x, timeless(kind), self.still, c) for s, c in at.items()
                 if all(c[o.axis] == o.at for o in held)}
-        return self.together(mine, kind) if mine else x.to("meta")
+        return self.together(mine, kind) if mine else shard_of(
+            x.to("meta"), timeless(kind), self.still, next(iter(at.values())))
 
     def join_all(self, found: Sequence[Tensor], kind: Spec, sizes: Mapping[str, int]) -> Tensor:
         """What the pieces of all ranks denote."""

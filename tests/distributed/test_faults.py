@@ -84,7 +84,22 @@ def ended(rank: int) -> str:
                   "fault_cases.py:N: M/tp -> M")
 
 
+PP = "group pp (ranks 0 1 2)"
+PP_IDLE = f"is in no collective; its last was collective 2 of {PP}: barrier"
+
+
+def stage(rank: int, peer: int, doing: str) -> str:
+    """What a stage of the second call waits for, in its first microbatch."""
+    return (f"recv of 2 float32 from rank {peer} in {PP}, at total_and_grad, call 2, stage {rank}, "
+            f"microbatch 0, {doing}")
+
+
 EXPECTED = {
+    "stage_missing": (
+        report(0, f"waits in {stage(0, 1, 'backward')}", f"  rank 1 {PP_IDLE}"),
+        report(1, f"ends: it {PP_IDLE}", f"  rank 0 is in {stage(0, 1, 'backward')}",
+               f"  rank 2 is in {stage(2, 1, 'forward')}"),
+        report(2, f"waits in {stage(2, 1, 'forward')}", f"  rank 1 {PP_IDLE}")),
     "late": ("", "", ""),
     "missing": (report(0, WAITS + TURN, f"  rank 1 {IDLE}"),
                 report(1, f"ends: it {IDLE}", f"  rank 0 {IN_TURN}", f"  rank 2 {IN_TURN}"),
@@ -161,6 +176,17 @@ def test_a_rank_that_is_killed(outcomes: dict[str, Outcome], case: str, call: st
         f"failed in collective 3 of {TP}: {call}: all_gather over tp: rank 1 has died or left")
     said = report(0, f"  rank 1 {SILENT} in collective 3 of {TP}: {call}", f"  rank 2 {IDLE}").splitlines()
     assert lines[:2] == said
+
+
+def test_a_stage_that_is_killed_in_a_microbatch(outcomes: dict[str, Outcome]) -> None:
+    """Rank 1 in its first backward; rank 0 waits for it, and hears of its end from gloo or the launcher."""
+    found = outcomes["stage_killed"]
+    assert found.well == () and found.said[1:] == ("", "")
+    head, line, *_ = found.said[0].splitlines()
+    where = stage(0, 1, "backward")
+    assert head.removeprefix("shardlib [rank 0] ") in (
+        f"failed in {where}: PEER LOST", f"was ended by its launcher (SIGTERM) in {where}")
+    assert line == report(0, f"  rank 1 {SILENT} in {stage(1, 2, 'backward')}")
 
 
 def test_wrong_sizes(outcomes: dict[str, Outcome]) -> None:

@@ -17,10 +17,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from shardlib import Mesh, SpecError, compile, reshard, sharded
+from shardlib import (
+    Layout,
+    Mesh,
+    Params,
+    SpecError,
+    compile,
+    param,
+    reshard,
+    scan,
+    sharded,
+    stacked,
+    value_and_grad,
+)
 from shardlib.distributed import Runtime, connect
+from shardlib.functions import sum
 from shardlib.ops import cross_entropy
+from shardlib.schedules.generators import one_f_one_b
 
 TIMEOUT_S = 10.0
 
@@ -40,20 +55,43 @@ def losses(x, labels):
     return cross_entropy("M/tp N, M/tp -> M/tp", x, labels)
 
 
+class Layer(Params):
+    w: Tensor = param("D")
+
+
+class Net(Params):
+    layers: Layer = stacked("L", Layer)
+
+
+@sharded("B D, * -> B D")
+def layer(x, w: Layer):
+    return x * w.w
+
+
+@sharded("B D, * -> ()")
+def total(x, w: Net):
+    return sum("B D -> ()", scan(layer, x, w.layers))
+
+
 class Job:
     """One rank of a case: `run` is a program over gloo (all_to_all) or over shared memory (all_gather),
     `fault` marks the beginning."""
 
     def __init__(self, runtime: Runtime, folder: Path, memory: bool) -> None:
         self.runtime, self.folder, self.rank = runtime, folder, runtime.rank
+        if "pp" in runtime.mesh.axes:
+            self.program = compile(value_and_grad(total), Layout(L="pp", B="mb"), runtime=runtime,
+                                   sizes={"L": 3}, schedule=one_f_one_b(3, 4))
+            self.args = torch.ones(4, 2), Net(layers=Layer(w=torch.ones(1, 2)))
+            return
         size = runtime.mesh.size(("tp",))
         self.program = compile(collect if memory else turn, runtime=runtime,
                                sizes={"M": 2 * size, "N": 2 * size})
         self.x = torch.ones((2, 2 * size) if memory else (2 * size, 2))
-        self.size = size
+        self.args, self.size = (self.x,), size
 
     def run(self) -> None:
-        self.program(self.x)
+        self.program(*self.args)
 
     def fault(self, after: float = 1.0) -> None:
         """Waits until all others have told the store where they are."""
@@ -203,14 +241,24 @@ def no_watchdog(job: Job) -> None:
     missing(job)
 
 
+def stage_missing(job: Job) -> None:
+    missing(job)
+
+
+def stage_killed(job: Job) -> None:
+    """While it waits for the microbatch that the last stage should have sent back."""
+    killed(job)
+
+
 CASES: dict[str, Callable[[Job], None]] = {f.__name__: f for f in (
     late, missing, killed, killed_in_memory, stopped, stopped_in_memory, raising, bad_label, wrong_group,
     wrong_size, wrong_order, checked_size, checked_pieces, checked_step, other_plan, other_program, no_plan,
-    no_watchdog)} | {"checked_order": wrong_order}
+    stage_missing, stage_killed, no_watchdog)} | {"checked_order": wrong_order}
 
 
 def mesh_of(case: str) -> Mesh:
-    return Mesh(dp=2, tp=2) if case == "wrong_group" else Mesh(tp=2) if case == "no_watchdog" else Mesh(tp=3)
+    return Mesh(pp=3) if case.startswith("stage") else \
+        Mesh(dp=2, tp=2) if case == "wrong_group" else Mesh(tp=2) if case == "no_watchdog" else Mesh(tp=3)
 
 
 def rank_main(case: str, folder: str) -> None:
@@ -225,7 +273,7 @@ def rank_main(case: str, folder: str) -> None:
         runtime.create_groups([(axis,) for axis in mesh.axes])
         job = Job(runtime, here, "memory" in case)
         job.run()
-        runtime.group(("tp",)).barrier()
+        runtime.group((list(mesh.axes)[-1],)).barrier()
         try:
             CASES[case](job)
         except (RuntimeError, ValueError) as error:

@@ -16,6 +16,7 @@ torch sorts the ranks of a group, so a group over ("y", "x") shares its process 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -144,34 +145,44 @@ class TorchDistributed:
         return out
 
     def send(self, x: Tensor, to: int) -> None:
-        self._pass(dist.isend, x, to)
+        _wait(self.post(x, to))
 
     def recv(self, count: int, dtype: torch.dtype, device: torch.device, source: int) -> Tensor:
-        self._pass(dist.irecv, out := torch.empty(count, dtype=dtype, device=device), source)
+        work, out = self.expect(count, dtype, device, source)
+        _wait(work)
         return out
 
-    def post(self, x: Tensor, to: int, number: int) -> dist.Work | None:
-        """Hands x to member `to`, which calls `take` with the same number; waits for nobody. gloo alone."""
-        return dist.isend(_movable(x), group=self.group, group_dst=self.places[to], tag=number)
+    def post(self, x: Tensor, to: int, number: int | None = None) -> dist.Work | None:
+        """Hands x to member `to`, some time, and waits for nobody. With a number, on gloo alone, the message
+        is found there by it; without, messages come in the order in which they were posted."""
+        return self._pass(dist.isend, x, to, number)
 
-    def take(self, count: int, dtype: torch.dtype, device: torch.device, source: int, number: int) -> Tensor:
+    def expect(self, count: int, dtype: torch.dtype, device: torch.device, source: int,
+               number: int | None = None) -> tuple[dist.Work | None, Tensor]:
+        """What member `source` posts, once the work is over."""
         out = torch.empty(count, dtype=dtype, device=device)
-        dist.recv(_movable(out), group=self.group, group_src=self.places[source], tag=number)
-        return out
+        return self._pass(dist.irecv, out, source, number), out
 
-    def _pass(self, way: Callable[..., object], x: Tensor, member: int) -> None:
-        """As a batch of one: NCCL serialises a lone send with all collectives of its group,
+    def _pass(self, way: Callable[..., Any], x: Tensor, member: int, number: int | None) -> dist.Work | None:
+        """Without a number as a batch of one: NCCL serialises a lone send with all collectives of its group,
         and warns of it."""
-        works = dist.batch_isend_irecv(
-            [dist.P2POp(way, _movable(x), group=self.group, group_peer=self.places[member])])
-        for work in works:
-            work.wait()
+        x, peer = _movable(x), self.places[member]
+        if number is not None:
+            return way(x, group=self.group, tag=number, **{
+                "group_dst" if way is dist.isend else "group_src": peer})
+        works = dist.batch_isend_irecv([dist.P2POp(way, x, group=self.group, group_peer=peer)])
+        return works[0] if works else None
 
     def barrier(self) -> None:
         dist.barrier(self.group)
 
     def close(self) -> None:
         """Nothing: the process group is the runtime's, and others may share it."""
+
+
+def _wait(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()
 
 
 def _movable(x: Tensor) -> Tensor:
