@@ -45,19 +45,23 @@ from shardlib.spec import Dim, parse_specs
 
 def wide(x: Tensor) -> Tensor:
     """x, in float32 where it has 16 bits."""
-    return x.float() if x.dtype.itemsize < 4 else x
+    return x.to(_wide(x.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def token_losses(x: Tensor, labels: Tensor, dim: int, site: IndexSite) -> Tensor:
     """-log softmax(x) at the label; `labels` has the dims of x, with 1 at `dim` and where it has none."""
-    losses = -pick(wide(x).log_softmax(dim), labels, dim, 0, site)
+    losses = -pick(x.log_softmax(dim, _wide(x.dtype)), labels, dim, 0, site)
     return _filled(losses, site.without(labels.squeeze(dim)), 0)
 
 
 def token_losses_vjp(x: Tensor, labels: Tensor, g: Tensor, dim: int, site: IndexSite) -> Tensor:
     """g (softmax(x) - 1 at the label)."""
     g = g.unsqueeze(dim)
-    return _add_at(wide(x).softmax(dim) * g, labels, -g, dim, 0, site).to(x.dtype)
+    return _add_at(x.softmax(dim, _wide(x.dtype)).mul_(g), labels, -g, dim, 0, site).to(x.dtype)
 
 
 def label_sums(x: Tensor, labels: Tensor, top: Tensor, dim: int, start: int, first: bool,

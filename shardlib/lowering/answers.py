@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -32,13 +32,15 @@ class Answers:
     float32, int64 or bool.
     prepared: arguments that come as `Compiled.prepare` made them: weights packed, stacked ones as a sequence
     of layers.
+    layered: values that are sequences of layers in place of stacked ones.
     kernels: asked what takes a fused step, or a matmul; without it, or where it says None, the body is
     written, or the library's call.
     """
 
     def __init__(self, mesh: Mesh, rank: int, sizes: Mapping[str, int], yields: bool = False,
                  donate: Sequence[str] = (), given: Mapping[str, str] | None = None,
-                 prepared: Sequence[str] = (), kernels: Kernels | None = None) -> None:
+                 prepared: Sequence[str] = (), kernels: Kernels | None = None,
+                 layered: Collection[str] = ()) -> None:
         self.mesh, self.rank, self.sizes, self.yields, self.donate = (mesh, rank, sizes, yields,
                                                                       frozenset(donate))
         self.coordinate = mesh.coordinate(rank)
@@ -59,7 +61,7 @@ class Answers:
         self.lines: tuple[Step | None, ...] = ()  # of each line of the source, the step that it is of
         self.variables = 0
         self.in_place: set[str] = set()
-        self.prepared, self.kernels = frozenset(prepared), kernels
+        self.prepared, self.kernels, self.layered = frozenset(prepared), kernels, frozenset(layered)
         self.packs: list[Packing] = []
         self.returned: tuple[str | None, ...] = ()  # the argument that each result leaf is, updated in place
         # variables that are the same in every round of the current loop

@@ -40,6 +40,7 @@ class Emitter(Answers):
         """The source of a module whose function `main` takes the program's argument leaves
         and returns its result leaves."""
         self.packs = packings(program, set(self.prepared), self.given)
+        self.outermost = {id(step) for step in program.steps}
         args = self.arguments(program)
         names = {path: f"a{i}" for i, path in enumerate(args)}
         updated, uses = updated_arguments(program), use_counts(program)
@@ -218,6 +219,7 @@ class Emitter(Answers):
         A stacked cache that the body updates and returns in its place is updated in place.
         """
         body, parts = step.body, Scan.of(step)
+        layered = self.layered if id(step) in self.outermost else ()
         outer, slices = dict(step.passed(body)), [path for path, _ in parts.stacked]
         kept = {made: path for made, _ in parts.made if (path := updates_of(body, made)) in slices
                 and outer[path] in owned and uses[outer[path]] == 1}
@@ -243,8 +245,8 @@ class Emitter(Answers):
         if carries:
             block += [f"{', '.join(carries)} = {', '.join(inner[out] for out, _ in parts.carried)}"]
         reverse = "[::-1]" if parts.reverse else ""
-        rows = [names[outer[p]] + ("" if outer[p].split(".")[0] in self.prepared else ".unbind(0)") + reverse
-                for p in stacked]
+        rows = [names[outer[p]] + ("" if outer[p] in layered or outer[p].split(".")[0] in self.prepared
+                                   else ".unbind(0)") + reverse for p in stacked]
         before, after = self._ends(step, parts)
         lines += [*(f"{carry} = {before and before(i) or names[value]}"
                     for i, (carry, (_, value)) in enumerate(zip(carries, parts.carries))),
@@ -260,7 +262,9 @@ class Emitter(Answers):
                 names[made] = names[outer[kept[out]]]
                 owned.add(made)
                 continue
-            if lists[out] not in names.values():        # a body may return a value twice
+            if made in layered:
+                lines += [f"{lists[out]}.reverse()"] if reverse else []
+            elif lists[out] not in names.values():      # a body may return a value twice
                 rows_of = Spec((step.ins[len(carries)].dims[0], *types[out].dims))
                 lines.append(f"{lists[out]} = " + (f"torch.stack({lists[out]}{reverse})" if layers else
                                                    self.room(rows_of, dtypes[out])))

@@ -25,10 +25,12 @@ from torch import Tensor
 from shardlib.compiler.microbatches import Cut
 from shardlib.errors import SpecError
 from shardlib.language.held import here, runs
+from shardlib.language.scan import SCAN
 from shardlib.lowering.emit import Emitter
 from shardlib.lowering.load import load
 from shardlib.mesh import Mesh
-from shardlib.program import Program
+from shardlib.program import Program, Scan
+from shardlib.run.stopwatch import Stopwatch
 from shardlib.schedules.folding import STAGES, TIME, Fold, timed, timeless
 from shardlib.schedules.schedule import Action
 from shardlib.spec import Spec
@@ -75,7 +77,7 @@ class RankProgram:
     """What one rank does of a program under a schedule.
 
     group_of(axes): the group of the real mesh over these axes, as the driver wants it.
-    most: after a run, the most bytes that were kept for backward at once.
+    most: after a run, the most bytes that were kept for backward at once.  watch: told of each action.
     """
     fold: Fold
     cut: Cut
@@ -88,6 +90,7 @@ class RankProgram:
     wires: dict[str, Any] = field(default_factory=dict)
     most: int = 0
     doing: str = ""
+    watch: Stopwatch | None = None
 
     def __post_init__(self) -> None:
         still, self.stages = self.fold.still, self.fold.stages(self.coordinate.get(STAGES, 0))
@@ -105,7 +108,8 @@ class RankProgram:
 
     def _part(self, program: Program, mesh: Mesh, at: Mapping[str, int]) -> Part:
         e = Emitter(mesh, mesh.rank(at), self.sizes, yields=True,
-                    given={path: self.kinds[path] for path, _ in program.arg_leaves()})
+                    given={path: self.kinds[path] for path, _ in program.arg_leaves()},
+                    layered=self._layered if mesh is self.fold.whole else ())
         source = e.program(program)
         key = f"{source}{sorted(e.groups.items())}"
         if key not in self._made or e.sites or e.helpers:
@@ -160,6 +164,8 @@ class RankProgram:
         self.doing = f"stage {s}, microbatch {m}, {dict(F='forward').get(kind, 'backward')}"
         later = {n for k in "FIWB" if ("FIWB".index(k) > "FIWB".index(kind)) and (s, k, m) in self.units
                  for n in self.units[s, k, m].takes}
+        if self.watch:
+            self.watch.begin()
         args = [mine[n] if n in mine else self._slice(n, env.get(n), s, m) for n in part.takes]
         for name in [n for n in mine if n not in later]:
             del mine[name]
@@ -172,6 +178,8 @@ class RankProgram:
             if name in later:
                 mine[name] = x
         del made
+        if self.watch:
+            self.watch.end(action)
         if not mine:
             del kept[s, m]
         self.most = max(self.most, _bytes(kept))
@@ -191,19 +199,46 @@ class RankProgram:
                 x = x.narrow(i, here[0] - first[0], here[1])
         return x.contiguous()
 
-    def _add(self, sums: dict[str, Any], name: str, x: Tensor, m: int) -> None:
+    @cached_property
+    def _layered(self) -> frozenset[str]:
+        """What microbatches have as lists of layers: what scans stack, and only scans unstack, or sums add
+        up. Nothing of it is copied."""
+        scans = [step for unit in self.cut.units for step in unit.steps if step.op is SCAN]
+        made = {name for step in scans for _, name in Scan.of(step).made}
+        summed = {n for n in self._crossing if _owed(self.types[n]) == "+"}
+        whole = Counter(i for part in (self.cut.before, *self.cut.units, self.cut.after)
+                        for step in part.steps for i in step.inputs
+                        if part is not self.cut.after or i not in summed)
+        whole.subtract(value for step in scans for _, value in Scan.of(step).stacked)
+        return frozenset(made - {n for n, times in whole.items() if times} - (self._crossing - summed))
+
+    def _add(self, sums: dict[str, Any], name: str, x: Tensor | list[Tensor], m: int) -> None:
         """What microbatch m has of a value that is wanted after all of them. Sums are kept in float32."""
         kind = self.types[name]
-        owed = next((o.kind for o in kind.owed if o.axis == TIME), "")
-        if owed == "+":
-            wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-            sums[name] = sums[name].add_(wide) if name in sums else wide.clone()
+        owed = _owed(kind)
+        if isinstance(x, list):
+            if name not in sums:
+                sums[name] = self._sum_of_layers(name, x)
+            else:
+                for total, layer in zip(sums[name], x):
+                    total.add_(layer)
+        elif owed == "+":
+            sums[name] = sums[name].add_(x) if name in sums else x.to(_wide(x.dtype), copy=True)
         elif owed:
             sums[name] = torch.maximum(sums[name], x) if name in sums else x
         elif timed(kind):
             sums.setdefault(name, {})[m] = x
         else:
             sums[name] = x
+
+    def _sum_of_layers(self, name: str, layers: list[Tensor]) -> Tensor:
+        if not layers:
+            return self._room(name, timeless(self.types[name]), self.stages[0])[:0]
+        like = layers[0]
+        total = like.new_empty((len(layers), *like.shape), dtype=_wide(like.dtype))
+        for row, layer in zip(total, layers):
+            row.copy_(layer)
+        return total
 
     def _summed(self, name: str, found: Any) -> Tensor:
         if isinstance(found, dict):
@@ -296,8 +331,17 @@ def _turn(asked: tuple) -> int:
     return 0 if asked[0] == POST else 3 if asked[0] == TAKE else 2 if STAGES in asked[0].axes else 1
 
 
-def _bytes(kept: Mapping[Any, Mapping[str, Tensor]]) -> int:
-    """Of tensors that are kept, each storage once."""
-    found = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-             for values in kept.values() for x in values.values()}
+def _owed(kind: Spec) -> str:
+    """What a value owes over microbatches: "+", "max", or "" if nothing."""
+    return next((o.kind for o in kind.owed if o.axis == TIME), "")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _bytes(kept: Mapping[Any, Mapping[str, Tensor | list[Tensor]]]) -> int:
+    """Of tensors that are kept, each once."""
+    found = {x.data_ptr(): x.nbytes for values in kept.values() for value in values.values()
+             for x in (value if isinstance(value, list) else [value])}
     return sum(found.values())

@@ -32,8 +32,11 @@ from shardlib.reports.scheduled import channels
 from shardlib.run.failures import explain_failure
 from shardlib.run.index_flags import IndexFlags
 from shardlib.run.rank_program import POST, TAKE, Message, RankProgram
+from shardlib.run.stopwatch import Stopwatch
 from shardlib.run.surroundings import without_autocast
+from shardlib.schedules.clock import Span, Timeline, measured
 from shardlib.schedules.folding import STAGES, TIME, Fold, timeless
+from shardlib.schedules.schedule import Action
 from shardlib.schedules.waits import prove_schedule
 from shardlib.tree import Struct, leaves
 
@@ -78,6 +81,32 @@ class Scheduled:
         with without_autocast(), torch.no_grad():
             return self._run(args)
 
+    def timeline(self, *args: Any) -> Timeline:
+        """Runs once more, and says when each action was, in seconds; on the GPU, as it came to them. All
+        ranks call it, and get the same."""
+        self(*args)
+        ranks, rank = self.fold.mesh.axes.get(STAGES, 1), self._variants[self._key(args)][1]
+        lines = self.runtime.group((STAGES,) if STAGES in self.fold.mesh.axes else ())
+        lines.barrier()
+        rank.watch = Stopwatch(self.runtime.coordinate.get(STAGES, 0), self.runtime.device)
+        try:
+            self(*args)
+            mine = [(*s.action, s.start, s.end) for s in rank.watch.spans()]
+        finally:
+            rank.watch = None
+        told = [lines.broadcast_message(mine, p, list[tuple[int, str, int, float, float]])
+                for p in range(ranks)]
+        spans = [Span(p, Action(*action), start, end) for p, all_of in enumerate(told)
+                 for *action, start, end in all_of]
+        first = min(s.start for s in spans)
+        return measured(self.fold.schedule, [replace(s, start=s.start - first, end=s.end - first)
+                                             for s in spans])
+
+    def _key(self, args: Sequence[Any]) -> Any:
+        f = traced_function("compile", self.f)
+        return tuple((path, x.shape, x.dtype) for name, arg in zip(f.arg_names, args)
+                     for path, x in named_leaves(name, arg))
+
     def check(self) -> None:
         """SpecError if an index was out of range in any call so far; it waits for the device."""
         self._flags.check()
@@ -87,7 +116,7 @@ class Scheduled:
         check_given(f, args)
         named = [leaf for name, arg in zip(f.arg_names, args) for leaf in named_leaves(name, arg)]
         check_tensors(f, named, stages=True)
-        key = tuple((path, x.shape, x.dtype) for path, x in named)
+        key = self._key(args)
         if key not in self._variants:
             self._variants[key] = self._build(args)
         program, rank, run, results = self._variants[key]
@@ -210,4 +239,7 @@ class _Post:
         number = self.owner._number(message)
         if group == POST:
             return self.mail.post(x, there, number, at)
-        return self.mail.take(x.shape, x.dtype, there, number, at)
+        found = self.mail.take(x.shape, x.dtype, there, number, at)
+        if self.rank.watch:
+            self.rank.watch.begin()
+        return found

@@ -97,6 +97,12 @@ def run(schedule: Schedule, slots: Mapping[Edge, int] | None = None,
     return Timeline(schedule, tuple(spans), tuple(map(_most_kept, schedule.ranks)))
 
 
+def measured(schedule: Schedule, spans: Sequence[Span]) -> Timeline:
+    """What was measured of a schedule, as what is predicted of one."""
+    return Timeline(schedule, tuple(sorted(spans, key=lambda span: (span.rank, span.start))),
+                    tuple(map(_most_kept, schedule.ranks)))
+
+
 def _edge(schedule: Schedule, action: Action) -> Edge | None:
     to = schedule.sends(action)
     return None if to is None else (action.stage, to)

@@ -29,7 +29,8 @@ def main(mesh_text: str) -> None:
     wide = fill(whole, "w", lambda p, v=dict(leaf_values(whole, "w")): v[p].double())
     with torch.device("cpu"):
         alone = compile(value_and_grad(loss), mesh=Mesh(), runtime=Alone, config=config)
-        exact, plain = ([v, *flat_leaves(g)] for v, g in (alone(ids, labels, w, start) for w in (wide, whole)))
+        exact, plain = ([value, *flat_leaves(grads)] for value, grads in (
+            alone(ids, labels, w, start) for w in (wide, whole)))
     with connect(mesh, DEVICE) as runtime:
         def there(x: torch.Tensor) -> torch.Tensor:
             return x if x.is_meta else x.contiguous().to(runtime.device)
