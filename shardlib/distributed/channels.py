@@ -48,7 +48,7 @@ class Channels:
         self.group, self._ways, self._order = group, ways, order
         self._of = {parcel.number: name for name, parcels in order.items() for parcel in parcels}
         self._at = dict.fromkeys(order, 0)
-        self._posted: list[tuple[Any, Tensor]] = []
+        self._posted: list[tuple[Any, Tensor, int]] = []
         self._come: dict[int, tuple[Any, Tensor]] = {}
         self._taken: list[tuple[Any, object]] = []
 
@@ -61,7 +61,7 @@ class Channels:
                             f"the next is {parcel.number}, {parcel.dtype} of {parcel.shape}")
         if x.numel():
             work = self.group.passed("send", to, x.dtype, x.numel(), self._ways[name].post, x, 1, at=at)
-            self._posted = [left for left in self._posted if not left[0].is_completed()] + [(work, x)]
+            self._posted = [left for left in self._posted if not left[0].is_completed()] + [(work, x, to)]
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, source: int, number: int,
              at: object = None) -> Tensor:
@@ -89,8 +89,8 @@ class Channels:
 
     def wait(self, at: object = None) -> None:
         """Until all that was posted is there; what comes next is the first of its channel again."""
-        for work, x in self._posted:
-            self.group.passed("send", 1, x.dtype, x.numel(), work.wait, at=at)
+        for work, x, to in self._posted:
+            self.group.passed("send", to, x.dtype, x.numel(), work.wait, at=at)
         self._posted, self._at = [], dict.fromkeys(self._at, 0)
 
     def report(self) -> str | None:

@@ -23,8 +23,9 @@ from shardlib.distributed.group_coordinator import GroupCoordinator
 
 
 def by_number(group: GroupCoordinator) -> TorchDistributed | None:
-    """The communicator of the group that finds messages by their numbers, if one does."""
-    return next((c for c in group.communicators if isinstance(c, TorchDistributed) and c.posts), None)
+    """The communicator that finds messages on the group's device by their numbers, if one does."""
+    return next((c for c in group.communicators if isinstance(c, TorchDistributed) and c.posts
+                 and c.device == group.device.type), None)
 
 
 class Mail:

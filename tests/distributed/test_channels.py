@@ -12,6 +12,8 @@ import torch
 
 from shardlib import SpecError
 from shardlib.distributed.channels import Channels, Parcel
+from shardlib.distributed.communicators.torch_distributed import TorchDistributed
+from shardlib.distributed.mail import by_number
 from shardlib.schedules.generators import gpipe, interleaved, one_f_one_b, zbv, zero_bubble
 from shardlib.schedules.schedule import Action, Schedule
 from shardlib.schedules.waits import Edge, messages
@@ -140,6 +142,14 @@ def test_a_message_out_of_turn_is_refused() -> None:
         channels.post(torch.zeros(2), 1, 6)
     assert str(refused.value) == ("channel (0, 1): message 6, torch.float32 of (2,), is posted; the next is "
                                   "5, torch.float32 of (2,)")
+
+
+def test_numbers_are_for_the_device_of_the_group() -> None:
+    """A group on GPUs has gloo, too, for what is on the CPU: it does not carry what is on a GPU."""
+    gloo = TorchDistributed.__new__(TorchDistributed)
+    gloo.posts, gloo.device = True, "cpu"
+    assert by_number(SimpleNamespace(device=torch.device("cpu"), communicators=[gloo])) is gloo
+    assert by_number(SimpleNamespace(device=torch.device("cuda", 0), communicators=[gloo])) is None
 
 
 def test_the_watchdog_is_told_of_what_the_gpu_waits_for() -> None:
