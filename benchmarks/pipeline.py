@@ -104,7 +104,7 @@ def timed(call: Callable[[], object], steps: int, device: torch.device) -> list[
         began = time.perf_counter()
         made = call()
         settle(device)
-        mine = torch.tensor([time.perf_counter() - began], device=device)
+        mine = torch.tensor([time.perf_counter() - began])
         dist.all_reduce(mine, dist.ReduceOp.MAX)
         times.append(mine.item() * 1e3)
         del made
@@ -139,22 +139,20 @@ def forget(device: torch.device) -> None:
 
 def most(device: torch.device) -> float:
     """GB that the fullest rank has held."""
-    mine = torch.tensor([torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0],
-                        device=device)
+    mine = torch.tensor([torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0])
     dist.all_reduce(mine, dist.ReduceOp.MAX)
     return round(mine.item(), 2)
 
 
-def told(x: torch.Tensor | None, device: torch.device) -> float:
+def told(x: torch.Tensor | None) -> float:
     """A number that some ranks have."""
-    mine = torch.tensor([0.0, 0.0], device=device) if x is None else torch.stack(
-        [x.float().cpu(), torch.ones(())]).to(device)
+    mine = torch.tensor([0.0, 0.0] if x is None else [x.item(), 1.0])
     dist.all_reduce(mine)
     return round((mine[0] / mine[1]).item(), 5)
 
 
 def case(name: str, microbatches: int, c: LlamaConfig, tokens: int, runtime: Runtime, dtype: torch.dtype,
-         steps: int, peers: list[str]) -> tuple[dict, dict]:
+         steps: int, peers: list[str], group: dist.ProcessGroup) -> tuple[dict, dict]:
     device, ranks = runtime.device, runtime.mesh.axes["pp"]
     generator = torch.Generator().manual_seed(0)
     ids, labels = (torch.randint(c.vocab_size, (microbatches, tokens), generator=generator).to(device)
@@ -162,9 +160,9 @@ def case(name: str, microbatches: int, c: LlamaConfig, tokens: int, runtime: Run
     theirs, said = {}, {}
     for peer in peers:
         forget(device)
-        plain = PlainPipeline(c, peer, microbatches, ids, labels, dtype, device)
+        plain = PlainPipeline(c, peer, microbatches, ids, labels, dtype, device, group)
         theirs[f"torch {peer}"] = statistics.median(timed(plain.step, steps, device))
-        said[peer] = told(plain.step(), device), told(norm(plain.gradient("embed")), device), most(device)
+        said[peer] = told(plain.step()), told(norm(plain.gradient("embed"))), most(device)
         del plain
     forget(device)
     schedule = MAKE[name](ranks, microbatches)
@@ -183,7 +181,7 @@ def case(name: str, microbatches: int, c: LlamaConfig, tokens: int, runtime: Run
     done |= {"predicted": round(clock, 2), "even": round(even, 2), "measured_idle": round(made.idle, 4),
              "predicted_idle": round(mine.explained.idle, 4), "marked": round(made.length * 1e3, 2),
              "tokens_per_s": round(microbatches * tokens / statistics.median(times) * 1e3),
-             "loss": told(value, device), "embed_gradient": told(norm(embed) if first else None, device),
+             "loss": told(value), "embed_gradient": told(norm(embed) if first else None),
              "theirs": {peer: dict(zip(("loss", "embed_gradient", "memory_gb"), of))
                         for peer, of in said.items()},
              "memory_gb": memory, "explained_gb": round(fullest / 1e9, 2), "build_s": round(built, 1)}
@@ -197,10 +195,10 @@ def norm(x: torch.Tensor | None) -> torch.Tensor | None:
 
 # -- messages ------------------------------------------------------------------------------------------------
 
-def messages(runtime: Runtime, sizes: tuple[int, ...], turns: int) -> list[dict]:
+def messages(runtime: Runtime, sizes: tuple[int, ...], turns: int, backend: str) -> list[dict]:
     """Ranks 0 and 1 send each other one in turn; over channels, and by torch over one group of two."""
     rank, device, found = runtime.rank, runtime.device, []
-    group = dist.new_group([0, 1])
+    group, pair = dist.new_group([0, 1], backend=backend), dist.new_group([0, 1], backend="gloo")
     for nbytes in sizes:
         n = nbytes // 2
         parcels = {(a, b): [Parcel(2 * i + a, (n,), torch.bfloat16) for i in range(turns)]
@@ -231,7 +229,7 @@ def messages(runtime: Runtime, sizes: tuple[int, ...], turns: int) -> list[dict]
             took = []
             for _ in range(6):
                 settle(device)
-                dist.barrier(group)
+                dist.barrier(pair)
                 began = time.perf_counter()
                 call()
                 settle(device)
@@ -265,11 +263,14 @@ def main() -> None:
     rows, marks = [], {}
     with connect(mesh, "cuda" if cuda else "cpu") as runtime:
         runtime.create_groups([("pp",)])
-        rows += messages(runtime, BYTES if cuda else BYTES[:2], said.turns)
+        backend = "nccl" if cuda else "gloo"
+        group = dist.new_group(backend=backend)
+        rows += messages(runtime, BYTES if cuda else BYTES[:2], said.turns, backend)
         for name in said.schedules.split(","):
             for microbatches in map(int, said.microbatches.split(",")):
                 peers = [p for p in said.peers.split(",") if p == name]
-                done, when = case(name, microbatches, c, said.tokens, runtime, dtype, said.steps, peers)
+                done, when = case(name, microbatches, c, said.tokens, runtime, dtype, said.steps, peers,
+                                  group)
                 rows.append(done)
                 marks |= when
                 if runtime.rank == 0:

@@ -87,13 +87,13 @@ class PlainPipeline:
     """One rank of a step: `step()` is the loss on the last stage's rank; gradients are left in `.grad`."""
 
     def __init__(self, c, schedule: str, microbatches: int, ids: Tensor, labels: Tensor, dtype: torch.dtype,
-                 device: torch.device) -> None:
+                 device: torch.device, group: dist.ProcessGroup) -> None:
         ranks, rank = dist.get_world_size(), dist.get_rank()
         stages = ranks if schedule == "1f1b" else 2 * ranks
         mine = ([rank] if stages == ranks else [rank, stages - 1 - rank] if schedule == "zbv"
                 else [rank, rank + ranks])
         self.parts = [Part(c, s, stages, ids.shape[1], dtype, device) for s in mine]
-        made = [PipelineStage(part, s, stages, device) for part, s in zip(self.parts, mine)]
+        made = [PipelineStage(part, s, stages, device, group=group) for part, s in zip(self.parts, mine)]
         self.schedule = getattr(pipelining, SCHEDULES[schedule])(
             made[0] if len(made) == 1 else made, microbatches, loss_fn=nats)
         self.ids, self.labels, self.first, self.last = ids, labels, 0 in mine, stages - 1 in mine
