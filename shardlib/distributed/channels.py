@@ -18,6 +18,7 @@ On a GPU taking and posting return at once: the stream waits. `report` says whic
 """
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,9 +49,9 @@ class Channels:
         self.group, self._ways, self._order = group, ways, order
         self._of = {parcel.number: name for name, parcels in order.items() for parcel in parcels}
         self._at = dict.fromkeys(order, 0)
-        self._posted: list[tuple[Any, Tensor, int]] = []
+        self._posted: deque[tuple[Any, Tensor, int]] = deque()
         self._come: dict[int, tuple[Any, Tensor]] = {}
-        self._taken: list[tuple[Any, object]] = []
+        self._taken: deque[tuple[Any, object]] = deque()
 
     def post(self, x: Tensor, to: int, number: int, at: object = None) -> None:
         """Hands x to member `to`, some time; x must not change before `wait`."""
@@ -61,7 +62,7 @@ class Channels:
                             f"the next is {parcel.number}, {parcel.dtype} of {parcel.shape}")
         if x.numel():
             work = self.group.passed("send", to, x.dtype, x.numel(), self._ways[name].post, x, 1, at=at)
-            self._posted = [left for left in self._posted if not left[0].is_completed()] + [(work, x, to)]
+            _append(self._posted, (work, x, to))
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, source: int, number: int,
              at: object = None) -> Tensor:
@@ -74,7 +75,7 @@ class Channels:
         if work is not None:
             self.group.passed("recv", source, dtype, found.numel(), work.wait, at=at)
             if self.group.device.type == "cuda":
-                self._taken = [left for left in self._taken if not left[0].is_completed()] + [(work, at)]
+                _append(self._taken, (work, at))
         return found.view(tuple(shape))
 
     def _next(self, name: Hashable) -> Parcel:
@@ -91,9 +92,17 @@ class Channels:
         """Until all that was posted is there; what comes next is the first of its channel again."""
         for work, x, to in self._posted:
             self.group.passed("send", to, x.dtype, x.numel(), work.wait, at=at)
-        self._posted, self._at = [], dict.fromkeys(self._at, 0)
+        self._posted.clear()
+        self._at = dict.fromkeys(self._at, 0)
 
     def report(self) -> str | None:
         """The first message that the GPU waits for."""
-        waits = next((at for work, at in self._taken if not work.is_completed()), None)
+        waits = next((at for work, at in tuple(self._taken) if not work.is_completed()), None)
         return None if waits is None else f"the GPU waits for a message, at {waits}"
+
+
+def _append(queue: deque, last: tuple) -> None:
+    """What is over at the beginning is let go: to ask all of them took longer than to post."""
+    while queue and queue[0][0].is_completed():
+        queue.popleft()
+    queue.append(last)

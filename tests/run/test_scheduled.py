@@ -16,6 +16,7 @@ from shardlib import (
     Mesh,
     Params,
     SpecError,
+    compile,
     einsum,
     init,
     lower,
@@ -32,7 +33,7 @@ from shardlib.compiler.microbatches import cut
 from shardlib.functions import cast, exp, greater, mean, silu, sum
 from shardlib.ops import attention, cross_entropy, embedding
 from shardlib.params import leaf_values
-from shardlib.reports.scheduled import Letter, asked_by, match_ranks
+from shardlib.reports.scheduled import Letter, asked_by, channels, match_ranks
 from shardlib.run.scheduled import _groups
 from shardlib.schedules.folding import Fold
 from shardlib.schedules.generators import gpipe, interleaved, one_f_one_b, zbv, zero_bubble
@@ -305,3 +306,29 @@ def test_lists_that_do_not_fit_are_refused_by_the_proof() -> None:
         match_ranks([asked[0], [asked[1][i] if not (isinstance(a, Letter) and a.part == "F0") else
                                 Letter(a.line, "F1", a.ends, a.number, a.posts, a.call) for i, a in
                                 enumerate(asked[1])]])
+
+
+def test_both_ends_of_a_channel_have_one_order() -> None:
+    """That in which messages are posted, though the other end takes them in another."""
+    schedule = Schedule.parse("0F0 0F1 0F2 0B2 0B0 0B1\n1F2 1F0 1F1 1B1 1B0 1B2")
+    mesh, sizes = Mesh(pp=2), dict(L=2, B=5, D=4, F=5, V=7)
+    program = lower(value_and_grad(loss), Layout(L="pp", B="mb"), mesh=mesh, schedule=schedule)
+    fold = Fold(schedule, mesh)
+    parts = cut(program, fold.whole, {}, schedule.kinds)
+    first, second = (channels(fold, parts, sizes, dict(pp=p)) for p in range(2))
+    assert {edge: [(a.part, a.call.shapes) for a in letters] for edge, letters in first.items()} == {
+        edge: [(a.part, a.call.shapes) for a in letters] for edge, letters in second.items()}
+    assert {edge: [a.part for a in letters] for edge, letters in first.items()} == {
+        (0, 1): ["F0", "F1", "F2"], (1, 0): ["B1", "B0", "B2"]}
+    assert [a.call.shapes[0] for a in first[0, 1]] == [(2, 4), (2, 4), (1, 4)]
+
+
+def test_a_run_says_when_each_action_was() -> None:
+    """One stage on one rank: all that there is, in the order of its list, none before the one before it."""
+    schedule = one_f_one_b(1, 3)
+    run = compile(value_and_grad(loss), Layout(B="mb"), mesh=Mesh(), schedule=schedule)
+    made = run.timeline(*arguments(2, 5, True))
+    assert [span.action for span in made.spans] == list(schedule.ranks[0])
+    ends = [0.0, *(span.end for span in made.spans)]
+    assert all(end <= span.start <= span.end for end, span in zip(ends, made.spans))
+    assert made.spans[0].start == 0 and made.kept == (1,) and 0 <= made.idle < 1
