@@ -235,7 +235,7 @@ def messages(runtime: Runtime, sizes: tuple[int, ...], turns: int, backend: str)
                 settle(device)
                 took.append((time.perf_counter() - began) * 1e6 / (2 * turns))
             us[name] = statistics.median(took[2:])
-        found.append(row(f"message of {nbytes // 1024} KB", "us", us["ours"], {"torch": us["torch"]},
+        found.append(row(f"message of {nbytes // 1024} KB", "µs", us["ours"], {"torch": us["torch"]},
                          nbytes / 450e3) | {"gb_per_s": round(nbytes / us["ours"] / 1e3, 2)})
     return found
 

@@ -1,14 +1,20 @@
-"""Draws docs/pipeline-*.svg: Llama 3 8B's loss and gradients on four stages, under three schedules.
+"""Draws docs/pipeline-*.svg: Llama 3 8B's loss and gradients on four stages, under three schedules, by work
+alone; and what two GPUs did (benchmarks/profiles/pipeline.json), beside a clock that knows how long each
+stage's actions take.
 
     python docs/make_timeline.py
 """
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 from shardlib import Layout, Mesh, explain, lower, value_and_grad
 from shardlib.models.llama import LlamaConfig, loss
+from shardlib.schedules.clock import Span, measured, run
 from shardlib.schedules.generators import gpipe, one_f_one_b, zbv
 from shardlib.schedules.timeline import svg
 
@@ -29,6 +35,22 @@ def pictures() -> Iterator[tuple[str, str]]:
         yield f"pipeline-{make.__name__}.svg", svg(told.timeline)
 
 
+def measured_pictures() -> Iterator[tuple[str, str]]:
+    """The same of what was measured, in ms."""
+    marks = json.loads((Path(__file__).parents[1] / "benchmarks" / "profiles" / "pipeline.json").read_text())
+    for name, make in (("1f1b", one_f_one_b), ("zbv", zbv)):
+        schedule = make(2, ROWS)
+        actions = {str(action): action for action in schedule.actions}
+        spans = [Span(rank, actions[said], start, end) for rank, said, start, end
+                 in marks[f"8B, 8 layers, 2 stages, {name}, {ROWS} microbatches"]]
+        took = defaultdict(list)
+        for span in spans:
+            took[span.action.stage, span.action.kind].append(span.end - span.start)
+        yield f"pipeline-{name}-measured.svg", svg(measured(schedule, spans))
+        yield f"pipeline-{name}-clock.svg", svg(run(
+            schedule, duration=lambda kind: 0.0, delay=lambda a, took=took: median(took[a.stage, a.kind])))
+
+
 if __name__ == "__main__":
-    for name, text in pictures():
+    for name, text in (*pictures(), *measured_pictures()):
         Path(__file__).with_name(name).write_text(text)
