@@ -5,8 +5,17 @@
 >>> picture = svg(run(one_f_one_b(2, 2)))
 >>> picture.count("<rect"), picture.count("<text"), picture.startswith("<svg xmlns=")
 (11, 13, True)
+
+`page` puts several below each other, what was predicted and what was measured, say; a browser shows when an
+action was where one points at it.
+
+>>> page({"1F1B <by work>": run(one_f_one_b(2, 2))})[:66]
+'<!doctype html><meta charset="utf-8"><h3>1F1B &lt;by work&gt;</h3>'
 """
 from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
 
 from shardlib.schedules.clock import Timeline
 
@@ -38,3 +47,9 @@ def svg(made: Timeline) -> str:
         lines += [f'<rect x="{x}" y="{y}" width="12" height="12" fill="{COLORS[kind]}"/>',
                   f'<text x="{x + 17}" y="{y + 10}">{NAMES[kind]}</text>']
     return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def page(made: Mapping[str, Timeline]) -> str:
+    """Pictures below each other, each under its name, as one HTML page."""
+    return '<!doctype html><meta charset="utf-8">' + "".join(
+        f"<h3>{escape(name)}</h3>\n{svg(timeline)}" for name, timeline in made.items())
