@@ -493,6 +493,8 @@ MUTANTS = (
     Mutant("ops/attention_form.py", 'start="index", mask="mask"', 'start="index", mask="any"', BY_HAND),
     Mutant("ops/attention.py", "    return [kind if i in floats(attrs) else of for",
            '    return [kind if i in floats(attrs) else "int64" if of == "int32" else of for', ATTENTION),
+    Mutant("ops/attend.py", "*(x for x in (bias, sinks) if x is not None)):", "*(bias, sinks)):",
+           f"{OPTIONS} -k autograd_on_one_rank"),
     Mutant("ops/attend_lse.py", "at:at + n, :] if x.shape[3] > 1 else x", "at:at + n, :]",
            f"{OPTIONS} -k what_it_means"),
     Mutant("ops/attend_lse.py", "seen.window < max(ahead + t, s - ahead)", "seen.window < ahead", OPTIONS),

@@ -92,9 +92,13 @@ def test_a_start_that_hides_nothing() -> None:
 
 @pytest.mark.parametrize("beside, options", (((), dict(window=3)), (("start", "bias"), dict(softcap=0.7))))
 def test_autograd_on_one_rank(beside: tuple[str, ...], options: dict[str, Any]) -> None:
-    args = {n: x.requires_grad_(x.is_floating_point()) for n, x in inputs(2, 4, 2, 2, 6, 0).items()}
+    """And without, where autograd looks on and nothing requires a gradient."""
     f, wrt = program(beside, **options), ("q", "k", "v", *(n for n in beside if n in ("bias", "sinks")))
-    f(*args.values()).backward()
+    unwatched = f(*inputs(2, 4, 2, 2, 6, 0).values())
+    args = {n: x.requires_grad_(x.is_floating_point()) for n, x in inputs(2, 4, 2, 2, 6, 0).items()}
+    value = f(*args.values())
+    assert value.requires_grad and torch.equal(value, unwatched) and not unwatched.requires_grad
+    value.backward()
     with torch.no_grad():
         _, *wanted = simulate(value_and_grad(f, wrt), Layout(), *args.values(), mesh=Mesh(x=1))
     assert all(same(args[n].grad, want, 1e-12) for n, want in zip(wrt, wanted, strict=True))
