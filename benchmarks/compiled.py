@@ -6,9 +6,10 @@ from plain_llama import PlainLlama
 from record import medians, paired, ratio, row, write
 
 from shardlib import Layout, Mesh, compile, init
+from shardlib.models.causal import Cache
 from shardlib.models.decoding import weights_of
 from shardlib.models.files.model_files import open_checkpoint
-from shardlib.models.llama import Cache, Llama, LlamaConfig, next_logits
+from shardlib.models.llama import Llama, LlamaConfig, next_logits
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
 from shardlib.params import fill, struct

@@ -19,9 +19,11 @@ a Hugging Face folder's weights are read by a table of its tensors' names and di
 
 `tests/models/test_gallery.py` holds logits and gradients of small random models against transformers, and those under every
 layout below against one rank; those of models with experts under the last two, and three of the others.
+`generate` continues prompts with those whose last column says so: `tests/models/test_gallery_generate.py` holds greedy tokens
+against transformers.
 
-| model | page | lines | of these code | what it is |
-|---|---|---|---|---|
+| model | page | lines | of these code | what it is | `generate` |
+|---|---|---|---|---|---|
 """  # noqa: E501
 LAYOUT_HEAD = """
 | layout | | ranks |
@@ -38,7 +40,7 @@ def row(page: Page) -> str:
     said = (module.__doc__ or "").split("\n")[0].split(": ", 1)[1].rstrip(".")
     lines = [line for line in code.splitlines() if line.strip() and not line.startswith(("from ", "import "))]
     return (f"| {page.name} | [{path.name}](../models/gallery/{path.name}) | {len(text.splitlines())} | "
-            f"{len(lines)} | {said} |\n")
+            f"{len(lines)} | {said} | {'yes' if page.lm else ''} |\n")
 
 
 def page() -> str:

@@ -19,9 +19,8 @@ from shardlib.api import Compiled, Prepared, arg_types, shard_of
 from shardlib.distributed.runtime import Runtime
 from shardlib.models.cache_buffer import CacheBuffer
 from shardlib.models.following import follow, going
-from shardlib.models.llama import Cache
 from shardlib.models.slots import Slots, Smaller, round_up
-from shardlib.params import fill, leaf_values
+from shardlib.params import Params, fill, leaf_values
 from shardlib.run.beside import beside, largest_sum
 from shardlib.run.captured import Graph
 from shardlib.spec import Spec
@@ -50,15 +49,16 @@ class Decoder:
     """Generates for one batch after another.
 
     steps: the compiled program for (at the beginning of prompts, rows, capacity).  draws: whether it takes
-    the rows' numbers.
+    the rows' numbers.  kept: the cache.
     graph: steps are captured, in buckets of rows and rounded capacities; else sizes are exact.
     """
 
     def __init__(self, name: str, steps: Callable[[bool, int, int], Compiled], draws: bool, weights: Prepared,
-                 sizes: Mapping[str, int], most: int, runtime: Runtime, cache: CacheBuffer,
-                 graph: bool) -> None:
+                 kept: type[Params], sizes: Mapping[str, int], most: int, runtime: Runtime,
+                 cache: CacheBuffer, graph: bool) -> None:
         self.name, self.steps, self.draws, self.weights = name, steps, draws, weights
-        self.sizes, self.most, self.runtime, self.buffer, self.graph = sizes, most, runtime, cache, graph
+        self.kept, self.sizes, self.most, self.runtime = kept, sizes, most, runtime
+        self.buffer, self.graph = cache, graph
         self.capacity, self._made, self._turn = 0, 0, 0
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._beginnings: dict[tuple[int, ...], Beginning | None] = {}      # None: has come once
@@ -292,6 +292,6 @@ class Decoder:
         """The cache as the programs take it."""
         views, key = self._views(size, capacity, part), (size, capacity, *part)
         if key not in self._caches:
-            cache = fill(Cache, "cache", lambda path: views[path])
+            cache = fill(self.kept, "cache", lambda path: views[path])
             self._caches[key] = self.steps(False, size // part[1], capacity).prepare("cache", cache)
         return self._caches[key]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shardlib import Layout, Mesh, Params, SpecError, compile, lower, sharded
+from shardlib import Layout, Mesh, Params, SpecError, compile, lower
 from shardlib.api import Compiled
 from shardlib.compiler.passes import DEFAULT
 from shardlib.compiler.passes.fuse import fuse
@@ -21,16 +21,17 @@ from shardlib.compiler.stages import needed
 from shardlib.distributed.runtime import Runtime
 from shardlib.language.trace import Function
 from shardlib.models.cache_buffer import CacheBuffer
+from shardlib.models.causal import Sampling
 from shardlib.models.decoder import Decoder
 from shardlib.models.expert_placement import Placement
-from shardlib.models.families import FAMILIES, LLAMA, Family, config_of, family_of, load, weights_of
+from shardlib.models.families import config_of, family_of, load, weights_of
 from shardlib.models.files.checkpoint import Checkpoint
-from shardlib.models.llama import Cache, LlamaConfig
+from shardlib.models.gallery import Config
+from shardlib.models.llama import LlamaConfig
 from shardlib.models.mixtral import MixtralConfig
 from shardlib.models.placing import check, place_anew, placed
 from shardlib.models.random_weights import random_weights, shape_of
 from shardlib.models.slots import Slots
-from shardlib.ops import sample
 from shardlib.ops.fusions import FUSIONS, by_few_rows
 from shardlib.params import fill, leaf_values, struct
 from shardlib.program import Program
@@ -39,39 +40,6 @@ PASSES = (*DEFAULT, "rotate_scan", *fuse(FUSIONS, by_few_rows))
 WORTH_MOVING, WORTH_CAPTURING = 4, 256
 """Steps that must be to come for rows to be moved into a smaller bucket;
 where that has no graph yet, for one to be captured, too."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: temperature 0 is greedy."""
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-def _sampling(family: Family) -> tuple[Function, Function]:
-    """The programs that draw one token a row, by (seed, position, number of the row): of a step, and after a
-    prompt's beginning."""
-    def next_sample(ids, w, cache: Cache, start, last, row, *, config, sampling):
-        logits, cache = family.next_logits(ids, w, cache, start, last, config=config)
-        return drawn(logits, start + last, row, sampling), cache
-
-    def prompt_sample(ids, w, cache: Cache, start, last, row, *, config, sampling):
-        logits, cache = family.prompt_logits(ids, w, cache, start, last, config=config)
-        return drawn(logits, start + last, row, sampling), cache
-    for f in (next_sample, prompt_sample):
-        f.__annotations__["w"] = family.weights
-    signature = "B T/1, *, *, B, B, B -> B/1, *"
-    return sharded(signature)(next_sample), sharded(signature)(prompt_sample)
-
-
-def drawn(logits, position, row, sampling):
-    return sample("B V, B, B -> B", logits, position, row,
-                  temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed)
-
-
-SAMPLING = {family.name: _sampling(family) for family in FAMILIES}
-next_sample, prompt_sample = SAMPLING[LLAMA.name]
 
 
 @dataclass(frozen=True)
@@ -86,7 +54,7 @@ class Generated:
 class Model:
     """A model on this rank: its shards, and the programs that run it."""
 
-    def __init__(self, config: LlamaConfig, weights: Params, layout: Layout, runtime: Runtime,
+    def __init__(self, config: LlamaConfig | Config, weights: Params, layout: Layout, runtime: Runtime,
                  dtype: torch.dtype) -> None:
         self.config, self.weights, self.layout, self.runtime, self.dtype = (
             config, weights, layout, runtime, dtype)
@@ -152,11 +120,10 @@ class Model:
 
     def _function(self, sampling: Sampling, first: bool = False) -> tuple[Function, dict[str, object]]:
         """The program of a step, or of the beginning of prompts, and what it is made with."""
+        lm = family_of(self.config).lm
         if sampling.temperature == 0:
-            family = family_of(self.config)
-            return family.prompt_token if first else family.next_token, {"config": self.config}
-        later, beginning = SAMPLING[family_of(self.config).name]
-        return beginning if first else later, {"config": self.config, "sampling": sampling}
+            return lm.prompt_token if first else lm.next_token, {"config": self.config}
+        return lm.prompt_sample if first else lm.next_sample, {"config": self.config, "sampling": sampling}
 
     def _step(self, sampling: Sampling, first: bool = False) -> Compiled:
         if (sampling, first) not in self._steps:
@@ -174,8 +141,8 @@ class Model:
             self._decoders[sampling, graph] = Decoder(
                 function.__name__,
                 lambda first, rows, capacity: self._step(sampling, first).at(B=rows, S=capacity),
-                sampling.temperature > 0, self.weights, self.config.sizes, self.config.max_context,
-                self.runtime, self._cache, graph)
+                sampling.temperature > 0, self.weights, family_of(self.config).lm.cache, self.config.sizes,
+                self.config.max_context, self.runtime, self._cache, graph)
         return self._decoders[sampling, graph]
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int] = (),
@@ -228,7 +195,8 @@ def _by_row(slots: Slots, fetched: Callable[[], list[int]], rows: int) -> list[i
     return new
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: LlamaConfig) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int,
+                  config: LlamaConfig | Config) -> None:
     """SpecError for prompts that cannot be continued."""
     if not prompts or any(not p for p in prompts):
         raise SpecError("the prompt is empty; give it at least one token")
@@ -244,24 +212,24 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config:
                         f"context is {config.max_context}")
 
 
-def weight_types(config: LlamaConfig, layout: Layout, mesh: Mesh) -> dict[str, object]:
+def weight_types(config: LlamaConfig | Config, layout: Layout, mesh: Mesh) -> dict[str, object]:
     """path -> type of every weight at rest."""
     kinds = struct(weights_of(config)).map(lambda spec: layout.on(mesh).complete_alone(spec).resolve(mesh))
     return {path[1:]: kind for path, kind in kinds.leaves("")}
 
 
-def used_weights(config: LlamaConfig, layout: Layout, runtime: Runtime) -> dict[str, object]:
+def used_weights(config: LlamaConfig | Config, layout: Layout, runtime: Runtime) -> dict[str, object]:
     """path -> type of the weights that this rank uses: of a pipeline those of its stage."""
     types = weight_types(config, layout, runtime.mesh)
     if "L" not in layout.entries:
         return types
-    step = lower(family_of(config).next_token, layout, None, weights_of(config), mesh=runtime.mesh,
+    step = lower(family_of(config).lm.next_token, layout, None, weights_of(config), mesh=runtime.mesh,
                  config=config)
     used = needed(step, runtime.coordinate)
     return {path: kind for path, kind in types.items() if f"w.{path}" in used}
 
 
-def _filled(config: LlamaConfig, shards: dict[str, torch.Tensor], layout: Layout, mesh: Mesh,
+def _filled(config: LlamaConfig | Config, shards: dict[str, torch.Tensor], layout: Layout, mesh: Mesh,
             dtype: torch.dtype) -> Params:
     """The weights, of which the rank has `shards`: what another stage has are shapes alone."""
     types = weight_types(config, layout, mesh)

@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 
 from shardlib import Params
-from shardlib.language.trace import Function
 from shardlib.mesh import Mesh
-from shardlib.models import llama, llama_config, llama_weights, mixtral, mixtral_config, mixtral_weights
+from shardlib.models import (
+    gallery,
+    llama,
+    llama_config,
+    llama_weights,
+    mixtral,
+    mixtral_config,
+    mixtral_weights,
+)
+from shardlib.models.causal import CausalLM
 from shardlib.models.files.checkpoint import Checkpoint, CheckpointError
 from shardlib.models.files.weights import Weight, load_weights
+from shardlib.models.gallery.page import Config, Page
 from shardlib.models.llama import LlamaConfig
 from shardlib.params import fill
 from shardlib.spec import Spec
@@ -26,26 +35,12 @@ from shardlib.spec import Spec
 
 @dataclass(frozen=True)
 class Family:
-    """One model. config: its class.  weights: its pytree.  config_of, table: from a checkpoint.
-
-    next_logits, prompt_logits, next_token, prompt_token: its programs; prompts are at their beginning.
-    """
+    """One model. config_of, table: from a checkpoint.  tree: of a config, the paths of its weights."""
     name: str
-    config: type[LlamaConfig]
-    weights: type[Params]
+    lm: CausalLM
     config_of: Callable[[Checkpoint], Any]
     table: Callable[[Any, Checkpoint], tuple[Weight, ...]]
-    next_logits: Function
-    prompt_logits: Function
-    next_token: Function
-    prompt_token: Function
-
-
-def _family(name: str, module: Any, config: type[LlamaConfig], weights: type[Params],
-            config_of: Callable[[Checkpoint], Any],
-            table: Callable[[Any, Checkpoint], tuple[Weight, ...]]) -> Family:
-    return Family(name, config, weights, config_of, table, module.next_logits, module.prompt_logits,
-                  module.next_token, module.prompt_token)
+    tree: Callable[[Any], Any]
 
 
 def _mixtral_config(checkpoint: Checkpoint) -> mixtral.MixtralConfig:
@@ -53,34 +48,45 @@ def _mixtral_config(checkpoint: Checkpoint) -> mixtral.MixtralConfig:
     return mixtral_config.config_from_hf(checkpoint.metadata)
 
 
-FAMILIES = (
-    _family("llama", llama, LlamaConfig, llama.Llama, llama_config.config_of,
-            lambda config, checkpoint: llama_weights.weights_of(config, checkpoint.format)),
-    _family("mixtral", mixtral, mixtral.MixtralConfig, mixtral.Mixtral, _mixtral_config,
-            lambda config, checkpoint: mixtral_weights.weights_of(config, checkpoint.tensors)),
-)
-LLAMA = FAMILIES[0]
+def _untied(params: Callable[[Any], type[Params]]) -> Callable[[Any], Any]:
+    """Without a head where it is tied."""
+    def tree(config: LlamaConfig) -> Any:
+        full: Any = fill(params(config), "", lambda path: path[1:])
+        return type(full)(**{**vars(full), "head": None if config.tied else full.head})
+    return tree
 
 
-def family_of(config: LlamaConfig) -> Family:
-    return next(family for family in FAMILIES if family.config is type(config))
+def _of_page(page: Page, lm: CausalLM) -> Family:
+    return Family(page.name, lm, lambda checkpoint: gallery.config_of(page, checkpoint),
+                  lambda config, checkpoint: page.table(config), page.tree)
 
 
-def config_of(checkpoint: Checkpoint) -> LlamaConfig:
-    """What the headers of a checkpoint say of its model."""
+LLAMA = Family("llama", llama.LM, llama_config.config_of,
+               lambda config, checkpoint: llama_weights.weights_of(config, checkpoint.format),
+               _untied(lambda config: llama.Llama))
+MIXTRAL = Family("mixtral", mixtral.LM, _mixtral_config,
+                 lambda config, checkpoint: mixtral_weights.weights_of(config, checkpoint.tensors),
+                 _untied(lambda config: mixtral.Placed if config.num_slots else mixtral.Mixtral))
+FAMILIES = {family.name: family for family in (
+    LLAMA, MIXTRAL, *(_of_page(page, page.lm) for page in gallery.PAGES.values() if page.lm))}
+
+
+def family_of(config: LlamaConfig | Config) -> Family:
+    return FAMILIES[config.family]
+
+
+def config_of(checkpoint: Checkpoint) -> Any:
+    """What the headers of a checkpoint say of its model: a `LlamaConfig`, or a `Config` of the gallery."""
     said = checkpoint.metadata.get("model_type") if checkpoint.format == "huggingface" else LLAMA.name
-    family = next((family for family in FAMILIES if family.name == said), None)
-    if family is None:
-        raise CheckpointError(f"config.json: model_type is {said!r:.80}, which is not implemented; it may be "
-                              f"{' or '.join(repr(family.name) for family in FAMILIES)}")
-    return family.config_of(checkpoint)
+    if said not in FAMILIES:
+        raise CheckpointError(f"config.json: model_type is {said!r:.80}, which does not generate here; it is "
+                              f"one of {', '.join(FAMILIES)}")
+    return FAMILIES[said].config_of(checkpoint)
 
 
-def weights_of(config: LlamaConfig) -> Params:
-    """The pytree of weights of `config`, its leaves paths: without a head where it is tied."""
-    kind = mixtral.Placed if getattr(config, "num_slots", 0) else family_of(config).weights
-    full: Any = fill(kind, "", lambda path: path)
-    return type(full)(**{**full.__dict__, "head": None if config.tied else full.head})
+def weights_of(config: LlamaConfig | Config) -> Any:
+    """The pytree of weights of `config`, its leaves paths."""
+    return family_of(config).tree(config)
 
 
 def load(checkpoint: Checkpoint, types: Mapping[str, Spec], mesh: Mesh, coordinate: Mapping[str, int],
@@ -89,4 +95,3 @@ def load(checkpoint: Checkpoint, types: Mapping[str, Spec], mesh: Mesh, coordina
     config = config_of(checkpoint)
     table = family_of(config).table(config, checkpoint)
     return load_weights(checkpoint, table, config.sizes, types, mesh, coordinate, dtype, device)
-

@@ -58,9 +58,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = _Parser(prog="shardlib.models.generate", description="Generate text with a Llama or a Mixtral.")
+    parser = _Parser(prog="shardlib.models.generate",
+                     description="Generate text with a Llama, a Mixtral, or a decoder of the gallery.")
     parser.add_argument("--model", default="smollm2",
-                        help="smollm2, a Hugging Face folder of a Llama or Mixtral, or a .gguf file")
+                        help="smollm2, a Hugging Face folder whose model_type is known, or a .gguf file")
     parser.add_argument("--weights", help="in place of --model, random ones of a published shape, to "
                         "measure: random:llama3-8b")
     parser.add_argument("--mesh", default="", help='axes and sizes, as in "dp=2,tp=2"; by default one rank')

@@ -1,7 +1,7 @@
 """Mixtral, one page: Llama's attention, and in place of its feed-forward layer experts, of which each token
 goes through a few.
 
-B batch  T query time  S key time (cache slots)  P key time in a prompt  D d_model  L layers
+B batch  T query time  S key time (cache slots)  D d_model  L layers
 K kv heads  G queries per kv head  H head_dim  X experts  J experts a token  F d_ff  V vocab
 E slots of experts: as many, or, where w.slots says which are whose (X R, R replicas), more
 
@@ -15,23 +15,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shardlib import Params, einsum, param, rename, scan, sharded, stacked
-from shardlib.functions import argmax, mean, silu
-from shardlib.models.llama import Cache, KeyValue, LlamaConfig, angles_at, heads, logits_at
+from shardlib import Params, einsum, param, scan, sharded, stacked
+from shardlib.functions import silu
+from shardlib.models.causal import CausalLM, angles_at, embed, head, mean_loss, norm
+from shardlib.models.llama import LlamaConfig, heads
 from shardlib.ops import (
-    attention,
     combine,
-    cross_entropy,
     dispatch,
-    embedding,
     grouped_einsum,
     load_balancing_loss,
     rms_norm,
     route,
     router_z_loss,
     slots_of,
-    update_cache,
 )
+from shardlib.ops.past import Past
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,10 @@ class MixtralConfig(LlamaConfig):
     balance: float = 0.0
     z_loss: float = 0.0
     num_slots: int = 0
+
+    @property
+    def family(self) -> str:
+        return "mixtral"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -100,100 +102,33 @@ def moe(x, w, config):
     return through_experts(x, weights, slots, w), logits, chosen
 
 
-def rest(x, a, w, config):
+def routed_block(x, w, angles, past, config):
+    a = past.attention(*heads(x, w, angles, config), window=config.window)
     x = x + einsum("B T K G H, K G H D -> B T D", a, w.wo)
-    y, *router = moe(rms_norm(x, w.norm2, config.norm_eps), w, config)
+    y, *router = moe(rms_norm(x, w.norm2, config.eps), w, config)
     return x + y, *router
 
 
+def block(x, w, angles, past, config):
+    return routed_block(x, w, angles, past, config)[0]
+
+
+LM = CausalLM(Mixtral, dict(layers=block))
+logits_of, next_logits, next_token = LM.logits_of, LM.next_logits, LM.next_token
+
+
 @sharded("B T D, *, B T/1 H -> B T D, B T X, B T J")
-def routed_block(x, w: Block, angles, *, config):
-    q, k, v = heads(x, w, angles, config)
-    k, v = rename("B T K H -> B S K H", k), rename("B T K H -> B S K H", v)
-    a = attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v, window=config.window)
-    return rest(x, a, w, config)
-
-
-@sharded("B T D, *, B T/1 H -> B T D")
-def block(x, w: Block, angles, *, config):
-    return routed_block(x, w, angles, config=config)[0]
-
-
-@sharded("B T D, *, *, B, B T/1 H -> B T D, *")
-def cached_block(x, w: Block, cache: KeyValue, start, angles, *, config):
-    q, k, v = heads(x, w, angles, config)
-    k = update_cache("B S K H, B T K H, B -> B S K H", cache.k, k, start)
-    v = update_cache("B S K H, B T K H, B -> B S K H", cache.v, v, start)
-    a = attention("B T K G H, B S K H, B S K H, B -> B T K G H", q, k, v, start, window=config.window)
-    return rest(x, a, w, config)[0], KeyValue(k=k, v=v)
-
-
-@sharded("B T D, *, *, B, B T/1 H -> B T D, *")
-def prompt_block(x, w: Block, cache: KeyValue, start, angles, *, config):
-    """The same where nothing is in the cache yet: attention is causal among the new tokens."""
-    q, k, v = heads(x, w, angles, config)
-    kept = KeyValue(k=update_cache("B S K H, B T K H, B -> B S K H", cache.k, k, start),
-                    v=update_cache("B S K H, B T K H, B -> B S K H", cache.v, v, start))
-    k, v = rename("B T K H -> B P K H", k), rename("B T K H -> B P K H", v)
-    a = attention("B T K G H, B P K H, B P K H -> B T K G H", q, k, v, window=config.window)
-    return rest(x, a, w, config)[0], kept
-
-
-@sharded("B T/1, *, *, B, B -> B V/1, *")
-def next_logits(ids, w: Mixtral, cache: Cache, start, last, *, config):
-    """Logits after ids[b, last[b]], where ids[b, t] stands at position start[b] + t."""
-    x = embedding("B T, V D -> B T D", ids, w.embed)
-    x, layers = scan(cached_block, x, (w.layers, cache.layers), start, angles_at(start, config),
-                     config=config)
-    return logits_at(x, w, last, config), Cache(layers=layers)
-
-
-@sharded("B T/1, *, *, B, B -> B V/1, *")
-def prompt_logits(ids, w: Mixtral, cache: Cache, start, last, *, config):
-    """The same at the beginning of prompts: `start` is 0 everywhere."""
-    x = embedding("B T, V D -> B T D", ids, w.embed)
-    x, layers = scan(prompt_block, x, (w.layers, cache.layers), start, angles_at(start, config),
-                     config=config)
-    return logits_at(x, w, last, config), Cache(layers=layers)
-
-
-@sharded("B T/1, *, *, B, B -> B/1, *")
-def next_token(ids, w: Mixtral, cache: Cache, start, last, *, config):
-    """The greedy choice among the same logits, made without gathering them."""
-    logits, cache = next_logits(ids, w, cache, start, last, config=config)
-    return argmax("B V -> B", logits), cache
-
-
-@sharded("B T/1, *, *, B, B -> B/1, *")
-def prompt_token(ids, w: Mixtral, cache: Cache, start, last, *, config):
-    """The greedy choice after a prompt's beginning."""
-    logits, cache = prompt_logits(ids, w, cache, start, last, config=config)
-    return argmax("B V -> B", logits), cache
-
-
-@sharded("B T/1, *, B -> B T V")
-def logits_of(ids, w: Mixtral, start, *, config):
-    """Logits after every token, without a cache: training, scoring."""
-    x = embedding("B T, V D -> B T D", ids, w.embed)
-    return head(scan(block, x, w.layers, angles_at(start, config), config=config), w, config)
-
-
-def head(x, w, config):
-    return einsum("B T D, V D -> B T V", rms_norm(x, w.norm, config.norm_eps),
-                  w.embed if w.head is None else w.head)
+def balanced_block(x, w: Block, angles, *, config):
+    return routed_block(x, w, angles, Past(), config)
 
 
 @sharded("B T/1, B T/1, *, B -> ()")
 def loss(ids, labels, w: Mixtral, start, *, config):
     """Mean cross entropy, in nats per token, and what `config` adds for its routers."""
     if not config.balance and not config.z_loss:
-        return mean_loss(logits_of(ids, w, start, config=config), labels)
-    x = embedding("B T, V D -> B T D", ids, w.embed)
-    x, router, experts = scan(routed_block, x, w.layers, angles_at(start, config), config=config)
-    return (mean_loss(head(x, w, config), labels)
+        return LM.loss(ids, labels, w, start, config=config)
+    x, router, experts = scan(balanced_block, embed(ids, w, start, config), w.layers,
+                              angles_at(start, config), config=config)
+    return (mean_loss(head(norm(x, w, config), w, config), labels)
             + config.balance * load_balancing_loss("L B T X, L B T J -> ()", router, experts)
             + config.z_loss * router_z_loss("L B T X -> ()", router))
-
-
-def mean_loss(logits, labels):
-    return mean("B T -> ()", cross_entropy("B T V, B T -> B T", logits, labels))

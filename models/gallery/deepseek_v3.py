@@ -3,8 +3,8 @@
 B batch  T query time  S key time  D d_model  L layers with experts  O dense layers, which come first
 K heads  G queries per head, one  Q latent of queries  C latent of keys and values  V vocab
 N elements of a head without positions  R with, of keys the same for all heads  H = N + R
-A elements of a value  W = N + A  E experts  J experts a token  F d_ff of an expert
-I of the shared ones together  M of a dense layer
+A elements of a value  W = N + A  U = C + R, what is kept of a token  E experts  J experts a token
+F d_ff of an expert  I of the shared ones together  M of a dense layer
 """
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shardlib import Params, einsum, param, rename, scan, sharded, stacked
-from shardlib.functions import concat, mul, ones, silu, split, stop_gradient, zeros
+from shardlib import Params, einsum, param, stacked
+from shardlib.functions import concat, mul, ones, silu, split, stack, stop_gradient, unbind
+from shardlib.models.causal import CausalLM
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight
 from shardlib.models.gallery.experts import ExpertsConfig, expert_rows, top_k
 from shardlib.models.gallery.page import Page, ends, rope_theta
 from shardlib.models.mixtral import through_experts
-from shardlib.ops import attention, embedding, rms_norm, rope, rope_table, route
+from shardlib.ops import rms_norm, rope, rope_table, route
 
 LATENT_EPS = 1e-6
 
@@ -62,35 +63,60 @@ class DeepseekV3(Params):
     head: Tensor = param("V D")                     # absent where the embedding is tied
 
 
-def latent_attention(x, w, angles, config):
+class Latent(Params):
+    kept: Tensor = param("B S U", initial="zeros")
+
+
+class Cache(Params):
+    dense: Latent = stacked("O", Latent)
+    layers: Latent = stacked("L", Latent)
+
+
+def latent_attention(x, w, angles, past, config):
+    """What is kept of a token is its latent, and the turned part of its key. Over a cache, queries come to
+    the latents, as to one kv head; else keys and values are made of them."""
     h = rms_norm(x, w.norm1, config.eps)
     q = rms_norm(einsum("B T D, D Q -> B T Q", h, w.q_down), w.q_norm, LATENT_EPS)
     q, turned = split("B T K G H -> B T K G N, B T K G R", einsum("B T Q, Q K G H -> B T K G H", q, w.q_up))
     turned = rope("B T K G R, B T R -> B T K G R", turned, angles, interleaved=config.interleaved)
-    q = concat("B T K G N, B T K G R -> B T K G H", q, turned)
 
-    kv = rms_norm(einsum("B T D, D C -> B T C", h, w.kv_down), w.kv_norm, LATENT_EPS)
-    k, v = split("B T K W -> B T K N, B T K A", einsum("B T C, C K W -> B T K W", kv, w.kv_up))
-    turned = rope("B T R, B T R -> B T R", einsum("B T D, D R -> B T R", h, w.k_turned), angles,
-                  interleaved=config.interleaved)
-    turned = mul("B T R, K -> B T K R", turned, ones("K", dtype="int64"))        # the same for all heads
-    k = rename("B T K H -> B S K H", concat("B T K N, B T K R -> B T K H", k, turned))
-    v = rename("B T K A -> B S K A", v)
-    a = attention("B T K G H, B S K H, B S K A -> B T K G A", q, k, v)
+    latent = rms_norm(einsum("B T D, D C -> B T C", h, w.kv_down), w.kv_norm, LATENT_EPS)
+    k_turned = rope("B T R, B T R -> B T R", einsum("B T D, D R -> B T R", h, w.k_turned), angles,
+                    interleaved=config.interleaved)
+    kept = past.keep("B S U", concat("B T C, B T R -> B T U", latent, k_turned))
+    to_k, to_v = split("C K W -> C K N, C K A", w.kv_up)
+    if past.stored:
+        a = over_latents(q, turned, kept, to_k, to_v, past, config)
+    else:
+        q = concat("B T K G N, B T K G R -> B T K G H", q, turned)
+        k_turned = mul("B T R, K -> B T K R", k_turned, ones("K", dtype="int64"))    # the same for all heads
+        k = einsum("B T C, C K N -> B T K N", latent, to_k)
+        k = concat("B T K N, B T K R -> B T K H", k, k_turned)
+        v = einsum("B T C, C K A -> B T K A", latent, to_v)
+        a = past.over("B T K G H, B S K H, B S K A -> B T K G A", q, k, v, scale=config.scale)
     return x + einsum("B T K G A, K G A D -> B T D", a, w.wo)
 
 
-@sharded("B T D, *, B T/1 R -> B T D")
-def dense(x, w: Dense, angles, *, config):
-    x = latent_attention(x, w, angles, config)
+def over_latents(q, turned, kept, to_k, to_v, past, config):
+    """q (W_k c) = (W_k^T q) c: all heads share the latents c, as keys and as values."""
+    q = concat("B T K G C, B T K G R -> B T K G U", einsum("B T K G N, C K N -> B T K G C", q, to_k), turned)
+    q = stack("B T K U -> B T Z K U", unbind("B T K G U -> B T K U", q))
+    c, _ = split("B S U -> B S C, B S R", kept)
+    k, v = stack("B S U -> B S Z U", kept), stack("B S C -> B S Z C", c)
+    a = past.over("B T Z K U, B S Z U, B S Z C -> B T Z K C", q, k, v, scale=config.scale)
+    a = einsum("B T K C, C K A -> B T K A", unbind("B T Z K C -> B T K C", a), to_v)
+    return stack("B T K A -> B T K G A", a)
+
+
+def dense(x, w, angles, past, config):
+    x = latent_attention(x, w, angles, past, config)
     h = rms_norm(x, w.norm2, config.eps)
     gate, up = einsum("B T D, D M -> B T M", h, w.gate), einsum("B T D, D M -> B T M", h, w.up)
     return x + einsum("B T M, M D -> B T D", silu(gate) * up, w.down)
 
 
-@sharded("B T D, *, B T/1 R -> B T D")
-def sparse(x, w: Sparse, angles, *, config):
-    x = latent_attention(x, w, angles, config)
+def sparse(x, w, angles, past, config):
+    x = latent_attention(x, w, angles, past, config)
     h = rms_norm(x, w.norm2, config.eps)
     scores, bias = einsum("B T D, D E/1 -> B T E/1", h, w.router), stop_gradient(w.bias)
     weights, chosen = route("B T E, E -> B T J, B T J", scores, bias, score="sigmoid", top_k=config.top_k,
@@ -101,12 +127,11 @@ def sparse(x, w: Sparse, angles, *, config):
     return x + through_experts(h, weights, chosen, w) + shared
 
 
-@sharded("B T/1, * -> B T V")
-def logits(ids, w: DeepseekV3, *, config):
-    angles = rope_table("B -> B T/1 R", zeros("B", dtype="int64"), theta=config.theta)
-    x = scan(dense, embedding("B T, V D -> B T D", ids, w.embed), w.dense, angles, config=config)
-    x = rms_norm(scan(sparse, x, w.layers, angles, config=config), w.norm, config.eps)
-    return einsum("B T D, V D -> B T V", x, w.embed if w.head is None else w.head)
+def angles_at(start, config):
+    return rope_table("B -> B T/1 R", start, theta=config.theta, scaling=config.scaling)
+
+
+LM = CausalLM(DeepseekV3, dict(dense=dense, layers=sparse), Cache, angles=("B T/1 R", angles_at))
 
 
 @dataclass(frozen=True)
@@ -127,10 +152,13 @@ def config(said: Said) -> DeepseekConfig:
         raise said.error(f"first_k_dense_replace is {dense}, of {layers} layers: none has experts")
     sizes = dict(V=said.size("vocab_size"), D=said.size("hidden_size"), L=layers - dense, O=dense, K=heads,
                  G=1, Q=said.size("q_lora_rank"), C=said.size("kv_lora_rank"), N=plain, R=said.even(turned),
-                 H=plain + turned, A=value, W=plain + value, E=experts, J=chosen, F=width,
+                 H=plain + turned, A=value, W=plain + value,
+                 U=said.size("kv_lora_rank") + turned, E=experts, J=chosen, F=width,
                  I=width * said.size("n_shared_experts"), M=said.size("intermediate_size"))
     return DeepseekConfig(
         tuple(sizes.items()), eps=said.number("rms_norm_eps", default=1e-6), theta=rope_theta(said),
+        scale=(plain + turned) ** -0.5,
+        max_context=said.size("max_position_embeddings"),
         tied=said.flag("tie_word_embeddings", default=False), top_k=chosen,
         renormalise=said.flag("norm_topk_prob", default=True), groups=said.size("n_group"),
         top_groups=said.size("topk_group"), weight_scale=said.number("routed_scaling_factor", default=2.5),
@@ -170,4 +198,4 @@ def rows(config: DeepseekConfig) -> tuple[Weight, ...]:
     return (*ends(config), *found)
 
 
-DEEPSEEK_V3 = Page("deepseek_v3", DeepseekV3, logits, config, rows)
+DEEPSEEK_V3 = Page.of("deepseek_v3", LM, config, rows)

@@ -1,12 +1,15 @@
-"""What pages of models with experts share: their numbers, and the rows of their experts' weights."""
+"""What pages of models with experts share: the layer of these, its numbers, and the rows of its weights."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from shardlib import einsum
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight
 from shardlib.models.gallery.page import LAYER, Config, decoder_config
+from shardlib.models.mixtral import through_experts
+from shardlib.ops import route
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,13 @@ class ExpertsConfig(Config):
     weight_scale: float = 1.0
     groups: int = 1
     top_groups: int = 1
+
+
+def moe(h, w, config):
+    """What the experts of each token make of it."""
+    weights, chosen = route("B T E -> B T J, B T J", einsum("B T D, D E/1 -> B T E/1", h, w.router),
+                            top_k=config.top_k, renormalise=config.renormalise)
+    return through_experts(h, weights, chosen, w)
 
 
 def experts_config(said: Said, width: str, **more: Any) -> ExpertsConfig:

@@ -9,12 +9,14 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from shardlib import Params, einsum, param, rename, scan, sharded, stacked
-from shardlib.functions import gelu, tanh, zeros
+from shardlib import Params, einsum, nested, param, stacked
+from shardlib.functions import gelu, tanh
+from shardlib.models import causal
+from shardlib.models.causal import CausalLM, KeyValue
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight
 from shardlib.models.gallery.page import Config, Page, decoder_config, decoder_rows
-from shardlib.ops import attention, embedding, rms_norm, rope, rope_table
+from shardlib.ops import rms_norm, rope
 
 
 class Block(Params):
@@ -31,40 +33,59 @@ class Block(Params):
     norm4: Tensor = param("D", initial="zeros")
 
 
+class Pair(Params):
+    near: Block = nested(Block)                     # the first of each pair sees a window
+    far: Block = nested(Block)
+
+
 class Gemma2(Params):
     embed: Tensor = param("V D")
-    near: Block = stacked("L", Block)               # the first of each pair sees a window
-    far: Block = stacked("L", Block)
+    layers: Pair = stacked("L", Pair)
     norm: Tensor = param("D", initial="zeros")
 
 
-def layer(x, w, angles, window, config):
-    h = rms_norm(x, 1.0 + w.norm1, config.eps)
+class Kept(Params):
+    near: KeyValue = nested(KeyValue)
+    far: KeyValue = nested(KeyValue)
+
+
+class Cache(Params):
+    layers: Kept = stacked("L", Kept)
+
+
+def norm(x, weight, config):
+    return rms_norm(x, 1.0 + weight, config.eps)
+
+
+def layer(x, w, angles, past, config, window):
+    h = norm(x, w.norm1, config)
     q = rope("B T K G H, B T H -> B T K G H", einsum("B T D, D K G H -> B T K G H", h, w.wq), angles)
     k = rope("B T K H, B T H -> B T K H",     einsum("B T D, D K H   -> B T K H",   h, w.wk), angles)
     v =                                       einsum("B T D, D K H   -> B T K H",   h, w.wv)
-    k, v = rename("B T K H -> B S K H", k), rename("B T K H -> B S K H", v)
-    a = attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v, window=window, scale=config.scale,
-                  softcap=config.softcap)
-    x = x + rms_norm(einsum("B T K G H, K G H D -> B T D", a, w.wo), 1.0 + w.norm2, config.eps)
-    h = rms_norm(x, 1.0 + w.norm3, config.eps)
+    a = past.attention(q, k, v, window=window, scale=config.scale, softcap=config.softcap)
+    x = x + norm(einsum("B T K G H, K G H D -> B T D", a, w.wo), w.norm2, config)
+    h = norm(x, w.norm3, config)
     gate, up = einsum("B T D, D F -> B T F", h, w.gate), einsum("B T D, D F -> B T F", h, w.up)
     h = einsum("B T F, F D -> B T D", gelu(gate, approximate="tanh") * up, w.down)
-    return x + rms_norm(h, 1.0 + w.norm4, config.eps)
+    return x + norm(h, w.norm4, config)
 
 
-@sharded("B T D, *, *, B T/1 H -> B T D")
-def pair(x, near: Block, far: Block, angles, *, config):
-    return layer(layer(x, near, angles, config.window, config), far, angles, None, config)
+def pair(x, w, angles, past, config):
+    return layer(layer(x, w.near, angles, past, config, config.window), w.far, angles, past, config, None)
 
 
-@sharded("B T/1, * -> B T V")
-def logits(ids, w: Gemma2, *, config):
-    angles = rope_table("B -> B T/1 H", zeros("B", dtype="int64"), theta=config.theta)
-    x = embedding("B T, V D -> B T D", ids, w.embed) * config.sizes["D"] ** 0.5
-    x = rms_norm(scan(pair, x, (w.near, w.far), angles, config=config), 1.0 + w.norm, config.eps)
-    x = einsum("B T D, V D -> B T V", x, w.embed)
-    return x if config.final_softcap is None else tanh(x / config.final_softcap) * config.final_softcap
+def embed(ids, w, start, config):
+    return causal.embed(ids, w, start, config) * config.sizes["D"] ** 0.5
+
+
+def head(h, w, config):
+    logits = einsum("... D, V D -> ... V", h, w.embed)
+    cap = config.final_softcap
+    return logits if cap is None else tanh(logits / cap) * cap
+
+
+LM = CausalLM(Gemma2, dict(layers=pair), Cache, embed=embed, head=head,
+              norm=lambda x, w, config: norm(x, w.norm, config))
 
 
 def rows(config: Config) -> tuple[Weight, ...]:
@@ -74,9 +95,11 @@ def rows(config: Config) -> tuple[Weight, ...]:
         config, Weight("layers.norm2", "L D", at + "post_attention_layernorm.weight", "D"),
         Weight("layers.norm3", "L D", at + "pre_feedforward_layernorm.weight", "D"),
         Weight("layers.norm4", "L D", at + "post_feedforward_layernorm.weight", "D"))
-    return tuple(replace(row, path=row.path.replace("layers", which), name=row.name.replace("{L}", each))
-                 for row in found for which, each in (("near", "{2L}"), ("far", "{2L+1}"))
-                 if "{L}" in row.name or which == "near")
+    ends = tuple(row for row in found if "{L}" not in row.name)
+    return (*ends, *(replace(row, path=row.path.replace("layers", f"layers.{which}"),
+                             name=row.name.replace("{L}", each))
+                     for row in found if "{L}" in row.name
+                     for which, each in (("near", "{2L}"), ("far", "{2L+1}"))))
 
 
 def config(said: Said) -> Config:
@@ -94,4 +117,4 @@ def config(said: Said) -> Config:
         final_softcap=said.number("final_logit_softcapping", default=None))
 
 
-GEMMA2 = Page("gemma2", Gemma2, logits, config, rows)
+GEMMA2 = Page.of("gemma2", LM, config, rows)

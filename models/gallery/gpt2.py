@@ -1,25 +1,26 @@
 """GPT-2: layer norms, learned positions, q, k and v in one weight (Radford et al. 2019).
 
-B batch  T query time  S key time  C positions  D d_model  L layers  P q, k and v  K heads  G one query a head
+B batch  T query time  S key time  C positions  D d_model  L layers  Q q, k and v  K heads  G one query a head
 H head_dim  F d_ff  V vocab
 """
 from __future__ import annotations
 
 from torch import Tensor
 
-from shardlib import Params, einsum, param, rename, scan, sharded, stacked
-from shardlib.functions import arange, gelu, stack, unbind
+from shardlib import Params, einsum, param, stacked
+from shardlib.functions import add, arange, gelu, stack, unbind
+from shardlib.models.causal import CausalLM
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight
 from shardlib.models.gallery.page import Config, Page
-from shardlib.ops import attention, embedding, layer_norm
+from shardlib.ops import embedding, layer_norm
 
 
 class Block(Params):
     norm1: Tensor = param("D", initial="ones")
     shift1: Tensor = param("D", initial="zeros")
-    qkv: Tensor = param("D P K H")
-    qkv_bias: Tensor = param("P K H", initial="zeros")
+    qkv: Tensor = param("D Q K H")
+    qkv_bias: Tensor = param("Q K H", initial="zeros")
     out: Tensor = param("K H D")
     out_bias: Tensor = param("D", initial="zeros")
     norm2: Tensor = param("D", initial="ones")
@@ -39,25 +40,24 @@ class Gpt2(Params):
     head: Tensor = param("V D")                     # absent where the embedding is tied
 
 
-@sharded("B T D, * -> B T D")
-def block(x, w: Block, *, config):
+def block(x, w, start, past, config):
     h = layer_norm(x, w.norm1, w.shift1, config.eps)
-    h = einsum("B T D, D P K H -> B T P K H", h, w.qkv) + w.qkv_bias
-    q, k, v = unbind("B T P K H -> B T K H, B T K H, B T K H", h)
-    k, v = rename("B T K H -> B S K H", k), rename("B T K H -> B S K H", v)
-    a = attention("B T K G H, B S K H, B S K H -> B T K G H", stack("B T K H -> B T K G H", q), k, v)
-    a = unbind("B T K G H -> B T K H", a)
+    h = einsum("B T D, D Q K H -> B T Q K H", h, w.qkv) + w.qkv_bias
+    q, k, v = unbind("B T Q K H -> B T K H, B T K H, B T K H", h)
+    a = unbind("B T K G H -> B T K H", past.attention(stack("B T K H -> B T K G H", q), k, v))
     x = x + einsum("B T K H, K H D -> B T D", a, w.out) + w.out_bias
     h = layer_norm(x, w.norm2, w.shift2, config.eps)
     h = gelu(einsum("B T D, D F -> B T F", h, w.up) + w.up_bias, approximate="tanh")
     return x + einsum("B T F, F D -> B T D", h, w.down) + w.down_bias
 
 
-@sharded("B T/1, * -> B T V")
-def logits(ids, w: Gpt2, *, config):
-    x = embedding("B T, V D -> B T D", ids, w.embed) + embedding("T, C D -> T D", arange("T"), w.places)
-    x = layer_norm(scan(block, x, w.layers, config=config), w.norm, w.shift, config.eps)
-    return einsum("B T D, V D -> B T V", x, w.embed if w.head is None else w.head)
+def embed(ids, w, start, config):
+    places = embedding("B T, C D -> B T D", add("B, T -> B T", start, arange("T")), w.places)
+    return embedding("B T, V D -> B T D", ids, w.embed) + places
+
+
+LM = CausalLM(Gpt2, dict(layers=block), embed=embed, angles=("B", lambda start, config: start),
+              norm=lambda x, w, config: layer_norm(x, w.norm, w.shift, config.eps))
 
 
 LAYER = "transformer.h.{L}."
@@ -66,8 +66,8 @@ ROWS = (
     Weight("places",           "C D",       "transformer.wpe.weight",      "C D"),
     Weight("layers.norm1",     "L D",       LAYER + "ln_1.weight",         "D"),
     Weight("layers.shift1",    "L D",       LAYER + "ln_1.bias",           "D"),
-    Weight("layers.qkv",       "L D P K H", LAYER + "attn.c_attn.weight",  "D (P K H)"),
-    Weight("layers.qkv_bias",  "L P K H",   LAYER + "attn.c_attn.bias",    "(P K H)"),
+    Weight("layers.qkv",       "L D Q K H", LAYER + "attn.c_attn.weight",  "D (Q K H)"),
+    Weight("layers.qkv_bias",  "L Q K H",   LAYER + "attn.c_attn.bias",    "(Q K H)"),
     Weight("layers.out",       "L K H D",   LAYER + "attn.c_proj.weight",  "(K H) D"),
     Weight("layers.out_bias",  "L D",       LAYER + "attn.c_proj.bias",    "D"),
     Weight("layers.norm2",     "L D",       LAYER + "ln_2.weight",         "D"),
@@ -89,12 +89,12 @@ def config(said: Said) -> Config:
     d_model, heads = said.size("n_embd"), said.size("n_head")
     return Config(
         (("V", said.size("vocab_size")), ("C", said.size("n_positions")), ("D", d_model),
-         ("L", said.size("n_layer")), ("P", 3), ("K", heads),
+         ("L", said.size("n_layer")), ("Q", 3), ("K", heads),
          ("H", said.whole(d_model, heads, "elements a head")),
          ("F", said.size("n_inner", default=None) or 4 * d_model)),
         eps=said.number("layer_norm_epsilon", default=1e-5),
-        tied=said.flag("tie_word_embeddings", default=True))
+        tied=said.flag("tie_word_embeddings", default=True), max_context=said.size("n_positions"))
 
 
-GPT2 = Page("gpt2", Gpt2, logits, config,
-            lambda config: tuple(row for row in ROWS if not (config.tied and row.path == "head")))
+GPT2 = Page.of("gpt2", LM, config,
+               lambda config: tuple(row for row in ROWS if not (config.tied and row.path == "head")))

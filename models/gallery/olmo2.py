@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shardlib import Params, einsum, param, rename, scan, sharded, stacked
-from shardlib.functions import mean, rsqrt, silu, zeros
+from shardlib import Params, einsum, param, stacked
+from shardlib.functions import mean, rsqrt
+from shardlib.models.causal import CausalLM
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight
 from shardlib.models.gallery.page import LAYER, Config, Page, decoder_config, decoder_rows
-from shardlib.ops import attention, embedding, rms_norm, rope, rope_table
+from shardlib.models.llama import feed_forward
+from shardlib.ops import rms_norm, rope
 
 
 class Block(Params):
@@ -41,25 +43,17 @@ def all_heads_norm(text, x, w, eps):
     return x * rsqrt(mean(f"{text} -> B T", x * x) + eps) * w
 
 
-@sharded("B T D, *, B T/1 H -> B T D")
-def block(x, w: Block, angles, *, config):
+def heads(x, w, angles, config):
     q = all_heads_norm("B T K G H", einsum("B T D, D K G H -> B T K G H", x, w.wq), w.norm_q, config.eps)
     k = all_heads_norm("B T K H",   einsum("B T D, D K H   -> B T K H",   x, w.wk), w.norm_k, config.eps)
     v =                             einsum("B T D, D K H   -> B T K H",   x, w.wv)
-    q, k = rope("B T K G H, B T H -> B T K G H", q, angles), rope("B T K H, B T H -> B T K H", k, angles)
-    k, v = rename("B T K H -> B S K H", k), rename("B T K H -> B S K H", v)
-    a = attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v)
+    return rope("B T K G H, B T H -> B T K G H", q, angles), rope("B T K H, B T H -> B T K H", k, angles), v
+
+
+def block(x, w, angles, past, config):
+    a = past.attention(*heads(x, w, angles, config))
     x = x + rms_norm(einsum("B T K G H, K G H D -> B T D", a, w.wo), w.norm1, config.eps)
-    gate, up = einsum("B T D, D F -> B T F", x, w.gate), einsum("B T D, D F -> B T F", x, w.up)
-    return x + rms_norm(einsum("B T F, F D -> B T D", silu(gate) * up, w.down), w.norm2, config.eps)
-
-
-@sharded("B T/1, * -> B T V")
-def logits(ids, w: Olmo2, *, config):
-    angles = rope_table("B -> B T/1 H", zeros("B", dtype="int64"), theta=config.theta)
-    x = scan(block, embedding("B T, V D -> B T D", ids, w.embed), w.layers, angles, config=config)
-    x = rms_norm(x, w.norm, config.eps)
-    return einsum("B T D, V D -> B T V", x, w.embed if w.head is None else w.head)
+    return x + rms_norm(feed_forward(x, w), w.norm2, config.eps)
 
 
 def rows(config: Config) -> tuple[Weight, ...]:
@@ -75,4 +69,4 @@ def config(said: Said) -> Config:
     return decoder_config(said)
 
 
-OLMO2 = Page("olmo2", Olmo2, logits, config, rows)
+OLMO2 = Page.of("olmo2", CausalLM(Olmo2, dict(layers=block)), config, rows)

@@ -10,7 +10,7 @@ Each rank reads its own shards from a Hugging Face folder, as `shardlib.models.f
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
@@ -19,6 +19,7 @@ import torch
 from shardlib.api import Sharded
 from shardlib.layout import Layout
 from shardlib.mesh import Mesh
+from shardlib.models.causal import CausalLM
 from shardlib.models.files.checkpoint import Checkpoint
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight, load_weights
@@ -37,10 +38,17 @@ class Config:
     final_softcap: float | None = None
     buckets: tuple[int, int] | None = None
     tied: bool = False
+    scaling: tuple[Any, ...] | None = None
+    max_context: int = 0
+    family: str = ""
 
     @property
     def sizes(self) -> dict[str, int]:
         return dict(self.letters)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sizes["V"]
 
     def with_sizes(self, **sizes: int) -> Self:
         """The same with other sizes, or more."""
@@ -55,7 +63,7 @@ class Page:
     """One model. name: its model_type.  params: the class of its weights; those without a row are absent.
 
     logits: the function of (ids, weights), whose dims `takes` and `gives` say.  config: what it makes of a
-    config.json.  table: its rows.
+    config.json.  table: its rows.  lm: where it is a decoder, the programs that `generate` runs.
     """
     name: str
     params: type[Params]
@@ -64,6 +72,17 @@ class Page:
     table: Callable[[Config], tuple[Weight, ...]]
     takes: str = "B T/1"
     gives: str = "B T V"
+    lm: CausalLM | None = None
+
+    @classmethod
+    def of(cls, name: str, lm: CausalLM, config: Callable[[Said], Config],
+           table: Callable[[Any], tuple[Weight, ...]]) -> Page:
+        """Of a model that `generate` continues prompts with."""
+        return cls(name, lm.params, lm.logits, config, table, lm=lm)
+
+    def tree(self, config: Config) -> Any:
+        """Its weights as a pytree of paths, None where there is no row."""
+        return _those(fill(self.params, "", lambda path: path[1:]), {w.path for w in self.table(config)})
 
 
 def config_of(page: Page, checkpoint: Checkpoint) -> Config:
@@ -71,24 +90,22 @@ def config_of(page: Page, checkpoint: Checkpoint) -> Config:
     said = Said(checkpoint.metadata, "config.json")
     said.only("model_type", page.name)
     said.only("quantization_config", None)
-    return page.config(said)
+    return replace(page.config(said), family=page.name)
 
 
 def load(page: Page, checkpoint: Checkpoint, layout: Layout, mesh: Mesh, coordinate: Mapping[str, int],
          dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
     """The weights that `coordinate` holds under a layout: an instance of the page's Params."""
     config = config_of(page, checkpoint)
-    table = page.table(config)
-    rows = {weight.path: weight for weight in table}
-    tree = _those(fill(page.params, "", lambda path: path[1:]), rows)
+    tree = page.tree(config)
     kinds = struct(tree).map(lambda spec: layout.on(mesh).complete_alone(spec).resolve(mesh))
     types = {path[1:]: kind for path, kind in kinds.leaves("")}
+    table = page.table(config)
     shards = load_weights(checkpoint, table, config.sizes, types, mesh, coordinate, dtype, device)
     return fill(tree, "", lambda path: shards.pop(path[1:]))
 
 
-def _those(tree: Any, rows: Mapping[str, Weight]) -> Any:
-    """The pytree of paths with None where there is no row."""
+def _those(tree: Any, rows: Collection[str]) -> Any:
     return type(tree)(**{name: _those(value, rows) if isinstance(value, Params)
                          else value if value in rows else None for name, value in vars(tree).items()})
 
@@ -104,7 +121,8 @@ def decoder_config(said: Said, kind: type[C] = Config, eps: float = 1e-6, **more
          ("K", kv_heads), ("G", said.whole(heads, kv_heads, "query heads for each kv head")),
          ("H", said.even(head_dim)), ("F", said.size("intermediate_size"))),
         eps=said.number("rms_norm_eps", default=eps), theta=rope_theta(said),
-        tied=said.flag("tie_word_embeddings", default=False), **more)
+        tied=said.flag("tie_word_embeddings", default=False),
+        max_context=said.size("max_position_embeddings"), **more)
 
 
 def rope_theta(said: Said) -> float:

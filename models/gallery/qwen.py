@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shardlib import Params, einsum, param, rename, scan, sharded, stacked
-from shardlib.functions import silu, zeros
+from shardlib import Params, einsum, param, stacked
+from shardlib.models.causal import CausalLM
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight
 from shardlib.models.gallery.page import LAYER, Config, Page, decoder_config, decoder_rows
-from shardlib.ops import attention, embedding, rms_norm, rope, rope_table
+from shardlib.models.llama import feed_forward
+from shardlib.ops import rms_norm, rope
 
 
 class Block(Params):
@@ -50,26 +51,14 @@ def heads(h, w, config):
     return q, k, v
 
 
-@sharded("B T D, *, B T/1 H -> B T D")
-def block(x, w: Block, angles, *, config):
+def block(x, w, angles, past, config):
     q, k, v = heads(rms_norm(x, w.norm1, config.eps), w, config)
     q, k = rope("B T K G H, B T H -> B T K G H", q, angles), rope("B T K H, B T H -> B T K H", k, angles)
-    k, v = rename("B T K H -> B S K H", k), rename("B T K H -> B S K H", v)
-    a = attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v)
-    x = x + einsum("B T K G H, K G H D -> B T D", a, w.wo)
-    h = rms_norm(x, w.norm2, config.eps)
-    gate, up = einsum("B T D, D F -> B T F", h, w.gate), einsum("B T D, D F -> B T F", h, w.up)
-    return x + einsum("B T F, F D -> B T D", silu(gate) * up, w.down)
+    x = x + einsum("B T K G H, K G H D -> B T D", past.attention(q, k, v), w.wo)
+    return x + feed_forward(rms_norm(x, w.norm2, config.eps), w)
 
 
-@sharded("B T/1, * -> B T V")
-def logits(ids, w: Qwen, *, config):
-    angles = rope_table("B -> B T/1 H", zeros("B", dtype="int64"), theta=config.theta)
-    x = scan(block, embedding("B T, V D -> B T D", ids, w.embed), w.layers, angles, config=config)
-    x = rms_norm(x, w.norm, config.eps)
-    return einsum("B T D, V D -> B T V", x, w.embed if w.head is None else w.head)
-
-
+LM = CausalLM(Qwen, dict(layers=block))
 ATTENTION = LAYER + "self_attn."
 
 
@@ -92,5 +81,5 @@ def config(said: Said) -> Config:
     return decoder_config(said)
 
 
-QWEN2 = Page("qwen2", Qwen, logits, config, qwen2_rows)
-QWEN3 = Page("qwen3", Qwen, logits, config, qwen3_rows)
+QWEN2 = Page.of("qwen2", LM, config, qwen2_rows)
+QWEN3 = Page.of("qwen3", LM, config, qwen3_rows)

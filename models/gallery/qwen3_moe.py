@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shardlib import Params, einsum, param, rename, scan, sharded, stacked
-from shardlib.functions import zeros
+from shardlib import Params, einsum, param, stacked
+from shardlib.models.causal import CausalLM
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight
-from shardlib.models.gallery.experts import ExpertsConfig, expert_rows, experts_config
+from shardlib.models.gallery.experts import ExpertsConfig, expert_rows, experts_config, moe
 from shardlib.models.gallery.page import LAYER, Page, decoder_rows
-from shardlib.models.mixtral import through_experts
-from shardlib.ops import attention, embedding, rms_norm, rope, rope_table, route
+from shardlib.ops import rms_norm, rope
 
 
 class Block(Params):
@@ -39,28 +38,14 @@ class Qwen3Moe(Params):
     head: Tensor = param("V D")                     # absent where the embedding is tied
 
 
-@sharded("B T D, *, B T/1 H -> B T D")
-def block(x, w: Block, angles, *, config):
+def block(x, w, angles, past, config):
     h = rms_norm(x, w.norm1, config.eps)
     q = rms_norm(einsum("B T D, D K G H -> B T K G H", h, w.wq), w.norm_q, config.eps)
     k = rms_norm(einsum("B T D, D K H   -> B T K H",   h, w.wk), w.norm_k, config.eps)
     v =          einsum("B T D, D K H   -> B T K H",   h, w.wv)
     q, k = rope("B T K G H, B T H -> B T K G H", q, angles), rope("B T K H, B T H -> B T K H", k, angles)
-    k, v = rename("B T K H -> B S K H", k), rename("B T K H -> B S K H", v)
-    a = attention("B T K G H, B S K H, B S K H -> B T K G H", q, k, v)
-    x = x + einsum("B T K G H, K G H D -> B T D", a, w.wo)
-    h = rms_norm(x, w.norm2, config.eps)
-    weights, chosen = route("B T E -> B T J, B T J", einsum("B T D, D E/1 -> B T E/1", h, w.router),
-                            top_k=config.top_k, renormalise=config.renormalise)
-    return x + through_experts(h, weights, chosen, w)
-
-
-@sharded("B T/1, * -> B T V")
-def logits(ids, w: Qwen3Moe, *, config):
-    angles = rope_table("B -> B T/1 H", zeros("B", dtype="int64"), theta=config.theta)
-    x = scan(block, embedding("B T, V D -> B T D", ids, w.embed), w.layers, angles, config=config)
-    x = rms_norm(x, w.norm, config.eps)
-    return einsum("B T D, V D -> B T V", x, w.embed if w.head is None else w.head)
+    x = x + einsum("B T K G H, K G H D -> B T D", past.attention(q, k, v), w.wo)
+    return x + moe(rms_norm(x, w.norm2, config.eps), w, config)
 
 
 def rows(config: ExpertsConfig) -> tuple[Weight, ...]:
@@ -77,4 +62,4 @@ def config(said: Said) -> ExpertsConfig:
     return experts_config(said, "moe_intermediate_size")
 
 
-QWEN3_MOE = Page("qwen3_moe", Qwen3Moe, logits, config, rows)
+QWEN3_MOE = Page.of("qwen3_moe", CausalLM(Qwen3Moe, dict(layers=block)), config, rows)

@@ -134,7 +134,7 @@ class Explanation:
 
     def __str__(self) -> str:
         out = io.StringIO()
-        console = Console(file=out, width=150, force_terminal=False)
+        console = Console(file=out, width=150, force_terminal=False, emoji=False)
         table = Table(title=f"{self.program} on mesh {self.mesh or '(one rank)'}", title_justify="left",
                       box=None, pad_edge=False)
         routed, branched = any(t.communicator for t in self.traffic), any(t.branch for t in self.traffic)

@@ -64,7 +64,7 @@ class Timetable:
 
     def __str__(self) -> str:
         schedule, out = self.timeline.schedule, io.StringIO()
-        console = Console(file=out, width=150, force_terminal=False)
+        console = Console(file=out, width=150, force_terminal=False, emoji=False)
         console.print(f"{self.program} on mesh {self.mesh or '(one rank)'}, {schedule.stages} stages, "
                       f"{schedule.microbatches} microbatches")
         table = Table(box=None, pad_edge=False)

@@ -8,8 +8,9 @@ from torch import Tensor
 from shardlib import Layout, Params, SpecError, compile, einsum, init, param, scan, sharded, stacked
 from shardlib.compiler.passes.pack import Packing, pack
 from shardlib.language.einsum import EINSUM
+from shardlib.models.causal import Cache
 from shardlib.models.decoding import weights_of
-from shardlib.models.llama import Cache, LlamaConfig, next_logits
+from shardlib.models.llama import LlamaConfig, next_logits
 from shardlib.ops import rope
 from shardlib.program import Step
 from shardlib.spec import parse

@@ -17,9 +17,10 @@ from torch import Tensor
 from shardlib import Mesh, compile
 from shardlib.compiler.passes import DEFAULT
 from shardlib.distributed.runtime import Runtime, connect
+from shardlib.models.causal import Cache, KeyValue
 from shardlib.models.decoding import PASSES, weight_types, weights_of
 from shardlib.models.layouts import named_layout
-from shardlib.models.llama import Cache, KeyValue, LlamaConfig, next_logits
+from shardlib.models.llama import LlamaConfig, next_logits
 from shardlib.models.random_weights import random_weights
 
 CONFIG = LlamaConfig(vocab_size=1536, d_model=1536, num_layers=4, num_kv_heads=12, queries_per_kv=2,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from shardlib import Mesh
 from shardlib.language.scan import SCAN
-from shardlib.models.llama import Cache, LlamaConfig
+from shardlib.models.causal import Cache
+from shardlib.models.llama import LlamaConfig
 from shardlib.params import init, leaf_values
 from shardlib.placement import shard_of
 from shardlib.program import Program

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from shardlib import Layout, Mesh, Params, lower, prove
 from shardlib.api import shard_of
-from shardlib.models import llama
-from shardlib.models.decoding import SAMPLING, Sampling
+from shardlib.compiler.sizes import complete_sizes
+from shardlib.models import causal, llama
+from shardlib.models.causal import Sampling
 from shardlib.models.families import family_of
 from shardlib.models.layouts import named_layout
-from shardlib.models.llama import Cache, Llama, LlamaConfig, RopeScaling
+from shardlib.models.llama import Llama, LlamaConfig, RopeScaling
 from shardlib.params import fill, init, leaf_values
 from shardlib.placement import join
 from shardlib.program import Program
@@ -83,7 +84,8 @@ def check_proof(program: Program, mesh: Mesh, placed: Shards, sizes: Mapping[str
                 log: Sequence[tuple]) -> None:
     """The program is proven, and every rank made the collectives of its projection, in that order."""
     dtypes = {path: str(t.dtype).removeprefix("torch.") for path, t in placed[0].items()}
-    calls = [project(program, mesh, rank, sizes, dtypes) for rank in range(mesh.world_size)]
+    whole = complete_sizes(program, sizes)
+    calls = [project(program, mesh, rank, whole, dtypes) for rank in range(mesh.world_size)]
     assert match(calls) == prove(program, mesh, sizes, dtypes).collectives == len(log)
     for rank, expected in enumerate(calls):
         made = [(method, group) for group, method, _ in log if rank in group]
@@ -91,9 +93,9 @@ def check_proof(program: Program, mesh: Mesh, placed: Shards, sizes: Mapping[str
 
 
 def line(text: str) -> str:
-    """Where the model's file has `text`."""
-    return next(f"llama.py:{i}" for i, l in enumerate(Path(llama.__file__).read_text().splitlines(), 1)
-                if text in l)
+    """Where the model's file, or that of its programs, has `text`."""
+    return next(f"{path.name}:{i}" for path in (Path(llama.__file__), Path(causal.__file__))
+                for i, l in enumerate(path.read_text().splitlines(), 1) if text in l)
 
 
 # -- generation ----------------------------------------------------------------------------------------------
@@ -103,16 +105,17 @@ def generate(weights: Any, config: LlamaConfig, layout: Layout, mesh: Mesh,
              sampling: Sampling = Sampling()) -> list[list[int]]:
     """What `decoding.Model.generate` says under the same names, by the same programs,
     with all ranks in this process."""
-    static, family = {"config": config}, family_of(config)
+    static, lm = {"config": config}, family_of(config).lm
     if sampling.temperature:
         static["sampling"] = sampling
-    later, first = SAMPLING[family.name] if sampling.temperature else (family.next_token, family.prompt_token)
+    later, first = ((lm.next_sample, lm.prompt_sample) if sampling.temperature
+                    else (lm.next_token, lm.prompt_token))
     programs = [lower(f, layout, None, weights, mesh=mesh, **static) for f in (first, later)]
     longest, rows = max(map(len, prompts)), len(prompts)
     sizes = dict(config.sizes, B=rows, S=longest + max_new_tokens)
     leaves = dict(programs[0].arg_leaves())
     assert leaves == dict(programs[1].arg_leaves())
-    cache = dict(leaf_values(init(Cache, sizes, path="cache", dtype=weights.embed.dtype), "cache"))
+    cache = dict(leaf_values(init(lm.cache, sizes, path="cache", dtype=weights.embed.dtype), "cache"))
     whole = {**dict(leaf_values(weights, "w")), **cache}
     state = [{path: shard_of(t, leaves[path], mesh, c) for path, t in whole.items()}
              for c in mesh.coordinates()]

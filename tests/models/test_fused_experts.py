@@ -14,8 +14,8 @@ from shardlib.api import compile
 from shardlib.compiler.fusion import Fusion, Site
 from shardlib.compiler.passes import DEFAULT
 from shardlib.compiler.passes.fuse import fuse, fusion_report
+from shardlib.models.causal import Cache, KeyValue
 from shardlib.models.decoding import PASSES, weights_of
-from shardlib.models.llama import Cache, KeyValue
 from shardlib.models.mixtral import MixtralConfig, next_logits, next_token
 from shardlib.models.random_weights import random_weights
 from shardlib.ops import expert_ffn

@@ -16,10 +16,9 @@ from shardlib.api import compile
 from shardlib.compiler.fusion import Fusion, Product, Site
 from shardlib.compiler.passes import DEFAULT
 from shardlib.compiler.passes.fuse import fuse, fusion_report
+from shardlib.models.causal import Cache, KeyValue
 from shardlib.models.decoding import PASSES, weights_of
 from shardlib.models.llama import (
-    Cache,
-    KeyValue,
     LlamaConfig,
     next_logits,
     next_token,

@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import transformers
+from gallery_models import MODELS, constants
 
 from shardlib import Layout, Mesh, sharded, simulate, value_and_grad
 from shardlib.functions import sum
@@ -27,48 +27,6 @@ from shardlib.params import leaf_values
 from shardlib.spec import parse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-# a padding token's row would have no gradient
-ALONE = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None)
-SMALL = dict(vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
-             head_dim=4, intermediate_size=10, max_position_embeddings=16, **ALONE)
-SPARSE = dict(num_experts=5, num_experts_per_tok=2, experts_implementation="eager")
-MODELS: dict[str, Callable[[], Any]] = {
-    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=13, n_embd=12, n_layer=2, n_head=3, n_positions=16, **ALONE)),
-    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(
-        **{**SMALL, "hidden_size": 12, "num_attention_heads": 3})),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SMALL, sliding_window=3)),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        **{**SMALL, "hidden_size": 12}, tie_word_embeddings=True)),
-    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SMALL)),
-    "olmo2": lambda: transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**{**SMALL, "hidden_size": 12})),
-    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(
-        **{**SMALL, "hidden_size": 12})),
-    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
-        **{**SMALL, "num_hidden_layers": 4, "hidden_size": 12}, sliding_window=2, query_pre_attn_scalar=3,
-        attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
-    "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=13, d_model=12, d_kv=4, d_ff=10, num_layers=2, num_heads=3, decoder_start_token_id=1,
-        relative_attention_num_buckets=8, relative_attention_max_distance=7, dropout_rate=0.0,
-        **{**ALONE, "pad_token_id": 0})),
-    "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(
-        hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=10, image_size=6,
-        patch_size=2, num_channels=3, num_labels=5)),
-    "mamba2": lambda: transformers.Mamba2ForCausalLM(transformers.Mamba2Config(
-        vocab_size=13, hidden_size=6, num_hidden_layers=2, num_heads=6, head_dim=2, n_groups=3, state_size=4,
-        conv_kernel=3, chunk_size=8, residual_in_fp32=False, **ALONE)),
-    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
-        **SMALL, **SPARSE, moe_intermediate_size=6, norm_topk_prob=True)),
-    "olmoe": lambda: transformers.OlmoeForCausalLM(transformers.OlmoeConfig(
-        **{**SMALL, "hidden_size": 24}, **SPARSE)),
-    "deepseek_v3": lambda: transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(
-        **{**SMALL, "num_attention_heads": 3}, n_routed_experts=6, num_experts_per_tok=3, n_group=3,
-        topk_group=2, n_shared_experts=2, moe_intermediate_size=6, first_k_dense_replace=1,
-        q_lora_rank=6, kv_lora_rank=5, qk_nope_head_dim=3, qk_rope_head_dim=4, v_head_dim=5,
-        experts_implementation="eager")),
-}
-
 
 class Trial(NamedTuple):
     """A model as a page, what goes in, and what transformers gives in float64 and float32: logits, gradients.
@@ -117,11 +75,6 @@ def trial(name: str, folder: Path) -> Trial:
     return Trial(page, config, w, given, by, truth, rounded)
 
 
-def constants(model: Any) -> list[torch.Tensor]:
-    """What a checkpoint holds that no gradient reaches: biases of DeepSeek's routers."""
-    return [x for name, x in model.named_buffers() if name.endswith("e_score_correction_bias")]
-
-
 def ran(trial: Trial, mesh: Mesh, layout: Layout) -> list[torch.Tensor]:
     """Logits and gradients, by one program."""
     page, given = trial.page, trial.given
@@ -146,7 +99,7 @@ def error(found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
 def test_every_page_is_tried_and_none_names_an_axis() -> None:
     assert MODELS.keys() == PAGES.keys() and len(LAYOUTS) >= 8
     for page in PAGES.values():
-        text = Path(page.logits.fn.__code__.co_filename).read_text()
+        text = Path(sys.modules[page.params.__module__].__file__).read_text()
         assert not re.search(r"[A-Z]/(?!1)|EXPLICIT|Layout|Mesh", text)
 
 

@@ -17,9 +17,10 @@ from simulated import configs, placements, run, tree
 
 from shardlib import Layout, Mesh, simulate
 from shardlib.api import shard_of
+from shardlib.models.causal import Cache
 from shardlib.models.decoding import weight_types, weights_of
 from shardlib.models.files.model_files import open_checkpoint
-from shardlib.models.llama import Cache, LlamaConfig, logits_of, loss, next_logits
+from shardlib.models.llama import LlamaConfig, logits_of, loss, next_logits
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
 from shardlib.ops import few_rows

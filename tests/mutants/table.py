@@ -56,6 +56,7 @@ PYTREES, LAUNCHERS = "tests/test_pytrees.py", "tests/distributed/test_launchers.
 STEP_ENDS, CACHED = (f"tests/triton_kernels/test_{name}.py" for name in (
     "ends_of_a_step", "cached_attention"))
 MIXTRAL = "tests/models/test_mixtral.py"
+GENERATES = "tests/models/test_gallery_generate.py"
 PYTREES = "tests/test_pytrees.py"
 CAPACITY = "tests/ops/test_expert_capacity.py"
 OF_EXPERTS = "tests/triton_kernels/test_experts.py"
@@ -668,7 +669,7 @@ MUTANTS = (
            "}", "tests/models/test_contradictions.py"),
     Mutant("models/slots.py", "is None or row in ended else row for s in source)",
            "is None else row for s in source)", "tests/models/test_decoder.py"),
-    Mutant("models/decoding.py", "seed=sampling.seed)", "seed=0)", "tests/models/test_drawing.py"),
+    Mutant("models/causal.py", "seed=sampling.seed)", "seed=0)", "tests/models/test_drawing.py"),
     Mutant("shardlib/language/reductions.py",
            'return f"{arg}.to(torch.float32)" if rounding(e, step) else arg', "return arg", DTYPES),
     # shardlib/schedules, compiler/stages.py, language/held.py
@@ -871,9 +872,7 @@ MUTANTS = (
            "if not self.everywhere and self.seen is not None:", f"{INDICES} -k told_before"),
     Mutant("shardlib/lowering/emit.py", 'if path.split(".")[0] in self.donate}', "if path in self.donate}",
            f"{PACK} -k left_alone"),
-    Mutant("models/decoding.py",
-           "next_logits(ids, w, cache, start, last, config=config)\n        return drawn(logits, start +",
-           "next_logits(ids, w, cache, start, last, config=config)\n        return drawn(logits, 0 *",
+    Mutant("models/causal.py", "logits, start + last", "logits, 0 * last",
            f"{DECODER} -k in_chunks"),
     Mutant("models/decoder.py", "key = size, capacity, count", "key = size, count",
            f"{DECODER} -k few_sizes"),
@@ -987,10 +986,14 @@ MUTANTS = (
     Mutant("triton_kernels/rope_into_cache.py", "(t == T - 1) | (slot < behind)", "slot < behind",
            CACHED + " -k wrong_stay"),
     Mutant("ops/fusions.py", "if not turns_cached(q, k, v, angles, keys, values, start):", "if False:", STEP),
-    Mutant("models/mixtral.py", "q, k, v, start, window=config.window)", "q, k, v, start)",
+    Mutant("models/mixtral.py", "angles, config), window=config.window)", "angles, config))",
            MIXTRAL + " -k greedy_tokens"),
-    Mutant("models/mixtral.py", 'B P K H, B P K H -> B T K G H", q, k, v, window=config.window)',
-           'B P K H, B P K H -> B T K G H", q, k, v)', MIXTRAL + " -k greedy_tokens"),
+    Mutant("ops/past.py", "self.stored:", "self.cache is not None:", GENERATES + " -k gemma2"),
+    Mutant("ops/past.py", "return x if self.first else", "return x if self.cache is None else",
+           GENERATES + " -k gemma2"),
+    Mutant("models/gallery/deepseek_v3.py", "q, k, v, scale=config.scale)\n    a = einsum",
+           "q, k, v)\n    a = einsum", GENERATES + " -k deepseek"),
+    Mutant("models/gallery/gpt2.py", "start, arange", "start * 0, arange", GENERATES + " -k gpt2"),
     Mutant("models/mixtral_config.py", "if window and window < context", "if window and window < context - 1",
            MIXTRAL + " -k window_as_long"),
     Mutant("ops/router_losses.py", "softmax(apply(WIDEN, (logits,)), ", "softmax(logits, ",
@@ -1034,8 +1037,8 @@ MUTANTS = (
            GALLERY + " -k qwen3_moe"),
     Mutant("models/gallery/deepseek_v3.py", "through_experts(h, weights, chosen, w) + shared",
            "through_experts(h, weights, chosen, w)", GALLERY + " -k deepseek"),
-    Mutant("models/gallery/deepseek_v3.py", "interleaved=config.interleaved)\n    q = concat",
-           "interleaved=False)\n    q = concat",
+    Mutant("models/gallery/deepseek_v3.py", "angles, interleaved=config.interleaved)\n\n",
+           "angles, interleaved=False)\n\n",
            GALLERY + " -k deepseek"),
     Mutant("models/expert_placement.py", "for held in (start, *tried)", "for held in tried", PLACES),
     Mutant("models/expert_placement.py", "return _near(best, before, hosts)", "return best", PLACES),

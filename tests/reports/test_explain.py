@@ -46,7 +46,7 @@ from shardlib.language.moves import (
     received,
 )
 from shardlib.lowering.emit import Emitter
-from shardlib.models import llama
+from shardlib.models import causal, llama
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig, logits_of, loss, next_token
 from shardlib.ops import embedding
@@ -63,15 +63,14 @@ SIZES = dict(CONFIG.sizes, B=B, T=T, S=S)  # of a step; without a cache, keys ar
 TP2, FULL = Mesh(tp=2), dict(L=2, B=3, D=5, V=7)
 
 
-def line(text: str, function: str = "") -> str:
-    """Where the model's file has `text`, in `function`."""
-    source = Path(llama.__file__).read_text()
-    start = source.index(f"def {function}")
-    return f"llama.py:{source[:source.index(text, start)].count(chr(10)) + 1}"
+def line(text: str) -> str:
+    """Where the model's file, or that of its programs, has `text`."""
+    return next(f"{path.name}:{i}" for path in (Path(llama.__file__), Path(causal.__file__))
+                for i, l in enumerate(path.read_text().splitlines(), 1) if text in l)
 
 
 ATTENTION, DOWN, CHOICE = line("a, w.wo)"), line("* up, w.down)"), line("return argmax(")
-SCORED, STEPPED = line("x = embedding(", "logits_of"), line("x = embedding(", "next_logits")
+SCORED = STEPPED = line('embedding("B T, V D')
 
 
 def explained(f: object, mesh: str, layout: str, default: str = "float32", **options: object) -> Explanation:
@@ -117,7 +116,7 @@ def test_sequence_parallel_counts_the_busiest_rank() -> None:
     gathered = ("all_gather", "B T/tp D", "B T D", ("tp",), 3, 1, 4 * row)
     assert rows(found) == [(SCORED, *scattered), (line("einsum(\"B T D, D K G H"), *gathered),
                            (ATTENTION, *scattered), (line("gate, up ="), *gathered), (DOWN, *scattered),
-                           (line("return einsum(\"B T D, V D", "logits_of"), *gathered)]
+                           (line("V D -> ... V"), *gathered)]
     assert [found.traffic[i].received for i in (0, 1)] == [(4 * row, 4 * row, 2 * row),
                                                            (3 * row, 3 * row, 4 * row)]
     assert found.received == (21 * row, 21 * row, 18 * row) and found.bytes == 21 * row
@@ -225,7 +224,7 @@ def test_what_a_layout_could_not_give() -> None:
     """The heads have the axis; where no head is, H has it."""
     found = explain(lower(logits_of, Layout(K="tp", H="tp"), mesh=Mesh(tp=2), config=CONFIG), Mesh(tp=2),
                     {**SIZES, "S": T})
-    lines = [line(text, "heads") for text in ("q = rope(", "k = rope(", "v = einsum(", "a, w.wo)")]
+    lines = [line(text) for text in ("q = rope(", "k = rope(", "v = einsum(", "a, w.wo)")]
     assert found.unmet == (f"H is not split over tp at {', '.join(lines)}: there another dim has it",)
     assert str(found).rstrip().endswith(found.unmet[0])
 

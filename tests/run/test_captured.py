@@ -27,8 +27,9 @@ from shardlib.distributed.graph_capture import _CHAINED, new_graph
 from shardlib.distributed.runtime import connect
 from shardlib.distributed.watch import Moment, Watch
 from shardlib.functions import silu, sum
+from shardlib.models.causal import Cache
 from shardlib.models.decoding import weights_of
-from shardlib.models.llama import Cache, LlamaConfig, next_token
+from shardlib.models.llama import LlamaConfig, next_token
 from shardlib.ops import update_cache
 from shardlib.params import init
 from shardlib.run.captured import Graph

@@ -1,0 +1,87 @@
+"""What tokens see of those before them: each other alone, or all that is in a cache.
+
+A layer that attends through a `Past` is written once: the program at hand says what it is. In training it is
+attention among the tokens. In a step their keys and values are written into the cache, each `keep` taking the
+next of its leaves, and queries see all that is in it. At the beginning of prompts nothing is in it yet: keys
+are written, and queries see those of the prompt.
+
+>>> import torch
+>>> from shardlib import Params, param, sharded
+>>> class Cache(Params):
+...     k: torch.Tensor = param("B S K H")
+...     v: torch.Tensor = param("B S K H")
+>>> def layer(q, x, past):
+...     return past.attention(q, x, x)
+>>> train = sharded("B T K G H, B T K H -> B T K G H")(lambda q, x: layer(q, x, Past()))
+>>> @sharded("B T K G H, B T K H, *, B -> B T K G H, *")
+... def step(q, x, cache: Cache, start):
+...     past = Past(cache, start)
+...     return layer(q, x, past), past.kept
+>>> x = torch.arange(3.0).view(1, 3, 1, 1)
+>>> train(x[..., None], x).flatten()
+tensor([0.0000, 0.7311, 1.8509])
+>>> held = Cache(k=x.clone(), v=x.clone())
+>>> step(x[:, 2:, ..., None], x[:, 2:], held, torch.tensor([2]))[0].flatten()
+tensor([1.8509])
+"""
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from shardlib.language.rearrange import rename
+from shardlib.language.value import Value
+from shardlib.ops.attention import attention
+from shardlib.ops.kv_cache import update_cache
+from shardlib.params import Params, fill, leaf_values
+
+
+class Past:
+    """cache: a pytree of what is kept of a layer; start: where in it the tokens of each row begin.
+
+    first: nothing is in the cache, and `start` is 0.
+    """
+
+    def __init__(self, cache: Any = None, start: Any = None, first: bool = False) -> None:
+        self.cache, self.start, self.first = cache, start, first
+        self._leaves = iter(leaf_values(cache, "") if cache is not None else ())
+        self._made: dict[str, Value] = {}
+
+    @property
+    def stored(self) -> bool:
+        """Whether what `keep` gives is the cache, S long, and not what it got."""
+        return self.cache is not None and not self.first
+
+    def keep(self, dims: str, x: Value) -> Value:
+        """`x`, whose dims are these with T for S, goes into the cache. What queries see."""
+        if self.cache is None:
+            return x
+        path, old = next(self._leaves)
+        self._made[path] = update_cache(f"{dims}, {_of('T', dims)}, B -> {dims}", old, x, self.start)
+        return x if self.first else self._made[path]
+
+    def attention(self, q: Value, k: Value, v: Value, **how: Any) -> Value:
+        """Causal attention, B T K G H, over keys and values that are kept; `how` as `attention` takes it."""
+        return self.over("B T K G H, B S K H, B S K H -> B T K G H", q, self.keep("B S K H", k),
+                         self.keep("B S K H", v), **how)
+
+    def over(self, text: str, q: Value, k: Value, v: Value, **how: Any) -> Value:
+        """The same over what `keep` gave. S is the key time of `text`; where it is not the cache's, the dims
+        of k and v have T in its place."""
+        if self.stored:
+            given, made = text.split(" -> ")
+            return attention(f"{given}, B -> {made}", q, k, v, self.start, **how)
+        letter = "S" if self.cache is None else "P"                 # S is the cache's
+        _, *dims = text.split(" -> ")[0].split(", ")
+        k, v = (rename(f"{_of('T', of)} -> {_of(letter, of)}", x) for of, x in zip(dims, (k, v)))
+        return attention(_of(letter, text), q, k, v, **how)
+
+    @property
+    def kept(self) -> Params:
+        """The cache as it is afterwards."""
+        return fill(self.cache, "", self._made.__getitem__)
+
+
+def _of(letter: str, text: str) -> str:
+    """The same with another letter for S."""
+    return re.sub(r"\bS\b", letter, text)
