@@ -248,7 +248,7 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
         f.check_dtypes(dtypes)
     fold = None if schedule is None else Fold(schedule, mesh)
     program, results = lower_results(f, layout, fold.whole if fold else mesh, None, args, static, DEFAULT,
-                                     dtypes, (TIME,) if fold else ())
+                                     dtypes, (TIME,) if fold else (), quiet=True)
     whole = {path: v for (name, tree), arg in zip(program.args, args, strict=True)
              for (path, _), v in zip(leaves(name, tree), flat_leaves(arg))}
     sizes = bind_sizes(program, {p: tuple(v.shape) for p, v in whole.items()}, {}, mesh, None)

@@ -48,6 +48,21 @@ class SpecError(ValueError):
         return made
 
 
+class LayoutWarning(UserWarning):
+    """An entry of a layout that is right, and costs what its author may not expect: one line for each, said
+    when a program is lowered. Where it is meant: `warnings.simplefilter("ignore", LayoutWarning)`.
+
+    >>> import warnings
+    >>> from shardlib import Layout, Mesh, lower, sharded
+    >>> from shardlib.functions import sort
+    >>> f = sharded("T D -> T D, T D")(lambda x: sort(x, along="T"))
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     _ = lower(f, Layout(T="tp"), mesh=Mesh(tp=2))
+    >>> print(caught[0].message)                                        # doctest: +ELLIPSIS
+    layout T=tp: sort needs all of T, so x is gathered; ...
+    """
+
+
 class Itemized(Protocol):
     """What has its text item by item: a spec."""
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from shardlib.compiler import reasons
 from shardlib.compiler.builder import Builder
 from shardlib.compiler.ragged import as_there, first_axes, met_by_rows
 from shardlib.compiler.refusal import (
@@ -138,10 +139,12 @@ class Completer(Builder):
             return self._rename(step, inputs[0], layout)
         ins, outs = self._text(step, layout)
         placed = []
-        for i, (name, want) in enumerate(zip(inputs, self._operands(step, inputs, ins, outs, layout))):
+        wants = self._operands(step, inputs, ins, outs, layout)
+        for i, (name, want) in enumerate(zip(inputs, wants)):
             if layout == EXPLICIT and self.types[name] != want:
                 raise self._refused(UnlikeOperand(step, i, want, step.op.rule(step)))
-            placed.append(self._move_to(want, name, f"{step.op.name} takes {want}", step, i))
+            why = reasons.taken(step, i, self.types[name], wants, layout)
+            placed.append(self._move_to(want, name, why, step, i))
         made = self._natural(step, placed, outs, layout)
         for written, name, text in zip(step.outputs, made, outs):
             if not step.op.takes_text:
@@ -149,7 +152,7 @@ class Completer(Builder):
             want = self._alone(text, self.types[name], layout)
             if layout == EXPLICIT and self.types[name] != want:
                 raise self._refused(UnlikeResult(step, self.types[name], want, step.op.rule(step)))
-            name = self._move_to(want, name, f"the layout keeps {text.whole()} as {want}", step)
+            name = self._move_to(want, name, reasons.kept(text, self.types[name], want, layout), step)
             self.texts[written] = text
             self.now[written] = (self.call(CAST_LIKE, [name, self.rounded[written]])
                                  if written in self.rounded else name)
@@ -294,9 +297,9 @@ class Completer(Builder):
             renamed(step.ins[0].resolve(self.mesh), named), renamed(want, step.ins[0])
             if source != self.types[name]:
                 raise self._refused(UnlikeOperand(step, 0, source))
-        placed = self.move(name, source, f"rename to {made}")
+        placed = self.move(name, source, reasons.renamed(self.types[name], source, made, layout))
         (there,) = self.add(RENAME, [placed], [made], step.outputs)
-        self.now[step.outputs[0]] = self.move(there, want, f"the layout keeps {named.whole()} as {want}")
+        self.now[step.outputs[0]] = self.move(there, want, reasons.kept(named, made, want, layout))
 
     def _cond(self, step: Step, inputs: list[str], layout: Layout) -> None:
         if at := next((o for n in inputs for o in self.types[n].owed if o.kind == "@"), None):
@@ -315,7 +318,7 @@ class Completer(Builder):
         for i, (path, kind) in enumerate(bodies[0].arg_leaves(), 1):
             if layout == EXPLICIT and self.types[inputs[i]] != kind:
                 raise self._refused(UnlikeOperand(step, i, kind))
-            inputs[i] = self.move(inputs[i], kind, f"an argument of {step.body.name}")
+            inputs[i] = self.move(inputs[i], kind, f"{step.body.name} takes {path} as {kind}")
         yes, no = ([(f"takes {path} as", kind) for path, kind in b.arg_leaves()]
                    + [("returns", k) for _, k in b.result_leaves()] for b in bodies)
         if other := next(((does, a, b) for (does, a), (_, b) in zip(yes, no) if a != b), None):
@@ -329,7 +332,7 @@ class Completer(Builder):
         for i, (path, kind) in enumerate(body.arg_leaves()):
             if layout == EXPLICIT and self.types[inputs[i]] != kind:
                 raise self._refused(UnlikeOperand(step, i, kind))
-            inputs[i] = self.move(inputs[i], kind, f"an argument of {body.name}")
+            inputs[i] = self.move(inputs[i], kind, f"{body.name} takes {path} as {kind}")
         made = self.add(FUSED, inputs, [kind for _, kind in body.result_leaves()], step.outputs, body=body)
         self.texts.update(zip(step.outputs, (text for _, text in step.bodies[0].result_leaves())))
         self.now.update(zip(step.outputs, made))
@@ -349,7 +352,7 @@ class Completer(Builder):
             want = self._on_stage(types[path], axes, parts.reverse) if path in carries else types[path]
             if layout == EXPLICIT and have != want:
                 raise self._refused(UnlikeOperand(step, i, want))
-            inputs[i] = self.move(name, want, f"an argument of {step.body.name}")
+            inputs[i] = self.move(name, want, f"{step.body.name} takes {path} as {want}")
         carried = [types[path] for path, _ in parts.carries] if layout != EXPLICIT else ()
         body = Completer(step.body, layout, self.mesh, self.sizes, types, carried).run()
         made, first = [spec for _, spec in body.result_leaves()], len(parts.carries)

@@ -10,6 +10,7 @@ import torch
 from shardlib.compiler.complete import complete
 from shardlib.compiler.grad import value_and_grad_program
 from shardlib.compiler.passes import Pass, chosen, rewrite
+from shardlib.compiler.reasons import warn
 from shardlib.errors import SpecError
 from shardlib.language.calls import check_layout, what
 from shardlib.language.trace import Function, trace_results
@@ -53,20 +54,24 @@ class Gradients:
 def lower_results(f: Function | Gradients, layout: Layout | None, mesh: Mesh, sizes: Mapping[str, int] | None,
                   args: Sequence[Any], static: Mapping[str, Any], passes: Sequence[Pass | str],
                   dtypes: Mapping[str, str] | None = None,
-                  late: Sequence[str] = ()) -> tuple[Program, tuple[Any, ...]]:
+                  late: Sequence[str] = (), quiet: bool = False) -> tuple[Program, tuple[Any, ...]]:
     """The explicit program of `f`, and for each of its results what it is like:
-    what the function returned, or a pytree's class. `late`: as `value_and_grad_program` has it."""
+    what the function returned, or a pytree's class. `late`: as `value_and_grad_program` has it;
+    `quiet`: no LayoutWarning is said."""
     traced_function("lower", f)
     check_layout("lower", layout)
     check_sizes(sizes or {})
     run = chosen(passes)
     if isinstance(f, Gradients):
         program, results = lower_results(f.f, layout, mesh, sizes, args, static,
-                                         [p for p in run if p.before_grad])
+                                         [p for p in run if p.before_grad], quiet=quiet)
         program = value_and_grad_program(program, f.wrt, mesh, f.regather, dtypes, late, f.has_aux, f.remat)
         return rewrite(program, mesh, [p for p in run if p.after_grad]), (*results, *f.likes(args))
     traced, results = trace_results(f, args, dict(static))
-    program = complete(traced, f.layout if f.layout is not None else layout or Layout(), mesh, sizes)
+    layout = f.layout if f.layout is not None else layout or Layout()
+    program = complete(traced, layout, mesh, sizes)
+    if not quiet:
+        warn(program, layout.on(mesh))
     return rewrite(program, mesh, run), results
 
 

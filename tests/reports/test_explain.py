@@ -31,6 +31,7 @@ from shardlib import (
 from shardlib.api import value_and_grad
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.dtypes import value_dtypes
+from shardlib.errors import LayoutWarning
 from shardlib.functions import cast, greater, square, stop_gradient, where
 from shardlib.functions import max as max_over
 from shardlib.functions import sum as sum_over
@@ -200,8 +201,8 @@ def test_json() -> None:
     assert plain["traffic"][0] | {"predicted_us": 0} == {
         "op": "all_gather", "where": STEPPED, "function": "next_token", "branch": "", "before": "V/tp D/dp",
         "after": "V/tp D", "axes": ["dp"], "group_size": 2, "times": 1, "bytes": 6 * D // 2 * 4,
-        "received": [6 * D // 2 * 4, 5 * D // 2 * 4] * 2, "predicted_us": 0, "why": "embedding takes V/tp D",
-        "communicator": "", "choice": ""}
+        "received": [6 * D // 2 * 4, 5 * D // 2 * 4] * 2, "predicted_us": 0, "communicator": "", "choice": "",
+        "why": "embedding takes w.embed as V/tp D: B=dp, of ids, comes before D=dp"}
 
 
 def test_the_table() -> None:
@@ -221,9 +222,13 @@ def test_the_table() -> None:
 
 
 def test_what_a_layout_could_not_give() -> None:
-    """The heads have the axis; where no head is, H has it."""
-    found = explain(lower(logits_of, Layout(K="tp", H="tp"), mesh=Mesh(tp=2), config=CONFIG), Mesh(tp=2),
-                    {**SIZES, "S": T})
+    """The heads have the axis; where no head is, H has it, and rope needs all of it: that is said."""
+    with pytest.warns(LayoutWarning) as said:
+        program = lower(logits_of, Layout(K="tp", H="tp"), mesh=Mesh(tp=2), config=CONFIG)
+    found = explain(program, Mesh(tp=2), {**SIZES, "S": T})
+    assert [str(w.message) for w in said] == [
+        "layout H=tp: rope needs all of H, so angles is gathered; where another of its dims may have the "
+        f"axis, too, it is exchanged          {line('q = rope(')}"]
     lines = [line(text) for text in ("q = rope(", "k = rope(", "v = einsum(", "a, w.wo)")]
     assert found.unmet == (f"H is not split over tp at {', '.join(lines)}: there another dim has it",)
     assert str(found).rstrip().endswith(found.unmet[0])
@@ -239,7 +244,8 @@ def test_an_entry_for_a_dim_that_no_value_has_is_said_once() -> None:
     def layer(x, w):
         return x * rename("S -> T", rename("T -> S", w))
     mesh, layout = Mesh(dp=2, tp=2), Layout(b="dp", S="tp", V=("dp", "tp"))
-    found = explain(lower(layers, layout, mesh=mesh), mesh, dict(B=2, T=2, L=3, S=2))
+    with pytest.warns(LayoutWarning, match="^layout b=dp: layers has no dim b; it has B$"):
+        found = explain(lower(layers, layout, mesh=mesh), mesh, dict(B=2, T=2, L=3, S=2))
     assert found.unmet == ("b is not split over dp: no value has that dim",
                            "V is not split over dp/tp: no value has that dim")
 
