@@ -18,7 +18,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from math import prod
 from typing import Any, ClassVar
 
@@ -203,10 +202,9 @@ def seen_code(e: LocalCode, form: Form, args: Sequence[str]) -> str:
 def members_code(e: LocalCode, form: Form) -> str:
     """(start, size) of what each member has of the keys; of a ring, which of them this rank is, and whether
     it is balanced."""
-    dim, here = form.k.dims[1], e.coordinate
-    at = [{**here, **dict(zip(dim.axes, c))} for c in product(*(range(e.mesh.axes[a]) for a in dim.axes))]
-    text = f"{tuple(e.mesh.rows(dim, e.sizes, c) for c in at)}"
-    return f"{text}, {e.mesh.number(dim.axes, here)}, {form.balanced(e.sizes)}" if form.ring else text
+    dim = form.k.dims[1]
+    text = f"{e.pieces(dim)}"
+    return f"{text}, {e.mesh.number(dim.axes, e.coordinate)}, {form.balanced(e.sizes)}" if form.ring else text
 
 
 def scores_code(e: LocalCode, form: Form) -> str:

@@ -24,8 +24,9 @@ from torch import Tensor
 from shardlib.dtypes import as_they_come, widest
 from shardlib.errors import SpecError
 from shardlib.language.local_code import LocalCode
-from shardlib.language.sorting import largest, order
+from shardlib.language.sorting import order
 from shardlib.language.steps import Steps
+from shardlib.language.topk import largest
 from shardlib.language.value import Operand, Value, apply
 from shardlib.ops.few_rows import FLOATS, differentiated, starts_early
 from shardlib.program import Op, Step, number

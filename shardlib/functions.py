@@ -44,7 +44,8 @@ from shardlib.language.pointwise import (
 )
 from shardlib.language.reductions import mean, prod, sum
 from shardlib.language.softmax import logsumexp, softmax
-from shardlib.language.sorting import sort, topk
+from shardlib.language.sorting import sort
+from shardlib.language.topk import topk
 from shardlib.language.variance import std, var
 from shardlib.language.windows import windows
 

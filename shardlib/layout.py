@@ -95,6 +95,19 @@ class Layout:
                 used.update(prefix)
         return {n: out.get(n, ()) for n in names}
 
+    def alike(self, dim: str, pairs: Iterable[tuple[str, str]]) -> bool:
+        """Whether it splits `dim` as it does one that `pairs` name beside it."""
+        return any(dim in p and self.entries.get(p[0]) == self.entries.get(p[1], ()) for p in pairs)
+
+    def shared(self, axes: Mapping[str, tuple[str, ...]], pairs: Iterable[tuple[str, str]],
+               fixed: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """`axes` of dims; one of a pair that it splits alike has those of the other, unless it is `fixed`."""
+        made = dict(axes)
+        for a, b in (p for pair in pairs for p in (pair, pair[::-1])):
+            if a in made and a not in fixed and made.get(b) and self.alike(a, [(a, b)]):
+                made[a] = made[b]
+        return made
+
     def without(self, axes: Collection[str]) -> Layout:
         """The same, giving these axes to no dim: in a stage of a pipeline one rank is along them."""
         kept = {d: tuple(takewhile(lambda a: a not in axes, of)) for d, of in self.entries.items()}

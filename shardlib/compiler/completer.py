@@ -47,7 +47,7 @@ from shardlib.language.scan import SCAN
 from shardlib.layout import EXPLICIT, Layout, pins
 from shardlib.mesh import Mesh
 from shardlib.program import Program, Result, Scan, Step
-from shardlib.rules import RuleError, natural
+from shardlib.rules import Rule, RuleError, natural
 from shardlib.spec import Owed, Spec
 from shardlib.tree import Struct, leaves
 
@@ -208,15 +208,14 @@ class Completer(Builder):
             pinned.update({n: a for n, a in pins(text).items() if a or n not in pinned})
         # a result's group is split over its first factor alone
         whole = [f.name for s in outs for d in s.dims if not d.ragged for f in d.factors[1:]]
-        whole += () if step.op.distribute else step.op.rule(step).whole
+        rule = step.op.rule(step)
+        whole += () if step.op.distribute else [n for n in rule.whole if not layout.alike(n, rule.alike)]
         pinned.update({n: () for n in whole if n not in pinned or not step.op.takes_text})
         names = dict.fromkeys(n for s in ins for n in s.names)
         pinned.update(first_axes(step, layout, pinned))
         met = dict.fromkeys((*names, *met_by_rows(self.program, step)))
         axes = layout.complete(met, pinned, (o.axis for s in ins for o in s.owed))
-        for pair in step.op.rule(step).alike:
-            axes.update((a, axes[b]) for a, b in (pair, pair[::-1]) if not axes[a] and a not in pinned
-                        and axes[b] and layout.entries.get(a) == axes[b])
+        axes = layout.shared(axes, rule.alike, pinned)
         if step.op.takes_text:
             self.unmet.update(
                 {(dim, axis, str(step.where or step.op.name)): None for dim, wanted in layout.entries.items()
@@ -227,8 +226,8 @@ class Completer(Builder):
                  layout: Layout) -> tuple[str, ...]:
         """The op on operands that are placed, and its results as its rule types them."""
         ins = tuple(self.types[p] for p in placed)
-        whole = step.op.rule(step.having(ins=ins)).whole
-        outs = tuple(result_dims(s, ins, whole, layout, self.mesh) for s in written)
+        rule = step.op.rule(step.having(ins=ins))
+        outs = tuple(result_dims(s, ins, rule, layout, self.mesh) for s in written)
         typed = step.having(ins=ins, outs=outs)
         rule = step.op.rule(typed)
         pieces = step.op.distribute and layout != EXPLICIT and any(
@@ -386,11 +385,12 @@ class Completer(Builder):
         return kind.owing(*kind.owed, *(Owed("@", a, self.mesh.axes[a] - 1 if last else 0) for a in axes))
 
 
-def result_dims(spec: Spec, ins: Sequence[Spec], whole: Sequence[str], layout: Layout, mesh: Mesh) -> Spec:
+def result_dims(spec: Spec, ins: Sequence[Spec], rule: Rule, layout: Layout, mesh: Mesh) -> Spec:
     """A result's dims; those that the op makes are split over what its operands leave free, if not whole."""
     spec, known = mesh.resolve(spec, True), {n: _axes(s, n) for s in ins for n in s.names}
     busy = [o.axis for s in ins for o in s.owed if o.kind == "@"]
-    axes = layout.complete(spec.names, {**dict.fromkeys(whole, ()), **pins(spec), **known}, busy)
+    axes = layout.complete(spec.names, {**dict.fromkeys(rule.whole, ()), **pins(spec), **known}, busy)
+    axes = layout.shared({**known, **axes}, rule.alike, known)
     return spec.split_by({n: axes[n] for n in spec.names if n not in known}).owing().resolve(mesh)
 
 

@@ -39,6 +39,7 @@ from shardlib.language import (
     reductions,
     softmax,
     sorting,
+    topk,
     unary,
     variance,
     windows,
@@ -53,7 +54,7 @@ from shardlib.spec import check_text, nameable, parse
 from shardlib.tree import Struct
 
 _MODULES = (moves, held, unary, casts, comparison, masks, reductions, extremes, softmax, variance, along,
-            constants, pieces, sorting, draws, windows, grad)
+            constants, pieces, sorting, topk, draws, windows, grad)
 CORE: dict[str, Op] = {"einsum": EINSUM, "reciprocal": RECIPROCAL,
                        **{name: op for module in _MODULES for name, op in module.TABLE.items()},
                        "rearrange": REARRANGE, "rename": RENAME}

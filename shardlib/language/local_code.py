@@ -43,6 +43,9 @@ class LocalCode(Protocol):
     def rows(self, dim: Dim) -> tuple[int, int]:
         """(start, size) of this rank's piece of `dim`, a group's in rows of the group."""
 
+    def pieces(self, dim: Dim) -> tuple[tuple[int, int], ...]:
+        """The same of each member along the dim's axes, in their order."""
+
     def count(self, *dims: Dim) -> int:
         """The global size of `dims` together."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -82,6 +83,12 @@ class Answers:
     def rows(self, dim: Dim) -> tuple[int, int]:
         """(start, size) of this rank's piece of `dim`, a group's in rows of the group."""
         return self.mesh.rows(dim, self.sizes, self.coordinate)
+
+    def pieces(self, dim: Dim) -> tuple[tuple[int, int], ...]:
+        """The same of each member along the dim's axes, in their order."""
+        at = [{**self.coordinate, **dict(zip(dim.axes, c))}
+              for c in product(*(range(self.mesh.axes[a]) for a in dim.axes))]
+        return tuple(self.mesh.rows(dim, self.sizes, c) for c in at)
 
     def count(self, *dims: Dim) -> int:
         """The global size of `dims` together."""

@@ -19,7 +19,9 @@ from shardlib import (
     Mesh,
     SpecError,
     compile,
+    explain,
     lower,
+    prove,
     sharded,
     simulate,
     step,
@@ -192,6 +194,23 @@ def test_what_comes_back_to_topk_goes_where_it_was(layout: Layout) -> None:
     want = torch.autograd.grad((asked.topk(2, 1).values * by).sum(), asked)[0]
     got = simulate(value_and_grad(f, wrt="x"), layout, x, by, mesh=MESH)[1]
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ("float32", "bfloat16", "int64"))
+def test_topk_over_pieces_sends_k_of_each(kind: str) -> None:
+    """Three values of each rank and their places, though one has two; more are padded, and cut off again."""
+    f, mesh, log = sharded("B T -> B K, B K")(lambda x: topk("B T -> B K", x, k=3)), Mesh(x=4), []
+    x = torch.tensor([[3, 7, 7, 0, -9, 7, 1, -9, -9, 2, -9], [-9] * 11]).to(getattr(torch, kind))
+    program = lower(f, Layout(T="x"), mesh=mesh)
+    assert [f"{s.op.name} {s.text}" for s in program.steps] == ["topk B T/x -> B K, B K"]
+    made, places = simulate(f, Layout(T="x"), x, mesh=mesh, log=log)
+    assert made.dtype == x.dtype and made.tolist() == [[7, 7, 7], [-9, -9, -9]]
+    assert places.tolist() == [[1, 2, 5], [0, 1, 2]]
+    size = 2 * 3 * (x.itemsize + 8)
+    assert log == [((0, 1, 2, 3), "all_gather", size)]
+    report = explain(program, mesh, dict(B=2, T=11, K=3), dict(x=kind))
+    assert report.received == (3 * size,) * 4
+    assert prove(program, mesh, dict(B=2, T=11, K=3), dict(x=kind)).collectives == 1
 
 
 # -- refusals ------------------------------------------------------------------------------------------------

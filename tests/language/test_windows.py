@@ -1,15 +1,35 @@
 """windows: what a convolution of torch sees, in several dims, strides and dilations; and its transpose."""
 from __future__ import annotations
 
+import builtins
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from shardlib import EXPLICIT, Layout, Mesh, SpecError, einsum, lower, sharded, simulate, value_and_grad
+from shardlib import (
+    EXPLICIT,
+    Layout,
+    Mesh,
+    SpecError,
+    einsum,
+    explain,
+    lower,
+    prove,
+    sharded,
+    simulate,
+    value_and_grad,
+)
 from shardlib.functions import sum, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MESH = Mesh(x=2, y=2)
+
+
+def values(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
 
 
 @sharded("B Y X C, P Q C D, B Y X D -> ()")
@@ -73,9 +93,55 @@ def test_what_it_refuses() -> None:
         simulate(f, None, torch.ones(1, 3), torch.ones(2), mesh=Mesh())
 
 
+HALO = dict(before=2, after=1, dilation=3, stride=1)
+
+
+@pytest.mark.parametrize("ranks, length, made", ((4, 8, "Y"), (4, 2, "Y"), (3, 7, "Z"), (4, 9, "Z")))
+def test_over_a_split_dim_the_halo_is_sent_and_no_more(ranks: int, length: int, made: str) -> None:
+    """Rows that a rank's windows see of other pieces, beyond the neighbour where these are short, or empty;
+    in the derivative as many come back. That is what explain, the proof and the ranks say."""
+    count, mesh, log = (length, Mesh(x=ranks), [])
+    how = HALO if made == "Y" else dict(HALO, stride=2)
+    if made == "Z":
+        count = (2 + length + 1 - 4) // 2 + 1
+    f = sharded(f"B Y D, B {made} P D -> ()")(lambda x, by: sum(
+        f"B {made} P D -> ()", by * windows(f"B Y D -> B {made} P D", x, **how)))
+    g, layout, sizes = value_and_grad(f, "x"), Layout(Y="x", Z="x"), dict(B=2, Y=length, Z=count, P=2, D=3)
+    x, by = values((2, length, 3), (2, count, 2, 3))
+    found = simulate(g, layout, x, by, mesh=mesh, log=log)
+    wanted = simulate(g, None, x, by, mesh=Mesh())
+    torch.testing.assert_close(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1])
+    program, kinds = lower(g, layout, mesh=mesh), dict(x="float64", by="float64")
+    assert [name for _, name, _ in log] == ["all_to_all", "all_reduce", "all_to_all"]
+    assert prove(program, mesh, sizes, kinds).collectives == 3
+    seen = []
+    for rank in range(ranks):
+        first, n = mesh.extent(count, ("x",), dict(x=rank))
+        start, size = mesh.extent(length, ("x",), dict(x=rank))
+        at = how["stride"] * first - 2
+        every = range(max(0, at), min(length, at + how["stride"] * (n - 1) + 4)) if n else ()
+        seen.append(len({*every} - {*range(start, start + size)}) * 2 * 3 * 8)
+    there, _, back = explain(program, mesh, sizes, kinds).traffic
+    assert there.received == tuple(seen) and builtins.sum(back.received) == builtins.sum(seen)
+
+
+def test_windows_of_another_name_take_halos_where_the_layout_splits_both_alike() -> None:
+    f = sharded("B Y D -> B Z P D")(lambda x: windows("B Y D -> B Z P D", x, before=1, stride=2))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        made = [[f"{s.op.name} {s.text}" for s in lower(f, Layout.parse(layout), mesh=MESH).steps]
+                for layout in ("Y=x,Z=x", "Y=x,B=x", "Z=x", "Y=x")]
+    assert made == [["windows B Y/x D -> B Z/x P D"],
+                    ["all_to_all B Y/x D -> B/x Y D", "windows B/x Y D -> B/x Z P D"],
+                    ["windows B Y D -> B Z/x P D"],
+                    ["all_gather B Y/x D -> B Y D", "windows B Y D -> B Z P D"]]
+    assert [str(w.message).split(",")[0] for w in said] == ["layout Y=x: windows needs all of Y"]
+
+
 def test_over_a_split_dim_the_gather_is_named() -> None:
-    f = sharded("B Y/x D -> B Y P D", layout=EXPLICIT)(
-        lambda x: windows("B Y/x D -> B Y P D", x, before=1))
+    f = sharded("B Y/x D -> B Z P D", layout=EXPLICIT)(
+        lambda x: windows("B Y/x D -> B Z P D", x, before=1))
     with pytest.raises(SpecError) as error:
         lower(f, mesh=MESH)
     first, *_, offer = str(error.value).split("\n")

@@ -169,7 +169,7 @@ def _call(step: Step, types: Sequence[Spec], have: Sequence[Spec], rule: Rule, l
           state: State) -> Offer | None:
     """The call on operands of these `types`, converted from `have`; nothing where they cannot be that."""
     try:
-        outs = tuple(result_dims(s, types, rule.whole, layout, state.mesh) for s in step.outs)
+        outs = tuple(result_dims(s, types, rule, layout, state.mesh) for s in step.outs)
         made = natural(step.op.name, rule, types, outs)
         if step.op.takes_text and layout != EXPLICIT:
             return _declared(step, types, have, state)
