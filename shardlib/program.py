@@ -167,7 +167,7 @@ class Program:
 
     `explicit`: its specs are types, nothing is left to complete.
     unmet: (dim, axis, line) where another dim had the axis; no line: no value has the dim.
-    unfused: what is like a fusion and is none, and why.
+    unfused: what is like a fusion and is none, and why.  layout: of a body that has one of its own.
     """
     name: str
     args: tuple[tuple[str, Tree], ...]
@@ -177,6 +177,7 @@ class Program:
     where: Where | None = field(default=None, compare=False)
     unmet: tuple[tuple[str, str, str], ...] = field(default=(), compare=False)
     unfused: tuple[str, ...] = field(default=(), compare=False)
+    layout: Layout | None = field(default=None, compare=False)
 
     def arg_leaves(self) -> list[tuple[str, Spec]]:
         return [*self._arg_leaves]

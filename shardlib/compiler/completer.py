@@ -62,7 +62,8 @@ class Completer(Builder):
     def __init__(self, program: Program, layout: Layout, mesh: Mesh, sizes: Mapping[str, int] | None = None,
                  given: Mapping[str, Spec] | None = None, returned: Sequence[Spec | None] = ()) -> None:
         super().__init__(mesh, program.names())
-        self.program, self.layout, self.sizes, self.given = program, layout, sizes or {}, given or {}
+        self.program, self.sizes, self.given = program, sizes or {}, given or {}
+        self.layout = layout if program.layout is None else program.layout.on(mesh)
         self.returned = iter(returned)
         # of a value of the program as written: the value here, and its dims with their pins
         self.now: dict[str, str] = {}

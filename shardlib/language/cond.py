@@ -3,14 +3,15 @@
     y = cond(is_long, window, full, q, k, v)
 
 All ranks must choose alike, since the bodies may communicate: the predicate is a scalar that owes nothing,
-equal on every rank. Both bodies are `@sharded` functions with the same arguments and results. Refused: a
-predicate with dims, or one that still owes; bodies whose results differ in type, or, as far as that is known,
-in dtype. Its derivative is a cond of the same predicate, whose branches run the forward ones again: nothing
-but the operands is kept.
+equal on every rank. Both bodies are `@sharded` functions with the same arguments and results; one may have a
+layout of its own, and the types of both are those of the first. Refused: a predicate with dims, or one that
+still owes; bodies whose results differ in type, or, as far as that is known, in dtype. Its derivative is a
+cond of the same predicate, whose branches run the forward ones again: nothing but the operands is kept.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from shardlib.dtypes import fixed_dtypes, unlike
@@ -53,7 +54,8 @@ def cond(predicate: Operand, yes: Function, no: Function, *args: Operand | Param
     flat = [v for a in args for v in tensors("cond", a)]
     if isinstance(tracer := predicate.tracer, Executor):
         return _taken(tracer, yes, yes if bool(tracer.whole(predicate)) else no, args)
-    (body, results), (orelse, others) = (trace_results(f, list(args)) for f in (yes, no))
+    (body, results), (orelse, _) = (trace_results(f, list(args)) for f in (yes, no))
+    body, orelse = replace(body, layout=yes.layout), replace(orelse, layout=no.layout)
     for f, branch in ((yes, body), (no, orelse)):
         for (path, spec), v in zip(branch.arg_leaves(), flat):
             check_dims(f"cond: {path} of {f.__name__}", spec, v)
@@ -76,7 +78,8 @@ def _taken(tracer: Executor, yes: Function, f: Function, args: Sequence[Any]) ->
     """What the branch `f` gives, in the types of the first one, `yes`."""
     results = f(*args)
     given = results if isinstance(results, tuple) else (results,)
-    out = tuple(v if said is None else tracer.converted(v, said) for v, said in zip(given, yes.outs))
+    with tracer.under(yes):
+        out = tuple(v if said is None else tracer.converted(v, said) for v, said in zip(given, yes.outs))
     return out if isinstance(results, tuple) else out[0]
 
 

@@ -68,11 +68,9 @@ def scan(f: Function, carry: Operand | tuple[Operand, ...], stacked: Any, *const
         check_dims(f"scan: {path} of {f.__name__}", Spec((*v.spec.dims[:stack], *spec.dims), spec.owed), v)
     outs = [spec if i < len(carries) else Spec((first, *spec.dims), spec.owed)
             for i, (_, spec) in enumerate(body.result_leaves())]
-    around = tracer.layout
-    tracer.layout = around if f.layout is None else f.layout
-    made = apply(SCAN, operands, ins=[v.spec for v in operands], outs=outs, body=body,
-                 **dict(Scan.attrs(first.label, len(values), len(carries))))
-    tracer.layout = around
+    with tracer.under(f):
+        made = apply(SCAN, operands, ins=[v.spec for v in operands], outs=outs, body=body,
+                     **dict(Scan.attrs(first.label, len(values), len(carries))))
     flat = iter(made if isinstance(made, tuple) else (made,))
     out = tuple(fill(r, "", lambda _: next(flat)) if isinstance(r, Params) else next(flat) for r in results)
     for tree in out:

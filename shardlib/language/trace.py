@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, NoReturn
 
@@ -71,6 +72,16 @@ class Tracer:
         self.names: dict[int, tuple[str, str, Any]] = {}  # value -> variable, path in it, the object it holds
         self.num_args = 0
         self.layout: Layout | None = None
+
+    @contextmanager
+    def under(self, f: Function) -> Iterator[None]:
+        """The layout of `f`, if it has one of its own, is in force."""
+        around = self.layout
+        self.layout = around if f.layout is None else f.layout
+        try:
+            yield
+        finally:
+            self.layout = around
 
     def new(self, spec: Spec, name: str | None = None) -> Value:
         self.specs.append(spec)
@@ -293,16 +304,13 @@ def _inline(tracer: Tracer, f: Function, args: Sequence[Any], static: dict[str, 
     for name, spec, given in zip(f.arg_names, f.ins, args):
         if spec is None:
             check_tree(f, name, given, hints.get(name))
-    before, tracer.layout = tracer.layout, f.layout if f.layout is not None else tracer.layout
-    try:
+    with tracer.under(f):
         passed = [a if spec is None else _pass(f"{f.__name__}: the argument {n}", spec, a, f.__name__)
                   for n, spec, a in zip(f.arg_names, f.ins, args)]
         results = f.fn(*passed, **static)
         given = _results(f, results)
         out = tuple(v if isinstance(v, Params) else apply(RESHARD, (v,), ins=(s,), outs=(s,),
                                                           called=f"{f.__name__}, result") for s, v in given)
-    finally:
-        tracer.layout = before
     return out if isinstance(results, tuple) else out[0]
 
 

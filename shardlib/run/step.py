@@ -146,7 +146,8 @@ class Stepper(Executor):
             for before, after in zip(carries, out):
                 if error := changed(f.__name__, _name(before.local.dtype), _name(after.local.dtype)):
                     raise error
-            carries = tuple(self.converted(c, said) for c, said in zip(out, f.ins[:len(carries)]))
+            with self.under(f):
+                carries = tuple(self.converted(c, said) for c, said in zip(out, f.ins[:len(carries)]))
             rows.append(out[len(carries):])
 
         def stacked(values: Sequence[Value]) -> Value:

@@ -351,3 +351,38 @@ def test_branches_of_different_dtypes_are_refused_before_they_run(run):
         "cond: itself_and_largest returns float32, float32, itself_and_first returns float32, int64; both "
         "return the same dtypes")
     assert run(second_of_two, x.long()).tolist() == [3, 2]
+
+
+@sharded("B D -> B D", layout=Layout(B="x"))
+def twice_by_rows(x):
+    return 2 * x
+
+
+@sharded("B D -> B D", layout=Layout(D="x"))
+def thrice_by_columns(x):
+    return 3 * x
+
+
+def test_a_branch_has_a_layout_of_its_own() -> None:
+    """On every executor: compile ignored it, and step did not. The first one's says the types of both, and
+    after it the caller's is in force again."""
+    seen = []
+
+    @sharded("B D -> B D")
+    def f(x):
+        y = cond(greater(sum("B D -> ()", x), 0), twice_by_rows, thrice_by_columns, x)
+        seen.append(str(y.spec))
+        return y
+    layout, mesh = Layout(B="y"), Mesh(x=2, y=2)
+    program = lower(f, layout, mesh=mesh)
+    yes, no = program.bodies()
+    assert [s.text for s in yes.steps if not s.op.moves] == ["B/x D -> B/x D"]
+    assert [s.text for s in no.steps if not s.op.moves] == ["B D/x -> B D/x"]
+    kinds = [str(kind) for b in (yes, no) for _, kind in (*b.arg_leaves(), *b.result_leaves())]
+    assert kinds == ["B/x D"] * 4
+    assert [str(kind) for _, kind in program.result_leaves()] == ["B/y D"]
+    for x, want in ((torch.ones(3, 4), 2.0), (-torch.ones(3, 4), -3.0)):
+        assert torch.equal(simulate(f, layout, x, mesh=mesh), torch.full((3, 4), want))
+        seen.clear()
+        assert torch.equal(step(f, layout, mesh=Mesh(x=1, y=1))(x), torch.full((3, 4), want))
+        assert seen == ["B/x D"]
