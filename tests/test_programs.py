@@ -321,6 +321,39 @@ def cut(w: Writer) -> None:
           **{"before" if name == "pad" else "start": before})
 
 
+def of_size(w: Writer, x: Value, size: int) -> Dim:
+    """A dim of this size that x lacks."""
+    new = w.one_of([n for n in ("P", "Q", "R") if n not in x.spec.names and w.sizes.get(n, size) == size])
+    w.sizes[new] = size
+    return Dim((Factor(new),))
+
+
+def windows(w: Writer) -> None:
+    """As many as there were, or with a stride, along a dim of another name."""
+    x, (before, after, dilation) = w.float_(dims=1, order=3), [w.one_of((0, 1, 2)) for _ in range(3)]
+    at = w.one_of([i for i, d in enumerate(x.spec.dims) if len(d.factors) == 1 and w.sizes[d.label]])
+    old, stride = x.spec.dims[at], w.one_of((0, 1, 2))
+    size = w.one_of((1, 2, 3)) if stride else 1 + (before + after) // max(dilation, 1)
+    seen = w.sizes[old.label] + before + after - max(dilation, 1) * (size - 1)
+    if seen < 1 or not stride and seen != w.sizes[old.label]:
+        raise NotHere
+    now = of_size(w, x, (seen - 1) // stride + 1) if stride else old
+    new = of_size(w, replace(x, spec=Spec((*x.spec.dims, now) if stride else x.spec.dims)), size)
+    w.add("windows", [x], Spec((*x.spec.dims[:at], now, new, *x.spec.dims[at + 1:])), order=x.order,
+          before=before, after=after, dilation=max(dilation, 1), stride=max(stride, 1))
+
+
+def topk(w: Writer) -> None:
+    """Of what is given: equal ones may be told apart by how they were rounded."""
+    x = w.one_of([v for v in w.values if v.name in w.args and v.holds == "bounded"])
+    old = w.one_of([d for d in x.spec.dims if len(d.factors) == 1])
+    made = of_size(w, x, w.one_of(range(min(4, w.sizes[old.label] + 1))))
+    spec, count = Spec(tuple(made if d == old else d for d in x.spec.dims)), w.sizes[made.label]
+    w.record(Step(OPS["topk"], (w.pinned(x.spec),), (spec, spec), (x.name,),
+                  tuple(f"{w.prefix}v{next(w.count)}" for _ in range(2)), (("k", count),)), "bounded", 1)
+    w.values.pop()                                      # its places are no numbers to go on with
+
+
 def spread(w: Writer) -> None:
     x = w.float_()
     more = [Dim((Factor(n),)) for n in w.some(BATCH) if n not in x.spec.names][:1]
@@ -426,8 +459,8 @@ def cond(w: Writer) -> None:
 
 
 KINDS = [pointwise, binary, compare, where, einsum, einsum, reduction, two_reductions, argmax, softmax,
-         rearrange, rename, cut, spread, norm, fusible, rope, attention, update_cache, embedding, take,
-         reshard, scan, cond]
+         rearrange, rename, cut, windows, topk, spread, norm, fusible, rope, attention, update_cache,
+         embedding, take, reshard, scan, cond]
 
 
 def write(w: Writer, count: int, kinds: Sequence[Callable[[Writer], None]]) -> None:

@@ -29,7 +29,8 @@ def order(x: Tensor, at: int, descending: bool) -> Tensor:
     mine, other = row[..., :, None], row[..., None, :]
     before = (other > mine) if descending else (other < mine)
     rank = (before | (other == mine) & (index < index[:, None])).sum(-1)
-    return (rank[..., None, :] == index[:, None]).long().argmax(-1).movedim(-1, at) if len(index) else rank
+    rank = (rank[..., None, :] == index[:, None]).long().argmax(-1) if len(index) else rank
+    return rank.movedim(-1, at)
 
 
 def _sorted(d: Dims, x: Tensor) -> tuple[Tensor, Tensor]:
