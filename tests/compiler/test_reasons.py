@@ -10,8 +10,15 @@ from torch import Tensor
 from shardlib import Layout, Mesh, Params, einsum, lower, param, rename, scan, sharded, stacked
 from shardlib.errors import LayoutWarning
 from shardlib.functions import cumsum, sort
+from shardlib.models import llama, mixtral
+from shardlib.models.layouts import named_layout
+from shardlib.models.llama import LlamaConfig
+from shardlib.models.mixtral import MixtralConfig
 
 MESH = Mesh(x=2, y=2)
+LLAMA = LlamaConfig(vocab_size=11, d_model=18, num_layers=2, num_kv_heads=4, queries_per_kv=2, head_dim=4,
+                    d_ff=7, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tied=False, max_context=64)
+MIXTRAL = MixtralConfig(**vars(LLAMA), num_experts=5, top_k=2, window=2)
 
 
 def reasons(f, layout: str) -> list[str]:
@@ -114,6 +121,17 @@ def test_a_scan_that_becomes_a_pipeline_is_warned_of() -> None:
     assert warned(recurrent, "B=x") == [
         "layout B=x: the scan of f goes along B, so it is a pipeline of 2 stages, of which each waits "
         "for the one before"]
+
+
+@pytest.mark.filterwarnings("error::shardlib.errors.LayoutWarning")
+@pytest.mark.parametrize("mesh, layout", [
+    ("tp=2", "tp"), ("tp=2", "sp"), ("dp=2,tp=2", "tp+sp+fsdp"), ("dp=2,tk=2,tg=2", "tp+sp+fsdp"),
+    ("cp=2", "cp"), ("dp=2,cp=2,tp=2", "tp+sp+fsdp+cp"), ("dp=2,tp=2", "tp+ep"),
+    ("pp=2,tp=2", "L=pp,K=tp,F=tp,V=tp")])
+def test_of_shipped_layouts_of_shipped_models_none_is_warned_of(mesh: str, layout: str) -> None:
+    at = Mesh.parse(mesh)
+    for f in (llama.loss, llama.next_token, mixtral.loss):
+        lower(f, named_layout(layout, at), mesh=at, config=MIXTRAL if f is mixtral.loss else LLAMA)
 
 
 def test_an_entry_that_is_nearly_a_dim_is_warned_of() -> None:

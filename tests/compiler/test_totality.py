@@ -36,8 +36,7 @@ from shardlib.program import Program, Result, Step
 from shardlib.run.simulate import simulate as run
 from shardlib.spec import Spec
 
-pytestmark = [pytest.mark.usefixtures("one_thread"),
-              pytest.mark.filterwarnings("ignore::shardlib.errors.LayoutWarning")]      # slow, and right
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = dict(B=2, T=5, D=4, F=3, K=3, G=2, H=4, V=5, S=6, J=2)
 # rows that data chose stay within a program: tests/ops/test_experts.py
 ALONE = [c for c in CASES if not any(d.ragged for s in (*c.ins, *c.outs) for d in s.dims)]

@@ -105,7 +105,6 @@ def test_values_and_gradients_are_those_of_torch(ours: Sharded, theirs: Callable
         torch.testing.assert_close(got, whole)
 
 
-@pytest.mark.filterwarnings("ignore::shardlib.errors.LayoutWarning")
 def test_what_is_printed() -> None:
     """The dim that is joined is whole; other dims keep their split."""
     assert str(lower(joined, Layout(T="x", N="x", D="y"), mesh=MESH)) == '''\
