@@ -57,6 +57,7 @@ class LayoutWarning(UserWarning):
     >>> from shardlib.functions import sort
     >>> f = sharded("T D -> T D, T D")(lambda x: sort(x, along="T"))
     >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
     ...     _ = lower(f, Layout(T="tp"), mesh=Mesh(tp=2))
     >>> print(caught[0].message)                                        # doctest: +ELLIPSIS
     layout T=tp: sort needs all of T, so x is gathered; ...
