@@ -27,10 +27,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
+import quick_interpreter  # noqa: E402
 from fake_cuda import Cuda  # noqa: E402
 
 from shardlib.distributed.graph_capture import capture_stream  # noqa: E402
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quick_interpreter.install()
 LONGEST = ("test_rules_oracle", "test_protocols", "test_generate", "test_conformance", "test_compiled",
            "test_programs", "test_faults", "test_two_hosts", "test_gallery", "test_totality", "test_watchdog",
            "test_security", "test_planner", "test_gradients", "test_llama", "test_fused_step",

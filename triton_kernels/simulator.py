@@ -62,8 +62,8 @@ class _Task(threading.Thread):
     """One block of one launch, or the program of a rank: a thread that runs only while it has the turn.
 
     Of the versions of memory (`Simulation.version`): since: the oldest that its plain loads may still see;
-    acquired: of its last acquire; floor: for an address, the oldest it may see there; idle: the one in which
-    it polls in vain.
+    acquired: of its last acquire; floor: for an address, the oldest it may see there. idle: it polls in vain,
+    until memory changes where it has looked.
     """
 
     def __init__(self, simulation: Simulation, rank: int, body: Callable[[], Any], block: int = -1,
@@ -75,9 +75,9 @@ class _Task(threading.Thread):
         self.result: Any = None
         self.pace = simulation.paces[rank] * simulation.random.choice((1.0, 1.0, 1.0, 0.05))
         self.pending: list[_Store] = []
-        self.since, self.acquired, self.idle, self.polled_in = 0, 0, -1, -1
+        self.since, self.acquired, self.idle = 0, 0, False
         self.floor: dict[tuple[int, int], int] = {}
-        self.polled: set[bytes] = set()
+        self.polled: dict[bytes, set[int]] = {}
 
     def run(self) -> None:
         self.turn.acquire()
@@ -111,13 +111,15 @@ class _Task(threading.Thread):
             self.pending.remove(store)
 
     def polls(self, pointers: Any) -> None:
-        """It has looked there and changed nothing: idle if it has done so before
-        in this version of memory."""
-        version, key = self.simulation.version, np.asarray(pointers).tobytes()
-        if self.polled_in != version:
-            self.polled_in, self.polled = version, set()
-        self.idle = version if key in self.polled else -1
-        self.polled.add(key)
+        """It has looked there and changed nothing: idle if it has done so before, since it last woke."""
+        key = np.asarray(pointers).tobytes()
+        self.idle = key in self.polled
+        if not self.idle:
+            self.polled[key] = _eights(np.ravel(pointers).tolist())
+
+    def wakes(self) -> None:
+        """Memory has changed where it looks, or it has done anything else."""
+        self.idle, self.polled = False, {}
 
 
 class Simulation:
@@ -163,7 +165,7 @@ class Simulation:
     def _step(self) -> None:
         """A turn of one task; now and then a store becomes visible."""
         able = [t for t in self.tasks if not t.done and not t.waits and self._started(t)]
-        awake = [t for t in able if t.idle != self.version]
+        awake = [t for t in able if not t.idle]
         late = [t for t in self.tasks if t.pending]
         if late and (not awake or self.random.random() < self.haste):
             self._perform_some(self.random.choice(late))
@@ -244,6 +246,11 @@ class Simulation:
         changed = (before.view(np.uint8).reshape(before.size, -1)
                    != after.view(np.uint8).reshape(after.size, -1)).any(-1)
         self.version += int(changed.any() or store)
+        if changed.any():
+            where = _eights(np.ravel(pointers)[changed].tolist())
+            for each in self.tasks:
+                if not all(map(where.isdisjoint, each.polled.values())):
+                    each.wakes()
         for address, old, differs, chosen in zip(np.ravel(pointers).tolist(), before.ravel(),
                                                  changed.tolist(), np.ravel(mask).tolist()):
             if differs:
@@ -264,6 +271,11 @@ class Simulation:
                 seen = task.floor[key] = max(version, task.floor.get(key, 0))
                 flat[i] = next((old for changed, old in self.history[key] if changed > seen), flat[i])
         return values
+
+
+def _eights(addresses: list[int]) -> set[int]:
+    """The aligned 8 bytes that each word of at most 8 lies in."""
+    return {address >> 3 for address in addresses}
 
 
 def _peek(pointers: Any, mask: Any, dtype: Any) -> Any:
@@ -312,7 +324,7 @@ def _patched(simulation: Simulation) -> Iterator[None]:
         task.pending.append(_Store(pointers.data, value.data, mask.data))
         if not simulation.weak:
             task.publish()
-        task.idle, task.polled_in = -1, -1
+        task.wakes()
         task.give_up_turn()
 
     def atomic(pointers: Any, mask: Any, dtype: Any, semantic: Any, run: Callable[[], Any]) -> Any:
@@ -326,6 +338,8 @@ def _patched(simulation: Simulation) -> Iterator[None]:
             result = run()
         if simulation.version == version:
             task.polls(pointers)
+        else:
+            task.wakes()
         if semantic in _ACQUIRES:
             task.acquired = simulation.version
         return result
@@ -373,11 +387,14 @@ def _patched(simulation: Simulation) -> Iterator[None]:
     for name, new in zip(names, (new_load, new_store, new_cas, new_rmw, new_barrier)):
         setattr(_BUILDER, name, new)
     interpreter.GridExecutor.__call__, interpreter._patch_lang = new_execute, patch_once
+    builder, options = interpreter.interpreter_builder, interpreter.interpreter_builder.options
+    builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)   # a sum would be five
     try:
         yield
     finally:
         for name, original in zip(names, originals):
             setattr(_BUILDER, name, original)
         interpreter.GridExecutor.__call__, interpreter._patch_lang = execute, patch_language
+        builder.options = options
         for scope in reversed(scopes.values()):
             scope.restore()
