@@ -250,8 +250,6 @@ def conversions(draw: st.DrawFn) -> tuple[Mesh, Spec, Spec, dict[str, int]]:
 def test_plans_on_three_axes(case: tuple[Mesh, Spec, Spec, dict[str, int]]) -> None:
     mesh, have, want, sizes = case
     moves = plan(have, want, mesh)
-    plan.__globals__["_search"].cache_clear()
-    assert plan(have, want, mesh) == moves
     assert (received(moves) <= gather_everything(have, Mesh({a: max(2, n) for a, n in mesh.axes.items()}))
             + 1e-9)
     x = torch.randn(mesh.local_shape(have.whole(), sizes, {}), dtype=torch.float64,

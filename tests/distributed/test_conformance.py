@@ -201,12 +201,11 @@ def test_cases_differ_between_members_and_groups() -> None:
     assert len(drawn) == 9
 
 
-def test_a_rank_that_hangs_ends_the_test_and_not_the_suite(pool: Pool) -> None:
-    world = pool.connect("tp=1", [], 1)
-    pool.deadline_s = 0.5
-    try:
+def test_a_rank_that_hangs_ends_the_test_and_not_the_suite() -> None:
+    with Pool(1) as pool:
+        world = pool.connect("tp=1", [], 1)
+        pool.deadline_s = 0.5
         with pytest.raises(AssertionError, match="^rank 0: no answer"):
             world.run("hang")
-    finally:
         pool.deadline_s = DEADLINE_S
-    assert world.run("barrier", ["tp"]) == [True]
+        assert world.run("barrier", ["tp"]) == [True]
