@@ -6,13 +6,16 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton.language.semantic import TritonSemantic
 
 
 def install() -> None:
-    """From now on, in this process."""
+    """From now on, in this process; of the one version whose inside this knows. Others go their own pace."""
+    if not triton.__version__.startswith("3.7."):
+        return
     _types_are_made_once()
     _equal_shapes_are_left_alone()
     _the_language_is_patched_once_a_launch()
