@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 TORCH  ?= pinned
-JOBS   ?= 2
+JOBS   ?= 3
 ARGS   ?=
 PROMPT ?= What is the capital of France?
 # what is compiled is kept, whatever the environment says: each process would compile the library again
@@ -42,7 +42,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c $(PINS)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo '  TORCH=installed  reuse the torch that $(PYTHON) has;  PYTHON=...  another Python'
-	@echo '  JOBS=2  processes that `make test` runs files in, of a core each;  ARGS="..."  more arguments'
+	@echo '  JOBS=3  processes that `make test` runs files in: two cores are busy with them, as some wait for ranks that hang;  ARGS="..."  more arguments'
 
 demo: $(VENV)/.demo ## a language model, tensor parallel over 3 processes of this machine
 	@echo '== starting 3 processes'; rm -f $(VENV)/error

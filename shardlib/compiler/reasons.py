@@ -45,8 +45,9 @@ def warn(program: Program, layout: Layout) -> None:
 def _gathers(step: Step, made: dict[str, Step], weights: set[str],
              layout: Layout) -> Iterator[tuple[str, str]]:
     """(entry, what it costs) of operands that were gathered for the step; a buffer that each rank has whole,
-    as a cache, is written to by all."""
-    other = step.bodies or step.op.moves or step.op.distribute or step.op.updates is not None
+    as a cache, is written to by all, and a token is drawn from all logits of its row."""
+    other = (step.bodies or step.op.moves or step.op.distribute or step.op.updates is not None
+             or step.op.constant)
     whole = () if other else step.op.rule(step).whole
     for name in step.inputs if whole else ():
         chain = []
