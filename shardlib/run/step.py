@@ -76,10 +76,13 @@ class Stepper(Executor):
         except Exception as error:
             explain_failure(error, lines, Where.of(user_frame()))
             raise
-        values = tuple(self.value(*known[:2], local, known[2]) for known, local in zip(made, results))
-        if len(values) > 1:
-            return values
-        return values[0] if operands else self._constant(op, values[0], attrs)
+        if len(made) > 1:
+            return tuple(self.value(spec, pinned, local, key) for (spec, pinned, key), local
+                         in zip(made, results))
+        spec, pinned, known = made[0]
+        value = Value(self, -1, spec)
+        value.text, value.local, value.key = pinned, results[0], known
+        return value if operands else self._constant(op, value, attrs)
 
     def _constant(self, op: Op, made: Value, attrs: dict[str, Any]) -> Value:
         made.id, made.key = CONSTANT, f"{made.key} {op.name} {attrs}"
