@@ -122,8 +122,7 @@ def swept() -> None:
     from shardlib.triton_kernels.reduce_scatter import reduce_scatter
     n = int(os.environ["WORLD_SIZE"])
     kernels = {
-        "one_shot": (256 << 10, lambda x, w, grid: one_shot(x, w, grid)),
-        "two_shot": (64 << 20, lambda x, w, grid: two_shot(x, w, grid)),
+        "one_shot": (256 << 10, one_shot), "two_shot": (64 << 20, two_shot),
         "reduce_scatter": (64 << 20, lambda x, w, grid: reduce_scatter(x.view(1, n, -1), w, grid)),
         "all_gather, a word a warp": (64 << 20, lambda x, w, grid: exchange.all_gather(
             x.view(n, -1)[:1], w, grid)),

@@ -73,7 +73,8 @@ def beside_what_owes(h, y):
     (counted, "T=x,B=x", ["cumsum takes mask as B/x T: it needs all of T",
                           "the layout keeps B T as B T/x: T=x"]),
     (called_otherwise, "T=x", ["rename makes B S: T is S there, which no entry splits"]),
-    (called_otherwise, "S=x", ["rename makes B S/x: S=x"])], ids=lambda x: x if isinstance(x, str) else "")
+    (called_otherwise, "S=x", ["rename makes B S/x: S=x"])],
+                         ids=lambda x: x if isinstance(x, str) else getattr(x, "__name__", ""))
 def test_who_asks_for_a_conversion(f, layout: str, said: list[str]) -> None:
     assert reasons(f, layout) == said
 
