@@ -18,7 +18,6 @@ import argparse
 import datetime
 import gc
 import json
-import os
 from collections import defaultdict
 from dataclasses import replace
 from itertools import product
@@ -137,8 +136,11 @@ def draw() -> None:
     pictures: dict[str, list[dict]] = defaultdict(list)
     for r in json.loads((RESULTS / "decode.json").read_text())["rows"]:
         pictures[f"{r['case'].rpartition(', ')[0]}\n{r['hardware']}, {r['commit']}"].append(r)
-    figure, axes = plt.subplots(1, len(pictures), figsize=(4.4 * len(pictures), 4), squeeze=False)
-    for picture, (title, rows) in zip(axes[0], pictures.items()):
+    lines = -(-len(pictures) // 4)
+    figure, axes = plt.subplots(lines, 4, figsize=(17.6, 4 * lines), squeeze=False)
+    for picture in axes.flat[len(pictures):]:
+        picture.axis("off")
+    for picture, (title, rows) in zip(axes.flat, pictures.items()):
         names = [r["case"].rpartition(" ")[2] for r in rows]
         series = {"by hand, the fastest": [min(r["peers"].values()) for r in rows],
                   "shardlib": [r["ours"] for r in rows], "floor": [r["floor"] for r in rows]}
@@ -172,7 +174,7 @@ def main() -> None:
     with connect(mesh, "cuda") as runtime:
         rate = read_rate(runtime.device)
         facts = {"hardware": hardware(mesh.world_size), "versions": versions(),
-                 "commit": os.environ.get("COMMIT") or commit(), "date": datetime.date.today().isoformat()}
+                 "commit": commit(), "date": datetime.date.today().isoformat()}
         for shape, layout in product(options.shapes.split(","), options.layouts.split(",")):
             if options.layers:
                 whole, shape = shape, f"{shape} of {options.layers} layers"

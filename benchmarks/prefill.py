@@ -17,7 +17,6 @@ import argparse
 import datetime
 import gc
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -147,7 +146,7 @@ def main() -> None:
     cases = [tuple(map(int, text.split("x"))) for text in options.cases.split(",")]
     with connect(mesh, "cuda") as runtime:
         facts = {"hardware": hardware(mesh.world_size), "versions": versions(),
-                 "commit": os.environ.get("COMMIT") or commit(), "date": datetime.date.today().isoformat()}
+                 "commit": commit(), "date": datetime.date.today().isoformat()}
         for shape in options.shapes.split(","):
             rows, profiles = run(runtime, shape, mesh, cases)
             if runtime.rank == 0:

@@ -62,7 +62,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit, with + where the tree differs from it."""
+    """The commit, with + where the tree differs from it; where there is no repository, what COMMIT says."""
+    if said := os.environ.get("COMMIT"):
+        return said
+
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], capture_output=True, text=True,
                               cwd=Path(__file__).parent).stdout.strip()
