@@ -224,11 +224,13 @@ def _lines(f: Function, layout: Layout, runtime: Runtime, sizes: Mapping[str, in
 
 
 def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh: Mesh | None = None,
-             log: list | None = None, schedule: Schedule | None = None, **static: Any) -> Any:
+             sizes: Mapping[str, int] | None = None, log: list | None = None,
+             schedule: Schedule | None = None, **static: Any) -> Any:
     """`f` on all ranks of a mesh in this process: takes whole tensors, gives whole tensors,
     and checks that replicas agree.
 
-    `log` receives (ranks, collective, elements) of everything that was communicated.
+    sizes: of dims that no argument has, as in `zeros("B T")` where T is in no other value.
+    log: receives (ranks, collective, elements) of everything that was communicated.
 
     >>> from shardlib.functions import sum
     >>> log, f = [], sharded("B D -> D")(lambda x: sum("B D -> D", x))
@@ -247,11 +249,11 @@ def simulate(f: Function | ValueAndGrad, layout: Layout | None, *args: Any, mesh
     if isinstance(f, Gradients):
         f.check_dtypes(dtypes)
     fold = None if schedule is None else Fold(schedule, mesh)
-    program, results = lower_results(f, layout, fold.whole if fold else mesh, None, args, static, DEFAULT,
+    program, results = lower_results(f, layout, fold.whole if fold else mesh, sizes, args, static, DEFAULT,
                                      dtypes, (TIME,) if fold else (), quiet=True)
     whole = {path: v for (name, tree), arg in zip(program.args, args, strict=True)
              for (path, _), v in zip(leaves(name, tree), flat_leaves(arg))}
-    sizes = bind_sizes(program, {p: tuple(v.shape) for p, v in whole.items()}, {}, mesh, None)
+    sizes = bind_sizes(program, {p: tuple(v.shape) for p, v in whole.items()}, sizes or {}, mesh, None)
     value_dtypes(program, leaf_dtypes(whole.items()))
     with torch.no_grad() if isinstance(f, ValueAndGrad) else nullcontext():
         if fold is not None:

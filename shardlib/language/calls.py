@@ -24,6 +24,7 @@ from shardlib.program import Step
 
 _MISCALLED = re.compile(r"(\w+)\(\) (missing|takes|got) .*")
 _STARS: dict[object, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_TOLD = ("donate", "graph", "layout", "mesh", "passes", "schedule", "sizes")   # not the function, `compile`
 _PUBLIC = ("shardlib", "shardlib.functions", "shardlib.ops")
 
 
@@ -41,7 +42,8 @@ def check_static(f: Signature, static: Mapping[str, Any]) -> None:
             raise SpecError(f"{f.__name__}: {name} is given by its place; keywords are for static arguments, "
                             "which come after a \"*,\"")
         if name not in f.static_names:
-            raise SpecError(f"{f.__name__}: it has no keyword argument {name}")
+            raise SpecError(f"{f.__name__}: it has no keyword argument {name}" + (
+                f"; compile({f.__name__}, {name}=...) has" if name in _TOLD else ""))
     if missing := [name for name, needed in f.static_names.items() if needed and name not in static]:
         raise SpecError(f"{f.__name__}: the keyword argument {missing[0]} is missing")
 

@@ -68,6 +68,16 @@ def test_compile_and_step_are_told_sizes() -> None:
         assert torch.equal(got, whole)
 
 
+def test_simulate_is_told_sizes() -> None:
+    f = sharded("B -> B T")(lambda x: full("B T", 2.0) * x)
+    made = simulate(f, Layout(T="x", B="y"), torch.ones(2), mesh=Mesh(x=2, y=2), sizes=dict(T=3))
+    assert torch.equal(made, torch.full((2, 3), 2.0))
+    assert said(lambda: simulate(f, None, torch.ones(2), mesh=Mesh(), sizes=dict(B=3, T=3))) == (
+        "f: B is 3 by sizes, and 2 by x")
+    assert said(lambda: f(torch.ones(2), sizes=dict(T=3))) == (
+        "<lambda>: it has no keyword argument sizes; compile(<lambda>, sizes=...) has")
+
+
 def test_a_function_of_nothing() -> None:
     f = sharded("-> T")(lambda: arange("T"))
     assert str(lower(f, Layout(T="x"), mesh=Mesh(x=2))) == '''\
