@@ -13,7 +13,8 @@ from shardlib.oracle import Case
 
 PAGE = Path(__file__).with_name("rules.md")
 INFIX = {"add": "x + y", "sub": "x - y", "mul": "x * y", "div": "x / y", "scale": "x * number",
-         "shift": "x + number", "reciprocal": "1 / x", "compare": "x > y"}
+         "shift": "x + number", "reciprocal": "1 / x", "compare": "x > y",
+         "filled": "where(mask, x, number)"}
 HEAD = """# Typing rules
 
 Made by `python docs/make_rules.py` from the rules themselves; `tests/test_rules_oracle.py` holds each rule against brute

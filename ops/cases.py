@@ -203,6 +203,7 @@ CASES: tuple[Case, ...] = (
     _case("cast_like", "B D, B D -> B D", single, tolerance=ROUNDED["float32"]),
     _case("cast_like", "B D, B D -> B D", normal, single, tolerance=ROUNDED["float32"]),
     _case("where", "B T, B T, B T -> B T", mask), _case("where", "T, B T, T -> B T", mask),
+    *(_case("filled", "T, B T -> B T", mask, value=value) for value in (0.0, -2.5)),
     *(_case(name, "B D -> B D", digit, than=1) for name in SIGNS),
     *(_case("compare", text, digit, digit, sign=sign) for sign in SIGNS.values()
       for text in ("B T D, D -> B T D", "T, B T -> B T")),

@@ -82,6 +82,7 @@ CUTS = ("concat", "split", "stack", "unbind", "pad", "slice")
 # of the dtypes of all operands; what is missing gives the widest of those that are no index
 GIVES: dict[str, Any] = {
     **dict.fromkeys(("div", "mean", "var", "std", "reciprocal", "scale"), fraction),
+    "filled": lambda mask, x: fraction(x),
     **dict.fromkeys(("sum", "prod", "cumsum", "einsum"), total), **dict.fromkeys(
         ("rms_norm", "layer_norm", "group_norm", "rope", "rope_vjp", "update_cache", "from_rank", "ones_like",
          "zeros_like", "share"), first),
@@ -107,8 +108,8 @@ TAKES_ANY = {*CUTS, "add", "mul", "div", "scale", "shift", "reciprocal", "einsum
              "stop_gradient", "ones_like", "zeros_like", "rearrange", "rename", "take",
              "flip", "roll", "windows", "windows_vjp", "embedding", "embedding_vjp", "update_cache"}
 TAKES_NUMBERS = {"topk", "sub", *COMPARISONS, "relu", "square", "abs", "clamp", "maximum", "minimum",
-                 "argmax", "rank_of", "from_rank", "ties", "sort", "argmin", "scatter_add"}
-MASKS = {("where", 0), ("masked", 0), *((name, i) for name in LOGICAL for i in (0, 1)),
+                 "filled", "argmax", "rank_of", "from_rank", "ties", "sort", "argmin", "scatter_add"}
+MASKS = {("where", 0), ("masked", 0), ("filled", 0), *((name, i) for name in LOGICAL for i in (0, 1)),
          *((name, 0) for name in OF_MASKS)}
 LIKES = {("cast_like", 1), ("ones_like", 0), ("zeros_like", 0)}
 TABLES = {("rope", 1), ("rope_vjp", 1), ("route", 1)}

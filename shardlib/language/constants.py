@@ -2,7 +2,7 @@
 
 Each rank makes its own piece, so they are split as the layout has it, never owe, and send nothing; the dtype
 is an argument. Their text says what is made, `zeros("B T")`. They exist in @sharded functions alone; a size
-that no argument has is said by `sizes=` of `compile` and `step`.
+that no argument has is said by `sizes=` of `simulate`, `compile` and `step`.
 """
 from __future__ import annotations
 

@@ -6,16 +6,20 @@ A text in front says the order of the result's dims, where the operands' leave i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shardlib.dtypes import fits, fractional
+from shardlib.errors import SpecError
 from shardlib.language.arithmetic import aligned, broadcasting
 from shardlib.language.comparison import COMPARE, LOGICAL, NOT, SIGNS
+from shardlib.language.local_code import LocalCode
 from shardlib.language.meeting import meet
 from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply, compare
-from shardlib.program import Op, Step
+from shardlib.program import Op, Step, number
 from shardlib.rules import Rule
 
 
@@ -161,8 +165,29 @@ WHERE = Op("where", rule=lambda s: Rule(linear=((1, 2),)), infer=broadcasting("w
            reference=lambda d, mask, a, b: a.masked_fill(~mask, 0) + b.masked_fill(mask, 0))
 
 
-def where(mask: Operand | str, a: Operand, b: Operand, *more: Operand) -> Value:
+def _filled_reads(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | None]:
+    mask, x = dtypes
+    return [mask, fractional(x) if isinstance(attrs["value"], float) else x]
+
+
+def _filled(e: LocalCode, step: Step, args: list[str]) -> str:
+    """SpecError where x's dtype does not hold the number."""
+    if not fits(kind := e.dtypes[step.outputs[0]], value := step.options["value"]):
+        raise SpecError(f"where: the number is {value}, and the tensor is {kind}, which does not hold it")
+    return f"torch.where({', '.join(aligned(step, args))}, {value!r})"
+
+
+FILLED = Op("filled", keywords={"value": number}, infer=broadcasting("where", "mask", "x"), index=(0,),
+            rule=lambda s: Rule(linear=((1,),) if s.options["value"] == 0 else ()),
+            takes=("mask", "number"), reads=_filled_reads, emit=_filled,
+            vjp=lambda b, s, ct: [None, b.einsum_to(s.ins[1], [b.call(MASKED, [s.inputs[0], ct[0]])])],
+            reference=lambda d, mask, x: x.masked_fill(~mask, 0) + ~mask * d.options["value"])
+"""What is where(mask, x, 0.5): an operand where a mask is true, a number where it is not."""
+
+
+def where(mask: Operand | str, a: Operand | float, b: Operand | float, *more: Operand | float) -> Value:
     """`a` where `mask`, else `b`; dims that one of them lacks are broadcast. Both owe a sum, or neither does.
+    One of the two may be a number, which widens no dtype; what owes a sum stands beside 0 alone.
 
     >>> import torch
     >>> from shardlib import Layout, Mesh, sharded, simulate
@@ -174,7 +199,16 @@ def where(mask: Operand | str, a: Operand, b: Operand, *more: Operand) -> Value:
     tensor([[[1., 1., 1.],
              [7., 8., 9.]]])
     """
-    return meet("where", WHERE, mask, a, b, *more)
+    text, given = ((mask,), [a, b, *more]) if isinstance(mask, str) else ((), [mask, a, b, *more])
+    numbers = [i for i, x in enumerate(given) if isinstance(x, int | float)]
+    if len(given) != 3 or not numbers:
+        return meet("where", WHERE, *text, *given)
+    value = given.pop(numbers[0])
+    if len(numbers) > 1 or numbers == [0] or not number(value):
+        raise SpecError("where: it chooses by a mask, of two tensors, or of one and a finite number; cast "
+                        "makes ones and zeros of a mask")
+    return meet("where", FILLED, *text, given[0] if numbers == [2] else apply(NOT, given[:1]), given[1],
+                value=value)
 
 
 def _extreme_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
@@ -202,6 +236,13 @@ def _extreme(name: str, last: int) -> Op:
 MAXIMUM, MINIMUM = _extreme("maximum", 1), _extreme("minimum", 0)
 
 
+def _two(name: str, op: Op, x: Operand | str, y: Operand, *more: Operand) -> Value:
+    if numbers := [v for v in (x, y, *more) if isinstance(v, int | float)]:
+        bound = "min" if op is MAXIMUM else "max"
+        raise SpecError(f"{name}: {numbers[0]} is a number; clamp(x, {bound}={numbers[0]}) is bounded by one")
+    return meet(name, op, x, y, *more)
+
+
 def maximum(x: Operand | str, y: Operand, *more: Operand) -> Value:
     """The larger of two values, element by element, NaN where one is; dims that one lacks are broadcast.
 
@@ -215,7 +256,7 @@ def maximum(x: Operand | str, y: Operand, *more: Operand) -> Value:
     tensor([[2., 0.],
             [3., 4.]])
     """
-    return meet("maximum", MAXIMUM, x, y, *more)
+    return _two("maximum", MAXIMUM, x, y, *more)
 
 
 def minimum(x: Operand | str, y: Operand, *more: Operand) -> Value:
@@ -227,7 +268,7 @@ def minimum(x: Operand | str, y: Operand, *more: Operand) -> Value:
     >>> value_and_grad(f, wrt=("x", "y"))(torch.tensor(2.0), torch.tensor(2.0))
     (tensor(2.), tensor(0.5000), tensor(0.5000))
     """
-    return meet("minimum", MINIMUM, x, y, *more)
+    return _two("minimum", MINIMUM, x, y, *more)
 
 
-TABLE = {op.name: op for op in (MASKED, WHERE, MAXIMUM, MINIMUM)}
+TABLE = {op.name: op for op in (MASKED, WHERE, FILLED, MAXIMUM, MINIMUM)}

@@ -7,7 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardlib import Layout, Mesh, SpecError, compile, lower, sharded, simulate, value_and_grad
+from shardlib import (
+    EXPLICIT,
+    Layout,
+    Mesh,
+    SpecError,
+    all_reduce,
+    compile,
+    einsum,
+    lower,
+    sharded,
+    simulate,
+    value_and_grad,
+)
 from shardlib.functions import (
     clamp,
     equal,
@@ -105,6 +117,59 @@ def test_what_is_not_chosen_gets_no_gradient_whatever_comes_back() -> None:
                          (maximum, torch.maximum)):
         for got, want in zip(slopes(ours, X, Y, by=by), torch_slopes(theirs, X, Y, by=by), strict=True):
             assert torch.equal(got, want)
+
+
+def test_where_with_a_number() -> None:
+    """On either side of the mask, and in an order that a text says."""
+    by = torch.arange(1.0, 7.0)
+    for ours, theirs in ((lambda x: where(x > 0, x, -1e9), lambda x: torch.where(x > 0, x, -1e9)),
+                         (lambda x: where(x > 0, 2, x), lambda x: torch.where(x > 0, 2, x))):
+        f = sharded("D -> D")(lambda x: ours(x))
+        assert torch.equal(simulate(f, Layout(D="tp"), X, mesh=Mesh(tp=2)), theirs(X))
+        (got,), (want,) = slopes(ours, X, by=by), torch_slopes(theirs, X, by=by)
+        assert torch.equal(got, want)
+    x, real = torch.randn(3, 4), torch.tensor([True, False, True])
+    wide = sharded("B, D -> B D")(lambda real, x: where("B, D -> B D", equal(real, 1), x, 0.5))
+    assert torch.equal(simulate(wide, Layout(B="x", D="y"), real.long(), x[0], mesh=Mesh(x=2, y=2)),
+                       torch.where(real[:, None], x[0], 0.5))
+
+
+def test_what_owes_a_sum_stands_beside_zero() -> None:
+    @sharded("B, B F/x, F/x D -> B D", layout=EXPLICIT)
+    def f(real, h, w, *, number):
+        y = einsum("B F/x, F/x D -> B D +x", h, w)
+        return all_reduce("B D +x -> B D", where(real > 0, y, number))
+    real, h, w = torch.tensor([0.0, 1.0]), torch.randn(2, 3), torch.randn(3, 4)
+    found = simulate(f, None, real, h, w, mesh=Mesh(x=2), number=0)
+    torch.testing.assert_close(found, torch.where(real[:, None] > 0, h @ w, 0))
+    with pytest.raises(SpecError) as error:
+        lower(f, mesh=Mesh(x=2), number=1)
+    text = str(error.value)
+    assert text.startswith("where: y owes a sum over x, and where of a sum is not the sum of where  ")
+    assert '  where(greater(real, than=0), reduce_scatter("B D +x -> B D/x", y), 1)' in text
+
+
+@pytest.mark.parametrize("kind, value, gives", [
+    ("int32", 5, "int32"), ("int64", 0.5, "float32"), ("bfloat16", -1e9, "bfloat16"),
+    ("float16", 2, "float16")])
+def test_a_number_that_is_chosen_widens_nothing(kind: str, value: float, gives: str) -> None:
+    x, of = torch.tensor([1, 0, 3], dtype=getattr(torch, kind)), getattr(torch, gives)
+    found = compile(sharded("D -> D")(lambda x: where(x > 0, x, value)), mesh=Mesh())(x)
+    assert torch.equal(found, torch.where(x > 0, x.to(of), value)) and found.dtype == of
+
+
+@pytest.mark.parametrize("f, error", [
+    (lambda x: where(x > 0, x, -1e9), "where: the number is -1000000000.0, and the tensor is float16, which "
+     "does not hold it"),
+    *((f, "where: it chooses by a mask, of two tensors, or of one and a finite number; cast makes ones and "
+       "zeros of a mask") for f in (lambda x: where(x > 0, 1, 0), lambda x: where(True, x, x),
+                                    lambda x: where(x > 0, x, -float("inf")))),
+    (lambda x: maximum(x, 0), "maximum: 0 is a number; clamp(x, min=0) is bounded by one"),
+    (lambda x: minimum(1.5, x), "minimum: 1.5 is a number; clamp(x, max=1.5) is bounded by one")])
+def test_numbers_that_do_not_go(f: Callable, error: str) -> None:
+    with pytest.raises(SpecError) as raised:
+        compile(sharded("D -> D")(lambda x: f(x)), mesh=Mesh())(torch.ones(2, dtype=torch.float16))
+    assert str(raised.value).split("   ")[0] == error
 
 
 @pytest.mark.parametrize("dtype, than", [(torch.int8, 300), (torch.uint8, -1), (torch.int32, 2 ** 40)])

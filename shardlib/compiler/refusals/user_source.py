@@ -17,7 +17,8 @@ from shardlib.source import Where
 
 SHORT = 40          # characters of an expression that stands for an operand's name
 DEPTH = 4           # calls within calls that are written out
-WORDS = {"scale": "mul", "shift": "add", "reciprocal": "div"}   # what users call ops that are named otherwise
+# what users call ops that are named otherwise
+WORDS = {"scale": "mul", "shift": "add", "reciprocal": "div", "filled": "where"}
 _NODES = dict(add=ast.Add, sub=ast.Sub, mul=ast.Mult, div=ast.Div, scale=ast.Mult, shift=ast.Add)
 
 
@@ -129,6 +130,8 @@ def written(step: Step, operands: Sequence[str]) -> str:
         return f"1 / {inner[0]}"
     if name == "compare":
         return f"{next(n for n, sign in SIGNS.items() if sign == options['sign'])}({', '.join(operands)})"
+    if name == "filled":
+        return f"where({', '.join(operands)}, {options['value']!r})"
     options = {k: f'"{v}"' if isinstance(v, str) else repr(v) for k, v in step.attrs}
     text = [f'"{step.text}"'] if step.op.takes_text else []
     return f"{name}({', '.join([*text, *operands, *(f'{k}={v}' for k, v in options.items())])})"
