@@ -5,12 +5,16 @@ All of them lie in buffers that stay where they are, those of a smaller bucket i
 captured step reads and writes them there, and feeds the next one without the host. A row that has ended, or a
 slot that has no row, keeps its token and its position: what it writes into the cache lies beyond what it has,
 in its own slot. Nothing here decides anything: see `decoding`.
+
+What takes it further are generators of what a pipeline's stages ask each other, so that the stages may be at
+several batches at once (`shardlib.run.turns`); where there is no pipeline they ask nothing.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +27,7 @@ from shardlib.models.slots import Slots, Smaller, round_up
 from shardlib.params import Params, fill, leaf_values
 from shardlib.run.beside import beside, largest_sum
 from shardlib.run.captured import Graph
+from shardlib.run.turns import Pipeline, Requests
 from shardlib.spec import Spec
 
 PROMPT_TOKENS, LATER_TOKENS = 1 << 15, 1 << 12
@@ -51,12 +56,14 @@ class Decoder:
     steps: the compiled program for (at the beginning of prompts, rows, capacity).  draws: whether it takes
     the rows' numbers.  kept: the cache.
     graph: steps are captured, in buckets of rows and rounded capacities; else sizes are exact.
+    pipeline: of a model in stages.
     """
 
     def __init__(self, name: str, steps: Callable[[bool, int, int], Compiled], draws: bool, weights: Prepared,
                  kept: type[Params], sizes: Mapping[str, int], most: int, runtime: Runtime,
-                 cache: CacheBuffer, graph: bool) -> None:
+                 cache: CacheBuffer, graph: bool, pipeline: Pipeline | None = None) -> None:
         self.name, self.steps, self.draws, self.weights = name, steps, draws, weights
+        self.pipeline = pipeline
         self.kept, self.sizes, self.most, self.runtime = kept, sizes, most, runtime
         self.buffer, self.graph = cache, graph
         self.capacity, self._made, self._turn = 0, 0, 0
@@ -70,6 +77,19 @@ class Decoder:
 
     def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Sequence[int]) -> Slots:
         """Takes the prompts in, and chooses their first tokens."""
+        return self._alone(self.beginning(prompts, max_new_tokens, eos_ids))
+
+    def advance(self, slots: Slots) -> None:
+        """One more token for every row that lives."""
+        self._alone(self.advancing(slots))
+
+    def _alone(self, asks: Requests) -> Any:
+        """What it returns, with no other batch beside it."""
+        return self.pipeline.run([asks])[0] if self.pipeline else answered(asks)
+
+    def beginning(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Sequence[int],
+                  first: int = 0) -> Requests:
+        """As `begin`. first: the number of the first row, by which it draws."""
         longest = max(map(len, prompts))
         self.capacity = (min(round_up(longest + max_new_tokens), self.most) if self.graph
                          else longest + max_new_tokens)
@@ -81,24 +101,24 @@ class Decoder:
         state = {name: getattr(self, name)[:slots.size]
                  for name in ("ids", "position", "row", "live", "tokens")}
         state["position"].copy_(self._tensor([len(p) for p in rows]))
-        state["row"].copy_(self._tensor([row or 0 for row in slots.rows]))
+        state["row"].copy_(self._tensor([first + (row or 0) for row in slots.rows]))
         state["live"].copy_(self._tensor([row is not None for row in slots.rows]))
         self.ends.copy_(self._tensor([*eos_ids, *[-1] * (len(self.ends) - len(eos_ids))]))
-        self._prefill(slots.size, rows)
+        yield from self._prefill(slots.size, rows)
         state["ids"].copy_(state["tokens"])
         state["live"].logical_and_(going(state["tokens"], self.ends))
         return slots
 
-    def advance(self, slots: Slots) -> None:
-        """One more token for every row that lives."""
+    def advancing(self, slots: Slots) -> Requests:
+        """As `advance`."""
         key = slots.size, self.capacity
-        if not self.graph:
-            self._step(*key)
+        if not self.graph or self.pipeline:
+            yield from self._step(*key)
         elif key in self._graphs:
             self._graphs[key].replay()
         else:
             title = f"{self.name}, {slots.size} rows of {self.capacity}"
-            self._graphs[key] = Graph(title, lambda: self._step(*key), self.runtime)
+            self._graphs[key] = Graph(title, lambda: answered(self._step(*key)), self.runtime)
 
     def fetch(self, slots: Slots) -> Callable[[], list[int]]:
         """What waits for the tokens that were chosen last, one a slot. At most two of them wait at a time."""
@@ -137,13 +157,13 @@ class Decoder:
 
     # -- steps -----------------------------------------------------------------------------------------------
 
-    def _step(self, size: int, capacity: int) -> None:
+    def _step(self, size: int, capacity: int) -> Requests:
         """Feeds the last tokens, and puts those that follow in their place: all of it on the device."""
         ids, start, last = self.ids[:size, None], self.position[:size], self.zeros[:size]
-        chosen = self._run(False, size, capacity, ids, start, last)
+        chosen = yield from self._run(False, size, capacity, ids, start, last)
         follow(chosen, self.tokens[:size], self.ids[:size], start, self.live[:size], self.ends)
 
-    def _prefill(self, size: int, rows: Sequence[Sequence[int]]) -> None:
+    def _prefill(self, size: int, rows: Sequence[Sequence[int]]) -> Requests:
         """The prompts in chunks, padded on the right: what padding writes is overwritten
         before a query may see it."""
         lengths, chosen = self._tensor([len(p) for p in rows]), torch.zeros_like(self.tokens[:size])
@@ -153,11 +173,11 @@ class Decoder:
             ids = self._tensor(
                 [[*p[begin:begin + count], *[0] * (count - len(p[begin:begin + count]))] for p in rows])
             last = (lengths - 1 - begin).clamp(0, count - 1)
-            if self.graph and begin == 0 and ids.numel() <= CAPTURED_TOKENS:
+            if self.graph and not self.pipeline and begin == 0 and ids.numel() <= CAPTURED_TOKENS:
                 self._begin_prompts(ids, last, chosen)
             else:
                 start = torch.full_like(lengths, begin)
-                chosen.copy_(self._run(begin == 0, size, self.capacity, ids, start, last))
+                chosen.copy_((yield from self._run(begin == 0, size, self.capacity, ids, start, last)))
             here = (lengths > begin) & (lengths <= begin + count)
             self.tokens[:size] = torch.where(here, chosen, self.tokens[:size])
 
@@ -167,7 +187,7 @@ class Decoder:
         key = size, capacity, count
 
         def run() -> None:
-            chosen.copy_(self._run(True, size, capacity, ids, self.zeros[:size], last))
+            chosen.copy_(answered(self._run(True, size, capacity, ids, self.zeros[:size], last)))
         if key not in self._beginnings:
             self._beginnings[key] = None
             run()
@@ -193,7 +213,8 @@ class Decoder:
             yield begin, count
             begin += count
 
-    def _run(self, first: bool, size: int, capacity: int, ids: Tensor, start: Tensor, last: Tensor) -> Tensor:
+    def _run(self, first: bool, size: int, capacity: int, ids: Tensor, start: Tensor,
+             last: Tensor) -> Requests:
         """The tokens that one call of a program chooses, on this rank's shards of whole tensors; or two calls
         beside each other, of half of the rows each, where their sums are long."""
         step, parts = self.steps(first, size, capacity), self._parts(first, size, capacity, ids.shape[1])
@@ -201,7 +222,9 @@ class Decoder:
         types, mesh, here = dict(step.program.args), self.runtime.mesh, self.runtime.coordinate
         given = {name: shard_of(x, types[name], mesh, here) for name, x in given.items()}
         if parts == 1:
-            return self._kept(step(*self._arguments(given, size, capacity)), size, capacity)
+            args = self._arguments(given, size, capacity)
+            return self._kept((yield from step.requests(*args)) if self.pipeline else step(*args), size,
+                              capacity)
         step = self.steps(first, size // parts, capacity)
         shares = [dict(zip(given, share)) for share in zip(*(x.chunk(parts) for x in given.values()))]
         made = beside(self.runtime, *(step.requests(*self._arguments(share, size, capacity, (i, parts)))
@@ -229,7 +252,7 @@ class Decoder:
         """In how many calls beside each other so many rows go through a program: two, where each rank has two
         rows or more, and the sums of half of them are longer than what a kernel takes with the norm."""
         worth, key = BESIDE_BYTES.get(self.runtime.device.type), (first, size, capacity, length)
-        if worth is None or size % (2 * self._ranks(size)):
+        if worth is None or self.pipeline or size % (2 * self._ranks(size)):
             return 1
         if key not in self._sums:
             sizes = {**self.sizes, "B": size // 2, "S": capacity, "T": length}
@@ -295,3 +318,12 @@ class Decoder:
             cache = fill(self.kept, "cache", lambda path: views[path])
             self._caches[key] = self.steps(False, size // part[1], capacity).prepare("cache", cache)
         return self._caches[key]
+
+
+def answered(asks: Requests) -> Any:
+    """What a generator returns that asks nothing."""
+    try:
+        next(asks)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("a request that nobody answers")

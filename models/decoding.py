@@ -7,9 +7,9 @@ by tokens alone, is decided here.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 
@@ -19,10 +19,11 @@ from shardlib.compiler.passes import DEFAULT
 from shardlib.compiler.passes.fuse import fuse
 from shardlib.compiler.stages import needed
 from shardlib.distributed.runtime import Runtime
+from shardlib.language.held import stage_axis
 from shardlib.language.trace import Function
 from shardlib.models.cache_buffer import CacheBuffer
 from shardlib.models.causal import Sampling
-from shardlib.models.decoder import Decoder
+from shardlib.models.decoder import Decoder, answered
 from shardlib.models.expert_placement import Placement
 from shardlib.models.families import config_of, family_of, load, weights_of
 from shardlib.models.files.checkpoint import Checkpoint
@@ -31,15 +32,13 @@ from shardlib.models.llama import LlamaConfig
 from shardlib.models.mixtral import MixtralConfig
 from shardlib.models.placing import check, place_anew, placed
 from shardlib.models.random_weights import random_weights, shape_of
-from shardlib.models.slots import Slots
+from shardlib.models.row_groups import Told, continued, split_rows
 from shardlib.ops.fusions import FUSIONS, by_few_rows
 from shardlib.params import fill, leaf_values, struct
 from shardlib.program import Program
+from shardlib.run.turns import Pipeline, Requests
 
 PASSES = (*DEFAULT, "rotate_scan", *fuse(FUSIONS, by_few_rows))
-WORTH_MOVING, WORTH_CAPTURING = 4, 256
-"""Steps that must be to come for rows to be moved into a smaller bucket;
-where that has no graph yet, for one to be captured, too."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ class Model:
         self.config, self.weights, self.layout, self.runtime, self.dtype = (
             config, weights, layout, runtime, dtype)
         self._steps: dict[tuple[Sampling, bool], Compiled] = {}
-        self._decoders: dict[tuple[Sampling, bool], Decoder] = {}
-        self._cache = CacheBuffer(dtype, runtime.device)
+        self._decoders: dict[tuple[Sampling, bool, int], Decoder] = {}
+        self._caches: dict[int, CacheBuffer] = {}               # by group of rows
         self.placements: list[Placement] = []                   # of its experts' slots, by layer
 
     @classmethod
@@ -134,65 +133,58 @@ class Model:
             self._steps[sampling, first] = made
         return self._steps[sampling, first]
 
-    def decoder(self, sampling: Sampling = Sampling(), graph: bool = True) -> Decoder:
-        """The device's side of `generate`, step by step: to measure."""
-        if (sampling, graph) not in self._decoders:
+    @cached_property
+    def pipeline(self) -> Pipeline | None:
+        """What lets the stages of a pipeline work at once; None where there is one."""
+        axis = next((a for s in self._step(Sampling()).program.steps if (a := stage_axis(s))), None)
+        return (Pipeline(self.runtime, axis) if axis is not None and self.runtime.mesh.axes[axis] > 1
+                else None)
+
+    def decoder(self, sampling: Sampling = Sampling(), graph: bool = True, group: int = 0) -> Decoder:
+        """The device's side of `generate`, step by step: to measure. group: of rows, each with a cache."""
+        if (sampling, graph, group) not in self._decoders:
             function, _ = self._function(sampling)
-            self._decoders[sampling, graph] = Decoder(
+            cache = self._caches.setdefault(group, CacheBuffer(self.dtype, self.runtime.device))
+            self._decoders[sampling, graph, group] = Decoder(
                 function.__name__,
                 lambda first, rows, capacity: self._step(sampling, first).at(B=rows, S=capacity),
                 sampling.temperature > 0, self.weights, family_of(self.config).lm.cache, self.config.sizes,
-                self.config.max_context, self.runtime, self._cache, graph)
-        return self._decoders[sampling, graph]
+                self.config.max_context, self.runtime, cache, graph, self.pipeline)
+        return self._decoders[sampling, graph, group]
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int] = (),
                  sampling: Sampling = Sampling(),
                  on_tokens: Callable[[list[int | None]], None] = lambda new: None,
-                 graph: bool | None = None) -> Generated:
+                 graph: bool | None = None, groups: int | None = None) -> Generated:
         """Continue every prompt by up to `max_new_tokens`.
 
         on_tokens: gets each step's new token per row, None where a row is done.
+        groups: into how many the rows go, so that the stages of a pipeline are at different ones at once; by
+        default as many as stages.
         graph: each step is the replay of a CUDA graph, of a bucket of rows and a capacity of the cache,
         rounded up; by default on GPUs. The host then follows one step behind: all ranks decide what comes
         after step n + 1 by the tokens of step n.
         """
         check_prompts(prompts, max_new_tokens, self.config)
         graph = self.runtime.device.type == "cuda" if graph is None else graph
-        decoder, tokens, ended = self.decoder(sampling, graph), [list(p) for p in prompts], set()
-        began, flying = time.perf_counter(), deque()
+        began, calls = time.perf_counter(), self.calls(prompts, max_new_tokens, eos_ids, sampling, on_tokens,
+                                                       graph, groups)
         with torch.inference_mode():
-            slots = decoder.begin(prompts, max_new_tokens, sorted(eos_ids))
-            flying.append((slots, decoder.fetch(slots)))
-            launched = 1
-            while len(ended) < len(prompts) and (flying or launched < max_new_tokens):
-                if len(flying) <= graph and launched < max_new_tokens:
-                    decoder.advance(slots)
-                    flying.append((slots, decoder.fetch(slots)))
-                    launched += 1
-                    continue
-                new = _by_row(*flying.popleft(), len(prompts))
-                on_tokens([None if row in ended else new[row] for row in range(len(prompts))])
-                for row in {*range(len(prompts))} - ended:
-                    tokens[row].append(new[row])
-                ended |= {row for row in range(len(prompts)) if row not in ended and new[row] in eos_ids}
-                smaller = slots.without(ended) if graph and ended else None
-                worth = WORTH_MOVING if smaller and decoder.captured(smaller.slots) else WORTH_CAPTURING
-                if smaller and max_new_tokens - launched >= worth:
-                    decoder.compact(slots, smaller)
-                    slots = smaller.slots
+            found = self.pipeline.run(calls) if self.pipeline else [*map(answered, calls)]
+        tokens = [row for group in found for row in group]
         made, seconds = sum(map(len, tokens)) - sum(map(len, prompts)), time.perf_counter() - began
         for step in (self._step(sampling, True), self._step(sampling)):
             step.check()  # replays note what they are asked for, and nobody has looked yet
         return Generated(tokens, made, seconds)
 
-
-def _by_row(slots: Slots, fetched: Callable[[], list[int]], rows: int) -> list[int | None]:
-    """The token of each row, once it has come; None where the row has no slot any more."""
-    new: list[int | None] = [None] * rows
-    for row, token in zip(slots.rows, fetched()):
-        if row is not None:
-            new[row] = token
-    return new
+    def calls(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int],
+              sampling: Sampling, on_tokens: Callable[[list[int | None]], None], graph: bool,
+              groups: int | None = None) -> list[Requests]:
+        """What `generate` does, for each group of rows; each returns its rows."""
+        parts = split_rows(len(prompts), groups, self.pipeline.line.stages if self.pipeline else 1)
+        told = Told([len(part) for part in parts], on_tokens)
+        return [continued(self.decoder(sampling, graph, i), prompts[part.start:part.stop], part.start,
+                          max_new_tokens, eos_ids, partial(told.say, i)) for i, part in enumerate(parts)]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int,

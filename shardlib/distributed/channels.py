@@ -40,7 +40,9 @@ class Parcel(NamedTuple):
 
 class Channels:
     """The messages of one member of `group`. ways: the communicator of each of its channels, in which the one
-    that posts is member 0.  order: what goes over each, in order, in one round, which ends with `wait`."""
+    that posts is member 0.  order: what goes over each, in order, in one round, which ends with `wait`; of a
+    channel, (member that posts, member that takes), of which it says nothing, messages are taken in the order
+    in which they are posted."""
 
     name = "channels"
 
@@ -55,9 +57,11 @@ class Channels:
 
     def post(self, x: Tensor, to: int, number: int, at: object = None) -> None:
         """Hands x to member `to`, some time; x must not change before `wait`."""
-        name, x = self._of[number], plain(x)
-        parcel = self._next(name)
-        if parcel != (number, tuple(x.shape), x.dtype):
+        x = plain(x)
+        given = Parcel(number, tuple(x.shape), x.dtype)
+        name = self._of[number] if number in self._of else (self.group.rank_in_group, to)
+        parcel = self._next(name, given)
+        if parcel != given:
             raise SpecError(f"channel {name}: message {number}, {x.dtype} of {tuple(x.shape)}, is posted; "
                             f"the next is {parcel.number}, {parcel.dtype} of {parcel.shape}")
         if x.numel():
@@ -67,9 +71,9 @@ class Channels:
     def take(self, shape: Sequence[int], dtype: torch.dtype, source: int, number: int,
              at: object = None) -> Tensor:
         """What member `source` posts under this number: a tensor of this shape and dtype."""
-        name = self._of[number]
+        name = self._of[number] if number in self._of else (source, self.group.rank_in_group)
         while number not in self._come:
-            parcel = self._next(name)
+            parcel = self._next(name, Parcel(number, tuple(shape), dtype))
             self._come[parcel.number] = self._expect(name, parcel)
         work, found = self._come.pop(number)
         if work is not None:
@@ -78,7 +82,10 @@ class Channels:
                 _append(self._taken, (work, at))
         return found.view(tuple(shape))
 
-    def _next(self, name: Hashable) -> Parcel:
+    def _next(self, name: Hashable, given: Parcel) -> Parcel:
+        """What comes next over a channel: what was to come, or else what is given."""
+        if name not in self._order:
+            return given
         self._at[name] += 1
         return self._order[name][self._at[name] - 1]
 

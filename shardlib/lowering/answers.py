@@ -183,14 +183,14 @@ class Answers:
     def send(self, axis: str, source: int, target: int, x: str) -> str:
         """A call that hands `x`, which this coordinate of the axis has, to `target`."""
         group = self._pair(axis)
-        return (f"(yield (({group}[{source}], {group}[{target}]), 'send', {x}))" if self.yields
+        return (f"(yield ({group}, 'send', {x}, {source}, {target}))" if self.yields
                 else f"{group}.send({x}, {target})")
 
     def recv(self, axis: str, source: int, target: int, shape: Sequence[int], dtype: str) -> str:
         """What coordinate `source` of the axis sends here."""
         group, kind = self._pair(axis), f"torch.{dtype}"
         room = f"torch.empty({tuple(shape)}, dtype={kind}, device='meta')"
-        return (f"(yield (({group}[{source}], {group}[{target}]), 'send', {room}))" if self.yields
+        return (f"(yield ({group}, 'send', {room}, {source}, {target}))" if self.yields
                 else f"{group}.recv({tuple(shape)}, {kind}, {source})")
 
     def _pair(self, axis: str) -> str:

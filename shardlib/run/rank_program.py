@@ -60,9 +60,6 @@ class _Group:
     axes: tuple[str, ...]
     group: Any
 
-    def __getitem__(self, stage: int) -> int:   # a send names its two ends so
-        return stage
-
 
 @dataclass(frozen=True)
 class Part:
@@ -317,7 +314,7 @@ def _posting(code: Asking, line: int, s: int, part: str) -> Asking:
         while True:
             asked = code.send(answer)
             if asked[1] == "send":
-                ends = source, target = asked[0]
+                ends = source, target = asked[3:]
                 message = Message(line, part, source, target, numbers[ends])
                 asked = POST if s == source else TAKE, message, asked[2]
                 numbers[ends] += 1

@@ -97,7 +97,7 @@ def run_ranks(ranks: Sequence[Any], log: list | None = None, wires: Mapping[str,
         try:
             while (asked := ranks[rank].send(value))[0] == "post":
                 mail[asked[1]], value = asked[2].clone(), None
-            waiting[rank] = asked
+            waiting[rank] = _between_two(asked) if asked[1] == "send" else asked
         except StopIteration as stop:
             done[rank] = stop.value
     for rank in range(len(ranks)):
@@ -124,6 +124,12 @@ def run_ranks(ranks: Sequence[Any], log: list | None = None, wires: Mapping[str,
         for member, value in zip(ready, perform(requests, wires)):
             advance(member, value)
     return [done[r] for r in range(len(ranks))]
+
+
+def _between_two(asked: tuple) -> tuple:
+    """A send, which names its group and two of its members, as what these two do together."""
+    group, method, x, source, target = asked
+    return (group[source], group[target]), method, x
 
 
 def _numel(x: Any) -> int:

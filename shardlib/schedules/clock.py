@@ -55,12 +55,11 @@ def run(schedule: Schedule, slots: Mapping[Edge, int] | None = None,
     """
     sent = messages(schedule)
     slots = slots if slots is not None else {edge: len(found) for edge, found in sent.items()}
-    slot_of, sender_of = places(schedule, slots), {}
-    for edge, found in sent.items():
-        sender_of.update({(user, edge): sender for sender, user in found})
+    slot_of, mine = places(schedule, slots), [schedule.on(rank) for rank in range(len(schedule.ranks))]
     free = {(edge, i): 0.0 for edge, n in slots.items() for i in range(n)}      # since when, where it is
-    ends: dict[Action, float] = {}                                              # when a result is there
-    at, clock, full = [0] * len(schedule.ranks), [0.0] * len(schedule.ranks), [False] * len(schedule.ranks)
+    ends: dict[tuple[Action, int], float] = {}                      # when a result is there, at which stage
+    at, clock = [0] * len(schedule.ranks), [0.0] * len(schedule.ranks)
+    full: list[list[int]] = [[] for _ in schedule.ranks]        # to which stages its result is still to go
     spans: list[Span] = []
 
     def able(rank: int) -> bool:
@@ -69,26 +68,26 @@ def run(schedule: Schedule, slots: Mapping[Edge, int] | None = None,
             return False
         action = actions[at[rank]]
         if full[rank]:
-            return (_edge(schedule, action), slot_of[action][0]) in free
-        return all(source in ends for source in schedule.before(action))
+            return ((action.stage, full[rank][0]), slot_of[action, full[rank][0]][0]) in free
+        return all((source, action.stage) in ends for source in schedule.before(action))
 
     def go_on(rank: int) -> None:
         action = schedule.ranks[rank][at[rank]]
-        edge = _edge(schedule, action)
         if full[rank]:
-            since = free.pop((edge, slot_of[action][0]))
-            clock[rank] = ends[action] = max(clock[rank], since)
-            at[rank], full[rank] = at[rank] + 1, False
+            to = full[rank].pop(0)
+            since = free.pop(((action.stage, to), slot_of[action, to][0]))
+            clock[rank] = ends[action, to] = max(clock[rank], since)
+            at[rank] += not full[rank]
             return
-        start = max([clock[rank], *(ends[source] for source in schedule.before(action))])
+        start = max([clock[rank], *(ends[source, action.stage] for source in schedule.before(action))])
         clock[rank] = start + duration(action.kind) + delay(action)
         spans.append(Span(rank, action, start, clock[rank]))
         for source in schedule.before(action):
-            if schedule.sends(source) == action.stage:
-                free[(source.stage, action.stage), slot_of[source][0]] = clock[rank]
-        if edge is None:
-            ends[action], at[rank] = clock[rank], at[rank] + 1
-        full[rank] = edge is not None
+            if action.stage in schedule.sends(source):
+                free[(source.stage, action.stage), slot_of[source, action.stage][0]] = clock[rank]
+        full[rank] = schedule.sends(action)
+        ends.update({(action, s): clock[rank] for s in mine[rank]})
+        at[rank] += not full[rank]
     while ready := [rank for rank in range(len(at)) if able(rank)]:
         go_on(choose(ready))
     if stuck := [rank for rank, actions in enumerate(schedule.ranks) if at[rank] < len(actions)]:
@@ -101,11 +100,6 @@ def measured(schedule: Schedule, spans: Sequence[Span]) -> Timeline:
     """What was measured of a schedule, as what is predicted of one."""
     return Timeline(schedule, tuple(sorted(spans, key=lambda span: (span.rank, span.start))),
                     tuple(map(_most_kept, schedule.ranks)))
-
-
-def _edge(schedule: Schedule, action: Action) -> Edge | None:
-    to = schedule.sends(action)
-    return None if to is None else (action.stage, to)
 
 
 def _most_kept(actions: Sequence[Action]) -> int:

@@ -64,9 +64,9 @@ class Fold:
         if ranks != here:
             raise SpecError(f"schedule: it has {ranks} ranks, and the axis {STAGES} of the mesh "
                             f"{self.mesh or '(one rank)'} has {here}")
-        if self.schedule.loop:
-            raise SpecError("schedule: one of decoding is for generate; a program is run by one without a "
-                            "loop")
+        if self.schedule.after:
+            raise SpecError("schedule: one of decoding is what generate does; a program is run by one whose "
+                            "microbatches do not follow each other")
 
     def __str__(self) -> str:
         return f"{self.mesh}\n{self.schedule}"

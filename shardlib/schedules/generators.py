@@ -80,10 +80,22 @@ def zbv(ranks: int, microbatches: int) -> Schedule:
     return _by_clock({s: min(s, 2 * ranks - 1 - s) for s in range(2 * ranks)}, ranks, microbatches, 2 * ranks)
 
 
-def decode(ranks: int, groups: int, steps: int) -> Schedule:
-    """`steps` tokens of `groups` groups of rows: while one is at one stage, others are elsewhere."""
-    _check(ranks=ranks, groups=groups, steps=steps)
-    return schedule([[Action(p, "F", n) for n in range(groups * steps)] for p in range(ranks)], groups)
+def decode(ranks: int, groups: int, steps: int | Sequence[int]) -> Schedule:
+    """`steps` tokens of `groups` groups of rows: while one is at one stage, others are elsewhere. They go in
+    turns, and one that has ended has none: `steps` may be a number for each.
+
+    >>> made = decode(2, 2, [3, 1])
+    >>> print(made, made.after, sep=chr(10))
+    0F0 0F1 0F2 0F3
+    1F0 1F1 1F2 1F3
+    (-1, -1, 0, 2)
+    """
+    each = [steps] * groups if isinstance(steps, int) and type(groups) is int else [*steps]
+    _check(ranks=ranks, groups=groups, **{f"steps of group {g}": n for g, n in enumerate(each)})
+    turns = [(step, g) for step in range(max(each)) for g, n in enumerate(each) if step < n]
+    number = {turn: n for n, turn in enumerate(turns)}
+    return schedule([[Action(p, "F", n) for n in range(len(turns))] for p in range(ranks)],
+                    [number.get((step - 1, g), -1) for step, g in turns])
 
 
 def _by_clock(rank_of: Mapping[int, int], ranks: int, microbatches: int, most: int) -> Schedule:

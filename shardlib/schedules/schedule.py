@@ -49,14 +49,14 @@ class Action(NamedTuple):
 class Schedule:
     """The actions of each rank, in order.
 
-    loop: of decoding, the number of row groups. Microbatch n is one step of group n mod loop, and begins with
-    the token that the last stage has chosen in the step before, microbatch n - loop.
+    after: of decoding, for each microbatch, a step of a group of rows, which one is the step before; -1 where
+    it is the first. It begins with the token that the last stage has chosen there, and tells all others.
     """
     ranks: tuple[tuple[Action, ...], ...]
-    loop: int = 0
+    after: tuple[int, ...] = ()
 
     @classmethod
-    def parse(cls, text: str, loop: int = 0) -> Schedule:
+    def parse(cls, text: str, after: Sequence[int] = ()) -> Schedule:
         """From a line a rank; what follows # is passed over."""
         lines = [line.partition("#")[0].split() for line in text.strip().splitlines()]
         ranks = []
@@ -66,7 +66,7 @@ class Schedule:
                 raise SpecError(f"schedule: {wrong!r} is no action; one is a stage, F, B, I or W, and a "
                                 "microbatch, as in 2F0")
             ranks.append(tuple(Action(int(m[1]), m[2], int(m[3])) for _, m in found if m))
-        return cls(tuple(ranks), loop).checked()
+        return cls(tuple(ranks), tuple(after)).checked()
 
     def __str__(self) -> str:
         return "\n".join(" ".join(map(str, actions)) for actions in self.ranks)
@@ -84,6 +84,10 @@ class Schedule:
     def stages(self) -> int:
         return len(self.rank_of)
 
+    def on(self, rank: int) -> list[int]:
+        """The stages of a rank."""
+        return [stage for stage, at in self.rank_of.items() if at == rank]
+
     @cached_property
     def microbatches(self) -> int:
         return len({action.microbatch for action in self.actions})
@@ -98,26 +102,28 @@ class Schedule:
         """Whether backward is in two."""
         return "I" in self.kinds
 
+    @cached_property
+    def _next(self) -> dict[int, int]:
+        return {before: m for m, before in enumerate(self.after) if before >= 0}
+
     def before(self, action: Action) -> list[Action]:
         """The actions whose results it takes: on its own rank, and the one that another stage sends."""
         stage, kind, m = action
         back = "I" if self.split else "B"
         if kind == "F":
-            if stage:
-                return [Action(stage - 1, "F", m)]
-            return [Action(self.stages - 1, "F", m - self.loop)] if self.loop and m >= self.loop else []
+            token = self.after[m] if self.after and stage < self.stages - 1 else -1
+            return [*([Action(self.stages - 1, "F", token)] if token >= 0 else []),
+                    *([Action(stage - 1, "F", m)] if stage else [])]
         if kind == "W":
             return [Action(stage, "I", m)]
         return [Action(stage, "F", m), *([Action(stage + 1, back, m)] if stage + 1 < self.stages else [])]
 
-    def sends(self, action: Action) -> int | None:
-        """The stage that its result goes to, where that is another rank's."""
-        to = action.stage + action.goes
-        if self.loop and action.kind == "F" and to == self.stages:
-            to = 0 if action.microbatch + self.loop < self.microbatches else -1
-        if not action.goes or not 0 <= to < self.stages or self.rank_of[to] == self.rank_of[action.stage]:
-            return None
-        return to
+    def sends(self, action: Action) -> list[int]:
+        """The stages that its result goes to, where these are other ranks'."""
+        to = [action.stage + action.goes] if action.goes else []
+        if action.stage == self.stages - 1 and action.microbatch in self._next:
+            to += range(self.stages - 1)
+        return [s for s in to if 0 <= s < self.stages and self.rank_of[s] != self.rank_of[action.stage]]
 
     def checked(self) -> Schedule:
         """SpecError unless every stage does the same for every microbatch, once, on one rank."""
@@ -139,6 +145,11 @@ class Schedule:
         if missing:
             raise SpecError(f"schedule: {missing} is missing; each stage does {', '.join(kinds)} of every "
                             "microbatch")
+        if self.after and (kinds != "F" or len(self.after) != batches or any(
+                not -1 <= before < m for m, before in enumerate(self.after))
+                or max(Counter(b for b in self.after if b >= 0).values(), default=1) > 1):
+            raise SpecError("schedule: after says of each microbatch of decoding which one it follows: an "
+                            "earlier one, that no other follows, or -1")
         for rank, mine in enumerate(self.ranks):
             if other := next((a for a in mine if self.rank_of[a.stage] != rank), None):
                 raise SpecError(f"schedule: stage {other.stage} is on ranks {rank} and "
@@ -146,6 +157,6 @@ class Schedule:
         return self
 
 
-def schedule(ranks: Sequence[Sequence[Action]], loop: int = 0) -> Schedule:
+def schedule(ranks: Sequence[Sequence[Action]], after: Sequence[int] = ()) -> Schedule:
     """The schedule of these lists, looked over."""
-    return Schedule(tuple(map(tuple, ranks)), loop).checked()
+    return Schedule(tuple(map(tuple, ranks)), tuple(after)).checked()

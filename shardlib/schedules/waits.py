@@ -24,7 +24,7 @@ from shardlib.errors import SpecError
 from shardlib.schedules.schedule import Action, Schedule
 
 Edge = tuple[int, int]                  # the stage that sends, and the one that gets
-Node = Action | tuple[str, Action]      # an action, or its send
+Node = Action | tuple[str, Action, int]     # an action, or what it sends to a stage
 MAX_SLOTS = 4096
 
 
@@ -58,8 +58,7 @@ def _fewest(schedule: Schedule) -> dict[Edge, int]:
     """No slot of these can be spared: they grow where a cycle goes through one, and shrink where they can."""
     slots = {edge: 1 for edge in messages(schedule)}
     while cycle := _cycle(schedule, slots):
-        waiting = [node[1] for node in cycle if isinstance(node[0], str)]
-        edges = [(a.stage, to) for a in waiting if (to := schedule.sends(a)) is not None]
+        edges = [(node[1].stage, node[2]) for node in cycle if isinstance(node[0], str)]
         grows = min(edges, key=lambda edge: (slots[edge], edge))
         slots[grows] += 1
     for edge in slots:
@@ -74,21 +73,22 @@ def messages(schedule: Schedule) -> dict[Edge, list[tuple[Action, Action]]]:
             for source in schedule.before(action)}
     found: dict[Edge, list[tuple[Action, Action]]] = defaultdict(list)
     for action in schedule.actions:
-        if (to := schedule.sends(action)) is not None:
+        for to in schedule.sends(action):
             found[action.stage, to].append((action, uses[action, to]))
     return dict(found)
 
 
-def places(schedule: Schedule, slots: Mapping[Edge, int]) -> dict[Action, tuple[int, Action | None]]:
-    """Of each message by who sends it: its slot, and who must have used that before. Of the slots of its edge
-    it gets the one whose message is used first."""
+def places(schedule: Schedule,
+           slots: Mapping[Edge, int]) -> dict[tuple[Action, int], tuple[int, Action | None]]:
+    """Of each message, by who sends it and to which stage: its slot, and who must have used that before. Of
+    the slots of its edge it gets the one whose message is used first."""
     turn = {action: i for actions in schedule.ranks for i, action in enumerate(actions)}
-    found: dict[Action, tuple[int, Action | None]] = {}
+    found: dict[tuple[Action, int], tuple[int, Action | None]] = {}
     for edge, sent in messages(schedule).items():
         used: list[Action | None] = [None] * slots[edge]
         for sender, user in sent:
             i = min(range(len(used)), key=lambda i: -1 if (last := used[i]) is None else turn[last])
-            found[sender], used[i] = (i, used[i]), user
+            found[sender, edge[1]], used[i] = (i, used[i]), user
     return found
 
 
@@ -99,14 +99,14 @@ def graph(schedule: Schedule, slots: Mapping[Edge, int] | None) -> dict[Node, li
     for actions in schedule.ranks:
         last: Node | None = None
         for action in actions:
-            data: list[Node] = [("send", source) if schedule.sends(source) == action.stage else source
-                                for source in schedule.before(action)]
+            data: list[Node] = [("send", source, action.stage) if action.stage in schedule.sends(source)
+                                else source for source in schedule.before(action)]
             waits[action] = [*([last] if last else []), *data]
             last = action
-            if schedule.sends(action) is not None:
-                last = ("send", action)
-                _, before = free.get(action, (0, None))
-                waits[last] = [action, *([before] if before else [])]
+            for to in schedule.sends(action):
+                _, before = free.get((action, to), (0, None))
+                waits["send", action, to] = [last, *([before] if before else [])]
+                last = ("send", action, to)
     return waits
 
 

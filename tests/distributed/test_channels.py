@@ -69,9 +69,9 @@ def logs(schedule: Schedule) -> list[Log]:
         channels, number = channels_of(schedule, log)
         for action in actions:
             for source in schedule.before(action):
-                if schedule.sends(source) == action.stage:
+                if action.stage in schedule.sends(source):
                     channels.take((1,), torch.int64, 0, number[source])
-            if schedule.sends(action) is not None:
+            for _ in schedule.sends(action):
                 channels.post(torch.tensor([number[action] % 1000]), 1, number[action])
         found.append(log)
     return found

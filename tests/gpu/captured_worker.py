@@ -18,7 +18,7 @@ from torch import Tensor
 from shardlib import Layout, Mesh, Params, compile, einsum, param, sharded, value_and_grad
 from shardlib.distributed.runtime import Runtime, connect
 from shardlib.functions import silu, sum
-from shardlib.models import decoder, decoding
+from shardlib.models import decoder, row_groups
 from shardlib.models.decoding import Model, Sampling
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig
@@ -34,7 +34,7 @@ SHAPES["experts"] = MixtralConfig(vocab_size=384, d_model=128, num_layers=3, num
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"       # cpu: a rehearsal
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12] * 20, [13, 14]]
 ENDS = (7, 100, 200, 300, 350)
-decoding.WORTH_MOVING = decoding.WORTH_CAPTURING = 2
+row_groups.WORTH_MOVING = row_groups.WORTH_CAPTURING = 2
 
 
 class Eager:

@@ -15,7 +15,7 @@ from launching import ranks
 
 from shardlib import Layout, Mesh, SpecError, init
 from shardlib.distributed.runtime import connect
-from shardlib.models import decoder, decoding
+from shardlib.models import decoder, row_groups
 from shardlib.models.decoding import Model, Sampling, weights_of
 from shardlib.models.llama import LlamaConfig
 from shardlib.models.slots import Slots, round_up
@@ -93,7 +93,7 @@ def test_captured_tokens_are_the_eager_ones(one: Model, batch: tuple, chunk: int
         for name, value in (("PROMPT_TOKENS", chunk), ("LATER_TOKENS", chunk)):
             patched.setattr(decoder, name, value)
         for name in ("WORTH_MOVING", "WORTH_CAPTURING"):
-            patched.setattr(decoding, name, 1 if moving else 99)
+            patched.setattr(row_groups, name, 1 if moving else 99)
         patched.setattr(decoder, "BESIDE_BYTES", {"cpu": 0} if halved else {})
         made = one.generate(prompts, new, ends, sampling, steps.append, graph=True)
     assert replace(made, seconds=0) == replace(wanted, seconds=0)
@@ -117,7 +117,7 @@ def test_rows_that_move_draw_by_their_own_number(one: Model, monkeypatch: pytest
     wanted = one.generate(prompts, 20, {2, 5}, DRAWN, graph=False).tokens
     assert len({len(tokens) for tokens in wanted}) > 3                  # they end one after another
     for name in ("WORTH_MOVING", "WORTH_CAPTURING"):
-        monkeypatch.setattr(decoding, name, 1)
+        monkeypatch.setattr(row_groups, name, 1)
     assert one.generate(prompts, 20, {2, 5}, DRAWN, graph=True).tokens == wanted
 
 
@@ -149,12 +149,12 @@ def test_nothing_is_launched_before_the_step_before_the_last_is_known(
         one: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that all ranks launch the same; and no more than one step beyond the last token."""
     log: list[str] = []
-    advance, fetch = decoder.Decoder.advance, decoder.Decoder.fetch
+    advance, fetch = decoder.Decoder.advancing, decoder.Decoder.fetch
 
     def fetching(self: decoder.Decoder, slots: Slots) -> object:
         number, wait = sum(e.startswith("launch") for e in log), fetch(self, slots)
         return lambda: (log.append(f"wait {number}"), wait())[1]
-    monkeypatch.setattr(decoder.Decoder, "advance",
+    monkeypatch.setattr(decoder.Decoder, "advancing",
                         lambda self, slots: (log.append(f"launch {slots.size}"), advance(self, slots))[1])
     monkeypatch.setattr(decoder.Decoder, "fetch", fetching)
     prompts = [[1, 2], [3], [4, 4, 4]]
@@ -185,7 +185,7 @@ def test_a_cache_of_garbage_is_no_matter(one: Model) -> None:
     """What an earlier batch has left, NaN or not, is not seen."""
     wanted = one.generate([[1, 2, 3], [4]], 25, graph=True).tokens
     with torch.inference_mode():
-        for leaf in one._cache._flat.values():
+        for leaf in one._caches[0]._flat.values():
             leaf.fill_(torch.nan)
     assert one.generate([[1, 2, 3], [4]], 25, graph=True).tokens == wanted
 
@@ -194,7 +194,7 @@ def test_a_larger_batch_takes_another_cache(one: Model) -> None:
     small, wanted = [[1, 2]], one.generate([[1, 2]], 9, graph=True).tokens
     one.generate([[1, 2]] * 40, 9, graph=True)
     assert (one.generate(small, 9, graph=True).tokens == wanted
-            and one._cache.room({"cache.layers.k": (2, 64, 16, 3, 4)}))
+            and one._caches[0].room({"cache.layers.k": (2, 64, 16, 3, 4)}))
 
 
 RANKS = """
@@ -203,13 +203,13 @@ import torch
 from shardlib import Mesh, init
 from shardlib.api import shard_of
 from shardlib.distributed.runtime import connect
-from shardlib.models import decoder, decoding
+from shardlib.models import decoder, row_groups
 from shardlib.models.decoding import Model, Sampling, weights_of, weight_types
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig
 from shardlib.params import fill, leaf_values
 
-decoding.WORTH_MOVING = decoding.WORTH_CAPTURING = 1
+row_groups.WORTH_MOVING = row_groups.WORTH_CAPTURING = 1
 config, cases = LlamaConfig(**json.loads(sys.argv[1])), json.loads(sys.argv[2])
 made = []
 for text, layout in (("tp=2", "tp"), ("dp=2", "tp"), ("tp=2", "B=tp,K=tp,V=tp")):

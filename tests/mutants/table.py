@@ -702,10 +702,16 @@ MUTANTS = (
     *(Mutant(f"shardlib/schedules/{file}.py", old, new, "tests/schedules") for file, old, new in (
         ("waits", "-1 if (last := used[i]) is None else turn[last]", "0"),
         ("waits", "slots[edge] > 1 and not _cycle(", "slots[edge] > 1 and _cycle("),
-        ("waits", "last = (\"send\", action)", "pass"),
-        ("clock", "ends[action] = max(clock[rank], since)", "ends[action] = clock[rank]"),
+        ("waits", "last = (\"send\", action, to)", "pass"),
+        ("clock", "ends[action, to] = max(clock[rank], since)", "ends[action, to] = clock[rank]"),
         ("generators", "(ranks - 1 - p) * 2 + (chunks", "(ranks - 1 - p) + (chunks"),
-        ("schedule", "if self.loop and m >= self.loop else []", "if False else []"))),
+        ("schedule", "if token >= 0 else []", "if False else []"),
+        ("schedule", "to += range(self.stages - 1)", "to += [0]"))),
+    *(Mutant(file, old, new, "tests/models/test_row_groups.py") for file, old, new in (
+        ("shardlib/run/turns.py", "if here == root != other:", "if here == root and other == 0:"),
+        ("shardlib/run/turns.py", "call.sent.clear()", "pass"),
+        ("models/decoder.py", "first + (row or 0)", "(row or 0)"),
+        ("models/row_groups.py", "if said[0] is None else said.popleft()", "if len(said) > 1 else said[0]"))),
     # programs under a schedule
     *(Mutant(f"shardlib/{file}.py", old, new, "tests/run/test_scheduled.py") for file, old, new in (
         ("compiler/grad", "inner.total(path, late=True)", "inner.total(path)"),

@@ -114,8 +114,33 @@ def test_decoding_keeps_all_stages_busy() -> None:
     found = decode(4, 4, 16)
     made = run(found)
     assert made.idle == pytest.approx(3 / 67) and run(decode(4, 1, 16)).idle == pytest.approx(3 / 4)
-    assert messages(found)[3, 0][0] == (Action(3, "F", 0), Action(0, "F", 4))           # the token
+    for stage in (0, 1, 2):                                             # the token, to all
+        assert messages(found)[3, stage][-1 if stage == 2 else 0][1].stage == stage
+    assert messages(found)[3, 0][0] == (Action(3, "F", 0), Action(0, "F", 4))
     assert ends(found, dict(prove_schedule(found).slots), random.Random(2))
+
+
+def test_groups_that_end_leave_their_turns() -> None:
+    """Drawn numbers of groups and steps: what is left ends, in the slots that are named, and in no fewer."""
+    rng = random.Random(3)
+    for _ in range(25):
+        stages, groups = rng.choice((1, 2, 3, 4)), rng.choice((1, 2, 3, 5))
+        found = decode(stages, groups, [rng.choice((1, 2, 3, 6)) for _ in range(groups)])
+        slots = dict(prove_schedule(found).slots)
+        assert ends(found, slots, rng) and ends(found, dict.fromkeys(slots, groups), rng)
+        for edge in (e for e, n in slots.items() if n > 1):
+            fewer = {**slots, edge: slots[edge] - 1}
+            assert not proven(found, fewer) and not ends(found, fewer, rng)
+    assert [*found.after].count(-1) == groups
+
+
+@pytest.mark.parametrize("text, after", (("0F0 0F1", [-1]), ("0F0 0F1", [-1, 1]), ("0F0 0F1 0F2", [-1, 0, 0]),
+                                         ("0F0 0F1 0B0 0B1", [-1, 0])))
+def test_what_follows_what(text: str, after: list[int]) -> None:
+    with pytest.raises(SpecError) as refused:
+        Schedule.parse(text, after)
+    assert str(refused.value) == ("schedule: after says of each microbatch of decoding which one it follows: "
+                                  "an earlier one, that no other follows, or -1")
 
 
 GOOD = "0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1"
