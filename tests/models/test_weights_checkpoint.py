@@ -2,12 +2,12 @@
 import json
 import struct
 import tracemalloc
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import tokenizers
+from damaged import array, gguf_file, info, refusal, safetensors, tensor, text
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from tokenizers.models import BPE
 
@@ -18,24 +18,7 @@ from shardlib.models.files.model_files import find_model, open_checkpoint
 from shardlib.models.files.safetensors_header import read_safetensors_header
 from shardlib.models.files.tokenizer import Tokenizer
 
-
-def refusal(function: Callable, *args: object) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        function(*args)
-    return str(caught.value)
-
-
 # -- safetensors ---------------------------------------------------------------------------------------------
-
-def safetensors(path: Path, header: object, data: bytes = bytes(16), length: int | None = None) -> Path:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
-    return path
-
-
-def tensor(shape=(2, 4), offsets=(0, 16), dtype="BF16") -> dict:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
 
 def test_a_safetensors_header(tmp_path):
     path = safetensors(tmp_path / "m", {"__metadata__": {"format": "pt"}, "a": tensor((4,), (0, 8)),
@@ -154,26 +137,6 @@ def test_damage_anywhere_in_a_header(kind, request, tmp_path):
 
 
 # -- GGUF ----------------------------------------------------------------------------------------------------
-
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value.encode())) + value.encode()
-
-
-def gguf_file(path: Path, pairs: Sequence[bytes] = (), tensors: Sequence[bytes] = (), data: int = 64,
-              version: int = 3, counts: tuple | None = None) -> Path:
-    head = (b"GGUF" + struct.pack("<IQQ", version, *(counts or (len(tensors), len(pairs)))) + b"".join(pairs)
-            + b"".join(tensors))
-    path.write_bytes(head + bytes(-len(head) % 32) + bytes(data))
-    return path
-
-
-def info(name: str, dims: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
-    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
-
-
-def array(key: str, kind: int, count: int, items: bytes) -> bytes:
-    return text(key) + struct.pack("<IIQ", 9, kind, count) + items
-
 
 @pytest.mark.parametrize("file, message", [
     (dict(version=1), "GGUF version 1; versions 2 and 3, little-endian, are read"),

@@ -4,6 +4,7 @@ import math
 import gguf
 import numpy as np
 import pytest
+from damaged import GGUF, HF, LLAMA3
 from transformers import LlamaConfig as TheirConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -12,16 +13,6 @@ from shardlib.models.files.gguf_header import read_gguf_header
 from shardlib.models.files.model_files import find_model, open_checkpoint
 from shardlib.models.llama import LlamaConfig, RopeScaling
 from shardlib.models.llama_config import config_from_gguf, config_from_hf, config_of
-
-HF = dict(model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192,
-          num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5,
-          max_position_embeddings=131072, tie_word_embeddings=True)
-LLAMA3 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=8192)
-GGUF = {"general.architecture": "llama", "llama.vocab_size": 100, "llama.embedding_length": 64,
-        "llama.feed_forward_length": 96, "llama.block_count": 2, "llama.attention.head_count": 4,
-        "llama.attention.head_count_kv": 2, "llama.context_length": 512,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5}
 
 
 @pytest.mark.parametrize(
