@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from shardlib.distributed import meeting
 from shardlib.distributed.launch import Launch, _store
 from shardlib.distributed.meeting import CALLED, meet
 from shardlib.distributed.rank_error import RankError, wait_until
@@ -34,6 +35,17 @@ def test_all_get_one_name_and_each_meeting_another(pool: ThreadPoolExecutor) -> 
         names.add(name)
     assert len(names) == 3
     assert meet(dist.HashStore(), 0, 1, 0.0).startswith("meeting ")
+
+
+@pytest.mark.parametrize("waited_s, nap_s",
+                         [(0.0, 0.005), (0.04, 0.005), (0.8, 0.1), (8.0, 1.0), (99.0, 1.0)])
+def test_a_rank_asks_the_less_often_the_longer_it_waits(waited_s: float, nap_s: float,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    naps: list[float] = []
+    monkeypatch.setattr(meeting, "monotonic", lambda: 64.0 + waited_s)
+    monkeypatch.setattr(meeting, "sleep", naps.append)
+    meeting._nap(64.0)
+    assert naps == [pytest.approx(nap_s)]
 
 
 def test_a_meeting_that_a_dead_rank_0_has_called_is_left_for_the_next(pool: ThreadPoolExecutor) -> None:

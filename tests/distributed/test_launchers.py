@@ -34,6 +34,32 @@ def test_the_place_among_the_processes(environment: dict[str, str], launch: Laun
     assert Launch.from_environment(environment) == launch
 
 
+WORDS = dict(RANK="9", WORLD_SIZE="11", LOCAL_RANK="1", LOCAL_WORLD_SIZE="3", MASTER_ADDR="n7",
+             MASTER_PORT=str(20000 + (31 * 123456 + 3) % 10000))
+
+
+@pytest.mark.parametrize("missing, words", [
+    ("SLURM_PROCID", {}), ("SLURM_STEP_NUM_TASKS", {}), ("SLURM_LOCALID", {**WORDS, "LOCAL_RANK": "9"}),
+    ("SLURM_NODEID", {**WORDS, "LOCAL_WORLD_SIZE": "4"}), ("SLURM_JOB_ID", {**WORDS, "MASTER_PORT": "20003"}),
+    ("SLURM_STEP_ID", {**WORDS, "MASTER_PORT": str(20000 + 31 * 123456 % 10000)}),
+    ("SLURM_STEP_TASKS_PER_NODE", {**WORDS, "LOCAL_WORLD_SIZE": "11"}),
+    ("SLURM_STEP_NODELIST", {**WORDS, "MASTER_ADDR": ""}), ("", WORDS)])
+def test_a_variable_of_srun_that_is_missing(missing: str, words: dict[str, str]) -> None:
+    assert in_torchruns_words({name: said for name, said in SRUN.items() if name != missing}) == words
+
+
+@pytest.mark.parametrize("said, rank, local_size", [(OPEN_MPI, "2", "2"), (HYDRA, "3", "4")])
+def test_a_variable_of_mpirun_that_is_missing(said: dict[str, str], rank: str, local_size: str) -> None:
+    words = dict(RANK=rank, WORLD_SIZE="4", LOCAL_RANK=[*said.values()][2], LOCAL_WORLD_SIZE=local_size)
+    for missing, wanted in zip((*said, ""), ({}, {}, {**words, "LOCAL_RANK": rank},
+                                             {**words, "LOCAL_WORLD_SIZE": "4"}, words)):
+        given = {name: value for name, value in said.items() if name != missing}
+        assert in_torchruns_words({**given, **ADDRESS}) == wanted
+        if wanted and wanted["LOCAL_WORLD_SIZE"] == "4":                # all on one host, which nobody names
+            assert in_torchruns_words(given) == {**wanted, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(
+                20000 + os.getppid() % 10000)}
+
+
 def test_all_tasks_of_a_step_meet_at_its_first_host() -> None:
     places = [in_torchruns_words({**SRUN, "SLURM_PROCID": str(i)}) for i in range(11)]
     assert {p["MASTER_ADDR"] for p in places} == {"n7"} and len({p["MASTER_PORT"] for p in places}) == 1

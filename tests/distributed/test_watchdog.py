@@ -173,6 +173,15 @@ def test_states_travel_through_the_store() -> None:
     assert str(dog.board.read((0, 1))[0]) == "has closed its runtime"
 
 
+@pytest.mark.parametrize("timeout_s, limit_s, tick_s",
+                         [(8.0, 6.0, 0.2), (40.0, 30.0, 1.0), (400.0, 300.0, 1.0)])
+def test_it_looks_forty_times_within_a_deadline_and_each_second_at_least(timeout_s: float, limit_s: float,
+                                                                        tick_s: float) -> None:
+    dog = Watchdog(Watch(), dist.HashStore(), 0, 2, timeout_s, torch.device("cpu"))
+    dog.stop("")
+    assert (dog.timeout_s, dog.limit_s, dog.tick_s) == (timeout_s, limit_s, tick_s)
+
+
 def test_sigterm_is_taken_only_where_nobody_has_it() -> None:
     dog = watchdog(dist.HashStore())
     assert signal.getsignal(signal.SIGTERM) == dog._on_term

@@ -21,6 +21,7 @@ from shardlib import Layout, Mesh
 from shardlib.models.decoding import weight_types
 from shardlib.models.files.checkpoint import CheckpointError, CheckpointWarning
 from shardlib.models.files.model_files import INDEX, open_checkpoint
+from shardlib.models.files.weights import load_weights
 from shardlib.models.generate import main
 from shardlib.models.llama_config import config_of
 from shardlib.models.llama_weights import load
@@ -149,7 +150,14 @@ def test_a_head_that_is_neither_stored_nor_tied_is_refused(tiny_folder, tmp_path
 @pytest.mark.parametrize("at", [(0, 0), (69, 95)])
 def test_a_head_and_an_embedding_are_compared_in_parts_to_the_last_number(
         at, tiny_folder, tmp_path, monkeypatch, recwarn):
+    read: list[int] = []
+
+    def in_parts(*args: Any) -> dict[str, torch.Tensor]:
+        found = load_weights(*args)
+        read.append(found["a"].numel())
+        return found
     monkeypatch.setattr("shardlib.models.files.contradictions.PART", 1000)
+    monkeypatch.setattr("shardlib.models.files.contradictions.load_weights", in_parts)
 
     def one_number(tensors: dict) -> None:
         tensors[HEAD] = tensors[EMBED].clone()
@@ -159,6 +167,7 @@ def test_a_head_and_an_embedding_are_compared_in_parts_to_the_last_number(
     assert len([w for w in recwarn if w.category is CheckpointWarning]) == 1
     assert config_of(open_checkpoint(changed(path, tmp_path / "n",
                                              lambda t: t.update({HEAD: t[EMBED].clone()})))).tied is True
+    assert read[-7:] == [960] * 7 and len(read) == 7 + (1 if at == (0, 0) else 7)
 
 
 def test_layers_that_a_gguf_file_does_not_count(tiny_gguf, tmp_path, recwarn):

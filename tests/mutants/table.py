@@ -60,6 +60,7 @@ GENERATES = "tests/models/test_gallery_generate.py"
 PYTREES = "tests/test_pytrees.py"
 CAPACITY = "tests/ops/test_expert_capacity.py"
 OF_EXPERTS = "tests/triton_kernels/test_experts.py"
+LIMITS = "tests/models/test_limits.py"
 SIMULATED = "tests/run/test_simulate.py"
 DECODER, ROTATED = "tests/models/test_decoder.py", "tests/compiler/test_rotate_scan.py -k leaves_alone"
 FUSE, FUSED, KERNELS = ("tests/compiler/test_fuse.py", "tests/language/test_fused.py",
@@ -1101,4 +1102,19 @@ MUTANTS = (
     Mutant("shardlib/distributed/aside.py", "(c.deterministic or not router.deterministic)", "True", BESIDE),
     Mutant("models/decoder.py", "torch.cat([x.view(ranks, -1) for x in chosen], 1)", "torch.cat(chosen)",
            "tests/models/test_decoder.py -k two_ranks"),
+    Mutant("models/files/gguf_vocabulary.py", "return repr(value)[:80]", "return repr(value)", LIMITS),
+    Mutant("models/files/said.py", "1 <= value <= MAX_SIZE", "1 <= value < MAX_SIZE", LIMITS),
+    Mutant("models/files/safetensors_header.py", "len(dtype) > MAX_NAME", "len(dtype) >= MAX_NAME", LIMITS),
+    Mutant("models/files/gguf_header.py", "self.at + count > MAX_HEADER", "self.at + count >= MAX_HEADER",
+           LIMITS),
+    Mutant("models/files/contradictions.py", "-(-prod(one.shape) // PART)", "-(PART // -prod(one.shape))",
+           "tests/models/test_contradictions.py -k in_parts"),
+    Mutant("models/files/byte_tokenizer.py", 'messages[-1]["content"]', 'messages[0]["content"]',
+           "tests/models/test_byte_tokenizer.py"),
+    Mutant("shardlib/distributed/launchers.py", "if names[0] in environment", "if names[-1] in environment",
+           "tests/distributed/test_launchers.py -k is_missing"),
+    Mutant("shardlib/distributed/meeting.py", "(monotonic() - since) / 8", "(since - monotonic()) / 8",
+           "tests/distributed/test_launch.py -k less_often"),
+    Mutant("shardlib/distributed/watchdog.py", "min(1.0, timeout_s / 40)", "max(1.0, timeout_s / 40)",
+           WATCHDOG + " -k looks_forty"),
 )
