@@ -67,7 +67,7 @@ from shardlib.program import Op, Program, Result, Step, Struct, leaves
 from shardlib.reference import meaning
 from shardlib.reports.classes import classes_of
 from shardlib.reports.explain import explain
-from shardlib.reports.project import project, project_classes, sent, unrolled
+from shardlib.reports.project import project, project_classes, sent, stage_classes, unrolled
 from shardlib.reports.prove import match
 from shardlib.run.simulate import perform, simulate
 from shardlib.spec import Dim, Factor, Spec, parse
@@ -635,7 +635,7 @@ def test_a_proof_by_classes_is_one_rank_by_rank(drawn: Drawn) -> None:
     """The ranks of a class make the same calls, each with its own group:
     none of them, made by itself, is another."""
     program, mesh = drawn.explicit(), drawn.mesh
-    classes = classes_of(mesh, sent(program), drawn.sizes)
+    classes = stage_classes(classes_of(mesh, sent(program), drawn.sizes), program)
     of_class, kind = (project_classes(program, classes, drawn.sizes, default="float64"),
                       classes.by_rank(range(len(classes))))
     ranks = [project(program, mesh, rank, drawn.sizes, default="float64") for rank in range(mesh.world_size)]
