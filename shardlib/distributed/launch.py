@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from shardlib.distributed.launchers import in_torchruns_words
+from shardlib.distributed.launchers import TORCHRUN, in_torchruns_words, launcher
 from shardlib.distributed.meeting import meet
 from shardlib.distributed.rank_error import RankError
 from shardlib.errors import SpecError
@@ -34,6 +34,7 @@ class Launch:
     local_rank: int = 0
     local_world_size: int = 1
     launched: bool = False
+    by: tuple[str, str] = field(default=TORCHRUN, compare=False, repr=False)    # as `launcher` has it
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
@@ -45,7 +46,7 @@ class Launch:
         rank = _number(environment, "RANK", 0, world_size - 1)
         local_world_size = _number(environment, "LOCAL_WORLD_SIZE", 1, world_size, default=world_size)
         return cls(rank, world_size, _number(environment, "LOCAL_RANK", 0, local_world_size - 1,
-                                             default=rank), local_world_size, launched=True)
+                                             default=rank), local_world_size, True, launcher(environment))
 
     @classmethod
     def current(cls) -> Launch:
@@ -63,11 +64,12 @@ class Launch:
         """SpecError, the same on every rank, unless there are as many processes as `mesh` has ranks."""
         if self.world_size == mesh.world_size:
             return
-        started = (f"torchrun started {_count(self.world_size, 'process', 'processes')}" if self.launched
+        name, number = self.by
+        started = (f"{name} started {_count(self.world_size, 'process', 'processes')}" if self.launched
                    else "this process was started without torchrun")
         raise SpecError(
             f"mesh {str(mesh) or '()'} has {_count(mesh.world_size, 'rank', 'ranks')}, but {started}; "
-            f"start torchrun --nproc-per-node {mesh.world_size}, or change the mesh")
+            f"start {name} {number} {mesh.world_size}, or change the mesh")
 
 
 def join_job(timeout: timedelta) -> None:

@@ -22,6 +22,7 @@ MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_R
        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"))
 """Rank, number of ranks, and both on this host, as Open MPI has them, and Hydra (MPICH, Intel MPI)."""
 PORTS = range(20000, 30000)
+TORCHRUN = ("torchrun", "--nproc-per-node")
 
 
 def in_torchruns_words(environment: Mapping[str, str]) -> dict[str, str]:
@@ -31,6 +32,19 @@ def in_torchruns_words(environment: Mapping[str, str]) -> dict[str, str]:
         return {}
     words = _of_mpi(environment) or _of_slurm(environment)
     return {name: said for name, said in words.items() if name not in environment}
+
+
+def launcher(environment: Mapping[str, str]) -> tuple[str, str]:
+    """What started this process, and its option that says how many; torchrun, where nobody did.
+
+    >>> launcher(dict(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2"))
+    ('srun', '--ntasks')
+    """
+    if "TORCHELASTIC_RUN_ID" in environment:            # torchrun, which srun may have started on each host
+        return TORCHRUN
+    if any(environment.get(size, "1") != "1" for _, size, *_ in MPI):
+        return "mpirun", "-n"
+    return ("srun", "--ntasks") if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1" else TORCHRUN
 
 
 def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:

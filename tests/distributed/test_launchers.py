@@ -10,6 +10,7 @@ import pytest
 from shardlib.distributed.launch import Launch
 from shardlib.distributed.launchers import first_host, in_torchruns_words
 from shardlib.errors import SpecError
+from shardlib.mesh import Mesh
 
 SRUN = dict(SLURM_PROCID="9", SLURM_STEP_NUM_TASKS="11", SLURM_LOCALID="1", SLURM_NODEID="2",
             SLURM_JOB_ID="123456", SLURM_STEP_ID="3", SLURM_STEP_TASKS_PER_NODE="4(x2),3",
@@ -73,6 +74,19 @@ def test_mpirun_on_several_hosts_is_told_where_rank_0_is() -> None:
         Launch.from_environment({**OPEN_MPI, "MASTER_ADDR": "host0"})
     assert str(error.value) == ("mpirun started 4 processes on several hosts, and MASTER_PORT is not set: "
                                 "say where rank 0 is, as in mpirun -x MASTER_ADDR=host0 -x MASTER_PORT=29500")
+
+
+@pytest.mark.parametrize("environment, says", [
+    (SRUN, "srun started 11 processes; start srun --ntasks 2"),
+    ({**OPEN_MPI, **ADDRESS}, "mpirun started 4 processes; start mpirun -n 2"),
+    ({**SRUN, "TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "1"},
+     "torchrun started 1 process; start torchrun --nproc-per-node 2"),
+    ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, "this process was started without torchrun; start torchrun "
+     "--nproc-per-node 2")])
+def test_another_number_of_processes_is_told_in_the_launchers_words(environment: dict, says: str) -> None:
+    with pytest.raises(SpecError) as error:
+        Launch.from_environment(environment).check(Mesh(tp=2))
+    assert str(error.value) == f"mesh tp=2 has 2 ranks, but {says}, or change the mesh"
 
 
 PROGRAM = """
