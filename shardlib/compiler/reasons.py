@@ -17,6 +17,7 @@ from shardlib.language.moves import ALL_GATHER
 from shardlib.language.scan import SCAN
 from shardlib.layout import Layout
 from shardlib.program import Program, Scan, Step
+from shardlib.source import user_frame
 from shardlib.spec import Spec
 from shardlib.tree import Struct, leaves
 
@@ -38,8 +39,11 @@ def warn(program: Program, layout: Layout) -> None:
     for dim, axes, where in program.unmet:
         if not where and (near := _near(dim, names)):
             said.setdefault(f"{dim}={axes}", f"{program.name} has no dim {dim}; it has {near}")
+    caller = user_frame()                                   # warnings.warn would say a line of ours
+    before = caller.f_globals.setdefault("__warningregistry__", {})
     for entry, text in said.items():
-        warnings.warn(f"layout {entry}: {text}", LayoutWarning, stacklevel=2)
+        warnings.warn_explicit(f"layout {entry}: {text}", LayoutWarning, caller.f_code.co_filename,
+                               caller.f_lineno, registry=before)
 
 
 def _gathers(step: Step, made: dict[str, Step], weights: set[str],

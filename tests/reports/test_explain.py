@@ -226,6 +226,7 @@ def test_what_a_layout_could_not_give() -> None:
     with pytest.warns(LayoutWarning) as said:
         program = lower(logits_of, Layout(K="tp", H="tp"), mesh=Mesh(tp=2), config=CONFIG)
     found = explain(program, Mesh(tp=2), {**SIZES, "S": T})
+    assert {w.filename for w in said} == {__file__}
     assert [str(w.message) for w in said] == [
         "layout H=tp: rope needs all of H, so angles is gathered; where another of its dims may have the "
         f"axis, too, it is exchanged          {line('q = rope(')}"]
