@@ -41,6 +41,10 @@ def broadcast(op: str, ins: Sequence[Spec], names: Sequence[str] = ("x", "y", "z
     if twice := next((n for n in names_made if names_made.count(n) > 1), None):
         raise SpecError(f"{op}: {twice} is a dim of one operand and in a group of another; rearrange makes "
                         "them alike")
+    if unclear and (i := next((i for i, s in enumerate(ins) if "1" in s.labels), None)) is not None:
+        kept = Spec(tuple(d for d in ins[i].whole().dims if d.label != "1"))
+        raise SpecError(f'{op}: 1 is a dim beside the others, and none that meets them; '
+                        f'rearrange("{ins[i].whole()} -> {kept}", {names[i]}) drops it')
     if unclear:
         (one, other), either = unclear
         how = (f"either of {one.label} and {other.label} may come first" if either else

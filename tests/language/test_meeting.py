@@ -27,6 +27,8 @@ def test_the_result_has_the_one_order_in_which_all_keep_theirs(ins: tuple[str, .
     (("B", "T"), 'either of B and T may come first; add("B, T -> B T", x, y) says the order'),
     (("B T", "T B"), 'B comes before T in one operand, and behind it in another; '
                      'add("B T, T B -> B T", x, y) says the order'),
+    (("B 1 D", "B T D"), '1 is a dim beside the others, and none that meets them; '
+                         'rearrange("B 1 D -> B D", x) drops it'),
     (("(K G) D", "G"), "G is a dim of one operand and in a group of another; rearrange makes them alike")])
 def test_where_there_are_two_orders_or_none_the_error_writes_the_line(ins: tuple[str, ...],
                                                                        says: str) -> None:
