@@ -35,7 +35,8 @@ class Op:
     vjp(b, step, cotangents): the cotangents of the operands, by the grad builder `b`; None where none is.
     moves:       it changes types and keeps the value: a conversion.
     wire:        how its ranks communicate, if they do; `exchanges`: of an op that is no move.
-    lengths(step): (dim, dims, n) where the dim is as long as the dims together and n; None where none is.
+    lengths(step): (dim, dims, n) where the dim is as long as the dims together and n, or, where nothing else
+        says, as n of their sizes is; None where none is.
     index:       operands that hold integers or masks, outside linearity and without cotangent.
     updates:     the operand whose buffer the result may reuse, if any.
     looks(e, step, args): refuses what an index may not be, where a kernel takes the step's place.

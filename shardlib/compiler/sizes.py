@@ -17,7 +17,7 @@ shardlib.errors.SpecError: f: N is 4 by rename "B X -> B N" at f.py:2, and 5 by 
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 from shardlib.errors import SpecError
@@ -37,7 +37,7 @@ class Sizes:
         check_sizes(known or {})
         self.title, self.of, self.by = title, dict(known or {}), dict.fromkeys(known or {}, "sizes")
         self.equal: list[tuple[Dim, Dim, str]] = []
-        self.sums: list[tuple[Dim, tuple[Dim, ...], int, str]] = []     # as `Op.lengths` has them
+        self.sums: list[tuple[Dim, tuple[Dim, ...], int | Callable, str]] = []      # as `Op.lengths` has them
 
     def bind(self, name: str, n: int, who: str) -> None:
         """`name` has n rows, as `who` says. SpecError where another says otherwise."""
@@ -73,8 +73,13 @@ class Sizes:
             self.equal = [known for known in self.equal if not self._follow(*known)]
             self.sums = [known for known in self.sums if not self._add_up(*known)]
 
-    def _add_up(self, dim: Dim, dims: tuple[Dim, ...], more: int, who: str) -> bool:
+    def _add_up(self, dim: Dim, dims: tuple[Dim, ...], more: int | Callable, who: str) -> bool:
         """As `_follow`, of a dim that is as long as others together."""
+        if not isinstance(more, int):
+            if dim.label in self.of or any(map(self._unknown, dims)):
+                return dim.label in self.of
+            self.bind(dim.label, more(*map(self.size, dims)), who)
+            return True
         unknown = [n for d in (dim, *dims) for n in self._unknown(d)]
         total = more + sum(self.size(d) for d in dims if not self._unknown(d))
         if len(unknown) > 1 or any(len(d.factors) != 1 for d in (dim, *dims)):

@@ -12,7 +12,7 @@ Z="sp"`; else the dim is whole, and declarative text has another dim split inste
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -110,6 +110,14 @@ def _number(size: int, length: int, o: Mapping[str, int]) -> int:
     """How many windows there are."""
     room = o["before"] + length + o["after"] - o["dilation"] * (size - 1) - 1
     return room // o["stride"] + 1 if room >= 0 else 0
+
+
+def _lengths(step: Step) -> tuple[Dim, tuple[Dim, ...], Callable] | None:
+    """How many windows there are, of a dim of another name."""
+    old, now, new = dims = _dims(*_sides(step))
+    if old.label == now.label or any(len(d.factors) != 1 for d in dims):
+        return None
+    return now, (new, old), lambda size, length: _number(size, length, step.options)
 
 
 def _sides(step: Step) -> tuple[Spec, Spec]:
@@ -232,6 +240,7 @@ KEYWORDS = {"before": lambda v: _count(v, 0), "after": lambda v: _count(v, 0),
             "stride": lambda v: _count(v, 1), "dilation": lambda v: _count(v, 1)}
 EXCHANGES = Exchanges(_over, _exchanges)
 WINDOWS = Op("windows", keywords=KEYWORDS, rule=_rule, emit=_code, vjp=_vjp, exchanges=EXCHANGES,
+             lengths=_lengths,
              reference=lambda d, x: _slid(d, x, d.step.ins[0], d.step.outs[0]))
 WINDOWS_VJP = Op("windows_vjp", keywords=KEYWORDS, rule=_rule, emit=_code_vjp, exchanges=EXCHANGES,
                  reference=_back)
@@ -243,7 +252,7 @@ def windows(text: str, x: Operand, *, before: int = 0, after: int = 0, stride: i
 
     Place p of window y is element stride y + dilation p - before, and 0 beyond the ends. As many windows as
     elements may keep their dim's name, "B Y D -> B Y P D"; else it gets another, "B Y D -> B Z P D", whose
-    size `sizes=` says where no argument has it. P is as long as the kernel. A sum may be owed.
+    size follows. P is as long as the kernel. A sum may be owed.
     Where the dim is split, and its windows alike, what they see of other pieces is sent, no more. A causal
     convolution of two taps:
 

@@ -19,6 +19,7 @@ from shardlib import (
     prove,
     sharded,
     simulate,
+    step,
     value_and_grad,
 )
 from shardlib.functions import sum, windows
@@ -69,6 +70,23 @@ def test_convolutions_are_those_of_torch(f, stride: int, layout: Layout) -> None
     got = simulate(value_and_grad(f, wrt=("x", "kernel")), layout, x, kernel, by, mesh=MESH)
     for made, exact in zip(got, (want.detach(), *torch.autograd.grad(want, asked)), strict=True):
         torch.testing.assert_close(made, exact)
+
+
+@pytest.mark.parametrize("run", (simulate, lambda f, layout, *args, mesh: step(f, mesh=Mesh())(*args)),
+                         ids=("simulate", "step"))
+def test_how_many_windows_there_are_follows(run) -> None:
+    """Of their size, which an argument says, the stride, and the dim; for the next ones too."""
+    @sharded("B Y, P -> B U")
+    def twice(x, kernel):
+        x = einsum("B Z P, P -> B Z", windows("B Y -> B Z P", x, before=1, after=1, stride=2), kernel)
+        return einsum("B U P, P -> B U", windows("B Z -> B U P", x, dilation=2), kernel)
+    x, kernel = values((2, 11), (3,))
+    got = run(twice, Layout(Y="x", Z="x", U="y"), x, kernel, mesh=MESH)
+    want = F.conv1d(F.conv1d(x[:, None], kernel[None, None], padding=1, stride=2), kernel[None, None],
+                    dilation=2)
+    torch.testing.assert_close(got, want[:, 0])
+    with pytest.raises(SpecError, match="windows: U is 0; of Z=2 with .* there are 0 windows of P=3"):
+        run(twice, None, x[:, :3], kernel, mesh=Mesh())
 
 
 def said(text: str, **more: int) -> str:
