@@ -16,7 +16,9 @@ Where V is split, no logits move. Ranks join a maximum and two sums of the size 
     total, label = label_sums("B T V/tp, B T, B T -> B T +tp, B T +tp", logits, labels, top)     # all_reduce
     loss = log(total) - label
 
-and its derivative reads the logits once, without anything of their size being kept for it.
+and its derivative reads the logits once, without anything of their size being kept for it. So it does where
+V is whole: `cross_entropy_sums`, which runs where a gradient is made, gives the maximum and the sum besides.
+On GPUs each of these is a kernel.
 """
 from __future__ import annotations
 
@@ -30,17 +32,18 @@ from torch import Tensor
 from shardlib.dtypes import Dtypes, widest
 from shardlib.errors import SpecError
 from shardlib.language.arithmetic import SUB
-from shardlib.language.extremes import MAX
+from shardlib.language.extremes import MAX, amax
 from shardlib.language.local_code import LocalCode
 from shardlib.language.steps import Steps
 from shardlib.language.unary import OPS as UNARY
 from shardlib.language.value import Operand, Value, apply
 from shardlib.lowering.index_check import IndexSite
+from shardlib.ops.few_rows import FLOATS, differentiated
 from shardlib.ops.take import along, lacks_one, local, pick
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
-from shardlib.spec import Dim, parse_specs
+from shardlib.spec import Dim, Spec, parse_specs
 
 
 def wide(x: Tensor) -> Tensor:
@@ -54,14 +57,37 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def token_losses(x: Tensor, labels: Tensor, dim: int, site: IndexSite) -> Tensor:
     """-log softmax(x) at the label; `labels` has the dims of x, with 1 at `dim` and where it has none."""
-    losses = -pick(x.log_softmax(dim, _wide(x.dtype)), labels, dim, 0, site)
-    return _filled(losses, site.without(labels.squeeze(dim)), 0)
+    return token_sums(x, labels, dim, site)[0]
 
 
-def token_losses_vjp(x: Tensor, labels: Tensor, g: Tensor, dim: int, site: IndexSite) -> Tensor:
-    """g (softmax(x) - 1 at the label)."""
-    g = g.unsqueeze(dim)
-    return _add_at(x.softmax(dim, _wide(x.dtype)).mul_(g), labels, -g, dim, 0, site).to(x.dtype)
+def token_sums(x: Tensor, labels: Tensor, dim: int, site: IndexSite) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, the greatest logit, and the sum of exp of what the logits are above it."""
+    if kernel_takes(x, dim):
+        from shardlib.triton_kernels.cross_entropy import token_losses
+        loss, top, total = token_losses(x.view(-1, x.shape[dim]), _rows(x, labels, 0, site))
+        return loss.view(x.shape[:-1]), top.view(x.shape[:-1]), total.view(x.shape[:-1])
+    top = wide(amax(x, (dim,)))
+    total, label = label_sums(x, labels, top, dim, 0, True, site)
+    return total.log() - label, top, total
+
+
+def kernel_takes(x: Tensor, dim: int) -> bool:
+    """Whether kernels take these logits."""
+    return x.is_cuda and of_rows(x, dim)
+
+
+def of_rows(x: Tensor, dim: int) -> bool:
+    """Whether these are rows side by side, of which nobody wants a derivative but ours."""
+    return (dim == x.dim() - 1 and x.dtype in FLOATS and x.numel() > 0 and x.is_contiguous()
+            and not differentiated(x))
+
+
+def _rows(x: Tensor, labels: Tensor, start: int, site: IndexSite) -> Any:
+    """The labels as kernels take them, which note them where that is for later."""
+    from shardlib.triton_kernels.cross_entropy import Labels
+    if site.seen is None:
+        site.look(labels)
+    return Labels(labels.expand(*x.shape[:-1], 1).reshape(-1), start, site.last, site.ignored, site.seen)
 
 
 def label_sums(x: Tensor, labels: Tensor, top: Tensor, dim: int, start: int, first: bool,
@@ -72,6 +98,11 @@ def label_sums(x: Tensor, labels: Tensor, top: Tensor, dim: int, start: int, fir
     Over all ranks a row without a label has the sums 1 and 0, whose loss is 0. first: whether this rank is
     the one that holds the 1.
     """
+    if kernel_takes(x, dim):
+        from shardlib.triton_kernels import cross_entropy as kernels
+        rows = _rows(x, labels, start, site)
+        made = kernels.label_sums(x.view(-1, x.shape[dim]), rows, _numbers(top, x), first)
+        return made[0].view(x.shape[:-1]), made[1].view(x.shape[:-1])
     above, without = wide(x) - wide(top).unsqueeze(dim), site.without(labels.squeeze(dim))
     return (_filled(above.exp().sum(dim), without, int(first)),
             _filled(pick(above, labels, dim, start, site), without, 0))
@@ -81,9 +112,19 @@ def label_sums_vjp(x: Tensor, labels: Tensor, top: Tensor, total: Tensor, label:
                    first: bool, site: IndexSite) -> Tensor:
     """The cotangent of the own logits, of those of `label_sums`:
     exp(x - top) total, and label at the label."""
+    if kernel_takes(x, dim):
+        from shardlib.triton_kernels import cross_entropy as kernels
+        of_each = (_numbers(y, x) for y in (top, total, label))
+        return kernels.label_sums_vjp(x.view(-1, x.shape[dim]), _rows(x, labels, start, site),
+                                      *of_each).view(x.shape)
     above = wide(x) - wide(top).unsqueeze(dim)
     return _add_at(above.exp_() * total.unsqueeze(dim), labels, label.unsqueeze(dim), dim, start,
                    site).to(x.dtype)
+
+
+def _numbers(y: Tensor, x: Tensor) -> Tensor:
+    """One of each row of x, in float32."""
+    return y.to(torch.float32).expand(x.shape[:-1]).reshape(-1)
 
 
 def _filled(x: Tensor, mask: Tensor | None, value: int) -> Tensor:
@@ -130,9 +171,18 @@ def _as_logits(dtypes: Dtypes, attrs: Mapping[str, Any]) -> Dtypes:
     return dtypes[:1]
 
 
+def _keeps(step: Step) -> tuple[Op, tuple[Spec, ...]]:
+    return CROSS_ENTROPY_SUMS, (step.outs[0].whole(),) * 2
+
+
 def _vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
-    return [b.call(CROSS_ENTROPY_VJP, [*step.inputs, ct[0]], outs=(step.ins[0].owing(),), **step.options),
-            None]
+    """That of the sums of a piece which is all there is."""
+    op, more = _keeps(step)
+    _, top, total = step.outputs if step.op is op else b.call(op, step.inputs, outs=(*step.outs, *more),
+                                                              **step.options)
+    of_sums = [b.quotient(ct[0], total), b.scale(ct[0], -1.0)]
+    return [b.call(LABEL_SUMS_VJP, [*step.inputs, top, *of_sums], outs=(step.ins[0].owing(),),
+                   **step.options), None]
 
 
 def _label_sums_vjp(b: Steps, step: Step, ct: Sequence[str]) -> list[str | None]:
@@ -161,6 +211,11 @@ def _reference(d: Dims, x: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labelled, d.fold(torch.logaddexp, float("-inf"), torch.where(labelled, odds, 0)), 0)
 
 
+def _kept_reference(d: Dims, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    top = d.fold(torch.maximum, float("-inf"), x, *_over(d.step).names)
+    return _reference(d, x, labels), top, _sums_reference(d, x, labels, top)[0]
+
+
 def _sums_reference(d: Dims, x: Tensor, labels: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     (at, labelled), over = _at_label(d, labels), _over(d.step).names
     above = torch.where(labelled, x - top, 0)
@@ -186,11 +241,12 @@ def _labelled(name: str, **more: Any) -> Op:
 
 CROSS_ENTROPY = _labelled(
     "cross_entropy", rule=lambda s: Rule(whole=_over(s).names), emit=_over_logits(token_losses, pieces=False),
-    vjp=_vjp, distribute=_over_pieces, dtype=lambda d, o: [widest(d[0], "float32")], reference=_reference)
-CROSS_ENTROPY_VJP = _labelled(
-    "cross_entropy_vjp", rule=lambda s: Rule(linear=((2,),), whole=_over(s).names),
-    emit=_over_logits(token_losses_vjp, pieces=False), dtype=_as_logits,
-    reference=lambda d, x, labels, g: d.vjp(_reference, (x, labels), g, d.step.ins[2]))
+    vjp=_vjp, keeps=_keeps, distribute=_over_pieces, dtype=lambda d, o: [widest(d[0], "float32")],
+    reference=_reference)
+CROSS_ENTROPY_SUMS = _labelled(
+    "cross_entropy_sums", rule=lambda s: Rule(whole=_over(s).names),
+    emit=_over_logits(token_sums, pieces=False), dtype=lambda d, o: [widest(d[0], "float32")] * 3,
+    reference=_kept_reference)
 LABEL_SUMS = _labelled(
     "label_sums", rule=lambda s: Rule(sums=_over(s).names), emit=_over_logits(label_sums, pieces=True),
     vjp=_label_sums_vjp, dtype=lambda d, o: [widest(d[0], d[2], "float32")] * 2, reference=_sums_reference)
@@ -223,4 +279,4 @@ def cross_entropy(text: str, logits: Operand, labels: Operand, *, ignore_index: 
     return apply(CROSS_ENTROPY, (logits, labels), text, ignore_index=ignore_index)
 
 
-TABLE = {op.name: op for op in (CROSS_ENTROPY, CROSS_ENTROPY_VJP, LABEL_SUMS, LABEL_SUMS_VJP)}
+TABLE = {op.name: op for op in (CROSS_ENTROPY, CROSS_ENTROPY_SUMS, LABEL_SUMS, LABEL_SUMS_VJP)}

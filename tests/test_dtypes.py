@@ -96,8 +96,9 @@ GIVES: dict[str, Any] = {
     "attention_lse": lambda q, k, v: (widest(q, k, v), widest(q, k, v, float32)),
     "attention_vjp": lambda *kinds: of_attention(*(k for k in kinds if k.is_floating_point)),
     "cross_entropy": lambda x, labels: widest(x, float32),
+    "cross_entropy_sums": lambda x, labels: (widest(x, float32),) * 3,
     "label_sums": lambda x, labels, top: (widest(x, top, float32),) * 2,
-    **dict.fromkeys(("cross_entropy_vjp", "label_sums_vjp", "extreme_vjp", "prod_vjp", "route_vjp", "combine",
+    **dict.fromkeys(("label_sums_vjp", "extreme_vjp", "prod_vjp", "route_vjp", "combine",
                      "combine_vjp"), first),
     "route": lambda x, *bias: (widest(x, float32), int64), "dispatch": lambda x, chosen: (x, int64),
     "within_capacity": lambda chosen: (int64, int64), "slots_of": lambda table, chosen: int64,
@@ -275,7 +276,7 @@ def in_(kind: torch.dtype, xs: Sequence[Tensor]) -> list[Tensor]:
 
 STATISTICS = ("prod", "prod_vjp", "cumsum", "mean", "var", "std", "softmax", "softmax_vjp", "logsumexp",
               "exp_minus", "share", "sum_exp", "log_plus", "rms_norm", "rms_norm_vjp", "layer_norm",
-              "group_norm", "norm_vjp", "cross_entropy_vjp", "label_sums_vjp", "extreme_vjp")
+              "group_norm", "norm_vjp", "label_sums_vjp", "extreme_vjp")
 EXACT = ("topk", "sample", "argmax", "argmin", "sort", "rank_of", "from_rank", "ties", *COMPARISONS,
          *LOGICAL, *OF_MASKS, "causal_mask", "zeros", "ones", "full", "arange", "tril", "one_hot", "finite",
          "within_capacity", "slots_of")

@@ -30,7 +30,7 @@ def lookup_reference(x: Tensor, index: Tensor, first: int) -> Tensor:
 
 
 @triton.jit
-def _note(seen_ptr, index, there):
+def note_one(seen_ptr, index, there):
     """Of a block of indices, where `there`."""
     least, greatest = tl.load(seen_ptr), tl.load(seen_ptr + 1)
     low, high = tl.min(tl.where(there, index, least), 0), tl.max(tl.where(there, index, greatest), 0)
@@ -45,7 +45,7 @@ def note_kernel(index_ptr, seen_ptr, count, BLOCK: tl.constexpr, EARLY: tl.const
     await_before(EARLY)
     let_next_start(EARLY)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    _note(seen_ptr, tl.load(index_ptr + i, mask=i < count, other=0).to(tl.int64), i < count)
+    note_one(seen_ptr, tl.load(index_ptr + i, mask=i < count, other=0).to(tl.int64), i < count)
 
 
 @triton.jit(do_not_specialize=["first", "size", "apart", "parts"])
@@ -58,7 +58,7 @@ def lookup_kernel(x_ptr, index_ptr, out_ptr, seen_ptr, first, size, width, apart
     one = tl.arange(0, 1)
     index = tl.load(index_ptr + row + one).to(tl.int64)
     if part == 0:
-        _note(seen_ptr, index, one == 0)
+        note_one(seen_ptr, index, one == 0)
     here, column = tl.sum(index, 0) - first, part * LANES + tl.arange(0, LANES)
     x = tl.load(x_ptr + (row * apart + here) * width + column,
                 mask=(column < width) & (here >= 0) & (here < size), other=0)

@@ -1,7 +1,7 @@
 """Compiles the kernels for sm_90, as they are launched there, on a machine that needs no GPU;
 writes what came out as JSON.
 
-    python compile_worker.py FILE [rows|early]  each: kernel, kind, world, line, split, warps,
+    python compile_worker.py FILE [rows|early|losses]  each: kernel, kind, world, line, split, warps,
                                                 most (registers of a thread, as asked for), the PTX,
                                                 layouts of what is pushed, registers and stack bytes
                                                 of a thread, bytes of shared memory of a block. rows:
@@ -34,6 +34,7 @@ from shardlib.triton_kernels.all_reduce_add_rms_norm import (
     two_shot_add_rms_norm_kernel,
 )
 from shardlib.triton_kernels.cached_attention import cached_attention_kernel
+from shardlib.triton_kernels.cross_entropy import WARPS, cross_entropy_kernel, label_sums_vjp_kernel
 from shardlib.triton_kernels.decode_attention import decode_attention_kernel
 from shardlib.triton_kernels.exchange import exchange_kernel, spin_lines
 from shardlib.triton_kernels.expert_ffn import expert_down_kernel, expert_gate_up_kernel, rows_at_once
@@ -185,6 +186,18 @@ def of_few_rows(early: bool = False) -> Iterator[dict[str, Any]]:
             cached_attention_kernel, types, values, 4, None, strides, early))
 
 
+def of_losses() -> Iterator[dict[str, Any]]:
+    """Of logits of 16 bits, as many as fill rows of 16 bytes."""
+    types = {"x_ptr": "*bf16", "out_ptr": "*bf16", "labels_ptr": "*i64", "seen_ptr": "*i64",
+             **{f"{name}_ptr": "*fp32" for name in ("loss", "top", "total", "label")}}
+    for name, function, values in (
+            ("cross_entropy", cross_entropy_kernel, dict(PIECE=False, THREADS=32 * WARPS, EACH=8)),
+            ("label_sums", cross_entropy_kernel, dict(PIECE=True, THREADS=32 * WARPS, EACH=8)),
+            ("label_sums_vjp", label_sums_vjp_kernel, dict(LANES=256 * WARPS))):
+        yield dict(kernel=name, **assembled(function, types, dict(IGNORES=True, NOTES=True, **values), WARPS,
+                                            None, ("V",)))
+
+
 def of_experts(early: bool = False) -> Iterator[dict[str, Any]]:
     """The kernels of experts, of as many tokens as they take, as `ops/expert_ffn.py` launches them."""
     types = dict(x_ptr="*bf16", gate_ptr="*bf16", up_ptr="*bf16", h_ptr="*bf16", down_ptr="*bf16",
@@ -211,5 +224,5 @@ def layouts(ttgir: str) -> list[str]:
 
 if __name__ == "__main__":
     made = ([compiled(**launch) for launch in launches()] if sys.argv[2:] == []
-            else list({"rows": of_few_rows, "early": early}[sys.argv[2]]()))
+            else list({"rows": of_few_rows, "early": early, "losses": of_losses}[sys.argv[2]]()))
     Path(sys.argv[1]).write_text(json.dumps(made))

@@ -24,6 +24,7 @@ PACK, API, PROVE, EXPLAIN, LAYOUT, MESH = ("tests/compiler/test_pack.py", "tests
                                            "tests/test_layout.py", "tests/test_mesh.py")
 GROUP, ROUTING, WATCHDOG, TENSORS, QUEUE = (f"tests/distributed/test_{name}.py" for name in (
     "group_coordinator", "routing", "watchdog", "tensor_dicts", "message_queue"))
+KERNEL_LOSSES = "tests/triton_kernels/test_cross_entropy.py"
 INDICES, LOSSES, ENDS = ("tests/lowering/test_index_check.py", "tests/ops/test_cross_entropy.py",
                          WATCHDOG + " -k ends_the_others")
 NVLINK, PROTOCOLS = "tests/ops/test_nvlink.py", "tests/triton_kernels/test_protocols.py"
@@ -419,10 +420,23 @@ MUTANTS = (
            LOSSES),
     Mutant("ops/cross_entropy.py", "return x if mask is None else x.masked_fill(mask, value)", "return x",
            LOSSES),
-    Mutant("ops/cross_entropy.py", "labels, -g, dim, 0, site).to(x.dtype)",
-           "labels, g, dim, 0, site).to(x.dtype)", LOSSES),
-    Mutant("ops/cross_entropy.py", "labels, -g, dim, 0, site).to(x.dtype)", "labels, -g, dim, 0, site)",
-           LOSSES),
+    Mutant("ops/cross_entropy.py", "b.scale(ct[0], -1.0)]", "b.scale(ct[0], 1.0)]", LOSSES),
+    Mutant("ops/cross_entropy.py", "b.quotient(ct[0], total)", "ct[0]", LOSSES),
+    Mutant("ops/cross_entropy.py", "label.unsqueeze(dim), dim, start,\n                   site).to(x.dtype)",
+           "label.unsqueeze(dim), dim, start,\n                   site)", LOSSES),
+    Mutant("ops/cross_entropy.py", "token_losses(x.view(-1, x.shape[dim]), _rows(x, labels, 0, site))",
+           "token_losses(x.view(-1, x.shape[dim]), _rows(x, labels.mT, 0, site))", KERNEL_LOSSES),
+    Mutant("ops/cross_entropy.py", "dim == x.dim() - 1 and ", "", KERNEL_LOSSES),
+    Mutant("triton_kernels/cross_entropy.py", "total * tl.exp(most - base) +", "total +", KERNEL_LOSSES),
+    Mutant("triton_kernels/cross_entropy.py", "whole != whole) & (top < float(\"inf\")",
+           "whole != whole) & (top != top", KERNEL_LOSSES),
+    Mutant("triton_kernels/cross_entropy.py", "inside = counts & (here >= 0) & (here < V)\n    above",
+           "inside = counts & (here < V)\n    above", KERNEL_LOSSES),
+    Mutant("triton_kernels/cross_entropy.py", "tl.where(counts, whole, first.to(tl.float32))",
+           "tl.where(counts, whole, 1.0)", KERNEL_LOSSES),
+    Mutant("triton_kernels/cross_entropy.py", "(one == 0) & (labels != ignored) if IGNORES else one == 0",
+           "one == 0", KERNEL_LOSSES),
+    Mutant("triton_kernels/cross_entropy.py", "tl.where(counts, made, 0.0)", "made", KERNEL_LOSSES),
     Mutant("ops/cross_entropy.py", "top = b.settle(b.call(MAX, [x], outs=(small,)))",
            "top = b.call(MAX, [x], outs=(small,))", LOSSES),
     Mutant("shardlib/distributed/watchdog.py",

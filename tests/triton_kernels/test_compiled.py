@@ -382,3 +382,13 @@ def test_lookups_and_angles(early: list[dict[str, Any]]) -> None:
     for name in ("lookup", "note"):
         assert {"min", "max"} == set(re.findall(r"(?:atom|red)\.global\S*\.(min|max)\.s64", ptx[name]))
     assert not re.search(r"(cos|sin)\.approx", ptx["rope_angles"])
+
+
+def test_losses_read_logits_once_16_bytes_at_a_time(tmp_path: Path) -> None:
+    """Alone what stands at the label is read again; eight blocks of eight warps are on an SM at once."""
+    for launch in compile_all(tmp_path, "losses"):
+        ptx, forward = launch["ptx"], launch["kernel"] != "label_sums_vjp"
+        assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == 1, launch["kernel"]
+        assert len(re.findall(r"ld\.global\S*\.b16\b", ptx)) == forward, launch["kernel"]
+        assert forward or re.search(r"st\.global\S*\.v4\.b32", ptx)
+        assert launch["stack"] == 0 and launch["registers"] <= 32, launch["kernel"]
