@@ -10,6 +10,7 @@ parallel.
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -40,7 +41,7 @@ class LlamaConfig:
     d_ff: int
     norm_eps: float
     rope_theta: float
-    rope_scaling: RopeScaling | None
+    rope_scaling: RopeScaling | tuple[Any, ...] | None
     tied: bool
     max_context: int
 
@@ -57,8 +58,9 @@ class LlamaConfig:
         return self.rope_theta
 
     @property
-    def scaling(self) -> tuple[float, ...] | None:
-        return self.rope_scaling and astuple(self.rope_scaling)
+    def scaling(self) -> tuple[Any, ...] | None:
+        """As `rope_table` has it."""
+        return astuple(self.rope_scaling) if isinstance(self.rope_scaling, RopeScaling) else self.rope_scaling
 
     @property
     def sizes(self) -> dict[str, int]:

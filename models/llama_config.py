@@ -12,7 +12,7 @@ Traceback (most recent call last):
 shardlib.models.files.checkpoint.CheckpointError: config.json: model_type is 'qwen2', which is not implemented; it may be 'llama'
 
 Refused with a `CheckpointError`: other architectures, experts, biases, other activations, quantised Hugging
-Face folders, and rotary embeddings other than the plain one and Llama 3's.
+Face folders, and rotary embeddings other than those of `rope_said`.
 """  # noqa: E501
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ import torch
 
 from shardlib.mesh import Mesh
 from shardlib.models.files.checkpoint import Checkpoint, CheckpointError
+from shardlib.models.files.rope_said import rope_of
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight, load_weights
 from shardlib.models.llama import LlamaConfig, RopeScaling
@@ -72,25 +73,10 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
         max_context=said.size("max_position_embeddings"))
 
 
-def hf_rope(said: Said) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_scaling` and `rope_theta` (transformers 4)
-    or from `rope_parameters` (5)."""
-    found = said.fields.get("rope_scaling") or said.fields.get("rope_parameters") or {}
-    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
-        raise said.error(
-            "its rotary embedding is not one set of numbers for all layers, which is not implemented")
-    length = said.fields.get("original_max_position_embeddings")
-    before = {"rope_theta": said.fields.get("rope_theta", 10000.0), "rope_type": found.get("type", "default"),
-              "original_max_position_embeddings": said.fields.get("max_position_embeddings")}
-    after = {} if length is None else {"original_max_position_embeddings": length}
-    rope = Said({**before, **found, **after}, said.where)
-    rope.only("rope_type", "default", "llama3")
-    rope.only("partial_rotary_factor", 1, default=1)
-    theta = rope.number("rope_theta")
-    if rope.fields["rope_type"] == "default":
-        return theta, None
-    return theta, RopeScaling(rope.number("factor"), rope.number("low_freq_factor"),
-                              rope.number("high_freq_factor"), rope.size("original_max_position_embeddings"))
+def hf_rope(said: Said) -> tuple[float, RopeScaling | tuple[Any, ...] | None]:
+    """Base and scaling, Llama 3's by name."""
+    theta, scaling = rope_of(said)
+    return theta, scaling if scaling is None or isinstance(scaling[0], str) else RopeScaling(*scaling)
 
 
 def config_from_gguf(metadata: Mapping[str, Any], tied: bool) -> LlamaConfig:

@@ -15,10 +15,11 @@ from torch import Tensor
 from shardlib import Params, einsum, param, stacked
 from shardlib.functions import concat, mul, ones, silu, split, stack, stop_gradient, unbind
 from shardlib.models.causal import CausalLM
+from shardlib.models.files.rope_said import rope_of, set_of, yarn_mscale
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight
 from shardlib.models.gallery.experts import ExpertsConfig, expert_rows, top_k
-from shardlib.models.gallery.page import Page, ends, rope_theta
+from shardlib.models.gallery.page import Page, ends
 from shardlib.models.mixtral import through_experts
 from shardlib.ops import rms_norm, rope, rope_table, route
 
@@ -155,14 +156,22 @@ def config(said: Said) -> DeepseekConfig:
                  H=plain + turned, A=value, W=plain + value,
                  U=said.size("kv_lora_rank") + turned, E=experts, J=chosen, F=width,
                  I=width * said.size("n_shared_experts"), M=said.size("intermediate_size"))
+    theta, scaling = rope_of(said)
     return DeepseekConfig(
-        tuple(sizes.items()), eps=said.number("rms_norm_eps", default=1e-6), theta=rope_theta(said),
-        scale=(plain + turned) ** -0.5,
+        tuple(sizes.items()), eps=said.number("rms_norm_eps", default=1e-6), theta=theta, scaling=scaling,
+        scale=(plain + turned) ** -0.5 * longer_scale(said),
         max_context=said.size("max_position_embeddings"),
         tied=said.flag("tie_word_embeddings", default=False), top_k=chosen,
         renormalise=said.flag("norm_topk_prob", default=True), groups=said.size("n_group"),
         top_groups=said.size("topk_group"), weight_scale=said.number("routed_scaling_factor", default=2.5),
         interleaved=said.flag("rope_interleave", default=True))
+
+
+def longer_scale(said: Said) -> float:
+    """What scores are multiplied by for a longer context: twice what `mscale_all_dim` says of q and of k."""
+    rope = set_of(said)
+    weight = rope.fields.get("mscale_all_dim") if rope.fields["rope_type"] != "default" else None
+    return yarn_mscale(rope.number("factor"), rope.number("mscale_all_dim")) ** 2 if weight else 1.0
 
 
 def attention_rows(path: str, layer: str) -> tuple[Weight, ...]:

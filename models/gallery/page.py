@@ -21,6 +21,7 @@ from shardlib.layout import Layout
 from shardlib.mesh import Mesh
 from shardlib.models.causal import CausalLM
 from shardlib.models.files.checkpoint import Checkpoint
+from shardlib.models.files.rope_said import rope_of
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight, load_weights
 from shardlib.params import Params, fill, struct
@@ -116,21 +117,14 @@ def decoder_config(said: Said, kind: type[C] = Config, eps: float = 1e-6, **more
     kv_heads = said.size("num_key_value_heads", default=heads)
     head_dim = said.size("head_dim", default=None) or said.whole(d_model, heads, "elements a head")
     said.only("hidden_act", "silu", default="silu")
+    theta, scaling = rope_of(said)
     return kind(
         (("V", said.size("vocab_size")), ("D", d_model), ("L", said.size("num_hidden_layers")),
          ("K", kv_heads), ("G", said.whole(heads, kv_heads, "query heads for each kv head")),
          ("H", said.even(head_dim)), ("F", said.size("intermediate_size"))),
-        eps=said.number("rms_norm_eps", default=eps), theta=rope_theta(said),
+        eps=said.number("rms_norm_eps", default=eps), theta=theta, scaling=scaling,
         tied=said.flag("tie_word_embeddings", default=False),
         max_context=said.size("max_position_embeddings"), **more)
-
-
-def rope_theta(said: Said) -> float:
-    """The base of a rotary embedding that is the plain one."""
-    rope = Said({"rope_theta": 10_000.0, **(said.fields.get("rope_parameters") or {})}, said.where)
-    rope.only("rope_type", "default", default="default")
-    rope.only("partial_rotary_factor", 1, default=1)
-    return rope.number("rope_theta")
 
 
 def decoder_rows(config: Config, *more: Weight, without: tuple[str, ...] = ()) -> tuple[Weight, ...]:

@@ -6,6 +6,7 @@ V vocab
 from __future__ import annotations
 
 from shardlib.models.causal import CausalLM
+from shardlib.models.files.rope_said import set_of
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight
 from shardlib.models.gallery.page import LAYER, Config, Page, decoder_config, decoder_rows
@@ -31,7 +32,7 @@ def rows(config: Config) -> tuple[Weight, ...]:
 
 def config(said: Said) -> Config:
     """The models of 4k tokens; a window is refused where it is less than their context."""
-    said.only("rope_scaling", None)
+    set_of(said).only("rope_type", "default")
     window, context = said.size("sliding_window", default=None), said.size("max_position_embeddings")
     if window is not None and window < context:
         raise said.error(f"sliding_window is {window} of {context}, which is not implemented")

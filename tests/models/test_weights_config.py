@@ -58,10 +58,9 @@ def test_the_config_that_transformers_saves(tiny_folder):
     (dict(quantization_config={"bits": 4}),
      "quantization_config is {'bits': 4}, which is not implemented; it may be None"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5, which is not implemented; it may be 1"),
-    (dict(rope_scaling={"type": "linear", "factor": 2.0}),
-     "rope_type is 'linear', which is not implemented; it may be 'default' or 'llama3'"),
-    (dict(rope_parameters={"rope_type": "yarn"}),
-     "rope_type is 'yarn', which is not implemented; it may be 'default' or 'llama3'"),
+    (dict(rope_scaling={"type": "longrope", "factor": 2.0}),
+     "rope_type is 'longrope', which is not implemented; it may be 'default' or 'linear' or 'dynamic' or "
+     "'yarn' or 'llama3'"),
     (dict(rope_parameters={"full_attention": {"rope_type": "default"}}),
      "its rotary embedding is not one set of numbers for all layers, which is not implemented"),
     (dict(rope_scaling={"rope_type": "llama3", "factor": 8}), "no low_freq_factor"),

@@ -39,6 +39,7 @@ REDUCTIONS, VARIANCE, ALONG, CONSTANTS, ARGUMENTS = (f"tests/language/test_{name
 SCANS, MASKS, CUTS, DRAWS = (f"tests/language/test_{name}.py" for name in (
     "scan", "masks", "pieces", "draws"))
 BESIDE = "tests/run/test_beside.py"
+LONGER = "tests/models/test_longer_contexts.py"
 TOTALITY, BODIES = "tests/compiler/test_totality.py", "tests/compiler/test_grad_of_bodies.py"
 FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
     "failures", "captured", "surroundings", "wrt"))
@@ -492,6 +493,11 @@ MUTANTS = (
     Mutant("ops/sampling.py", "position * 0x100000 + row, seed)", "position + row, seed)", SAMPLING),
     Mutant("ops/seen.py", "(self.start + (self.ahead + 1))", "(self.start + 1)", ATTENTION),
     Mutant("ops/rope_scaling.py", "math.floor(pair(fast))", "pair(fast)", ROPE),
+    Mutant("models/files/rope_said.py", "0.1 * weight * math.log(factor)", "0.1 * math.log(factor)", LONGER),
+    Mutant("models/files/rope_said.py", "if above and below else", "if above else", LONGER),
+    Mutant("models/files/rope_said.py", 'rope.number("factor"), rope.size("max_position_embeddings")',
+           'rope.number("factor"), rope.size("original_max_position_embeddings")', LONGER),
+    Mutant("models/gallery/deepseek_v3.py", "** 2 if weight", "if weight", LONGER),
     Mutant("ops/rope_scaling.py", ".clamp(min=int(context))", "", f"{RULES} -k rope_table"),
     Mutant("ops/rope.py", "(-sin, sin), -1).flatten", "(sin, -sin), -1).flatten", ROPE),
     Mutant("ops/flash.py", "(q.device.type == \"cpu\" or q.itemsize == 2)", "True", FLASH),
@@ -929,7 +935,7 @@ MUTANTS = (
            f"{RESULTS} -k something_else"),
     Mutant("models/generate.py", "draws = (options.temperature, options.top_p, options.seed)",
            "draws = (options.temperature, options.seed)", f"{RESULTS} -k known_by"),
-    Mutant("models/llama_config.py", "{**before, **found, **after}", "{**before, **after, **found}",
+    Mutant("models/files/rope_said.py", "{**before, **found, **after}", "{**before, **after, **found}",
            f"{CONFIGS} -k wins_over"),
     Mutant("models/files/weights.py", "plain = not type.owed and not type.ellipsis",
            "plain = not type.ellipsis", f"{LOADING} -k types_that_are_none"),
