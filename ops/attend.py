@@ -6,6 +6,7 @@ added; what a query sees is a `Seen`. A sink is the score of a key without a val
 | called with | run by |
 |---|---|
 | nothing but places | torch's fused kernels; keys before the queries, and those among them, apart |
+| a window as well, on a GPU | torch's flash kernel, over the keys that some query sees |
 | a start, few queries, on a GPU | a kernel by lengths (`few_rows.attend_lengths`) |
 | a start or a mask, no derivative | F.scaled_dot_product_attention, some queries at a time |
 | all else | blocks of queries, whose scores are made anew in backward |
@@ -44,7 +45,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scores: Scores, bias: Te
 def _at_once(seen: Seen) -> bool | None:
     """Whether it is causal, where one call of a fused kernel is all; else None."""
     match parts_of(seen):
-        case [(0, high, causal)] if high == seen.s:
+        case [(0, high, causal, None)] if high == seen.s:
             return causal
     return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,17 +66,39 @@ def merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return total.to(parts[0][0].dtype), lse
 
 
-def parts_of(seen: Seen) -> list[tuple[int, int, bool]] | None:
-    """(from, to, causal) of the keys for which a fused kernel has a call; None where there is none for what
-    is seen. Causal ones begin with the first query's key and are as many as the queries."""
+def merge(out: Tensor, lse: Tensor, more: Tensor, its: Tensor) -> None:
+    """Adds to a result what is seen of other keys, in place."""
+    share = torch.sigmoid(its - lse).masked_fill(its == float("-inf"), 0)
+    out.lerp_(more.to(out.dtype), share[..., None])
+    lse.copy_(torch.logaddexp(lse, its))
+
+
+class Part(NamedTuple):
+    """Keys for which a fused kernel has a call. Causal ones begin with the first query's key and are as many
+    as the queries. near: how far a query sees behind and ahead of a place, the last query's being the last
+    key's."""
+    low: int
+    high: int
+    causal: bool
+    near: tuple[int, int] | None = None
+
+
+def parts_of(seen: Seen) -> list[Part] | None:
+    """The calls; None where there are none for what is seen."""
     ahead, t, s = seen.ahead, seen.t, seen.s
-    if not seen.known or seen.window is not None and seen.window < max(ahead + t, s - ahead):
+    if not seen.known:
         return None
+    if seen.window is not None and seen.window < max(ahead + t, s - ahead):
+        high = min(s, ahead + t)
+        past = ahead + t - high                         # how far the last query is behind the last key
+        near = seen.window - 1 - past, past + (0 if seen.causal else seen.window - 1)
+        fits = ahead >= 0 <= near[0] and (seen.causal or ahead + t >= s)
+        return [Part(max(0, ahead - seen.window + 1), high, seen.causal, near)] if fits else None
     if not seen.causal or ahead >= s - 1:
-        return [(0, s, False)]
+        return [Part(0, s, False)]
     if ahead < 0 or ahead + t > s:
         return None
-    return [*([(0, ahead, False)] if ahead else []), (ahead, ahead + t, True)]
+    return [*([Part(0, ahead, False)] if ahead else []), Part(ahead, ahead + t, True)]
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scores: Scores,
@@ -83,8 +106,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scores: Scores,
     if bias is not None or scores.softcap is not None or (parts := parts_of(seen)) is None:
         return None
     made = []
-    for low, high, causal in parts:
-        got = flash.attend(q, k[:, low:high], v[:, low:high], causal, scores.scale)
+    for low, high, causal, near in parts:
+        got = flash.attend(q, k[:, low:high], v[:, low:high], causal, scores.scale, near)
         if got is None:
             return None
         made.append(got)

@@ -35,21 +35,22 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scores: Scores, bias: Te
     if bias is not None or scores.softcap is not None or (parts := parts_of(seen)) is None:
         return None
     made = []
-    for low, high, causal in parts:
-        got = flash.attend_vjp(q, k[:, low:high], v[:, low:high], out, lse, g, causal, scores.scale)
+    for low, high, causal, near in parts:
+        got = flash.attend_vjp(q, k[:, low:high], v[:, low:high], out, lse, g, causal, scores.scale, near)
         if got is None:
             return None
         made.append(got)
     dq = made[0][0] if len(made) == 1 else made[0][0] + made[1][0]
-    return dq, *(_along_keys([of[i] for of in made], x) for i, x in ((1, k), (2, v)))
+    return dq, *(_along_keys([of[i] for of in made], parts[0].low, x) for i, x in ((1, k), (2, v)))
 
 
-def _along_keys(pieces: list[Tensor], like: Tensor) -> Tensor:
-    """What comes for the first keys of `like`, in order; nothing for those behind."""
-    behind = like.shape[1] - sum(x.shape[1] for x in pieces)
-    if len(pieces) == 1 and not behind:
+def _along_keys(pieces: list[Tensor], first: int, like: Tensor) -> Tensor:
+    """What comes for the keys of `like` from `first` on, in order; nothing for the others."""
+    behind = like.shape[1] - first - sum(x.shape[1] for x in pieces)
+    if len(pieces) == 1 and not first and not behind:
         return pieces[0]
-    return torch.cat([*pieces, torch.zeros_like(like[:, :behind])], 1)
+    zeros = (torch.zeros_like(like.narrow(1, 0, n)) for n in (first, behind))
+    return torch.cat([next(zeros), *pieces, next(zeros)], 1)
 
 
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scores: Scores, bias: Tensor | None, out: Tensor,

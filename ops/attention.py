@@ -2,7 +2,8 @@
 the key time, its own letter.
 
 On one axis: B and K on all operands; T and G on q alone; H whole. Only v may owe a sum. Where S is split,
-results over each rank's keys are merged; where T is split alike, keys and values go round (`attend_over`).
+results over each rank's keys are merged (`attend_over`); where T is split alike, keys come to queries, or
+queries to keys, in rounds (`ring`).
 By itself it is causal, query t seeing keys s <= t. With `start`, whose one dim is B, the queries stand
 further on: query t of row b sees keys s <= start[b] + t, as over a cache. With a mask, it sees where that is
 true. What else there is, a window, lengths, a bias, sinks, `attention_form` says; who runs it, `attend`. A
@@ -27,7 +28,8 @@ from shardlib.language.steps import Steps
 from shardlib.language.value import Operand, Value, apply
 from shardlib.ops.attend import attend
 from shardlib.ops.attend_lse import attend_lse
-from shardlib.ops.attend_over import attend_pieces, attend_ring, of_pieces, of_ring
+from shardlib.ops.attend_over import attend_pieces, of_pieces
+from shardlib.ops.attend_ring import attend_ring, of_ring
 from shardlib.ops.attention_form import BESIDE, Form, floats, members_code, scores_code, seen_code, told
 from shardlib.ops.attention_vjp import ATTENTION_VJP, SINKS_VJP
 from shardlib.program import Op, Step
@@ -59,7 +61,9 @@ def _rule(step: Step) -> Rule:
 
 def _exchanges(at: Site) -> list[Exchange]:
     form, kind = Form.of(at.step), widest(*(at.dtypes[i] for i in floats(at.step.options)))
-    return of_ring(at, str(kind), form.balanced(at.sizes)) if form.ring else of_pieces(at, str(kind))
+    if not form.ring:
+        return of_pieces(at, str(kind))
+    return of_ring(at, str(kind), form.ring_of(*(at.pieces(x.dims[1]) for x in (form.q, form.k))))
 
 
 def _reads(dtypes: Sequence[str | None], attrs: dict[str, Any]) -> list[str | None]:

@@ -18,7 +18,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 from shardlib.errors import SpecError
 from shardlib.language.local_code import LocalCode
 from shardlib.ops.attend_lse import Scores
+from shardlib.ops.ring import Ring, ring
 from shardlib.ops.seen import Seen
 from shardlib.program import Step, number
 from shardlib.reference import Dims
@@ -141,11 +141,10 @@ class Form:
         """Whether queries and keys are split alike."""
         return bool(self.alike) and self.axes == self.q.dims[1].axes != ()
 
-    def balanced(self, sizes: Mapping[str, int]) -> bool:
-        """Whether the rows of a ring are dealt anew: what is causal alone, with as many keys as queries."""
-        queries, keys = (prod(sizes[n] for n in dim.names) for dim in (self.q.dims[1], self.k.dims[1]))
-        return (self.causal and self.options.get("window") is None and not {*self.beside} - {"sinks"}
-                and queries == keys)
+    def ring_of(self, queries: Sequence[tuple[int, int]], keys: Sequence[tuple[int, int]]) -> Ring:
+        """Who computes what. queries, keys: (start, size) of what each member has."""
+        said = self.causal, self.options.get("window"), "start" in self.beside
+        return ring(tuple(queries), tuple(keys), *said)
 
     # -- code ------------------------------------------------------------------------------------------------
 
@@ -200,11 +199,14 @@ def seen_code(e: LocalCode, form: Form, args: Sequence[str]) -> str:
 
 
 def members_code(e: LocalCode, form: Form) -> str:
-    """(start, size) of what each member has of the keys; of a ring, which of them this rank is, and whether
-    it is balanced."""
-    dim = form.k.dims[1]
-    text = f"{e.pieces(dim)}"
-    return f"{text}, {e.mesh.number(dim.axes, e.coordinate)}, {form.balanced(e.sizes)}" if form.ring else text
+    """(start, size) of what each member has of the keys; of a ring who computes what, and which member this
+    rank is."""
+    queries, keys = form.q.dims[1], form.k.dims[1]
+    if not form.ring:
+        return f"{e.pieces(keys)}"
+    who = f"{form.causal}, {form.options.get('window')}, {'start' in form.beside}"
+    return (f"{e.use(ring)}({e.pieces(queries)}, {e.pieces(keys)}, {who}), "
+            f"{e.mesh.number(keys.axes, e.coordinate)}")
 
 
 def scores_code(e: LocalCode, form: Form) -> str:

@@ -1,7 +1,7 @@
 """The derivative of attention, from what forward kept: its result, and the log of the sum of exp of scores.
 
 On one axis: B and K on all operands, T and G on those that have them; where S is split, what comes back to q
-is owed, unless T is split alike: then keys and values go round (`attend_over`). It is linear in v and the
+is owed, unless T is split alike (`attend_ring`). It is linear in v and the
 result together, and in the cotangent.
 """
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from shardlib.dtypes import widest
 from shardlib.language.exchanges import Exchange, Exchanges, Site
 from shardlib.language.local_code import LocalCode
-from shardlib.ops.attend_over import attend_ring_vjp, of_ring
+from shardlib.ops.attend_ring import attend_ring_vjp, of_ring
 from shardlib.ops.attend_vjp import attend_vjp, sinks_vjp
 from shardlib.ops.attention_form import Form, floats, members_code, scores_code, seen_code
 from shardlib.program import Op, Step
@@ -60,7 +60,8 @@ def _rule(step: Step) -> Rule:
 
 def _exchanges(at: Site) -> list[Exchange]:
     kind = _reads(at.dtypes, at.step.options)[0]
-    return of_ring(at, str(kind), Form.of(at.step, KEPT).balanced(at.sizes), back=True)
+    form = Form.of(at.step, KEPT)
+    return of_ring(at, str(kind), form.ring_of(*(at.pieces(x.dims[1]) for x in (form.q, form.k))), back=True)
 
 
 def _takes(step: Step) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardlib.distributed import agreement, frames, messages
+from shardlib.distributed.aside import Begins
 from shardlib.distributed.communicators.protocol import Call, Communicator, Place
 from shardlib.distributed.eager import eager
 from shardlib.distributed.flat import pack, plain
@@ -48,7 +49,7 @@ from shardlib.distributed.watchdog import Watchdog
 from shardlib.errors import SpecError
 
 
-class GroupCoordinator(Group):
+class GroupCoordinator(Group, Begins):
     """The group `name` of `ranks`, in that order, seen from `rank`.
 
     `control` carries messages and barriers, on the CPU.

@@ -9,6 +9,9 @@ them calls of the group's coordinator.
         got = yield group, "all_gather", x, 0, (1, 1)
         return got.sum(0)
 
+What computes before it needs what came says so, `coming = yield Early((group, ...))`, and `arrived(coming)`
+later: on GPUs it travels meanwhile.
+
 Over axes of one rank, or none, nothing is asked, and the op's code is local.
 """
 from __future__ import annotations
@@ -26,6 +29,15 @@ from shardlib.spec import Dim, Spec
 from shardlib.wires import Part, Wire
 
 Requests = Generator[tuple, Any, Any]
+
+
+class Early(tuple):
+    """A request whose answer is taken later, by `arrived`; whoever performs it may leave it under way."""
+
+
+def arrived(answer: Any) -> Any:
+    """What came of an `Early` request."""
+    return answer.arrived() if hasattr(answer, "arrived") else answer
 
 
 @dataclass(frozen=True)
@@ -94,15 +106,6 @@ def exchanges(step: Step, mesh: Mesh, sizes: Mapping[str, int], here: Mapping[st
     return step.op.exchanges.calls(Site(step, axes, mesh, sizes, here, tuple(map(dtypes.get, step.inputs))))
 
 
-def passing_on(n: int, sizes: Sequence[int], hop: int) -> tuple[Part, ...]:
-    """The parts of the hop-th passing on in a ring: member i's piece has gone to i + hop then."""
-    def part(m: int) -> Part:
-        brings = sizes[(m - hop + 1) % n]
-        return Part(n, m, brings, sizes[(m - hop) % n],
-                    passes=tuple(brings if i == (m + 1) % n else 0 for i in range(n)))
-    return tuple(map(part, range(n)))
-
-
 def alike(n: int, elements: int) -> tuple[Part, ...]:
     """The parts of a gathering to which all bring as much."""
     return tuple(Part(n, m, elements, n * elements) for m in range(n))
@@ -121,7 +124,9 @@ def carried_out(requests: Requests, at: object = None) -> Any:
     answer = None
     while True:
         try:
-            group, method, operand, *more = requests.send(answer)
+            request = requests.send(answer)
         except StopIteration as end:
             return end.value
-        answer = getattr(group, method)(operand, *more, at=at)
+        group, method, *more = request
+        answer = (group.begin(method, *more, at=at) if isinstance(request, Early)
+                  else getattr(group, method)(*more, at=at))

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from shardlib.compiler.sizes import complete_sizes
-from shardlib.distributed.aside import aside
+from shardlib.distributed.aside import UnderWay, aside
 from shardlib.distributed.group_coordinator import GroupCoordinator
 from shardlib.distributed.runtime import Runtime
 from shardlib.distributed.streams import side_stream
@@ -45,7 +45,7 @@ Requests = Generator[tuple, Any, Any]
 
 def beside(runtime: Runtime, *calls: Requests) -> list[Any]:
     """What each of the calls returns; see the module. All ranks make the same calls in the same order."""
-    sent: dict[int, _Sent] = {}
+    sent: dict[int, UnderWay] = {}
     made: dict[int, Any] = {}
     turns, lane = deque(range(len(calls))), _Lane(runtime)
     with without_autocast():
@@ -61,20 +61,6 @@ def beside(runtime: Runtime, *calls: Requests) -> list[Any]:
     return [made[i] for i in range(len(calls))]
 
 
-class _Sent:
-    """A collective that is under way: what it reads, which is kept until it has arrived; what it gives, and
-    when."""
-
-    def __init__(self, read: Any, given: Any, event: torch.cuda.Event | None) -> None:
-        self.read, self.given, self.event = read, given, event
-
-    def arrived(self) -> Any:
-        """What it gives, for all that comes now on the current stream."""
-        if self.event is not None:
-            torch.cuda.current_stream().wait_event(self.event)
-        return self.given
-
-
 class _Lane:
     """Where collectives travel: on the side stream, without the communicators that fill the GPU."""
 
@@ -83,17 +69,17 @@ class _Lane:
         self.stream = side_stream(self.device) if self.device.type == "cuda" else None
         self.groups: dict[str, GroupCoordinator | None] = {}
 
-    def send(self, request: tuple, at: str) -> _Sent:
+    def send(self, request: tuple, at: str) -> UnderWay:
         group, method, operand, *more = request
         if group.name not in self.groups:
             self.groups[group.name] = aside(group) if self.stream else None
         other = self.groups[group.name]
         if other is None or self.stream is None:
-            return _Sent(operand, getattr(group, method)(operand, *more, at=at), None)
+            return UnderWay(operand, getattr(group, method)(operand, *more, at=at), None)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             given = getattr(other, method)(operand, *more, at=at)
-            return _Sent(operand, given, self.stream.record_event())
+            return UnderWay(operand, given, self.stream.record_event())
 
 
 def largest_sum(program: Program, mesh: Mesh, sizes: Mapping[str, int], here: Mapping[str, int]) -> int:

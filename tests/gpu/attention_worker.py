@@ -76,15 +76,19 @@ class Cases:
         ahead, behind = some(0, 0, 0, 1, 70), some(0, 0, 0, 3, 64)
         s = ahead + t + behind
         q, k, v = self.normal(b, t, heads, g, h), self.normal(b, s, heads, h), self.normal(b, s, heads, h)
-        extra = some("", "", "", "start", "lengths", "mask", "window", "softcap", "bias", "sinks",
-                     "start sinks", "window bias")
+        extra = some("", "", "", "start", "lengths", "mask", "window", "window", "window sinks", "softcap",
+                     "bias", "bias", "bias sinks", "sinks", "start sinks", "window bias")
         device = dict(device="cuda")
         seen = Seen(0 if "start" in extra else ahead, t, 0, s, causal=some(True, True, False),
                     window=some(1, 16, 100) if "window" in extra else None,
                     start=torch.randint(-t, s + 1, (b,), **device) if "start" in extra else None,
                     lengths=torch.randint(0, s + 2, (b,), **device) if "lengths" in extra else None,
                     mask=torch.rand(b, 1, 1, t, s, **device) < 0.6 if "mask" in extra else None)
-        bias = self.normal(*some((1, heads, g, t, s), (b, 1, 1, t, s))) if "bias" in extra else None
+        of_bias = some((1, heads, g, t, s), (b, 1, 1, t, s), (1, heads, 1, t, s), (1, heads, g, 1, s))
+        bias = self.normal(*of_bias) if "bias" in extra else None
+        if bias is not None and some(True, False):      # it hides some keys, and of a query all
+            bias = bias.masked_fill(torch.rand(bias.shape, **device) < 0.3, float("-inf"))
+            bias[..., :1, :] = float("-inf")
         sinks = self.normal(heads, g) if "sinks" in extra else None
         scores = Scores(some(h ** -0.5, 0.3 / h ** 0.5), 5.0 if "softcap" in extra else None)
         kernel = some("any", *KERNELS)
@@ -98,7 +102,9 @@ class Cases:
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen, scores: Scores, bias: Tensor | None,
               sinks: Tensor | None) -> None:
-        self.taken[flash.choice(q, k, v, False, scores.scale), self.dtype] += 1
+        what = "window" if seen.window else "bias" if bias is not None else "places"
+        near = (0, 0) if seen.window else None
+        self.taken[what, flash.choice(q, k, v, False, scores.scale, near), self.dtype] += 1
         mask = seen.block(0, seen.t, 0, seen.s, q.device)
         mask = torch.ones((1, 1, 1, 1, 1), dtype=torch.bool, device="cuda") if mask is None else mask
         given = [x for x in (q, k, v, bias, sinks) if x is not None]
@@ -128,7 +134,8 @@ class Cases:
         self.compare("autograd", ["out", *names], by_torch, torchs, exact, slack)
         self.compare("forward", ["out"], [fast], torchs, exact, slack)
         self.compare("kept", ["out", *names], [out, *grads], torchs, exact, slack)
-        nothing = (~mask).all(-1).expand(*q.permute(0, 2, 3, 1, 4).shape[:4]).permute(0, 3, 1, 2)
+        hidden = ~mask if bias is None else ~mask | (bias == float("-inf"))
+        nothing = hidden.all(-1).expand(*q.permute(0, 2, 3, 1, 4).shape[:4]).permute(0, 3, 1, 2)
         if sinks is None and (bool(out[nothing].any()) or bool((lse[nothing] != -torch.inf).any())):
             self.failures.append(f"{self.what}: what sees nothing is not zero")
 

@@ -19,8 +19,8 @@ from shardlib import Layout, Mesh, explain, lower, prove, scan, sharded, simulat
 from shardlib.functions import sum
 from shardlib.ops import TABLE, attention, update_cache
 from shardlib.ops.attend_lse import Scores
-from shardlib.ops.attend_over import attend_ring, attend_ring_vjp, hops
-from shardlib.ops.halves import Halves
+from shardlib.ops.attend_ring import attend_ring, attend_ring_vjp
+from shardlib.ops.ring import Ring
 from shardlib.ops.seen import Seen
 from shardlib.oracle import same
 from shardlib.parser import parse_program
@@ -72,8 +72,8 @@ def test_it_is_attention_on_one_rank(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("layout, t, asked", (
-    (RING, 4, ["all_to_all"] * 2 + ["all_reduce"] + ["all_to_all"] * 5),
-    (RING, 7, ["all_to_all"] * 4 + ["all_reduce"] + ["all_to_all"] * 8),
+    (RING, 4, ["all_to_all"] * 2 + ["all_reduce"] + ["all_to_all"] * 2),
+    (RING, 7, ["all_to_all"] * 2 + ["all_reduce"] + ["all_to_all"] * 2),
     (PIECES, 4, ["all_gather", "all_reduce"])))
 def test_what_is_said_is_what_is_asked(layout: Layout, t: int, asked: list[str]) -> None:
     """By the proof, by explain and by the ranks, uneven as the pieces are; no keys are gathered."""
@@ -90,7 +90,8 @@ def test_what_is_said_is_what_is_asked(layout: Layout, t: int, asked: list[str])
     assert [row.op for row in report.traffic] == [name for _, name, _ in log]
     assert parse_program(str(explicit), TABLE) == explicit
     if layout is RING and t == 4:
-        assert report.traffic[0].received == tuple(2 * 2 * 7 * 8 * n for n in (2, 3, 2))
+        # a query of rank 2 to rank 0's keys; three keys to rank 1's query, one to rank 2's
+        assert report.traffic[0].received == tuple(2 * 2 * 8 * n for n in (2 * 3, 3 * 7, 1 * 7))
         assert str(report.traffic[0].before) == "B S/cp K H"
 
 
@@ -136,41 +137,51 @@ class Largest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("balanced", (False, True))
-def test_a_ring_holds_one_piece_of_the_keys(balanced: bool) -> None:
+@pytest.mark.parametrize("causal", (False, True))
+def test_a_ring_holds_pieces_of_two_ranks(causal: bool) -> None:
     """Beside what a rank has of the queries: neither scores nor the keys of all."""
     n, ranks = 64, 4
     q, k, *_ = inputs(n, n)
-    of = [(tuple(range(ranks)), [(n * i, n) for i in range(ranks)], me, balanced, q, k, k,
-           Seen(n * me, n, n * me, n), Scores(0.5)) for me in range(ranks)]
+    pieces = tuple((n * i, n) for i in range(ranks))
+    of = [(tuple(range(ranks)), Ring(pieces, pieces, causal), me, q, k, k, Seen(n * me, n, n * me, n, causal),
+           Scores(0.5)) for me in range(ranks)]
     with Largest() as largest:
         made = run_ranks([attend_ring(*args) for args in of])
         run_ranks([attend_ring_vjp(*args, out, lse, out) for args, (out, lse) in zip(of, made)])
-    # what is dealt for backward is of q, k, v, the result and its cotangent
+    # what travels for backward is of q, the result, its cotangent and the lse
     assert largest.most <= 4 * q.numel() < ranks * 4 * k.numel()
 
 
-@pytest.mark.parametrize("n, ranks", ((16, 4), (13, 3), (3, 4), (0, 2)))
-def test_halves_go_there_and_home(n: int, ranks: int) -> None:
-    """Each rank has a piece from the front and one from the back; of even ones all see as many pairs."""
-    pieces = [Mesh(x=ranks).extent(n, ("x",), dict(x=i)) for i in range(ranks)]
-    group, rows = tuple(range(ranks)), torch.arange(n)[None, :, None]
-    every = [Halves(pieces, i) for i in range(ranks)]
-    held = [rows[:, start:start + size] for start, size in pieces]
-    dealt = run_ranks([of.dealt(group, x) for of, x in zip(every, held)])
-    for of, got in zip(every, dealt):
-        assert got.flatten().tolist() == [i for start, size in of.mine for i in range(start, start + size)]
-    home = run_ranks([of.home(group, x) for of, x in zip(every, dealt)])
-    assert all(map(torch.equal, home, held))
-    if n % (2 * ranks) == 0:
-        pairs = [[rows_of(hop.rows, size) * rows_of(hop.keys, size) / (1 + hop.seen.causal)
-                  for hop in hops(pieces, i, Seen(0, size, 0, size), True) if hop]
-                 for i, (_, size) in enumerate(pieces)]
-        assert len({tuple(of) for of in pairs}) == 1
+@pytest.mark.parametrize("window", (None, 1, 3, 6))
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("t, s, ranks", ((16, 16, 4), (12, 12, 2), (13, 13, 3), (10, 10, 5), (3, 3, 4),
+                                         (5, 9, 3), (9, 4, 2), (0, 2, 2)))
+def test_each_pair_is_seen_once(t: int, s: int, ranks: int, causal: bool, window: int | None) -> None:
+    """At one of the two ranks that have a part of it, at most one thing in a round; nothing travels that is
+    not seen, and of what is causal alone all have as much to do."""
+    mesh = Mesh(x=ranks)
+    queries, keys = (tuple(mesh.extent(n, ("x",), dict(x=i)) for i in range(ranks)) for n in (t, s))
+    ring, times, pairs = Ring(queries, keys, causal, window), torch.zeros(t, s), [0] * ranks
 
-
-def rows_of(of: slice, size: int) -> int:
-    return len(range(size)[of])
+    def add(at: int, shown: Seen) -> None:
+        seen = shown.block(0, shown.t, 0, shown.s)
+        block = torch.ones(shown.t, shown.s) if seen is None else seen[0, 0, 0].float()
+        times[shown.offset:shown.offset + shown.t, shown.first:shown.first + shown.s] += block
+        pairs[at] += int(block.sum())
+    for i in range(ranks):
+        add(i, Seen(queries[i][0], queries[i][1], *keys[i], causal, window))
+    for works in ring.rounds:
+        assert len({w.at for w in works}) == len(works)
+        for w in works:
+            assert w.at in (w.queries, w.keys) and w.other in (w.queries, w.keys) and w.at != w.other
+            shown = ring.shown(w, Seen(0, 0, 0, 0, causal, window))
+            add(w.at, shown)
+            block = shown.block(0, shown.t, 0, shown.s)
+            assert block is None or bool(block.any(3).all()) and bool(block.any(4).all())
+    every = Seen(0, t, 0, s, causal, window).block(0, t, 0, s)
+    assert torch.equal(times, torch.ones(t, s) if every is None else every[0, 0, 0].float())
+    if t == s and t % (2 * ranks) == 0 and window is None:
+        assert len({*pairs}) == 1 and len(ring.rounds) == (ranks // 2 if causal else ranks - 1)
 
 
 def test_between_processes() -> None:

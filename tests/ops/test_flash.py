@@ -7,6 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardlib.ops import flash
+from shardlib.ops.attend_lse import parts_of
+from shardlib.ops.seen import Seen
 from shardlib.oracle import same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,6 +55,41 @@ def test_the_kernels_of_gpus_are_called_as_torch_says(number: int, name: str, g:
         found = flash.attend_vjp(q, k, v, out, lse, cotangent, True, 0.3)
         assert found is not None
         assert [(x.shape, x.dtype) for x in found] == [(x.shape, dtype) for x in (q, k, v)]
+
+
+def test_windows_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash has them."""
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda params: True)
+    monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *of: of)
+    with FakeTensorMode():
+        q, k, v, cotangent = operands(2, torch.bfloat16, "cuda")
+        made = flash.attend(q, k, v, True, 0.3, (1, 0))
+        assert made is not None
+        out, lse = made
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:4], torch.float32)
+        found = flash.attend_vjp(q, k, v, out, lse, cotangent, True, 0.3, (1, 0))
+        assert found is not None
+        assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (q, k, v)]
+        monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda params: False)
+        assert flash.attend(q, k, v, True, 0.3, (1, 0)) is None
+
+
+@pytest.mark.parametrize("seen, parts", (
+    (Seen(0, 6, 0, 6, window=2), [(0, 6, True, (1, 0))]), (Seen(0, 6, 0, 6, window=6), [(0, 6, True, None)]),
+    (Seen(4, 2, 0, 9, window=3), [(2, 6, True, (2, 0))]),
+    (Seen(4, 3, 0, 6, window=2), [(3, 6, True, (0, 1))]),
+    (Seen(4, 2, 0, 6, False, 3), [(2, 6, False, (2, 2))]),
+    (Seen(6, 2, 3, 3, window=4), [(0, 3, True, (1, 2))]),
+    (Seen(6, 3, 3, 3, False, 4), [(0, 3, False, (0, 6))]), (Seen(0, 4, 0, 6, False, 3), None),
+    (Seen(6, 4, 3, 3, window=4), None), (Seen(0, 2, 1, 6, window=1), None)))
+def test_which_keys_a_window_takes(seen: Seen, parts: list[tuple] | None) -> None:
+    """The same pairs as `block` says, where the last query stands at the last key."""
+    assert parts_of(seen) == parts
+    for low, high, _, near in (parts or []) if seen.window != seen.s else []:
+        at, shown = torch.arange(seen.t)[:, None] + (high - low - seen.t), torch.arange(high - low)
+        own = (shown >= at - near[0]) & (shown <= at + near[1])
+        whole = seen.block(0, seen.t, 0, seen.s)[0, 0, 0]
+        assert torch.equal(whole[:, low:high], own) and not whole[:, :low].any() and not whole[:, high:].any()
 
 
 def test_what_no_kernel_takes() -> None:

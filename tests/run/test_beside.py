@@ -10,8 +10,10 @@ import torch
 from fake_cuda import Cuda
 
 from shardlib import Layout, Mesh, einsum, lower, sharded
+from shardlib.distributed.aside import Begins
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.router import Router
+from shardlib.language.exchanges import Early, arrived, carried_out
 from shardlib.run import beside as module
 from shardlib.run.beside import beside, largest_sum
 
@@ -85,6 +87,40 @@ def test_a_group_without_another_communicator_runs_it_in_its_turn(cuda: Cuda, co
     group = Group(log, cuda, communicators, deterministic)
     beside(here, call(log, group, "a", 1))
     assert log == ["a0 has ''", f"sum of a0 by {len(communicators)} on main", "a ends with \"a0'\""]
+
+
+class Begun(Group, Begins):
+    def __init__(self, device: torch.device, *args: Any) -> None:
+        super().__init__(*args)
+        self.device = device
+
+
+def one_early(log: list[str], group: Any) -> Iterator[Any]:
+    coming = yield Early((group, "all_reduce", "a", "sum"))
+    log.append("computes")
+    got = yield group, "all_reduce", "b", "sum"
+    return got, arrived(coming)
+
+
+def test_an_early_request_travels_while_others_compute(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one call, on a stream of its own, by the communicators that do not fill the GPU; by those that the
+    group has then."""
+    monkeypatch.setattr("shardlib.distributed.aside.side_stream", module.side_stream)
+    log, group = cuda.log, Begun(torch.device("cuda", 0), cuda.log, cuda)
+    assert carried_out(one_early(log, group), at="here") == ("b'", "a'")
+    assert log == ["side waits for main", "sum of a by 1 on side", "computes", "sum of b by 2 on main",
+                   "main waits for event 1"]
+    group.communicators, group.router = (Fills(),), Router("tp", 2, (Fills(),))
+    log.clear()
+    assert carried_out(one_early(log, group), at="here") == ("b'", "a'")
+    assert log == ["sum of a by 1 on main", "computes", "sum of b by 1 on main"]
+
+
+def test_what_is_early_is_done_at_once_on_the_cpu() -> None:
+    log: list[str] = []
+    group = Begun(torch.device("cpu"), log)
+    assert carried_out(one_early(log, group), at="here") == ("b'", "a'")
+    assert log == ["sum of a, here", "computes", "sum of b, here"]
 
 
 def test_the_largest_sum() -> None:
