@@ -100,12 +100,12 @@ def read_rate(device: torch.device) -> float:
 
 
 def step_bytes(model: Model, rows: int) -> int:
-    """Of weights that a step of so many rows reads here: all but the rows of an embedding that no token
-    names; of experts as many as are hit on average, where all are as likely."""
+    """Of weights that a step of so many rows reads here: all but other stages', and the rows of an embedding
+    that no token names; of experts as many as are hit on average, where all are as likely."""
     c = model.config
     hit = 1 - (1 - c.top_k / c.num_experts) ** rows if isinstance(c, MixtralConfig) else 1.0
     return round(sum(t.nbytes * (hit if name.endswith(EXPERTS) else 1) for name, t in _tensors(model.weights)
-                     if c.tied or not name.endswith("w.embed")))
+                     if not t.is_meta and (c.tied or not name.endswith("w.embed"))))
 
 
 def _tensors(tree: object) -> Iterable[tuple[str, torch.Tensor]]:

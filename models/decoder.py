@@ -27,12 +27,15 @@ from shardlib.models.slots import Slots, Smaller, round_up
 from shardlib.params import Params, fill, leaf_values
 from shardlib.run.beside import beside, largest_sum
 from shardlib.run.captured import Graph
-from shardlib.run.turns import Pipeline, Requests
+from shardlib.run.stretches import Stretches
+from shardlib.run.turns import Pipeline, Requests, untold
 from shardlib.spec import Spec
 
 PROMPT_TOKENS, LATER_TOKENS = 1 << 15, 1 << 12
 """Tokens of all rows that go through the model at once: at the beginning of prompts;
 after it, where attention makes a bias of what each query sees."""
+STAGE_TOKENS = 1 << 12
+"""The same of a pipeline, whose stages are at different chunks at once."""
 CAPTURED_TOKENS = 1 << 13
 """Up to which the beginning of prompts is captured, once its size comes again:
 its launches take longer than its work."""
@@ -68,6 +71,7 @@ class Decoder:
         self.buffer, self.graph = cache, graph
         self.capacity, self._made, self._turn = 0, 0, 0
         self._graphs: dict[tuple[int, int], Graph] = {}
+        self._stretches: dict[tuple[int, int], Stretches] = {}          # of a pipeline
         self._beginnings: dict[tuple[int, ...], Beginning | None] = {}      # None: has come once
         self._caches: dict[tuple[int, ...], object] = {}
         self._sums: dict[tuple[bool, int, int, int], int] = {}
@@ -112,12 +116,17 @@ class Decoder:
     def advancing(self, slots: Slots) -> Requests:
         """As `advance`."""
         key = slots.size, self.capacity
-        if not self.graph or self.pipeline:
+        title = f"{self.name}, {slots.size} rows of {self.capacity}"
+        if not self.graph:
             yield from self._step(*key)
+        elif self.pipeline:
+            if key not in self._stretches:
+                self._stretches[key] = Stretches(title, lambda: self._step(*key), self.runtime,
+                                                 self.pipeline.line)
+            yield from self._stretches[key].run()
         elif key in self._graphs:
             self._graphs[key].replay()
         else:
-            title = f"{self.name}, {slots.size} rows of {self.capacity}"
             self._graphs[key] = Graph(title, lambda: answered(self._step(*key)), self.runtime)
 
     def fetch(self, slots: Slots) -> Callable[[], list[int]]:
@@ -138,7 +147,7 @@ class Decoder:
 
     def captured(self, slots: Slots) -> bool:
         """Whether a bucket of this size has its graph."""
-        return (slots.size, self.capacity) in self._graphs
+        return (slots.size, self.capacity) in (self._stretches if self.pipeline else self._graphs)
 
     def cache_bytes(self, rows: int, length: int) -> int:
         """Of the keys and values of so many rows on this rank, each `length` long."""
@@ -165,7 +174,8 @@ class Decoder:
 
     def _prefill(self, size: int, rows: Sequence[Sequence[int]]) -> Requests:
         """The prompts in chunks, padded on the right: what padding writes is overwritten
-        before a query may see it."""
+        before a query may see it. Of a pipeline no stage waits between them for what the last one chooses: it
+        tells all tokens at the end."""
         lengths, chosen = self._tensor([len(p) for p in rows]), torch.zeros_like(self.tokens[:size])
         for leaf in self._views(size, self.capacity).values():
             leaf.zero_()  # a slot that is masked counts as 0 times what lies there: it must not be a NaN
@@ -177,9 +187,12 @@ class Decoder:
                 self._begin_prompts(ids, last, chosen)
             else:
                 start = torch.full_like(lengths, begin)
-                chosen.copy_((yield from self._run(begin == 0, size, self.capacity, ids, start, last)))
+                run = self._run(begin == 0, size, self.capacity, ids, start, last)
+                chosen.copy_((yield from untold(run, self.pipeline.line)) if self.pipeline else answered(run))
             here = (lengths > begin) & (lengths <= begin + count)
             self.tokens[:size] = torch.where(here, chosen, self.tokens[:size])
+        if self.pipeline:
+            self.tokens[:size] = yield self.pipeline.line.tells(self.tokens[:size])
 
     def _begin_prompts(self, ids: Tensor, last: Tensor, chosen: Tensor) -> None:
         """As `_run` does; from the second time on by a graph."""
@@ -207,7 +220,8 @@ class Decoder:
         """(begin, length) of each: of few lengths, so that few programs are made."""
         begin = 0
         while begin < longest:
-            most = max(SMALLEST_CHUNK, round_up((PROMPT_TOKENS if begin == 0 else LATER_TOKENS) // size))
+            tokens = STAGE_TOKENS if self.pipeline else PROMPT_TOKENS if begin == 0 else LATER_TOKENS
+            most = max(SMALLEST_CHUNK, round_up(tokens // size))
             wanted = max(SMALLEST_CHUNK, round_up(longest - begin)) if self.graph else longest - begin
             count = min(wanted, most, self.capacity - begin)
             yield begin, count
@@ -275,6 +289,7 @@ class Decoder:
     def _forget(self) -> None:
         """Lets go the graphs on buffers that are no more."""
         self._graphs.clear()
+        self._stretches.clear()
         self._beginnings.clear()
 
     def _tensor(self, values: Sequence) -> Tensor:

@@ -40,9 +40,7 @@ class Parcel(NamedTuple):
 
 class Channels:
     """The messages of one member of `group`. ways: the communicator of each of its channels, in which the one
-    that posts is member 0.  order: what goes over each, in order, in one round, which ends with `wait`; of a
-    channel, (member that posts, member that takes), of which it says nothing, messages are taken in the order
-    in which they are posted."""
+    that posts is member 0.  order: what goes over each, in order, in one round, which ends with `wait`."""
 
     name = "channels"
 
@@ -52,18 +50,19 @@ class Channels:
         self._of = {parcel.number: name for name, parcels in order.items() for parcel in parcels}
         self._at = dict.fromkeys(order, 0)
         self._posted: deque[tuple[Any, Tensor, int]] = deque()
-        self._come: dict[int, tuple[Any, Tensor]] = {}
+        self._come: dict[Hashable, tuple[Any, Tensor]] = {}
         self._taken: deque[tuple[Any, object]] = deque()
 
     def post(self, x: Tensor, to: int, number: int, at: object = None) -> None:
         """Hands x to member `to`, some time; x must not change before `wait`."""
-        x = plain(x)
-        given = Parcel(number, tuple(x.shape), x.dtype)
-        name = self._of[number] if number in self._of else (self.group.rank_in_group, to)
-        parcel = self._next(name, given)
-        if parcel != given:
+        name, x = self._of[number], plain(x)
+        parcel = self._next(name)
+        if parcel != (number, tuple(x.shape), x.dtype):
             raise SpecError(f"channel {name}: message {number}, {x.dtype} of {tuple(x.shape)}, is posted; "
                             f"the next is {parcel.number}, {parcel.dtype} of {parcel.shape}")
+        self._post(name, x, to, at)
+
+    def _post(self, name: Hashable, x: Tensor, to: int, at: object) -> None:
         if x.numel():
             work = self.group.passed("send", to, x.dtype, x.numel(), self._ways[name].post, x, 1, at=at)
             _append(self._posted, (work, x, to))
@@ -71,21 +70,20 @@ class Channels:
     def take(self, shape: Sequence[int], dtype: torch.dtype, source: int, number: int,
              at: object = None) -> Tensor:
         """What member `source` posts under this number: a tensor of this shape and dtype."""
-        name = self._of[number] if number in self._of else (source, self.group.rank_in_group)
+        name = self._of[number]
         while number not in self._come:
-            parcel = self._next(name, Parcel(number, tuple(shape), dtype))
+            parcel = self._next(name)
             self._come[parcel.number] = self._expect(name, parcel)
-        work, found = self._come.pop(number)
+        return self._arrived(*self._come.pop(number), source, at).view(tuple(shape))
+
+    def _arrived(self, work: Any, found: Tensor, source: int, at: object) -> Tensor:
         if work is not None:
-            self.group.passed("recv", source, dtype, found.numel(), work.wait, at=at)
+            self.group.passed("recv", source, found.dtype, found.numel(), work.wait, at=at)
             if self.group.device.type == "cuda":
                 _append(self._taken, (work, at))
-        return found.view(tuple(shape))
+        return found
 
-    def _next(self, name: Hashable, given: Parcel) -> Parcel:
-        """What comes next over a channel: what was to come, or else what is given."""
-        if name not in self._order:
-            return given
+    def _next(self, name: Hashable) -> Parcel:
         self._at[name] += 1
         return self._order[name][self._at[name] - 1]
 
@@ -106,6 +104,29 @@ class Channels:
         """The first message that the GPU waits for."""
         waits = next((at for work, at in tuple(self._taken) if not work.is_completed()), None)
         return None if waits is None else f"the GPU waits for a message, at {waits}"
+
+
+class Lanes(Channels):
+    """Channels of which nobody knows before what comes: from each member to each other, (source, target), all
+    is asked for in the order in which it is posted."""
+
+    def __init__(self, group: GroupCoordinator, ways: Mapping[Hashable, TorchDistributed]) -> None:
+        super().__init__(group, ways, {})
+
+    def post(self, x: Tensor, to: int, number: int, at: object = None) -> None:
+        self._post((self.group.rank_in_group, to), plain(x), to, at)
+
+    def ask(self, shape: Sequence[int], dtype: torch.dtype, source: int, number: int) -> None:
+        """Has room for what is taken later, so that it may come, whatever is asked for in between."""
+        name = source, self.group.rank_in_group
+        self._come[name, number] = self._expect(name, Parcel(number, tuple(shape), dtype))
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype, source: int, number: int,
+             at: object = None) -> Tensor:
+        asked = (source, self.group.rank_in_group), number
+        if asked not in self._come:
+            self.ask(shape, dtype, source, number)
+        return self._arrived(*self._come.pop(asked), source, at).view(tuple(shape))
 
 
 def _append(queue: deque, last: tuple) -> None:

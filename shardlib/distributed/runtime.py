@@ -34,7 +34,7 @@ import torch.distributed as dist
 
 from shardlib.distributed.agreement import different_plans
 from shardlib.distributed.board import own_connection
-from shardlib.distributed.channels import Channels, Parcel
+from shardlib.distributed.channels import Channels, Lanes, Parcel
 from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.communicators.protocol import Factory, Place
 from shardlib.distributed.communicators.shared_memory import shared_memory
@@ -272,9 +272,9 @@ class Runtime:
         return group.queue
 
     def open_channels(self, axes: Sequence[str], ends: Mapping[Hashable, tuple[int, int]],
-                      order: Mapping[Hashable, Sequence[Parcel]]) -> Channels:
+                      order: Mapping[Hashable, Sequence[Parcel]] | None) -> Channels:
         """Channels between members of a group, each from one to another; see `channels`. All members of all
-        groups over `axes` call it, with the same ends; `order` is of those of this one."""
+        groups over `axes` call it, with the same ends; `order` is of those of this one, None for `Lanes`."""
         group, every = self.group(axes), self._process_groups.split
         group.check_open("open_channels")
         where = [group.ranks] if not every else list(dict.fromkeys(
@@ -287,7 +287,7 @@ class Runtime:
                     made = self._together(f"make channel {name}", self._process_groups.channel, name, both)
                     if self.rank in both:
                         ways[name] = TorchDistributed(made, both, self.rank)
-        channels = Channels(group, ways, order)
+        channels = Lanes(group, ways) if order is None else Channels(group, ways, order)
         if group._seat is not None:
             group._seat.communicators = (*group._seat.communicators, channels)
         return channels

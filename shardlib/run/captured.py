@@ -18,9 +18,11 @@ eagerly), arguments that want gradients, and ranks that come to record different
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor
@@ -40,20 +42,27 @@ class Graph:
     Every rank makes it, with one `plan`: its title, where pieces are alike. It is recorded on the stream on
     which it has run, where communicators and libraries then have what they need; on that of the caller it
     begins after what is there, and ends before what comes.
+
+    stretch: of a call that has run and that goes on behind it (`stretches`): it is recorded alone, while
+    messages may be under way, so that the host waits for nothing.
     """
 
-    def __init__(self, title: str, call: Callable[[], None], runtime: Runtime, plan: str = "") -> None:
+    def __init__(self, title: str, call: Callable[[], None], runtime: Runtime, plan: str = "",
+                 stretch: bool = False) -> None:
         self.title, self._call = title, call
         self._graph: torch.cuda.CUDAGraph | None = None
-        runtime.compare_plans(f"the graph of {plan or title}", plan or title)
+        if not stretch:
+            runtime.compare_plans(f"the graph of {plan or title}", plan or title)
         if runtime.device.type != "cuda":
             call()
             return
         graph, pool = new_graph(runtime.device)
         with on_capture_stream(runtime.device) as stream, chained():
-            call()
+            if not stretch:
+                call()
             try:
-                with torch.cuda.graph(graph, pool, stream, "thread_local"):
+                with (_capture(graph, pool) if stretch
+                      else torch.cuda.graph(graph, pool, stream, "thread_local")):
                     call()
             except RankError:
                 raise
@@ -76,6 +85,18 @@ class Graph:
         """Lets go what was recorded; it cannot be replayed any more."""
         self._graph.reset()
         self._graph, self._call = None, partial(_closed, self.title)
+
+
+@contextmanager
+def _capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> Iterator[None]:
+    """As torch.cuda.graph, which first waits for all that the GPU has to do. A stretch may be empty."""
+    graph.capture_begin(pool, "thread_local")
+    try:
+        yield
+    finally:
+        with catch_warnings():
+            filterwarnings("ignore", "The CUDA Graph is empty")
+            graph.capture_end()
 
 
 def _closed(title: str) -> NoReturn:

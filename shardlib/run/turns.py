@@ -19,11 +19,14 @@ another all messages are taken in the order in which they are posted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from shardlib.distributed.channels import Channels
+import torch
+from torch import Tensor
+
+from shardlib.distributed.channels import Channels, Lanes
 from shardlib.distributed.mail import Mail, by_number
 from shardlib.distributed.runtime import Runtime
 from shardlib.run.rank_program import POST, TAKE
@@ -43,6 +46,14 @@ class Line:
     here: int
     number: int = 0
 
+    def crosses(self, request: tuple) -> bool:
+        """Whether what is asked comes from, or goes to, another stage, and nobody else has a part in it."""
+        return request[0] == self.group and request[1] in ("send", "broadcast")
+
+    def tells(self, x: Any) -> tuple:
+        """The request for x of the last stage, on all."""
+        return self.group, "broadcast", x, self.stages - 1
+
 
 class Sent(NamedTuple):
     """A message of a call. number: which of several in this turn from one stage to the other."""
@@ -58,10 +69,12 @@ class Sent(NamedTuple):
 
 
 class Turns:
-    """Calls on the rank of one stage.  doing: whose turn it is, in words."""
+    """Calls on the rank of one stage.  ahead: hears of each message that is taken in a later turn, and of a
+    tensor like it.  doing: whose turn it is, in words."""
 
-    def __init__(self, calls: Sequence[Requests], line: Line) -> None:
-        self.line, self.doing = line, ""
+    def __init__(self, calls: Sequence[Requests], line: Line,
+                 ahead: Callable[[Sent, Any], None] = lambda message, x: None) -> None:
+        self.line, self.ahead, self.doing = line, ahead, ""
         self._calls = [_Call(i, call) for i, call in enumerate(calls)]
 
     def run(self) -> Requests:
@@ -77,13 +90,13 @@ class Turns:
         try:
             answer = yield from call.comes()
             while True:
-                group, method, x, *more = call.asks.send(answer)
-                if group != self.line.group or method not in ("send", "broadcast"):
-                    answer = yield group, method, x, *more
-                elif method == "send":
-                    answer = yield self._message(call, x, *more)
+                request = call.asks.send(answer)
+                if not self.line.crosses(request):
+                    answer = yield request
+                elif request[1] == "send":
+                    answer = yield self._message(call, *request[2:])
                 else:
-                    yield from self._tell(call, x, *more)
+                    yield from self._tell(call, *request[2:])
                     return
         except StopIteration as stop:
             call.ended, call.made = True, stop.value
@@ -99,9 +112,24 @@ class Turns:
         for other in range(self.line.stages):
             if here == root != other:
                 yield self._message(call, x, root, other)
-        call.asked = self._message(call, x, root, here) if here != root else None
+        if here != root:
+            call.asked = self._message(call, x, root, here)
+            self.ahead(*call.asked[1:])
         call.turns += 1
         call.sent.clear()
+
+
+def untold(asks: Requests, line: Line) -> Requests:
+    """What a call returns, but that nothing is told: each stage goes on with what it has in place of that, at
+    once."""
+    answer = None
+    try:
+        while True:
+            request = asks.send(answer)
+            told = line.crosses(request) and request[1] == "broadcast"
+            answer = request[2] if told else (yield request)
+    except StopIteration as stop:
+        return stop.value
 
 
 class _Call:
@@ -131,11 +159,17 @@ class Pipeline:
         ends = {(s, t): (s, t) for s in range(stages) for t in range(stages)
                 if t == s + 1 or s == stages - 1 != t}
         way = by_number(group)
-        self._mail: Mail | Channels = Mail(group, way) if way else runtime.open_channels((axis,), ends, {})
+        self._mail: Mail | Channels = Mail(group, way) if way else runtime.open_channels((axis,), ends, None)
+        if isinstance(self._mail, Lanes):               # both ends make it when they first use it, and wait
+            for s, t in ends:
+                if self.line.here == s:
+                    self._mail.post(torch.zeros(1, device=runtime.device), t, 0, "the first of a channel")
+                elif self.line.here == t:
+                    self._mail.take((1,), torch.float32, s, 0, "the first of a channel")
 
     def run(self, calls: Sequence[Requests]) -> list[Any]:
         """What each call returns; see the module. All ranks make the same calls, in the same order."""
-        turns = Turns(calls, self.line)
+        turns = Turns(calls, self.line, self._ahead)
         asking, answer = turns.run(), None
         with without_autocast():
             try:
@@ -144,6 +178,11 @@ class Pipeline:
             except StopIteration as stop:
                 self._mail.wait(turns.doing)
                 return stop.value
+
+    def _ahead(self, message: Sent, x: Tensor) -> None:
+        """On a GPU who posts may hold up its host until there is room: so there is, from the start."""
+        if isinstance(self._mail, Lanes):
+            self._mail.ask(x.shape, x.dtype, message.source, message.call)
 
     def _answer(self, doing: str, group: Any, method: Any, x: Any, *more: Any) -> Any:
         if group == POST:

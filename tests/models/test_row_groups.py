@@ -16,6 +16,7 @@ from simulated_ranks import generate, model_at
 
 from shardlib import Layout, Mesh, SpecError, init
 from shardlib.distributed.runtime import connect
+from shardlib.models import decoder
 from shardlib.models.decoding import Model, Sampling, weights_of
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig
@@ -88,6 +89,23 @@ def test_what_travels_are_ids_and_the_carry(placed: dict[str, list[Model]]) -> N
     assert [numel for message, _, numel in log if message.target == 0] == [4, 3] * 3
 
 
+def test_chunks_of_prompts_wait_for_no_token(one: Model, placed: dict[str, list[Model]],
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 3 chunks and 2, whose rows end in different ones: the first stage sends the carry of all chunks, and
+    takes one message from the last, the tokens of all rows; with one group alone, too."""
+    prompts = [[n % 13 for n in range(length)] for length in (40, 33, 17, 3)]
+    monkeypatch.setattr(decoder, "STAGE_TOKENS", 1)                     # chunks of 16
+    for sampling in (DRAWN, GREEDY):
+        wanted = one.generate(prompts, 4, (), sampling, graph=False).tokens
+        for groups, chunks in ((1, [3]), (2, [3, 2])):
+            found, log = generate(placed["pp=3"], prompts, 4, (), sampling, groups=groups)
+            sent = [m for m, _, _ in log if isinstance(m, Sent) and m.turn == 0]
+            assert found == [wanted] * 3
+            ends = [(m.source, m.target, m.call) for m in sent]
+            assert [ends.count((0, 1, group)) for group in range(groups)] == chunks
+            assert [ends.count((2, 0, group)) for group in range(groups)] == [1] * groups
+
+
 def test_groups_are_a_number() -> None:
     assert split_rows(3, None, 4) == [range(0, 1), range(1, 2), range(2, 3)]
     for wrong in (0, True, 1.0):
@@ -102,6 +120,7 @@ import torch
 from shardlib import Mesh, init
 from shardlib.api import shard_of
 from shardlib.distributed.runtime import connect
+from shardlib.models import decoder
 from shardlib.models.decoding import Model, Sampling, weights_of, weight_types
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig

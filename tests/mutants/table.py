@@ -738,7 +738,11 @@ MUTANTS = (
         ("shardlib/run/turns.py", "if here == root != other:", "if here == root and other == 0:"),
         ("shardlib/run/turns.py", "call.sent.clear()", "pass"),
         ("models/decoder.py", "first + (row or 0)", "(row or 0)"),
+        ("models/decoder.py", "yield from untold(run, self.pipeline.line)", "yield from run"),
         ("models/row_groups.py", "if said[0] is None else said.popleft()", "if len(said) > 1 else said[0]"))),
+    *(Mutant("shardlib/run/stretches.py", old, new, "tests/run/test_turns.py") for old, new in (
+        ("room.copy_(answer)", "pass"), ("if not self.made:", "if self.made is not None:"),
+        ("while not self.line.crosses(request):", "while False:"))),
     # programs under a schedule
     *(Mutant(f"shardlib/{file}.py", old, new, "tests/run/test_scheduled.py") for file, old, new in (
         ("compiler/grad", "inner.total(path, late=True)", "inner.total(path)"),
@@ -759,7 +763,7 @@ MUTANTS = (
       for file, old, new in (
         ("channels", "self._at = dict.fromkeys(self._at, 0)", "pass"),
         ("channels", "while number not in self._come:", "if True:"),
-        ("channels", "if parcel != given:", "if False:"),
+        ("channels", "if parcel != (number, tuple(x.shape), x.dtype):", "if False:"),
         ("mail", " == group.device.type), None)", " != ''), None)"))),
     Mutant("shardlib/run/rank_program.py", "self.watch.end(action)", "pass", "tests/run/test_scheduled.py"),
     Mutant("shardlib/reports/timetable.py", "for n in given if n in later)", "for n in given)",
