@@ -22,6 +22,13 @@ class Said:
     def __init__(self, fields: Mapping[str, Any], where: str) -> None:
         self.fields, self.where = fields, where
 
+    def assuming(self, **fields: Any) -> Said:
+        """The same, and these where it says nothing of them: what transformers takes then.
+
+        A null is said: it is read as the default of whoever asks.
+        """
+        return Said({**fields, **self.fields}, self.where)
+
     def error(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {text}")
 

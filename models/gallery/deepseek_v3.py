@@ -145,7 +145,7 @@ def config(said: Said) -> DeepseekConfig:
         said.only(key, only, default=only)
     experts, heads, layers = (said.size(key) for key in ("n_routed_experts", "num_attention_heads",
                                                          "num_hidden_layers"))
-    said.only("num_key_value_heads", heads, default=heads)
+    said.assuming(num_key_value_heads=128).only("num_key_value_heads", heads, default=heads)
     width, plain, turned = (said.size(key) for key in ("moe_intermediate_size", "qk_nope_head_dim",
                                                        "qk_rope_head_dim"))
     dense, value, chosen = said.size("first_k_dense_replace"), said.size("v_head_dim"), top_k(said, experts)

@@ -31,7 +31,8 @@ def moe(h, w, config):
 
 def experts_config(said: Said, width: str, **more: Any) -> ExpertsConfig:
     """The config of such a decoder; what it calls the d_ff of an expert."""
-    experts = said.size("num_experts", default=said.fields.get("num_local_experts"))
+    older = said.fields.get("num_experts") is None and said.fields.get("num_local_experts") is not None
+    experts = said.size("num_local_experts" if older else "num_experts")
     chosen = top_k(said, experts)
     config = decoder_config(said, kind=ExpertsConfig, top_k=chosen,
                             renormalise=said.flag("norm_topk_prob", default=False), **more)

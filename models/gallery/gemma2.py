@@ -103,6 +103,8 @@ def rows(config: Config) -> tuple[Weight, ...]:
 
 
 def config(said: Said) -> Config:
+    said = said.assuming(num_key_value_heads=4, head_dim=256, attn_logit_softcapping=50.0,
+                         final_logit_softcapping=30.0)
     said.only("attention_bias", False, default=False)
     layers = said.size("num_hidden_layers")
     pairs = said.whole(layers, 2, "pairs of layers")

@@ -24,6 +24,7 @@ def block(x, w, angles, past, config):
 
 
 def config(said: Said) -> Config:
+    said = said.assuming(num_key_value_heads=8, sliding_window=4096)
     return decoder_config(said, window=said.size("sliding_window", default=None))
 
 

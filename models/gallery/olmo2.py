@@ -66,7 +66,7 @@ def rows(config: Config) -> tuple[Weight, ...]:
 
 def config(said: Said) -> Config:
     said.only("attention_bias", False, default=False)
-    return decoder_config(said)
+    return decoder_config(said, eps=1e-5)
 
 
 OLMO2 = Page.of("olmo2", CausalLM(Olmo2, dict(layers=block)), config, rows)

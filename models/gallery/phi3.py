@@ -36,7 +36,7 @@ def config(said: Said) -> Config:
     window, context = said.size("sliding_window", default=None), said.size("max_position_embeddings")
     if window is not None and window < context:
         raise said.error(f"sliding_window is {window} of {context}, which is not implemented")
-    return decoder_config(said)
+    return decoder_config(said, eps=1e-5)
 
 
 PHI3 = Page.of("phi3", CausalLM(Phi3, dict(layers=block)), config, rows)

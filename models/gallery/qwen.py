@@ -78,7 +78,7 @@ def qwen3_rows(config: Config) -> tuple[Weight, ...]:
 def config(said: Said) -> Config:
     said.only("use_sliding_window", False, default=False)
     said.only("attention_bias", False, default=False)
-    return decoder_config(said)
+    return decoder_config(said.assuming(num_key_value_heads=32))
 
 
 QWEN2 = Page.of("qwen2", LM, config, qwen2_rows)

@@ -59,7 +59,7 @@ def config(said: Said) -> ExpertsConfig:
     said.only("attention_bias", False, default=False)
     said.only("decoder_sparse_step", 1, default=1)
     said.only("mlp_only_layers", [], default=[])
-    return experts_config(said, "moe_intermediate_size")
+    return experts_config(said.assuming(num_key_value_heads=4), "moe_intermediate_size")
 
 
 QWEN3_MOE = Page.of("qwen3_moe", CausalLM(Qwen3Moe, dict(layers=block)), config, rows)

@@ -107,9 +107,11 @@ def config(said: Said) -> Config:
     said.only("qkv_bias", True, default=True)
     d_model, heads = said.size("hidden_size"), said.size("num_attention_heads")
     image, patch = said.size("image_size"), said.size("patch_size")
-    patches = said.whole(image, patch, "patches") ** 2
+    patches, labels = said.whole(image, patch, "patches") ** 2, said.get("id2label", {"0": "", "1": ""})
+    if not isinstance(labels, dict) or not labels:
+        raise said.error("id2label is no table of labels")
     return Config(
-        (("V", len(said.fields.get("id2label") or "01")), ("C", said.size("num_channels")), ("P", patch),
+        (("V", len(labels)), ("C", said.size("num_channels")), ("P", patch),
          ("Q", patch), ("T", patches + 1), ("D", d_model), ("L", said.size("num_hidden_layers")),
          ("K", heads), ("H", said.whole(d_model, heads, "elements a head")),
          ("F", said.size("intermediate_size"))),
