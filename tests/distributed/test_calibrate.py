@@ -1,7 +1,9 @@
 """calibrate: what it measures, that all ranks have the same table, and that calls are routed by it."""
 from __future__ import annotations
 
+import datetime
 import json
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from launching import ranks
 from pool import Pool
 
+from shardlib.distributed import calibrate
 from shardlib.distributed.calibrate import SIZES, axes_of, main, maker, measure, merged, target, write
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.distributed.communicators.shared_memory import shared_memory
@@ -62,6 +65,41 @@ def test_what_another_run_has_measured_stays() -> None:
                 Table("here", {"date": "2"}, (curve(2, 3.0),)))
     assert merged(old, new) == Table("here", {"date": "2"}, (curve(4, 2.0), curve(2, 3.0)))
     assert merged(Table("elsewhere", {}, (curve(8, 1.0),)), new) == new and merged(None, new) == new
+
+
+def test_where_figures_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit of a checkout; of what is installed, or where there is no git, the version."""
+    today, asked = datetime.date.today().isoformat(), []
+    torchs = {"versions": f"torch {torch.__version__}", "date": today}
+
+    def git(command: list[str], **how: object) -> SimpleNamespace:
+        asked.append((command, how["cwd"]))
+        return SimpleNamespace(stdout="abc123\n" if how["text"] else b"abc123\n")
+    monkeypatch.setattr(calibrate, "__file__", str(tmp_path / "a" / "b" / "c.py"))
+    monkeypatch.setattr(calibrate.subprocess, "run", git)
+    installed = {**torchs, "commit": f"shardlib {version('shardlib')}"}
+    assert calibrate.provenance(CPU) == installed and not asked
+    (tmp_path / ".git").mkdir()
+    assert calibrate.provenance(CPU) == {**torchs, "commit": "abc123"}
+    assert asked == [(["git", "rev-parse", "--short", "HEAD"], tmp_path)]
+    monkeypatch.setattr(calibrate.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(OSError()))
+    assert calibrate.provenance(CPU) == installed
+
+
+def test_times_are_of_the_slowest_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median of rounds, each as long as its slowest member took; one call before is not timed."""
+    ticks, calls, gathered = iter([0.0, 0.5, 10.0, 11.0, 20.0, 20.25, 30.0, 36.0, *range(100, 140)]), [], []
+
+    def all_gather(x: torch.Tensor, dim: int, sizes: tuple[int, ...]) -> torch.Tensor:
+        gathered.append((x.tolist(), dim, sizes))
+        return torch.cat([x, x.flip(0)])
+    group = SimpleNamespace(world_size=2, barrier=lambda: calls.append("barrier"), all_gather=all_gather)
+    monkeypatch.setattr(calibrate, "ROUNDS", 4)
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: next(ticks))
+    took = calibrate.time_on_cpu(lambda: calls.append("call"), group, 2)
+    assert calls == ["call", *["barrier", "call", "call"] * 4]
+    assert gathered == [([0.25, 0.5, 0.125, 3.0], 0, (4, 4))]
+    assert took == pytest.approx(1e6 * (0.5 + 3.0) / 2)
 
 
 def test_one_process_has_nothing_to_measure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

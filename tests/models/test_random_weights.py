@@ -12,7 +12,7 @@ from shardlib import Mesh
 from shardlib.models import bench_generate, generate
 from shardlib.models.decoding import weight_types
 from shardlib.models.layouts import named_layout
-from shardlib.models.random_weights import SHAPES, random_weights
+from shardlib.models.random_weights import SHAPES, random_weights, shape_of
 
 TINY = dataclasses.replace(SHAPES["llama3-1b"], vocab_size=256, d_model=32, num_layers=2, head_dim=4, d_ff=24)
 
@@ -25,6 +25,20 @@ def test_they_have_as_many_parameters_as_published(name: str, billions: float) -
     count = sum(torch.Size(Mesh().local_shape(kind, SHAPES[name].sizes, {})).numel()
                 for kind in types.values())
     assert round(count / 1e9, 3) == billions
+
+
+@pytest.mark.parametrize("name, heads, scaled, tied, context, theta", [
+    ("llama3-1b", (8, 32, 64), (32.0, 1.0, 4.0, 8192), True, 131072, 5e5),
+    ("llama3-8b", (8, 32, 128), None, False, 8192, 5e5), ("llama3-70b", (8, 64, 128), None, False, 8192, 5e5),
+    ("mixtral-8x7b", (8, 32, 128), None, False, 32768, 1e6)])
+def test_what_else_is_published_of_them(name: str, heads: tuple[int, int, int], scaled: tuple | None,
+                                        tied: bool, context: int, theta: float) -> None:
+    """Heads of keys, of queries, and their size: how many parameters there are says nothing of these."""
+    config = shape_of(f"random:{name}")
+    assert (config.num_kv_heads, config.num_kv_heads * config.queries_per_kv, config.head_dim) == heads
+    assert (config.scaling, config.tied, config.max_context, config.theta, config.eps) == (
+        scaled, tied, context, theta, 1e-5)
+    assert shape_of(name) is config
 
 
 def test_replicas_are_equal_and_pieces_are_not() -> None:

@@ -140,6 +140,7 @@ def test_without_a_file_they_are_kept_in_memory() -> None:
 def test_digests_tell_prompts_and_options_apart() -> None:
     assert len({digest([1, 2], (8, 0.0)), digest([1], (8, 0.0)), digest([1, 2], (9, 0.0)),
                 digest([1, 2], (8, 0.5))}) == 4
+    assert digest([1, 2], (8, 0.0)) == "bd0fe7f338921332"           # files that were begun before are known
 
 
 def test_a_request_is_known_by_all_that_decides_its_tokens() -> None:

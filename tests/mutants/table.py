@@ -62,7 +62,7 @@ GENERATES = "tests/models/test_gallery_generate.py"
 PYTREES = "tests/test_pytrees.py"
 CAPACITY = "tests/ops/test_expert_capacity.py"
 OF_EXPERTS = "tests/triton_kernels/test_experts.py"
-LIMITS = "tests/models/test_limits.py"
+LIMITS, FIELDS = "tests/models/test_limits.py", "tests/models/test_config_fields.py"
 SIMULATED = "tests/run/test_simulate.py"
 DECODER, ROTATED = "tests/models/test_decoder.py", "tests/compiler/test_rotate_scan.py -k leaves_alone"
 FUSE, FUSED, KERNELS = ("tests/compiler/test_fuse.py", "tests/language/test_fused.py",
@@ -1147,4 +1147,20 @@ MUTANTS = (
            "tests/distributed/test_launch.py -k less_often"),
     Mutant("shardlib/distributed/watchdog.py", "min(1.0, timeout_s / 40)", "max(1.0, timeout_s / 40)",
            WATCHDOG + " -k looks_forty"),
+    Mutant("models/gallery/mistral.py", ", sliding_window=4096", "", FIELDS),
+    Mutant("models/gallery/gemma2.py", "final_logit_softcapping=30.0", "final_logit_softcapping=None",
+           FIELDS),
+    Mutant("models/gallery/phi3.py", "eps=1e-5", "eps=1e-6", FIELDS),
+    Mutant("models/gallery/experts.py", 'said.fields.get("num_experts") is None and', "", FIELDS),
+    Mutant("models/files/said.py", "{**fields, **self.fields}", "{**self.fields, **fields}", FIELDS),
+    Mutant("models/mixtral_config.py", '    said.only("quantization_config", None)\n', "", FIELDS),
+    Mutant("models/layouts.py", '"K": wide[:1]', '"K": wide', "tests/models/test_layouts.py"),
+    Mutant("models/cache_buffer.py", "all(p in self._flat", "any(p in self._flat",
+           "tests/models/test_cache_buffer.py"),
+    Mutant("models/families.py", "lambda path: path[1:]", "lambda path: path",
+           "tests/models/test_families.py"),
+    Mutant("models/random_weights.py", "queries_per_kv=queries_per_kv, head_dim=head_dim",
+           "queries_per_kv=2 * queries_per_kv, head_dim=head_dim // 2", RANDOM + " -k published"),
+    Mutant("shardlib/distributed/calibrate.py", "text=True).stdout", "text=False).stdout",
+           "tests/distributed/test_calibrate.py -k come_from"),
 )
