@@ -6,7 +6,8 @@ the same written for torch.distributed.pipelining; and what a message takes.
 
 bf16, one row of 4,096 tokens a microbatch, loss and all gradients, no optimizer. Each row of
 results/pipeline.json: `ours` is the time of a step in ms, from a barrier until all ranks have their
-gradients, the median; `peers` torch's schedules in the same run; `predicted` what our schedule takes on a
+gradients, the median; `peers` torch's schedules in the same run, with layers alike on all stages and, where
+ours are cut by cost (`balance`), cut so; `predicted` what our schedule takes on a
 clock (`schedules.clock`), given how long each stage was at each kind of action in a step that was measured;
 `even` the same if all stages took equally long; `idle` measured, by the marks of that step; `loss` of both;
 `memory` the most GB that a rank held, and what `explain` says of the fullest. Messages: µs one way, of two
@@ -24,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,14 @@ import torch.distributed as dist
 from plain_pipeline import PlainPipeline, draw
 from record import RESULTS, row, write
 
-from shardlib import Layout, Mesh, compile, explain, value_and_grad
+from shardlib import Layout, Mesh, compile, explain, lower, value_and_grad
 from shardlib.distributed.channels import Parcel
 from shardlib.distributed.runtime import Runtime, connect
 from shardlib.models import random_weights
 from shardlib.models.decoding import weights_of
 from shardlib.models.llama import LlamaConfig, loss
 from shardlib.params import fill, leaf_values
+from shardlib.reports.balance import balance
 from shardlib.schedules import generators
 from shardlib.schedules.clock import Timeline, run
 from shardlib.schedules.folding import Fold, timeless
@@ -57,9 +60,14 @@ class Ours:
     """A step under a schedule, on this rank, with its weights."""
 
     def __init__(self, c: LlamaConfig, schedule: Schedule, ids: torch.Tensor, labels: torch.Tensor,
-                 runtime: Runtime, dtype: torch.dtype) -> None:
+                 runtime: Runtime, dtype: torch.dtype, balanced: bool = False) -> None:
         self.device, self.c = runtime.device, c
         sizes = dict(c.sizes, B=ids.shape[0], T=ids.shape[1])
+        if balanced:
+            program = lower(value_and_grad(loss), Layout(L="pp", B="mb"), None, None, weights_of(c), None,
+                            mesh=runtime.mesh, schedule=schedule, config=c)
+            schedule = balance(program, runtime.mesh, sizes, schedule)
+        self.schedule = schedule
         self.run = compile(value_and_grad(loss), Layout(L="pp", B="mb"), runtime=runtime, schedule=schedule,
                            sizes=sizes, config=c)
         self.fold = Fold(schedule, runtime.mesh)
@@ -152,22 +160,17 @@ def told(x: torch.Tensor | None) -> float:
 
 
 def case(name: str, microbatches: int, c: LlamaConfig, tokens: int, runtime: Runtime, dtype: torch.dtype,
-         steps: int, peers: list[str], group: dist.ProcessGroup) -> tuple[dict, dict]:
+         steps: int, peers: list[str], group: dist.ProcessGroup, balanced: bool) -> tuple[dict, dict]:
     device, ranks = runtime.device, runtime.mesh.axes["pp"]
     generator = torch.Generator().manual_seed(0)
     ids, labels = (torch.randint(c.vocab_size, (microbatches, tokens), generator=generator).to(device)
                    for _ in range(2))
     theirs, said = {}, {}
-    for peer in peers:
-        forget(device)
-        plain = PlainPipeline(c, peer, microbatches, ids, labels, dtype, device, group)
-        theirs[f"torch {peer}"] = statistics.median(timed(plain.step, steps, device))
-        said[peer] = told(plain.step()), told(norm(plain.gradient("embed"))), most(device)
-        del plain
     forget(device)
     schedule = MAKE[name](ranks, microbatches)
     began = time.perf_counter()
-    mine = Ours(c, schedule, ids, labels, runtime, dtype)
+    mine = Ours(c, schedule, ids, labels, runtime, dtype, balanced)
+    schedule = mine.schedule
     times = timed(mine.step, steps, device)
     built, memory = time.perf_counter() - began, most(device)
     value, grads = mine.step()
@@ -175,13 +178,23 @@ def case(name: str, microbatches: int, c: LlamaConfig, tokens: int, runtime: Run
     first = 0 in mine.fold.stages(runtime.coordinate["pp"])
     made = mine.run.timeline(*mine.args)
     clock, even = predicted(schedule, made)
+    grads = norm(embed) if first else None
+    mine.args = mine.run = embed = None
+    for peer, layers in ((peer, layers) for peer in peers for layers in dict.fromkeys(((), schedule.layers))):
+        forget(device)
+        plain = PlainPipeline(c, peer, microbatches, ids, labels, dtype, device, group, layers)
+        title = f"{peer}{', the same cut' if layers else ''}"
+        theirs[f"torch {title}"] = statistics.median(timed(plain.step, steps, device))
+        said[title] = told(plain.step()), told(norm(plain.gradient("embed"))), most(device)
+        del plain
     fullest = max(p.arguments + p.kept + p.sums for p in mine.explained.ranks)
-    done = row(f"{ranks} stages, {name}, {microbatches} microbatches", "ms", statistics.median(times),
+    cut = f", {' + '.join(map(str, schedule.layers))} layers" if schedule.layers else ""
+    done = row(f"{ranks} stages, {name}, {microbatches} microbatches{cut}", "ms", statistics.median(times),
                theirs)
     done |= {"predicted": round(clock, 2), "even": round(even, 2), "measured_idle": round(made.idle, 4),
              "predicted_idle": round(mine.explained.idle, 4), "marked": round(made.length * 1e3, 2),
              "tokens_per_s": round(microbatches * tokens / statistics.median(times) * 1e3),
-             "loss": told(value), "embed_gradient": told(norm(embed) if first else None),
+             "loss": told(value), "embed_gradient": told(grads),
              "theirs": {peer: dict(zip(("loss", "embed_gradient", "memory_gb"), of))
                         for peer, of in said.items()},
              "memory_gb": memory, "explained_gb": round(fullest / 1e9, 2), "build_s": round(built, 1)}
@@ -248,6 +261,7 @@ def main() -> None:
     parser.add_argument("--microbatches", default="8,16")
     parser.add_argument("--schedules", default="1f1b,interleaved,zero_bubble,zbv")
     parser.add_argument("--peers", default="1f1b,interleaved")
+    parser.add_argument("--cuts", default="even,balanced", help="layers alike, or by `balance`")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--turns", type=int, default=50)
     parser.add_argument("--out", default="pipeline")
@@ -267,10 +281,11 @@ def main() -> None:
         group = dist.new_group(backend=backend)
         rows += messages(runtime, BYTES if cuda else BYTES[:2], said.turns, backend)
         for name in said.schedules.split(","):
-            for microbatches in map(int, said.microbatches.split(",")):
-                peers = [p for p in said.peers.split(",") if p == name]
+            for many, cuts in product(said.microbatches.split(","), said.cuts.split(",")):
+                microbatches, last = int(many), cuts == said.cuts.split(",")[-1]
+                peers = [p for p in said.peers.split(",") if p == name and last]
                 done, when = case(name, microbatches, c, said.tokens, runtime, dtype, said.steps, peers,
-                                  group)
+                                  group, cuts == "balanced")
                 rows.append(done)
                 marks |= when
                 if runtime.rank == 0:

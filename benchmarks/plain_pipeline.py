@@ -54,14 +54,12 @@ class Layer(nn.Module):
 class Part(nn.Module):
     """The layers of one stage; the first has the embedding, the last the norm and the head."""
 
-    def __init__(self, c, stage: int, stages: int, tokens: int, dtype: torch.dtype,
+    def __init__(self, c, stage: int, layers: tuple[int, ...], tokens: int, dtype: torch.dtype,
                  device: torch.device) -> None:
         super().__init__()
-        each, more = divmod(c.num_layers, stages)
-        first = stage * each + min(stage, more)
+        first, stages = sum(layers[:stage]), len(layers)
         self.c, d, v = c, c.d_model, c.vocab_size
-        self.layers = nn.ModuleList(Layer(c, i, dtype, device)
-                                    for i in range(first, first + each + (stage < more)))
+        self.layers = nn.ModuleList(Layer(c, i, dtype, device) for i in range(first, first + layers[stage]))
         self.embed = nn.Parameter(draw("w.embed", None, (v, d), d, dtype, device)) if stage == 0 else None
         self.norm = (nn.Parameter(draw("w.norm", None, (d,), d, dtype, device)) if stage == stages - 1
                      else None)
@@ -84,15 +82,18 @@ def nats(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class PlainPipeline:
-    """One rank of a step: `step()` is the loss on the last stage's rank; gradients are left in `.grad`."""
+    """One rank of a step: `step()` is the loss on the last stage's rank; gradients are left in `.grad`.
+    layers: of each stage; (): alike."""
 
     def __init__(self, c, schedule: str, microbatches: int, ids: Tensor, labels: Tensor, dtype: torch.dtype,
-                 device: torch.device, group: dist.ProcessGroup) -> None:
+                 device: torch.device, group: dist.ProcessGroup, layers: tuple[int, ...] = ()) -> None:
         ranks, rank = dist.get_world_size(), dist.get_rank()
         stages = ranks if schedule == "1f1b" else 2 * ranks
         mine = ([rank] if stages == ranks else [rank, stages - 1 - rank] if schedule == "zbv"
                 else [rank, rank + ranks])
-        self.parts = [Part(c, s, stages, ids.shape[1], dtype, device) for s in mine]
+        each, more = divmod(c.num_layers, stages)
+        layers = layers or tuple(each + (s < more) for s in range(stages))
+        self.parts = [Part(c, s, layers, ids.shape[1], dtype, device) for s in mine]
         made = [PipelineStage(part, s, stages, device, group=group) for part, s in zip(self.parts, mine)]
         self.schedule = getattr(pipelining, SCHEDULES[schedule])(
             made[0] if len(made) == 1 else made, microbatches, loss_fn=nats)

@@ -7,7 +7,8 @@
 [(0, 3), (3, 2), (5, 2)]
 
 The last axis runs fastest. An alias names axes in order: `Mesh(dp=2, tp=3, ep=("dp", "tp"))`. Splits may be
-uneven: of n rows over k coordinates the first n mod k hold one more; several axes nest, outermost first.
+uneven: of n rows over k coordinates the first n mod k hold one more; several axes nest, outermost first. Or
+one says how many each holds: `Mesh(pp=(5, 3))` has two stages, of 8 layers.
 """
 from __future__ import annotations
 
@@ -23,12 +24,14 @@ from shardlib.spec import MAX_NAME, MAX_TEXT, NAME, Dim, Factor, Spec, check_tex
 _AMBIENT: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 MAX_RANKS = 1 << 20
 MAX_AXES = 64
+COUNT = "[0-9]{1,9}"
 
 
 class Mesh:
     """Ordered named axes with sizes; the last one runs fastest.
 
-    An axis given a tuple of names instead of a size is an alias for their product. Within `with mesh:` it is
+    An axis given a tuple of names instead of a size is an alias for their product; given numbers, it has a
+    coordinate for each, and what is split over it is cut into so many rows. Within `with mesh:` it is
     the mesh of everything that is not told another. Refused: sizes below 1, aliases of aliases.
 
     >>> from shardlib import Layout, lower, sharded
@@ -42,8 +45,8 @@ class Mesh:
     (38, 8)
     """
 
-    def __init__(self, axes: Mapping[str, int | Sequence[str]] | None = None,
-                 **named: int | Sequence[str]) -> None:
+    def __init__(self, axes: Mapping[str, int | Sequence[str] | Sequence[int]] | None = None,
+                 **named: int | Sequence[str] | Sequence[int]) -> None:
         if not isinstance(axes, Mapping | None):
             raise SpecError(f"mesh: {axes!r} is no mapping of axes to sizes; write Mesh(dp=2, tp=4)")
         given = {**(axes or {}), **named}
@@ -51,11 +54,14 @@ class Mesh:
             raise SpecError(f"mesh: {len(given)} axes; the most allowed is {MAX_AXES}")
         self.axes: dict[str, int] = {}
         self.aliases: dict[str, tuple[str, ...]] = {}
+        self.cuts: dict[str, tuple[int, ...]] = {}
         for name, value in given.items():
             if not isinstance(name, str) or not re.fullmatch(NAME, name):
                 raise SpecError(f"mesh: {name!r} is no axis name; use letters, digits and _")
             check_text("name", name, MAX_NAME)
-            if isinstance(value, (tuple, list)):
+            if isinstance(value, (tuple, list)) and value and all(type(n) is int and n >= 0 for n in value):
+                self.axes[name], self.cuts[name] = len(value), tuple(value)
+            elif isinstance(value, (tuple, list)):
                 self.aliases[name] = tuple(value)
             elif isinstance(value, int) and not isinstance(value, bool) and value >= 1:
                 self.axes[name] = int(value)
@@ -71,17 +77,18 @@ class Mesh:
 
     @classmethod
     def parse(cls, text: str) -> Mesh:
-        """Mesh from "dp=2,tp=4" (an alias is written ep=dp/tp); "" is the mesh of one rank."""
+        """Mesh from "dp=2,tp=4" (an alias is written ep=dp/tp, a cut pp=5+3); "" is the mesh of one rank."""
         check_text("mesh", text, 8 * MAX_TEXT)
-        axes: dict[str, int | tuple[str, ...]] = {}
+        axes: dict[str, int | tuple[str, ...] | tuple[int, ...]] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
-            match = re.fullmatch(rf"({NAME})=(?:([0-9]{{1,9}})|({NAME}(?:/{NAME})*))", part)
+            match = re.fullmatch(rf"({NAME})=(?:({COUNT}(?:\+{COUNT})*)|({NAME}(?:/{NAME})*))", part)
             if not match:
                 raise SpecError(f"mesh {text!r}: {part!r} is not NAME=SIZE")
             name, size, alias = match.groups()
             if name in axes:
                 raise SpecError(f"mesh {text!r}: axis {name} is given twice")
-            axes[name] = int(size) if size else tuple(alias.split("/"))
+            counts = tuple(map(int, size.split("+"))) if size else ()
+            axes[name] = tuple(alias.split("/")) if alias else counts[0] if len(counts) == 1 else counts
         return cls(axes)
 
     @property
@@ -89,7 +96,7 @@ class Mesh:
         return prod(self.axes.values())
 
     def __str__(self) -> str:
-        return ",".join([*(f"{a}={n}" for a, n in self.axes.items()),
+        return ",".join([*(f"{a}={'+'.join(map(str, self.cuts.get(a, (n,))))}" for a, n in self.axes.items()),
                          *(f"{a}={'/'.join(v)}" for a, v in self.aliases.items())])
 
     def __repr__(self) -> str:
@@ -107,6 +114,11 @@ class Mesh:
 
     def __exit__(self, *_: object) -> None:
         _AMBIENT.reset(self._tokens.pop())
+
+    @property
+    def given(self) -> dict[str, int | Sequence[str] | Sequence[int]]:
+        """What makes such a mesh again."""
+        return {**self.axes, **self.cuts, **self.aliases}
 
     # -- ranks and coordinates -------------------------------------------------------------------------------
 
@@ -150,7 +162,12 @@ class Mesh:
         start = 0
         for axis in axes:
             (each, more), i = divmod(n, self.axes[axis]), coordinate[axis]
-            start, n = start + each * i + min(i, more), each + (i < more)
+            if cut := self.cuts.get(axis):
+                if n != sum(cut):
+                    raise SpecError(f"mesh {self}: {n} rows are split over {axis}, which cuts {sum(cut)}")
+                start, n = start + sum(cut[:i]), cut[i]
+            else:
+                start, n = start + each * i + min(i, more), each + (i < more)
         return start, n
 
     # -- specs -----------------------------------------------------------------------------------------------

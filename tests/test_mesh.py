@@ -52,6 +52,21 @@ def test_the_rows_of_a_group_are_those_of_whole_units_of_its_first_dim(case: tup
                 and start == at * g * h)
 
 
+def test_an_axis_that_cuts() -> None:
+    """What is split over it has as many rows as it says; what is cut again has them evenly."""
+    mesh = Mesh(dp=2, pp=(5, 0, 2))
+    assert (str(mesh), Mesh.parse("dp=2,pp=5+0+2"), Mesh(mesh.given)) == ("dp=2,pp=5+0+2", mesh, mesh)
+    assert mesh.axes == dict(dp=2, pp=3) and mesh != Mesh(dp=2, pp=3)
+    assert [mesh.extent(7, ("pp",), mesh.coordinate(r)) for r in range(3)] == [(0, 5), (5, 0), (5, 2)]
+    assert [mesh.extent(7, ("pp", "dp"), mesh.coordinate(r)) for r in (0, 3, 5)] == [(0, 3), (3, 2), (6, 1)]
+    with pytest.raises(SpecError) as refused:
+        mesh.extent(8, ("pp",), mesh.coordinate(0))
+    assert str(refused.value) == "mesh dp=2,pp=5+0+2: 8 rows are split over pp, which cuts 7"
+    for wrong in ((), (3, -1), (2, True)):
+        with pytest.raises(SpecError):
+            Mesh(pp=wrong)
+
+
 def test_a_value_is_held_by_a_coordinate_that_there_is() -> None:
     mesh = Mesh(pp=3)
     assert [str(mesh.resolve(parse(f"D @pp:{at}")))

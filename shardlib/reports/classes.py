@@ -99,6 +99,9 @@ def classes_of(mesh: Mesh, specs: Iterable[Spec], sizes: Mapping[str, int]) -> C
         reached = {n}
         for axis in axes:
             k = mesh.axes[axis]
+            if axis in mesh.cuts:
+                cuts[axis], reached = {*range(k)}, {*mesh.cuts[axis]}
+                continue
             cuts[axis] |= {size % k for size in reached}
             reached = {size // k + more for size in reached for more in ((0, 1) if size % k else (0,))}
     for owed in {o: None for spec in specs for o in spec.owed if o.kind == "@"}:

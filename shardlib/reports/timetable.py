@@ -115,17 +115,17 @@ def timetable(program: Program, mesh: Mesh, sizes: Mapping[str, int], schedule: 
     fold = Fold(schedule, mesh)
     sizes = check_given(program, fold.whole, sizes, dtypes or {}, default)
     parts = cut(program, fold.whole, dtypes or {}, schedule.kinds, default)
-    counts = {s: _Stage(fold, parts, sizes, s) for s in range(schedule.stages)}
+    counts = {s: Stage(fold, parts, sizes, s) for s in range(schedule.stages)}
     made = run(schedule, duration=lambda kind: 0.0, delay=lambda a: counts[a.stage].work(a))
     spent = [sum(s.end - s.start for s in made.spans if s.rank == r) for r in range(len(schedule.ranks))]
-    ranks = tuple(RankPlan(fold.stages(r), *_held(fold, parts, sizes, fold.at(r)),
+    ranks = tuple(RankPlan(fold.stages(r), *held(fold, parts, sizes, fold.at(r)),
                            spent[r] / (made.length or 1.0)) for r in range(len(schedule.ranks)))
     slots = prove_schedule(schedule).slots
     return Timetable(program.name, mesh, ranks,
                      {edge: (counts[edge[0]].sent(edge), n) for edge, n in slots.items()}, made)
 
 
-def _held(fold: Fold, parts: Cut, sizes: Mapping[str, int], at: Coordinate) -> tuple[int, int, int]:
+def held(fold: Fold, parts: Cut, sizes: Mapping[str, int], at: Coordinate) -> tuple[int, int, int]:
     """Bytes of a rank's arguments, of what it keeps at once, and of its sums."""
     def weigh(kind: Spec, mesh: Mesh, place: Coordinate, dtype: str) -> int:
         return prod(mesh.local_shape(kind, sizes, place)) * ITEMSIZE[dtype] if here(kind, place) else 0
@@ -166,7 +166,7 @@ def most_kept(fold: Fold, parts: Cut, sizes: Mapping[str, int], at: Coordinate) 
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
     """The work of a stage, of the ranks beside it the one with the most."""
     fold: Fold
     parts: Cut

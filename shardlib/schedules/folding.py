@@ -61,6 +61,9 @@ class Fold:
         if TIME in self.mesh.axes or TIME in self.mesh.aliases:
             raise SpecError(f"schedule: {TIME} is its axis of time, and the mesh {self.mesh} has one of that "
                             "name")
+        if STAGES in self.mesh.cuts:
+            raise SpecError(f"schedule: the mesh {self.mesh} cuts {STAGES}; under a schedule that says it: "
+                            f"schedule.cut({', '.join(map(str, self.mesh.cuts[STAGES]))})")
         if ranks != here:
             raise SpecError(f"schedule: it has {ranks} ranks, and the axis {STAGES} of the mesh "
                             f"{self.mesh or '(one rank)'} has {here}")
@@ -74,13 +77,13 @@ class Fold:
     @cached_property
     def still(self) -> Mesh:
         """The mesh of all stages, once."""
-        axes = dict(self.mesh.axes) | ({STAGES: self.schedule.stages} if STAGES in self.mesh.axes else {})
-        return Mesh({**axes, **self.mesh.aliases})
+        stages = self.schedule.layers or self.schedule.stages
+        return Mesh(self.mesh.given | ({STAGES: stages} if STAGES in self.mesh.axes else {}))
 
     @cached_property
     def whole(self) -> Mesh:
         """The mesh on which programs are typed: of all stages, and all microbatches."""
-        return Mesh({**self.still.axes, TIME: self.schedule.microbatches, **self.still.aliases})
+        return Mesh(self.still.given | {TIME: self.schedule.microbatches})
 
     def stages(self, index: int) -> tuple[int, ...]:
         """Those of the coordinate `index` of the stages' axis, in order."""

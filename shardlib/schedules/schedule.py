@@ -12,15 +12,16 @@
 
 An action is (stage, kind, microbatch), and is written as torch.distributed.pipelining writes it. Kinds: F
 forward; B backward; or, where backward is in two, I what the stage before waits for, the cotangent of the
-carry, and W the rest, the gradients of the weights. A rank may have several stages. Refused with a
-`SpecError`: a list that is not this, an action that is missing or comes twice, a stage on two ranks.
+carry, and W the rest, the gradients of the weights. A rank may have several stages. Stages have
+as many layers each, or those of a first line "layers 5 3". Refused with a `SpecError`: a list that is not
+this, an action that is missing or comes twice, a stage on two ranks.
 """
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -51,25 +52,40 @@ class Schedule:
 
     after: of decoding, for each microbatch, a step of a group of rows, which one is the step before; -1 where
     it is the first. It begins with the token that the last stage has chosen there, and tells all others.
+    layers: how many each stage has; (): the same, but for one.
     """
     ranks: tuple[tuple[Action, ...], ...]
     after: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, text: str, after: Sequence[int] = ()) -> Schedule:
         """From a line a rank; what follows # is passed over."""
-        lines = [line.partition("#")[0].split() for line in text.strip().splitlines()]
-        ranks = []
-        for line in filter(None, lines):
+        lines = [words for line in text.splitlines() if (words := line.partition("#")[0].split())]
+        ranks, layers = [], lines.pop(0)[1:] if lines and lines[0][0] == "layers" else []
+        if wrong := next((n for n in layers if not re.fullmatch("[0-9]{1,6}", n)), None):
+            raise SpecError(f"schedule: {wrong!r} is no number of layers")
+        for line in lines:
             found = [(word, _ACTION.fullmatch(word)) for word in line]
             if wrong := next((word for word, match in found if match is None), None):
                 raise SpecError(f"schedule: {wrong!r} is no action; one is a stage, F, B, I or W, and a "
                                 "microbatch, as in 2F0")
             ranks.append(tuple(Action(int(m[1]), m[2], int(m[3])) for _, m in found if m))
-        return cls(tuple(ranks), tuple(after)).checked()
+        return cls(tuple(ranks), tuple(after), tuple(map(int, layers))).checked()
 
     def __str__(self) -> str:
-        return "\n".join(" ".join(map(str, actions)) for actions in self.ranks)
+        lines = [f"layers {' '.join(map(str, self.layers))}"] if self.layers else []
+        return "\n".join([*lines, *(" ".join(map(str, actions)) for actions in self.ranks)])
+
+    def cut(self, *layers: int) -> Schedule:
+        """The same with so many layers on each stage: fewer on one that has more besides.
+
+        >>> print(Schedule.parse("0F0\\n1F0").cut(5, 3))
+        layers 5 3
+        0F0
+        1F0
+        """
+        return replace(self, layers=layers).checked()
 
     @property
     def actions(self) -> list[Action]:
@@ -150,6 +166,10 @@ class Schedule:
                 or max(Counter(b for b in self.after if b >= 0).values(), default=1) > 1):
             raise SpecError("schedule: after says of each microbatch of decoding which one it follows: an "
                             "earlier one, that no other follows, or -1")
+        counted = all(type(n) is int and n >= 0 for n in self.layers)
+        if self.layers and (len(self.layers) != stages or not counted):
+            raise SpecError(f"schedule: layers are {', '.join(map(str, self.layers))}; each of {stages} "
+                            "stages has a number of them")
         for rank, mine in enumerate(self.ranks):
             if other := next((a for a in mine if self.rank_of[a.stage] != rank), None):
                 raise SpecError(f"schedule: stage {other.stage} is on ranks {rank} and "

@@ -24,6 +24,7 @@ PACK, API, PROVE, EXPLAIN, LAYOUT, MESH = ("tests/compiler/test_pack.py", "tests
                                            "tests/test_layout.py", "tests/test_mesh.py")
 GROUP, ROUTING, WATCHDOG, TENSORS, QUEUE = (f"tests/distributed/test_{name}.py" for name in (
     "group_coordinator", "routing", "watchdog", "tensor_dicts", "message_queue"))
+MESHES, BALANCE = "tests/test_mesh.py", "tests/reports/test_balance.py"
 KERNEL_LOSSES = "tests/triton_kernels/test_cross_entropy.py"
 INDICES, LOSSES, ENDS = ("tests/lowering/test_index_check.py", "tests/ops/test_cross_entropy.py",
                          WATCHDOG + " -k ends_the_others")
@@ -1032,6 +1033,15 @@ MUTANTS = (
     Mutant("triton_kernels/split_argmax.py", "there + r * columns", "there + RANK * columns", CHOICE),
     Mutant("triton_kernels/split_argmax.py", "(0x7FFFFFFF - found)", "found", CHOICE),
     # the ends of a step, and prompts
+    Mutant("shardlib/mesh.py", "sum(cut[:i]), cut[i]", "sum(cut[:i]), n", f"{MESHES} -k cuts"),
+    Mutant("shardlib/mesh.py", "if n != sum(cut):", "if n < sum(cut):", f"{MESHES} -k cuts"),
+    Mutant("shardlib/reports/classes.py", "cuts[axis], reached = {*range(k)}, {*mesh.cuts[axis]}",
+           "reached = {*mesh.cuts[axis]}", "tests/run/test_scheduled.py -k mesh_cuts"),
+    Mutant("shardlib/reports/balance.py", "        if better[0] >= found:\n", "        if True:\n", BALANCE),
+    Mutant("shardlib/reports/balance.py", "return max(0, most - (self.memory or 0)), length",
+           "return length, max(0, most - (self.memory or 0))", BALANCE),
+    Mutant("shardlib/reports/balance.py", "key = a.stage, layers[a.stage], a.kind",
+           "key = a.stage, 0, a.kind", BALANCE),
     Mutant("triton_kernels/lookup.py", "if low < least:", "if low > least:", f"{STEP_ENDS} -k lookups"),
     Mutant("triton_kernels/lookup.py", "size if wholes > 1 else 0", "0", f"{STEP_ENDS} -k lookups"),
     Mutant("triton_kernels/follow.py", "mask=there & live & (met == 0))", "mask=there & live)",

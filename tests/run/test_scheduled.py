@@ -99,10 +99,14 @@ SCHEDULES = (gpipe, one_f_one_b, zero_bubble, zbv, own_list, lambda p, m: interl
 
 @settings(max_examples=6)
 @given(st.integers(0, 5), st.integers(2, 4), st.integers(1, 4), st.sampled_from(SCHEDULES), st.booleans(),
-       st.integers(1, 8), st.sampled_from((dict(), dict(), dict(tp=2), dict(dp=2))))
-def test_it_is_the_whole_batch_on_one_rank(layers, ranks, microbatches, make, tied, rows, more) -> None:
-    """Layers and rows that do not divide, stages without layers, microbatches without rows."""
+       st.integers(1, 8), st.sampled_from((dict(), dict(), dict(tp=2), dict(dp=2))), st.data())
+def test_it_is_the_whole_batch_on_one_rank(layers, ranks, microbatches, make, tied, rows, more, data) -> None:
+    """Layers and rows that do not divide, stages without layers, microbatches without rows; layers that are
+    cut anywhere."""
     mesh, schedule = Mesh(dict(pp=ranks if not more else 2, **more)), make(2 if more else ranks, microbatches)
+    if layers and data.draw(st.booleans()):
+        of_each = data.draw(st.lists(st.integers(0, schedule.stages - 1), min_size=layers, max_size=layers))
+        schedule = schedule.cut(*(of_each.count(s) for s in range(schedule.stages)))
     layout = Layout({"L": "pp", "B": ("dp", "mb") if "dp" in more else "mb",
                      **({"F": "tp", "V": "tp"} if "tp" in more else {})})
     args, f, log = arguments(layers, rows, tied), value_and_grad(loss), []
@@ -112,6 +116,24 @@ def test_it_is_the_whole_batch_on_one_rank(layers, ranks, microbatches, make, ti
     proof = prove(program, mesh, dict(L=layers, B=rows, D=4, F=5, V=7), schedule=schedule)
     sent = [one for one in log if one[1] == "send"]
     assert (proof.collectives, proof.messages) == (len(log) - len(sent), len(sent))
+
+
+def test_a_mesh_cuts_layers_without_a_schedule() -> None:
+    """One microbatch: each stage holds the layers that the mesh says."""
+    args, f = arguments(5, 6, False), value_and_grad(loss)
+    for mesh, layout in ((Mesh(pp=(4, 1)), Layout(L="pp")),
+                         (Mesh(dp=2, pp=(0, 3, 2)), Layout(L="pp", B="dp"))):
+        assert_equal(simulate(f, layout, *args, mesh=mesh), simulate(f, Layout(), *args, mesh=Mesh()))
+        prove(lower(f, layout, *args, mesh=mesh), mesh, dict(L=5, B=6, D=4, F=5, V=7))
+    for mesh, layout, schedule in ((Mesh(pp=(4, 2)), Layout(L="pp"), None),
+                                   (Mesh(pp=2), Layout(L="pp", B="mb"), one_f_one_b(2, 3).cut(4, 2))):
+        with pytest.raises(SpecError) as refused:
+            simulate(f, layout, *args, mesh=mesh, schedule=schedule)
+        assert "5 rows are split over pp, which cuts 6" in str(refused.value)
+    with pytest.raises(SpecError) as refused:
+        simulate(f, Layout(L="pp", B="mb"), *args, mesh=Mesh(pp=(4, 1)), schedule=one_f_one_b(2, 3))
+    assert str(refused.value) == ("schedule: the mesh pp=4+1 cuts pp; under a schedule that says it: "
+                                  "schedule.cut(4, 1)")
 
 
 def test_weights_split_at_rest_and_a_gradient_by_rows() -> None:

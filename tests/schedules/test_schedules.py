@@ -56,6 +56,20 @@ def proven(found: Schedule, slots: dict) -> bool:
         return False
 
 
+def test_layers_are_said_in_the_first_line() -> None:
+    cut = interleaved(2, 2, 2).cut(3, 0, 1, 4)
+    assert Schedule.parse(str(cut)) == cut != interleaved(2, 2, 2)
+    assert str(cut).startswith("layers 3 0 1 4\n0F0")
+    for layers, said in (((3, 1), "3, 1; each of 4 stages has a number of them"),
+                         ((1, 2, 3, -1), "1, 2, 3, -1; each of 4 stages has a number of them")):
+        with pytest.raises(SpecError) as refused:
+            cut.cut(*layers)
+        assert str(refused.value) == f"schedule: layers are {said}"
+    with pytest.raises(SpecError) as refused:
+        Schedule.parse("layers 2 x\n0F0\n1F0")
+    assert str(refused.value) == "schedule: 'x' is no number of layers"
+
+
 def test_the_proof_says_what_running_says() -> None:
     """80 drawn schedules: with the slots that are named all end; with one or two an edge just those that are
     proven; with one less than named, where that is one, none."""
