@@ -40,6 +40,7 @@ from torch import Tensor
 from shardlib import Layout, Mesh, compile, sharded
 from shardlib.distributed import connect
 from shardlib.distributed.calibrate import time_on_gpu
+from shardlib.distributed.communicators.protocol import ExchangingCommunicator
 from shardlib.distributed.graph_capture import chained
 from shardlib.distributed.group_coordinator import GroupCoordinator
 from shardlib.distributed.runtime import Runtime
@@ -62,14 +63,14 @@ LAUNCH_US, TRIP_US, BYTES_PER_US = 0.64, 0.75, 365_000.0
 Calls = dict[str, Callable[[], Any]]
 
 
-@sharded("T D, T E/1, E D F, E D F, E F D -> T D")
+@sharded("B T D, B T E/1, E D F, E D F, E F D -> B T D")
 def experts_layer(x, logits, gate, up, down, *, top_k):
-    weights, chosen = route("T E -> T J, T J", logits, top_k=top_k)
-    rows, at = dispatch("T D, T J -> (E T)~J D, (E T)~J", x, chosen)
-    gate = grouped_einsum("(E T)~J D, (E T)~J, E D F -> (E T)~J F", rows, at, gate)
-    up   = grouped_einsum("(E T)~J D, (E T)~J, E D F -> (E T)~J F", rows, at, up)
-    down = grouped_einsum("(E T)~J F, (E T)~J, E F D -> (E T)~J D", silu(gate) * up, at, down)
-    return combine("(E T)~J D, (E T)~J, T J -> T D", down, at, weights)
+    weights, chosen = route("B T E -> B T J, B T J", logits, top_k=top_k)
+    rows, at = dispatch("B T D, B T J -> (E B T)~J D, (E B T)~J", x, chosen)
+    gate = grouped_einsum("(E B T)~J D, (E B T)~J, E D F -> (E B T)~J F", rows, at, gate)
+    up   = grouped_einsum("(E B T)~J D, (E B T)~J, E D F -> (E B T)~J F", rows, at, up)
+    down = grouped_einsum("(E B T)~J F, (E B T)~J, E F D -> (E B T)~J D", silu(gate) * up, at, down)
+    return combine("(E B T)~J D, (E B T)~J, B T J -> B T D", down, at, weights)
 
 
 # -- what is exchanged ---------------------------------------------------------------------------------------
@@ -147,24 +148,31 @@ class Exchange:
     def __init__(self, group: GroupCoordinator, tokens: int, of_first: int = 0) -> None:
         self.group, self.tokens, (experts, self.top_k) = group, tokens, EXCHANGED
         self.world, self.here = group.world_size, experts // group.world_size
+        self.n = tokens * self.world
+        self.most = self.n * min(self.top_k, self.here)
+        self.kernels = next((c for c in group.communicators if isinstance(c, ExchangingCommunicator)), None)
         self.routing = Routing.drawn(tokens, experts, self.top_k, self.world, group.device, of_first)
         self.chosen, self.weights = self.routing.own(group.rank_in_group)
         self.x = torch.randn(tokens, D, device=group.device, dtype=torch.bfloat16)
         self.sent = Sent.of(self.routing, group.rank_in_group)
 
     def ours(self) -> tuple[Tensor, Tensor]:
-        """Rows by expert, and which they are."""
-        return chosen_rows(gathered(self.x, self.group), gathered(self.chosen, self.group), *self.sizes)
+        """Rows by expert, and where each choice lies."""
+        chosen, first = gathered(self.chosen, self.group), self.here * self.group.rank_in_group
+        if self.kernels is None:
+            rows, at = chosen_rows(gathered(self.x, self.group), chosen, self.here, self.n, self.top_k, first,
+                                   self.most)
+            return rows, at
+        from shardlib.triton_kernels.expert_places import expert_places
+        _, place, _ = expert_places(chosen, first, self.here, self.most)
+        return self.kernels.dispatch_rows(self.x, chosen, place, self.here, self.most, self.tokens), place
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        n = self.tokens * self.world
-        return self.here, n, self.top_k, self.here * self.group.rank_in_group, n * min(self.top_k, self.here)
-
-    def ours_home(self, rows: Tensor, at: Tensor) -> Tensor:
-        n = self.tokens * self.world
-        y = combined(rows, at, self.here, n, self.top_k, (n, D), gathered(self.weights, self.group))
-        return self.group.reduce_scatter(y, 0, (self.tokens,) * self.world)
+    def ours_home(self, rows: Tensor, where: Tensor) -> Tensor:
+        weights = gathered(self.weights, self.group)
+        if self.kernels is None:
+            y = combined(rows, where, self.here, self.n, self.top_k, (self.n, D), weights)
+            return self.group.reduce_scatter(y, 0, (self.tokens,) * self.world)
+        return self.kernels.combine_rows(rows, where, weights, self.tokens)
 
     def nccl(self, rows: Tensor, out: Tensor, to: list[int] | None = None,
              come: list[int] | None = None) -> Callable[[], Any]:
@@ -172,17 +180,16 @@ class Exchange:
 
     def calls(self) -> tuple[Calls, Calls]:
         """There, and home."""
-        pg, n = self.group.device_group, self.tokens * self.world
-        rows, at = self.ours()
+        pg, (rows, where) = self.group.device_group, self.ours()
         two, whole = (torch.randn(k, D, device=self.x.device, dtype=self.x.dtype)
-                      for k in (self.tokens * self.top_k, n))
+                      for k in (self.tokens * self.top_k, self.n))
         mine, there = self.x.clone(), self.x.new_empty(sum(self.sent.come), D)
         known = self.x[self.sent.order // self.top_k]
         even = {"NCCL all_to_all, even": self.nccl(two, torch.empty_like(two))} if self.of_even() else {}
         return ({"ours": self.ours, **even,
                  "NCCL all_to_all, counts known": self.nccl(known, there, self.sent.to, self.sent.come),
                  "NCCL all_gather": lambda: dist.all_gather_into_tensor(whole, mine, group=pg)},
-                {"ours": lambda: self.ours_home(rows, at), **even,
+                {"ours": lambda: self.ours_home(rows, where), **even,
                  "NCCL all_to_all, counts known": self.nccl(there, known, self.sent.come, self.sent.to),
                  "NCCL reduce_scatter": lambda: dist.reduce_scatter_tensor(mine, whole, group=pg)})
 
@@ -191,13 +198,13 @@ class Exchange:
 
     def check(self) -> None:
         """Rows by all_to_all are ours, and come home to the weighted sums."""
-        rows, at = self.ours()
+        rows, where = self.ours()
         known = self.x[self.sent.order // self.top_k]
         there = self.x.new_empty(sum(self.sent.come), D)
         self.nccl(known, there, self.sent.to, self.sent.come)()
         assert torch.equal(rows[:len(there)], there[self.sent.by_expert])
         want = (self.x.float().unsqueeze(1) * self.weights.unsqueeze(2)).sum(1)
-        assert torch.allclose(self.ours_home(rows, at).float(), want, rtol=2 ** -6, atol=2 ** -6)
+        assert torch.allclose(self.ours_home(rows, where).float(), want, rtol=2 ** -6, atol=2 ** -6)
 
 
 # -- a layer -------------------------------------------------------------------------------------------------
@@ -220,14 +227,14 @@ class Layer:
         weights, chosen = self.routed()
         self.routing = Routing(experts, gathered(chosen, group), gathered(weights, group), self.world)
         self.sent = Sent.of(self.routing, group.rank_in_group)
-        self.step = compile(experts_layer, Layout(T="ep", E="ep"), runtime=runtime, passes=PASSES,
-                            sizes=dict(T=self.n, E=experts), top_k=self.top_k)
+        self.step = compile(experts_layer, Layout(B="ep", E="ep"), runtime=runtime, passes=PASSES,
+                            sizes=dict(B=self.world, E=experts), top_k=self.top_k)
 
     def routed(self) -> tuple[Tensor, Tensor]:
         return routed(self.logits, None, self.top_k, "softmax", True, 1.0, 1, 1)
 
     def ours(self) -> Tensor:
-        return self.step(self.x, self.logits, self.gate, self.up, self.down)
+        return self.step(self.x.unsqueeze(0), self.logits.unsqueeze(0), self.gate, self.up, self.down)[0]
 
     def through(self, rows: Tensor, ends: Tensor) -> Tensor:
         return grouped(F.silu(grouped(rows, self.gate, ends)) * grouped(rows, self.up, ends), self.down, ends)

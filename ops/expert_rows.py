@@ -94,7 +94,7 @@ def _ends(at: Tensor, experts: int, tokens: int, choices: int) -> Tensor:
     return torch.searchsorted(at, torch.arange(1, experts + 1, device=at.device) * (tokens * choices))
 
 
-def _takes(rows: Tensor, other: Tensor) -> bool:
+def takes_grouped(rows: Tensor, other: Tensor) -> bool:
     """Whether torch's grouped matmul does: bfloat16 on a GPU, lines multiples of 16 bytes apart."""
     return (rows.is_cuda and rows.dtype == other.dtype == torch.bfloat16 and rows.numel() * other.numel() > 0
             and rows.shape[1] % 8 == other.shape[-1] % 8 == 0
@@ -104,7 +104,7 @@ def _takes(rows: Tensor, other: Tensor) -> bool:
 def grouped_product(rows: Tensor, at: Tensor, w: Tensor, experts: int, tokens: int, choices: int) -> Tensor:
     """Each row times the matrix of its expert, w: (experts, in, out)."""
     ends = _ends(at, experts, tokens, choices)
-    if _takes(rows, w):
+    if takes_grouped(rows, w):
         return F.grouped_mm(rows, w, offs=ends.int())
     if rows.is_cuda:        # nothing waits for the counts: each expert's product with all rows, those kept
         out = rows.new_zeros(len(at), w.shape[2])
@@ -118,7 +118,7 @@ def grouped_product(rows: Tensor, at: Tensor, w: Tensor, experts: int, tokens: i
 def grouped_outer(rows: Tensor, at: Tensor, g: Tensor, experts: int, tokens: int, choices: int) -> Tensor:
     """For each expert the sum over its rows of row times g: (experts, in, out)."""
     ends = _ends(at, experts, tokens, choices)
-    if experts and _takes(rows, g):
+    if experts and takes_grouped(rows, g):
         return F.grouped_mm(rows.mT, g, offs=ends.int())
     if rows.is_cuda:
         parts = [torch.where(own, rows, 0).mT @ torch.where(own, g, 0) for own in _own(ends, len(at))]

@@ -35,10 +35,11 @@ from shardlib.ops.nvlink_grids import (
     WORD_A_WARP,
     grid_of,
     grid_of_rows,
+    grid_of_tokens,
     launches_of,
 )
 from shardlib.ops.nvlink_report import Reader, missing
-from shardlib.triton_kernels import exchange
+from shardlib.triton_kernels import exchange, expert_exchange
 from shardlib.triton_kernels.all_reduce import one_shot, two_shot
 from shardlib.triton_kernels.all_reduce_add_rms_norm import all_reduce_add_rms_norm
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS
@@ -53,6 +54,8 @@ CHANNELS = 2
 CLOSE_S = 5.0
 """Seconds that `close` gives the device to finish."""
 MOST_RANKS = 8
+WORDS_OF_ROWS = 256
+"""Such a part of a slot comes on top, for the words of rows that are exchanged."""
 SMS = 132
 """Multiprocessors of a GPU that hold the blocks of two channels at once: see MOST_BLOCKS."""
 REDUCIBLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -117,7 +120,8 @@ def slot_bytes(size: int) -> int:
     """Bytes of a slot for the largest tensor between so many ranks: in one shot between two, else in two;
     sent pieces take less."""
     share = -(-CAPACITY // (QUAD * size))
-    return max(CAPACITY if size == 2 else 2 * (size - 1) * share * QUAD, exchange.slot_bytes(share, size))
+    most = max(CAPACITY if size == 2 else 2 * (size - 1) * share * QUAD, exchange.slot_bytes(share, size))
+    return most + most // WORDS_OF_ROWS // QUAD * QUAD
 
 
 class NVLink:
@@ -230,6 +234,27 @@ class NVLink:
             return self.reduce_scatter(cut.split(x), cut.counts, op).view(cut.shapes[self.me])
         return self._reduce_scatter(x.view(prod(cut.whole[:cut.dim]), self.size, -1)).view(
             cut.shapes[self.me])
+
+    def refuses_rows(self, tokens: int, width: int, dtype: torch.dtype) -> str | None:
+        """Why rows of so many tokens of each rank are not exchanged; None where they are."""
+        nbytes = width * dtype.itemsize
+        if dtype not in REDUCIBLE or not tokens or not nbytes or nbytes % QUAD:
+            return f"NVLink exchanges rows of a multiple of {QUAD} bytes, not {width} of {str(dtype)[6:]}"
+        grid = grid_of_tokens(tokens, nbytes // QUAD, self.size)
+        needed, room = expert_exchange.slot_bytes(tokens, nbytes, self.size, grid), slot_bytes(self.size)
+        return (None if needed <= room
+                else f"NVLink exchanges at most {bytes_text(room)} of rows, not {bytes_text(needed)}")
+
+    def dispatch_rows(self, x: Tensor, chosen: Tensor, place: Tensor, experts: int, most: int,
+                      side_by_side: int) -> Tensor:
+        grid = grid_of_tokens(len(x), x.shape[1] * x.itemsize // QUAD, self.size)
+        return expert_exchange.dispatch_rows(_aligned(x), chosen, place, experts, most, side_by_side,
+                                             self._workspace(), grid)
+
+    def combine_rows(self, rows: Tensor, place: Tensor, weights: Tensor, side_by_side: int) -> Tensor:
+        grid = grid_of_tokens(len(weights) // self.size, rows.shape[1] * rows.itemsize // QUAD, self.size)
+        return expert_exchange.combine_rows(_aligned(rows), place, weights, side_by_side, self._workspace(),
+                                            grid)
 
     def _reduce_scatter(self, x: Tensor) -> Tensor:
         return reduce_scatter(_aligned(x), self._workspace(),

@@ -80,3 +80,12 @@ def row_grid(rows: int, owned: int, split: int, size: int, shots: int) -> Grid:
     warps = min(2048 // registers, 1 << (-(-owned // (32 * split)) - 1).bit_length())
     most = min(MOST_BLOCKS, MOST_BLOCKS * BLOCK_REGISTERS // (32 * warps * registers))
     return Grid(min(rows, most // split) * split, warps, registers)
+
+
+def grid_of_tokens(tokens: int, quads: int, size: int) -> Grid:
+    """For rows of so many tokens of each rank, of so many quads each: blocks that are smaller where there
+    are few, one part of a row each."""
+    warps, registers = (8, 64) if size <= 4 else (4, 128)
+    while warps > 1 and tokens * -(-quads // (32 * warps)) < MOST_BLOCKS // 2:
+        warps //= 2
+    return Grid(MOST_BLOCKS, warps, registers)

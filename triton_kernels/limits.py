@@ -7,6 +7,8 @@ MOST_ROWS = 128
 """Of a matmul."""
 MOST_TOKENS = 128
 """Of experts' kernels."""
+MOST_EXPERTS = 128
+"""Of a rank whose rows are exchanged."""
 MOST_QUERIES = 64
 """Of attention, rows of a product: T times the queries of one kv head."""
 MOST_SPLITS = 64

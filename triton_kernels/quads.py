@@ -26,6 +26,22 @@ def load_quads(address, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def load_quads_where(address, there, INTERPRET: tl.constexpr):
+    """The same of those lanes alone that are `there`; zeros in the others."""
+    if INTERPRET:
+        p = address.to(tl.pointer_type(tl.int32))
+        return (tl.load(p, mask=there, other=0), tl.load(p + 1, mask=there, other=0),
+                tl.load(p + 2, mask=there, other=0), tl.load(p + 3, mask=there, other=0))
+    else:
+        return tl.inline_asm_elementwise("{ .reg .pred p;\nsetp.ne.s32 p, $5, 0;\nmov.b32 $0, 0;\n"
+                                         "mov.b32 $1, 0;\nmov.b32 $2, 0;\nmov.b32 $3, 0;\n"
+                                         "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+                                         "=&r,=&r,=&r,=&r,l,r", [address, there.to(tl.int32)],
+                                         dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False,
+                                         pack=1)
+
+
+@triton.jit
 def store_quads(address, a, b, c, d, INTERPRET: tl.constexpr):
     """Writes four words to each address of this GPU."""
     if INTERPRET:

@@ -94,10 +94,12 @@ class Fusion:
     does, is the kernel's: it writes there, and gives it back; what it gives instead is copied there.
     when(step): why the fused step is not to be made; None where it is. It sees types: a program is one for
     all sizes, and those the kernel sees.
+    mark: the op whose steps are candidates; if not said, one that communicates, where there is one.
     """
     function: Function
     kernel: Callable[[Site], Callable | str] | None = None
     when: Callable[[Step], str | None] | None = None
+    mark: str = ""
 
     @property
     def name(self) -> str:
@@ -106,7 +108,7 @@ class Fusion:
     @cached_property
     def pattern(self) -> Pattern:
         """The function's program. SpecError where it cannot be one that is looked for."""
-        return Pattern.of(self.function)
+        return Pattern.of(self.function, self.mark)
 
     @property
     def communicates(self) -> bool:
@@ -126,7 +128,7 @@ class Pattern:
     order: tuple[int, ...]
 
     @classmethod
-    def of(cls, f: Function) -> Pattern:
+    def of(cls, f: Function, mark: str = "") -> Pattern:
         """SpecError where the function is not explicit, has pytrees, gives what it takes, or one value twice,
         takes what nothing uses, or where its steps have bodies or share no value."""
         if f.layout != EXPLICIT or None in (*f.ins, *f.outs):
@@ -139,7 +141,7 @@ class Pattern:
                   for key, value in a.attrs if value != b.options[key]}
         if "" in static.values():
             raise _refused(f, "a static argument becomes an attribute as it is")
-        return cls(one, _run(one), static, tuple(_order(one)))
+        return cls(one, _run(one), static, tuple(_order(one, mark)))
 
 
 def _refused(f: Function, problem: str) -> SpecError:
@@ -175,11 +177,11 @@ def _unlike(one: Program, other: Program) -> str | None:
     return None if form(one) == form(other) else "its steps depend on a static argument"
 
 
-def _order(program: Program) -> Iterator[int]:
+def _order(program: Program, mark: str = "") -> Iterator[int]:
     steps = program.steps
     known: set[str] = set()
-    left = sorted(range(len(steps)),
-                  key=lambda i: (steps[i].op.wire is None, steps[i].op.name in PLAIN, i))
+    left = sorted(range(len(steps)), key=lambda i: (steps[i].op.name != mark, steps[i].op.wire is None,
+                                                    steps[i].op.name in PLAIN, i))
     while near := [i for i in left if not known or known & _values(steps[i])]:
         yield near[0]
         known |= _values(steps[near[0]])

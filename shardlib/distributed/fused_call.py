@@ -22,8 +22,8 @@ from shardlib.distributed.group_coordinator import GroupCoordinator
 class FusedCall:
     """`kernel`, of a communicator of `group`, known to the watchdog as the collective `fusion`.
 
-    Its first operand is what is sent; it sees contiguous tensors. All members call it, with operands of the
-    same shapes.
+    Its first operand is what is sent; it sees contiguous tensors, but for the weights that lie by columns.
+    All members call it, with operands of the same shapes.
     """
 
     def __init__(self, group: GroupCoordinator, fusion: str, kernel: Callable[..., Any]) -> None:
@@ -31,6 +31,10 @@ class FusedCall:
 
     @eager
     def __call__(self, *operands: Tensor, at: object = None) -> Any:
-        given = [plain(x) for x in operands]
+        given = [plain(x.mT).mT if i and _by_columns(x) else plain(x) for i, x in enumerate(operands)]
         return self.group.watched(at, self.fusion, "sum", given[0], given[0].numel(),
                                   tuple(x.shape for x in given), self.kernel, *given)
+
+
+def _by_columns(x: Tensor) -> bool:
+    return x.dim() > 1 and not x.is_contiguous() and x.mT.is_contiguous()

@@ -17,8 +17,11 @@ from conformance import check, fixed_cases, quad_cases
 from shardlib import Mesh
 from shardlib.distributed import GroupCoordinator, connect
 from shardlib.distributed.routing import UNMEASURED
+from shardlib.ops.expert_rows import combined
 from shardlib.ops.nvlink import nvlink
 from shardlib.triton_kernels.all_reduce import all_reduce_reference
+from shardlib.triton_kernels.expert_exchange import combine_rows_reference, dispatch_rows_reference
+from shardlib.triton_kernels.expert_places import expert_places, expert_places_reference
 from shardlib.triton_kernels.lamport import EMPTY
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,6 +36,42 @@ def with_empty(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         part[torch.randint(0, rarity, part.shape, generator=generator, device=x.device) == 0] = EMPTY.value
     return words.view(x.dtype)
 
+class Routed:
+    """Rows of tokens that go to the ranks of their experts, and what has to come: every rank knows all."""
+
+    def __init__(self, draw: random.Random, base: list[torch.Tensor], group: GroupCoordinator) -> None:
+        self.kernels, n, me = group.communicators[0], len(base), group.rank_in_group
+        tokens, width = draw.choice((1, 3, 40, 300)), 8 * draw.choice((1, 5, 64, 300))
+        self.experts, choices = draw.choice((1, 2, 5)), draw.choice((1, 2, 3))
+        self.run = draw.choice((1, tokens))
+        g = torch.Generator().manual_seed(draw.randrange(1 << 30))
+        scores, first = torch.rand(tokens * n, self.experts * n + 3, generator=g), draw.randrange(3 * n)
+        if first < n:                                   # all that one rank has go first: nothing for others
+            scores[:, first * self.experts:(first + 1) * self.experts] += 1
+        chosen = scores.topk(choices).indices
+        self.chosen = torch.where(chosen < self.experts * n, chosen, -1).to(group.device)
+        self.weights = torch.rand(chosen.shape, generator=g).to(group.device)
+        xs = [b[:tokens * width].view(tokens, width) for b in base]
+        self.most, many = len(chosen) * min(choices, self.experts), (len(chosen), width)
+        places = [expert_places_reference(self.chosen, r * self.experts, self.experts, self.most)
+                  for r in range(n)]
+        rows = [dispatch_rows_reference(xs, self.chosen, place, r * self.experts, self.experts, self.most,
+                                        self.run) for r, (_, place, _) in enumerate(places)]
+        sums = [combined(y, at, self.experts, len(chosen), choices, many, self.weights)
+                for y, (at, _, _) in zip(rows, places)]
+        self.x, self.rows, (self.at, self.place, self.ends) = xs[me], rows[me], places[me]
+        self.first, self.home = me * self.experts, combine_rows_reference(sums, me, self.run)
+        self.live = (torch.arange(self.most, device=group.device) < self.ends[-1]).unsqueeze(1)
+
+    def check(self, wrong: torch.Tensor) -> None:
+        found = expert_places(self.chosen, self.first, self.experts, self.most)
+        for got, want in zip(found, (self.at, self.place, self.ends)):
+            wrong += (got != want).sum()
+        made = self.kernels.dispatch_rows(self.x, self.chosen, found[1], self.experts, self.most, self.run)
+        wrong += (torch.where(self.live, made, 0).view(torch.uint8) != self.rows.view(torch.uint8)).sum()
+        home = self.kernels.combine_rows(self.rows, found[1], self.weights, self.run)
+        off = (home.float() - self.home.float()).abs()  # of three choices torch has another order
+        wrong += (off > 2 ** -7 * self.home.float().abs() + 2 ** -6).sum()
 
 
 def conformance(group: GroupCoordinator) -> int:
@@ -57,12 +96,15 @@ class Stress:
         self.base = {dtype: [torch.randn(2 * LARGEST, generator=generator, device=group.device).to(dtype)
                              for _ in range(self.n)] for dtype in DTYPES}
         self.moved = {dtype: [with_empty(x, generator) for x in xs] for dtype, xs in self.base.items()}
+        self.routed = [Routed(self.random, self.base[self.random.choice(DTYPES)], group) for _ in range(12)]
         self.bad = torch.zeros(2, dtype=torch.int64, device=group.device)
 
     def call(self, wrong: torch.Tensor) -> None:
         """One collective of random kind, dtype and size; adds the number of wrong elements to `wrong`."""
-        dtype, what, most = (self.random.choice(DTYPES), self.random.randrange(4),
+        dtype, what, most = (self.random.choice(DTYPES), self.random.randrange(5),
                              2 ** (self.random.randrange(7, 21) if self.random.randrange(50) else 23))
+        if what == 4:
+            return self.random.choice(self.routed).check(wrong)
         count = self.random.randrange(1, max(2, most // (16 * self.n))) * 8 * self.n
         start = self.random.randrange(LARGEST // 8) * 8
         xs = [b[start:start + count] for b in (self.base if what < 2 else self.moved)[dtype]]

@@ -1,13 +1,15 @@
 """Compiles the kernels for sm_90, as they are launched there, on a machine that needs no GPU;
 writes what came out as JSON.
 
-    python compile_worker.py FILE [rows|early|losses]  each: kernel, kind, world, line, split, warps,
+    python compile_worker.py FILE [rows|early|losses|experts]
+                                                each: kernel, kind, world, line, split, warps,
                                                 most (registers of a thread, as asked for), the PTX,
                                                 layouts of what is pushed, registers and stack bytes
                                                 of a thread, bytes of shared memory of a block. rows:
                                                 the kernels of few rows on one GPU, in place of those
                                                 between GPUs; early: both, and those of experts, to be
-                                                launched so
+                                                launched so; losses: cross entropy; experts: rows that
+                                                are exchanged
 """
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from triton.compiler import ASTSource
 
 from shardlib.ops.expert_ffn import tiles_of
 from shardlib.ops.few_rows import tile_of
-from shardlib.ops.nvlink_grids import launches_of, row_grid
+from shardlib.ops.nvlink_grids import grid_of_tokens, launches_of, row_grid
 from shardlib.triton_kernels.all_reduce import one_shot_kernel, two_shot_kernel
 from shardlib.triton_kernels.all_reduce_add_rms_norm import (
     all_reduce_add_rms_norm_kernel,
@@ -37,6 +39,7 @@ from shardlib.triton_kernels.cached_attention import cached_attention_kernel
 from shardlib.triton_kernels.cross_entropy import WARPS, cross_entropy_kernel, label_sums_vjp_kernel
 from shardlib.triton_kernels.decode_attention import decode_attention_kernel
 from shardlib.triton_kernels.exchange import exchange_kernel, spin_lines
+from shardlib.triton_kernels.expert_exchange import combine_rows_kernel, dispatch_rows_kernel, spin_parts
 from shardlib.triton_kernels.expert_ffn import expert_down_kernel, expert_gate_up_kernel, rows_at_once
 from shardlib.triton_kernels.follow import follow_kernel
 from shardlib.triton_kernels.gate_up import gate_up_kernel
@@ -156,7 +159,7 @@ def of_few_rows(early: bool = False) -> Iterator[dict[str, Any]]:
     for adds, width in ((False, 4096), (True, 8192)):
         yield dict(kernel="rms_norm", **assembled(rms_norm_kernel, types, dict(ADDS=adds, LANES=width),
                                                   width // 256, None, ("width",), early))
-    yield dict(kernel="gate_up", **assembled(gate_up_kernel, types, dict(LANES=1024), 4, None,
+    yield dict(kernel="gate_up", **assembled(gate_up_kernel, types, dict(LIVE=False, LANES=1024), 4, None,
                                              ("width", "gate_stride", "up_stride"), early))
     for rows, lines, columns, gated in ((1, 4096, 1536, False), (1, 8192, 14336, True),
                                         (8, 4096, 1536, False), (8, 4096, 7168, True),
@@ -215,6 +218,20 @@ def of_experts(early: bool = False) -> Iterator[dict[str, Any]]:
             ("K", "N", "expert_stride", "line_stride"), early))
 
 
+def of_exchanged_rows() -> Iterator[dict[str, Any]]:
+    """Rows of experts between ranks, with as many choices as a token has in the models that have most."""
+    types = {"x_ptr": "*bf16", "rows_ptr": "*bf16", "out_ptr": "*bf16", "chosen_ptr": "*i64",
+             "place_ptr": "*i32", "weights_ptr": "*fp32", "addresses_ptr": "*i64", "state_ptr": "*i32"}
+    for world, choices, function in ((4, 8, dispatch_rows_kernel), (4, 8, combine_rows_kernel),
+                                     (8, 2, combine_rows_kernel)):
+        grid = grid_of_tokens(4096, 512, world)
+        values = {"RANK": world // 2, "W": world, "J": choices, "KIND": "bf16", "BLOCK": grid.threads,
+                  "INTERPRET": False, **spin_parts(world - 1)}
+        values = {name: value for name, value in values.items() if name in function.arg_names}
+        yield dict(kernel=function.fn.__name__, world=world, warps=grid.warps, most=grid.registers,
+                   **assembled(function, types, values, grid.warps, grid.registers, ("slot_bytes",)))
+
+
 def layouts(ttgir: str) -> list[str]:
     """Which threads have which lane of a block, wherever something is pushed."""
     named = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
@@ -224,5 +241,6 @@ def layouts(ttgir: str) -> list[str]:
 
 if __name__ == "__main__":
     made = ([compiled(**launch) for launch in launches()] if sys.argv[2:] == []
-            else list({"rows": of_few_rows, "early": early, "losses": of_losses}[sys.argv[2]]()))
+            else list({"rows": of_few_rows, "early": early, "losses": of_losses,
+                       "experts": of_exchanged_rows}[sys.argv[2]]()))
     Path(sys.argv[1]).write_text(json.dumps(made))

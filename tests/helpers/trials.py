@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardlib.ops.expert_rows import combined
 from shardlib.triton_kernels.all_reduce import all_reduce_reference, one_shot, two_shot
 from shardlib.triton_kernels.all_reduce_add_rms_norm import all_reduce_add_rms_norm, filled_bytes
 from shardlib.triton_kernels.exchange import (
@@ -20,6 +21,14 @@ from shardlib.triton_kernels.exchange import (
     all_to_all_reference,
 )
 from shardlib.triton_kernels.exchange import slot_bytes as moved_bytes
+from shardlib.triton_kernels.expert_exchange import (
+    combine_rows,
+    combine_rows_reference,
+    dispatch_rows,
+    dispatch_rows_reference,
+)
+from shardlib.triton_kernels.expert_exchange import slot_bytes as exchanged_bytes
+from shardlib.triton_kernels.expert_places import expert_places_reference
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS, STATE_WORDS
 from shardlib.triton_kernels.launching import Grid
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter, reduce_scatter_reference
@@ -30,14 +39,23 @@ from shardlib.triton_kernels.workspace import Workspace
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SUMS, MOVES, NORMS = (("one_shot", "two_shot", "reduce_scatter"), ("all_gather", "all_to_all"),
                       ("norm", "two_shot_norm"))
-CHOICES = ("split_argmax",)
-FAMILIES = {"sums": SUMS, "moves": MOVES, "norms": NORMS, "choices": CHOICES,
-            "all": SUMS + MOVES + NORMS + CHOICES}
+CHOICES, EXPERTS = ("split_argmax",), ("dispatch_rows", "combine_rows")
+FAMILIES = {"sums": SUMS, "moves": MOVES, "norms": NORMS, "choices": CHOICES, "experts": EXPERTS,
+            "all": SUMS + MOVES + NORMS + CHOICES + EXPERTS}
 EPS = 1e-5
 WARPS = (1, 1, 2)
 GUARD = 64
 """Words behind an arena that nobody may write."""
 UNTOUCHED = 0x5EA1ED00
+
+
+class Routed(NamedTuple):
+    """What the tokens of all ranks choose; places: of each rank, (at, place, ends)."""
+    chosen: Tensor
+    weights: Tensor
+    experts: int
+    most: int
+    places: list[tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,8 @@ class Call:
             return moved_bytes(quads, world, self.line)
         if self.kernel in CHOICES:
             return chosen_bytes(self.outer, world)
+        if self.kernel in EXPERTS:
+            return exchanged_bytes(self.outer, 16 * self.inner, world, Grid(self.blocks, self.warps))
         if self.kernel in NORMS:
             return filled_bytes(self.outer, 16 * self.inner, world, self.split, self.shots(world))
         return (world - 1) * 16 * (2 * -(-quads // world) if self.kernel == "two_shot" else quads)
@@ -69,12 +89,54 @@ class Call:
         inner = self.inner * 16 // self.dtype.itemsize
         return {"reduce_scatter": (self.outer, world, inner), "all_gather": (self.outer, inner),
                 "all_to_all": (world, self.outer * inner), "norm": (self.outer, inner),
-                "two_shot_norm": (self.outer, inner),
+                "two_shot_norm": (self.outer, inner), "dispatch_rows": (self.outer, inner),
+                "combine_rows": (self.routed(world).most, inner) if self.kernel == "combine_rows" else (),
                 "split_argmax": (self.outer, inner)}.get(self.kernel, (self.outer * inner,))
 
     def shots(self, world: int) -> int:
         """Of a norm."""
         return 2 if self.kernel == "two_shot_norm" and self.inner % world == 0 else 1
+
+    def routed(self, world: int) -> Routed:
+        """Of `outer` tokens of each rank, to two experts or three; at times all to those of one rank, or
+        none."""
+        draw = random.Random(self.inner * 7 + self.outer)
+        experts, choices = draw.choice(((1, 2), (2, 2), (3, 3))) if world > 2 else (2, 2)
+        tokens, all_experts = self.outer * world, experts * world
+        only = draw.choice((None, None, 0, world - 1, -1))
+        g = torch.Generator().manual_seed(self.inner)
+        chosen = torch.rand(tokens, all_experts, generator=g).topk(choices).indices
+        if only is not None:
+            chosen = only * experts + torch.arange(choices).expand(tokens, choices) % max(experts, 1)
+            chosen = torch.where(torch.arange(choices) < experts, chosen, -1) if only >= 0 else chosen * 0 - 1
+        most = tokens * min(choices, experts)
+        places = [expert_places_reference(chosen, r * experts, experts, most) for r in range(world)]
+        return Routed(chosen, torch.rand(tokens, choices, generator=g), experts, most, places)
+
+    def token_run(self) -> int:
+        """How many tokens of a rank lie side by side among all ranks'."""
+        return 1 if self.outer % 2 == 0 else self.outer
+
+    def exchanged(self, x: Tensor, workspace: Workspace, grid: Grid) -> Tensor:
+        """Of rows there, what means something."""
+        routed, rank = self.routed(workspace.size), workspace.rank
+        _, place, ends = routed.places[rank]
+        if self.kernel == "combine_rows":
+            return combine_rows(x, place, routed.weights, self.token_run(), workspace, grid)
+        rows = dispatch_rows(x, routed.chosen, place, routed.experts, routed.most, self.token_run(),
+                             workspace, grid)
+        rows[int(ends[-1]):] = 0
+        return rows
+
+    def wanted_rows(self, xs: list[Tensor], rank: int) -> Tensor:
+        routed = self.routed(len(xs))
+        if self.kernel == "dispatch_rows":
+            return dispatch_rows_reference(xs, routed.chosen, routed.places[rank][1], rank * routed.experts,
+                                           routed.experts, routed.most, self.token_run())
+        tokens, choices = routed.chosen.shape
+        sums = [combined(x, at, routed.experts, tokens, choices, (tokens, x.shape[1]), routed.weights)
+                for x, (at, _, _) in zip(xs, routed.places)]
+        return combine_rows_reference(sums, rank, self.token_run())
 
     def replicated(self) -> tuple[Tensor, Tensor]:
         """The residual and the weight of a norm."""
@@ -85,6 +147,8 @@ class Call:
 
     def run(self, x: Tensor, workspace: Workspace) -> Tensor | tuple[Tensor, Tensor]:
         grid = Grid(self.blocks * self.split, self.warps)
+        if self.kernel in EXPERTS:
+            return self.exchanged(x, workspace, grid._replace(blocks=self.blocks))
         if self.kernel in CHOICES:
             return split_argmax(x, workspace, grid._replace(blocks=self.blocks))
         if self.kernel in NORMS:
@@ -103,6 +167,8 @@ class Call:
             return all_gather_reference(xs)
         if self.kernel in CHOICES:
             return split_argmax_reference(xs)
+        if self.kernel in EXPERTS:
+            return self.wanted_rows(xs, rank)
         if self.kernel in NORMS:
             residual, weight = self.replicated()
             total = residual + all_reduce_reference(xs)
@@ -118,6 +184,8 @@ def random_calls(family: str, draw: random.Random, count: int) -> list[Call]:
                                                draw.randint(1, 3), draw.randint(1, 40), draw.randint(1, 3))
         warps = draw.choice(WARPS)
         line = draw.choice((8, 32, 32 * warps))
+        if kernel in EXPERTS:
+            return Call(kernel, dtype, min(outer, 2), inner if inner > 35 else 1 + inner // 5, min(blocks, 2))
         if kernel in NORMS:
             quads = 6 * (1 + inner // 21) if kernel == "two_shot_norm" else 1 + inner // 4
             return Call(kernel, dtype, min(outer, 2), quads, 1, line, warps, (1, 2, 4)[blocks - 1])
@@ -168,7 +236,7 @@ def wrong(calls: Sequence[Call], xs: list[list[Tensor]], got: Sequence[Sequence[
                 (result, normed), (want, exact) = result, want
                 if not close(normed, exact):
                     return f"call {number}, {call}: wrong norm on rank {rank}"
-            if call.kernel in SUMS + NORMS:
+            if call.kernel in SUMS + NORMS + EXPERTS:
                 result, want = (torch.where(t.isnan(), float("nan"), t) for t in (result, want))
             if not torch.equal(result.view(torch.uint8), want.view(torch.uint8)):
                 return f"call {number}, {call}: wrong on rank {rank}"

@@ -64,6 +64,8 @@ PYTREES = "tests/test_pytrees.py"
 CAPACITY = "tests/ops/test_expert_capacity.py"
 OF_EXPERTS = "tests/triton_kernels/test_experts.py"
 LIMITS, FIELDS = "tests/models/test_limits.py", "tests/models/test_config_fields.py"
+OF_ROWS = PROTOCOLS + " -k experts"
+EXCHANGED = "tests/ops/test_expert_exchange.py"
 SIMULATED = "tests/run/test_simulate.py"
 DECODER, ROTATED = "tests/models/test_decoder.py", "tests/compiler/test_rotate_scan.py -k leaves_alone"
 FUSE, FUSED, KERNELS = ("tests/compiler/test_fuse.py", "tests/language/test_fused.py",
@@ -1125,6 +1127,21 @@ MUTANTS = (
     Mutant("triton_kernels/expert_ffn.py", "token < tokens, other=-1) - first", "token < tokens, other=-1)",
            OF_EXPERTS),
     Mutant("triton_kernels/expert_ffn.py", "tl.cumsum(hit, 0) - hit", "tl.cumsum(hit, 0)", OF_EXPERTS),
+    Mutant("triton_kernels/expert_places.py", "tl.cumsum(own, 0) - own", "tl.cumsum(own, 0)", OF_EXPERTS),
+    Mutant("triton_kernels/expert_places.py", "(e >= 0) & (row < most)", "(e >= 0)", OF_EXPERTS),
+    Mutant("triton_kernels/expert_exchange.py", "((t // inner) * W + rank) * inner",
+           "(rank * inner + t // inner) * W", EXCHANGED),
+    Mutant("triton_kernels/expert_exchange.py", "tl.where(item == items - 1, (4", "tl.where(item < 0, (4",
+           OF_ROWS),
+    Mutant("triton_kernels/expert_exchange.py", "there & comes, INTERPRET)", "there, INTERPRET)", OF_ROWS),
+    Mutant("triton_kernels/expert_exchange.py", "there & (words[4 * (W - 1) + i] == COMES), INTERPRET)",
+           "there, INTERPRET)", OF_ROWS),
+    Mutant("ops/expert_exchange.py", "t if t < chosen.shape[1] else b * t", "b * t", EXCHANGED),
+    Mutant("ops/expert_exchange.py", "experts * made.me, experts", "0, experts", EXCHANGED),
+    Mutant("ops/nvlink.py", "most + most // WORDS_OF_ROWS // QUAD * QUAD", "most",
+           NVLINK + " -k long_prompts"),
+    Mutant("triton_kernels/gate_up.py", "row >= tl.load(live_ptr)", "row >= 1",
+           "tests/triton_kernels/test_few_rows.py -k gate"),
     Mutant("triton_kernels/route.py", "left = tl.where(taken, -1.0, left)", "left = left", OF_EXPERTS),
     Mutant("ops/expert_ffn.py", "first = site.begins[3][0]", "first = 0",
            "tests/models/test_fused_experts.py -k derivative"),

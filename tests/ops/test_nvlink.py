@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardlib.distributed.communicators.protocol import Call, FusingCommunicator
 from shardlib.distributed.flat import Cut
-from shardlib.errors import SpecError
+from shardlib.errors import SpecError, bytes_text
 from shardlib.ops import nvlink
 from shardlib.ops.nvlink import CAPACITY, CHANNELS, MOST_RANKS, QUAD, SMS, NVLink, slot_bytes
 from shardlib.ops.nvlink_grids import (
@@ -27,7 +27,7 @@ from shardlib.ops.nvlink_grids import (
     launches_of,
 )
 from shardlib.ops.nvlink_report import Reader, missing
-from shardlib.triton_kernels import exchange
+from shardlib.triton_kernels import exchange, expert_exchange
 from shardlib.triton_kernels.all_reduce_add_rms_norm import filled_bytes
 from shardlib.triton_kernels.lamport import EMPTY, SLOTS, STATE_WORDS
 from shardlib.triton_kernels.launching import Grid
@@ -72,7 +72,7 @@ def test_declines_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> No
     assert nvlink.nvlink(place()) == (
         "GPU 0 has 108 multiprocessors; the kernels of 2 channels want 132 to run side by side")
     gpu(monkeypatch, free=10**8)
-    assert nvlink.nvlink(place()) == "GPU 0 has 100.0 MB free, 402.7 MB are needed"
+    assert nvlink.nvlink(place()) == "GPU 0 has 100.0 MB free, 404.2 MB are needed"
 
 
 def test_declines_where_a_gpu_does_not_reach_that_of_a_member(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +238,45 @@ def test_exchanges_run_at_once_and_fit_their_slot(world: int, count: int, gather
     words = (world - 1) * (4 * piece + -(-piece // line))
     filled = -(-words // 4) * QUAD
     assert filled + (world - 1) * piece * 4 <= exchange.slot_bytes(piece, world, line) <= workspace.slot_bytes
+
+
+@given(worlds, st.integers(1, 5000), st.integers(1, 2048), st.sampled_from((torch.bfloat16, torch.float32)))
+def test_rows_that_are_exchanged_run_at_once_and_fit_their_slot(world: int, tokens: int, quads: int,
+                                                               dtype: torch.dtype) -> None:
+    """With a word for each part of a row; both ways by the same grid."""
+    launched, width, seen = Launched(world), quads * QUAD // dtype.itemsize, []
+    refusal = launched.made.refuses_rows(tokens, width, dtype)
+
+    def record(x: Tensor, *more: Any) -> Tensor:
+        seen.append(more[-2:])
+        return x
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nvlink, "current_stream", lambda device: 7)
+        for name in ("dispatch_rows", "combine_rows"):
+            patch.setattr(expert_exchange, name, record)
+        x, place = torch.empty(tokens, width, dtype=dtype, device="meta"), torch.empty(0)
+        launched.made.dispatch_rows(x, place, place, 1, tokens, tokens)
+        launched.made.combine_rows(x, place, torch.empty(world * tokens, 2, device="meta"), tokens)
+    (workspace, grid), again = seen
+    parts = -(-quads // grid.threads)
+    needed = (world - 1) * (tokens * quads + -(-tokens * parts // 4)) * QUAD
+    assert again == (workspace, grid) and fits(grid) and workspace is launched.channels[0]
+    assert grid.threads * grid.registers <= BLOCK_REGISTERS and grid.blocks <= MOST_BLOCKS
+    assert (refusal is None) == (needed <= workspace.slot_bytes)
+
+
+@pytest.mark.parametrize("size, tokens", [(2, 4096), (4, 4096), (8, 2048)])
+def test_rows_of_long_prompts_fit(size: int, tokens: int) -> None:
+    """Of 4096 in bfloat16; and what does not."""
+    made = Launched(size).made
+    assert made.refuses_rows(tokens, 4096, torch.bfloat16) is None
+    assert made.refuses_rows(3 * tokens, 4096, torch.bfloat16) == (
+        f"NVLink exchanges at most {bytes_text(slot_bytes(size))} of rows, not "
+        f"{bytes_text((size - 1) * 3 * tokens * (8192 + 4 * (2 if size < 8 else 4)))}")
+    assert made.refuses_rows(1, 4, torch.bfloat16) == (
+        "NVLink exchanges rows of a multiple of 16 bytes, not 4 of bfloat16")
+    assert made.refuses_rows(0, 8, torch.float64) == (
+        "NVLink exchanges rows of a multiple of 16 bytes, not 8 of float64")
 
 
 @pytest.mark.parametrize("size", WORLDS)

@@ -392,3 +392,21 @@ def test_losses_read_logits_once_16_bytes_at_a_time(tmp_path: Path) -> None:
         assert len(re.findall(r"ld\.global\S*\.b16\b", ptx)) == forward, launch["kernel"]
         assert forward or re.search(r"st\.global\S*\.v4\.b32", ptx)
         assert launch["stack"] == 0 and launch["registers"] <= 32, launch["kernel"]
+
+
+def test_rows_of_experts_are_pushed_once_and_polled_in_one_loop(tmp_path: Path) -> None:
+    """By lanes that are there, 16 bytes at once, and a word beside them; the loop has no barrier in it, and
+    loads data where its lane is there alone: another might wait for what has been taken. Nothing spills."""
+    for launch in compile_all(tmp_path, "experts"):
+        lines, others = instructions(launch["ptx"]), launch["world"] - 1
+        assert (count(lines, PUSH), count(lines, PUSH_WORD)) == (2 * others, 2 * others)
+        assert (count(lines, POLL), count(lines, POLL_WORD)) == (others, others)
+        pushed = [name for name, _ in flags(launch["ptx"], PUSH, PUSH_WORD)]
+        assert pushed == [PUSH, PUSH_WORD] * 2 * others and not count(lines, "volatile")
+        assert launch["ptx"].count(f"@p {POLL}") == others
+        loop = lines[max(i for i, line in enumerate(lines) if line.startswith("POLL")):]
+        loop = loop[:next(i for i, line in enumerate(loop) if line.startswith("bra POLL"))]
+        assert count(loop, POLL) == others and not count(loop, "bar.", "shared", "@")
+        assert launch["stack"] == 0 and launch["registers"] <= launch["most"]
+        layout, = launch["layouts"]
+        assert f"warpsPerCTA = [{launch['warps']}]" in layout and "sizePerThread = [1]" in layout

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounded import rounded
 
+from shardlib.ops.expert_rows import chosen_rows
+from shardlib.triton_kernels import expert_places
 from shardlib.triton_kernels.expert_ffn import expert_ffn, expert_ffn_reference
 from shardlib.triton_kernels.limits import Tile
 from shardlib.triton_kernels.route import route, route_reference
@@ -66,6 +68,25 @@ def test_no_bit_depends_on_which_replica_a_row_goes_to() -> None:
     one, *others = (expert_ffn(x, torch.stack((slots, torch.ones_like(slots)), 1), weights, gate, up, down, 0,
                                tiles, counts) for slots in torch.tensor([[0] * 9, [2] * 9, [0, 2, 0] * 3]))
     assert all(torch.equal(one, other) for other in others)
+
+
+@some
+@given(seeds, st.integers(1, 30), st.integers(1, 6), st.integers(1, 3), st.integers(0, 3),
+       st.sampled_from((8, 64)))
+def test_places(seed: int, tokens: int, experts: int, choices: int, first: int, counted: int) -> None:
+    """The order of `chosen_rows`, by one block and by several; others' experts, and what is none, have no
+    place; rows beyond the most are in no list."""
+    chosen = torch.randint(-1, 9, (tokens, choices), generator=torch.Generator().manual_seed(seed))
+    n, most = tokens * choices, tokens * choices - seed % 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_places, "COUNTED", counted)
+        at, place, ends = expert_places.expert_places(chosen, first, experts, most)
+    for got, want in zip((at, place, ends),
+                         expert_places.expert_places_reference(chosen, first, experts, most)):
+        assert torch.equal(got, want)
+    x = torch.arange(tokens, dtype=torch.float32).unsqueeze(1)
+    assert torch.equal(at, chosen_rows(x, chosen, experts, tokens, choices, first, most)[1])
+    assert (at[:int(ends[-1])] < experts * n).all() and (at[int(ends[-1]):] == experts * n).all()
 
 
 @some

@@ -61,14 +61,19 @@ def test_gates(dtype: torch.dtype, seed: int, rows: int, width: int, apart: int)
     """Of halves of one matrix, and of rows that lie further apart."""
     torch.manual_seed(seed)
     gate, up = normal(dtype, rows, 2 * width + apart)[:, :2 * width].chunk(2, -1)
-    assert near(gate_up(gate, up), gate_up_reference(gate, up), gate_up_reference(gate.double(), up.double()))
+    made = gate_up(gate, up)
+    assert near(made, gate_up_reference(gate, up), gate_up_reference(gate.double(), up.double()))
+    for live in (0, 1, len(made)):
+        part = gate_up(gate, up, torch.tensor([live], dtype=torch.int32))
+        assert torch.equal(part[:live], made[:live])
 
 
 def test_only_a_kernel_that_waits_starts_early() -> None:
     """One that does not would read what is not there yet."""
     x = torch.ones(4)
     with pytest.raises(AssertionError, match="it would not wait for the kernel before it"):
-        launch(gate_up_kernel, (), Grid(1, early=True), (x, x, x, 4, 4, 4, 1), lambda: dict(LANES=4), True)
+        launch(gate_up_kernel, (), Grid(1, early=True), (x, x, x, x, 4, 4, 4, 1),
+               lambda: dict(LIVE=False, LANES=4), True)
 
 
 def test_a_norm_of_nothing_and_of_nan() -> None:

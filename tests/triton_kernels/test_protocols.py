@@ -38,6 +38,7 @@ from shardlib.triton_kernels import (
     all_reduce,
     all_reduce_add_rms_norm,
     exchange,
+    expert_exchange,
     lamport,
     quads,
     reduce_scatter,
@@ -48,7 +49,8 @@ from shardlib.triton_kernels.quads import pack, unpack_high, unpack_low
 from shardlib.triton_kernels.simulator import Deadlock, Simulation
 from shardlib.triton_kernels.workspace import Workspace
 
-SEEDS = {"sums": (0, 2, 3), "norms": (0, 2, 3), "moves": (0, 5, 7), "choices": (0, 2, 3)}
+SEEDS = {"sums": (0, 2, 3), "norms": (0, 2, 3), "moves": (0, 5, 7), "choices": (0, 2, 3),
+         "experts": (1, 4)}
 """Of `trial`: each control goes wrong on some of them, the protocols themselves on none."""
 pytestmark = pytest.mark.usefixtures("one_thread")
 a_few = settings(max_examples=max(6, settings.default.max_examples // 8), derandomize=True, database=None)
@@ -83,7 +85,8 @@ def left_over(space: Workspace) -> torch.Tensor:
 def some_calls(family: str) -> st.SearchStrategy[list[Call]]:
     """What `random_calls` draws, by other hands."""
     def call(warps: int) -> st.SearchStrategy[Call]:
-        quads, blocks = {"norms": (12, 1), "all": (20, 1), "choices": (12, 2)}.get(family, (40, 3))
+        quads, blocks = {"norms": (12, 1), "all": (20, 1), "choices": (12, 2),
+                         "experts": (12, 2)}.get(family, (40, 3))
         return st.builds(Call, st.sampled_from(FAMILIES[family]), st.sampled_from(DTYPES), st.integers(1, 3),
                          st.integers(1, quads), st.integers(1, blocks), st.sampled_from((8, 32, 32 * warps)),
                          st.just(warps), st.sampled_from((1, 2, 4)))
@@ -101,7 +104,7 @@ def wants_all_blocks(call: Call) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calls_in_turns(family: str) -> None:
     """Any of the kernels, of any sizes and grids, on one workspace."""
-    @settings(a_few, max_examples=a_few.max_examples // (3 if family in ("norms", "choices", "all") else 1))
+    @settings(a_few, max_examples=a_few.max_examples // (1 if family in ("sums", "moves") else 3))
     @given(seeds, worlds, residents, some_calls(family))
     def check(seed: int, world: int, resident: int | None, calls: list[Call]) -> None:
         assert (simulate(calls, world, seed, resident=None if any(map(wants_all_blocks, calls)) else resident)
@@ -113,7 +116,7 @@ def test_calls_in_turns(family: str) -> None:
 
 Rules = dict[str, Any]
 Patch = pytest.MonkeyPatch
-KERNELS = (all_reduce, reduce_scatter, exchange, all_reduce_add_rms_norm, split_argmax)
+KERNELS = (all_reduce, reduce_scatter, exchange, all_reduce_add_rms_norm, split_argmax, expert_exchange)
 
 
 def in_kernels(patch: Patch, name: str, value: Any) -> Rules:
@@ -224,9 +227,19 @@ def _receives_lines_by_one_word(address, stride, line, line_stride, N: tl.conste
     return words + of_lines
 
 
+@triton.jit
+def _awaits_the_first(p, wanted):
+    """Of a quad, by its place."""
+    word = tl.load(p, mask=wanted, other=0, volatile=True)
+    while tl.max(((word == EMPTY) & (p.to(tl.int64) % 16 == 0)).to(tl.int32)) > 0:
+        word = tl.load(p, mask=wanted, other=0, volatile=True)
+    return word
+
+
 def one_word_of_four_is_polled(patch: Patch) -> Rules:
     """Of moved data, one of the line: it may come before the data."""
     patch.setattr(exchange, "receive_lines", _receives_lines_by_one_word)
+    patch.setattr(expert_exchange, "await_where", _awaits_the_first)
     return in_kernels(patch, "receive", _receives_by_one_word)
 
 
@@ -275,6 +288,45 @@ def _takes_and_leaves(address, there, INTERPRET: tl.constexpr):
 
 def what_is_hidden_is_not_emptied(patch: Patch) -> Rules:
     patch.setattr(exchange, "take_words", _takes_and_leaves)
+    return {}
+
+
+@triton.jit
+def _receives_rows_alone(address, stride, word, word_stride, wanted, N: tl.constexpr, SPIN: tl.constexpr,
+                         CONSTRAINTS: tl.constexpr, WORDS: tl.constexpr, INTERPRET: tl.constexpr):
+    flags, words = (), ()
+    for i in tl.static_range(N):
+        flags = flags + (tl.load((word + i * word_stride).to(tl.pointer_type(tl.int32)), volatile=True),)
+    for i in tl.static_range(N):
+        p = (address + i * stride).to(tl.pointer_type(tl.int32))
+        for j in tl.static_range(4):
+            words = words + (expert_exchange.await_where(p + j, (wanted != 0) & (flags[i] == 1)),)
+    return words + flags
+
+
+def words_of_rows_are_not_awaited(patch: Patch) -> Rules:
+    """Whose word has not come sends nothing."""
+    patch.setattr(expert_exchange, "receive_parts", _receives_rows_alone)
+    return {}
+
+
+def rows_are_not_emptied(patch: Patch) -> Rules:
+    patch.setattr(expert_exchange, "store_quads_once", _stores_no_empty)
+    return {}
+
+
+@triton.jit
+def _stores_no_empty(address, a, b, c, d, there, INTERPRET: tl.constexpr):
+    quads.store_quads_once(address, a, b, c, d, there & ((a != EMPTY) | (b != EMPTY)), INTERPRET)
+
+
+@triton.jit
+def _says_where_rows_come_alone(address, word, there, INTERPRET: tl.constexpr):
+    quads.push_words_once(address, word, there & (word == 1), INTERPRET)
+
+
+def nothing_is_said_where_nothing_comes(patch: Patch) -> Rules:
+    patch.setattr(expert_exchange, "push_words_once", _says_where_rows_come_alone)
     return {}
 
 
@@ -355,6 +407,8 @@ CONTROLS = {"sums": (*PROTOCOL, own_is_added_first),
                       blocks_of_a_row_run_one_after_another),
             "moves": (*PROTOCOL, lines_are_not_awaited, what_is_hidden_is_not_awaited,
                       what_is_hidden_is_not_emptied),
+            "experts": (*PROTOCOL, words_of_rows_are_not_awaited, rows_are_not_emptied,
+                        nothing_is_said_where_nothing_comes),
             "choices": (*(c for c in PROTOCOL if c is not empty_is_sent), nan_is_sent_as_empty,
                         of_equals_the_last_is_chosen)}
 
@@ -367,7 +421,7 @@ def world_of(family: str, seed: int) -> int:
 
 def trial(family: str, seed: int, **rules: Any) -> str | None:
     draw, split = random.Random(seed), rules.pop("split", 1 if "resident" in rules else None)
-    calls = random_calls(family, draw, 4 if family == "norms" else 6)
+    calls = random_calls(family, draw, 4 if family in ("norms", "experts") else 6)
     if split:
         calls = [replace(call, blocks=3 if split == 1 else 1, split=split) if call.kernel in NORMS else call
                  for call in calls]

@@ -132,6 +132,31 @@ class FusingCommunicator(Protocol):
         """
 
 
+@runtime_checkable
+class ExchangingCommunicator(Protocol):
+    """One that takes rows of tokens to the members that have experts of them, and their sums home, without
+    anybody on the host knowing which go where (`shardlib.ops.expert_exchange`).
+
+    chosen, weights: of all members' tokens, (tokens, choices), alike on all; side_by_side: how many tokens of
+    a member lie side by side there, before those of the next. place: of each choice the row that it has here,
+    -1 where its expert is another member's; members have as many experts, in their order.
+    """
+
+    me: int
+
+    def refuses_rows(self, tokens: int, width: int, dtype: torch.dtype) -> str | None:
+        """Why it does not take so many tokens of each member; None where it does. Alike on all members."""
+
+    def dispatch_rows(self, x: Tensor, chosen: Tensor, place: Tensor, experts: int, most: int,
+                      side_by_side: int) -> Tensor:
+        """(most, width): the rows that this member's `experts` get, each at its place; the others mean
+        nothing. x: this member's tokens, (tokens, width)."""
+
+    def combine_rows(self, rows: Tensor, place: Tensor, weights: Tensor, side_by_side: int) -> Tensor:
+        """(tokens, width): of this member's tokens the sum over all members, in their order, of each one's
+        rows times their weights."""
+
+
 class StridedCommunicator(Communicator, Protocol):
     """One that puts pieces together along any dim itself, so that nothing is copied before or after."""
 
