@@ -73,6 +73,23 @@ def test_where_groups_are_split_off_a_bound_one_every_rank_makes_all(monkeypatch
                      ("split nccl", (1, 3)), ("split nccl", (2, 3))]
 
 
+def test_a_channel_is_a_group_of_its_two_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each direction one, by the name of who posts; made once."""
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(process_groups, "_among", lambda ranks, name, timeout, backend, device: calls.append(
+        (ranks, name, timeout, backend, device)) or len(calls))
+    groups = ProcessGroups(torch.device("cpu"), timedelta(seconds=9), 7)
+    digest = process_groups._digest((1, 3))
+    there, back, other = groups.channel("x", (3, 1)), groups.channel("x", (1, 3)), groups.channel("y", (3, 1))
+    assert (there, back, other) == (1, 2, 3) and groups.channel("x", (3, 1)) == there and len(calls) == 3
+    assert calls == [((1, 3), f"shardlib/7/channel {name} {digest}", timedelta(seconds=9), "gloo", None)
+                     for name in ("x 3", "x 1", "y 3")]
+    on_gpu = ProcessGroups(torch.device("cuda", 1), timedelta(seconds=9), 8)
+    on_gpu.channel("x", (3, 1))
+    assert calls[3] == ((1, 3), f"shardlib/8/channel x 3 {digest}", timedelta(seconds=9), "nccl",
+                        torch.device("cuda", 1))
+
+
 def test_torch_still_makes_a_group_under_a_name_that_it_is_given() -> None:
     """`_among` relies on a function of torch that is not public."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from pool import Pool
 
 from shardlib.distributed import connect
+from shardlib.distributed import runtime as runtime_module
 from shardlib.distributed.launch import Launch
 from shardlib.distributed.rank_error import RankError
 from shardlib.distributed.runtime import _parting
@@ -151,3 +154,18 @@ def test_joins_a_torch_distributed_that_is_there_and_leaves_it_there() -> None:
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+def test_the_watchdog_asks_the_store_for_a_quarter_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a connection of its own, under keys of its runtime's."""
+    asked, inner = [], dist.HashStore()
+    monkeypatch.setattr(runtime_module, "own_connection", lambda store, s: asked.append((store, s)) or inner)
+    monkeypatch.setattr(runtime_module, "Watchdog", lambda watch, *how: how)
+    monkeypatch.setattr(runtime_module.atexit, "register", lambda stop: None)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: "the store of all")
+    here = SimpleNamespace(_stop_watchdog=None, _job=SimpleNamespace(number=3), rank=1, mesh=Mesh(tp=2),
+                           _timeout=timedelta(seconds=40), device=torch.device("cpu"))
+    store, *how = runtime_module.Runtime._start_watchdog(here)
+    assert how == [1, 2, 40.0, here.device] and asked == [("the store of all", 10.0)]
+    store.set("x", "y")
+    assert inner.get("shardlib/watchdog 3/x") == b"y"

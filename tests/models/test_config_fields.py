@@ -198,6 +198,21 @@ def test_a_field_that_is_left_out_is_what_transformers_takes_then(name: str) -> 
     assert " ".join(needed) == NEEDED[name]
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+def test_experts_are_counted_by_either_name(name: str) -> None:
+    fields = {key: value for key, value in CONFIGS[name]().to_dict().items() if not key.endswith("_experts")}
+    for said, experts in (({"num_experts": 5}, 5), ({"num_local_experts": 7}, 7),
+                          ({"num_experts": 5, "num_local_experts": 7}, 5),
+                          ({"num_experts": None, "num_local_experts": 7}, 7)):
+        assert config_of({**fields, **said}).sizes["E"] == experts
+    size = "it must be an integer from 1 to 2147483648"
+    for said, key in (({}, "no num_experts"), ({"num_local_experts": None}, "no num_experts"),
+                      ({"num_local_experts": -1}, f"num_local_experts is -1; {size}")):
+        with pytest.raises(CheckpointError) as caught:
+            config_of({**fields, **said})
+        assert str(caught.value) == f"config.json: {key}"
+
+
 JUNK = (None, True, 0, -1, 1 << 40, 1 << 2000, 0.5, math.nan, math.inf, "", "x", [], [1], [[]], {}, {"a": {}},
         {"rope_type": []}, ["full_attention"])
 

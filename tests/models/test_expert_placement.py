@@ -116,9 +116,15 @@ def test_on_hosts_an_experts_replicas_are_on_one(problem: tuple[list[int], int, 
     of = [{e for rank in made.slots[h * each:h * each + each] for e in rank} for h in range(hosts)]
     assert [len(rank) for rank in made.slots] == [slots] * ranks
     assert sum(map(len, of)) == len(load) and set().union(*of) == {*range(len(load))}
+    assert {*map(len, of)} <= {len(load) // hosts, -(-len(load) // hosts)}
     after = rebalance([x + e for e, x in enumerate(load)], ranks, slots, made, hosts=hosts)
     assert all(sum(e in {x for rank in after.slots[h * each:h * each + each] for x in rank}
                    for h in range(hosts)) == 1 for e in range(len(load)))
+
+
+def test_hosts_have_as_many_experts_however_hot_they_are() -> None:
+    made = rebalance([100, 1, 1, 1], 2, 3, hosts=2)
+    assert sorted(len({*rank}) for rank in made.slots) == [2, 2]
 
 
 def test_what_decoding_reads_is_balanced_by_experts_not_by_tokens() -> None:

@@ -63,6 +63,7 @@ GENERATES = "tests/models/test_gallery_generate.py"
 PYTREES = "tests/test_pytrees.py"
 CAPACITY = "tests/ops/test_expert_capacity.py"
 OF_EXPERTS = "tests/triton_kernels/test_experts.py"
+WAITS = "tests/distributed/test_waits.py"
 LIMITS, FIELDS = "tests/models/test_limits.py", "tests/models/test_config_fields.py"
 OF_ROWS = PROTOCOLS + " -k experts"
 EXCHANGED = "tests/ops/test_expert_exchange.py"
@@ -1190,4 +1191,12 @@ MUTANTS = (
            "queries_per_kv=2 * queries_per_kv, head_dim=head_dim // 2", RANDOM + " -k published"),
     Mutant("shardlib/distributed/calibrate.py", "text=True).stdout", "text=False).stdout",
            "tests/distributed/test_calibrate.py -k come_from"),
+    Mutant("shardlib/distributed/process_groups.py", "min(ranks), max(ranks)", "min(ranks), min(ranks)",
+           "tests/distributed/test_process_groups.py -k two_ends"),
+    Mutant("shardlib/distributed/runtime.py", "total_seconds() / 4", "total_seconds() * 4",
+           "tests/distributed/test_runtime.py -k quarter"),
+    Mutant("shardlib/distributed/board.py", "sleep(seconds / 12)", "sleep(seconds / 2)", WAITS),
+    Mutant("shardlib/distributed/rank_error.py", "            look()\n", "", WAITS),
+    Mutant("shardlib/distributed/rank_error.py", "return ready()", "return False", WAITS),
+    Mutant("shardlib/distributed/frames.py", "        if part:\n", "        if True:\n", WAITS),
 )
