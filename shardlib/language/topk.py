@@ -53,7 +53,8 @@ def largest_of_pieces(group: object, pieces: Sequence[tuple[int, int]], start: i
 
 
 def _as_bytes(x: Tensor) -> Tensor:
-    return x.reshape(-1).view(torch.uint8)
+    """Copied: one element of a strided view counts as contiguous, and has no bytes."""
+    return x.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _from_bytes(rows: Tensor, like: Tensor) -> Tensor:

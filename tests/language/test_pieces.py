@@ -172,6 +172,13 @@ def test_more_than_there_is() -> None:
 
 # -- topk ----------------------------------------------------------------------------------------------------
 
+
+def test_topk_of_one_element_of_a_strided_piece() -> None:
+    f, x = sharded("T V -> P V, P V")(lambda x: topk("T V -> P V", x, k=1)), torch.randn(3, 2)
+    for got, want in zip(simulate(f, Layout(T="x", V="y"), x, mesh=Mesh(x=2, y=2)), x.topk(1, 0)):
+        assert torch.equal(got, want)
+
+
 @given(st.lists(st.lists(st.sampled_from((-1.0, 0.0, 2.0, 2.0, torch.inf, -torch.inf, torch.nan)),
                          min_size=5, max_size=5), min_size=1, max_size=3), st.integers(0, 5),
        st.sampled_from((Layout(), Layout(B="x"), Layout(T="x"), Layout(K="y", T="x"))))
