@@ -39,7 +39,8 @@ def measured(model: Model, rows: int, groups: int, prompt: int, new: int) -> tup
     for _ in range(ROUNDS + 1):
         came: list[float] = []
         began = time.perf_counter()
-        model.generate(prompts, new, on_tokens=lambda _: came.append(time.perf_counter()), groups=groups)
+        model.generate(prompts, new, on_tokens=lambda _: came.append(time.perf_counter()), graph=True,
+                       groups=groups)
         calls.append(((came[-1] - came[WARM]) / (new - 1 - WARM), came[0] - began))
     between, first = (statistics.median(column) * 1e3 for column in zip(*calls[1:]))
     return between, first

@@ -34,8 +34,9 @@ from shardlib.spec import Spec
 PROMPT_TOKENS, LATER_TOKENS = 1 << 15, 1 << 12
 """Tokens of all rows that go through the model at once: at the beginning of prompts;
 after it, where attention makes a bias of what each query sees."""
-STAGE_TOKENS = 1 << 12
-"""The same of a pipeline, whose stages are at different chunks at once."""
+STAGE_TOKENS = {"cpu": 1 << 12}
+"""By device, the same of a pipeline, whose stages are at different chunks at once. Where it says nothing, on
+GPUs, they are as elsewhere: smaller ones have not been measured."""
 CAPTURED_TOKENS = 1 << 13
 """Up to which the beginning of prompts is captured, once its size comes again:
 its launches take longer than its work."""
@@ -220,7 +221,9 @@ class Decoder:
         """(begin, length) of each: of few lengths, so that few programs are made."""
         begin = 0
         while begin < longest:
-            tokens = STAGE_TOKENS if self.pipeline else PROMPT_TOKENS if begin == 0 else LATER_TOKENS
+            tokens = PROMPT_TOKENS if begin == 0 else LATER_TOKENS
+            if self.pipeline:
+                tokens = STAGE_TOKENS.get(self.runtime.device.type, tokens)
             most = max(SMALLEST_CHUNK, round_up(tokens // size))
             wanted = max(SMALLEST_CHUNK, round_up(longest - begin)) if self.graph else longest - begin
             count = min(wanted, most, self.capacity - begin)

@@ -162,11 +162,11 @@ class Model:
         groups: into how many the rows go, so that the stages of a pipeline are at different ones at once; by
         default as many as stages.
         graph: each step is the replay of a CUDA graph, of a bucket of rows and a capacity of the cache,
-        rounded up; by default on GPUs. The host then follows one step behind: all ranks decide what comes
-        after step n + 1 by the tokens of step n.
+        rounded up; by default on GPUs, but not of a pipeline, whose graphs have not run there yet. The host
+        then follows one step behind: all ranks decide what comes after step n + 1 by the tokens of step n.
         """
         check_prompts(prompts, max_new_tokens, self.config)
-        graph = self.runtime.device.type == "cuda" if graph is None else graph
+        graph = self.runtime.device.type == "cuda" and not self.pipeline if graph is None else graph
         began, calls = time.perf_counter(), self.calls(prompts, max_new_tokens, eos_ids, sampling, on_tokens,
                                                        graph, groups)
         with torch.inference_mode():

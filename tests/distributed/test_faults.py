@@ -94,12 +94,31 @@ def stage(rank: int, peer: int, doing: str) -> str:
             f"microbatch 0, {doing}")
 
 
+def turn(target: int, source: int, count: int) -> str:
+    """What a stage waits for in the first turn of the first of two calls."""
+    return (f"recv of {count} float32 from rank {source} in {PP}, at turn 0 of group 0, from stage {source} "
+            f"to {target}")
+
+
+NO_TURN = f"is in no collective; its last was collective 1 of {PP}: barrier"
+
+
 EXPECTED = {
     "stage_missing": (
         report(0, f"waits in {stage(0, 1, 'backward')}", f"  rank 1 {PP_IDLE}"),
         report(1, f"ends: it {PP_IDLE}", f"  rank 0 is in {stage(0, 1, 'backward')}",
                f"  rank 2 is in {stage(2, 1, 'forward')}"),
         report(2, f"waits in {stage(2, 1, 'forward')}", f"  rank 1 {PP_IDLE}")),
+    "stage_late_in_turns": ("", "", ""),
+    "stage_missing_in_turns": (
+        report(0, f"waits in {turn(0, 2, 1)}", f"  rank 2 is in {turn(2, 1, 8)}"),
+        report(1, f"ends: it {NO_TURN}", f"  rank 0 is in {turn(0, 2, 1)}",
+               f"  rank 2 is in {turn(2, 1, 8)}"),
+        report(2, f"waits in {turn(2, 1, 8)}", f"  rank 1 {NO_TURN}")),
+    "stage_stopped_in_turns": (
+        report(0, f"ends: it {NO_TURN}", f"  rank 1 {SILENT} in {turn(1, 0, 8)}",
+               f"  rank 2 is in {turn(2, 1, 8)}"), "",
+        report(2, f"waits in {turn(2, 1, 8)}", f"  rank 1 {SILENT} in {turn(1, 0, 8)}")),
     "late": ("", "", ""),
     "missing": (report(0, WAITS + TURN, f"  rank 1 {IDLE}"),
                 report(1, f"ends: it {IDLE}", f"  rank 0 {IN_TURN}", f"  rank 2 {IN_TURN}"),
@@ -148,7 +167,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("case", EXPECTED)
 def test_the_report(outcomes: dict[str, Outcome], case: str) -> None:
-    assert outcomes[case] == Outcome(EXPECTED[case], (0, 1, 2) if case == "late" else ())
+    assert outcomes[case] == Outcome(EXPECTED[case], (0, 1, 2) if "late" in case else ())
 
 
 def test_a_rank_that_raises(outcomes: dict[str, Outcome]) -> None:

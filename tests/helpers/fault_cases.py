@@ -9,6 +9,7 @@ that it came to its end.
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 import threading
@@ -35,6 +36,7 @@ from shardlib import (
 from shardlib.distributed import Runtime, connect
 from shardlib.functions import sum
 from shardlib.ops import cross_entropy
+from shardlib.run.turns import Pipeline
 from shardlib.schedules.generators import one_f_one_b
 
 TIMEOUT_S = 10.0
@@ -77,8 +79,13 @@ class Job:
     """One rank of a case: `run` is a program over gloo (all_to_all) or over shared memory (all_gather),
     `fault` marks the beginning."""
 
-    def __init__(self, runtime: Runtime, folder: Path, memory: bool) -> None:
-        self.runtime, self.folder, self.rank = runtime, folder, runtime.rank
+    def __init__(self, runtime: Runtime, folder: Path, memory: bool, turns: bool) -> None:
+        self.runtime, self.folder, self.rank, self.pipeline = runtime, folder, runtime.rank, None
+        if turns:
+            self.pipeline = Pipeline(runtime, "pp")
+            self.program = compile(total, Layout(L="pp"), runtime=runtime, sizes={"L": 3})
+            self.args = torch.ones(4, 2), Net(layers=Layer(w=torch.ones(1, 2)))
+            return
         if "pp" in runtime.mesh.axes:
             self.program = compile(value_and_grad(total), Layout(L="pp", B="mb"), runtime=runtime,
                                    sizes={"L": 3}, schedule=one_f_one_b(3, 4))
@@ -91,6 +98,10 @@ class Job:
         self.args, self.size = (self.x,), size
 
     def run(self) -> None:
+        if self.pipeline:
+            with torch.no_grad():
+                self.pipeline.run([self.program.requests(*self.args) for _ in range(2)])
+            return
         self.program(*self.args)
 
     def fault(self, after: float = 1.0) -> None:
@@ -250,10 +261,32 @@ def stage_killed(job: Job) -> None:
     killed(job)
 
 
+def stage_late_in_turns(job: Job) -> None:
+    """Ranks that are slow at random: twenty rounds end well."""
+    draw = random.Random(job.rank)
+    for _ in range(20):
+        time.sleep(draw.choice((0, 0, 0.01)))
+        job.run()
+
+
+def stage_missing_in_turns(job: Job) -> None:
+    missing(job)
+
+
+def stage_stopped_in_turns(job: Job) -> None:
+    """While the last stage waits for it, it waits for the first, which never posts."""
+    if job.rank == 0:
+        time.sleep(3600)
+    if job.rank == 1:
+        job.in_a_moment(signal.SIGSTOP)
+    job.run()
+
+
 CASES: dict[str, Callable[[Job], None]] = {f.__name__: f for f in (
     late, missing, killed, killed_in_memory, stopped, stopped_in_memory, raising, bad_label, wrong_group,
     wrong_size, wrong_order, checked_size, checked_pieces, checked_step, other_plan, other_program, no_plan,
-    stage_missing, stage_killed, no_watchdog)} | {"checked_order": wrong_order}
+    stage_missing, stage_killed, stage_late_in_turns, stage_missing_in_turns, stage_stopped_in_turns,
+    no_watchdog)} | {"checked_order": wrong_order}
 
 
 def mesh_of(case: str) -> Mesh:
@@ -271,7 +304,7 @@ def rank_main(case: str, folder: str) -> None:
     timeout_s = 3600.0 if case == "no_watchdog" else TIMEOUT_S
     with connect(mesh, "cpu", timeout_s, check=case.startswith("checked")) as runtime:
         runtime.create_groups([(axis,) for axis in mesh.axes])
-        job = Job(runtime, here, "memory" in case)
+        job = Job(runtime, here, "memory" in case, "turns" in case)
         job.run()
         runtime.group((list(mesh.axes)[-1],)).barrier()
         try:

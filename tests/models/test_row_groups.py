@@ -94,7 +94,7 @@ def test_chunks_of_prompts_wait_for_no_token(one: Model, placed: dict[str, list[
     """In 3 chunks and 2, whose rows end in different ones: the first stage sends the carry of all chunks, and
     takes one message from the last, the tokens of all rows; with one group alone, too."""
     prompts = [[n % 13 for n in range(length)] for length in (40, 33, 17, 3)]
-    monkeypatch.setattr(decoder, "STAGE_TOKENS", 1)                     # chunks of 16
+    monkeypatch.setattr(decoder, "STAGE_TOKENS", {"cpu": 1})            # chunks of 16
     for sampling in (DRAWN, GREEDY):
         wanted = one.generate(prompts, 4, (), sampling, graph=False).tokens
         for groups, chunks in ((1, [3]), (2, [3, 2])):
