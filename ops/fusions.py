@@ -18,6 +18,7 @@ from shardlib.functions import argmax, max, silu
 from shardlib.language.extremes import FROM_RANK, RANK_OF
 from shardlib.language.value import apply
 from shardlib.ops.attention import attention
+from shardlib.ops.expert_exchange import EXCHANGES
 from shardlib.ops.expert_ffn import FORMS, by_few_tokens
 from shardlib.ops.few_rows import (
     FEW,
@@ -224,7 +225,7 @@ def by_few_rows(product: Product) -> Callable | str:
 FUSIONS = (Fusion(all_reduce_add_rms_norm, kernel=by_communicator),
            Fusion(reduce_scatter_add_rms_norm, kernel=by_communicator),
            Fusion(split_argmax, kernel=by_communicator),
-           *(Fusion(form, kernel=by_few_tokens) for form in FORMS),
+           *EXCHANGES, *(Fusion(form, kernel=by_few_tokens) for form in FORMS),
            Fusion(add_rms_norm, kernel=by_norm), Fusion(gate_up, kernel=by_pointwise),
            Fusion(cached_attention, kernel=by_one_kernel), Fusion(rope_into_cache, kernel=by_rope),
            Fusion(row_argmax, kernel=by_choice))
