@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from shardlib import Params, einsum, param, rename, scan, sharded, stacked
-from shardlib.functions import clamp, cumsum, exp, mean, rsqrt, silu, softplus, tril, windows, zeros
+from shardlib.functions import clamp, cumsum, exp, mean, rsqrt, silu, softplus, sub, tril, windows
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight
 from shardlib.models.gallery.page import Config, Page
@@ -54,7 +54,7 @@ def convolved(dims, x, w, taps, bias, config):
 def states(x, write, read, step, rate):
     """What is written at s is read at t >= s, decayed by exp(-rate step) for each element between them."""
     age = cumsum(step * rate, along="T")
-    age = zeros("B T S K G") + age - rename("B T K G -> B S K G", age)
+    age = sub("B T K G, B S K G -> B T S K G", age, rename("B T K G -> B S K G", age))
     decay = exp(clamp(-age, max=0.0)) * tril("T S")
     x, write = rename("B T K G H -> B S K G H", x), rename("B T K N -> B S K N", write)
     step = rename("B T K G -> B S K G", step)
