@@ -21,8 +21,8 @@ def balance(program: Program, mesh: Mesh, sizes: Mapping[str, int], schedule: Sc
             memory: int | None = None) -> Schedule:
     """`schedule` with as many layers on each stage as let it end first, by work as `explain` counts it.
 
-    memory: the bytes that a rank may have of arguments, of what is kept for backward, and of sums; where no
-    cut is within it, the one that is least above. One layer is moved at a time, as long as that is better.
+    memory: the bytes that a rank may hold, by the `peak` of `explain`; where no cut is within it, the one
+    that is least above. One layer is moved at a time, as long as that is better.
     program: lowered for the schedule.  sizes: of every dim.
 
     >>> from shardlib import Layout, Params, einsum, lower, param, scan, sharded, stacked, value_and_grad
@@ -91,5 +91,5 @@ class _Costs:
         length = run(fold.schedule, duration=lambda kind: 0.0, delay=work).length
         spent = [sum(map(work, actions)) for actions in fold.schedule.ranks]
         most = 0 if self.memory is None else max(
-            sum(held(fold, self.parts, self.sizes, fold.at(r))) for r in range(len(spent)))
+            held(fold, self.parts, self.sizes, fold.at(r))[-1] for r in range(len(spent)))
         return max(0, most - (self.memory or 0)), length, sum(w * w for w in spent)

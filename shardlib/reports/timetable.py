@@ -7,7 +7,7 @@ and embedding included; what is sent takes no time in it.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -22,6 +22,7 @@ from shardlib.language.moves import Coordinate
 from shardlib.language.scan import SCAN
 from shardlib.mesh import Mesh
 from shardlib.program import Program, Step
+from shardlib.reports.peak import AtWork
 from shardlib.reports.project import check_given, rounds
 from shardlib.schedules.clock import Timeline, run
 from shardlib.schedules.folding import STAGES, TIME, Fold, timeless
@@ -37,12 +38,14 @@ class RankPlan:
     """What a rank along the stages' axis has, the fullest of those beside it. In bytes:
 
     arguments: what it holds of them.  kept: the most that is kept for backward at once.  sums: of gradients
-    that are added up.  busy: the part of the time in which it is at work.
+    that are added up.  peak: the most of all that at once, with what an action holds while it runs (see
+    `AtWork`).  busy: the part of the time in which it is at work.
     """
     stages: tuple[int, ...]
     arguments: int
     kept: int
     sums: int
+    peak: int
     busy: float
 
 
@@ -68,11 +71,12 @@ class Timetable:
         console.print(f"{self.program} on mesh {self.mesh or '(one rank)'}, {schedule.stages} stages, "
                       f"{schedule.microbatches} microbatches")
         table = Table(box=None, pad_edge=False)
-        for name in (STAGES, "stages", "arguments", "kept for backward", "sums", "busy"):
+        for name in (STAGES, "stages", "arguments", "kept for backward", "sums", "peak", "busy"):
             table.add_column(name, justify="left" if name == "stages" else "right")
         for i, plan in enumerate(self.ranks):
             table.add_row(str(i), " ".join(map(str, plan.stages)), bytes_text(plan.arguments),
-                          bytes_text(plan.kept), bytes_text(plan.sums), f"{plan.busy:.1%}")
+                          bytes_text(plan.kept), bytes_text(plan.sums), bytes_text(plan.peak),
+                          f"{plan.busy:.1%}")
         console.print(table)
         for (a, b), (size, slots) in sorted(self.messages.items()):
             console.print(f"stage {a} to {b}: {bytes_text(size)} a message, {slots} at once")
@@ -105,9 +109,9 @@ def timetable(program: Program, mesh: Mesh, sizes: Mapping[str, int], schedule: 
     >>> program = lower(value_and_grad(loss), Layout(L="pp", B="mb"), mesh=mesh, schedule=schedule)
     >>> timetable(program, mesh, dict(L=4, B=8, D=16, E=16), schedule)  # doctest: +NORMALIZE_WHITESPACE
     loss_and_grad on mesh pp=2, 2 stages, 4 microbatches
-    pp  stages  arguments  kept for backward    sums   busy
-     0  0          2.6 kB             1.0 kB  2.0 kB  79.1%
-     1  1          2.6 kB              640 B  2.1 kB  80.2%
+    pp  stages  arguments  kept for backward    sums     peak   busy
+     0  0          2.6 kB             1.0 kB  2.0 kB  10.0 kB  79.1%
+     1  1          2.6 kB              640 B  2.1 kB   9.6 kB  80.2%
     stage 0 to 1: 128 B a message, 1 at once
     stage 1 to 0: 128 B a message, 1 at once
     20.3% of the time idle, by work alone
@@ -125,8 +129,8 @@ def timetable(program: Program, mesh: Mesh, sizes: Mapping[str, int], schedule: 
                      {edge: (counts[edge[0]].sent(edge), n) for edge, n in slots.items()}, made)
 
 
-def held(fold: Fold, parts: Cut, sizes: Mapping[str, int], at: Coordinate) -> tuple[int, int, int]:
-    """Bytes of a rank's arguments, of what it keeps at once, and of its sums."""
+def held(fold: Fold, parts: Cut, sizes: Mapping[str, int], at: Coordinate) -> tuple[int, int, int, int]:
+    """Bytes of a rank's arguments, of what it keeps at once, of its sums, and of all that at most."""
     def weigh(kind: Spec, mesh: Mesh, place: Coordinate, dtype: str) -> int:
         return prod(mesh.local_shape(kind, sizes, place)) * ITEMSIZE[dtype] if here(kind, place) else 0
     stages, kinds = fold.stages(at.get(STAGES, 0)), parts.kinds
@@ -137,7 +141,10 @@ def held(fold: Fold, parts: Cut, sizes: Mapping[str, int], at: Coordinate) -> tu
     types = parts.program.types()
     sums = sum(weigh(timeless(types[path]), fold.still, fold.place(at, s, 0), wide(kinds[path]))
                for s in stages for path, _ in parts.after.arg_leaves() if TIME in types[path].owed_axes)
-    return arguments, most_kept(fold, parts, sizes, at), sums
+    results = sum(weigh(timeless(kind), fold.still, fold.place(at, s, 0), kinds[name])
+                  for name, kind in parts.program.result_leaves() for s in stages)
+    working = max((before + work for before, work, _ in _actions(fold, parts, sizes, at)), default=0)
+    return (arguments, most_kept(fold, parts, sizes, at), sums, arguments + sums + max(working, results))
 
 
 def wide(dtype: str) -> str:
@@ -147,6 +154,13 @@ def wide(dtype: str) -> str:
 
 def most_kept(fold: Fold, parts: Cut, sizes: Mapping[str, int], at: Coordinate) -> int:
     """The most bytes that a rank keeps at once, between two of its actions, for those that come later."""
+    return max((after for _, _, after in _actions(fold, parts, sizes, at)), default=0)
+
+
+def _actions(fold: Fold, parts: Cut, sizes: Mapping[str, int],
+             at: Coordinate) -> Iterator[tuple[int, int, int]]:
+    """Of each action of a rank the bytes that are kept before it, that it holds besides while it runs, and
+    that are kept behind it."""
     def of(s: int, m: int, kind: str) -> int:
         """What a microbatch keeps of a stage once it has done its `kind` of action."""
         place, names = fold.place(at, s, m), units[s]
@@ -158,11 +172,15 @@ def most_kept(fold: Fold, parts: Cut, sizes: Mapping[str, int], at: Coordinate) 
     order = fold.schedule.kinds
     units = {s: dict(zip(order, parts.at(fold.place(at, s, 0)))) for s in fold.stages(at.get(STAGES, 0))}
     kept: dict[tuple[int, int], int] = {}
-    most = 0
+    work: dict[tuple, int] = {}
     for s, kind, m in fold.schedule.ranks[at.get(STAGES, 0)]:
+        before, place = sum(kept.values()), fold.place(at, s, m)
+        unit = units[s][kind]
+        key = unit.name, s, *(fold.whole.local_shape(spec, sizes, place) for _, spec in unit.arg_leaves())
+        if key not in work:
+            work[key] = AtWork(fold.whole, sizes, place).most(unit, parts.kinds)
         kept[s, m] = of(s, m, kind)
-        most = max(most, sum(kept.values()))
-    return most
+        yield before, work[key], sum(kept.values())
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def test_memory_comes_before_time() -> None:
     program, most = lowered(mesh, schedule), {}
     for n in range(9):
         made = timetable(program, mesh, sizes, schedule.cut(n, 8 - n))
-        most[n, 8 - n] = max(r.arguments + r.kept + r.sums for r in made.ranks), made.timeline.length
+        most[n, 8 - n] = max(r.peak for r in made.ranks), made.timeline.length
     assert balance(program, mesh, sizes, schedule).layers == min(most, key=lambda cut: most[cut][1])
     for limit in sorted(bytes_ for bytes_, _ in most.values()):
         within = min(most, key=lambda cut: (max(0, most[cut][0] - limit), most[cut][1]))

@@ -2,15 +2,20 @@
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shardlib import (
     Layout,
     Mesh,
     Params,
+    compile,
     einsum,
     explain,
     init,
@@ -28,6 +33,7 @@ from shardlib.reports.timetable import most_kept
 from shardlib.run.simulate import simulate_schedule
 from shardlib.schedules.folding import Fold
 from shardlib.schedules.generators import gpipe, interleaved, one_f_one_b, zbv, zero_bubble
+from shardlib.schedules.schedule import Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,6 +86,47 @@ def test_what_is_kept_is_what_was_said(mesh, schedule) -> None:
             for r in range(mesh.world_size)]
 
 
+class Live(TorchDispatchMode):
+    """Bytes of `given` and of all that ops have made and somebody still has; `most` at once."""
+
+    def __init__(self, given: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.there = {x.untyped_storage()._cdata for x in given}
+        self.now = self.most = sum(x.nbytes for x in given)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            if isinstance(x, torch.Tensor) and (key := (of := x.untyped_storage())._cdata) not in self.there:
+                self.there.add(key)
+                self.now += of.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(of, self._gone, key, of.nbytes())
+        return made
+
+    def _gone(self, key: int, size: int) -> None:
+        self.there.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("sizes", (dict(L=4, B=64, D=32, F=48, V=16), dict(L=2, B=256, D=8, F=16, V=300)))
+@pytest.mark.parametrize("schedule", (gpipe(1, 4), zero_bubble(1, 4)), ids=("gpipe", "zero bubble"))
+def test_the_peak_is_what_was_said(sizes: dict[str, int], dtype: torch.dtype, schedule: Schedule) -> None:
+    """Within 5 %: of weights that count for more than rows, and of rows of logits that do."""
+    f, layout = value_and_grad(loss), Layout(B="mb")
+    run = compile(f, layout, mesh=Mesh(), schedule=schedule)
+    x, w = torch.randn(sizes["B"], sizes["D"]).to(dtype), init(Net, sizes, dtype=dtype)
+    run(x, w)
+    with Live([x, *(leaf for _, leaf in leaf_values(w, ""))]) as live:
+        made = run(x, w)
+    program = lower(f, layout, mesh=Mesh(), schedule=schedule)
+    dtypes = dict.fromkeys((path for path, _ in program.arg_leaves()), str(dtype)[6:])
+    (told,) = explain(program, Mesh(), sizes, schedule=schedule, dtypes=dtypes).ranks
+    assert 0.95 < live.most / told.peak < 1.05, (live.most, told)
+    del made
+
+
 def test_what_it_prints() -> None:
     """A layer keeps 64 bytes a row, of 2 layers and 2 rows 256; the first stage of two keeps that twice, the
     last one once, with the carry of 32 that its head takes."""
@@ -94,9 +141,9 @@ def test_what_it_prints() -> None:
 
 PRINTED = """\
 loss_and_grad on mesh pp=2, 2 stages, 4 microbatches
-pp  stages  arguments  kept for backward   sums   busy
- 0  0           512 B              512 B  384 B  70.2%
- 1  1           560 B              288 B  436 B  82.5%
+pp  stages  arguments  kept for backward   sums    peak   busy
+ 0  0           512 B              512 B  384 B  1.9 kB  70.2%
+ 1  1           560 B              288 B  436 B  1.8 kB  82.5%
 stage 0 to 1: 32 B a message, 1 at once
 stage 1 to 0: 32 B a message, 1 at once
 23.7% of the time idle, by work alone
