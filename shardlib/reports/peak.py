@@ -54,8 +54,9 @@ class AtWork:
         the last of a scan's rounds are among its own."""
         if not step.bodies:
             have = [kinds[n] for n in step.inputs]
-            return sum(self.bytes(spec, want) for spec, kind, want
-                       in zip(step.ins, have, read_dtypes(step, have)) if want != kind and not _is_view(step))
+            reads = zip(step.ins, have, read_dtypes(step, have))
+            return sum([self.bytes(spec, want) for spec, kind, want in reads
+                        if want and want != kind and not _is_view(step)])
         most = max(self.most(body, inner_dtypes(step, body, kinds)) for body in step.bodies)
         if step.op is not SCAN:
             return most
