@@ -7,6 +7,7 @@ added; what a query sees is a `Seen`. A sink is the score of a key without a val
 |---|---|
 | nothing but places | torch's fused kernels; keys before the queries, and those among them, apart |
 | a window as well, on a GPU | torch's flash kernel, over the keys that some query sees |
+| places and a bias, on a GPU | torch's efficient kernel |
 | a start, few queries, on a GPU | a kernel by lengths (`few_rows.attend_lengths`) |
 | a start or a mask, no derivative | F.scaled_dot_product_attention, some queries at a time |
 | all else | blocks of queries, whose scores are made anew in backward |

@@ -103,11 +103,12 @@ def parts_of(seen: Seen) -> list[Part] | None:
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scores: Scores,
            bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    if bias is not None or scores.softcap is not None or (parts := parts_of(seen)) is None:
+    if scores.softcap is not None or (parts := parts_of(seen)) is None:
         return None
     made = []
     for low, high, causal, near in parts:
-        got = flash.attend(q, k[:, low:high], v[:, low:high], causal, scores.scale, near)
+        added = None if bias is None else part(bias, 0, seen.t, low, high)
+        got = flash.attend(q, k[:, low:high], v[:, low:high], causal, scores.scale, near, added)
         if got is None:
             return None
         made.append(got)

@@ -4,11 +4,13 @@ No scores are held: torch's fused kernels make them anew, or blocks of queries d
 """
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from shardlib.ops import flash
-from shardlib.ops.attend_lse import Scores, blocks, part, parts_of, wide
+from shardlib.ops.attend_lse import MOST_SCORES, Scores, blocks, part, parts_of, wide
 from shardlib.ops.seen import Seen
 
 
@@ -32,25 +34,34 @@ def sinks_vjp(sinks: Tensor, out: Tensor, lse: Tensor, g: Tensor) -> Tensor:
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scores: Scores, bias: Tensor | None, out: Tensor,
            lse: Tensor, g: Tensor) -> tuple[Tensor, ...] | None:
-    if bias is not None or scores.softcap is not None or (parts := parts_of(seen)) is None:
+    if scores.softcap is not None or (parts := parts_of(seen)) is None:
         return None
+    if bias is not None and math.prod(q.shape[:4]) * k.shape[1] > max(MOST_SCORES, 2 * bias.numel()):
+        return None                                     # what the kernel gives of a bias is of all pairs
     made = []
     for low, high, causal, near in parts:
-        got = flash.attend_vjp(q, k[:, low:high], v[:, low:high], out, lse, g, causal, scores.scale, near)
+        added = None if bias is None else part(bias, 0, seen.t, low, high)
+        got = flash.attend_vjp(q, k[:, low:high], v[:, low:high], out, lse, g, causal, scores.scale, near,
+                               added)
         if got is None:
             return None
         made.append(got)
-    dq = made[0][0] if len(made) == 1 else made[0][0] + made[1][0]
-    return dq, *(_along_keys([of[i] for of in made], parts[0].low, x) for i, x in ((1, k), (2, v)))
+    dq, *more = (list(of) for of in zip(*made))
+    first = parts[0].low
+    of_k, of_v = (_along(1, pieces, first, x) for pieces, x in zip(more, (k, v)))
+    dq = dq[0] if len(dq) == 1 else dq[0] + dq[1]
+    if bias is None:
+        return dq, of_k, of_v
+    return dq, of_k, of_v, (_along(4, more[2], first, bias) if bias.shape[4] > 1 else sum(more[2]))
 
 
-def _along_keys(pieces: list[Tensor], first: int, like: Tensor) -> Tensor:
+def _along(dim: int, pieces: list[Tensor], first: int, like: Tensor) -> Tensor:
     """What comes for the keys of `like` from `first` on, in order; nothing for the others."""
-    behind = like.shape[1] - first - sum(x.shape[1] for x in pieces)
+    behind = like.shape[dim] - first - sum(x.shape[dim] for x in pieces)
     if len(pieces) == 1 and not first and not behind:
         return pieces[0]
-    zeros = (torch.zeros_like(like.narrow(1, 0, n)) for n in (first, behind))
-    return torch.cat([next(zeros), *pieces, next(zeros)], 1)
+    zeros = (torch.zeros_like(like.narrow(dim, 0, n)) for n in (first, behind))
+    return torch.cat([next(zeros), *pieces, next(zeros)], dim)
 
 
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scores: Scores, bias: Tensor | None, out: Tensor,

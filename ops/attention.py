@@ -31,6 +31,7 @@ from shardlib.ops.attend_lse import attend_lse
 from shardlib.ops.attend_over import attend_pieces, of_pieces
 from shardlib.ops.attend_ring import attend_ring, of_ring
 from shardlib.ops.attention_form import BESIDE, Form, floats, members_code, scores_code, seen_code, told
+from shardlib.ops.attention_runs import runs
 from shardlib.ops.attention_vjp import ATTENTION_VJP, SINKS_VJP
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
@@ -121,11 +122,11 @@ def _lse_reference(d: Dims, q: Tensor, k: Tensor, v: Tensor, *beside: Tensor) ->
 EXCHANGES = Exchanges(lambda step: Form.of(step).axes, _exchanges)
 ATTENTION = Op("attention", exchanges=EXCHANGES, rule=_rule, emit=_emit(attend), vjp=_vjp, keeps=_keeps,
                reads=_reads, looks=lambda e, step, args: "None", takes=lambda s: Form.of(s).takes,
-               keywords=Form.KEYWORDS, reference=_reference)
+               runs=lambda site: runs(site, graded=False), keywords=Form.KEYWORDS, reference=_reference)
 ATTENTION_LSE = Op("attention_lse", exchanges=EXCHANGES, rule=_rule, emit=_emit(attend_lse),
                    takes=lambda s: Form.of(s).takes, reads=_reads, keywords=Form.KEYWORDS,
                    dtype=lambda d, o: [_reads(d, o)[0], widest(_reads(d, o)[0], "float32")],
-                   reference=_lse_reference)
+                   runs=runs, reference=_lse_reference)
 
 
 def attention(text: str, q: Operand, k: Operand, v: Operand, seen: Operand | None = None, *,

@@ -18,6 +18,7 @@ from shardlib.language.local_code import LocalCode
 from shardlib.ops.attend_ring import attend_ring_vjp, of_ring
 from shardlib.ops.attend_vjp import attend_vjp, sinks_vjp
 from shardlib.ops.attention_form import Form, floats, members_code, scores_code, seen_code
+from shardlib.ops.attention_runs import runs
 from shardlib.program import Op, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
@@ -104,7 +105,7 @@ def _sinks_emit(e: LocalCode, step: Step, args: list[str]) -> str:
 
 EXCHANGES = Exchanges(lambda s: Form.of(s, KEPT).axes if Form.of(s, KEPT).ring else (), _exchanges)
 ATTENTION_VJP = Op("attention_vjp", exchanges=EXCHANGES, rule=_rule, emit=_emit, takes=_takes, reads=_reads,
-                   keywords=Form.KEYWORDS, reference=_reference)
+                   runs=lambda site: runs(site, KEPT), keywords=Form.KEYWORDS, reference=_reference)
 SINKS_VJP = Op("attention_sinks_vjp", takes=("float",), emit=_sinks_emit, reference=_sinks_reference,
                rule=lambda s: Rule(linear=((1,), (3,)), sums=s.ins[1].names))
 TABLE = {op.name: op for op in (ATTENTION_VJP, SINKS_VJP)}

@@ -52,6 +52,7 @@ class Op:
     promotes:    torch itself reads the operands so, those without dims excepted.
     reference(d, *xs): what it means, another way than `emit` has it: see `shardlib.reference`.
     keeps(step): the op that runs in its place where a gradient is made, and dims of what that gives besides.
+    runs(site): who runs it on a rank, and why; of an op that several kernels may take.
     """
     name: str
     rule: Callable[[Step], Rule]
@@ -59,6 +60,7 @@ class Op:
     infer: Callable[..., tuple[Spec, ...]] | None = None
     vjp: Callable | None = None
     keeps: Callable | None = None
+    runs: Callable[..., str] | None = None
     moves: bool = False
     wire: Wire | None = None
     exchanges: Any = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any, overload
@@ -23,7 +23,7 @@ from shardlib.distributed.runtime import Runtime
 from shardlib.dtypes import ITEMSIZE, inner_dtypes, value_dtypes
 from shardlib.errors import bytes_text
 from shardlib.language.cond import COND
-from shardlib.language.exchanges import Exchange, exchanges, meets_over, received
+from shardlib.language.exchanges import Exchange, Site, exchanges, meets_over, received
 from shardlib.language.held import carries_sent, here, runs
 from shardlib.language.moves import Coordinate, Placed, axes_of, placed
 from shardlib.language.scan import SCAN
@@ -87,8 +87,9 @@ class Explanation:
     """What `explain` found. `print` it, or take `to_json()`.
 
     collectives: that one run makes; bytes_of: what ranks receive in one run. Of a cond both count the larger
-    branch: they are at most that. held: the bytes of the arguments. fusions: what was fused, and what is like
-    it and was not, where the passes of `fuse` ran.
+    branch: they are at most that. held: the bytes of the arguments. kernels: who runs what several may take,
+    and why, on the first rank. fusions: what was fused, and what is like it and was not, where the passes of
+    `fuse` ran.
     """
     program: str
     mesh: str
@@ -98,6 +99,7 @@ class Explanation:
     held: PerRank
     cost_source: str
     unmet: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
     fusions: tuple[str, ...] = ()
 
     @property
@@ -154,7 +156,7 @@ class Explanation:
                       f"run; times {self.cost_source}")
         console.print(
             f"arguments: {bytes_text(self.held.most)} on the fullest rank, {self.imbalance:.2f} x the mean")
-        for line in (*self.unmet, *self.fusions):
+        for line in (*self.kernels, *self.unmet, *self.fusions):
             console.print(line)
         return out.getvalue()
 
@@ -212,6 +214,7 @@ def explain(program: Program, mesh: Mesh, sizes: Mapping[str, int], dtypes: Mapp
         traffic, source = _routed(traffic, runtime, cost)
     return Explanation(program.name, str(mesh), tuple(t for t, _ in traffic), collectives,
                        PerRank(classes, tuple(received)), PerRank(classes, held), source, _unmet(program),
+                       tuple(dict.fromkeys(_kernels(program, mesh, sizes, classes.firsts[0], kinds))),
                        tuple(dict.fromkeys(fusion_report(program))))
 
 
@@ -250,6 +253,17 @@ def _routed(traffic: Sequence[tuple[Traffic, Call]], runtime: Runtime,
                              predicted_us=t.predicted_us if choice.us is None else choice.us), call))
     assumed = f"; {len(made) - measured} of {len(made)}: {cost.source}" if measured < len(made) else ""
     return made, f"{runtime.table.source}{assumed}" if measured else cost.source
+
+
+def _kernels(program: Program, mesh: Mesh, sizes: Mapping[str, int], at: Coordinate,
+             kinds: Mapping[str, str]) -> Iterator[str]:
+    """A line for each step of which several kernels may run."""
+    for step in program.steps:
+        for body in step.bodies:
+            yield from _kernels(body, mesh, sizes, at, inner_dtypes(step, body, kinds))
+        if step.op.runs:
+            site = Site(step, meets_over(step), mesh, sizes, at, tuple(map(kinds.get, step.inputs)))
+            yield f"{step.op.name}{f' of {step.where}' if step.where else ''}: {step.op.runs(site)}"
 
 
 def _unmet(program: Program) -> tuple[str, ...]:

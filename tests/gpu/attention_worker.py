@@ -104,7 +104,7 @@ class Cases:
               sinks: Tensor | None) -> None:
         what = "window" if seen.window else "bias" if bias is not None else "places"
         near = (0, 0) if seen.window else None
-        self.taken[what, flash.choice(q, k, v, False, scores.scale, near), self.dtype] += 1
+        self.taken[what, flash.choice(q, k, v, False, scores.scale, near, bias), self.dtype] += 1
         mask = seen.block(0, seen.t, 0, seen.s, q.device)
         mask = torch.ones((1, 1, 1, 1, 1), dtype=torch.bool, device="cuda") if mask is None else mask
         given = [x for x in (q, k, v, bias, sinks) if x is not None]

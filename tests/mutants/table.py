@@ -40,6 +40,7 @@ REDUCTIONS, VARIANCE, ALONG, CONSTANTS, ARGUMENTS = (f"tests/language/test_{name
 SCANS, MASKS, CUTS, DRAWS = (f"tests/language/test_{name}.py" for name in (
     "scan", "masks", "pieces", "draws"))
 BESIDE = "tests/run/test_beside.py"
+RUNS = "tests/ops/test_attention_runs.py"
 LONGER = "tests/models/test_longer_contexts.py"
 TOTALITY, BODIES = "tests/compiler/test_totality.py", "tests/compiler/test_grad_of_bodies.py"
 FAILURES, CAPTURED, SURROUNDINGS, WRT = (f"tests/run/test_{name}.py" for name in (
@@ -524,6 +525,8 @@ MUTANTS = (
     Mutant("ops/attend_lse.py", "at:at + n, :] if x.shape[3] > 1 else x", "at:at + n, :]",
            f"{OPTIONS} -k what_it_means"),
     Mutant("ops/attend_lse.py", "seen.window < max(ahead + t, s - ahead)", "seen.window < ahead", OPTIONS),
+    Mutant("ops/attention_runs.py", "if graded or seen.window", "if seen.window", RUNS),
+    Mutant("ops/attention_runs.py", "if h % 8:", "if False:", RUNS),
     Mutant("ops/ring.py", "if one is None or 2 * d > n:", "if one is None or 2 * d > n + 1:", OVER),
     Mutant("ops/ring.py", "if 2 * d == n:", "if False:", OVER),
     Mutant("ops/ring.py", "end = min(end, s - ahead + self.window - 1)", "pass", OVER),
@@ -546,6 +549,8 @@ MUTANTS = (
     Mutant("ops/attend_vjp.py", "for n in (first, behind))", "for n in (first, 0))", OPTIONS),
     Mutant("ops/attend_lse.py", "ahead - seen.window + 1", "ahead - seen.window", FLASH),
     Mutant("ops/attend_lse.py", "and (seen.causal or ahead + t >= s)", "", FLASH),
+    Mutant("ops/flash.py", ", rows.storage_offset())):", ",)):", FLASH),
+    Mutant("ops/flash.py", "or bias.dtype != q.dtype", "", FLASH),
     Mutant("shardlib/rules.py", "a and n in taken and n not in", "a and n not in",
            RULES + " -k attention_lse"),
     Mutant("ops/few_rows.py", "torch.is_grad_enabled() and any", "False and any", f"{FEW_ROWS} {ATTENTION}"),

@@ -57,21 +57,55 @@ def test_the_kernels_of_gpus_are_called_as_torch_says(number: int, name: str, g:
         assert [(x.shape, x.dtype) for x in found] == [(x.shape, dtype) for x in (q, k, v)]
 
 
-def test_windows_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flash has them."""
-    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda params: True)
+@pytest.mark.parametrize("what", ("window", "bias"))
+def test_windows_and_biases_on_gpus(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash has windows; the efficient kernel has biases, and as many heads of keys as of queries."""
+    asked = []
+    for name in ("flash", "efficient"):
+        monkeypatch.setattr(torch.backends.cuda, f"can_use_{name}_attention",
+                            lambda params, name=name: asked.append(name) or True)
     monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *of: of)
     with FakeTensorMode():
         q, k, v, cotangent = operands(2, torch.bfloat16, "cuda")
-        made = flash.attend(q, k, v, True, 0.3, (1, 0))
+        bias = torch.randn(1, 3, 2, 5, 5, dtype=q.dtype, device="cuda")
+        how = ((1, 0), None) if what == "window" else (None, bias)
+        made = flash.attend(q, k, v, True, 0.3, *how)
         assert made is not None
         out, lse = made
         assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:4], torch.float32)
-        found = flash.attend_vjp(q, k, v, out, lse, cotangent, True, 0.3, (1, 0))
+        found = flash.attend_vjp(q, k, v, out, lse, cotangent, True, 0.3, *how)
         assert found is not None
-        assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (q, k, v)]
-        monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda params: False)
-        assert flash.attend(q, k, v, True, 0.3, (1, 0)) is None
+        given = (q, k, v) if what == "window" else (q, k, v, bias)
+        assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in given]
+        assert set(asked) == {"flash" if what == "window" else "efficient"}
+        assert flash.attend(q, k, v, True, 0.3, (1, 0), bias) is flash.attend(q, k, v, True, 0.3, None,
+                                                                         bias.float()) is None
+
+
+@pytest.mark.parametrize("s", (5, 16))
+@pytest.mark.parametrize("dims", ("bkgts", "kgts", "bts", "kts", "kgs", "s", "stgkb"))
+def test_a_bias_as_the_efficient_kernel_reads_it(dims: str, s: int) -> None:
+    """Rows of one element after another, some 16 elements apart, whatever dims it has, in whichever order."""
+    q = torch.zeros(2, 3, 4, 5, 8)
+    sizes = dict(b=2, k=4, g=5, t=3, s=s)
+    bias = torch.randn([sizes[n] if n in dims else 1 for n in "bkgts"])
+    bias = bias.mT.contiguous().mT if dims == "stgkb" else bias
+    for of in (bias, torch.cat([bias, bias], 4)[..., 1:][..., :bias.shape[4]]):
+        rows = flash.aligned(of, q, s)
+        assert torch.equal(rows, of.expand(2, 4, 5, 3, s).flatten(1, 2))
+        assert rows.stride(3) == 1
+        assert not any(n % 16 for n in (*rows.stride()[:3], rows.storage_offset()))
+
+
+@pytest.mark.parametrize("t, s", ((1030, 1030), (5, 5), (3, 7)))
+def test_whose_keys_a_bias_hides(t: int, s: int) -> None:
+    """Also where rows are taken some at a time."""
+    bias = torch.randn(2, t, s).masked_fill(torch.rand(2, t, s) < 0.5, float("-inf"))
+    bias[:, ::3] = float("-inf")
+    bias[0, 3 * (t // 4), min(s, t) // 2:] = 1.0
+    for causal in (False, True)[:1 + (t == s)]:
+        score = bias.masked_fill(torch.ones(t, s).triu(1).bool(), float("-inf")) if causal else bias
+        assert torch.equal(flash.hidden(bias, causal), (score == float("-inf")).all(-1))
 
 
 @pytest.mark.parametrize("seen, parts", (

@@ -192,7 +192,7 @@ def test_json() -> None:
     plain = found.to_json()
     assert json.loads(json.dumps(plain)) == plain
     assert sorted(plain) == ["argument_bytes", "bytes", "collectives", "cost_source", "fusions", "imbalance",
-                             "mesh", "program", "received", "traffic", "unmet"]
+                             "kernels", "mesh", "program", "received", "traffic", "unmet"]
     assert (plain["program"], plain["mesh"]) == ("next_token", "dp=2,tp=2")
     assert plain["bytes"] == found.bytes == max(plain["received"])
     assert plain["received"] == [sum(t["times"] * t["received"][rank] for t in plain["traffic"])
@@ -209,8 +209,8 @@ def test_the_table() -> None:
     """A line for each collective, at the user's line; then the sums."""
     found = explained(next_token, "tp=2", "tp",
                       cost=CostModel(latency_us=5, bytes_per_us=100, source="measured today"))
-    title, head, *body, total, held = str(found).rstrip().splitlines()
-    assert title.rstrip() == "next_token on mesh tp=2"
+    title, head, *body, total, held, kernels = str(found).rstrip().splitlines()
+    assert title.rstrip() == "next_token on mesh tp=2" and (kernels,) == found.kernels
     assert head.split() == ["line", "collective", "before", "after", "ranks", "times", "bytes", "µs", "why"]
     assert [text.split()[0] for text in body] == [STEPPED, ATTENTION, DOWN, CHOICE, CHOICE]
     assert body[1].split()[:12] == [ATTENTION, "all_reduce", "B", "T", "D", "+tp", "B", "T", "D", "tp=2", "1",
