@@ -119,6 +119,7 @@ def project(program: Program, mesh: Mesh, rank: int, sizes: Mapping[str, int],
 
     `dtypes`: of arguments by path, where they are not the default or int64 indices.
     """
+    sizes = complete_sizes(program, sizes)
     found = _calls(program, mesh, sizes, value_dtypes(program, dtypes or {}, default), mesh.coordinate(rank))
     return [replace(call, group=ranks_of(call, mesh, rank)) for call in unrolled(found)]
 

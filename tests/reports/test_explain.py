@@ -32,7 +32,7 @@ from shardlib.api import value_and_grad
 from shardlib.distributed.communicators.protocol import Call
 from shardlib.dtypes import value_dtypes
 from shardlib.errors import LayoutWarning
-from shardlib.functions import cast, greater, square, stop_gradient, where
+from shardlib.functions import cast, greater, square, stack, stop_gradient, where
 from shardlib.functions import max as max_over
 from shardlib.functions import sum as sum_over
 from shardlib.language.moves import (
@@ -385,6 +385,15 @@ def test_rows_name_the_groups_that_the_program_calls(op: Op, have: str, want: st
     emitter.program(program)
     assert {t.axes for t in explain(program, mesh, dict(M=4, N=4)).traffic} == {*emitter.groups} == {axes}
     assert {c.group for c in project(program, mesh, 1, dict(M=4, N=4))} == {mesh.group(axes, 1)}
+
+
+def test_what_a_rank_calls_of_a_dim_whose_size_follows() -> None:
+    f = sharded("B D, B D -> B S D")(lambda x, y: stack("B D, B D -> B S D", x, y))
+    program, mesh, sizes = lower(f, Layout(S="x", B="x"), mesh=Mesh(x=2)), Mesh(x=2), dict(B=3, D=4)
+    calls = [[str(call) for call in project(program, mesh, rank, sizes)] for rank in range(2)]
+    assert calls == [["all_to_all of 16 float32 over ranks 0 1"], ["all_to_all of 8 float32 over ranks 0 1"]]
+    assert explain(program, mesh, sizes).received == (16, 32)
+
 
 
 # -- dtypes --------------------------------------------------------------------------------------------------
