@@ -56,8 +56,8 @@ def missing(workspace: Workspace, reader: Reader, ranks: Sequence[int]) -> list[
     slot, (quads, parts, line, blocks, threads) = ((int(state[0]) + SLOTS.value - 1) % SLOTS.value,
                                                    state[5:STATE_WORDS].tolist())
     others = [r for r in ranks if r != ranks[workspace.rank]]
-    names = ("words of the pieces", "words of the sums") if parts == 2 else ("words",)
-    looks = [(name, rank, 4 * quads, 4) for name, rank in product(names, others)]
+    names = {0: ("words of rows",), 1: ("words",), 2: ("words of the pieces", "words of the sums")}[parts]
+    looks = [(name, rank, 4 * quads, 4 if parts else 1) for name, rank in product(names, others)]
     if line:
         looks += [("words of lines", rank, -(-quads // line), 1) for rank in others]
     found: list[str] = []
@@ -69,9 +69,9 @@ def missing(workspace: Workspace, reader: Reader, ranks: Sequence[int]) -> list[
         empty = (words == EMPTY.value).nonzero()
         if len(empty):
             first = int(empty[0]) // width
-            block = (first if width == 4 else first * line) // threads % blocks
-            found.append(not_come(rank, len(empty), len(words), name, block,
-                                  f"{'quad' if width == 4 else 'line'} {first}"))
+            block = (first if width == 4 or not parts else first * line) // threads % blocks
+            unit = "quad" if width == 4 else "line" if parts else "part"
+            found.append(not_come(rank, len(empty), len(words), name, block, f"{unit} {first}"))
         start += count
     return found
 

@@ -207,7 +207,7 @@ def dispatch_rows_kernel(x_ptr, chosen_ptr, place_ptr, out_ptr, addresses_ptr, s
     x, out = x_ptr.to(tl.int64), out_ptr.to(tl.int64)
     _push_row(x, chosen_ptr, first, items, parts, inner, quads, tokens, experts, addresses_ptr, slot,
               of_words, RANK, W, J, BLOCK, INTERPRET)
-    leave(call, state_ptr, (W - 1) * of_words, of_words, 1, 0, 1)
+    leave(call, state_ptr, (W - 1) * of_words, of_words, 0, 0, 1)
     clear(here + previous * slot_bytes, 0, left, BLOCK, INTERPRET)
     for item in range(first, items, step):
         if item + step < items:
@@ -292,7 +292,7 @@ def combine_rows_kernel(rows_ptr, place_ptr, weights_ptr, out_ptr, addresses_ptr
     rows, out = rows_ptr.to(tl.int64), out_ptr.to(tl.int64)
     _push_sum(rows, place_ptr, weights_ptr, first, items, parts, inner, quads, tokens, addresses_ptr, slot,
               of_words, RANK, W, J, KIND, BLOCK, INTERPRET)
-    leave(call, state_ptr, (W - 1) * of_words, of_words, 1, 0, 1)
+    leave(call, state_ptr, (W - 1) * of_words, of_words, 0, 0, 1)
     clear(here + previous * slot_bytes, 0, left, BLOCK, INTERPRET)
     for item in range(first, items, step):
         if item + step < items:

@@ -25,7 +25,8 @@ stream.
 
 state_ptr: int32 [slot of this call, blocks that have read it, quads left in slot 0, in slot 1, in slot 2],
 and of the call that has begun last, for reports alone: [quads of a part from one rank, parts, quads of a line
-or 0, blocks, quads that a block receives at once].
+or 0, blocks, quads that a block receives at once]. 0 parts: rows that may not come (`expert_exchange`), of
+which the quads are words, one for each part of a row.
 """
 from __future__ import annotations
 

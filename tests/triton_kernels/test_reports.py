@@ -10,6 +10,7 @@ import torch
 from trials import Call, data, workspaces
 
 from shardlib.ops.nvlink_report import Reader, missing
+from shardlib.triton_kernels.lamport import EMPTY
 from shardlib.triton_kernels.simulator import Deadlock, Simulation
 
 RANKS = (4, 7, 9)
@@ -48,3 +49,17 @@ def test_it_names_the_silent_rank(kernel: str, words: int, what: str, silent: in
             f"{text}" for r in RANKS[1:]]
     assert found[1:] == (sums if kernel == "two_shot" else lines if kernel in ("all_gather", "all_to_all")
                          else [])
+
+
+def test_of_rows_it_knows_the_words_that_say_whether_they_come() -> None:
+    """And which block waits for the first of them."""
+    call, text = Call("dispatch_rows", torch.float32, 1, 40, 2), "expects data and sees 0x7fff7fff"
+    assert report_of(call, 1, 1) == [
+        f"of rank 7, 4 of 4 words of rows have not come: block 0 waits for part 0, {text}"]
+    workspace = workspaces(3, call.slot_bytes(3))[0]
+    workspace.state[5:] = torch.tensor([2, 0, 0, 2, 1])
+    workspace.state[0] = 1
+    workspace.arena[:16] = 1
+    workspace.arena[11] = EMPTY.value
+    assert missing(workspace, Reader(torch.device("cpu")), RANKS) == [
+        f"of rank 9, 1 of 8 words of rows have not come: block 1 waits for part 3, {text}"]
