@@ -65,8 +65,9 @@ def _attend_seen(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scores: Scores) ->
     n = rows_at_once(b * heads * g, t, k.shape[1])
     if n >= t:
         return attend_biased(q, k, v, seen.bias(g, q.dtype), scores.scale)
-    return torch.cat([attend_biased(q[:, at:at + n], k, v, seen.part(at, n).bias(g, q.dtype), scores.scale)
-                      for at in range(0, t, n)], 1)
+    parts = [(at, min(n, t - at)) for at in range(0, t, n)]
+    return torch.cat([attend_biased(q[:, at:at + count], k, v, seen.part(at, count).bias(g, q.dtype),
+                                    scores.scale) for at, count in parts], 1)
 
 
 def attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
