@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shardlib.ops import flash
+from shardlib.ops.few_rows import differentiated
 from shardlib.ops.seen import Seen
 
 MOST_SCORES = 1 << 24
@@ -59,11 +60,22 @@ def merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Of several results and lse, each of other keys, that of all."""
     if len(parts) == 1:
         return parts[0]
+    if len(parts) == 2 and _by_kernel(*parts[0], *parts[1]):
+        from shardlib.triton_kernels.merge_two import merge_two
+        return merge_two(*parts[0], *parts[1])
     lse = torch.stack([of for _, of in parts]).logsumexp(0)
     total = torch.zeros((), dtype=lse.dtype, device=lse.device)
     for out, of in parts:
         total = total + out * (of - lse).exp().masked_fill(of == float("-inf"), 0)[..., None]
     return total.to(parts[0][0].dtype), lse
+
+
+def _by_kernel(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> bool:
+    """Whether a kernel merges these: on a GPU, without a derivative."""
+    if a.device.type != "cuda" or differentiated(a, lse_a, b, lse_b):
+        return False
+    from shardlib.triton_kernels.merge_two import takes_two
+    return takes_two(a, lse_a, b, lse_b)
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, its: Tensor) -> None:

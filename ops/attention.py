@@ -33,7 +33,7 @@ from shardlib.ops.attend_ring import attend_ring, of_ring
 from shardlib.ops.attention_form import BESIDE, Form, floats, members_code, scores_code, seen_code, told
 from shardlib.ops.attention_runs import runs
 from shardlib.ops.attention_vjp import ATTENTION_VJP, SINKS_VJP
-from shardlib.program import Op, Step
+from shardlib.program import Op, Program, Step
 from shardlib.reference import Dims
 from shardlib.rules import Rule
 from shardlib.spec import Spec, parse_specs
@@ -129,10 +129,16 @@ ATTENTION_LSE = Op("attention_lse", exchanges=EXCHANGES, rule=_rule, emit=_emit(
                    runs=runs, reference=_lse_reference)
 
 
+def placed(program: Program) -> bool:
+    """Whether places alone say what queries see in all attention of a program: see `Form.placed`."""
+    return all(Form.of(step).placed for p in (program, *program.bodies()) for step in p.steps
+               if step.op is ATTENTION)
+
+
 def attention(text: str, q: Operand, k: Operand, v: Operand, seen: Operand | None = None, *,
               mask: Operand | None = None, lengths: Operand | None = None, bias: Operand | None = None,
               sinks: Operand | None = None, causal: bool | None = None, window: int | None = None,
-              softcap: float | None = None, scale: float | None = None) -> Value:
+              softcap: float | None = None, scale: float | None = None, ahead: int = 0) -> Value:
     """The mean of v over the keys that a query sees, weighted by exp(q k / sqrt(H)) (Vaswani et al. 2017).
 
     Specs are those of "B T K G H, B S K H, B S K H [, B | B T S] -> B T K G H": G queries share a kv head,
@@ -152,6 +158,7 @@ def attention(text: str, q: Operand, k: Operand, v: Operand, seen: Operand | Non
     window: keys `window` or more places away are hidden (Mistral's sliding window counts the query's own).
     softcap: scores become softcap * tanh(score / softcap) (Gemma 2), before a bias.
     scale: in place of 1 / sqrt(H).
+    ahead: query t stands at ahead + t: what a start says that is one number, known when it is lowered.
 
     >>> import torch
     >>> from shardlib import Layout, Mesh, sharded, simulate
@@ -172,6 +179,14 @@ def attention(text: str, q: Operand, k: Operand, v: Operand, seen: Operand | Non
     tensor([2., 4.])
     >>> simulate(later, Layout(T="cp"), q[:, 1:], k, v, torch.tensor([-1]), mesh=Mesh(cp=2)).flatten()
     tensor([0., 1.])
+
+    The same by a number, for which there are fused kernels:
+
+    >>> @sharded("B T K G H, B S K H, B S K V -> B T K G V")
+    ... def behind_one(q, k, v):
+    ...     return attention("B T K G H, B S K H, B S K V -> B T K G V", q, k, v, ahead=1)
+    >>> simulate(behind_one, Layout(T="cp"), q[:, 1:], k, v, mesh=Mesh(cp=2)).flatten()
+    tensor([2., 4.])
 
     A window of two, and a sink that weighs as much as a key:
 
@@ -195,7 +210,8 @@ def attention(text: str, q: Operand, k: Operand, v: Operand, seen: Operand | Non
     if len(ins) != 3 + len(beside) or len(outs) != 1:
         raise SpecError(meant)
     options: dict[str, Any] = dict(causal=None if causal == ("mask" not in beside) else causal, window=window,
-                                   softcap=softcap, scale=scale, beside=" ".join(beside))
+                                   softcap=softcap, scale=scale, ahead=ahead or None,
+                                   beside=" ".join(beside))
     Form.checked(ins, options, outs, who)
     if not beside or beside == [told(ins[3])]:
         del options["beside"]

@@ -69,6 +69,7 @@ class Form:
     options: Mapping[str, Any]
 
     KEYWORDS: ClassVar[Mapping[str, Any]] = {
+        "ahead": lambda v: v is None or number(v) and isinstance(v, int) and v >= 0,
         "beside": _beside, "causal": lambda v: v in (None, False, True), "softcap": _positive,
         "window": lambda v: v is None or isinstance(v, int) and _positive(v),
         "scale": lambda v: v is None or number(v)}
@@ -122,6 +123,18 @@ class Form:
         return "mask" not in self.beside if said is None else said
 
     @property
+    def ahead(self) -> int:
+        """So many places the queries stand further on."""
+        return self.options.get("ahead") or 0
+
+    @property
+    def placed(self) -> bool:
+        """Whether places alone say what is seen, so that fused kernels take the keys before the queries and
+        those among them: the latter want values as long as keys."""
+        return (not self.beside and self.options.get("softcap") is None
+                and self.q.dims[-1].names == self.v.dims[-1].names)
+
+    @property
     def takes(self) -> tuple[str, ...]:
         return ("float", "float", "float", *(_TAKES[n] for n in self.beside))
 
@@ -143,7 +156,7 @@ class Form:
 
     def ring_of(self, queries: Sequence[tuple[int, int]], keys: Sequence[tuple[int, int]]) -> Ring:
         """Who computes what. queries, keys: (start, size) of what each member has."""
-        said = self.causal, self.options.get("window"), "start" in self.beside
+        said = self.causal, self.options.get("window"), "start" in self.beside, self.ahead
         return ring(tuple(queries), tuple(keys), *said)
 
     # -- code ------------------------------------------------------------------------------------------------
@@ -171,7 +184,8 @@ class Form:
         scale, cap = self.options.get("scale"), self.options.get("softcap")
         score = d.sum(q * k, *head) * (1 / math.sqrt(max(1, d.count(*head))) if scale is None else scale)
         score = score if cap is None else cap * torch.tanh(score / cap)
-        before = d.index(*time) + beside.get("start", 0) - d.index(*key)        # how far a key is behind
+        # how far a key is behind
+        before = d.index(*time) + self.ahead + beside.get("start", 0) - d.index(*key)
         seen = before >= 0 if self.causal else before == before
         if (window := self.options.get("window")) is not None:
             seen = seen & (before.abs() < window)
@@ -188,7 +202,7 @@ def _form(ins: tuple[Spec, ...], attrs: tuple[tuple[str, Any], ...], outs: tuple
 def seen_code(e: LocalCode, form: Form, args: Sequence[str]) -> str:
     """What the code calls the `Seen` of a call; made once for all rounds of a loop that have the same."""
     (offset, t), (first, s) = e.rows(form.q.dims[1]), e.rows(form.k.dims[1])
-    static = f"{offset}, {t}, {first}, {s}, {form.causal}, {form.options.get('window')}"
+    static = f"{offset + form.ahead}, {t}, {first}, {s}, {form.causal}, {form.options.get('window')}"
     tensors = {name: ".long()" if name != "mask" else form._opened(name) for name in BESIDE[:3]
                if name in form.beside}
     at = {name: args[3 + form.beside.index(name)] for name in tensors}
@@ -205,6 +219,7 @@ def members_code(e: LocalCode, form: Form) -> str:
     if not form.ring:
         return f"{e.pieces(keys)}"
     who = f"{form.causal}, {form.options.get('window')}, {'start' in form.beside}"
+    who += f", {form.ahead}" if form.ahead else ""
     return (f"{e.use(ring)}({e.pieces(queries)}, {e.pieces(keys)}, {who}), "
             f"{e.mesh.number(keys.axes, e.coordinate)}")
 

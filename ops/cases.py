@@ -259,12 +259,13 @@ CASES: tuple[Case, ...] = (
     _case("attention", f"{_Q}, {_K}, {_V}, K G T S -> {_OUT}", *_MASKED[:3], beside="bias", causal=False,
           softcap=0.7, scale=1.5),
     _case("attention", f"{_Q}, {_K}, {_V}, B, S T, B, G K -> {_OUT}", *_PLACED, mask, index("S"),
-          indices=(3, 4, 5), complete=False, beside="start mask lengths sinks", window=3, causal=True),
-    _case("attention_lse", f"{_Q}, {_K}, {_V} -> {_OUT}, {_LSE}"),
+          indices=(3, 4, 5), complete=False, beside="start mask lengths sinks", window=3, causal=True,
+          ahead=1),
+    _case("attention_lse", f"{_Q}, {_K}, {_V} -> {_OUT}, {_LSE}", ahead=2),
     *(_case("attention_vjp", f"{_Q}, {_K}, {_V}, {text}{_OUT}, {_LSE}, {_OUT} -> {_Q}, {_K}, {_V}{more}",
             *draws, indices=(3,) if text and not more else (), complete=False, **attrs)
       for text, more, draws, attrs in (
-          ("", "", (), {}), (f"{_MASK}, ", "", _MASKED, {}), ("B, ", "", _PLACED, dict(window=2)),
+          ("", "", (), {}), (f"{_MASK}, ", "", _MASKED, {}), ("B, ", "", _PLACED, dict(window=2, ahead=1)),
           ("K T S, ", ", K T S", (), dict(beside="bias", softcap=0.7, scale=1.5)))),
     _case("attention_sinks_vjp", f"K, {_OUT}, {_LSE}, {_OUT} -> K"),
     _case("update_cache", "B S K H, B T K H, B -> B S K H", normal, normal, index("S", "T")),

@@ -2,8 +2,8 @@
 
 A layer that attends through a `Past` is written once: the program at hand says what it is. In training it is
 attention among the tokens. In a step their keys and values are written into the cache, each `keep` taking the
-next of its leaves, and queries see all that is in it. At the beginning of prompts nothing is in it yet: keys
-are written, and queries see those of the prompt.
+next of its leaves, and queries see all that is in it; so in a chunk of prompts, behind a known number of
+tokens. At the beginning of prompts nothing is in it yet: keys are written, and queries see the prompt's.
 
 >>> import torch
 >>> from shardlib import Params, param, sharded
@@ -39,18 +39,18 @@ from shardlib.params import Params, fill, leaf_values
 class Past:
     """cache: a pytree of what is kept of a layer; start: where in it the tokens of each row begin.
 
-    first: nothing is in the cache, and `start` is 0.
+    ahead: what `start` is everywhere, where that is known; at 0 nothing is in the cache.
     """
 
-    def __init__(self, cache: Any = None, start: Any = None, first: bool = False) -> None:
-        self.cache, self.start, self.first = cache, start, first
+    def __init__(self, cache: Any = None, start: Any = None, ahead: int | None = None) -> None:
+        self.cache, self.start, self.ahead = cache, start, ahead
         self._leaves = iter(leaf_values(cache, "") if cache is not None else ())
         self._made: dict[str, Value] = {}
 
     @property
     def stored(self) -> bool:
         """Whether what `keep` gives is the cache, S long, and not what it got."""
-        return self.cache is not None and not self.first
+        return self.cache is not None and self.ahead != 0
 
     def keep(self, dims: str, x: Value) -> Value:
         """`x`, whose dims are these with T for S, goes into the cache. What queries see."""
@@ -58,7 +58,7 @@ class Past:
             return x
         path, old = next(self._leaves)
         self._made[path] = update_cache(f"{dims}, {_of('T', dims)}, B -> {dims}", old, x, self.start)
-        return x if self.first else self._made[path]
+        return self._made[path] if self.stored else x
 
     def attention(self, q: Value, k: Value, v: Value, **how: Any) -> Value:
         """Causal attention, B T K G H, over keys and values that are kept; `how` as `attention` takes it."""
@@ -68,6 +68,8 @@ class Past:
     def over(self, text: str, q: Value, k: Value, v: Value, **how: Any) -> Value:
         """The same over what `keep` gave. S is the key time of `text`; where it is not the cache's, the dims
         of k and v have T in its place."""
+        if self.ahead:
+            return attention(text, q, k, v, ahead=self.ahead, **how)
         if self.stored:
             given, made = text.split(" -> ")
             return attention(f"{given}, B -> {made}", q, k, v, self.start, **how)

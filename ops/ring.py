@@ -62,12 +62,13 @@ class Message(NamedTuple):
 @dataclass(frozen=True)
 class Ring:
     """queries, keys: (start, size) of what each member has.  placed: queries stand where a start says, which
-    nobody knows here."""
+    nobody knows here.  ahead: so many places further on."""
     queries: tuple[Range, ...]
     keys: tuple[Range, ...]
     causal: bool = True
     window: int | None = None
     placed: bool = False
+    ahead: int = 0
 
     @cached_property
     def rounds(self) -> tuple[tuple[Work, ...], ...]:
@@ -99,7 +100,7 @@ class Ring:
             return None
         if self.placed or not self.causal and self.window is None:
             return rows, (0, s)
-        ahead, end, low = offset - first, start + n, 0
+        ahead, end, low = self.ahead + offset - first, start + n, 0
         further = 0 if self.causal else (self.window or 1) - 1      # how far a query sees behind itself
         start = max(start, -ahead - further)
         if self.window is not None:
@@ -111,7 +112,7 @@ class Ring:
 
     def shown(self, work: Work, seen: Seen) -> Seen:
         """What its rows see of its keys, of what a rank's own queries see."""
-        return replace(seen, offset=self.queries[work.queries][0] + work.rows[0], t=work.rows[1],
+        return replace(seen, offset=self.ahead + self.queries[work.queries][0] + work.rows[0], t=work.rows[1],
                        first=self.keys[work.keys][0] + work.seen[0], s=work.seen[1])
 
     def exchanges(self, back: bool) -> list[list[Message]]:

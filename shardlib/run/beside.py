@@ -7,6 +7,8 @@ call runs. In its next turn it goes on, behind what has come of its collective. 
 current stream in the order of the turns, and all that travels on the other one in the same order. So a later
 call may read what an earlier one has written before its own collective of the same number; and ranks that
 make the same calls issue the same collectives in the same order. In a CUDA graph the streams are branches.
+What follows a reduce_scatter, up to the next collective, goes along on the other stream: it is of a rank's
+own rows, as the norm of sequence parallelism, and too little to wait for.
 
 What travels goes by a communicator that leaves most multiprocessors to others; a group that has none runs its
 collectives in turn, as on the CPU. A call gives what it gives alone, but for how another communicator rounds.
@@ -35,6 +37,7 @@ from shardlib.distributed.aside import UnderWay, aside
 from shardlib.distributed.group_coordinator import GroupCoordinator
 from shardlib.distributed.runtime import Runtime
 from shardlib.distributed.streams import side_stream
+from shardlib.language.exchanges import communicates_over
 from shardlib.language.moves import axes_of
 from shardlib.mesh import Mesh
 from shardlib.program import Program
@@ -53,11 +56,10 @@ def beside(runtime: Runtime, *calls: Requests) -> list[Any]:
             i = turns.popleft()
             try:
                 request = calls[i].send(sent.pop(i).arrived() if i in sent else None)
+                sent[i] = lane.send(calls[i], request, f"call {i + 1} of {len(calls)} beside each other")
+                turns.append(i)
             except StopIteration as end:
                 made[i] = end.value
-                continue
-            sent[i] = lane.send(request, f"call {i + 1} of {len(calls)} beside each other")
-            turns.append(i)
     return [made[i] for i in range(len(calls))]
 
 
@@ -69,17 +71,36 @@ class _Lane:
         self.stream = side_stream(self.device) if self.device.type == "cuda" else None
         self.groups: dict[str, GroupCoordinator | None] = {}
 
-    def send(self, request: tuple, at: str) -> UnderWay:
-        group, method, operand, *more = request
+    def send(self, call: Requests, request: tuple, at: str) -> UnderWay:
+        """What the call asks for, and what goes along with it; StopIteration where it ends on the way."""
+        read: list[Any] = []
+        here = torch.cuda.current_stream(self.device) if self.stream else None
+        while self.stream and (other := self._other(request[0])):
+            if not read:
+                self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                given = _answer(other, request, at)
+                read.append(request[2])
+                if request[1] != "reduce_scatter":
+                    return UnderWay(read, given, self.stream.record_event())
+                try:
+                    request = call.send(given)
+                except StopIteration:
+                    here.wait_stream(self.stream)
+                    raise
+        if read:
+            here.wait_stream(self.stream)
+        return UnderWay(request[2], _answer(request[0], request, at), None)
+
+    def _other(self, group: GroupCoordinator) -> GroupCoordinator | None:
         if group.name not in self.groups:
-            self.groups[group.name] = aside(group) if self.stream else None
-        other = self.groups[group.name]
-        if other is None or self.stream is None:
-            return UnderWay(operand, getattr(group, method)(operand, *more, at=at), None)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            given = getattr(other, method)(operand, *more, at=at)
-            return UnderWay(operand, given, self.stream.record_event())
+            self.groups[group.name] = aside(group)
+        return self.groups[group.name]
+
+
+def _answer(group: GroupCoordinator, request: tuple, at: str) -> Any:
+    _, method, operand, *more = request
+    return getattr(group, method)(operand, *more, at=at)
 
 
 def largest_sum(program: Program, mesh: Mesh, sizes: Mapping[str, int], here: Mapping[str, int]) -> int:
@@ -89,3 +110,23 @@ def largest_sum(program: Program, mesh: Mesh, sizes: Mapping[str, int], here: Ma
     return max((prod(mesh.local_shape(step.ins[0], every, here)) for p in (program, *program.bodies())
                 for step in p.steps if step.op.wire and step.op.wire.reduces
                 and mesh.size(axes_of(step, mesh)) > 1), default=0)
+
+
+def axes_of_sums(program: Program, mesh: Mesh) -> tuple[str, ...]:
+    """Those over which the ranks add up, where all sums are over the same; else none."""
+    over = {axes for p in (program, *program.bodies()) for step in p.steps
+            if step.op.wire and step.op.wire.reduces and mesh.size(axes := axes_of(step, mesh)) > 1}
+    return next(iter(over)) if len(over) == 1 else ()
+
+
+def asked(program: Program, mesh: Mesh) -> list[tuple[str, ...]]:
+    """The steps that communicate, by op and axes, in order, those of bodies once; with their text, which says
+    how often, those that are no move. Calls of two programs that have these alike come to the same layer in
+    the same turn."""
+    made: list[tuple[str, ...]] = []
+    for step in program.steps:
+        for body in step.bodies:
+            made += asked(body, mesh)
+        if mesh.size(axes := communicates_over(step, mesh)) > 1:
+            made.append((step.op.name, *axes, "" if step.op.wire else step.text))
+    return made

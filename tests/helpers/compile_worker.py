@@ -47,6 +47,7 @@ from shardlib.triton_kernels.lamport import spin
 from shardlib.triton_kernels.limits import MOST_TOKENS
 from shardlib.triton_kernels.lookup import lookup_kernel, note_kernel
 from shardlib.triton_kernels.matmul_rows import one_row_kernel, rows_kernel, stream_kernel
+from shardlib.triton_kernels.merge_two import merge_two_kernel
 from shardlib.triton_kernels.reduce_scatter import reduce_scatter_kernel
 from shardlib.triton_kernels.rms_norm import rms_norm_kernel
 from shardlib.triton_kernels.rope_angles import rope_angles_kernel
@@ -173,6 +174,11 @@ def of_few_rows(early: bool = False) -> Iterator[dict[str, Any]]:
             function, types, {k: v for k, v in values.items() if k in function.arg_names}, tile.warps,
             None, ("K",), early))
     values = dict(G=4, H=128, QUERIES=32, HEADS=8, LANES=64)
+    merged = {f"{n}_ptr": "*fp32" for n in ("lse_a", "lse_b", "lse")}
+    yield dict(kernel="merge_two", **assembled(
+        merge_two_kernel, types | {f"{n}_ptr": "*bf16" for n in ("a", "b")} | merged,
+        dict(H=128, HEADS=8, LANES=128), 2, None,
+        tuple(n for n in merge_two_kernel.arg_names if "stride" in n), early))
     yield dict(kernel="rope_into_cache", **assembled(
         rope_into_cache_kernel, types | {"q_out_ptr": "*bf16", "k_out_ptr": "*bf16"}, values, 4, None,
         tuple(n for n in rope_into_cache_kernel.arg_names if "stride" in n), early))

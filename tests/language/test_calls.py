@@ -210,7 +210,7 @@ OPERATORS = ("a traced value has + - * / < <= > >= with values and numbers, ** w
       "keyword-only argument: 'theta'")),
     (lambda x, s: attention("B D -> B D", x),
      ("attention: it is called attention(text, q, k, v, seen, *, mask, lengths, bias, sinks, causal, window, "
-      "softcap, scale), and missing 2 required positional arguments: 'k' and 'v'")),
+      "softcap, scale, ahead), and missing 2 required positional arguments: 'k' and 'v'")),
     (lambda x, s: silu(3.0), f"silu: operand 1 is a float, {TRACED}"),
     (lambda x, s: silu(None), f"silu: operand 1 is None, {TRACED}"),
     (lambda x, s: softmax(None, "D"), f"softmax: operand 1 is None, {TRACED}"),

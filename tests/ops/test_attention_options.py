@@ -17,6 +17,7 @@ from shardlib.functions import sum
 from shardlib.ops import TABLE, attend_lse, attention
 from shardlib.ops.attend_lse import Scores, merged, sunk
 from shardlib.ops.attend_vjp import attend_vjp
+from shardlib.ops.attention import placed
 from shardlib.ops.seen import Seen
 from shardlib.oracle import same
 from shardlib.parser import parse_program
@@ -132,6 +133,25 @@ def test_no_scores_of_all_pairs_are_held(beside: tuple[str, ...], options: dict[
         out, lse = attend_lse.attend_lse(q, k, v, seen, scores)
         attend_vjp(q, k, v, seen, scores, None, out, lse, args["weight"])
     assert 0 < largest.most <= 2 * room
+
+
+@pytest.mark.parametrize("beside", (("start",), ("mask",)))
+def test_some_queries_at_a_time(beside: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two, two and one."""
+    f, args = program(beside), inputs(1, 5, 1, 1, 4, 0)
+    whole = simulate(f, Layout(), *args.values(), mesh=Mesh(x=1))
+    monkeypatch.setattr(attend_lse, "MOST_SCORES", 8)
+    assert same(simulate(f, Layout(), *args.values(), mesh=Mesh(x=1)), whole, 1e-12)
+
+
+def test_places_alone_say_what_is_seen() -> None:
+    def f(q, k, v):
+        return attention(f"B T K G H, B S K H, B S K {last} -> B T K G {last}", q, k, v, **options)
+    for last, options, alone in (("H", dict(ahead=3, scale=2.0), True), ("V", {}, False),
+                                 ("H", dict(window=9), True), ("H", dict(softcap=2.0), False)):
+        signature = f"B T K G H, B S K H, B S K {last} -> B T K G {last}"
+        assert placed(lower(sharded(signature)(f), mesh=Mesh(x=1))) == alone
+    assert not placed(lower(program(("start",)), mesh=Mesh(x=1)))
 
 
 def test_results_of_pieces_are_merged() -> None:

@@ -15,7 +15,7 @@ from shardlib.distributed.communicators.alone import Alone
 from shardlib.distributed.router import Router
 from shardlib.language.exchanges import Early, arrived, carried_out
 from shardlib.run import beside as module
-from shardlib.run.beside import beside, largest_sum
+from shardlib.run.beside import asked, axes_of_sums, beside, largest_sum
 
 
 class Fills(Alone):
@@ -38,6 +38,10 @@ class Group:
         by = f" by {len(self.router.communicators)} on {self.cuda.now.name}" if self.cuda else f", {at}"
         self.log.append(f"{op} of {x}{by}")
         return f"{x}'"
+
+
+    def reduce_scatter(self, x: str, dim: int, sizes: tuple, op: str, at: object) -> str:
+        return self.all_reduce(f"rows of {x}", op, at)
 
 
 def call(log: list[str], group: Any, name: str, count: int) -> Iterator[Any]:
@@ -77,6 +81,30 @@ def test_what_travels_does_so_on_a_stream_of_its_own(cuda: Cuda) -> None:
                    "b0 has ''", "side waits for main", "sum of b0 by 1 on side",
                    "main waits for event 1", "a ends with \"a0'\"",
                    "main waits for event 2", "b ends with \"b0'\""]
+
+
+def test_what_follows_a_reduce_scatter_goes_along(cuda: Cuda) -> None:
+    """Up to the next collective, or to the end, or to one that only goes in turn."""
+    log, here = cuda.log, SimpleNamespace(device=torch.device("cuda", 0))
+    group, other = Group(log, cuda), Group(log, cuda, (Fills(),))
+    other.name = "pp"
+
+    def call(asked: Any) -> Iterator[Any]:
+        got = yield group, "reduce_scatter", "x", 0, (1, 1), "sum"
+        log.append(f"norm on {cuda.now.name}")
+        if asked:
+            got = yield asked, "all_reduce", got, "sum"
+            log.append(f"{got!r} on {cuda.now.name}")
+    begins = ["side waits for main", "sum of rows of x by 1 on side", "norm on side"]
+    sums, ends = "sum of rows of x' by 1 on", "\"rows of x''\" on main"
+    beside(here, call(group))
+    assert log == [*begins, f"{sums} side", "main waits for event 1", ends]
+    log.clear()
+    beside(here, call(None))
+    assert log == [*begins, "main waits for side"]
+    log.clear()
+    beside(here, call(other))
+    assert log == [*begins, "main waits for side", f"{sums} main", ends]
 
 
 @pytest.mark.parametrize("communicators, deterministic", [((Fills(),), False), ((Fills(), Rounds()), True)])
@@ -131,3 +159,19 @@ def test_the_largest_sum() -> None:
     assert largest_sum(lower(f, Layout(F="tp"), mesh=Mesh(tp=2)), Mesh(tp=2), sizes, here) == 15
     assert largest_sum(lower(f, Layout(F="tp"), mesh=Mesh(tp=1)), Mesh(tp=1), sizes, dict(tp=0)) == 0
     assert largest_sum(lower(f, Layout(D="tp"), mesh=Mesh(tp=2)), Mesh(tp=2), sizes, here) == 0
+
+
+def test_what_is_asked() -> None:
+    @sharded("B F, F D -> B D")
+    def f(x, w):
+        return einsum("B F, F D -> B D", x, w)
+
+    @sharded("B F, F D, D F -> B F")
+    def g(x, w, v):
+        return einsum("B D, D F -> B F", f(x, w), v)
+    mesh = Mesh(tp=2, dp=2)
+    one = lower(f, Layout(F="tp"), mesh=mesh)
+    two = lower(g, Layout(D="dp", F="tp"), mesh=mesh)
+    assert asked(one, mesh) == [("all_reduce", "tp", "")] and axes_of_sums(one, mesh) == ("tp",)
+    assert asked(two, mesh) == [("all_reduce", "tp", ""), ("all_reduce", "dp", "")]
+    assert axes_of_sums(two, mesh) == ()

@@ -300,7 +300,7 @@ def test_kernels_of_few_rows_read_16_bytes_at_once_and_spill_nothing(
         ptx = launch["ptx"]
         assert launch["stack"] <= (8 if launch["kernel"] == "one_row" else 0), launch["kernel"]
         assert not re.search(r"ld\.global\S*\.b(8|16)\b", ptx), launch["kernel"]
-        if launch["kernel"] in ("rms_norm", "one_row", "gate_up", "rope_into_cache"):
+        if launch["kernel"] in ("rms_norm", "one_row", "gate_up", "rope_into_cache", "merge_two"):
             assert re.search(r"ld\.global\S*\.v4\.b32", ptx) and "cp.async" not in ptx
         else:
             assert "cp.async.cg.shared.global" in ptx and not re.search(r"cp\.async\.ca", ptx)

@@ -22,6 +22,7 @@ from shardlib.triton_kernels.matmul_rows import (
     matmul_rows,
     matmul_rows_reference,
 )
+from shardlib.triton_kernels.merge_two import merge_two, merge_two_reference, takes_two
 from shardlib.triton_kernels.rms_norm import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -66,6 +67,25 @@ def test_gates(dtype: torch.dtype, seed: int, rows: int, width: int, apart: int)
     for live in (0, 1, len(made)):
         part = gate_up(gate, up, torch.tensor([live], dtype=torch.int32))
         assert torch.equal(part[:live], made[:live])
+
+
+@some
+@given(dtypes, seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 20))
+def test_two_sets_of_keys_are_merged(dtype: torch.dtype, seed: int, t: int, heads: int, g: int,
+                                     h: int) -> None:
+    """Heads first or tokens first, as kernels give them; where one sees nothing, or neither, too."""
+    torch.manual_seed(seed)
+    a, b = normal(dtype, 2, t, heads, g, h), normal(dtype, 2, heads * g, t, h)
+    lse = [10 * torch.randn(2, heads * g, t).transpose(1, 2).unflatten(2, (heads, g)) for _ in range(2)]
+    lse[seed % 2][0, 0, 0, 0] = lse[0][1, -1, -1, -1] = lse[1][1, -1, -1, -1] = -torch.inf
+    given = a, lse[0], b.transpose(1, 2).unflatten(2, (heads, g)), lse[1]
+    assert takes_two(*given)
+    for got, torch_s, exact in zip(merge_two(*given), merge_two_reference(*given),
+                                   merge_two_reference(*(x.double() for x in given))):
+        none = exact == -torch.inf
+        assert got.dtype == torch_s.dtype and torch.equal(got == -torch.inf, none)
+        assert near(*(x.masked_fill(none, 0) for x in (got, torch_s, exact)))
+    assert not takes_two(a.repeat_interleave(2, -1)[..., ::2], *given[1:])
 
 
 def test_only_a_kernel_that_waits_starts_early() -> None:
