@@ -79,7 +79,8 @@ class CausalLM:
 
     logits_of, logits: after every token, from `start` on, from 0 on.  loss: of `logits_of`.
     next_logits, next_token, next_sample: of ids[b, last[b]], where ids[b, t] stands at start[b] + t and what
-    is before it in the cache; the cache, with these.  prompt_...: the same where nothing is before them.
+    is before it in the cache; the cache, with these.  prompt_...: the same of prompts, all of them behind
+    `ahead` tokens: `start` is that everywhere.
     """
 
     def __init__(self, params: type[Params], layers: Mapping[str, Callable[..., Any]],
@@ -90,9 +91,10 @@ class CausalLM:
         self.embed, (self.told, self.angles), self.norm, self.head = embed, angles, norm, head
         self.blocks = {stack: self._alone(stack) for stack in layers}
         self.logits_of, self.logits, self.loss = self._logits_of(), self._logits(), self._loss()
-        self.next_logits, self.prompt_logits = logits = [self._over(kind) for kind in ("next", "prompt")]
-        self.next_token, self.prompt_token = map(self._greedy, logits)
-        self.next_sample, self.prompt_sample = map(self._drawn, logits)
+        kinds = dict(next=None, prompt=0)               # what `ahead` is where it is not given
+        self.next_logits, self.prompt_logits = logits = [self._over(*kind) for kind in kinds.items()]
+        self.next_token, self.prompt_token = map(self._greedy, logits, kinds.values())
+        self.next_sample, self.prompt_sample = map(self._drawn, logits, kinds.values())
 
     def _made(self, f: Callable[..., Any], name: str, signature: str, **trees: type[Params]) -> Sharded:
         f.__name__ = f.__qualname__ = name
@@ -129,41 +131,42 @@ class CausalLM:
 
     # -- over a cache ----------------------------------------------------------------------------------------
 
-    def _kept(self, stack: str, first: bool) -> Sharded:
+    def _kept(self, stack: str, name: str) -> Sharded:
         layer = self.layers[stack]
 
-        def block(x, w, cache, start, angles, *, config):
-            past = Past(cache, start, first)
+        def block(x, w, cache, start, angles, *, config, ahead=None):
+            past = Past(cache, start, ahead)
             return layer(x, w, angles, past, config), past.kept
-        name = f"{'prompt' if first else 'cached'}_{layer.__name__}"
+        name = f"{name}_{layer.__name__}"
         return self._made(block, name, f"B T D, *, *, B, {self.told} -> B T D, *",
                           w=_one(self.params, stack), cache=_one(self.cache, stack))
 
-    def _over(self, kind: str) -> Sharded:
-        blocks = {stack: self._kept(stack, kind == "prompt") for stack in self.layers}
+    def _over(self, kind: str, default: int | None) -> Sharded:
+        names = ("cached",) if default is None else ("prompt", "later")
+        first, *later = ({stack: self._kept(stack, name) for stack in self.layers} for name in names)
 
-        def logits(ids, w, cache, start, last, *, config):
+        def logits(ids, w, cache, start, last, *, config, ahead=default):
             x, angles, kept = self.embed(ids, w, start, config), self.angles(start, config), {}
-            for stack, block in blocks.items():
+            for stack, block in (later[0] if ahead else first).items():
                 x, kept[stack] = scan(block, x, (getattr(w, stack), getattr(cache, stack)), start, angles,
-                                      config=config)
+                                      config=config, ahead=ahead)
             h = take("B T D, B -> B D", self.norm(x, w, config), last)
             return self.head(h, w, config), self.cache(**kept)
         return self._made(logits, f"{kind}_logits", "B T/1, *, *, B, B -> B V/1, *", w=self.params,
                           cache=self.cache)
 
-    def _greedy(self, logits_of: Sharded) -> Sharded:
+    def _greedy(self, logits_of: Sharded, default: int | None) -> Sharded:
         """The choice among the same logits, made without gathering them."""
-        def token(ids, w, cache, start, last, *, config):
-            logits, cache = logits_of(ids, w, cache, start, last, config=config)
+        def token(ids, w, cache, start, last, *, config, ahead=default):
+            logits, cache = logits_of(ids, w, cache, start, last, config=config, ahead=ahead)
             return argmax("B V -> B", logits), cache
         return self._made(token, logits_of.__name__.replace("logits", "token"),
                           "B T/1, *, *, B, B -> B/1, *", w=self.params, cache=self.cache)
 
-    def _drawn(self, logits_of: Sharded) -> Sharded:
+    def _drawn(self, logits_of: Sharded, default: int | None) -> Sharded:
         """One token a row, by (seed, position, number of the row)."""
-        def drawn(ids, w, cache, start, last, row, *, config, sampling):
-            logits, cache = logits_of(ids, w, cache, start, last, config=config)
+        def drawn(ids, w, cache, start, last, row, *, config, sampling, ahead=default):
+            logits, cache = logits_of(ids, w, cache, start, last, config=config, ahead=ahead)
             token = sample("B V, B, B -> B", logits, start + last, row, temperature=sampling.temperature,
                            top_p=sampling.top_p, seed=sampling.seed)
             return token, cache

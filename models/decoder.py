@@ -24,24 +24,22 @@ from shardlib.distributed.runtime import Runtime
 from shardlib.models.cache_buffer import CacheBuffer
 from shardlib.models.following import follow, going
 from shardlib.models.slots import Slots, Smaller, round_up
+from shardlib.models.ways import Prompts, Way, Ways
 from shardlib.params import Params, fill, leaf_values
-from shardlib.run.beside import beside, largest_sum
+from shardlib.run.beside import beside
 from shardlib.run.captured import Graph
 from shardlib.run.stretches import Stretches
 from shardlib.run.turns import Pipeline, Requests, untold
 from shardlib.spec import Spec
 
-PROMPT_TOKENS, LATER_TOKENS = 1 << 15, 1 << 12
-"""Tokens of all rows that go through the model at once: at the beginning of prompts;
-after it, where attention makes a bias of what each query sees."""
+PROMPT_TOKENS = 1 << 15
+"""Tokens of all rows that go through the model at once."""
 STAGE_TOKENS = {"cpu": 1 << 12}
 """By device, the same of a pipeline, whose stages are at different chunks at once. Where it says nothing, on
 GPUs, they are as elsewhere: smaller ones have not been measured."""
 CAPTURED_TOKENS = 1 << 13
 """Up to which the beginning of prompts is captured, once its size comes again:
 its launches take longer than its work."""
-BESIDE_BYTES = {"cuda": 8 << 20}
-"""By device, of the sum of half a batch, from which on two halves run beside each other."""
 SMALLEST_CHUNK, ENDS = 16, 16
 
 
@@ -57,17 +55,17 @@ class Beginning:
 class Decoder:
     """Generates for one batch after another.
 
-    steps: the compiled program for (at the beginning of prompts, rows, capacity).  draws: whether it takes
-    the rows' numbers.  kept: the cache.
+    steps: the compiled programs, as `Ways` has them.  draws: whether they take the rows' numbers.  kept: the
+    cache.
     graph: steps are captured, in buckets of rows and rounded capacities; else sizes are exact.
-    pipeline: of a model in stages.
+    ways: of prompts, else all at once.  pipeline: of a model in stages, which has no other ways.
     """
 
-    def __init__(self, name: str, steps: Callable[[bool, int, int], Compiled], draws: bool, weights: Prepared,
-                 kept: type[Params], sizes: Mapping[str, int], most: int, runtime: Runtime,
-                 cache: CacheBuffer, graph: bool, pipeline: Pipeline | None = None) -> None:
+    def __init__(self, name: str, steps: Callable[[int | None, str, int, int], Compiled], draws: bool,
+                 weights: Prepared, kept: type[Params], sizes: Mapping[str, int], most: int, runtime: Runtime,
+                 cache: CacheBuffer, graph: bool, ways: Ways | None, pipeline: Pipeline | None) -> None:
         self.name, self.steps, self.draws, self.weights = name, steps, draws, weights
-        self.pipeline = pipeline
+        self.ways, self.pipeline = ways, pipeline
         self.kept, self.sizes, self.most, self.runtime = kept, sizes, most, runtime
         self.buffer, self.graph = cache, graph
         self.capacity, self._made, self._turn = 0, 0, 0
@@ -75,7 +73,6 @@ class Decoder:
         self._stretches: dict[tuple[int, int], Stretches] = {}          # of a pipeline
         self._beginnings: dict[tuple[int, ...], Beginning | None] = {}      # None: has come once
         self._caches: dict[tuple[int, ...], object] = {}
-        self._sums: dict[tuple[bool, int, int, int], int] = {}
         self._allocate(0, ENDS)
 
     # -- a batch ---------------------------------------------------------------------------------------------
@@ -95,11 +92,7 @@ class Decoder:
     def beginning(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Sequence[int],
                   first: int = 0) -> Requests:
         """As `begin`. first: the number of the first row, by which it draws."""
-        longest = max(map(len, prompts))
-        self.capacity = (min(round_up(longest + max_new_tokens), self.most) if self.graph
-                         else longest + max_new_tokens)
-        slots = (Slots.of(len(prompts), self._ranks(len(prompts))) if self.graph
-                 else Slots(tuple(range(len(prompts)))))
+        slots = self._slots(len(prompts), max(map(len, prompts)) + max_new_tokens)
         if slots.size > len(self.ids) or len(eos_ids) > len(self.ends):
             self._allocate(max(slots.size, len(self.ids)), max(round_up(len(eos_ids)), len(self.ends)))
         rows = [[0] if row is None else prompts[row] for row in slots.rows]
@@ -113,6 +106,11 @@ class Decoder:
         state["ids"].copy_(state["tokens"])
         state["live"].logical_and_(going(state["tokens"], self.ends))
         return slots
+
+    def _slots(self, rows: int, longest: int) -> Slots:
+        """Of so many rows, in a cache that has room for texts as long."""
+        self.capacity = min(round_up(longest), self.most) if self.graph else longest
+        return Slots.of(rows, self._ranks(rows)) if self.graph else Slots(tuple(range(rows)))
 
     def advancing(self, slots: Slots) -> Requests:
         """As `advance`."""
@@ -170,7 +168,7 @@ class Decoder:
     def _step(self, size: int, capacity: int) -> Requests:
         """Feeds the last tokens, and puts those that follow in their place: all of it on the device."""
         ids, start, last = self.ids[:size, None], self.position[:size], self.zeros[:size]
-        chosen = yield from self._run(False, size, capacity, ids, start, last)
+        chosen = yield from self._run(None, size, capacity, ids, start, last)
         follow(chosen, self.tokens[:size], self.ids[:size], start, self.live[:size], self.ends)
 
     def _prefill(self, size: int, rows: Sequence[Sequence[int]]) -> Requests:
@@ -188,7 +186,7 @@ class Decoder:
                 self._begin_prompts(ids, last, chosen)
             else:
                 start = torch.full_like(lengths, begin)
-                run = self._run(begin == 0, size, self.capacity, ids, start, last)
+                run = self._run(begin, size, self.capacity, ids, start, last)
                 chosen.copy_((yield from untold(run, self.pipeline.line)) if self.pipeline else answered(run))
             here = (lengths > begin) & (lengths <= begin + count)
             self.tokens[:size] = torch.where(here, chosen, self.tokens[:size])
@@ -201,7 +199,7 @@ class Decoder:
         key = size, capacity, count
 
         def run() -> None:
-            chosen.copy_(answered(self._run(True, size, capacity, ids, self.zeros[:size], last)))
+            chosen.copy_(answered(self._run(0, size, capacity, ids, self.zeros[:size], last)))
         if key not in self._beginnings:
             self._beginnings[key] = None
             run()
@@ -221,39 +219,69 @@ class Decoder:
         """(begin, length) of each: of few lengths, so that few programs are made."""
         begin = 0
         while begin < longest:
-            tokens = PROMPT_TOKENS if begin == 0 else LATER_TOKENS
-            if self.pipeline:
-                tokens = STAGE_TOKENS.get(self.runtime.device.type, tokens)
-            most = max(SMALLEST_CHUNK, round_up(tokens // size))
+            staged = STAGE_TOKENS if self.pipeline else {}
+            most = max(SMALLEST_CHUNK, round_up(staged.get(self.runtime.device.type, PROMPT_TOKENS) // size))
             wanted = max(SMALLEST_CHUNK, round_up(longest - begin)) if self.graph else longest - begin
             count = min(wanted, most, self.capacity - begin)
             yield begin, count
             begin += count
 
-    def _run(self, first: bool, size: int, capacity: int, ids: Tensor, start: Tensor,
+    def _run(self, ahead: int | None, size: int, capacity: int, ids: Tensor, start: Tensor,
              last: Tensor) -> Requests:
-        """The tokens that one call of a program chooses, on this rank's shards of whole tensors; or two calls
-        beside each other, of half of the rows each, where their sums are long."""
-        step, parts = self.steps(first, size, capacity), self._parts(first, size, capacity, ids.shape[1])
+        """The tokens that a program chooses, on this rank's shards of whole tensors."""
+        way = self._way(ahead, size, capacity, ids.shape[1])
+        step = self.steps(ahead, way.over, size, capacity)
         given = {"ids": ids, "start": start, "last": last, **({"row": self.row[:size]} if self.draws else {})}
         types, mesh, here = dict(step.program.args), self.runtime.mesh, self.runtime.coordinate
-        given = {name: shard_of(x, types[name], mesh, here) for name, x in given.items()}
-        if parts == 1:
-            args = self._arguments(given, size, capacity)
-            return self._kept((yield from step.requests(*args)) if self.pipeline else step(*args), size,
-                              capacity)
-        step = self.steps(first, size // parts, capacity)
-        shares = [dict(zip(given, share)) for share in zip(*(x.chunk(parts) for x in given.values()))]
-        made = beside(self.runtime, *(step.requests(*self._arguments(share, size, capacity, (i, parts)))
-                                      for i, share in enumerate(shares)))
-        chosen = [self._kept(each, size, capacity, (i, parts)) for i, each in enumerate(made)]
-        ranks = self._ranks(size)                       # whole, each rank's rows behind the other's
-        return torch.cat([x.view(ranks, -1) for x in chosen], 1).flatten()
 
-    def _arguments(self, given: Mapping[str, Tensor], size: int, capacity: int,
+        def local(given: Mapping[str, Tensor]) -> list[Tensor]:
+            return [shard_of(x, types[name], mesh, here) for name, x in given.items()]
+        if way.halved == "rows":
+            ranks = self._ranks(size)                   # each has a half of its rows in each half
+            halves = [{name: x.unflatten(0, (ranks, 2, -1))[:, i].flatten(0, 1) for name, x in given.items()}
+                      for i in range(2)]
+            made = self._beside(way, [(ahead, local(half), (i, 2)) for i, half in enumerate(halves)], size,
+                                capacity)
+            chosen = [self._kept(each, size, capacity, (i, 2)) for i, each in enumerate(made)]
+            return torch.cat([x.view(ranks, -1) for x in chosen], 1).flatten()
+        if way.halved == "tokens":
+            half = ids.shape[1] // 2
+            first = {**given, "ids": ids[:, :half], "last": last.clamp(max=half - 1)}
+            second = {**given, "ids": ids[:, half:], "start": start + half,
+                      "last": (last - half).clamp(min=0)}
+            calls = [(ahead, local(first), (0, 1)), (ahead + half, local(second), (0, 1))]
+            made = self._beside(way, calls, size, capacity)
+            if all(after is self._cache(size, capacity) for _, after in made):
+                return torch.where(last < half, *(chosen for chosen, _ in made))
+            # of two caches none has all: a layout under which they are not updated in place
+            self.ways.made[ahead, size, capacity, ids.shape[1]] = Way()
+            return (yield from self._run(ahead, size, capacity, ids, start, last))
+        args = self._arguments(local(given), size, capacity)
+        return self._kept((yield from step.requests(*args)) if self.pipeline else step(*args), size, capacity)
+
+    def _way(self, ahead: int | None, size: int, capacity: int, length: int) -> Way:
+        return self.ways(ahead, size, capacity, length, self._ranks(size)) if self.ways else Way()
+
+    def _beside(self, way: Way, calls: Sequence[tuple[int | None, Sequence[Tensor], tuple[int, int]]],
+                size: int, capacity: int) -> list[tuple[Tensor, object]]:
+        """Of each (tokens ahead, what is given, part of the rows) what the program gives."""
+        return beside(self.runtime, *(
+            self.steps(ahead, way.over, size // part[1], capacity).requests(
+                *self._arguments(given, size, capacity, part)) for ahead, given, part in calls))
+
+    def prompts(self, rows: int, longest: int, max_new_tokens: int) -> Prompts:
+        """How the beginning of so many prompts goes through the model."""
+        size = self._slots(rows, longest + max_new_tokens).size
+        _, count = next(self._chunks(size, longest))
+        way = self._way(0, size, self.capacity, count)
+        sizes = {**self.sizes, "B": size // (1 + (way.halved == "rows")), "S": self.capacity,
+                 "T": count // (1 + (way.halved == "tokens"))}
+        return Prompts(way, self.steps(0, way.over, sizes["B"], self.capacity).program, sizes)
+
+    def _arguments(self, given: Sequence[Tensor], size: int, capacity: int,
                    part: tuple[int, int] = (0, 1)) -> tuple[object, ...]:
         """What a program takes: ids, weights, cache, and what else is given."""
-        ids, *more = given.values()
+        ids, *more = given
         return ids, self.weights, self._cache(size, capacity, part), *more
 
     def _kept(self, made: tuple[Tensor, object], size: int, capacity: int,
@@ -264,18 +292,6 @@ class Decoder:
             for path, x in self._views(size, capacity, part).items():
                 x.copy_(dict(leaf_values(after, "cache"))[path])
         return chosen
-
-    def _parts(self, first: bool, size: int, capacity: int, length: int) -> int:
-        """In how many calls beside each other so many rows go through a program: two, where each rank has two
-        rows or more, and the sums of half of them are longer than what a kernel takes with the norm."""
-        worth, key = BESIDE_BYTES.get(self.runtime.device.type), (first, size, capacity, length)
-        if worth is None or self.pipeline or size % (2 * self._ranks(size)):
-            return 1
-        if key not in self._sums:
-            sizes = {**self.sizes, "B": size // 2, "S": capacity, "T": length}
-            self._sums[key] = self.buffer.dtype.itemsize * largest_sum(
-                self.steps(*key[:3]).program, self.runtime.mesh, sizes, self.runtime.coordinate)
-        return 2 if self._sums[key] >= worth else 1
 
     # -- buffers ---------------------------------------------------------------------------------------------
 
@@ -299,7 +315,7 @@ class Decoder:
         return torch.tensor(values, device=self.runtime.device)
 
     def _kinds(self, size: int, capacity: int) -> dict[str, Spec]:
-        return arg_types(self.steps(False, size, capacity).program, "cache")
+        return arg_types(self.steps(None, "", size, capacity).program, "cache")
 
     def _ranks(self, rows: int) -> int:
         """Over how many ranks the cache is split by rows."""
@@ -334,7 +350,7 @@ class Decoder:
         views, key = self._views(size, capacity, part), (size, capacity, *part)
         if key not in self._caches:
             cache = fill(self.kept, "cache", lambda path: views[path])
-            self._caches[key] = self.steps(False, size // part[1], capacity).prepare("cache", cache)
+            self._caches[key] = self.steps(None, "", size // part[1], capacity).prepare("cache", cache)
         return self._caches[key]
 
 

@@ -33,9 +33,11 @@ from shardlib.models.mixtral import MixtralConfig
 from shardlib.models.placing import check, place_anew, placed
 from shardlib.models.random_weights import random_weights, shape_of
 from shardlib.models.row_groups import Told, continued, split_rows
+from shardlib.models.ways import Ways
 from shardlib.ops.fusions import FUSIONS, by_few_rows
 from shardlib.params import fill, leaf_values, struct
 from shardlib.program import Program
+from shardlib.run.beside import axes_of_sums
 from shardlib.run.turns import Pipeline, Requests
 
 PASSES = (*DEFAULT, "rotate_scan", *fuse(FUSIONS, by_few_rows))
@@ -57,7 +59,7 @@ class Model:
                  dtype: torch.dtype) -> None:
         self.config, self.weights, self.layout, self.runtime, self.dtype = (
             config, weights, layout, runtime, dtype)
-        self._steps: dict[tuple[Sampling, bool], Compiled] = {}
+        self._steps: dict[tuple[Sampling, int | None, str], Compiled] = {}
         self._decoders: dict[tuple[Sampling, bool, int], Decoder] = {}
         self._caches: dict[int, CacheBuffer] = {}               # by group of rows
         self.placements: list[Placement] = []                   # of its experts' slots, by layer
@@ -117,21 +119,29 @@ class Model:
         return lower(function, self.layout, None, weights_of(self.config), mesh=self.runtime.mesh,
                      passes=PASSES, **static)
 
-    def _function(self, sampling: Sampling, first: bool = False) -> tuple[Function, dict[str, object]]:
-        """The program of a step, or of the beginning of prompts, and what it is made with."""
-        lm = family_of(self.config).lm
-        if sampling.temperature == 0:
-            return lm.prompt_token if first else lm.next_token, {"config": self.config}
-        return lm.prompt_sample if first else lm.next_sample, {"config": self.config, "sampling": sampling}
+    def _function(self, sampling: Sampling, ahead: int | None = None) -> tuple[Function, dict[str, object]]:
+        """The program of a step, or of prompts behind `ahead` tokens, and what it is made with."""
+        lm, static = family_of(self.config).lm, {} if ahead is None else {"ahead": ahead}
+        if sampling.temperature:
+            static["sampling"] = sampling
+        step, prompt = ((lm.next_sample, lm.prompt_sample) if sampling.temperature
+                        else (lm.next_token, lm.prompt_token))
+        return step if ahead is None else prompt, {"config": self.config, **static}
 
-    def _step(self, sampling: Sampling, first: bool = False) -> Compiled:
-        if (sampling, first) not in self._steps:
-            function, static = self._function(sampling, first)
-            made = compile(function, self.layout, runtime=self.runtime, sizes=self.config.sizes,
+    def _step(self, sampling: Sampling, ahead: int | None = None, over: str = "") -> Compiled:
+        """over: see `Ways`."""
+        key = sampling, ahead, over
+        if key not in self._steps:
+            function, static = self._function(sampling, ahead)
+            layout = self.layout
+            if over:
+                axes = axes_of_sums(self._step(sampling, ahead).program, self.runtime.mesh)
+                layout = Layout({**layout.entries, over: axes})
+            made = compile(function, layout, runtime=self.runtime, sizes=self.config.sizes,
                            donate=("cache",), passes=PASSES, **static)
             made.lower(None, weights_of(self.config))
-            self._steps[sampling, first] = made
-        return self._steps[sampling, first]
+            self._steps[key] = made
+        return self._steps[key]
 
     @cached_property
     def pipeline(self) -> Pipeline | None:
@@ -144,12 +154,17 @@ class Model:
         """The device's side of `generate`, step by step: to measure. group: of rows, each with a cache."""
         if (sampling, graph, group) not in self._decoders:
             function, _ = self._function(sampling)
+
+            def steps(ahead: int | None, over: str, rows: int, capacity: int) -> Compiled:
+                return self._step(sampling, ahead, over).at(B=rows, S=capacity)
+            whole = [dim for dim in ("B", "T") if dim not in self.layout.entries]
+            ways = None if self.pipeline else Ways(steps, self.weights, self.config.sizes, self.dtype,
+                                                   self.runtime, whole)
             cache = self._caches.setdefault(group, CacheBuffer(self.dtype, self.runtime.device))
             self._decoders[sampling, graph, group] = Decoder(
-                function.__name__,
-                lambda first, rows, capacity: self._step(sampling, first).at(B=rows, S=capacity),
-                sampling.temperature > 0, self.weights, family_of(self.config).lm.cache, self.config.sizes,
-                self.config.max_context, self.runtime, cache, graph, self.pipeline)
+                function.__name__, steps, sampling.temperature > 0, self.weights,
+                family_of(self.config).lm.cache, self.config.sizes, self.config.max_context, self.runtime,
+                cache, graph, ways, self.pipeline)
         return self._decoders[sampling, graph, group]
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int] = (),
@@ -173,7 +188,7 @@ class Model:
             found = self.pipeline.run(calls) if self.pipeline else [*map(answered, calls)]
         tokens = [row for group in found for row in group]
         made, seconds = sum(map(len, tokens)) - sum(map(len, prompts)), time.perf_counter() - began
-        for step in (self._step(sampling, True), self._step(sampling)):
+        for step in [step for (of, *_), step in self._steps.items() if of == sampling]:
             step.check()  # replays note what they are asked for, and nobody has looked yet
         return Generated(tokens, made, seconds)
 

@@ -5,7 +5,8 @@
 
 Rank 0 reads the headers and the tokenizer, and tells the others; each rank reads the bytes of its own shards.
 Progress goes to stderr, text to stdout; `--json` prints one object for machines. `--plan` prints every
-collective of one token to stdout instead. Bad input ends every rank with a non-zero exit code and one line.
+collective of one token, or of the prompts, to stdout instead. Bad input ends every rank with a non-zero exit
+code and one line.
 
 With `--results FILE` what is finished is kept: started again, by hand or by `torchrun --max-restarts`, the
 command generates the requests that are not in the file yet, to the tokens that they would have had, since a
@@ -82,8 +83,9 @@ def arguments() -> argparse.ArgumentParser:
                         help="by default cuda where there is one for each process")
     parser.add_argument("--json", action="store_true",
                         help="one JSON object on stdout: tokens, text, tokens_per_second; or the plan")
-    parser.add_argument("--plan", action="store_true",
-                        help="print every collective of one token, with its cost, to stdout, and end")
+    parser.add_argument("--plan", nargs="?", const="token", choices=("token", "prompts"),
+                        help="print every collective of one token, or of the prompts, with its cost, to "
+                        "stdout, and end")
     parser.add_argument("--quiet", action="store_true", help="no progress: only errors go to stderr")
     return parser
 
@@ -172,9 +174,9 @@ def run(options: argparse.Namespace) -> None:
         held = sum(t.numel() * t.element_size() for t in _tensors(model.weights))
         say(f"loaded {bytes_text(held)} of weights on this rank in {time.perf_counter() - began:.1f} s")
         model.pack()
-        plan = _plan(model, job["prompts"][:options.batch], sampling, options)
+        plan, said = _plan(model, job["prompts"][:options.batch], sampling, options)
         if options.plan:
-            return _print_plan(plan, options.json) if request else None
+            return _print_plan(plan, said, options.json) if request else None
         _say_plan(plan, say)
         made = []
         for rows in job["batches"]:
@@ -280,15 +282,22 @@ def _tensors(tree: Any) -> Iterable[torch.Tensor]:
 
 
 def _plan(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling,
-          options: argparse.Namespace) -> Explanation:
-    """The collectives of one token, by the line that asked for them. Every rank calls it."""
-    sizes = dict(model.config.sizes, B=len(prompts), T=1, S=max(map(len, prompts)) + options.max_new_tokens)
-    return explain(model.lower(sampling), model.runtime.mesh, sizes, default=options.dtype,
-                   runtime=model.runtime)
+          options: argparse.Namespace) -> tuple[Explanation, str]:
+    """The collectives of one token, or of the prompts, by the line that asked for them, and what there is to
+    say of how it goes. Every rank calls it."""
+    rows, longest, new, said = len(prompts), max(map(len, prompts)), options.max_new_tokens, ""
+    if options.plan == "prompts":
+        plan = model.decoder(sampling, model.runtime.device.type == "cuda").prompts(rows, longest, new)
+        program, sizes = plan.program, plan.sizes
+        said = f"prompts, {rows} x {longest} tokens: {plan.way}{'. One half:' if plan.way.halved else ''}"
+    else:
+        program, sizes = model.lower(sampling), dict(model.config.sizes, B=rows, T=1, S=longest + new)
+    return explain(program, model.runtime.mesh, sizes, default=options.dtype, runtime=model.runtime), said
 
 
-def _print_plan(plan: Explanation, as_json: bool) -> None:
-    print(json.dumps(plan.to_json()) if as_json else str(plan).rstrip("\n"), flush=True)
+def _print_plan(plan: Explanation, said: str, as_json: bool) -> None:
+    text = "\n".join(filter(None, (said, str(plan).rstrip("\n"))))
+    print(json.dumps(plan.to_json() | ({"way": said} if said else {})) if as_json else text, flush=True)
 
 
 def _say_plan(plan: Explanation, say: Callable[[str], None]) -> None:

@@ -15,7 +15,7 @@ from launching import ranks
 
 from shardlib import Layout, Mesh, SpecError, init
 from shardlib.distributed.runtime import connect
-from shardlib.models import decoder, row_groups
+from shardlib.models import decoder, row_groups, ways
 from shardlib.models.decoding import Model, Sampling, weights_of
 from shardlib.models.llama import LlamaConfig
 from shardlib.models.slots import Slots, round_up
@@ -90,11 +90,11 @@ def test_captured_tokens_are_the_eager_ones(one: Model, batch: tuple, chunk: int
     prompts, new, ends, sampling = batch
     wanted, steps = one.generate(prompts, new, ends, sampling, graph=False), []
     with pytest.MonkeyPatch.context() as patched:
-        for name, value in (("PROMPT_TOKENS", chunk), ("LATER_TOKENS", chunk)):
-            patched.setattr(decoder, name, value)
+        patched.setattr(decoder, "PROMPT_TOKENS", chunk)
         for name in ("WORTH_MOVING", "WORTH_CAPTURING"):
             patched.setattr(row_groups, name, 1 if moving else 99)
-        patched.setattr(decoder, "BESIDE_BYTES", {"cpu": 0} if halved else {})
+        patched.setattr(ways, "BESIDE_BYTES",
+                        dict.fromkeys(("rows", "tokens"), {"cpu": -1} if halved else {}))
         made = one.generate(prompts, new, ends, sampling, steps.append, graph=True)
     assert replace(made, seconds=0) == replace(wanted, seconds=0)
     assert ([[*p, *(t for t in column if t is not None)] for p, column in zip(prompts, zip(*steps))]
@@ -107,8 +107,7 @@ def test_a_prompt_in_chunks_is_continued_as_it_would_be_whole(one: Model, graph:
     """Drawn by where its last token stands, in its first chunk or in another one."""
     prompts = [[n % 13 for n in range(length)] for length in (40, 33, 32, 31, 17, 16, 3)]
     wanted = one.generate(prompts, 4, (), DRAWN, graph=False).tokens
-    for name in ("PROMPT_TOKENS", "LATER_TOKENS"):
-        monkeypatch.setattr(decoder, name, 1)
+    monkeypatch.setattr(decoder, "PROMPT_TOKENS", 1)
     assert one.generate(prompts, 4, (), DRAWN, graph=graph).tokens == wanted
 
 
@@ -203,7 +202,7 @@ import torch
 from shardlib import Mesh, init
 from shardlib.api import shard_of
 from shardlib.distributed.runtime import connect
-from shardlib.models import decoder, row_groups
+from shardlib.models import decoder, row_groups, ways
 from shardlib.models.decoding import Model, Sampling, weights_of, weight_types
 from shardlib.models.layouts import named_layout
 from shardlib.models.llama import LlamaConfig
@@ -211,10 +210,11 @@ from shardlib.params import fill, leaf_values
 
 row_groups.WORTH_MOVING = row_groups.WORTH_CAPTURING = 1
 config, cases = LlamaConfig(**json.loads(sys.argv[1])), json.loads(sys.argv[2])
-made = []
-for text, layout in (("tp=2", "tp"), ("dp=2", "tp"), ("tp=2", "B=tp,K=tp,V=tp")):
+made, found = [], set()
+for text, layout in (("tp=2", "tp"), ("dp=2", "tp"), ("tp=2", "K=tp,V=tp"), ("tp=2", "F=tp,V=tp")):
     mesh = Mesh.parse(text)
-    decoder.BESIDE_BYTES["cpu"] = 0 if made else 1 << 40
+    ways.BESIDE_BYTES = dict.fromkeys(("rows", "tokens"), {"cpu": -1 if made else 1 << 40})
+    ways.SPLITS = {"cpu": "BT" if made else ""}
     with connect(mesh, "cpu") as runtime:
         layout = named_layout(layout, mesh)
         kinds = weight_types(config, layout, mesh)
@@ -224,8 +224,9 @@ for text, layout in (("tp=2", "tp"), ("dp=2", "tp"), ("tp=2", "B=tp,K=tp,V=tp"))
         model = Model(config, weights, layout, runtime, torch.float64).pack()
         for prompts, new, ends, sampling in cases:
             made.append(model.generate(prompts, new, set(ends), Sampling(*sampling), graph=True).tokens)
+        found |= {(way.halved, way.over) for d in model._decoders.values() for way in d.ways.made.values()}
 if runtime.rank == 0:
-    print(json.dumps(made))
+    print(json.dumps([made, sorted(found)]))
 """
 
 
@@ -241,4 +242,6 @@ def test_rows_on_two_ranks(one: Model, tmp_path: Path) -> None:
     config = {name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__}
     finished = ranks(2, [tmp_path / "ranks.py", json.dumps(config), json.dumps(cases)])
     assert (finished.returncode, finished.stderr) == (0, "")
-    assert json.loads(finished.stdout) == wanted * 3
+    made, found = json.loads(finished.stdout)
+    assert made == wanted * 4
+    assert found == [["", ""], ["rows", ""], ["rows", "B"], ["rows", "T"], ["tokens", ""], ["tokens", "T"]]

@@ -25,6 +25,7 @@ from simulated import generate, line, tree
 
 from shardlib import Layout, Mesh
 from shardlib.distributed.runtime import connect
+from shardlib.models import ways
 from shardlib.models.decoding import Model, Sampling, weight_types
 from shardlib.models.files.checkpoint import CheckpointError
 from shardlib.models.files.model_files import find_model, open_checkpoint
@@ -220,6 +221,20 @@ def test_the_plan_alone(tiny: Known, tmp_path: Path, capfd: pytest.CaptureFixtur
         assert (again == out
                 and err.splitlines()[0] == f"1 rank on cpu, mesh (), layout (); reading {tiny.name}")
     assert (tmp_path / "notes.json").read_text() == '{"my": "precious"}'
+
+
+def test_the_plan_of_prompts(tiny: Known, capfd: pytest.CaptureFixture[str],
+                             monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = ["--model", tiny.name, "--raw", "--prompt", "ab", "--prompt", "abc", "--max-new-tokens", "4",
+            "--plan", "prompts", "--quiet"]
+    for most, how in (({}, "all at once"), ({"cpu": -1}, "two halves of the rows in turns, the sums of one "
+                                                         "beside the other's work. One half:")):
+        monkeypatch.setitem(ways.BESIDE_BYTES, "rows", most)
+        assert main(plan) == 0
+        said, title, *_ = capfd.readouterr().out.splitlines()
+        assert re.fullmatch(rf"prompts, 2 x \d+ tokens: {how}", said)
+        assert title.rstrip() == "prompt_token on mesh (one rank)"
+        assert main([*plan, "--json"]) == 0 and json.loads(capfd.readouterr().out)["way"] == said
 
 
 @pytest.fixture
