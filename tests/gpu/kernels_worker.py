@@ -19,6 +19,15 @@ from shardlib.distributed.graph_capture import chained
 from shardlib.ops.expert_ffn import tiles_of
 from shardlib.triton_kernels.all_reduce_add_rms_norm import all_reduce_add_rms_norm_reference
 from shardlib.triton_kernels.cached_attention import cached_attention, cached_attention_reference
+from shardlib.triton_kernels.cross_entropy import (
+    Labels,
+    label_sums,
+    label_sums_reference,
+    label_sums_vjp,
+    label_sums_vjp_reference,
+    token_losses,
+    token_losses_reference,
+)
 from shardlib.triton_kernels.decode_attention import decode_attention, decode_attention_reference
 from shardlib.triton_kernels.expert_ffn import expert_ffn, expert_ffn_reference
 from shardlib.triton_kernels.matmul_rows import (
@@ -199,8 +208,26 @@ class OneGpu:
         if same.float().mean() < 0.99 or float((weights - want).abs().max()) > 1e-5:
             self.failures.append(f"route {tokens} {count} {j} {self.dtype}")
 
+    def losses(self) -> None:
+        """Whole rows and pieces of them, some without a label, and the derivative."""
+        rows, v = self.random.randint(1, 60), self.random.choice((1, 15, 1000, 2049, 32064, 128256))
+        start, ignored = self.random.choice((0, 7)), self.random.choice((None, -100, 3))
+        x = (self.normal(rows, v) * self.random.choice((0.1, 5, 30))).to(self.dtype)
+        index = torch.randint(-2, start + v + 2, (rows,), device="cuda")
+        labels = Labels(index, start, start + v - 1, ignored)
+        whole = labels._replace(index=labels.index.clamp(0, v - 1), start=0)
+        what = f"{rows} {v} {start} {ignored} {self.dtype}"
+        g = torch.randn(2, rows, device="cuda")
+        top = x.amax(1).float()
+        self.close(f"token_losses {what}", lambda: token_losses(x, whole)[0],
+                   lambda x: token_losses_reference(x, whole)[0], x)
+        self.close(f"label_sums {what}", lambda: label_sums(x, labels, top, True)[0],
+                   lambda x, top: label_sums_reference(x, labels, top, True)[0], x, top)
+        self.close(f"label_sums_vjp {what}", lambda: label_sums_vjp(x, labels, top, *g),
+                   lambda x, top, *g: label_sums_vjp_reference(x, labels, top, *g), x, top, *g)
+
     def run(self, cases: int) -> int:
-        kinds = (self.norm, self.matmul, self.attention, self.cached, self.experts, self.routes)
+        kinds = (self.norm, self.matmul, self.attention, self.cached, self.experts, self.routes, self.losses)
         for i in range(cases):
             self.dtype = DTYPES[i // len(kinds) % 3]
             kinds[i % len(kinds)]()

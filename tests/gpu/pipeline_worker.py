@@ -37,7 +37,8 @@ def main(mesh_text: str) -> None:
         if DEVICE == "cpu":
             scheduled.by_number = lambda group: None    # as over NCCL
         for schedule in (gpipe(stages, 3), one_f_one_b(stages, 5), interleaved(stages, stages, 2),
-                         zero_bubble(stages, 4), zbv(stages, 4)):
+                         zero_bubble(stages, 4),
+                         zbv(stages, 4), one_f_one_b(stages, 3).cut(3, 2, *[0] * (stages - 2))):
             layout = Layout({"L": "pp", "B": ("dp", "mb") if "dp" in mesh.axes else "mb",
                              **({"K": "tp", "F": "tp", "V": "tp"} if "tp" in mesh.axes else {})})
             step = compile(value_and_grad(loss), layout, runtime=runtime, schedule=schedule,

@@ -24,6 +24,7 @@ PACK, API, PROVE, EXPLAIN, LAYOUT, MESH = ("tests/compiler/test_pack.py", "tests
                                            "tests/test_layout.py", "tests/test_mesh.py")
 GROUP, ROUTING, WATCHDOG, TENSORS, QUEUE = (f"tests/distributed/test_{name}.py" for name in (
     "group_coordinator", "routing", "watchdog", "tensor_dicts", "message_queue"))
+TIMETABLES = "tests/reports/test_timetable.py"
 MESHES, BALANCE = "tests/test_mesh.py", "tests/reports/test_balance.py"
 KERNEL_LOSSES = "tests/triton_kernels/test_cross_entropy.py"
 INDICES, LOSSES, ENDS = ("tests/lowering/test_index_check.py", "tests/ops/test_cross_entropy.py",
@@ -1046,6 +1047,11 @@ MUTANTS = (
     Mutant("shardlib/mesh.py", "if n != sum(cut):", "if n < sum(cut):", f"{MESHES} -k cuts"),
     Mutant("shardlib/reports/classes.py", "cuts[axis], reached = {*range(k)}, {*mesh.cuts[axis]}",
            "reached = {*mesh.cuts[axis]}", "tests/run/test_scheduled.py -k mesh_cuts"),
+    Mutant("shardlib/reports/peak.py", "if last.get(n, -1) > i}", "}", f"{TIMETABLES} -k peak"),
+    Mutant("shardlib/reports/peak.py", "return most - own // many if many else 0", "return 0",
+           f"{TIMETABLES} -k peak"),
+    Mutant("shardlib/reports/timetable.py", "max((before + work for", "max((before for",
+           f"{TIMETABLES} -k peak"),
     Mutant("shardlib/reports/balance.py", "        if better[0] >= found:\n", "        if True:\n", BALANCE),
     Mutant("shardlib/reports/balance.py", "return max(0, most - (self.memory or 0)), length",
            "return length, max(0, most - (self.memory or 0))", BALANCE),
