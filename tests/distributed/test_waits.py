@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from shardlib.distributed import board, frames, messages, rank_error
 from shardlib.distributed.rank_error import wait_until
+from shardlib.distributed.watch import Watch
 
 YIELD_S = 2.0 ** -14
 
@@ -88,3 +89,19 @@ def test_a_frame_travels_in_one_part_or_two(more: int) -> None:
     parts = [len(part) for part in sent]
     assert parts == [messages.BLOCK, *([len(frame) - messages.BLOCK] if len(frame) > messages.BLOCK else [])]
     assert messages.read(frames.recv(control, 3)) == messages.read(frame) and not sent
+
+
+def test_replays_that_are_over_are_let_go_in_order() -> None:
+    """Of those that the device has come past, up to the first that it has not."""
+    watch, over = Watch(), set()
+    seat = watch.replays("step", (0, 1))
+
+    def launched() -> list[int]:
+        number = seat.count
+        watch.launch(seat, lambda: number in over)
+        return [call[1] for call, _ in watch.launched]
+    assert [launched() for _ in range(3)] == [[1], [1, 2], [1, 2, 3]] and watch.last is None
+    over |= {0, 1, 3}
+    assert launched() == [3, 4] and watch.last[1] == 2
+    over.add(2)
+    assert launched() == [5] and watch.last[1] == 4

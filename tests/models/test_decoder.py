@@ -132,6 +132,7 @@ def test_prompts_make_few_sizes(one: Model) -> None:
     """One graph for each bucket and capacity, whatever the prompts are;
     of their beginnings, where a size comes again."""
     made = one.decoder(Sampling(), True)
+    one.generate([[1] * 40] * 4, 6, graph=True)         # a cache that holds all that follow
     made._forget()
     for length in range(1, 11):
         for rows in (3, 4):

@@ -5,11 +5,12 @@ import dataclasses
 from typing import Any
 
 import pytest
+from damaged import HF
 
 from shardlib import Layout, Mesh
 from shardlib.models.decoding import weight_types
 from shardlib.models.families import FAMILIES, config_of, family_of, weights_of
-from shardlib.models.files.checkpoint import Checkpoint, CheckpointError
+from shardlib.models.files.checkpoint import Checkpoint, CheckpointError, TensorEntry
 from shardlib.models.random_weights import SHAPES
 from shardlib.params import leaf_values
 
@@ -36,3 +37,14 @@ def test_a_model_that_is_none_of_them(said: str | None) -> None:
         config_of(Checkpoint("huggingface", {}, {}, {"model_type": said} if said else {}))
     assert str(caught.value) == (f"config.json: model_type is {repr(said)[:80]}, which does not generate "
                                  f"here; it is one of {', '.join(FAMILIES)}")
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_biases_are_refused(name: str) -> None:
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    entry = TensorEntry(bias, "m", 0, (2048,), "F32", 1, 4)
+    fields = {**HF, "model_type": name, "num_local_experts": 8, "num_experts_per_tok": 2}
+    assert config_of(Checkpoint("huggingface", {}, {}, fields)).family == name
+    with pytest.raises(CheckpointError) as caught:
+        config_of(Checkpoint("huggingface", {}, {bias: entry}, fields))
+    assert str(caught.value) == f"tensor {bias}: biases are not implemented"

@@ -1230,4 +1230,8 @@ MUTANTS = (
     Mutant("shardlib/distributed/rank_error.py", "            look()\n", "", WAITS),
     Mutant("shardlib/distributed/rank_error.py", "return ready()", "return False", WAITS),
     Mutant("shardlib/distributed/frames.py", "        if part:\n", "        if True:\n", WAITS),
+    Mutant("shardlib/schedules/generators.py", "    if microbatches % ranks:\n", "    if False:\n",
+           "tests/schedules/test_schedules.py -k generators_refuse"),
+    Mutant("shardlib/distributed/watch.py", "self.launched[0], self.launched[1:]",
+           "self.launched[0], self.launched[2:]", WAITS),
 )

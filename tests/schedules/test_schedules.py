@@ -196,3 +196,19 @@ def test_a_picture() -> None:
     boxes = [e for e in picture.iter() if e.tag.endswith("rect")]
     assert len(boxes) == 1 + len(made.spans) + 2 and "3.1" in "".join(picture.itertext())
     assert f"{made.idle:.1%} idle" in "".join(picture.itertext())
+
+
+@pytest.mark.parametrize("make, given, message", [
+    *((make, (wrong, 2, *rest), f"schedule: ranks is {wrong!r}; it is a whole number from 1 to 4096")
+      for make, *rest in ((gpipe,), (one_f_one_b,), (interleaved, 2), (zero_bubble,), (zbv,))
+      for wrong in (0, 4097, 2.0, True)),
+    *((make, (2, wrong, *rest), f"schedule: microbatches is {wrong!r}; it is a whole number from 1 to 4096")
+      for make, *rest in ((gpipe,), (one_f_one_b,), (interleaved, 2), (zero_bubble,), (zbv,))
+      for wrong in (0, -1, 4097)),
+    (interleaved, (2, 2, 0), "schedule: chunks is 0; it is a whole number from 1 to 4096"),
+    (interleaved, (2, 3, 2), "interleaved: 3 microbatches are no rounds of 2, one a rank"),
+    (interleaved, (4, 2, 2), "interleaved: 2 microbatches are no rounds of 4, one a rank")])
+def test_what_generators_refuse(make: object, given: tuple, message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        make(*given)
+    assert str(caught.value) == message
