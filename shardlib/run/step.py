@@ -20,11 +20,12 @@ from shardlib.dtypes import ITEMSIZE, changed, step_dtypes, value_dtypes
 from shardlib.errors import SpecError
 from shardlib.language.arguments import argument_trees
 from shardlib.language.calls import check_given, check_tensors
+from shardlib.language.held import BROADCAST
 from shardlib.language.moves import RESHARD
 from shardlib.language.rearrange import RENAME
 from shardlib.language.trace import Executor, Function, raise_at_user_line, result_texts
 from shardlib.language.value import Value, active, specs_of
-from shardlib.layout import Layout
+from shardlib.layout import EXPLICIT, Layout
 from shardlib.lowering.emit import Emitter
 from shardlib.lowering.load import load
 from shardlib.params import Params, fill, leaf_values
@@ -32,7 +33,7 @@ from shardlib.program import Op, Program, Step
 from shardlib.run.failures import Lines, explain_failure
 from shardlib.run.surroundings import refuse_gradients, without_autocast
 from shardlib.source import Where, user_frame
-from shardlib.spec import Spec
+from shardlib.spec import Dim, Owed, Spec
 from shardlib.tree import leaves
 
 KNOWN = frozenset(getattr(torch, name) for name in ITEMSIZE)
@@ -129,21 +130,64 @@ class Stepper(Executor):
 
     def whole(self, value: Value) -> Tensor:
         """The scalar `value`, with what it owes paid."""
-        return self.converted(value, value.spec.owing()).local
+        return self.given_back(value, value.spec.owing(*_held(value.spec))).local
 
     def converted(self, value: Value, text: Spec) -> Value:
         """`value` as a value that stands alone, `text` being its spec."""
         return self.call(RESHARD, (value,), None, (value.spec,), (text,), {})
 
+    def given_back(self, value: Value, text: Spec) -> Value:
+        """`value` as a result of all, on every stage."""
+        made, around = self.converted(value, text), self.layout
+        self.layout = EXPLICIT
+        for o in _held(made.spec):
+            whole = made.spec.owing(*(other for other in made.spec.owed if other != o))
+            made = self.call(BROADCAST, (made,), None, (made.spec,), (whole,), {})
+        self.layout = around
+        return made
+
     def scan(self, f: Function, carries: tuple[Value, ...], stacks: Sequence[Any], constants: Sequence[Any],
              static: dict[str, Any]) -> Any:
         """Run the body of a scan layer by layer, through the user's own function."""
         first = next(v for s in stacks for v in _values(s))
-        dim, rows = first.spec.dims[0], []
-        if dim.axes:
-            raise SpecError(f"scan: {dim} is a pipeline, which step does not run yet; compile and simulate "
-                            "do")
-        for i in range(first.local.shape[0]):
+        dim = first.spec.dims[0]
+        run = self._pipeline if dim.axes else self._layers
+        return run(f, carries, stacks, constants, static, first.local.shape[0], dim)
+
+    def _pipeline(self, f: Function, carries: tuple[Value, ...], stacks: Sequence[Any],
+                  constants: Sequence[Any], static: dict[str, Any], layers: int, dim: Dim) -> Any:
+        """The layers of this stage, behind the carry of the one before; the result is the last one's."""
+        mesh, here = self.runtime.mesh, self.runtime.coordinate
+        axis, around = dim.axes[0], self.layout
+        last = mesh.axes[axis] - 1
+        if len(f.outs) > len(carries) and not all(
+                mesh.rows(dim, self.sizes.of, {**here, axis: s})[1] for s in range(last + 1)):
+            raise SpecError(f"scan: a stage of {dim} has no layer, and of none nothing is stacked here; "
+                            "compile and simulate do it")
+        self.runtime.create_groups([(axis,)])
+        group, self.layout = self.runtime.group((axis,)), (around or self.base).without((axis,))
+        try:
+            with self.under(f):
+                carries = tuple(self.converted(c, said) for c, said in zip(carries, f.ins))
+            if here[axis]:
+                carries = tuple(self.value(c.spec, c.text, group.recv(
+                    c.local.shape, c.local.dtype, here[axis] - 1)) for c in carries)
+            out = self._layers(f, carries, stacks, constants, static, layers, dim)
+        finally:
+            self.layout = around
+        out = out if isinstance(out, tuple) else (out,)
+        if here[axis] < last:
+            for c in out[:len(carries)]:
+                group.send(c.local, here[axis] + 1)
+        held = (self.value(c.spec.owing(*c.spec.owed, Owed("@", axis, last)), c.text, c.local)
+                for c in out[:len(carries)])
+        out = (*held, *out[len(carries):])
+        return out if len(out) > 1 else out[0]
+
+    def _layers(self, f: Function, carries: tuple[Value, ...], stacks: Sequence[Any],
+                constants: Sequence[Any], static: dict[str, Any], layers: int, dim: Dim) -> Any:
+        rows = []
+        for i in range(layers):
             out = f(*carries, *(self._slice(s, i) for s in stacks), *constants, **static)
             out = out if isinstance(out, tuple) else (out,)
             for before, after in zip(carries, out):
@@ -220,7 +264,8 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
     said = argument_trees(f, args)
     given = {path: v for (name, tree), arg in zip(said, args)
              for (path, _), v in zip(leaves(name, tree), _tensors(arg))}
-    check_tensors(f, given.items())
+    check_tensors(f, given.items(), stages=runtime.mesh.world_size > 1)
+    given = {path: _here(v, runtime.device) for path, v in given.items()}
     if runtime.mesh.world_size > 1:
         refuse_gradients(f.__name__, given.items())
     shapes = {path: v.shape for path, v in given.items()}
@@ -240,7 +285,7 @@ def run_steps(f: Function, layout: Layout, runtime: Runtime, args: Sequence[Any]
         except (SpecError, TypeError, ValueError) as error:
             raise_at_user_line(error)
         given_back = results if isinstance(results, tuple) else (results,)
-        out = tuple(_locals(v, stepper) if spec is None else stepper.converted(v, spec).local
+        out = tuple(_locals(v, stepper) if spec is None else stepper.given_back(v, spec).local
                     for spec, v in zip(f.outs, given_back, strict=True))
     return out if len(out) > 1 else out[0]
 
@@ -255,7 +300,16 @@ def _tensors(arg: Any) -> list[Tensor]:
     return [v for _, v in leaf_values(arg, "")] if isinstance(arg, Params) else [arg]
 
 
+def _held(spec: Spec) -> list[Owed]:
+    return [o for o in spec.owed if o.kind == "@"]
+
+
+def _here(x: Tensor, device: torch.device) -> Tensor:
+    """What another stage has alone is zeros here, which nobody looks at, and takes no room."""
+    return torch.zeros((), dtype=x.dtype, device=device).expand(x.shape) if x.is_meta else x
+
+
 def _locals(tree: Any, stepper: Stepper) -> Any:
     old = dict(leaf_values(tree, ""))
     texts = result_texts(tree, {path: v.text for path, v in old.items()})
-    return fill(tree, "", lambda path: stepper.converted(old[path], texts[path]).local)
+    return fill(tree, "", lambda path: stepper.given_back(old[path], texts[path]).local)

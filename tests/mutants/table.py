@@ -754,6 +754,10 @@ MUTANTS = (
     *(Mutant("shardlib/run/stretches.py", old, new, "tests/run/test_turns.py") for old, new in (
         ("room.copy_(answer)", "pass"), ("if not self.made:", "if self.made is not None:"),
         ("while not self.line.crosses(request):", "while False:"))),
+    *(Mutant("shardlib/run/step.py", old, new, "tests/run/test_step_stages.py") for old, new in (
+        ("group.recv(", "0 * group.recv("),
+        ("for o in _held(made.spec):", "for o in ():"),
+        ("Owed(\"@\", axis, last)", "Owed(\"@\", axis, 0)"))),
     # programs under a schedule
     *(Mutant(f"shardlib/{file}.py", old, new, "tests/run/test_scheduled.py") for file, old, new in (
         ("compiler/grad", "inner.total(path, late=True)", "inner.total(path)"),
