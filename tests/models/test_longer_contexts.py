@@ -90,3 +90,9 @@ def test_as_transformers_4_has_said_it() -> None:
     said = dict(max_position_embeddings=64, rope_theta=5e5, original_max_position_embeddings=32,
                 rope_scaling=dict(type="dynamic", factor=2))
     assert rope_of(Said(said, "config.json")) == (5e5, ("dynamic", 2.0, 64))
+
+
+def test_one_of_two_weights_of_yarn_is_none() -> None:
+    rope = dict(rope_type="yarn", factor=2.0, mscale=0.5)
+    _, scaling = rope_of(Said(dict(max_position_embeddings=64, rope_parameters=rope), "config.json"))
+    assert scaling == ("yarn", 2.0, 64, 32.0, 1.0, pytest.approx(1.06931472))
