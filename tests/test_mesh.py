@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shardlib.errors import SpecError
 from shardlib.mesh import MAX_RANKS, Mesh, current_mesh
+from shardlib.reports.classes import classes_of
 from shardlib.spec import parse
 
 
@@ -62,6 +63,7 @@ def test_an_axis_that_cuts() -> None:
     with pytest.raises(SpecError) as refused:
         mesh.extent(8, ("pp",), mesh.coordinate(0))
     assert str(refused.value) == "mesh dp=2,pp=5+0+2: 8 rows are split over pp, which cuts 7"
+    assert classes_of(mesh, [parse("L/pp")], dict(L=7)).starts == {"dp": (0,), "pp": (0, 1, 2)}
     for wrong in ((), (3, -1), (2, True)):
         with pytest.raises(SpecError):
             Mesh(pp=wrong)

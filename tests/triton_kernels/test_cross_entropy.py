@@ -101,6 +101,12 @@ def test_pieces_of_rows(case: tuple[Tensor, Labels], first: bool) -> None:
                  label_sums_vjp_reference(x.double(), labels, top.double(), *g.double()))
 
 
+def test_what_stands_for_none_is_not_noted() -> None:
+    labels = Labels(torch.tensor([4, -100, 9]), 0, 4, -100, torch.zeros(2, dtype=torch.int64))
+    token_losses(torch.zeros(3, 5), labels)
+    assert labels.seen.tolist() == [0, 9]
+
+
 @sharded("B V T, T B -> ()")
 def among(x, labels):
     return sum("B T -> ()", cross_entropy("B V T, T B -> B T", x, labels, ignore_index=-7))
