@@ -38,7 +38,7 @@ def _seen(at: Site, form: Form) -> Seen:
     (offset, t), (first, s) = (at.mesh.rows(x.dims[1], at.sizes, at.here) for x in (form.q, form.k))
     some: Any = torch.empty(0, device="meta")
     given = {n: some for n in ("start", "mask", "lengths") if n in form.beside}
-    return Seen(offset, t, first, s, form.causal, form.options.get("window"), **given)
+    return Seen(offset + form.ahead, t, first, s, form.causal, form.options.get("window"), **given)
 
 
 def _by(form: Form, seen: Seen, graded: bool) -> tuple[str, str]:

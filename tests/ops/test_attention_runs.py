@@ -76,3 +76,11 @@ def test_sizes_that_no_fused_kernel_takes(h: int, v: int, t: int, says: str) -> 
     sizes = dict(SIZES, T=t, S=5, H=h, V=v)
     (line,) = explain(lower(f, Layout(), mesh=Mesh()), Mesh(), sizes).kernels
     assert line.split(": ", 1)[1] == says
+
+
+def test_queries_that_stand_behind_some_keys() -> None:
+    @sharded(f"{QKV} -> B T K G H")
+    def f(q, k, v):
+        return attention(f"{QKV} -> B T K G H", q, k, v, ahead=3)
+    (line,) = explain(lower(f, Layout(), mesh=Mesh()), Mesh(), dict(SIZES, T=5)).kernels
+    assert line.split(": ", 1)[1] == FUSED + "keys 0 to 2 and keys 3 to 7, causal"
