@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from shardlib.language.exchanges import Site
+from shardlib.ops import flash
 from shardlib.ops.attend_lse import parts_of
 from shardlib.ops.attention_form import Form
 from shardlib.ops.seen import Seen
@@ -57,8 +58,9 @@ def _by(form: Form, seen: Seen, graded: bool) -> tuple[str, str]:
                         "no call of a fused kernel")
     windows = any(part.near for part in parts)
     if "bias" in form.beside:
-        return ((BLOCKS, "a bias beside a window") if windows else
-                ("torch's efficient kernel on GPUs, blocks of queries on the CPU", "a bias"))
+        if windows or not flash.BIASES:
+            return BLOCKS, f"a bias{' beside a window' if windows else ''}"
+        return "torch's efficient kernel on GPUs, blocks of queries on the CPU", "a bias"
     if windows:
         return "torch's flash kernel on GPUs, blocks of queries on the CPU", f"a window of {seen.window}"
     what = [f"keys {part.low} to {part.high - 1}{', causal' if part.causal else ''}" for part in parts]

@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KERNELS = {1: "flash", 2: "efficient", 3: "cudnn"}
+BIASES = False
+"""Whether a bias goes by the efficient kernel on GPUs: not before tests/gpu/attention_worker.py, which sets
+it, has come through on one."""
 Near = tuple[int, int] | None
 """A window: how far a query sees behind and ahead, the last query standing at the last key."""
 _CPU = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +38,7 @@ def choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, near: Ne
     if near is None and bias is None:
         return KERNELS.get(torch._fused_sdp_choice(*heads_of(q, k, v), None, 0.0, causal, scale=scale,
                                                    enable_gqa=shares(q)))
-    if bias is not None and (near is not None or bias.dtype != q.dtype):
+    if bias is not None and (not BIASES or near is not None or bias.dtype != q.dtype):
         return None
     cuda, all_heads = torch.backends.cuda, bias is not None
     asked = cuda.SDPAParams(*heads_of(q, k, v, all_heads), None, 0.0, causal, shares(q) and not all_heads)

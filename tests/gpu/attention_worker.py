@@ -29,6 +29,8 @@ from shardlib.ops.seen import Seen
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 from accuracy import near  # noqa: E402
 
+flash.BIASES = True
+
 KERNELS = dict(flash=SDPBackend.FLASH_ATTENTION, efficient=SDPBackend.EFFICIENT_ATTENTION,
                cudnn=SDPBackend.CUDNN_ATTENTION, blocks=SDPBackend.MATH)
 

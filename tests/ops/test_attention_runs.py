@@ -24,7 +24,7 @@ CASES: dict[tuple[str, str], tuple[dict[str, Any], str, str]] = {
         {}, FUSED + "keys 0 to 3, causal; of other ranks by the same, while more travels", ""),
     ("sinks", ""): (dict(causal=False), FUSED + "keys 0 to 7", ""),
     ("", "K=cp"): (dict(window=3), "torch's flash kernel" + ON_GPUS + "a window of 3", ""),
-    ("bias", ""): ({}, "torch's efficient kernel" + ON_GPUS + "a bias", ""),
+    ("bias", ""): ({}, BLOCKS + "a bias", ""),
     ("bias", "K=cp"): (dict(window=3), BLOCKS + "a bias beside a window", ""),
     ("", "G=cp"): (dict(softcap=2.0), BLOCKS
                    + "a softcap is between scores and softmax, where no fused kernel lets one", ""),

@@ -59,8 +59,10 @@ def test_the_kernels_of_gpus_are_called_as_torch_says(number: int, name: str, g:
 
 @pytest.mark.parametrize("what", ("window", "bias"))
 def test_windows_and_biases_on_gpus(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flash has windows; the efficient kernel has biases, and as many heads of keys as of queries."""
+    """Flash has windows; the efficient kernel has biases, where asked for, and as many heads of keys as of
+    queries."""
     asked = []
+    monkeypatch.setattr(flash, "BIASES", True)
     for name in ("flash", "efficient"):
         monkeypatch.setattr(torch.backends.cuda, f"can_use_{name}_attention",
                             lambda params, name=name: asked.append(name) or True)
