@@ -18,7 +18,7 @@ a Hugging Face folder's weights are read by a table of its tensors' names and di
 (`config_of` and `load` of [models/gallery/page.py](../models/gallery/page.py)).
 
 `tests/models/test_gallery.py` holds logits and gradients of small random models against transformers, and those under every
-layout below against one rank; those of models with experts under the last two, and three of the others.
+layout below against one rank; the last two are of models with experts.
 `generate` continues prompts with those whose last column says so: `tests/models/test_gallery_generate.py` holds greedy tokens
 against transformers.
 

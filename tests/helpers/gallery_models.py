@@ -42,10 +42,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "olmoe": lambda: transformers.OlmoeForCausalLM(transformers.OlmoeConfig(
         **{**SMALL, "hidden_size": 24}, **SPARSE)),
     "deepseek_v3": lambda: transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(
-        **{**SMALL, "num_attention_heads": 3}, n_routed_experts=6, num_experts_per_tok=3, n_group=3,
-        topk_group=2, n_shared_experts=2, moe_intermediate_size=6, first_k_dense_replace=1,
-        q_lora_rank=6, kv_lora_rank=5, qk_nope_head_dim=3, qk_rope_head_dim=4, v_head_dim=5,
-        experts_implementation="eager")),
+        **{**SMALL, "hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 3}, n_routed_experts=6,
+        num_experts_per_tok=3, n_group=3, topk_group=2, n_shared_experts=2, moe_intermediate_size=6,
+        first_k_dense_replace=1, q_lora_rank=6, kv_lora_rank=5, qk_nope_head_dim=3, qk_rope_head_dim=4,
+        v_head_dim=5, experts_implementation="eager")),
 }
 
 
