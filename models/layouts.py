@@ -7,6 +7,11 @@
 >>> str(named_layout("tp+sp+fsdp", Mesh(dp=2, tk=2, tg=2)))
 'B=dp,K=tk,G=tg,F=tk/tg,V=tk/tg,T=tk/tg,D=dp'
 
+An axis pp of the mesh has the layers, as dp has the batch:
+
+>>> str(named_layout("tp", Mesh(pp=3))), str(named_layout("tp", Mesh(pp=2, tp=2)))
+('L=pp', 'L=pp,K=tp,F=tp,V=tp')
+
 Names join with "+": tp (tensor parallel), sp (sequence parallel, on top of it), fsdp (weights split over dp),
 cp (context parallel), ep (experts over an axis ep or, where there is none, over all ranks). An axis that the
 mesh lacks is left out. More tensor-parallel ranks than kv heads: a mesh with axes tk and tg. A text with "="
@@ -37,7 +42,7 @@ def named_layout(text: str, mesh: Mesh) -> Layout:
     wide = ("tk", "tg") if "tk" in mesh.axes else ("tp",)
     time = (("cp",) if "cp" in parts or "cp" in mesh.axes else ()) + (wide if "sp" in parts else ())
     experts = ("ep",) if "ep" in mesh.axes else ("dp", *wide) if "ep" in parts else ()
-    wanted = {"B": ("dp",), "E": experts, "K": wide[:1], "G": wide[1:], "F": wide, "V": wide, "T": time,
-              "D": ("dp",) if "fsdp" in parts else ()}
+    wanted = {"L": ("pp",), "B": ("dp",), "E": experts, "K": wide[:1], "G": wide[1:], "F": wide, "V": wide,
+              "T": time, "D": ("dp",) if "fsdp" in parts else ()}
     entries = {dim: tuple(a for a in axes if a in mesh.axes) for dim, axes in wanted.items()}
     return Layout({dim: axes for dim, axes in entries.items() if axes})

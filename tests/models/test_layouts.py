@@ -8,7 +8,8 @@ from shardlib.models.layouts import DIMS, named_layout
 
 
 @pytest.mark.parametrize("text, mesh, layout", [
-    ("tp", "", ""), ("tp", "tp=2", "K=tp,F=tp,V=tp"), ("tp", "dp=2", "B=dp"), ("tp", "pp=2", ""),
+    ("tp", "", ""), ("tp", "tp=2", "K=tp,F=tp,V=tp"), ("tp", "dp=2", "B=dp"),
+    ("tp", "pp=2", "L=pp"), ("tp", "pp=2,tp=2", "L=pp,K=tp,F=tp,V=tp"), ("B=dp", "dp=2,pp=2", "B=dp"),
     ("tp", "dp=2,tp=2", "B=dp,K=tp,F=tp,V=tp"), ("tp", "tk=2,tg=2", "K=tk,G=tg,F=tk/tg,V=tk/tg"),
     ("tp", "tk=2", "K=tk,F=tk,V=tk"), ("tp", "tg=2", ""),
     ("tp", "cp=2", "T=cp"), ("tp", "ep=2", "E=ep"), ("tp", "ep=2,dp=2,tp=2", "B=dp,E=ep,K=tp,F=tp,V=tp"),
