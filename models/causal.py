@@ -75,7 +75,8 @@ def mean_loss(logits, labels):
 
 class CausalLM:
     """params: the weights.  layers: by the stacks in them, in order, what a layer is.  cache: what is kept, a
-    stack for each of these.  angles: the dims of what a layer is told of positions from `start` on, and that.
+    stack for each of these.  angles: the dims of what a layer is told of positions from `start` on, or the
+    class of a pytree, and that.
 
     logits_of, logits: after every token, from `start` on, from 0 on.  loss: of `logits_of`.
     next_logits, next_token, next_sample: of ids[b, last[b]], where ids[b, t] stands at start[b] + t and what
@@ -85,10 +86,11 @@ class CausalLM:
 
     def __init__(self, params: type[Params], layers: Mapping[str, Callable[..., Any]],
                  cache: type[Params] = Cache, *, embed: Callable[..., Any] = embed,
-                 angles: tuple[str, Callable[..., Any]] = ("B T/1 H", angles_at),
+                 angles: tuple[str | type[Params], Callable[..., Any]] = ("B T/1 H", angles_at),
                  norm: Callable[..., Any] = norm, head: Callable[..., Any] = head) -> None:
         self.params, self.layers, self.cache = params, layers, cache
-        self.embed, (self.told, self.angles), self.norm, self.head = embed, angles, norm, head
+        self.embed, (told, self.angles), self.norm, self.head = embed, angles, norm, head
+        self.told, self.telling = (told, {}) if isinstance(told, str) else ("*", dict(angles=told))
         self.blocks = {stack: self._alone(stack) for stack in layers}
         self.logits_of, self.logits, self.loss = self._logits_of(), self._logits(), self._loss()
         kinds = dict(next=None, prompt=0)               # what `ahead` is where it is not given
@@ -109,7 +111,7 @@ class CausalLM:
         def block(x, w, angles, *, config):
             return layer(x, w, angles, Past(), config)
         return self._made(block, layer.__name__, f"B T D, *, {self.told} -> B T D",
-                          w=_one(self.params, stack))
+                          w=_one(self.params, stack), **self.telling)
 
     def _logits_of(self) -> Sharded:
         def logits_of(ids, w, start, *, config):
@@ -139,7 +141,7 @@ class CausalLM:
             return layer(x, w, angles, past, config), past.kept
         name = f"{name}_{layer.__name__}"
         return self._made(block, name, f"B T D, *, *, B, {self.told} -> B T D, *",
-                          w=_one(self.params, stack), cache=_one(self.cache, stack))
+                          w=_one(self.params, stack), cache=_one(self.cache, stack), **self.telling)
 
     def _over(self, kind: str, default: int | None) -> Sharded:
         names = ("cached",) if default is None else ("prompt", "later")

@@ -20,12 +20,24 @@ from shardlib.models.files.said import Said
 Scaling = tuple[Any, ...] | None
 
 
-def rope_of(said: Said) -> tuple[float, Scaling]:
-    """Base and scaling."""
+def rope_of(said: Said, partial: bool = False) -> tuple[float, Scaling]:
+    """Base and scaling. partial: a model that may turn some elements of a head alone, see `turned`."""
     rope = set_of(said)
     rope.only("rope_type", "default", "linear", "dynamic", "yarn", "llama3")
-    rope.only("partial_rotary_factor", 1, default=1)
+    if not partial:
+        rope.only("partial_rotary_factor", 1, default=1)
     return rope.number("rope_theta"), _scaling(rope)
+
+
+def turned(said: Said, head_dim: int) -> int:
+    """How many elements of a head are turned, the first ones."""
+    rope = set_of(said)
+    factor = rope.number("partial_rotary_factor", default=1.0)
+    part = int(head_dim * factor)
+    if factor > 1 or not part or part % 2:
+        raise rope.error(f"partial_rotary_factor is {factor}, {part} of {head_dim} elements of a head; "
+                         "some are turned, in pairs, or all")
+    return part
 
 
 def set_of(said: Said) -> Said:
@@ -37,6 +49,7 @@ def set_of(said: Said) -> Said:
     length, context = (said.fields.get(n) for n in ("original_max_position_embeddings",
                                                     "max_position_embeddings"))
     before = {"rope_theta": said.fields.get("rope_theta", 10000.0), "rope_type": found.get("type", "default"),
+              "partial_rotary_factor": said.fields.get("partial_rotary_factor"),
               "original_max_position_embeddings": context}
     after = {"max_position_embeddings": context}
     after |= {} if length is None else {"original_max_position_embeddings": length}

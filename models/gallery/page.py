@@ -21,7 +21,7 @@ from shardlib.layout import Layout
 from shardlib.mesh import Mesh
 from shardlib.models.causal import CausalLM
 from shardlib.models.files.checkpoint import Checkpoint
-from shardlib.models.files.rope_said import rope_of
+from shardlib.models.files.rope_said import rope_of, turned
 from shardlib.models.files.said import Said
 from shardlib.models.files.weights import Weight, load_weights
 from shardlib.params import Params, fill, struct
@@ -111,17 +111,21 @@ def _those(tree: Any, rows: Collection[str]) -> Any:
                          else value if value in rows else None for name, value in vars(tree).items()})
 
 
-def decoder_config(said: Said, kind: type[C] = Config, eps: float = 1e-6, **more: Any) -> C:
-    """The config of a decoder with grouped queries, as most have it. eps: where it says none."""
+def decoder_config(said: Said, kind: type[C] = Config, eps: float = 1e-6, partial: bool = False,
+                   **more: Any) -> C:
+    """The config of a decoder with grouped queries, as most have it. eps: where it says none.  partial: for
+    one that turns R of a head's H elements, where these are not all."""
     d_model, heads = said.size("hidden_size"), said.size("num_attention_heads")
     kv_heads = said.size("num_key_value_heads", default=heads)
     head_dim = said.size("head_dim", default=None) or said.whole(d_model, heads, "elements a head")
     said.only("hidden_act", "silu", default="silu")
-    theta, scaling = rope_of(said)
+    theta, scaling = rope_of(said, partial)
+    turns = turned(said, head_dim) if partial else head_dim
     return kind(
         (("V", said.size("vocab_size")), ("D", d_model), ("L", said.size("num_hidden_layers")),
          ("K", kv_heads), ("G", said.whole(heads, kv_heads, "query heads for each kv head")),
-         ("H", said.even(head_dim)), ("F", said.size("intermediate_size"))),
+         ("H", said.even(head_dim)), ("F", said.size("intermediate_size")),
+         *((("R", turns),) if turns < head_dim else ())),
         eps=said.number("rms_norm_eps", default=eps), theta=theta, scaling=scaling,
         tied=said.flag("tie_word_embeddings", default=False),
         max_context=said.size("max_position_embeddings"), **more)

@@ -1,5 +1,6 @@
 """Rotary embeddings for longer contexts: logits of small random models are those of transformers, beyond the
-context that they had, and as the config says it in either version of transformers."""
+context that they had, and as the config says it in either version of transformers; and of some elements of a
+head alone."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from shardlib import Layout, Mesh, simulate
 from shardlib.models import llama, llama_config
 from shardlib.models.files.checkpoint import CheckpointError
 from shardlib.models.files.model_files import open_checkpoint
-from shardlib.models.files.rope_said import rope_of
+from shardlib.models.files.rope_said import rope_of, turned
 from shardlib.models.files.said import Said
 from shardlib.models.gallery import PAGES, Page, config_of, load
 from shardlib.models.gallery.page import decoder_config, decoder_rows
@@ -41,6 +42,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple | None]] = {
         "DeepseekV3", dict(**LATENT, max_position_embeddings=32),
         {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
         ("yarn", 4.0, 8, 2.0, 0.25, pytest.approx(1.09704061 / 1.18021827))),
+    "phi3, of a half of each head": (
+        "Phi3", dict(max_position_embeddings=24), dict(rope_type="default", partial_rotary_factor=0.5), None),
 }
 
 
@@ -83,6 +86,24 @@ def test_what_is_refused(rope: dict[str, Any], says: str) -> None:
     with pytest.raises(CheckpointError) as error:
         rope_of(Said(dict(max_position_embeddings=64, rope_parameters=rope), "config.json"))
     assert str(error.value) == f"config.json: {says}"
+
+
+@pytest.mark.parametrize("factor, part", ((0.4, 3), (0.1, 0), (1.5, 12)))
+def test_elements_of_a_head_that_are_no_pairs(factor: float, part: int) -> None:
+    with pytest.raises(CheckpointError) as error:
+        turned(Said(dict(partial_rotary_factor=factor), "config.json"), 8)
+    assert str(error.value) == (f"config.json: partial_rotary_factor is {factor}, {part} of 8 elements of a "
+                                "head; some are turned, in pairs, or all")
+
+
+def test_a_part_is_said_beside_the_rotary_embedding_or_in_it() -> None:
+    """Phi-4-mini's config has it beside; what is in it is what counts."""
+    beside, within = dict(partial_rotary_factor=0.75), dict(rope_parameters=dict(partial_rotary_factor=0.25))
+    found = [turned(Said(said, "config.json"), 16) for said in ({}, beside, within, {**beside, **within})]
+    assert found == [16, 12, 4, 4]
+    for said in (beside, within):
+        with pytest.raises(CheckpointError, match="partial_rotary_factor is 0..5, which is not implemented"):
+            rope_of(Said(said, "config.json"))
 
 
 def test_as_transformers_4_has_said_it() -> None:
