@@ -1,6 +1,8 @@
 """A scan over a split dim: what each stage has, computes, sends; against the same on one rank."""
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from shardlib import (
     lower,
     param,
     prove,
+    reshard,
     scan,
     sharded,
     simulate,
@@ -242,3 +245,70 @@ def test_a_branch_after_a_pipeline_is_refused() -> None:
     with pytest.raises(SpecError, match="^cond: all ranks take one branch, and an operand is held at pp:1; a "
                                         "cond after a pipeline is not built yet "):
         lower(branches, Layout(L="pp"), mesh=Mesh(pp=2))
+
+
+@sharded("D @pp:0, D @pp:1 -> D @pp:1", layout=EXPLICIT)
+def of_two_stages(x, y):
+    return x + y
+
+
+@sharded("D @pp:0 -> D @pp:1", layout=EXPLICIT)
+def of_another_stage(x):
+    return x
+
+
+@sharded("D -> D @pp:1", layout=EXPLICIT)
+def of_all_stages(x):
+    return x
+
+
+@pytest.mark.parametrize("f, says", (
+    (of_two_stages, """
+add: y is held at pp:1, another operand is held at pp:0          model.py:3
+
+  x   D  @pp:0          owed in the signature of of_two_stages
+  y   D         @pp:1   owed in the signature of of_two_stages
+                ^^^^^
+
+  reshard("D @pp:0 -> D", x) + y     1 x the size of x per rank
+"""),
+    (of_another_stage, """
+of_another_stage: the result is held at pp:0; the signature says "D @pp:1"          model.py:3
+
+  x           D  @pp:0          owed in the signature of of_another_stage
+  signature   D         @pp:1
+                 ^^^^^
+
+  return reshard("D @pp:0 -> D @pp:1", x)     1 x the size of the result per rank
+"""),
+    (of_all_stages, """
+of_all_stages: the result is not held at pp:1; the signature says "D @pp:1"          model.py:3
+
+  x           D
+  signature   D  @pp:1
+                 ^^^^^
+
+  return reshard("D -> D @pp:1", x)     free
+""")))
+def test_across_a_cut_both_stages_are_said(f, says: str) -> None:
+    with pytest.raises(SpecError) as error:
+        lower(f, mesh=Mesh(pp=2))
+    assert re.sub(r"test_stages\.py:\d+", "model.py:3", str(error.value)) == says.strip("\n")
+
+
+def test_what_is_offered_across_a_cut_types() -> None:
+    @sharded("D @pp:0, D @pp:1 -> D @pp:1", layout=EXPLICIT)
+    def broadcasts(x, y):
+        return reshard("D @pp:0 -> D", x) + y
+
+    @sharded("D @pp:0 -> D @pp:1", layout=EXPLICIT)
+    def sends(x):
+        return reshard("D @pp:0 -> D @pp:1", x)
+
+    @sharded("D -> D @pp:1", layout=EXPLICIT)
+    def holds(x):
+        return reshard("D -> D @pp:1", x)
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])
+    made = [simulate(f, EXPLICIT, *args, mesh=Mesh(pp=2)).tolist()
+            for f, args in ((broadcasts, (x, y)), (sends, (x,)), (holds, (x,)))]
+    assert made == [[4.0, 7.0], [1.0, 2.0], [1.0, 2.0]]

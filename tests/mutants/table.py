@@ -505,6 +505,8 @@ MUTANTS = (
            'rope.number("factor"), rope.size("original_max_position_embeddings")', LONGER),
     Mutant("models/gallery/deepseek_v3.py", "** 2 if weight", "if weight", LONGER),
     Mutant("models/files/rope_said.py", "if factor > 1 or", "if", LONGER),
+    Mutant("shardlib/compiler/refusals/offers.py", " and moves[0].op not in HELD", "",
+           "tests/compiler/test_stages.py -k across_a_cut"),
     Mutant("models/files/rope_said.py", "not part or part % 2", "part % 2", LONGER),
     Mutant("models/gallery/phi3.py", 'R", start, **numbers', 'R", start, theta=1e4', LONGER),
     Mutant("ops/rope_scaling.py", ".clamp(min=int(context))", "", f"{RULES} -k rope_table"),

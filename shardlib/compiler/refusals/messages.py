@@ -181,15 +181,15 @@ def _difference(have: Spec, want: Spec) -> tuple[str, str | None]:
     """How `have` differs from `want`, in words, and the item to point at."""
     for owed in have.owed:
         if owed not in want.owed:
-            does = "is held at" if owed.kind == "@" else f"owes a {_reduction(owed)} over"
-            return f"{does} {owed.axis}", str(owed)
+            return (f"is held at {owed.axis}:{owed.at}" if owed.kind == "@"
+                    else f"owes a {_reduction(owed)} over {owed.axis}"), str(owed)
     for a, b in zip(have.dims, want.dims):
         if a.axes != b.axes:
             return f"has {a.label} {_split(a.axes)}", a.label
     for owed in want.owed:
         if owed not in have.owed:
-            does = "is not held at" if owed.kind == "@" else f"owes no {_reduction(owed)} over"
-            return f"{does} {owed.axis}", str(owed)
+            return (f"is not held at {owed.axis}:{owed.at}" if owed.kind == "@"
+                    else f"owes no {_reduction(owed)} over {owed.axis}"), str(owed)
     return f"has dims {have}", None
 
 

@@ -16,6 +16,7 @@ from shardlib.compiler.planner import Planned, plan
 from shardlib.compiler.refusal import State
 from shardlib.compiler.refusals.user_source import label, operand, written
 from shardlib.errors import SpecError, bytes_text
+from shardlib.language.held import HELD
 from shardlib.language.moves import RESHARD
 from shardlib.language.scan import SCAN
 from shardlib.layout import EXPLICIT, Layout
@@ -239,7 +240,7 @@ def _conversion(code: str, name: str, have: Spec, want: Spec, layout: Layout, st
     moves = plan(have, want, state.mesh)
     if not moves:
         return code, name, (), ()
-    op = moves[0].op if len(moves) == 1 else RESHARD
+    op = moves[0].op if len(moves) == 1 and moves[0].op not in HELD else RESHARD
     out = out or f"{name} {what}"
     step = Step(op, (_exact(have, layout),), (_exact(want, layout),), (name,), (out,), layout=layout)
     shown = "the result" if what == "result" else label(code)
