@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shardlib import Params, einsum, param, scan, sharded, stacked
 from shardlib.api import Sharded
-from shardlib.functions import argmax, mean, zeros
+from shardlib.functions import argmax, clamp, mean, zeros
 from shardlib.ops import cross_entropy, embedding, rms_norm, rope_table, sample, take
 from shardlib.ops.past import Past
 
@@ -81,14 +81,17 @@ class CausalLM:
     logits_of, logits: after every token, from `start` on, from 0 on.  loss: of `logits_of`.
     next_logits, next_token, next_sample: of ids[b, last[b]], where ids[b, t] stands at start[b] + t and what
     is before it in the cache; the cache, with these.  prompt_...: the same of prompts, all of them behind
-    `ahead` tokens: `start` is that everywhere.
+    `ahead` tokens: `start` is that everywhere, and `last` negative where a prompt has ended before.
+    chunk: of layers with a state, which are told where rows end, behind which is padding: of how many tokens
+    of a row they make one matrix.
     """
 
     def __init__(self, params: type[Params], layers: Mapping[str, Callable[..., Any]],
                  cache: type[Params] = Cache, *, embed: Callable[..., Any] = embed,
                  angles: tuple[str | type[Params], Callable[..., Any]] = ("B T/1 H", angles_at),
-                 norm: Callable[..., Any] = norm, head: Callable[..., Any] = head) -> None:
-        self.params, self.layers, self.cache = params, layers, cache
+                 norm: Callable[..., Any] = norm, head: Callable[..., Any] = head,
+                 chunk: int | None = None) -> None:
+        self.params, self.layers, self.cache, self.chunk = params, layers, cache, chunk
         self.embed, (told, self.angles), self.norm, self.head = embed, angles, norm, head
         self.told, self.telling = (told, {}) if isinstance(told, str) else ("*", dict(angles=told))
         self.blocks = {stack: self._alone(stack) for stack in layers}
@@ -139,8 +142,12 @@ class CausalLM:
         def block(x, w, cache, start, angles, *, config, ahead=None):
             past = Past(cache, start, ahead)
             return layer(x, w, angles, past, config), past.kept
-        name = f"{name}_{layer.__name__}"
-        return self._made(block, name, f"B T D, *, *, B, {self.told} -> B T D, *",
+
+        def ending(x, w, cache, start, last, angles, *, config, ahead=None):
+            past = Past(cache, start, ahead, last)
+            return layer(x, w, angles, past, config), past.kept
+        block, at = (ending, "B, B") if self.chunk else (block, "B")
+        return self._made(block, f"{name}_{layer.__name__}", f"B T D, *, *, {at}, {self.told} -> B T D, *",
                           w=_one(self.params, stack), cache=_one(self.cache, stack), **self.telling)
 
     def _over(self, kind: str, default: int | None) -> Sharded:
@@ -149,10 +156,12 @@ class CausalLM:
 
         def logits(ids, w, cache, start, last, *, config, ahead=default):
             x, angles, kept = self.embed(ids, w, start, config), self.angles(start, config), {}
+            at = (start, last) if self.chunk else (start,)
             for stack, block in (later[0] if ahead else first).items():
-                x, kept[stack] = scan(block, x, (getattr(w, stack), getattr(cache, stack)), start, angles,
+                x, kept[stack] = scan(block, x, (getattr(w, stack), getattr(cache, stack)), *at, angles,
                                       config=config, ahead=ahead)
-            h = take("B T D, B -> B D", self.norm(x, w, config), last)
+            one = clamp(last, min=0) if ahead or self.chunk else last
+            h = take("B T D, B -> B D", self.norm(x, w, config), one)
             return self.head(h, w, config), self.cache(**kept)
         return self._made(logits, f"{kind}_logits", "B T/1, *, *, B, B -> B V/1, *", w=self.params,
                           cache=self.cache)

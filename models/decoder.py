@@ -59,15 +59,17 @@ class Decoder:
     cache.
     graph: steps are captured, in buckets of rows and rounded capacities; else sizes are exact.
     ways: of prompts, else all at once.  pipeline: of a model in stages, which has no other ways.
+    chunk: of how many tokens a row's at most, if that is bounded; all but the first go as steps do.
     """
 
     def __init__(self, name: str, steps: Callable[[int | None, str, int, int], Compiled], draws: bool,
                  weights: Prepared, kept: type[Params], sizes: Mapping[str, int], most: int, runtime: Runtime,
-                 cache: CacheBuffer, graph: bool, ways: Ways | None, pipeline: Pipeline | None) -> None:
+                 cache: CacheBuffer, graph: bool, ways: Ways | None, pipeline: Pipeline | None,
+                 chunk: int | None = None) -> None:
         self.name, self.steps, self.draws, self.weights = name, steps, draws, weights
         self.ways, self.pipeline = ways, pipeline
         self.kept, self.sizes, self.most, self.runtime = kept, sizes, most, runtime
-        self.buffer, self.graph = cache, graph
+        self.buffer, self.graph, self.chunk = cache, graph, chunk
         self.capacity, self._made, self._turn = 0, 0, 0
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._stretches: dict[tuple[int, int], Stretches] = {}          # of a pipeline
@@ -181,12 +183,13 @@ class Decoder:
         for begin, count in self._chunks(size, max(map(len, rows))):
             ids = self._tensor(
                 [[*p[begin:begin + count], *[0] * (count - len(p[begin:begin + count]))] for p in rows])
-            last = (lengths - 1 - begin).clamp(0, count - 1)
+            last = (lengths - 1 - begin).clamp(-1, count - 1)           # -1: a row that ended before
             if self.graph and not self.pipeline and begin == 0 and ids.numel() <= CAPTURED_TOKENS:
                 self._begin_prompts(ids, last, chosen)
             else:
                 start = torch.full_like(lengths, begin)
-                run = self._run(begin, size, self.capacity, ids, start, last)
+                ahead = None if self.chunk and begin else begin
+                run = self._run(ahead, size, self.capacity, ids, start, last)
                 chosen.copy_((yield from untold(run, self.pipeline.line)) if self.pipeline else answered(run))
             here = (lengths > begin) & (lengths <= begin + count)
             self.tokens[:size] = torch.where(here, chosen, self.tokens[:size])
@@ -222,7 +225,7 @@ class Decoder:
             staged = STAGE_TOKENS if self.pipeline else {}
             most = max(SMALLEST_CHUNK, round_up(staged.get(self.runtime.device.type, PROMPT_TOKENS) // size))
             wanted = max(SMALLEST_CHUNK, round_up(longest - begin)) if self.graph else longest - begin
-            count = min(wanted, most, self.capacity - begin)
+            count = min(wanted, most, self.chunk or most, self.capacity - begin)
             yield begin, count
             begin += count
 
@@ -248,7 +251,7 @@ class Decoder:
             half = ids.shape[1] // 2
             first = {**given, "ids": ids[:, :half], "last": last.clamp(max=half - 1)}
             second = {**given, "ids": ids[:, half:], "start": start + half,
-                      "last": (last - half).clamp(min=0)}
+                      "last": (last - half).clamp(min=-1)}
             calls = [(ahead, local(first), (0, 1)), (ahead + half, local(second), (0, 1))]
             made = self._beside(way, calls, size, capacity)
             if all(after is self._cache(size, capacity) for _, after in made):

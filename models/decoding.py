@@ -161,10 +161,10 @@ class Model:
             ways = None if self.pipeline else Ways(steps, self.weights, self.config.sizes, self.dtype,
                                                    self.runtime, whole)
             cache = self._caches.setdefault(group, CacheBuffer(self.dtype, self.runtime.device))
+            lm = family_of(self.config).lm
             self._decoders[sampling, graph, group] = Decoder(
-                function.__name__, steps, sampling.temperature > 0, self.weights,
-                family_of(self.config).lm.cache, self.config.sizes, self.config.max_context, self.runtime,
-                cache, graph, ways, self.pipeline)
+                function.__name__, steps, sampling.temperature > 0, self.weights, lm.cache, self.config.sizes,
+                self.config.max_context, self.runtime, cache, graph, ways, self.pipeline, lm.chunk)
         return self._decoders[sampling, graph, group]
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int] = (),

@@ -5,6 +5,10 @@ attention among the tokens. In a step their keys and values are written into the
 next of its leaves, and queries see all that is in it; so in a chunk of prompts, behind a known number of
 tokens. At the beginning of prompts nothing is in it yet: keys are written, and queries see the prompt's.
 
+Of a layer with a state there is no slot a token: a leaf of its cache is what the tokens before left behind,
+by `windows` those that a convolution still sees, by `state` anything else. Tokens behind the `last` of a row
+are padding, and must leave nothing: `real` makes them 0.
+
 >>> import torch
 >>> from shardlib import Params, param, sharded
 >>> class Cache(Params):
@@ -23,16 +27,32 @@ tensor([0.0000, 0.7311, 1.8509])
 >>> held = Cache(k=x.clone(), v=x.clone())
 >>> step(x[:, 2:, ..., None], x[:, 2:], held, torch.tensor([2]))[0].flatten()
 tensor([1.8509])
+
+The sum of all elements so far is a state; of the second row here two are real:
+
+>>> from shardlib.functions import sum
+>>> class Held(Params):
+...     total: torch.Tensor = param("B")
+>>> @sharded("B T, *, B, B -> *")
+... def added(x, cache: Held, start, last):
+...     past = Past(cache, start, last=last)
+...     past.state(lambda held: held + sum("B T -> B", past.real(x)))
+...     return past.kept
+>>> added(torch.ones(2, 3), Held(total=torch.tensor([4.0, 5.0])), torch.tensor([4, 5]), torch.tensor([2, 1]))
+Held(total=tensor([7., 7.]))
 """
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
+from shardlib.functions import arange, concat, less_equal, windows
 from shardlib.language.rearrange import rename
 from shardlib.language.value import Value
 from shardlib.ops.attention import attention
 from shardlib.ops.kv_cache import update_cache
+from shardlib.ops.take import take
 from shardlib.params import Params, fill, leaf_values
 
 
@@ -40,10 +60,12 @@ class Past:
     """cache: a pytree of what is kept of a layer; start: where in it the tokens of each row begin.
 
     ahead: what `start` is everywhere, where that is known; at 0 nothing is in the cache.
+    last: of a layer with a state, which of the tokens is the row's last; negative where none is the row's.
     """
 
-    def __init__(self, cache: Any = None, start: Any = None, ahead: int | None = None) -> None:
-        self.cache, self.start, self.ahead = cache, start, ahead
+    def __init__(self, cache: Any = None, start: Any = None, ahead: int | None = None,
+                 last: Any = None) -> None:
+        self.cache, self.start, self.ahead, self.last = cache, start, ahead, last
         self._leaves = iter(leaf_values(cache, "") if cache is not None else ())
         self._made: dict[str, Value] = {}
 
@@ -77,6 +99,31 @@ class Past:
         _, *dims = text.split(" -> ")[0].split(", ")
         k, v = (rename(f"{_of('T', of)} -> {_of(letter, of)}", x) for of, x in zip(dims, (k, v)))
         return attention(_of(letter, text), q, k, v, **how)
+
+    def real(self, x: Value) -> Value:
+        """`x`, of dims B T and more, and 0 where a token is padding."""
+        return x if self.last is None else x * less_equal("T, B -> B T", arange("T"), self.last)
+
+    def state(self, after: Callable[[Value | None], Value]) -> Value | None:
+        """What tokens before these left in the next leaf, None where none did; these leave `after` of it."""
+        if self.cache is None:
+            return None
+        path, old = next(self._leaves)
+        held = old if self.stored else None
+        self._made[path] = after(held)
+        return held
+
+    def windows(self, dims: str, x: Value, taps: int) -> Value:
+        """What each token sees through so many taps, B T P `dims`: itself last, and 0 before the first token.
+        Kept are the row's last O tokens, one fewer. X and W are letters of its own."""
+        def cut(held: Value | None, made: str) -> Value:
+            if held is None:
+                return windows(f"B T {dims} -> {made} {dims}", x, before=taps - 1)
+            both = concat(f"B O {dims}, B T {dims} -> B X {dims}", held, x)
+            return windows(f"B X {dims} -> {made} {dims}", both)
+        held = self.state(lambda held: take(f"B W O {dims}, B -> B O {dims}", cut(held, "B W O"),
+                                            self.last + 1))
+        return cut(held, "B T P")
 
     @property
     def kept(self) -> Params:

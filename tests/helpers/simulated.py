@@ -102,42 +102,54 @@ def line(text: str) -> str:
 
 def generate(weights: Any, config: LlamaConfig, layout: Layout, mesh: Mesh,
              prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_ids: Collection[int] = (),
-             sampling: Sampling = Sampling()) -> list[list[int]]:
+             sampling: Sampling = Sampling(), chunk: int | None = None) -> list[list[int]]:
     """What `decoding.Model.generate` says under the same names, by the same programs,
-    with all ranks in this process."""
+    with all ranks in this process. chunk: of prompts, so many tokens at once."""
     static, lm = {"config": config}, family_of(config).lm
     if sampling.temperature:
         static["sampling"] = sampling
     later, first = ((lm.next_sample, lm.prompt_sample) if sampling.temperature
                     else (lm.next_token, lm.prompt_token))
-    programs = [lower(f, layout, None, weights, mesh=mesh, **static) for f in (first, later)]
     longest, rows = max(map(len, prompts)), len(prompts)
+    begins = range(0, longest, chunk or longest)
+    programs = [lower(f, layout, None, weights, mesh=mesh, **static, **ahead) for f, ahead in
+                (*((first, {"ahead": begin}) for begin in begins), (later, {}))]
     sizes = dict(config.sizes, B=rows, S=longest + max_new_tokens)
     leaves = dict(programs[0].arg_leaves())
-    assert leaves == dict(programs[1].arg_leaves())
+    assert all(leaves == dict(program.arg_leaves()) for program in programs)
     cache = dict(leaf_values(init(lm.cache, sizes, path="cache", dtype=weights.embed.dtype), "cache"))
     whole = {**dict(leaf_values(weights, "w")), **cache}
     state = [{path: shard_of(t, leaves[path], mesh, c) for path, t in whole.items()}
              for c in mesh.coordinates()]
-    ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts])
-    start, last = torch.zeros(rows, dtype=torch.int64), torch.tensor([len(p) - 1 for p in prompts])
-    tokens, live = [list(p) for p in prompts], [True] * rows
-    for at in range(max_new_tokens):
+
+    def call(number: int, ids: Tensor, start: Tensor, last: Tensor, proven: bool = True) -> Tensor:
+        """What that program chooses; it takes the cache further."""
         here = {"ids": ids, "start": start, "last": last,
                 **({"row": torch.arange(rows)} if sampling.temperature else {})}
         placed = [{**held, **{n: shard_of(t, leaves[n], mesh, c) for n, t in here.items()}}
                   for held, c in zip(state, mesh.coordinates())]
-        ran = execute(programs[at > 0], mesh, placed, {**sizes, "T": ids.shape[1]}, proven=at < 2)
-        chosen = ran.results[0]
+        ran = execute(programs[number], mesh, placed, {**sizes, "T": ids.shape[1]}, proven)
         for rank, held in enumerate(state):
             held.update(zip(cache, (pieces[rank] for pieces in ran.held[1:])))
+        return ran.results[0]
+
+    lengths = torch.tensor([len(p) for p in prompts])
+    given = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts])
+    chosen = torch.zeros_like(lengths)
+    for number, ids in enumerate(given.split(chunk or longest, 1)):
+        start = torch.full_like(lengths, begins[number])
+        made = call(number, ids, start, (lengths - 1 - start).clamp(-1, ids.shape[1] - 1))
+        chosen = torch.where((lengths - 1 - start).div(begins.step, rounding_mode="floor") == 0, made, chosen)
+    tokens, live = [list(p) for p in prompts], [True] * rows
+    for at in range(max_new_tokens):
+        if at:
+            chosen = call(-1, chosen[:, None], lengths + at - 1, torch.zeros_like(lengths), proven=at < 2)
         for row, token in enumerate(chosen.tolist()):
             if live[row]:
                 tokens[row].append(token)
                 live[row] = token not in eos_ids
         if not any(live):
             break
-        ids, start, last = chosen[:, None], start + last + 1, torch.zeros_like(last)
     return tokens
 
 

@@ -13,6 +13,9 @@ from launching import ranks
 from simulated import generate
 
 from shardlib import Layout, Mesh
+from shardlib.distributed.runtime import connect
+from shardlib.models import row_groups, ways
+from shardlib.models.decoding import Model, Sampling
 from shardlib.models.families import config_of
 from shardlib.models.files.checkpoint import Checkpoint, CheckpointError
 from shardlib.models.files.model_files import open_checkpoint
@@ -26,9 +29,9 @@ TENSORS = Mesh(x=2), Layout(K="x", F="x", V="x", E="x")
 TIME = Mesh(x=2, y=2), Layout(B="x", S="y", T="y")              # a cache of which each rank has some slots
 
 
-def saved(name: str, folder: Path) -> Any:
+def saved(name: str, folder: Path, seed: int = 3) -> Any:
     """transformers' model, in float64, its weights in a folder."""
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     model = MODELS[name]().eval()
     for p in (*model.parameters(), *constants(model)):
         torch.nn.init.normal_(p, std=0.4)
@@ -56,12 +59,48 @@ def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> N
         assert generate(w, config, layout, mesh, PROMPTS, NEW) == wanted, layout
 
 
+@pytest.mark.parametrize("layout, chunk", [("K=x,G=y,V=x", 2), ("B=x,T=y", 2), ("N=x,O=y,H=y", 3)])
+def test_a_state_is_told_where_rows_end(layout: str, chunk: int, mamba2: tuple) -> None:
+    """Of prompts in chunks, which have padding behind the ends of rows, or nothing else."""
+    config, w, wanted = mamba2
+    assert generate(w, config, Layout.parse(layout), Mesh(x=2, y=2), PROMPTS, NEW, chunk=chunk) == wanted
+
+
+@pytest.mark.parametrize("graph", (False, True))
+def test_a_state_goes_with_its_row(graph: bool, mamba2: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In buckets of rows, in chunks and halves of tokens, into smaller buckets as other rows end; the next
+    batch finds nothing of it."""
+    config, w, _ = mamba2
+    prompts = [[n * n % 13 for n in range(length)] for length in (37, 33, 17, 16, 3)]
+    ends, drawn = {2, 5, 9}, Sampling(2.0, seed=3)
+    wanted = generate(w, config, Layout(), Mesh(), prompts, 9, ends, drawn)
+    assert len({len(tokens) - len(prompt) for tokens, prompt in zip(wanted, prompts)}) > 3
+    monkeypatch.setattr(PAGES["mamba2"].lm, "chunk", 4)
+    for name in ("WORTH_MOVING", "WORTH_CAPTURING"):
+        monkeypatch.setattr(row_groups, name, 1)
+    monkeypatch.setattr(ways, "BESIDE_BYTES", {"rows": {}, "tokens": {"cpu": -1}})
+    with connect(Mesh(), "cpu") as runtime:
+        model = Model(config, w, Layout(), runtime, torch.float64)
+        assert model.decoder(drawn, graph).prompts(5, 37, 9).sizes["T"] == 2        # of each half
+        for _ in range(2):
+            assert model.generate(prompts, 9, ends, drawn, graph=graph).tokens == wanted
+
+
+@pytest.fixture(scope="module")
+def mamba2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, list[list[int]]]:
+    """Config, weights, and what it makes of the prompts."""
+    folder = tmp_path_factory.mktemp("mamba2")
+    model, page, checkpoint = saved("mamba2", folder, 2), PAGES["mamba2"], open_checkpoint(folder)
+    return (config_of(checkpoint), load(page, checkpoint, Layout(), Mesh(), {}, torch.float64),
+            [greedy(model, prompt) for prompt in PROMPTS])
+
+
 RANKS = """
 import json, sys
 import torch
 from shardlib import Layout, Mesh
 from shardlib.distributed.runtime import connect
-from shardlib.models.decoding import Model
+from shardlib.models.decoding import Model, Sampling
 from shardlib.models.files.checkpoint import Checkpoint, CheckpointError
 from shardlib.models.files.model_files import open_checkpoint
 
@@ -90,9 +129,10 @@ def test_two_ranks_generate(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_generate_says_so() -> None:
-    for name in ("bert", "mamba2", "nosuch"):
+    for name in ("bert", "vit", "nosuch"):
         with pytest.raises(CheckpointError) as error:
             config_of(Checkpoint("huggingface", {}, {}, {"model_type": name}))
         assert str(error.value) == (
             f"config.json: model_type is '{name}', which does not generate here; it is one of llama, "
-            "mixtral, gpt2, mistral, qwen2, qwen3, olmo2, phi3, gemma2, qwen3_moe, olmoe, deepseek_v3")
+            "mixtral, gpt2, mistral, qwen2, qwen3, olmo2, phi3, gemma2, mamba2, qwen3_moe, olmoe, "
+            "deepseek_v3")
