@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardlib import Layout, Mesh, local, sharded, simulate
+from shardlib import Layout, Mesh, compile, local, place, sharded, simulate
 from shardlib.placement import NotReplicated, join
 from shardlib.spec import parse
 
@@ -28,3 +28,9 @@ def test_a_wrong_assertion_that_one_rank_alone_betrays_is_seen() -> None:
     x = torch.tensor([0.0, 5.0, 5.0, 5.0, 1.0, 7.0])
     with pytest.raises(NotReplicated):
         simulate(last_of, Layout(), x, mesh=Mesh(x=3))
+
+
+def test_what_is_placed_is_a_copy() -> None:
+    run, whole = compile(sharded("B -> B")(lambda x: x + 1), mesh=Mesh()), torch.zeros(2)
+    place(run, "x", whole).add_(5)
+    assert torch.equal(whole, torch.zeros(2))

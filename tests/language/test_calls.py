@@ -251,6 +251,8 @@ OPERATORS = ("a traced value has + - * / < <= > >= with values and numbers, ** w
      "cond: a float is neither a tensor of the traced function nor a Params"),
     (lambda x, s: local("B D -> B D", "relu", x), "local: a str is no function"),
     (lambda x, s: local("B D -> B D", torch.relu), "local: relu is given no operand"),
+    (lambda x, s: einsum("B E, S -> B S", x * 1, s),
+     'einsum "B E, S -> B S": operand 1 has dims B D, not B E'),
     (lambda x, s: halved(), "halved takes 1 argument, x; 0 were given"),
     (lambda x, s: halved(x, by=2), "halved: it has no keyword argument by"),
     (lambda x, s: project(x, s), "project: w is a Value; it is a pytree of Params, a Weights"),

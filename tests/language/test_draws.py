@@ -107,3 +107,14 @@ def test_what_they_refuse() -> None:
     assert said(lambda x, n: uniform("B D", x, seed=0)).startswith('uniform "(), () -> B D": x has dims B D')
     assert said(lambda x, n: normal("B D +x", n, seed=0)) == (
         'normal "B D +x": the text is dims of what is made; it owes nothing')
+
+
+@pytest.mark.parametrize("draw", (uniform, normal))
+def test_steps_layers_and_seeds_draw_anew(draw) -> None:
+    @sharded("-> D, D, D, D, D")
+    def five():
+        return tuple(draw("D", *at, seed=seed) for *at, seed in ((3, 0, 1), (3, 1, 1), (4, 0, 1), (3, 0, 2),
+                                                                (3, 0, 1)))
+    first, *others, again = simulate(five, None, mesh=Mesh(), sizes=dict(D=8))
+    assert torch.equal(first, again) and not any(torch.equal(first, other) for other in others)
+    assert not torch.equal(others[0], others[1])

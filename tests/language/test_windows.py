@@ -165,3 +165,11 @@ def test_over_a_split_dim_the_gather_is_named() -> None:
     first, *_, offer = str(error.value).split("\n")
     assert first.startswith("windows: Y is split over x in x; windows needs all of Y on each rank")
     assert 'all_gather("B Y/x D -> B Y D", x)' in offer
+
+
+def test_one_window_may_be_all_there_is() -> None:
+    @sharded("B T, P -> B Z")
+    def convolved(x, kernel):
+        return einsum("B Z P, P -> B Z", windows("B T -> B Z P", x), kernel)
+    x, kernel = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    assert torch.allclose(simulate(convolved, None, x, kernel, mesh=Mesh()), x @ kernel[:, None])

@@ -117,3 +117,13 @@ def test_one_of_two_weights_of_yarn_is_none() -> None:
     rope = dict(rope_type="yarn", factor=2.0, mscale=0.5)
     _, scaling = rope_of(Said(dict(max_position_embeddings=64, rope_parameters=rope), "config.json"))
     assert scaling == ("yarn", 2.0, 64, 32.0, 1.0, pytest.approx(1.06931472))
+
+
+def test_what_yarn_is_where_a_config_leaves_it_out() -> None:
+    """As transformers has it: 32 and 1 turns, and the context that the model has."""
+    def read(**rope: Any) -> object:
+        return rope_of(Said(dict(max_position_embeddings=64, rope_parameters=dict(
+            rope_type="yarn", factor=4.0, **rope)), "config.json"))
+    told = dict(beta_fast=32.0, beta_slow=1.0, original_max_position_embeddings=64)
+    assert all(read(**{n: v for n, v in told.items() if n != left}) == read(**told) for left in told)
+    assert read(**{**told, "beta_fast": 16.0}) != read(**told) != read(**{**told, "beta_slow": 2.0})

@@ -123,3 +123,12 @@ def test_two_tables_of_one_program_are_two() -> None:
         text = f"B -> B T {dim}"
         alone = sharded(text)(lambda start: rope_table(text, start, theta=theta))
         assert torch.equal(made, compile(alone, sizes={"T": 4, dim: size})(start))
+
+
+def test_a_part_may_be_all_of_it() -> None:
+    @sharded("T H, T H, T R -> T H, T H")
+    def both(x, table, same):
+        return rope("T H, T H -> T H", x, table), rope("T H, T R -> T H", x, same, part=6)
+    x, angles = torch.randn(3, 6), torch.randn(3, 3)
+    table = torch.cat((angles.cos(), angles.sin()), -1)
+    assert torch.equal(*simulate(both, None, x, table, table, mesh=Mesh()))

@@ -12,7 +12,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from shardlib import Layout, Mesh, SpecError, einsum, sharded, simulate
+from shardlib import Layout, Mesh, SpecError, einsum, sharded, simulate, value_and_grad
+from shardlib.functions import sum
 from shardlib.ops import route
 
 EXPERTS, WIDTH = 8, 6
@@ -75,3 +76,12 @@ def test_what_is_no_routing_says(more: dict[str, Any], says: str) -> None:
 def test_a_text_that_is_no_routing_says(text: str) -> None:
     with pytest.raises(SpecError, match='the specs are those of "B T E -> B T J, B T J", or of'):
         route(text, None, top_k=1)
+
+
+def test_scores_that_are_all_0_have_no_gradient() -> None:
+    """Of a sigmoid far below zero: weights are divided by their sum, which is 0."""
+    @sharded("T E -> ()")
+    def weights(logits):
+        return sum("T J -> ()", route("T E -> T J, T J", logits, top_k=2, score="sigmoid")[0])
+    _, found = simulate(value_and_grad(weights, "logits"), None, torch.full((1, 3), -200.0), mesh=Mesh())
+    assert torch.equal(found, torch.zeros(1, 3))
