@@ -268,7 +268,7 @@ class Decoder:
     def _beside(self, way: Way, calls: Sequence[tuple[int | None, Sequence[Tensor], tuple[int, int]]],
                 size: int, capacity: int) -> list[tuple[Tensor, object]]:
         """Of each (tokens ahead, what is given, part of the rows) what the program gives."""
-        return beside(self.runtime, *(
+        return beside(*(
             self.steps(ahead, way.over, size // part[1], capacity).requests(
                 *self._arguments(given, size, capacity, part)) for ahead, given, part in calls))
 

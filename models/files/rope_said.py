@@ -1,15 +1,14 @@
 """What a config says of its rotary embedding: the base, and the scaling for longer contexts as `rope_table`
 has it.
 
->>> rope_of(Said({"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}}, "config.json"))
+>>> said = {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}
+>>> rope_of(Said({"rope_parameters": said}, "config.json"))
 (500000.0, ('linear', 4.0))
->>> rope_of(Said({"rope_parameters": {"rope_type": "longrope"}}, "config.json"))
-Traceback (most recent call last):
-    ...
-shardlib.models.files.checkpoint.CheckpointError: config.json: rope_type is 'longrope', which is not implemented; it may be 'default' or 'linear' or 'dynamic' or 'yarn' or 'llama3'
+
+Other kinds, as longrope, are refused.
 
 `rope_scaling` and `rope_theta` are of transformers 4, `rope_parameters` of 5.
-"""  # noqa: E501
+"""
 from __future__ import annotations
 
 import math

@@ -1,14 +1,12 @@
 """Calls beside each other: while what one asks of other ranks is under way, another one computes.
 
-    first, second = beside(runtime, step.requests(a, w), step.requests(b, w))
+    first, second = beside(step.requests(a, w), step.requests(b, w))
 
 They take turns: a call runs up to its next collective, which leaves for a stream of its own, and the next
 call runs. In its next turn it goes on, behind what has come of its collective. All they compute is on the
 current stream in the order of the turns, and all that travels on the other one in the same order. So a later
 call may read what an earlier one has written before its own collective of the same number; and ranks that
 make the same calls issue the same collectives in the same order. In a CUDA graph the streams are branches.
-What follows a reduce_scatter, up to the next collective, goes along on the other stream: it is of a rank's
-own rows, as the norm of sequence parallelism, and too little to wait for.
 
 What travels goes by a communicator that leaves most multiprocessors to others; a group that has none runs its
 collectives in turn, as on the CPU. A call gives what it gives alone, but for how another communicator rounds.
@@ -20,7 +18,7 @@ collectives in turn, as on the CPU. A call gives what it gives alone, but for ho
 ...     return 2 * x
 >>> with connect(Mesh(), device="cpu") as runtime:
 ...     step = compile(twice, runtime=runtime)
-...     beside(runtime, step.requests(torch.ones(1)), step.requests(torch.ones(2)))
+...     beside(step.requests(torch.ones(1)), step.requests(torch.ones(2)))
 [tensor([2.]), tensor([2., 2.])]
 """
 from __future__ import annotations
@@ -30,13 +28,8 @@ from collections.abc import Generator, Mapping
 from math import prod
 from typing import Any
 
-import torch
-
 from shardlib.compiler.sizes import complete_sizes
-from shardlib.distributed.aside import UnderWay, aside
-from shardlib.distributed.group_coordinator import GroupCoordinator
-from shardlib.distributed.runtime import Runtime
-from shardlib.distributed.streams import side_stream
+from shardlib.distributed.aside import UnderWay
 from shardlib.language.exchanges import communicates_over
 from shardlib.language.moves import axes_of
 from shardlib.mesh import Mesh
@@ -46,61 +39,22 @@ from shardlib.run.surroundings import without_autocast
 Requests = Generator[tuple, Any, Any]
 
 
-def beside(runtime: Runtime, *calls: Requests) -> list[Any]:
+def beside(*calls: Requests) -> list[Any]:
     """What each of the calls returns; see the module. All ranks make the same calls in the same order."""
     sent: dict[int, UnderWay] = {}
     made: dict[int, Any] = {}
-    turns, lane = deque(range(len(calls))), _Lane(runtime)
+    turns = deque(range(len(calls)))
     with without_autocast():
         while turns:
             i = turns.popleft()
             try:
-                request = calls[i].send(sent.pop(i).arrived() if i in sent else None)
-                sent[i] = lane.send(calls[i], request, f"call {i + 1} of {len(calls)} beside each other")
-                turns.append(i)
+                group, *request = calls[i].send(sent.pop(i).arrived() if i in sent else None)
             except StopIteration as end:
                 made[i] = end.value
+                continue
+            sent[i] = group.begin(*request, at=f"call {i + 1} of {len(calls)} beside each other")
+            turns.append(i)
     return [made[i] for i in range(len(calls))]
-
-
-class _Lane:
-    """Where collectives travel: on the side stream, without the communicators that fill the GPU."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.device = runtime.device
-        self.stream = side_stream(self.device) if self.device.type == "cuda" else None
-        self.groups: dict[str, GroupCoordinator | None] = {}
-
-    def send(self, call: Requests, request: tuple, at: str) -> UnderWay:
-        """What the call asks for, and what goes along with it; StopIteration where it ends on the way."""
-        read: list[Any] = []
-        here = torch.cuda.current_stream(self.device) if self.stream else None
-        while self.stream and (other := self._other(request[0])):
-            if not read:
-                self.stream.wait_stream(here)
-            with torch.cuda.stream(self.stream):
-                given = _answer(other, request, at)
-                read.append(request[2])
-                if request[1] != "reduce_scatter":
-                    return UnderWay(read, given, self.stream.record_event())
-                try:
-                    request = call.send(given)
-                except StopIteration:
-                    here.wait_stream(self.stream)
-                    raise
-        if read:
-            here.wait_stream(self.stream)
-        return UnderWay(request[2], _answer(request[0], request, at), None)
-
-    def _other(self, group: GroupCoordinator) -> GroupCoordinator | None:
-        if group.name not in self.groups:
-            self.groups[group.name] = aside(group)
-        return self.groups[group.name]
-
-
-def _answer(group: GroupCoordinator, request: tuple, at: str) -> Any:
-    _, method, operand, *more = request
-    return getattr(group, method)(operand, *more, at=at)
 
 
 def largest_sum(program: Program, mesh: Mesh, sizes: Mapping[str, int], here: Mapping[str, int]) -> int:
